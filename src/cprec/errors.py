@@ -1,0 +1,36 @@
+"""The few exceptions a caller may want to catch. Each message says what was wrong, the value got, and what to do."""
+
+
+class CPRecError(Exception):
+    """Base of every error that CPRec raises on purpose: the command line prints its message without a traceback."""
+
+
+class ConfigError(CPRecError, ValueError):
+    """A recipe, a YAML file or a `key=value` setting is wrong; the message names the field and what is accepted."""
+
+
+class DataError(CPRecError, ValueError):
+    """Input data cannot be used; the message names the file, the column or the line."""
+
+
+class LeakageError(CPRecError):
+    """Held-out data reached training data, or no certificate shows that it did not."""
+
+
+class ShardError(CPRecError):
+    """A token shard is missing, incomplete or not the file that its manifest describes."""
+
+
+class CheckpointError(CPRecError):
+    """A checkpoint cannot be written or read; earlier complete checkpoints are untouched."""
+
+
+class TrainingError(CPRecError):
+    """Training cannot go on (a loss or gradient that is not finite, say); the last checkpoint is intact."""
+
+
+class UnknownItemError(CPRecError, KeyError):
+    """An item id or title is not in the catalogue; the message lists the ids and the nearest ones known."""
+
+    def __str__(self) -> str:  # KeyError would print the message in quotes
+        return str(self.args[0]) if self.args else ""

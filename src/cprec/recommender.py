@@ -1,0 +1,53 @@
+"""The interface that all recommenders share: a ranking query in, a ranking out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from cprec.schema import Item
+
+
+@dataclass(frozen=True, slots=True)
+class RankingQuery:
+    """Whom to recommend to, and among what."""
+
+    query_id: str
+    domain: str
+    """The domain whose items are ranked."""
+    history: tuple[Item, ...]
+    """Past events, oldest first; of `domain` only, or of every domain of the platform (mixed)."""
+    candidates: tuple[str, ...] | None = None
+    """Item ids of `domain` to rank; None ranks the full catalogue of the domain."""
+    exclude: frozenset[str] = field(default_factory=frozenset)
+    """Item ids of `domain` that must not be returned (the items already seen, say)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Item ids, best first, with their scores, which never rise along the list.
+
+    Items of equal score are tied: their order in the list means nothing, and metrics count the expected value over
+    all orders. A ranking cut at K keeps every item tied with the K-th, so it may be longer than K. An item that is
+    not in the list counts as not recommended.
+    """
+
+    query_id: str
+    item_ids: tuple[str, ...]
+    scores: tuple[float, ...]
+
+
+@runtime_checkable
+class Recommender(Protocol):
+    """Anything that ranks items for a history."""
+
+    name: str
+
+    def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
+        """One ranking per query, in the order of the queries.
+
+        `k` bounds the length for the full catalogue (ties with the K-th item come on top of it); a query with
+        candidates gets all of them ranked, whatever `k`. A batch answers as single calls do.
+        """
+        ...
