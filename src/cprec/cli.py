@@ -1,0 +1,325 @@
+"""The command line: parse, find the configuration, call the stage.
+
+Only the standard library is imported here; a stage and what it needs load when the stage runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cprec import __version__
+from cprec.errors import ConfigError, CPRecError
+
+if TYPE_CHECKING:
+    from cprec.config import FieldHelp
+
+EXIT_ERROR, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A command: what it says of itself, and the function that does it."""
+
+    name: str
+    summary: str
+    """One line, for `cprec --help`."""
+    text: str
+    """What it reads, does and writes, for `cprec VERB --help`."""
+    function: str
+    """`module:function`, called with the configuration (for audit, with the folder)."""
+    example: str
+
+
+VERBS = (
+    Verb(
+        "demo",
+        "make and judge a recommender from a synthetic world, in minutes",
+        "Runs every stage on a generated world whose true next-item distribution is known: with and without CPRec-style "
+        "pre-training, on a domain that pre-training saw and on one that it did not, beside simple baselines and the "
+        "best result that is possible. Prints one table and writes report.json and report.html. Run again, it reuses "
+        "what is complete.",
+        "cprec.run:run",
+        "cprec demo",
+    ),
+    Verb(
+        "run",
+        "every stage of a recipe, from raw logs to a report",
+        "Runs prepare, pretrain, finetune and evaluate of one recipe. What an earlier run of the same settings has "
+        "completed is reused; what was interrupted is resumed.",
+        "cprec.run:run",
+        "cprec run my_recipe.yaml pretrain.seed=1",
+    ),
+    Verb(
+        "prepare",
+        "raw logs to canonical tables, token shards, examples and queries",
+        "Reads logs and catalogues, cleans and validates them (rows that cannot be used are kept, with reasons), splits "
+        "the events, turns the training part into behaviour sequences and those into token shards, writes fine-tuning "
+        "examples and evaluation queries, and certifies from the written files that nothing held out is in them.",
+        "cprec.text.prepare:prepare",
+        "cprec prepare my_recipe.yaml",
+    ),
+    Verb(
+        "pretrain",
+        "token shards to a continually pre-trained language model",
+        "Continues the pre-training of a causal language model on token shards, under a warmup-stable-annealing learning "
+        "rate. Writes a Hugging Face model folder. Interrupted, the same command resumes from the last checkpoint.",
+        "cprec.train.pretrain:pretrain",
+        "cprec pretrain my_recipe.yaml learning_rate=3e-4",
+    ),
+    Verb(
+        "finetune",
+        "a language model to a recommender of one domain",
+        "Fine-tunes a model on next-item examples of a domain, with the loss on the target item's title only. Writes a "
+        "model folder that `cprec recommend` and `Recommender.from_pretrained` open.",
+        "cprec.train.finetune:finetune",
+        "cprec finetune my_recipe.yaml seed=1",
+    ),
+    Verb(
+        "evaluate",
+        "rank held-out queries; metrics with intervals, beside baselines",
+        "Ranks the held-out queries with the models and with simple baselines, saves the rankings, and makes per-user "
+        "metrics, means and intervals from them. Refuses a model whose leakage certificate is missing or does not cover "
+        "the test events.",
+        "cprec.run:evaluate_models",
+        "cprec evaluate my_recipe.yaml",
+    ),
+    Verb(
+        "recommend",
+        "histories in (command line or file), titles with scores out",
+        "Recommends next items for one history on the command line, or for every history of a file.",
+        "cprec.serve.recommend:recommend",
+        'cprec recommend runs/demo/models/... --history "title of an item" "title of the next" --k 5',
+    ),
+    Verb(
+        "audit",
+        "check a prepared data folder again for leaked held-out events",
+        "Reads the token shards and examples of a folder that `cprec prepare` wrote, checks every file against its "
+        "hash, looks for held-out events in them, and writes the leakage certificate anew.",
+        "cprec.text.prepare:audit",
+        "cprec audit runs/demo/data",
+    ),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 1 (it failed), 2 (a setting is wrong) or 130 (interrupted)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    try:
+        options = _parser().parse_args(arguments)
+        if options.verb is None:
+            _parser().print_help()
+            return EXIT_CONFIG
+        options.call(options)
+        sys.stdout.flush()
+        return 0
+    except ConfigError as error:
+        if debug:
+            raise
+        return _fail(str(error), EXIT_CONFIG)
+    except CPRecError as error:
+        if debug:
+            raise
+        return _fail(str(error), EXIT_ERROR)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print(file=sys.stderr)
+        again = shlex.join(["cprec", *arguments])
+        return _fail(f"interrupted. What is complete is kept; to go on from there: {again}", EXIT_INTERRUPTED)
+    except BrokenPipeError:  # the reader (head, say) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _fail(message: str, code: int) -> int:
+    prefix = "" if code == EXIT_INTERRUPTED else "error: "
+    print(f"cprec: {prefix}{message}", file=sys.stderr)
+    return code
+
+
+# ---- the verbs -------------------------------------------------------------------------------------------------------
+
+
+def _call(verb: Verb, config: Any) -> None:
+    from cprec.config import load_object
+
+    load_object(verb.function)(config)
+
+
+def _call_recipe(verb: Verb, options: argparse.Namespace) -> None:
+    from cprec.config import find_config
+
+    _call(verb, find_config(options.source, options.settings, stage=_stage_of(verb)))
+
+
+def _stage_of(verb: Verb) -> str | None:
+    return None if verb.name in ("run", "demo") else verb.name
+
+
+def _call_recommend(verb: Verb, options: argparse.Namespace) -> None:
+    from cprec.config import STAGE_CONFIGS, from_mapping, load_object, parse_overrides
+
+    given = {
+        "model": options.model,
+        "history": options.history,
+        "domain": options.domain,
+        "k": options.k,
+        "input": options.input,
+        "output": options.output,
+    }
+    settings = parse_overrides(options.settings)
+    settings.update({name: value for name, value in given.items() if value is not None})
+    _call(verb, from_mapping(load_object(STAGE_CONFIGS["recommend"]), settings))
+
+
+def _call_audit(verb: Verb, options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    _call(verb, Path(options.folder))
+
+
+# ---- parsing and help ------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argparse parser whose wrong arguments are ConfigErrors, and whose help may be made when it is asked for."""
+
+    make_help: Callable[[], str] | None = None
+
+    def error(self, message: str) -> Any:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+    def format_help(self) -> str:
+        return self.make_help() if self.make_help is not None else super().format_help()
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="cprec", add_help=True)
+    parser.make_help = _main_help
+    parser.add_argument("--version", action="version", version=f"cprec {__version__}")
+    parser.add_argument("--debug", action="store_true", default=False)
+    commands = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
+    for verb in VERBS:
+        command = commands.add_parser(verb.name)
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
+        command.make_help = _help_maker(verb)
+        if verb.name == "recommend":
+            command.add_argument("model")
+            command.add_argument("settings", nargs="*", default=[], metavar="key=value")
+            command.add_argument("--history", nargs="+", action="extend")
+            command.add_argument("--domain")
+            command.add_argument("--k")
+            command.add_argument("--input")
+            command.add_argument("--output")
+            command.set_defaults(call=_bound(_call_recommend, verb))
+        elif verb.name == "audit":
+            command.add_argument("folder")
+            command.set_defaults(call=_bound(_call_audit, verb))
+        elif verb.name == "demo":
+            command.add_argument("settings", nargs="*", default=[], metavar="key=value")
+            command.set_defaults(call=_bound(_call_recipe, verb), source="demo")
+        else:
+            command.add_argument("source", metavar="RECIPE_OR_YAML")
+            command.add_argument("settings", nargs="*", default=[], metavar="key=value")
+            command.set_defaults(call=_bound(_call_recipe, verb))
+    return parser
+
+
+def _bound(call: Callable[[Verb, argparse.Namespace], None], verb: Verb) -> Callable[[argparse.Namespace], None]:
+    return lambda options: call(verb, options)
+
+
+def _help_maker(verb: Verb) -> Callable[[], str]:
+    return lambda: _verb_help(verb)
+
+
+def _main_help() -> str:
+    rows = "\n".join(f"  {verb.name:<10} {verb.summary}" for verb in VERBS)
+    return f"""\
+usage: cprec VERB RECIPE_OR_YAML [key=value ...]
+
+CPRec: all-domain continual pre-training of language models for recommendation.
+
+verbs:
+{rows}
+
+options:
+  --help     this text; cprec VERB --help lists every setting of a verb
+  --version  print the version
+  --debug    show the traceback of an error
+
+RECIPE_OR_YAML is the name of a recipe (cprec run --help lists them), a YAML file with `recipe: NAME` and what to change,
+a YAML file with every setting, or the config.json of an earlier run. Settings are typed: cprec VERB --help says how.
+"""
+
+
+_USAGE = {
+    "demo": "cprec demo [key=value ...]",
+    "recommend": (
+        'cprec recommend MODEL --history "TITLE OR ID" ... [--domain DOMAIN] [--k K]\n'
+        "       cprec recommend MODEL --input FILE --output FILE [--domain DOMAIN] [--k K]"
+    ),
+    "audit": "cprec audit FOLDER",
+}
+
+
+def _verb_help(verb: Verb) -> str:
+    usage = _USAGE.get(verb.name, f"cprec {verb.name} RECIPE_OR_YAML [key=value ...]")
+    parts = [f"usage: {usage}", _wrapped(verb.text)]
+    if verb.name == "audit":
+        parts.append("  FOLDER  a data folder that `cprec prepare` wrote")
+    elif verb.name in ("run", "demo"):
+        parts += [_recipes_help()] if verb.name == "run" else []
+        parts.append(_stages_help())
+    else:
+        parts.append(_settings_help(verb.name))
+    parts.append(f"example: {verb.example}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _recipes_help() -> str:
+    from cprec.config import describe_recipe, recipes
+
+    lines = ["recipes:"]
+    for name, recipe in sorted(recipes().items()):
+        lines.append(f"  {describe_recipe(name, recipe)}")
+        lines.append(_wrapped((recipe.__doc__ or "").strip().partition("\n")[0], "      "))
+    return "\n".join(lines)
+
+
+def _stages_help() -> str:
+    return _wrapped(
+        "Settings of a stage carry its name: prepare.KEY=VALUE, pretrain.KEY=VALUE, finetune.KEY=VALUE, "
+        "evaluate.KEY=VALUE; cprec STAGE --help lists the keys."
+    )
+
+
+def _settings_help(stage: str) -> str:
+    from cprec.config import STAGE_CONFIGS, describe_fields, load_object
+
+    lines = ["settings, as key=value (a setting without a default must come from the recipe or from you):"]
+    for row in describe_fields(load_object(STAGE_CONFIGS[stage])):
+        lines.append(f"  {_key_and_type(row)}")
+        if row.text:
+            lines.append(_wrapped(row.text, "      "))
+    return "\n".join(lines)
+
+
+def _key_and_type(row: FieldHelp) -> str:
+    default = "" if row.default is None else f" = {row.default}" if row.default else " = (empty)"
+    return f"{row.key}: {row.type}{default}"
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    import shutil
+    import textwrap
+
+    width = min(100, max(50, shutil.get_terminal_size((100, 24)).columns))
+    return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
