@@ -17,7 +17,7 @@ from cprec import __version__
 from cprec.errors import ConfigError, CPRecError
 
 if TYPE_CHECKING:
-    from cprec.config import FieldHelp
+    from cprec.field_help import FieldHelp
 
 EXIT_ERROR, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -40,10 +40,10 @@ VERBS = (
     Verb(
         "demo",
         "make and judge a recommender from a synthetic world, in minutes",
-        "Runs every stage on a generated world whose true next-item distribution is known: with and without CPRec-style "
-        "pre-training, on a domain that pre-training saw and on one that it did not, beside simple baselines and the "
-        "best result that is possible. Prints one table and writes report.json and report.html. Run again, it reuses "
-        "what is complete.",
+        "Runs every stage on a generated world whose true next-item distribution is known: with and without "
+        "CPRec-style pre-training, on a domain that pre-training saw and on one that it did not, beside simple "
+        "baselines and the best result that is possible. Prints one table and writes report.json and report.html. "
+        "Run again, it reuses what is complete.",
         "cprec.run:run",
         "cprec demo",
     ),
@@ -58,17 +58,19 @@ VERBS = (
     Verb(
         "prepare",
         "raw logs to canonical tables, token shards, examples and queries",
-        "Reads logs and catalogues, cleans and validates them (rows that cannot be used are kept, with reasons), splits "
-        "the events, turns the training part into behaviour sequences and those into token shards, writes fine-tuning "
-        "examples and evaluation queries, and certifies from the written files that nothing held out is in them.",
+        "Reads logs and catalogues, cleans and validates them (rows that cannot be used are kept, with reasons), "
+        "splits the events, turns the training part into behaviour sequences and those into token shards, writes "
+        "fine-tuning examples and evaluation queries, and certifies from the written files that nothing "
+        "held out is in them.",
         "cprec.text.prepare:prepare",
         "cprec prepare my_recipe.yaml",
     ),
     Verb(
         "pretrain",
         "token shards to a continually pre-trained language model",
-        "Continues the pre-training of a causal language model on token shards, under a warmup-stable-annealing learning "
-        "rate. Writes a Hugging Face model folder. Interrupted, the same command resumes from the last checkpoint.",
+        "Continues the pre-training of a causal language model on token shards, under a warmup-stable-annealing "
+        "learning rate. Writes a Hugging Face model folder. Interrupted, the same command resumes from the "
+        "last checkpoint.",
         "cprec.train.pretrain:pretrain",
         "cprec pretrain my_recipe.yaml learning_rate=3e-4",
     ),
@@ -84,8 +86,8 @@ VERBS = (
         "evaluate",
         "rank held-out queries; metrics with intervals, beside baselines",
         "Ranks the held-out queries with the models and with simple baselines, saves the rankings, and makes per-user "
-        "metrics, means and intervals from them. Refuses a model whose leakage certificate is missing or does not cover "
-        "the test events.",
+        "metrics, means and intervals from them. Refuses a model whose leakage certificate is missing or does not "
+        "cover the test events.",
         "cprec.run:evaluate_models",
         "cprec evaluate my_recipe.yaml",
     ),
@@ -112,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     try:
-        options = _parser().parse_args(arguments)
+        options = _parsed(arguments)
         if options.verb is None:
             _parser().print_help()
             return EXIT_CONFIG
@@ -127,15 +129,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         return _fail(str(error), EXIT_ERROR)
+    except BrokenPipeError:  # the reader (head, say) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # a folder that cannot be written, a disk that is full
+        if debug:
+            raise
+        return _fail(f"{error} (--debug shows where)", EXIT_ERROR)
     except KeyboardInterrupt:
         if debug:
             raise
         print(file=sys.stderr)
         again = shlex.join(["cprec", *arguments])
         return _fail(f"interrupted. What is complete is kept; to go on from there: {again}", EXIT_INTERRUPTED)
-    except BrokenPipeError:  # the reader (head, say) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _fail(message: str, code: int) -> int:
@@ -147,42 +153,42 @@ def _fail(message: str, code: int) -> int:
 # ---- the verbs -------------------------------------------------------------------------------------------------------
 
 
-def _call(verb: Verb, config: Any) -> None:
-    from cprec.config import load_object
-
-    load_object(verb.function)(config)
-
-
-def _call_recipe(verb: Verb, options: argparse.Namespace) -> None:
-    from cprec.config import find_config
-
-    _call(verb, find_config(options.source, options.settings, stage=_stage_of(verb)))
-
-
 def _stage_of(verb: Verb) -> str | None:
     return None if verb.name in ("run", "demo") else verb.name
 
 
-def _call_recommend(verb: Verb, options: argparse.Namespace) -> None:
-    from cprec.config import STAGE_CONFIGS, from_mapping, load_object, parse_overrides
+def _call_recipe(verb: Verb, options: argparse.Namespace) -> None:
+    from cprec.config import find_config
+    from cprec.settings import load_object
 
-    given = {
-        "model": options.model,
-        "history": options.history,
-        "domain": options.domain,
-        "k": options.k,
-        "input": options.input,
-        "output": options.output,
-    }
+    config = find_config(options.source, options.settings, stage=_stage_of(verb))
+    load_object(verb.function)(config)
+
+
+def _call_recommend(verb: Verb, options: argparse.Namespace) -> None:
+    from cprec.config import STAGE_CONFIGS
+    from cprec.settings import from_mapping, load_object, parse_overrides
+
     settings = parse_overrides(options.settings)
-    settings.update({name: value for name, value in given.items() if value is not None})
-    _call(verb, from_mapping(load_object(STAGE_CONFIGS["recommend"]), settings))
+    for name in ("model", "history", "domain", "k", "input", "output"):
+        if getattr(options, name) is not None:
+            settings[name] = getattr(options, name)
+    config = from_mapping(load_object(STAGE_CONFIGS["recommend"]), settings)
+
+    from cprec import Recommender  # loads torch: only now that the settings are known to be right
+
+    load_object(verb.function)(config, Recommender.from_pretrained(options.model))
 
 
 def _call_audit(verb: Verb, options: argparse.Namespace) -> None:
     from pathlib import Path
 
-    _call(verb, Path(options.folder))
+    from cprec.settings import load_object
+
+    folder = Path(options.folder)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; give one that `cprec prepare` wrote")
+    load_object(verb.function)(folder)
 
 
 # ---- parsing and help ------------------------------------------------------------------------------------------------
@@ -200,14 +206,30 @@ class _Parser(argparse.ArgumentParser):
         return self.make_help() if self.make_help is not None else super().format_help()
 
 
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """The arguments; settings may stand before, between and after options."""
+    options, rest = _parser().parse_known_args(arguments)
+    for word in rest:
+        if word.startswith("-"):
+            name = word.strip("-").partition("=")[0].replace("-", "_")
+            raise ConfigError(f"there is no option {word}; settings have no dashes, as in {name}=VALUE")
+    if rest:
+        if not hasattr(options, "settings"):
+            raise ConfigError(
+                f"{' '.join(rest)}: more than cprec {options.verb} takes; see cprec {options.verb} --help"
+            )
+        options.settings = [*options.settings, *rest]
+    return options
+
+
 def _parser() -> _Parser:
-    parser = _Parser(prog="cprec", add_help=True)
+    parser = _Parser(prog="cprec", allow_abbrev=False)
     parser.make_help = _main_help
     parser.add_argument("--version", action="version", version=f"cprec {__version__}")
     parser.add_argument("--debug", action="store_true", default=False)
     commands = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
     for verb in VERBS:
-        command = commands.add_parser(verb.name)
+        command = commands.add_parser(verb.name, allow_abbrev=False)
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
         command.make_help = _help_maker(verb)
         if verb.name == "recommend":
@@ -255,8 +277,8 @@ options:
   --version  print the version
   --debug    show the traceback of an error
 
-RECIPE_OR_YAML is the name of a recipe (cprec run --help lists them), a YAML file with `recipe: NAME` and what to change,
-a YAML file with every setting, or the config.json of an earlier run. Settings are typed: cprec VERB --help says how.
+RECIPE_OR_YAML is the name of a recipe (cprec run --help lists them), a YAML file with `recipe: NAME` and what to
+change, a YAML file with every setting, or the run.json of an earlier run.
 """
 
 
@@ -302,7 +324,9 @@ def _stages_help() -> str:
 
 
 def _settings_help(stage: str) -> str:
-    from cprec.config import STAGE_CONFIGS, describe_fields, load_object
+    from cprec.config import STAGE_CONFIGS
+    from cprec.field_help import describe_fields
+    from cprec.settings import load_object
 
     lines = ["settings, as key=value (a setting without a default must come from the recipe or from you):"]
     for row in describe_fields(load_object(STAGE_CONFIGS[stage])):

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -174,7 +174,7 @@ def track(
         bar = _Bar(total, description, unit, completed, clock)
         with _display() as display:
             bar.display = display
-            blank = {
+            blank: dict[str, Any] = {
                 "of": f"/{total:,}" if total is not None else "",
                 "unit": unit,
                 "rate": "",

@@ -1,4 +1,4 @@
-"""Where a result comes from: the `run.json` beside every output, with settings, seed, versions, commit and input hashes."""
+"""Where a result comes from: the `run.json` beside every output: settings, seed, versions, commit, input hashes."""
 
 from __future__ import annotations
 

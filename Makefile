@@ -1,0 +1,71 @@
+# Every target sets up .venv first if it is missing or older than the files that define it.
+#   make demo      make and judge a recommender from a synthetic world
+#   make test      the quick tests      make test-all   all tests (those for a GPU or real data skip without them)
+#   make lint      format, lint, types  make bench      the measurements in benchmarks/
+# PYTHON=...       the Python to build .venv from (3.11 to 3.13)
+# TORCH_INDEX=...  where PyTorch comes from beside the usual index; the default has builds for the CPU. For a GPU name
+#                  another, such as https://download.pytorch.org/whl/cu130, and run `make clean-venv` before.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint format bench setup clean-venv
+
+PYTHON ?=
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+BIN := .venv/bin
+READY := .venv/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install --constraint constraints.txt
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+demo: $(READY)
+	@$(BIN)/cprec demo
+
+# Test models are tiny: one thread is quicker than many, and leaves the machine to its user.
+test: $(READY)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(READY)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+
+lint: $(READY)
+	@$(BIN)/ruff format --check --quiet --diff .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy --no-error-summary
+
+format: $(READY)
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(READY)
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+setup: $(READY)
+
+clean-venv:
+	rm -rf .venv
+
+$(READY): pyproject.toml constraints.txt
+	@set -e; \
+	if [ ! -x $(BIN)/python ]; then \
+	  chosen=; \
+	  for python in $(if $(PYTHON),"$(PYTHON)",python3.11 python3.12 python3.13 python3 python); do \
+	    if "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; \
+	    then chosen="$$python"; break; fi; \
+	  done; \
+	  if [ -z "$$chosen" ]; then \
+	    echo "CPRec needs Python 3.11, 3.12 or 3.13, and $(if $(PYTHON),$(PYTHON) is none of them,none is on the PATH)." >&2; \
+	    echo "Install one, or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; \
+	  fi; \
+	  echo "Setting up .venv with $$($$chosen --version); this happens once and takes a few minutes." >&2; \
+	  "$$chosen" -m venv .venv || { rm -rf .venv; \
+	    echo "$$chosen cannot make virtual environments; on Debian and Ubuntu install python3-venv." >&2; exit 1; }; \
+	else echo "Bringing .venv up to date." >&2; fi; \
+	if ! $(BIN)/python -c 'import torch' >/dev/null 2>&1; then \
+	  echo "  PyTorch ..." >&2; \
+	  $(PIP) --no-deps --retries 1 --extra-index-url "$(TORCH_INDEX)" torch; \
+	fi; \
+	echo "  the other packages ..." >&2; \
+	$(PIP) --editable '.[dev]'; \
+	touch $(READY)

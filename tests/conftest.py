@@ -1,0 +1,34 @@
+"""What every test shares: when marked tests are skipped, and how Hypothesis runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# The same examples on every run; a deadline would be a timed test, and machines differ.
+settings.register_profile("cprec", derandomize=True, deadline=None, max_examples=50)
+settings.load_profile("cprec")
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder of real logs that CPREC_DATA names."""
+    return Path(os.environ["CPREC_DATA"])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not os.environ.get("CPREC_DATA"):
+        skip = pytest.mark.skip(reason="needs real logs: set CPREC_DATA to their folder")
+        for item in items:
+            if item.get_closest_marker("real_data") or "real_data" in getattr(item, "fixturenames", ()):
+                item.add_marker(skip)
+    for_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if for_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in for_gpu:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,239 @@
+"""The command line with stages of these tests: what reaches a stage, exit codes, messages, help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cprec
+from cprec import __version__, cli, config, settings
+from cprec.errors import ConfigError, TrainingError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeConfig:
+    """Settings of every stage here."""
+
+    output_dir: str
+    """Where the results go."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed}: must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeRecommendConfig:
+    """Settings of recommend."""
+
+    model: str
+    history: tuple[str, ...] = ()
+    domain: str | None = None
+    k: int = 10
+    input: str | None = None
+    output: str | None = None
+    beam: int = 4
+    """Beams."""
+
+
+class FakeRecommender:
+    """Stands for a model."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    @classmethod
+    def from_pretrained(cls, folder: str) -> FakeRecommender:
+        return cls(folder)
+
+
+calls: list[tuple[Any, ...]] = []
+failures: list[BaseException] = []
+
+
+def stage(*arguments: Any) -> None:
+    calls.append(arguments)
+    if failures:
+        raise failures.pop()
+
+
+def fake(*, data: Path, seed: int = 0) -> config.Recipe:
+    """A recipe of these tests.
+
+    And what else there is to say.
+    """
+    stages: Any = {name: FakeConfig(output_dir=f"{data}/{name}", seed=seed) for name in STAGES}
+    return config.Recipe(name="fake", description="for tests", **stages)
+
+
+def demo() -> config.Recipe:
+    """The demo of these tests."""
+    return fake(data=Path("demo"))
+
+
+STAGES = ("prepare", "pretrain", "finetune", "evaluate")
+
+
+@pytest.fixture(autouse=True)
+def fake_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls.clear()
+    failures.clear()
+    here = {name: f"{__name__}:FakeConfig" for name in STAGES}
+    monkeypatch.setattr(config, "STAGE_CONFIGS", {**here, "recommend": f"{__name__}:FakeRecommendConfig"})
+    monkeypatch.setattr(config, "recipes", lambda: {"fake": fake, "demo": demo})
+    real = settings.load_object
+    functions = {verb.function for verb in cli.VERBS}
+    monkeypatch.setattr(settings, "load_object", lambda path: stage if path in functions else real(path))
+    monkeypatch.setitem(vars(cprec), "Recommender", FakeRecommender)
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a call that only prints prints."""
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", STAGES)
+def test_a_stage_gets_its_resolved_configuration(verb: str) -> None:
+    assert cli.main([verb, "fake", "data=logs", "seed=3", f"{verb}.output_dir=x"]) == 0
+    assert calls == [(FakeConfig(output_dir="x", seed=3),)]
+
+
+def test_run_and_demo_get_the_whole_recipe() -> None:
+    assert cli.main(["run", "fake", "data=logs", "finetune.seed=3"]) == 0
+    assert cli.main(["demo", "finetune.seed=4"]) == 0
+    (of_run,), (of_demo,) = calls
+    assert of_run.finetune == FakeConfig(output_dir="logs/finetune", seed=3)
+    assert of_demo.finetune == FakeConfig(output_dir="demo/finetune", seed=4)
+
+
+def test_a_stage_runs_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("output_dir: runs/mine\nseed: 5\n")
+    assert cli.main(["pretrain", str(path), "seed=6"]) == 0
+    assert calls == [(FakeConfig(output_dir="runs/mine", seed=6),)]
+
+
+def test_recommend_for_a_history_on_the_command_line() -> None:
+    assert cli.main(["recommend", "model", "--history", "Red car, small", "b", "--k", "3", "beam=8"]) == 0
+    assert cli.main(["recommend", "model", "beam=8", "--domain", "toys", "--history", "a=b", "--history", "c"]) == 0
+    (first, recommender), (second, _) = calls
+    assert first == FakeRecommendConfig(model="model", history=("Red car, small", "b"), k=3, beam=8)
+    assert second == FakeRecommendConfig(model="model", history=("a=b", "c"), domain="toys", beam=8)
+    assert recommender.folder == "model"
+
+
+def test_recommend_for_a_file() -> None:
+    assert cli.main(["recommend", "model", "--input", "in.csv", "--output", "out.parquet"]) == 0
+    assert calls[0][0] == FakeRecommendConfig(model="model", input="in.csv", output="out.parquet")
+
+
+def test_audit_gets_a_folder(tmp_path: Path) -> None:
+    assert cli.main(["audit", str(tmp_path)]) == 0
+    assert calls == [(tmp_path,)]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("prepare", "the following arguments are required: RECIPE_OR_YAML; see cprec prepare --help"),
+        ("prepare fake", "fake needs data=FOLDER"),
+        ("prepare fake data=x sead=1", "FakeConfig has no field 'sead'; did you mean 'seed'?"),
+        ("prepare fake data=x seed=-1", "seed=-1: must not be negative"),
+        ("prepare fake data=x --seed 1", "there is no option --seed; settings have no dashes, as in seed=VALUE"),
+        ("prepare fake data=x seed", "'seed' is not a setting; write key=value"),
+        ("prepare fkae", "there is no recipe 'fkae'; did you mean 'fake'?"),
+        ("prepare none.yaml", "none.yaml does not exist"),
+        ("prapare fake", "invalid choice: 'prapare'"),
+        ("recommend model --k many", "k=many: expected a whole number"),
+        ("audit no/such/folder", "no/such/folder is not a folder"),
+        ("audit . x", "x: more than cprec audit takes; see cprec audit --help"),
+    ],
+)
+def test_a_wrong_command_line_exits_with_2(command: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(command.split()) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("cprec: error: ") and message in err
+    assert not calls
+
+
+def test_no_verb_prints_the_help_and_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "usage: cprec VERB" in capsys.readouterr().out
+
+
+def test_a_failure_exits_with_1_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    failures.append(TrainingError("the loss is not finite at step 7"))
+    assert cli.main(["pretrain", "fake", "data=x"]) == 1
+    assert capsys.readouterr().err == "cprec: error: the loss is not finite at step 7\n"
+    failures.append(PermissionError(13, "Permission denied", "/runs"))
+    assert cli.main(["pretrain", "fake", "data=x"]) == 1
+    assert capsys.readouterr().err == "cprec: error: [Errno 13] Permission denied: '/runs' (--debug shows where)\n"
+
+
+def test_an_interruption_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    failures.append(KeyboardInterrupt())
+    assert cli.main(["run", "fake", "data=my logs"]) == 130
+    assert capsys.readouterr().err == (
+        "\ncprec: interrupted. What is complete is kept; to go on from there: cprec run fake 'data=my logs'\n"
+    )
+
+
+@pytest.mark.parametrize("failure", [TrainingError("no"), ConfigError("no"), KeyboardInterrupt(), OSError("no")])
+@pytest.mark.parametrize("arguments", [["--debug", "run", "fake", "data=x"], ["run", "fake", "--debug", "data=x"]])
+def test_debug_raises(failure: BaseException, arguments: list[str]) -> None:
+    failures.append(failure)
+    with pytest.raises(type(failure)):
+        cli.main(arguments)
+
+
+def test_a_mistake_of_ours_is_not_hidden() -> None:
+    failures.append(AssertionError("ours"))
+    with pytest.raises(AssertionError):
+        cli.main(["run", "fake", "data=x"])
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, "--version") == f"cprec {__version__}\n"
+
+
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "--help")
+    for verb in cli.VERBS:
+        assert f"\n  {verb.name:<10} {verb.summary}\n" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_help_of_a_stage_lists_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "finetune", "--help")
+    assert text.startswith("usage: cprec finetune RECIPE_OR_YAML [key=value ...]\n\nFine-tunes a model")
+    assert text.endswith(
+        "  output_dir: text\n"
+        "      Where the results go.\n"
+        "  seed: int = 0\n"
+        "      Seed of everything random.\n"
+        "\n"
+        "example: cprec finetune my_recipe.yaml seed=1\n"
+    )
+
+
+def test_help_of_run_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "run", "--help")
+    assert "  fake data=FOLDER [seed=0]\n      A recipe of these tests.\n" in text
+    assert "  demo\n      The demo of these tests.\n" in text
+
+
+@pytest.mark.parametrize("verb", [verb.name for verb in cli.VERBS])
+def test_help_fits_the_terminal(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, verb, "--help")
+    assert text.startswith(f"usage: cprec {verb}")
+    assert max(map(len, text.splitlines())) <= 100
