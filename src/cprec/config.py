@@ -210,4 +210,7 @@ def _from_recipe(name: str, settings: Settings, stage: str | None) -> Any:
     fields = set(settable_fields(type(recipe)))
     of_stage = Settings({key: value for key, value in rest.items() if key not in fields})
     recipe = update(recipe, {key: value for key, value in rest.items() if key in fields})
-    return update(getattr(recipe, stage), of_stage)
+    config = getattr(recipe, stage)
+    if config is None:
+        raise ConfigError(f"the recipe {name} has no stage {stage}")
+    return update(config, of_stage)

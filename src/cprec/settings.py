@@ -416,5 +416,5 @@ def describe_type(annotation: Any) -> str:
         return f"list of {describe_type(arguments[0])}"
     if origin in (dict, Mapping):
         return f"{describe_type(arguments[0])}:{describe_type(arguments[1])},..."
-    names = {str: "text", Path: "path", bool: "true | false", int: "int", float: "float"}
-    return names.get(annotation) or getattr(annotation, "__name__", str(annotation))
+    names: dict[Any, str] = {str: "text", Path: "path", bool: "true | false", int: "int", float: "float"}
+    return names.get(annotation) or str(getattr(annotation, "__name__", annotation))
