@@ -6,7 +6,6 @@
 # TORCH_INDEX=...  where PyTorch comes from beside the usual index; the default has builds for the CPU. For a GPU name
 #                  another, such as https://download.pytorch.org/whl/cu130, and run `make clean-venv` before.
 
-SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint format bench setup clean-venv
 

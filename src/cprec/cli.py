@@ -328,17 +328,17 @@ def _settings_help(stage: str) -> str:
     from cprec.field_help import describe_fields
     from cprec.settings import load_object
 
-    lines = ["settings, as key=value (a setting without a default must come from the recipe or from you):"]
-    for row in describe_fields(load_object(STAGE_CONFIGS[stage])):
-        lines.append(f"  {_key_and_type(row)}")
-        if row.text:
-            lines.append(_wrapped(row.text, "      "))
-    return "\n".join(lines)
+    rows = describe_fields(load_object(STAGE_CONFIGS[stage]))
+    needed = [row for row in rows if row.default is None and "." not in row.key]
+    others = [row for row in rows if row not in needed]
+    sections = (("needed, from the recipe or from you, as key=value:", needed), ("settings, as key=value:", others))
+    return "\n\n".join("\n".join([title, *map(_field, section)]) for title, section in sections if section)
 
 
-def _key_and_type(row: FieldHelp) -> str:
-    default = "" if row.default is None else f" = {row.default}" if row.default else " = (empty)"
-    return f"{row.key}: {row.type}{default}"
+def _field(row: FieldHelp) -> str:
+    default = "" if row.default in (None, "(below)") else f" = {row.default}" if row.default else " = (empty)"
+    first = f"  {row.key}: {row.type}{default}"
+    return f"{first}\n{_wrapped(row.text, '      ')}" if row.text else first
 
 
 def _wrapped(text: str, indent: str = "") -> str:

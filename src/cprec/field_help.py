@@ -12,6 +12,10 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 from cprec.settings import describe_type, field_type, is_required, settable_fields
 
 
+GROUP = "group of settings"
+"""The type that the help shows of a nested configuration."""
+
+
 class FieldHelp(NamedTuple):
     """What the help shows of one field."""
 
@@ -56,10 +60,11 @@ def describe_fields(cls: type, prefix: str = "", instance: Any = None) -> list[F
         required = instance is None and is_required(field)
         value = None if required else _default_of(field) if instance is None else getattr(instance, name)
         nested = _nested_configs(annotation)
-        has_text = not dataclasses.is_dataclass(annotation) or name in docs
-        if has_text:
-            default = None if required else show_value(value) if not nested or not value else "(see below)"
+        if not dataclasses.is_dataclass(annotation):
+            default = None if required else show_value(value) if not nested or not value else "(below)"
             rows.append(FieldHelp(f"{prefix}{name}", describe_type(annotation), default, docs.get(name, "")))
+        elif name in docs:
+            rows.append(FieldHelp(f"{prefix}{name}.*", GROUP, "(below)", docs[name]))
         for inner, key in nested:
             rows += describe_fields(inner, f"{prefix}{name}.{key}", value if type(value) is inner else None)
     return rows

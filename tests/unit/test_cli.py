@@ -217,8 +217,11 @@ def test_help_of_a_stage_lists_its_settings(capsys: pytest.CaptureFixture[str]) 
     text = printed(capsys, "finetune", "--help")
     assert text.startswith("usage: cprec finetune RECIPE_OR_YAML [key=value ...]\n\nFine-tunes a model")
     assert text.endswith(
+        "needed, from the recipe or from you, as key=value:\n"
         "  output_dir: text\n"
         "      Where the results go.\n"
+        "\n"
+        "settings, as key=value:\n"
         "  seed: int = 0\n"
         "      Seed of everything random.\n"
         "\n"

@@ -362,6 +362,7 @@ def test_fields_are_described_with_type_and_default() -> None:
     assert rows["limit"] == ("limit", "int or none", "none", "At most so many; none for all.")
     assert rows["device"].type == "auto | cpu | cuda"
     assert rows["betas"] == ("betas", "float,float", "0.9,0.95", "")
+    assert rows["size.*"] == ("size.*", "group of settings", "(below)", "How large.")
     assert rows["size.width"] == ("size.width", "int", "64", "Channels.")
     assert rows["sources"].type == "list of Table or World"
     assert rows["sources.0.path"].default is None
