@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from cprec.settings import describe_type, field_type, is_required, settable_fields
 
-
 GROUP = "group of settings"
 """The type that the help shows of a nested configuration."""
 

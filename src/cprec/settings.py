@@ -333,8 +333,9 @@ def _convert_literal(value: Any, choices: tuple[Any, ...], where: str) -> Any:
     for choice in choices:
         if value == choice and type(value) is type(choice):
             return choice
+    text = str(value).lower() if isinstance(value, bool) else str(value)  # YAML reads true where "true" is meant
     for choice in choices:
-        if str(value) == str(choice):
+        if text == str(choice):
             return choice
     hint = did_you_mean(str(value), [str(choice) for choice in choices])
     raise ConfigError(f"{where}={value}: expected {' | '.join(str(choice) for choice in choices)}{hint}")
