@@ -1,0 +1,62 @@
+"""Rows of unequal length in two flat arrays: the form of every sequence between the log and the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of unequal length: row i is values[offsets[i]:offsets[i + 1]]."""
+
+    values: np.ndarray
+    offsets: np.ndarray
+    """int64[num_rows + 1], from 0 to len(values)."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    @property
+    def row_of(self) -> np.ndarray:
+        """The row of each value: int64[len(values)]."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    def take(self, rows: np.ndarray) -> Ragged:
+        """The given rows, one after the other, in one vectorised gather.
+
+        >>> Ragged(np.array([1, 2, 3]), np.array([0, 2, 3])).take(np.array([1, 0])).values.tolist()
+        [3, 1, 2]
+        """
+        lengths = self.lengths[rows]
+        offsets = offsets_of(lengths)
+        within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+        return Ragged(self.values[np.repeat(self.offsets[rows], lengths) + within], offsets)
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int] | np.ndarray], dtype: Any = np.int64) -> Ragged:
+        """From a list of rows."""
+        values = np.concatenate([np.asarray(row, dtype=dtype) for row in rows]) if len(rows) else np.empty(0, dtype)
+        return cls(values.astype(dtype, copy=False), offsets_of(np.array([len(row) for row in rows], dtype=np.int64)))
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Ragged]) -> Ragged:
+        """The rows of several arrays, one array after the other."""
+        lengths = np.concatenate([part.lengths for part in parts]) if parts else np.empty(0, dtype=np.int64)
+        values = np.concatenate([part.values for part in parts]) if parts else np.empty(0, dtype=np.int64)
+        return cls(values, offsets_of(lengths))
+
+
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+    """Row starts (and the end) of rows with these lengths: int64[len(lengths) + 1]."""
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)])

@@ -1,0 +1,129 @@
+"""Load and save Hugging Face decoders: any causal language model, LoRA, and `tiny`, a small one made from nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cprec.errors import ConfigError
+
+TINY = "tiny"
+
+
+def tiny_model(
+    vocabulary_size: int,
+    *,
+    hidden_size: int = 128,
+    num_hidden_layers: int = 2,
+    num_attention_heads: int = 4,
+    max_position_embeddings: int = 1024,
+    pad_token_id: int = 0,
+    eos_token_id: int = 1,
+    seed: int = 0,
+) -> nn.Module:
+    """A small Qwen3-style decoder with random weights and tied embeddings; the same weights for the same seed."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=vocabulary_size,
+        hidden_size=hidden_size,
+        intermediate_size=-(-8 * hidden_size // 3 // 64) * 64,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_attention_heads,
+        head_dim=hidden_size // num_attention_heads,
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=True,
+        pad_token_id=pad_token_id,
+        eos_token_id=eos_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(config)
+
+
+def load_model(name_or_path: str | Path, *, device: torch.device | None = None) -> Any:
+    """A causal language model in fp32, by Hugging Face name or folder; an adapter folder loads its base and the adapter.
+
+    Raises ConfigError where nothing can be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = Path(name_or_path)
+    try:
+        if (path / "adapter_config.json").is_file():
+            from peft import AutoPeftModelForCausalLM
+
+            model = AutoPeftModelForCausalLM.from_pretrained(str(path), dtype=torch.float32, is_trainable=True)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(str(name_or_path), dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model_name_or_path={str(name_or_path)!r} is neither '{TINY}', a model folder nor a model that Hugging Face "
+            f"transformers can load: {error}"
+        ) from error
+    return model.to(device) if device is not None else model
+
+
+def add_lora(model: Any, *, rank: int, alpha: int) -> Any:
+    """The model with LoRA adapters (Hu et al. 2021) on all linear layers but the head; only they are trained."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+
+
+def trunk_and_head(model: Any) -> tuple[Any, Any]:
+    """The decoder without its output layer, and the output layer, so that logits are made only where needed."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = inner.get_output_embeddings()
+    if getattr(head, "bias", None) is not None or getattr(inner.config, "final_logit_softcapping", None):
+        raise ConfigError(
+            f"{type(inner).__name__}: output layers with a bias or soft-capped logits (Gemma 2, Phi 1) are not supported; "
+            "Llama, Qwen, Mistral, SmolLM and Gemma 3 models are"
+        )
+    return inner.get_decoder(), head
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Parameters, tied ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def check_isolation(model: Any, documents: Sequence[Sequence[int]] = ((5, 6, 7, 8), (9, 10, 11))) -> None:
+    """Asserts that packed documents do not see each other on this very model.
+
+    With restarting `position_ids` alone, transformers isolates documents only under certain settings, and silently does
+    not under others. Raises ConfigError if the second document's hidden states depend on the first.
+    """
+    trunk, _ = trunk_and_head(model)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+
+    def states(ids: list[int], positions: list[int]) -> torch.Tensor:
+        out = trunk(
+            input_ids=torch.tensor([ids], device=device),
+            position_ids=torch.tensor([positions], device=device),
+            use_cache=False,
+        )
+        return out.last_hidden_state[0].float()
+
+    first, second = list(documents[0]), list(documents[1])
+    packed = states(first + second, [*range(len(first)), *range(len(second))])[len(first) :]
+    alone = states(second, list(range(len(second))))
+    model.train(was_training)
+    error = (packed - alone).abs().max().item() / max(alone.abs().max().item(), 1e-12)
+    if not error < 1e-3:
+        attention = getattr(model.config, "_attn_implementation", "unknown")
+        raise ConfigError(
+            f"packed documents see each other in this model (relative difference {error:.2g}, attention {attention!r}): "
+            "load it with attn_implementation='sdpa', or use a transformers version whose masks follow position_ids"
+        )

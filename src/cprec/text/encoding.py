@@ -1,0 +1,137 @@
+"""Prompts to token ids: every piece is tokenised once, a document is a ragged gather of pieces."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cprec.data.ragged import Ragged, offsets_of
+from cprec.schema import MIXED, SPECIFIC
+from cprec.text.prompts import Template
+
+if TYPE_CHECKING:
+    from cprec.data.catalogue import Catalogue
+
+
+class PromptEncoder:
+    """Turns item rows of a catalogue into documents, prompts and titles of token ids.
+
+    `tokenizer` is a fast Hugging Face tokenizer with an end-of-sequence token; titles keep at most `max_title_tokens`
+    tokens. Raises ValueError if the tokenizer has no end-of-sequence token.
+    """
+
+    def __init__(
+        self, tokenizer: Any, catalogue: Catalogue, *, max_title_tokens: int = 32, template: Template | None = None
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end-of-sequence token, which closes every document and title")
+        self.catalogue = catalogue
+        self.template = template or Template()
+        self.max_title_tokens = max_title_tokens
+        self.eos_id = int(tokenizer.eos_token_id)
+        self.vocabulary_size = len(tokenizer)
+
+        def encode(texts: list[str]) -> list[list[int]]:
+            return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+        t, domains = self.template, list(catalogue.domains)
+        parts = encode([t.line, t.next, t.head(t.mixed_scope)])
+        heads = encode([t.head(domain) for domain in domains])
+        tags = encode([t.tag(domain) for domain in domains])
+        titles = [ids[:max_title_tokens] for ids in encode([t.title(title) for title in catalogue.title])]
+        self._pieces = Ragged.of(parts + [[self.eos_id]] + heads + tags + titles)
+        self._line, self._next, self._mixed_head, self._eos = 0, 1, 2, 3
+        self._heads = 4 + np.arange(len(domains))
+        self._tags = self._heads + len(domains)
+        self._titles = 4 + 2 * len(domains)
+
+    @property
+    def line_tokens(self) -> np.ndarray:
+        """The tokens that open a line of the history; no title contains them (titles hold no newline)."""
+        return self._pieces[self._line]
+
+    @property
+    def next_tokens(self) -> np.ndarray:
+        """The tokens that stand before the target."""
+        return self._pieces[self._next]
+
+    def tag_tokens(self, domain: int) -> np.ndarray:
+        """The tokens of a domain's tag; `domain` is an index into the catalogue's domains."""
+        return self._pieces[int(self._tags[domain])]
+
+    def titles(self, rows: np.ndarray, *, end: bool = False) -> Ragged:
+        """Title tokens of catalogue rows, each closed by end-of-sequence if `end`."""
+        if not end:
+            return self._pieces.take(self._titles + rows)
+        pieces = np.stack([self._titles + rows, np.full(len(rows), self._eos)], axis=1).ravel()
+        return self._join(Ragged(pieces, 2 * np.arange(len(rows) + 1)))
+
+    def documents(self, kind: str, domains: np.ndarray, events: Ragged) -> tuple[Ragged, np.ndarray]:
+        """Documents whose last event is the target.
+
+        `events` holds catalogue rows, at least one each document; `domains` the index of each document's domain (unused
+        for mixed). Returns the token rows and, per document, where the target's own tokens start (the title of the
+        last event, after `Next:` and the tag).
+        """
+        assert (events.lengths > 0).all(), "a document needs a target"
+        pieces = self._sequence(kind, domains, events, last_is_target=True)
+        tokens = self._join(pieces)
+        target = self._pieces.lengths[self._titles + events.values[events.offsets[1:] - 1]] + 1
+        return tokens, tokens.lengths - target
+
+    def prompts(self, kind: str, domains: np.ndarray, history: Ragged) -> Ragged:
+        """Prompts that end where the title of an item of `domains` must follow; histories may be empty."""
+        return self._join(self._sequence(kind, domains, history, last_is_target=False))
+
+    def event_tokens(self, kind: str, rows: np.ndarray) -> np.ndarray:
+        """How many tokens each event adds to a document, its line opening included."""
+        lengths = self._pieces.lengths
+        extra = lengths[self._tags[self.catalogue.domain[rows]]] if kind == MIXED else 0
+        return lengths[self._line] + extra + lengths[self._titles + rows]
+
+    def frame_tokens(self, kind: str, domains: np.ndarray) -> np.ndarray:
+        """How many tokens a prompt of each domain has besides its history."""
+        lengths = self._pieces.lengths
+        if kind == MIXED:
+            return lengths[self._mixed_head] + lengths[self._next] + lengths[self._tags[domains]]
+        return lengths[self._heads[domains]] + lengths[self._next]
+
+    def fit(self, kind: str, domains: np.ndarray, history: Ragged, max_tokens: int) -> Ragged:
+        """The most recent events of each history with which the prompt has at most `max_tokens` tokens."""
+        cost = self.event_tokens(kind, history.values)
+        room = max_tokens - self.frame_tokens(kind, domains)
+        total = offsets_of(cost)
+        to_end = np.repeat(total[history.offsets[1:]], history.lengths) - total[:-1]  # from this event to the last
+        keep = to_end <= np.repeat(room, history.lengths)
+        kept = offsets_of(np.add.reduceat(np.r_[keep, False], history.offsets[:-1]) * (history.lengths > 0))
+        return Ragged(history.values[keep], kept)
+
+    def _sequence(self, kind: str, domains: np.ndarray, events: Ragged, *, last_is_target: bool) -> Ragged:
+        """Piece numbers of each document: head, then (line opening, tag if mixed, title) an event, then the end."""
+        assert kind in (SPECIFIC, MIXED), kind
+        mixed = kind == MIXED
+        width = 3 if mixed else 2
+        tail = 1 if last_is_target or not mixed else 2
+        offsets = offsets_of(1 + width * events.lengths + tail)
+        out = np.empty(offsets[-1], dtype=np.int64)
+        out[offsets[:-1]] = self._mixed_head if mixed else self._heads[domains]
+        within = np.arange(len(events.values)) - np.repeat(events.offsets[:-1], events.lengths)
+        at = np.repeat(offsets[:-1], events.lengths) + 1 + width * within
+        out[at] = self._line
+        if mixed:
+            out[at + 1] = self._tags[self.catalogue.domain[events.values]]
+        out[at + width - 1] = self._titles + events.values
+        if last_is_target:
+            out[at[events.offsets[1:] - 1]] = self._next
+            out[offsets[1:] - 1] = self._eos
+        else:
+            out[offsets[1:] - tail] = self._next
+            if mixed:
+                out[offsets[1:] - 1] = self._tags[domains]
+        return Ragged(out, offsets)
+
+    def _join(self, pieces: Ragged) -> Ragged:
+        """Token rows of rows of piece numbers."""
+        tokens = self._pieces.take(pieces.values)
+        return Ragged(tokens.values, tokens.offsets[pieces.offsets])

@@ -1,0 +1,48 @@
+"""The tokenizer of a run: the base model's own, or a small byte-level BPE trained on catalogue text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+TINY = "tiny"
+EOS = "<eos>"
+PAD = "<pad>"
+
+# Words, numbers and marks apart, each with the space before it; the line opening of the template is one unit. Every
+# template piece starts a new unit, so tokens of a whole document equal those of its pieces.
+SPLIT = r"\n-| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int = 8192) -> Any:
+    """A byte-level BPE over `texts`, as a fast Hugging Face tokenizer; any text can be encoded and decoded exactly.
+
+    Raises ValueError if `vocabulary_size` is too small for the 256 bytes and the special tokens.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(alphabet) + 2
+    if vocabulary_size < smallest:
+        raise ValueError(f"vocabulary_size={vocabulary_size} is below {smallest} (256 bytes and 2 special tokens)")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size, special_tokens=[PAD, EOS], initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
+
+
+def load_tokenizer(name_or_path: str) -> Any:
+    """The tokenizer of a Hugging Face model, by name or folder."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name_or_path)

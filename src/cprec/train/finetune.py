@@ -1,0 +1,66 @@
+"""Stage: fine-tuning on next-item examples of one domain; the loss covers the target's tokens only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cprec.errors import ConfigError
+from cprec.train.training import TrainingConfig
+
+if TYPE_CHECKING:
+    from cprec.text.stream import TokenStream
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainingConfig):
+    """Settings of fine-tuning."""
+
+    domain: str
+    """The target domain: one that `cprec prepare` wrote examples for."""
+    num_train_epochs: float = 3.0
+    """Passes over the examples."""
+    anneal_steps: float = 0.95
+    """Annealing: with warm-up 0.05 the learning rate falls from the peak on."""
+    warmup_steps: float = 0.05
+    """Warm-up: a fraction of all steps if below 1, else a number of steps."""
+    anneal_shape: str = "cosine"
+    """How the learning rate falls."""
+
+
+def finetune(config: FinetuneConfig) -> Path:
+    """Fine-tune a model on the next-item examples of a domain; returns the model folder."""
+    from cprec.text.shards import open_shards
+    from cprec.text.stream import TokenStream
+    from cprec.train.training import run_training
+
+    folder = Path(config.data) / "examples" / config.domain
+    if not folder.is_dir():
+        found = sorted(path.name for path in folder.parent.glob("*/")) if folder.parent.is_dir() else []
+        raise ConfigError(
+            f"domain={config.domain!r} has no fine-tuning examples in {folder.parent}; there are: "
+            f"{', '.join(found) or 'none'}. Name it in target_domains of `cprec prepare`"
+        )
+    train, validation = open_shards(folder / "train"), open_shards(folder / "validation")
+
+    def stream(shards: object, num_tokens: int, rows: int) -> TokenStream:
+        return TokenStream(
+            shards,  # type: ignore[arg-type]
+            rows_per_step=rows,
+            row_tokens=config.max_length,
+            num_tokens=num_tokens,
+            seed=config.seed,
+            targets_only=True,
+        )
+
+    held_out = min(config.eval_tokens, validation.manifest["num_tokens"])
+    return run_training(
+        config,
+        train_shards=train,
+        make_stream=lambda: stream(
+            train, round(config.num_train_epochs * train.manifest["num_tokens"]), config.rows_per_step
+        ),
+        validation={f"{config.domain} (next item)": stream(validation, held_out, config.per_device_train_batch_size)},
+        about={"stage": "finetune", "domain": config.domain, **train.manifest["about"]},
+    )

@@ -1,0 +1,297 @@
+"""What both training stages share: their settings, the set-up before the loop, and the finished model folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cprec.errors import ConfigError
+from cprec.provenance import CONFIG_FILE, read_resolved, save_resolved, to_dict
+
+if TYPE_CHECKING:
+
+    from cprec.text.shards import Shards
+    from cprec.text.stream import TokenStream
+
+DONE = "cprec.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyModel:
+    """Size of the decoder that `model_name_or_path=tiny` makes from random weights."""
+
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    num_hidden_layers: int = 2
+    """Transformer blocks."""
+    num_attention_heads: int = 4
+    """Heads; must divide hidden_size."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 2:
+            raise ConfigError(
+                f"hidden_size={self.hidden_size} must be num_attention_heads={self.num_attention_heads} times an even number"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Settings of pre-training and fine-tuning; names are Hugging Face's where one exists."""
+
+    data: str
+    """Data folder that `cprec prepare` wrote."""
+    output_dir: str
+    """Where the model folder, its checkpoints and its log go."""
+    model_name_or_path: str = "tiny"
+    """A causal language model: a Hugging Face name, a model folder, or `tiny` (small, from random weights)."""
+    tiny: TinyModel = TinyModel()
+    """Size of the tiny model; unused otherwise."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters on all linear layers; 0 trains all weights."""
+    lora_alpha: int = 32
+    """Scale of the LoRA update (alpha / rank)."""
+    learning_rate: float = 1e-4
+    """Peak learning rate (our reconstruction: 1e-4 up to 0.6 B parameters, 5e-5 for 1-3 B; small models from random weights want 1e-3 and more)."""
+    num_train_epochs: float = 1.0
+    """Passes over the training tokens; a fraction is allowed."""
+    max_length: int = 1024
+    """Tokens of a packed row."""
+    per_device_train_batch_size: int = 8
+    """Packed rows of a forward pass."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes of an optimizer step."""
+    weight_decay: float = 0.1
+    """AdamW's decay of matrices; norms are left out."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    bf16: Literal["auto", "true", "false"] = "auto"
+    """Compute in bf16 with fp32 weights; auto asks the machine (on a CPU it is measured)."""
+    warmup_steps: float = 0.03
+    """Warm-up: a fraction of all steps if below 1, else a number of steps."""
+    anneal_steps: float = 0.15
+    """Annealing at the end: a fraction of all steps if at most 1, else a number of steps; 0 stays at the peak."""
+    anneal_shape: Literal["1-sqrt", "linear", "cosine", "exponential"] = "1-sqrt"
+    """How the learning rate falls."""
+    min_lr_ratio: float = 0.1
+    """The last learning rate, as a share of the peak."""
+    seed: int = 0
+    """Decides the order of documents and the tiny model's first weights."""
+    save_steps: int = 500
+    """Steps between checkpoints."""
+    save_total_limit: int = 2
+    """Checkpoints kept."""
+    logging_steps: int = 10
+    """Steps between lines of log.jsonl."""
+    eval_steps: int = 500
+    """Steps between measurements of held-out perplexity."""
+    eval_tokens: int = 50_000
+    """Held-out tokens measured per domain and kind, at most."""
+    resume_from_checkpoint: Literal["auto", "never"] = "auto"
+    """auto goes on from the newest checkpoint in output_dir; never starts again."""
+
+    def __post_init__(self) -> None:
+        positive = (
+            "learning_rate num_train_epochs max_length per_device_train_batch_size gradient_accumulation_steps "
+            "max_grad_norm save_steps save_total_limit logging_steps eval_steps"
+        )
+        for name in positive.split():
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+        for name in ("weight_decay", "warmup_steps", "anneal_steps", "eval_tokens", "lora_rank"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ConfigError(f"min_lr_ratio={self.min_lr_ratio} must lie in 0..1")
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+def finished(config: TrainingConfig, inputs: dict[str, str]) -> bool:
+    """Whether output_dir holds the finished run of these settings on these inputs.
+
+    Raises ConfigError if it holds a run, finished or not, of other ones: nothing is overwritten or mixed up.
+    """
+    output_dir = Path(config.output_dir)
+    if not (output_dir / CONFIG_FILE).is_file():
+        return False
+    record = read_resolved(output_dir)
+    now = to_dict(config)
+    changed = sorted(
+        name for name in now.keys() | record["config"].keys() if now.get(name) != record["config"].get(name)
+    )
+    changed = [name for name in changed if name not in ("resume_from_checkpoint", "save_steps", "save_total_limit")]
+    if changed or record["inputs"] != inputs:
+        what = (
+            ", ".join(f"{n} was {record['config'].get(n)!r}, now {now.get(n)!r}" for n in changed) or "other input data"
+        )
+        raise ConfigError(
+            f"{output_dir} holds a run with other settings ({what}): choose another output_dir or delete it"
+        )
+    return (output_dir / DONE).is_file()
+
+
+def run_training(
+    config: TrainingConfig,
+    *,
+    train_shards: Shards,
+    make_stream: Callable[[], TokenStream],
+    validation: dict[str, TokenStream],
+    about: dict[str, Any],
+) -> Path:
+    """Set up model, schedule and loop, train, and write the finished model folder; returns it.
+
+    `validation` maps a name (a domain and kind) to held-out batches; `about` is what this stage adds to `cprec.json`.
+    A finished run of equal settings is reused; an interrupted one goes on from its newest readable checkpoint.
+    """
+    from cprec import distributed
+    from cprec.models import TINY, add_lora, check_isolation, load_model, num_parameters, tiny_model
+    from cprec.progress import say
+    from cprec.text.tokenizer import load_tokenizer
+    from cprec.train.checkpoint import checkpoints
+    from cprec.train.loop import perplexity, train
+    from cprec.train.schedule import WSA
+
+    distributed.single_process()
+    output_dir, data = Path(config.output_dir), Path(config.data)
+    inputs = {"shards": train_shards.sha256, "base": _base_identity(config.model_name_or_path)}
+    if finished(config, inputs):
+        say(f"{output_dir}: complete with these settings, reused")
+        return output_dir
+    if config.resume_from_checkpoint == "never":
+        for old in checkpoints(output_dir):
+            shutil.rmtree(old)
+
+    stream = make_stream()
+    num_steps = stream.num_steps
+    schedule = WSA.fractions(
+        num_steps,
+        config.learning_rate,
+        warmup=_fraction(config.warmup_steps, num_steps),
+        anneal=_fraction(config.anneal_steps, num_steps),
+        floor_ratio=config.min_lr_ratio,
+        shape=config.anneal_shape,
+    )
+    device = distributed.pick_device()
+    tokenizer = load_tokenizer(str(data / "tokenizer"))
+    if config.model_name_or_path == TINY:
+        model = tiny_model(
+            len(tokenizer),
+            hidden_size=config.tiny.hidden_size,
+            num_hidden_layers=config.tiny.num_hidden_layers,
+            num_attention_heads=config.tiny.num_attention_heads,
+            max_position_embeddings=max(1024, config.max_length),
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            seed=config.seed,
+        ).to(device)
+    else:
+        model = load_model(config.model_name_or_path, device=device)
+        _check_vocabulary(config, model, len(tokenizer))
+    if config.lora_rank:
+        model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha)
+    check_isolation(model)
+    bf16 = distributed.use_bf16(config.bf16, device)
+
+    say(
+        f"{num_parameters(model) / 1e6:.2f} M parameters on {distributed.describe(device)}, "
+        f"{'bf16' if bf16 else 'fp32'}; {stream.num_tokens:,} tokens in {num_steps:,} steps of "
+        f"{config.rows_per_step * config.max_length:,} positions ({stream.fill:.1%} full); warm-up {schedule.warmup_steps}, "
+        f"annealing {schedule.anneal_steps} steps ({config.anneal_shape}), learning rate {config.learning_rate:g} "
+        f"down to {schedule.floor:g}"
+    )
+
+    def validate() -> dict[str, float]:
+        return {name: perplexity(model, held_out, device, bf16) for name, held_out in validation.items()}
+
+    save_resolved(output_dir, config, inputs)
+    saved = checkpoints(output_dir)
+    if saved:
+        say(f"resuming from {saved[-1]}")
+    state = train(
+        model,
+        stream,
+        schedule,
+        output_dir=output_dir,
+        num_accumulation=config.gradient_accumulation_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=bf16,
+        save_steps=config.save_steps,
+        save_total_limit=config.save_total_limit,
+        logging_steps=config.logging_steps,
+        eval_steps=config.eval_steps,
+        validate=validate,
+        resume_from=saved[-1] if saved else None,
+        description=about["stage"],
+    )
+    done = {
+        **about,
+        "trained_on": [*_base_shards(config.model_name_or_path), train_shards.sha256],
+        "tokens": state.num_tokens,
+        "consumed": state.consumed,
+        "seconds": round(state.seconds, 1),
+        "num_parameters": num_parameters(model),
+    }
+    _publish(output_dir, data, model, tokenizer, done)
+    for old in checkpoints(output_dir):
+        shutil.rmtree(old)
+    return output_dir
+
+
+def _publish(output_dir: Path, data: Path, model: Any, tokenizer: Any, done: dict[str, Any]) -> None:
+    """Turn output_dir into a model folder: everything is written aside and moved in, `cprec.json` last."""
+    from cprec.train.checkpoint import write_folder
+
+    aside = output_dir / "model"
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        shutil.copytree(data / "items", folder / "items")
+        (folder / DONE).write_text(json.dumps(done, indent=1) + "\n")
+
+    write_folder(aside, write)
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == DONE):
+        old = output_dir / path.name
+        if old.is_dir():
+            shutil.rmtree(old)
+        path.replace(old)
+    aside.rmdir()
+
+
+def read_done(folder: Path | str) -> dict[str, Any] | None:
+    """What `cprec.json` of a model folder says, or None where it is no model folder of ours."""
+    path = Path(folder) / DONE
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _base_shards(name_or_path: str) -> list[str]:
+    """The shards that a base model of ours was trained on."""
+    done = read_done(name_or_path)
+    return list(done["trained_on"]) if done else []
+
+
+def _base_identity(name_or_path: str) -> str:
+    """What distinguishes the base model: its name, or for a folder of ours the documents that it consumed."""
+    done = read_done(name_or_path)
+    return f"{done['consumed']}" if done else name_or_path
+
+
+def _fraction(setting: float, num_steps: int) -> float:
+    """A setting of at most 1 is a fraction of the steps; above, a number of steps."""
+    return setting if setting <= 1 else setting / num_steps
+
+
+def _check_vocabulary(config: TrainingConfig, model: Any, vocabulary_size: int) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < vocabulary_size:
+        raise ConfigError(
+            f"{config.model_name_or_path} has {rows:,} token embeddings but the tokens in {config.data} were made with a "
+            f"vocabulary of {vocabulary_size:,}: run `cprec prepare` with tokenizer={config.model_name_or_path}"
+        )
