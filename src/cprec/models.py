@@ -48,7 +48,8 @@ def tiny_model(
 
 
 def load_model(name_or_path: str | Path, *, device: torch.device | None = None) -> Any:
-    """A causal language model in fp32, by Hugging Face name or folder; an adapter folder loads its base and the adapter.
+    """A causal language model in fp32, by Hugging Face name or folder; an adapter folder loads its base and the
+    adapter.
 
     Raises ConfigError where nothing can be loaded.
     """
@@ -64,7 +65,8 @@ def load_model(name_or_path: str | Path, *, device: torch.device | None = None) 
             model = AutoModelForCausalLM.from_pretrained(str(name_or_path), dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model_name_or_path={str(name_or_path)!r} is neither '{TINY}', a model folder nor a model that Hugging Face "
+            f"model_name_or_path={str(name_or_path)!r} is neither '{TINY}', a model folder nor a model that Hugging "
+            f"Face "
             f"transformers can load: {error}"
         ) from error
     return model.to(device) if device is not None else model
@@ -85,7 +87,8 @@ def trunk_and_head(model: Any) -> tuple[Any, Any]:
     head = inner.get_output_embeddings()
     if getattr(head, "bias", None) is not None or getattr(inner.config, "final_logit_softcapping", None):
         raise ConfigError(
-            f"{type(inner).__name__}: output layers with a bias or soft-capped logits (Gemma 2, Phi 1) are not supported; "
+            f"{type(inner).__name__}: output layers with a bias or soft-capped logits (Gemma 2, Phi 1) are not "
+            f"supported; "
             "Llama, Qwen, Mistral, SmolLM and Gemma 3 models are"
         )
     return inner.get_decoder(), head
@@ -124,6 +127,7 @@ def check_isolation(model: Any, documents: Sequence[Sequence[int]] = ((5, 6, 7, 
     if not error < 1e-3:
         attention = getattr(model.config, "_attn_implementation", "unknown")
         raise ConfigError(
-            f"packed documents see each other in this model (relative difference {error:.2g}, attention {attention!r}): "
+            f"packed documents see each other in this model (relative difference {error:.2g}, attention "
+            f"{attention!r}): "
             "load it with attn_implementation='sdpa', or use a transformers version whose masks follow position_ids"
         )

@@ -61,7 +61,8 @@ _RANDOM = np.random.default_rng(20250411).integers(1, 1 << 63, 4096, dtype=np.ui
 
 
 def row_hashes(rows: Ragged) -> np.ndarray:
-    """A 64-bit multilinear hash of each row: sum of (token + 1) * r[place], so rows of other tokens or length differ."""
+    """A 64-bit multilinear hash of each row: sum of (token + 1) * r[place], so rows of other tokens or length
+    differ."""
     place = np.arange(len(rows.values)) - np.repeat(rows.offsets[:-1], rows.lengths)
     with np.errstate(over="ignore"):
         terms = (rows.values.astype(np.uint64) + np.uint64(1)) * _RANDOM[place % len(_RANDOM)]
@@ -140,11 +141,11 @@ def check_documents(
 ) -> list[Property]:
     """Hold the events of documents against the log.
 
-    `document_user` is each document's user; `allowed_*` are the training events and `held_out_*` the validation and test
-    events as (user, title number) pairs. A user's title may occur at most as often as the training events have it: in
-    all documents of a `group` together (domain-specific and mixed documents tell the same events), or (`per_document`,
-    for examples, which share their histories) in each one. What exceeds that and was held out is a leak; what exceeds it
-    and is not in the log at all is a fault of the writer.
+    `document_user` is each document's user; `allowed_*` are the training events and `held_out_*` the validation and
+    test events as (user, title number) pairs. A user's title may occur at most as often as the training events have
+    it: in all documents of a `group` together (domain-specific and mixed documents tell the same events), or
+    (`per_document`, for examples, which share their histories) in each one. What exceeds that and was held out is a
+    leak; what exceeds it and is not in the log at all is a fault of the writer.
     """
     known = events.title >= 0
     lines = np.bincount(events.document, minlength=num_documents)

@@ -27,8 +27,9 @@ def beam_search(
 
     At each depth the `width` best prefixes go on; every title that ends is kept, so completed titles take no beam. A
     user's search ends when no prefix is better than the k-th item, for a title's log-probability only falls. Items with
-    equal titles tie, and all of those tied with the k-th are returned. `excluded` holds item positions per user; prefixes
-    of nothing else are never entered. Width of at least the number of prefixes at any depth makes the search exact.
+    equal titles tie, and all of those tied with the k-th are returned. `excluded` holds item positions per user;
+    prefixes of nothing else are never entered. Width of at least the number of prefixes at any depth makes the search
+    exact.
     """
     device = tree.prompt_hidden_UD.device
     num_users = len(tree.prompt_hidden_UD)

@@ -134,9 +134,9 @@ class LLMRecommender:
     ) -> list[Recommendation]:
         """The `k` best next items for a history of item ids or titles, oldest first.
 
-        Texts are looked up as ids, then as titles, in the target domain, then in every other one. `domain` is the domain
-        to recommend from; by default the one the model was fine-tuned for. A history longer than the model was trained
-        on keeps its latest events, with a warning.
+        Texts are looked up as ids, then as titles, in the target domain, then in every other one. `domain` is the
+        domain to recommend from; by default the one the model was fine-tuned for. A history longer than the model was
+        trained on keeps its latest events, with a warning.
 
         Raises UnknownItemError for texts that are neither id nor title, ValueError if `k` exceeds the items there are.
         """

@@ -22,7 +22,8 @@ def pack(lengths: np.ndarray, row_tokens: int, seed: int, window: int = WINDOW) 
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(lengths) and lengths.max() > row_tokens:
         raise ValueError(
-            f"a document of {lengths.max():,} tokens does not fit a row of {row_tokens:,}: raise max_length, or prepare "
+            f"a document of {lengths.max():,} tokens does not fit a row of {row_tokens:,}: raise max_length, or "
+            f"prepare "
             "the data with a smaller max_document_tokens"
         )
     rows: list[list[int]] = []

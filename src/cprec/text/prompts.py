@@ -8,8 +8,9 @@ One unified template (CPRec, Ma et al. 2025, ask for one; the wording is ours, s
     - {line}
     Next: {line}<eos>
 
-A prompt is a sequence of *pieces* (a template part, a domain tag, a title). Each piece is tokenised once and on its own,
-so a title has the same tokens in every document, prompt and decoding trie. Pieces start with their own white space.
+A prompt is a sequence of *pieces* (a template part, a domain tag, a title). Each piece is tokenised once and on its
+own, so a title has the same tokens in every document, prompt and decoding trie. Pieces start with their own white
+space.
 """
 
 from __future__ import annotations
@@ -53,8 +54,9 @@ def render(
 ) -> str:
     """The text of a document (with a target) or of a prompt that asks for one (without).
 
-    `history` and `target` hold (domain, title) pairs, oldest first; `domain` is the scope of a specific sequence and the
-    domain asked for in a mixed prompt. Vectorised assembly (`encoding.PromptEncoder`) gives the tokens of this text.
+    `history` and `target` hold (domain, title) pairs, oldest first; `domain` is the scope of a specific sequence and
+    the domain asked for in a mixed prompt. Vectorised assembly (`encoding.PromptEncoder`) gives the tokens of this
+    text.
 
     >>> print(render(Template(), "specific", "books", [("books", "Dune")], ("books", "Emma"), "<eos>"))
     Domain: books

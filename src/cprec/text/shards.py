@@ -95,7 +95,8 @@ def open_shards(folder: Path, *, verify: bool = True) -> Shards:
     size = (folder / TOKENS).stat().st_size
     if size != num_tokens * dtype.itemsize:
         raise ShardError(
-            f"{folder / TOKENS} has {size:,} bytes but its manifest says {num_tokens:,} tokens of {dtype.name}: the file "
+            f"{folder / TOKENS} has {size:,} bytes but its manifest says {num_tokens:,} tokens of {dtype.name}: the "
+            f"file "
             "was cut or changed; run `cprec prepare` again"
         )
     for name in (TOKENS, DOCUMENTS) if verify else ():

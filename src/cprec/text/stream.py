@@ -1,7 +1,8 @@
 """A deterministic mixture of documents as packed batches: which tokens step s trains on is a pure function of the plan.
 
-The whole order is fixed before the first step, from (documents, weights, seed) alone. So a run resumes at a step with no
-other state, another number of processes takes other rows of the same step, and weights change without tokenising again.
+The whole order is fixed before the first step, from (documents, weights, seed) alone. So a run resumes at a step with
+no other state, another number of processes takes other rows of the same step, and weights change without tokenising
+again.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ class Batch:
 def mixture_weights(shards: Shards, *, mixed_share: float, domain_temperature: float) -> tuple[np.ndarray, np.ndarray]:
     """Groups of documents and the share of all tokens that each is to have.
 
-    A group is one domain's specific documents, or all mixed ones. Mixed documents get `mixed_share`; the rest is divided
-    over domains in proportion to (events in the domain) ** `domain_temperature` (papers/cprec reconstruction: 1:1, 0.7).
-    A kind without documents leaves its share to the other. Returns group of each document, int64[D], and weights.
+    A group is one domain's specific documents, or all mixed ones. Mixed documents get `mixed_share`; the rest is
+    divided over domains in proportion to (events in the domain) ** `domain_temperature` (papers/cprec reconstruction:
+    1:1, 0.7). A kind without documents leaves its share to the other. Returns group of each document, int64[D], and
+    weights.
     """
     mixed = shards.column("kind") == MIXED
     names, group = np.unique(np.where(mixed, "", shards.column("domain")).astype(str), return_inverse=True)

@@ -66,7 +66,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
             raise
         free = shutil.disk_usage(folder.parent).free if folder.parent.exists() else 0
         raise CheckpointError(
-            f"{folder} could not be written ({error}); {free / 1e6:,.0f} MB are free there. Nothing incomplete was left and "
+            f"{folder} could not be written ({error}); {free / 1e6:,.0f} MB are free there. Nothing incomplete was "
+            f"left and "
             "earlier checkpoints are untouched: make room, then start the same command again to resume"
         ) from error
 

@@ -81,12 +81,13 @@ def train(
 ) -> TrainState:
     """Train to the end of the stream, from a checkpoint if one is given; returns the final state.
 
-    Each stream batch is one optimizer step, cut into `num_accumulation` micro-batches of rows. The step's loss is the sum
-    over all its targets divided by their number, so accumulation changes nothing but memory. Every `logging_steps` steps
-    a line goes to `log.jsonl`; every `eval_steps`, and at the end, `validate()` is logged as `heldout`; every
+    Each stream batch is one optimizer step, cut into `num_accumulation` micro-batches of rows. The step's loss is the
+    sum over all its targets divided by their number, so accumulation changes nothing but memory. Every `logging_steps`
+    steps a line goes to `log.jsonl`; every `eval_steps`, and at the end, `validate()` is logged as `heldout`; every
     `save_steps` a checkpoint is written, also on Ctrl-C.
 
-    Raises TrainingError if a loss or gradient norm is not finite, and CheckpointError if a checkpoint cannot be written.
+    Raises TrainingError if a loss or gradient norm is not finite, and CheckpointError if a checkpoint cannot be
+    written.
     """
     device = next(model.parameters()).device
     optimizer = make_optimizer(model, weight_decay=weight_decay)
@@ -158,7 +159,8 @@ def split_rows(batch: Batch, parts: int) -> list[Batch]:
 def _check_finite(step: int, loss: torch.Tensor, norm: torch.Tensor, learning_rate: float, output_dir: Path) -> None:
     if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
         raise TrainingError(
-            f"step {step}: loss {loss.item():g}, gradient norm {norm.item():g} at learning rate {learning_rate:g} are not "
+            f"step {step}: loss {loss.item():g}, gradient norm {norm.item():g} at learning rate {learning_rate:g} "
+            f"are not "
             f"finite. The weights of the last checkpoint in {output_dir} are intact: resume with a lower learning_rate"
         )
 

@@ -13,7 +13,6 @@ from cprec.errors import ConfigError
 from cprec.provenance import CONFIG_FILE, read_resolved, save_resolved, to_dict
 
 if TYPE_CHECKING:
-
     from cprec.text.shards import Shards
     from cprec.text.stream import TokenStream
 
@@ -34,7 +33,8 @@ class TinyModel:
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 2:
             raise ConfigError(
-                f"hidden_size={self.hidden_size} must be num_attention_heads={self.num_attention_heads} times an even number"
+                f"hidden_size={self.hidden_size} must be num_attention_heads={self.num_attention_heads} times an "
+                f"even number"
             )
 
 
@@ -55,7 +55,8 @@ class TrainingConfig:
     lora_alpha: int = 32
     """Scale of the LoRA update (alpha / rank)."""
     learning_rate: float = 1e-4
-    """Peak learning rate (our reconstruction: 1e-4 up to 0.6 B parameters, 5e-5 for 1-3 B; small models from random weights want 1e-3 and more)."""
+    """Peak learning rate (our reconstruction: 1e-4 up to 0.6 B parameters, 5e-5 for 1-3 B; small models from random
+    weights want 1e-3 and more)."""
     num_train_epochs: float = 1.0
     """Passes over the training tokens; a fraction is allowed."""
     max_length: int = 1024
@@ -201,7 +202,8 @@ def run_training(
     say(
         f"{num_parameters(model) / 1e6:.2f} M parameters on {distributed.describe(device)}, "
         f"{'bf16' if bf16 else 'fp32'}; {stream.num_tokens:,} tokens in {num_steps:,} steps of "
-        f"{config.rows_per_step * config.max_length:,} positions ({stream.fill:.1%} full); warm-up {schedule.warmup_steps}, "
+        f"{config.rows_per_step * config.max_length:,} positions ({stream.fill:.1%} full); warm-up "
+        f"{schedule.warmup_steps}, "
         f"annealing {schedule.anneal_steps} steps ({config.anneal_shape}), learning rate {config.learning_rate:g} "
         f"down to {schedule.floor:g}"
     )
@@ -292,6 +294,7 @@ def _check_vocabulary(config: TrainingConfig, model: Any, vocabulary_size: int) 
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < vocabulary_size:
         raise ConfigError(
-            f"{config.model_name_or_path} has {rows:,} token embeddings but the tokens in {config.data} were made with a "
+            f"{config.model_name_or_path} has {rows:,} token embeddings but the tokens in {config.data} were made "
+            f"with a "
             f"vocabulary of {vocabulary_size:,}: run `cprec prepare` with tokenizer={config.model_name_or_path}"
         )
