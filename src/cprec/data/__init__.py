@@ -1,0 +1,1 @@
+"""Raw logs to behaviour sequences: catalogue, interactions, splits. No torch."""

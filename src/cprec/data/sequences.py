@@ -1,0 +1,126 @@
+"""Behaviour sequences: what a user did in one domain, and in all domains in time order, cut into chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cprec.data.ragged import offsets_of
+from cprec.data.splits import Split, comparable_domains, runs
+from cprec.errors import ConfigError
+from cprec.schema import KINDS, MIXED, SPECIFIC, TRAIN
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Sequences of events; row i holds event[offsets[i]:offsets[i + 1]], oldest first."""
+
+    kind: np.ndarray
+    """int8[num_sequences]: the position in `schema.KINDS`."""
+    domain: np.ndarray
+    """int16[num_sequences]: index into the catalogue's domains, -1 for a mixed sequence."""
+    user: np.ndarray
+    """int64[num_sequences]: rows of the table of users."""
+    offsets: np.ndarray
+    """int64[num_sequences + 1]."""
+    event: np.ndarray
+    """int64: rows of the interactions."""
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Events of each sequence: int64[num_sequences]."""
+        return np.diff(self.offsets)
+
+
+def build_sequences(
+    split: Split,
+    domains: Sequence[str],
+    users_mask: np.ndarray | None = None,
+    *,
+    min_events: int = 5,
+    max_events: int = 20,
+    kinds: Sequence[str] = KINDS,
+    pooled: bool = False,
+) -> Sequences:
+    """The behaviour sequences of the training events of some domains and users.
+
+    Domain-specific: a user's events in one domain, where there are at least `min_events`. Mixed: the user's events of
+    all these domains that have real times, in one order; it draws on the same events, that is on those domains where
+    the user has at least `min_events` of them, or with `pooled` on all. Longer sequences are cut into
+    ceil(length / max_events) contiguous chunks whose sizes differ by at most one, the longer ones first. A mixed chunk
+    is kept if it has at least `min_events` events of at least two domains.
+
+    `users_mask` is bool[num_users]; None takes all. Sequences come domain by domain and by user, the mixed ones last.
+    """
+    if not 1 <= min_events <= max_events:
+        raise ConfigError(f"min_events={min_events} must be at least 1 and at most max_events={max_events}")
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown:
+        raise ConfigError(f"kinds holds {', '.join(unknown)}; expected {', '.join(KINDS)}")
+    log, catalogue = split.interactions, split.catalogue
+    event_domain = catalogue.domain[log.item]
+    chosen = np.zeros(len(catalogue.domains), dtype=bool)
+    chosen[[catalogue.domain_index(domain) for domain in domains]] = True
+    mask = split.events(TRAIN) & chosen[event_domain]
+    if users_mask is not None:
+        mask &= users_mask[log.user]
+    event = np.flatnonzero(mask)
+    # How many events the user has in each event's domain.
+    _, group, counts = np.unique(
+        log.user[event] * len(catalogue.domains) + event_domain[event], return_inverse=True, return_counts=True
+    )
+    is_enough = counts[group] >= min_events if len(event) else np.zeros(0, dtype=bool)
+
+    parts = []
+    if SPECIFIC in kinds:
+        specific = event[is_enough]
+        domain = event_domain[specific]
+        # A stable sort of few values: one pass, and each domain keeps the order of users and times.
+        order = np.argsort(domain, kind="stable")
+        specific, domain = specific[order], domain[order]
+        first, sizes = _chunks(runs(domain, log.user[specific]), max_events)
+        parts.append((SPECIFIC, domain[first], log.user[specific[first]], sizes, specific))
+    if MIXED in kinds:
+        comparable = comparable_domains(catalogue, split.domains)
+        mixed = event[comparable[event_domain[event]] & (is_enough | pooled)]
+        first, sizes = _chunks(runs(log.user[mixed]), max_events)
+        chunk = np.repeat(np.arange(len(sizes)), sizes)
+        domain = event_domain[mixed]
+        kept = _has_two(domain, first, chunk) & (sizes >= min_events)
+        user = log.user[mixed[first[kept]]]
+        parts.append((MIXED, np.full(len(user), -1, dtype=np.int16), user, sizes[kept], mixed[kept[chunk]]))
+
+    lengths = np.concatenate([sizes for _, _, _, sizes, _ in parts]) if parts else np.empty(0, dtype=np.int64)
+    return Sequences(
+        kind=_join([np.full(len(user), KINDS.index(kind)) for kind, _, user, _, _ in parts], np.int8),
+        domain=_join([domain for _, domain, _, _, _ in parts], np.int16),
+        user=_join([user for _, _, user, _, _ in parts], np.int64),
+        offsets=offsets_of(lengths),
+        event=_join([events for *_, events in parts], np.int64),
+    )
+
+
+def _chunks(places: tuple[np.ndarray, np.ndarray, np.ndarray], max_events: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut runs into near-equal chunks: (row of each chunk's first event, size of each chunk)."""
+    place, length, _ = places
+    run_lengths = length[place == 0]
+    num_chunks = -(-run_lengths // max_events)
+    within, _, _ = runs(np.repeat(np.arange(len(run_lengths)), num_chunks))
+    lengths, counts = np.repeat(run_lengths, num_chunks), np.repeat(num_chunks, num_chunks)
+    sizes = lengths // counts + (within < lengths % counts)
+    return offsets_of(sizes)[:-1], sizes
+
+
+def _has_two(domain: np.ndarray, first: np.ndarray, chunk: np.ndarray) -> np.ndarray:
+    """Whether a chunk holds more than one domain: an event differs from the chunk's first one."""
+    differs = domain != domain[first][chunk]
+    return np.bincount(chunk[differs], minlength=len(first)) > 0
+
+
+def _join(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype=dtype), *arrays]).astype(dtype, copy=False)

@@ -1,0 +1,75 @@
+"""Tables that are in memory already: a generated world, or the result of a query."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cprec.data.sources.tables import RawTable, SourceTables, canonical_tables, check_names
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class MemorySource:
+    """One domain in two Arrow tables with canonical column names."""
+
+    domain: str
+    platform: str
+    items: pa.Table
+    """item_id, title; optionally brand, categories, description, price."""
+    interactions: pa.Table
+    """user_id, item_id, timestamp (int64 seconds UTC, or a position); optionally rating, order."""
+    has_times: bool = True
+
+    def __post_init__(self) -> None:
+        check_names(self.domain, self.platform)
+
+    def load(self, connection: Any) -> SourceTables:
+        """The rows of both tables. Raises DataError for a missing column."""
+        from dataclasses import replace
+        from pathlib import Path
+
+        import ibis
+
+        from cprec.data import engine
+
+        raw = []
+        for what, table in (("interactions", self.interactions), ("items", self.items)):
+            numbered = table.append_column(engine.LINE, [_numbers(table.num_rows)])
+            rows = engine.from_arrow(connection, numbered)
+            place = f"memory/{self.domain}/{what}"
+            rows = rows.mutate(ibis.literal(place).name("source_file"), rows[engine.LINE].name("sequence"))
+            raw.append(RawTable(what, rows, tuple(table.column_names), (), (Path(place),)))
+        tables = canonical_tables(
+            connection,
+            self.domain,
+            raw[0],
+            raw[1],
+            {},
+            "seconds" if self.has_times else "order",
+            items_in_log=False,
+        )
+        hashes = {f"memory/{self.domain}/interactions": _sha256(self.interactions)}
+        hashes[f"memory/{self.domain}/items"] = _sha256(self.items)
+        return replace(tables, files=(), hashes=hashes)
+
+
+def _numbers(count: int) -> pa.Array:
+    import pyarrow as pa
+
+    return pa.array(range(1, count + 1), pa.int64())
+
+
+def _sha256(table: pa.Table) -> str:
+    """SHA-256 of a table's values as an Arrow stream of one batch: the same for equal tables however they were cut."""
+    import hashlib
+
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema.remove_metadata()) as writer:
+        for batch in table.replace_schema_metadata(None).combine_chunks().to_batches():
+            writer.write_batch(batch)
+    return hashlib.sha256(sink.getvalue()).hexdigest()

@@ -1,0 +1,57 @@
+"""RecBole's atomic files: X.inter and X.item, tab-separated, with types in the header (user_id:token)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from cprec.data.sources.tables import (
+    DEFAULT_NAMES,
+    INTERACTION_FIELDS,
+    SourceTables,
+    TimeFormat,
+    canonical_tables,
+    check_names,
+    find_columns,
+    read_files,
+)
+from cprec.errors import ConfigError
+from cprec.schema import TIMESTAMP
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecBoleSource:
+    """One domain in RecBole's atomic files."""
+
+    domain: str
+    """Name of the domain: letters, digits, _ - and dots."""
+    platform: str = "default"
+    """Users of one platform are the same people in all its domains."""
+    prefix: str
+    """The files without .inter and .item, as dataset/ml-100k/ml-100k."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Where canonical columns have another name in the files (without its type), as title:movie_name."""
+    timestamps: TimeFormat = "auto"
+    """seconds, milliseconds, iso, order, or auto; a log without a timestamp column is taken to be in order."""
+
+    def __post_init__(self) -> None:
+        check_names(self.domain, self.platform)
+        if self.timestamps not in get_args(TimeFormat):
+            raise ConfigError(f"timestamps={self.timestamps!r}: expected {', '.join(get_args(TimeFormat))}")
+        unknown = sorted(set(self.columns) - set(DEFAULT_NAMES))
+        if unknown:
+            raise ConfigError(f"columns maps {', '.join(unknown)}; canonical columns are {', '.join(DEFAULT_NAMES)}")
+        object.__setattr__(self, "prefix", str(self.prefix))
+
+    def load(self, connection: Any) -> SourceTables:
+        """The rows of both files. Raises DataError for a missing file or column."""
+        log, items = (
+            read_files(connection, self.domain, what, self.prefix + suffix, "\t", "", typed_header=True)
+            for what, suffix in (("interactions", ".inter"), ("items", ".item"))
+        )
+        timestamps = self.timestamps
+        if timestamps == "auto" and TIMESTAMP not in find_columns(
+            self.domain, log, INTERACTION_FIELDS, self.columns, required=()
+        ):
+            timestamps = "order"
+        return canonical_tables(connection, self.domain, log, items, self.columns, timestamps, items_in_log=False)

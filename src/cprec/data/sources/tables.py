@@ -1,0 +1,501 @@
+"""Interaction logs and items in Parquet, CSV, TSV or JSON-lines files, with a mapping of columns."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from cprec.errors import ConfigError, DataError
+from cprec.schema import (
+    BRAND,
+    CATEGORIES,
+    DESCRIPTION,
+    ITEM_ID,
+    ORDER,
+    PRICE,
+    RATING,
+    TIMESTAMP,
+    TITLE,
+    USER_ID,
+)
+
+TimeFormat = Literal["auto", "seconds", "milliseconds", "iso", "order"]
+
+DEFAULT_NAMES: dict[str, tuple[str, ...]] = {
+    USER_ID: ("user_id", "user", "userId", "uid", "reviewerID", "customer_id", "visitorid"),
+    ITEM_ID: ("item_id", "item", "itemId", "iid", "parent_asin", "asin", "product_id", "movieId", "itemid"),
+    TIMESTAMP: ("timestamp", "time", "datetime", "date", "unixReviewTime", "event_time"),
+    RATING: ("rating", "ratings", "overall", "stars", "score"),
+    ORDER: ("order", "position"),
+    TITLE: ("title", "item_title", "name", "item_name", "product_name", "movie_title"),
+    BRAND: ("brand", "store"),
+    CATEGORIES: ("categories", "category", "genres", "genre", "class"),
+    DESCRIPTION: ("description",),
+    PRICE: ("price",),
+}
+"""Names under which a column is found without being mapped, the first one that is there; upper and lower case alike."""
+
+INTERACTION_FIELDS = (USER_ID, ITEM_ID, TIMESTAMP, RATING, ORDER)
+ITEM_FIELDS = (ITEM_ID, TITLE, BRAND, CATEGORIES, DESCRIPTION, PRICE)
+
+SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar", "::": "two colons"}
+
+_DELIMITED = {".csv": ",", ".tsv": "\t", ".inter": "\t", ".item": "\t"}
+_JSON = (".jsonl", ".ndjson", ".json")
+_PARQUET = (".parquet", ".pq")
+_DOMAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class SourceTables:
+    """What a source gives: Ibis tables with every row of its files, ids and times as the files have them."""
+
+    items: Any
+    """item_id, title, brand, categories, description (text), price (float64), file (text), line, sequence (int64)."""
+    interactions: Any
+    """user_id, item_id (text), timestamp (int64 seconds, null where it could not be parsed), time_text (text), rating
+    (float64), position (int64, the source's own order, or null), file (text), line, sequence (int64)."""
+    malformed: tuple[Any, ...] = ()
+    """Tables of rows that could not even be taken apart: file, line, reason, row; one per file that has any."""
+    has_times: bool = True
+    """False where the timestamps only order one user's events."""
+    time_format: str = "seconds"
+    """How the timestamps were read."""
+    columns: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Per table (items, interactions) the source column of each canonical one."""
+    files: tuple[tuple[str, Path], ...] = ()
+    """(items or interactions, file) of every file read."""
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 by name, of a source that reads no files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableSource:
+    """One domain in Parquet, CSV, TSV or JSON-lines files (the suffix tells; .csv, .tsv and .jsonl also with .gz)."""
+
+    domain: str
+    """Name of the domain: letters, digits, _ - and dots."""
+    platform: str = "default"
+    """Users of one platform are the same people in all its domains."""
+    interactions: str | tuple[str, ...]
+    """The log: a file, a pattern as logs/part-*.parquet, or several; one row per event."""
+    items: str | tuple[str, ...] | None = None
+    """The items and their titles: a file, a pattern or several. None: the log itself has a title in every row."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Where canonical columns (user_id, item_id, timestamp, rating, order, title, brand, categories, description,
+    price) have another name in the files, as user_id:customer."""
+    timestamps: TimeFormat = "auto"
+    """seconds or milliseconds since 1970 (UTC), iso (2014-07-23T18:00:00, UTC unless it says otherwise), order
+    (numbers, or just the order of rows, that only mean something within one user), or auto, which tells the first
+    three apart."""
+    separator: str | None = None
+    """Between fields of delimited files; None: a comma in .csv, a tab in .tsv."""
+    quote: str = '"'
+    """Around fields of delimited files that hold a separator; empty where quotes are ordinary characters."""
+
+    def __post_init__(self) -> None:
+        check_names(self.domain, self.platform)
+        unknown = sorted(set(self.columns) - set(DEFAULT_NAMES))
+        if unknown:
+            raise ConfigError(
+                f"columns maps {', '.join(unknown)}, which is not canonical; canonical columns (on the left of each "
+                f"pair) are {', '.join(DEFAULT_NAMES)}"
+            )
+        if self.timestamps not in get_args(TimeFormat):
+            raise ConfigError(f"timestamps={self.timestamps!r}: expected {', '.join(get_args(TimeFormat))}")
+        if self.separator == "":
+            raise ConfigError("separator is empty; give the character between fields, or none for the usual one")
+        for name in ("interactions", "items"):
+            value = getattr(self, name)
+            paths = (value,) if isinstance(value, (str, os.PathLike)) else value
+            if paths is not None and not (paths and all(str(path) for path in paths)):
+                raise ConfigError(f"{name} of domain {self.domain!r} names no file")
+            object.__setattr__(self, name, None if paths is None else tuple(str(path) for path in paths))
+
+    def load(self, connection: Any) -> SourceTables:
+        """The rows of all files. Raises DataError for a missing file or column, or a separator that cannot be right."""
+        log = read_files(connection, self.domain, "interactions", self.interactions, self.separator, self.quote)
+        if self.items is None:
+            catalogue = log
+        else:
+            catalogue = read_files(connection, self.domain, "items", self.items, self.separator, self.quote)
+        return canonical_tables(
+            connection,
+            self.domain,
+            log,
+            catalogue,
+            self.columns,
+            self.timestamps,
+            items_in_log=self.items is None,
+        )
+
+
+def check_names(domain: str, platform: str) -> None:
+    """Raise ConfigError unless a domain and a platform can name folders and queries."""
+    for what, name in (("domain", domain), ("platform", platform)):
+        if not _DOMAIN.fullmatch(name):
+            suggestion = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("_.-") or "shop"
+            raise ConfigError(
+                f"{what}={name!r}: use letters, digits, _ - and dots, beginning with a letter or digit: "
+                f"{suggestion!r}, say"
+            )
+
+
+@dataclass(frozen=True)
+class RawTable:
+    """The rows of a source's files, under the names that the files use."""
+
+    what: str
+    """interactions or items."""
+    table: Any
+    columns: tuple[str, ...]
+    malformed: tuple[Any, ...]
+    files: tuple[Path, ...]
+
+
+def read_files(
+    connection: Any,
+    domain: str,
+    what: str,
+    patterns: str | tuple[str, ...] | None,
+    separator: str | None,
+    quote: str,
+    *,
+    typed_header: bool = False,
+) -> RawTable:
+    """All files of a table, one after the other, with `file`, `line_in_file` and `sequence`.
+
+    `typed_header` is RecBole's: names end in a colon and a type, which is left out.
+    """
+    import ibis
+
+    from cprec.data import engine
+
+    files = find_files(domain, what, (patterns,) if isinstance(patterns, str) else patterns or ())
+    columns: tuple[str, ...] = ()
+    tables, malformed = [], []
+    for number, path in enumerate(files):
+        kind = _suffix(path)
+        bad = None
+        if kind in _PARQUET:
+            table = engine.read_parquet(connection, path)
+            names = tuple(name for name in table.columns if name != engine.LINE)
+        elif kind in _JSON:
+            names = _json_keys(path)
+            table, bad = engine.read_json_lines(connection, path, names)
+        else:
+            between = separator or _DELIMITED[kind]
+            names = _header(path, between, quote, typed_header)
+            table, bad = engine.read_delimited(connection, path, names, separator=between, quote=quote)
+        if number == 0:
+            columns = names
+        elif missing := [name for name in columns if name not in names and kind not in _JSON]:
+            raise DataError(
+                f"{path} has no column {', '.join(missing)}, which {files[0]} has; it has {', '.join(names)}"
+            )
+        columns = (*columns, *(name for name in names if name not in columns)) if kind in _JSON else columns
+        tables.append(
+            table.mutate(
+                ibis.literal(str(path)).name("source_file"),
+                (ibis.literal(number).cast("int64") * (1 << 40) + table[engine.LINE]).name("sequence"),
+            )
+        )
+        if bad is not None:
+            malformed.append(
+                bad.select(
+                    ibis.literal(str(path)).name("file"), bad[engine.LINE].cast("int64").name("line"), "reason", "row"
+                )
+            )
+    tables = [_with_columns(table, columns) for table in tables]
+    return RawTable(what, ibis.union(*tables) if len(tables) > 1 else tables[0], columns, tuple(malformed), files)
+
+
+def _with_columns(table: Any, columns: Sequence[str]) -> Any:
+    import ibis
+
+    from cprec.data import engine
+
+    absent = [ibis.null("string").name(name) for name in columns if name not in table.columns]
+    return table.mutate(*absent).select(*columns, engine.LINE, "source_file", "sequence")
+
+
+def find_files(domain: str, what: str, patterns: Sequence[str]) -> tuple[Path, ...]:
+    """The files that paths and patterns name. Raises DataError for one that is missing or of no known kind."""
+    found: list[Path] = []
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            raise DataError(
+                f"{path} is a folder; for the {what} of domain {domain!r} give its files, as {path}/*.parquet"
+            )
+        matches = [path] if path.exists() else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+        if not matches:
+            raise DataError(f"{path} does not exist ({what} of domain {domain!r}){_similar(path)}")
+        found += matches
+    for path in found:
+        if _suffix(path) not in (*_PARQUET, *_JSON, *_DELIMITED):
+            raise DataError(
+                f"{path}: the kind of file is told by its suffix, and {path.suffix or 'none'} is not known; accepted "
+                f"are "
+                ".parquet, .csv, .tsv, .jsonl, and the latter three with .gz"
+            )
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} is empty ({what} of domain {domain!r})")
+    return tuple(found)
+
+
+def _similar(path: Path) -> str:
+    import difflib
+
+    folder = path.parent
+    if not folder.is_dir():
+        return f"; there is no folder {folder} either"
+    names = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=3)
+    return f"; {folder} has {', '.join(names)}" if names else ""
+
+
+def _suffix(path: Path) -> str:
+    name = path.name.lower().removesuffix(".gz")
+    suffix = Path(name).suffix
+    return "" if path.suffix.lower() == ".gz" and suffix in _PARQUET else suffix
+
+
+def _header(path: Path, separator: str, quote: str, typed: bool) -> tuple[str, ...]:
+    """The names in the first line of a delimited file."""
+    from cprec.data import engine
+
+    line = engine.first_line(path)
+    names = _split(line, separator, quote)
+    if len(names) == 1:
+        others = [other for other in SEPARATORS if other != separator and len(_split(line, other, quote)) > 1]
+        if others:
+            other = max(others, key=lambda candidate: len(_split(line, candidate, quote)))
+            raise DataError(
+                f"{path}: with {SEPARATORS.get(separator, repr(separator))} as separator the header is the single "
+                f"column "
+                f"{line!r}; it looks as if {SEPARATORS[other]} separates the fields: set separator={json.dumps(other)}"
+            )
+    if typed:
+        names = [name.partition(":")[0] for name in names]
+    if not all(names):
+        raise DataError(f"{path}: column {names.index('') + 1} of the header {line!r} has no name")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}: the header names {', '.join(twice)} twice")
+    return tuple(names)
+
+
+def _split(line: str, separator: str, quote: str) -> list[str]:
+    if len(separator) > 1 or not quote:
+        return [name.strip() for name in line.split(separator)]
+    return [name.strip() for name in next(csv.reader([line], delimiter=separator, quotechar=quote), [])]
+
+
+def _json_keys(path: Path) -> tuple[str, ...]:
+    """The keys of the first objects of a JSON-lines file."""
+    from cprec.data import engine
+
+    keys: dict[str, None] = {}
+    for number, line in enumerate(engine.first_lines(path, 1000), start=1):
+        try:
+            value = json.loads(line) if line.strip() else {}
+        except json.JSONDecodeError as error:
+            if number == 1:
+                raise DataError(
+                    f"{path}: line 1 is not a JSON object ({error.msg}); the file must hold one object per line"
+                ) from None
+            continue
+        if not isinstance(value, dict):
+            if number == 1:
+                raise DataError(f"{path}: line 1 is not a JSON object; the file must hold one object per line")
+            continue
+        keys.update(dict.fromkeys(value))
+    return tuple(keys)
+
+
+# ---- canonical columns -----------------------------------------------------------------------------------------------
+
+
+def canonical_tables(
+    connection: Any,
+    domain: str,
+    log: RawTable,
+    catalogue: RawTable,
+    mapping: Mapping[str, str],
+    timestamps: str,
+    *,
+    items_in_log: bool,
+) -> SourceTables:
+    """Name the columns of a log and of its items canonically, and read the timestamps."""
+    import ibis
+
+    log_columns = find_columns(domain, log, INTERACTION_FIELDS, mapping, required=(USER_ID, ITEM_ID))
+    item_columns = find_columns(domain, catalogue, ITEM_FIELDS, mapping, required=(ITEM_ID, TITLE))
+    if TIMESTAMP not in log_columns and timestamps != "order":
+        raise _missing_column(domain, log, TIMESTAMP, "; or say timestamps=order if a user's rows stand in order")
+
+    table = log.table
+    raw_time = table[log_columns[TIMESTAMP]] if TIMESTAMP in log_columns else table["sequence"]
+    time_format = timestamps
+    if timestamps == "auto":
+        time_format = _detect_time_format(connection, domain, log, log_columns[TIMESTAMP])
+    interactions = table.select(
+        _as_text(table[log_columns[USER_ID]]).name("user_id"),
+        _as_text(table[log_columns[ITEM_ID]]).name("item_id"),
+        _seconds(raw_time, time_format).name("timestamp"),
+        raw_time.cast("string").name("time_text"),
+        _number(table, log_columns.get(RATING), "float64").name("rating"),
+        _number(table, log_columns.get(ORDER), "int64").name("position"),
+        table["source_file"].name("file"),
+        table["line_in_file"].cast("int64").name("line"),
+        table["sequence"],
+    )
+    table = catalogue.table
+    items = table.select(
+        *(_as_text(_or_null(table, item_columns.get(name))).name(name) for name in ITEM_FIELDS[:-1]),
+        _price(table, item_columns.get(PRICE)).name(PRICE),
+        table["source_file"].name("file"),
+        table["line_in_file"].cast("int64").name("line"),
+        table["sequence"],
+    )
+    if items_in_log:  # each event repeats its item: the first row that has a title stands for it
+        titled = ibis.coalesce(items[TITLE], "") != ""
+        first = ibis.row_number().over(group_by=items[ITEM_ID], order_by=[~titled, items["sequence"]])
+        items = items.mutate(first.name("place")).filter(ibis._.place == 0, ibis._[ITEM_ID].notnull()).drop("place")
+    return SourceTables(
+        items=items,
+        interactions=interactions,
+        malformed=log.malformed if items_in_log else (*log.malformed, *catalogue.malformed),
+        has_times=time_format != "order",
+        time_format=time_format,
+        columns={"interactions": log_columns, "items": item_columns},
+        files=(
+            *(("interactions", path) for path in log.files),
+            *(() if items_in_log else (("items", path) for path in catalogue.files)),
+        ),
+    )
+
+
+def find_columns(
+    domain: str, raw: RawTable, fields: Sequence[str], mapping: Mapping[str, str], required: Sequence[str]
+) -> dict[str, str]:
+    """The source column of each canonical one: the one mapped, or the first default name that is there.
+
+    Raises DataError for a mapped column that is in no file, and for a required one that is not found.
+    """
+    lower = {name.lower(): name for name in reversed(raw.columns)}
+    found: dict[str, str] = {}
+    for name in fields:
+        if name in mapping:
+            if mapping[name] in raw.columns:
+                found[name] = mapping[name]
+            elif name in required:
+                raise _missing_column(domain, raw, name, "", mapping[name])
+            continue
+        for alias in DEFAULT_NAMES[name]:
+            if alias in raw.columns or alias.lower() in lower:
+                found[name] = alias if alias in raw.columns else lower[alias.lower()]
+                break
+        else:
+            if name in required:
+                raise _missing_column(domain, raw, name, "")
+    return found
+
+
+def _missing_column(domain: str, raw: RawTable, name: str, otherwise: str, mapped: str | None = None) -> DataError:
+    looked_for = repr(mapped) if mapped else " or ".join(map(repr, DEFAULT_NAMES[name]))
+    hint = ""
+    if raw.what == "items" and name == TITLE:
+        hint = "; every item needs a title, because it is what a language model reads"
+    return DataError(
+        f"{raw.files[0]}: no column for {name} (looked for {looked_for}); the {raw.what} of domain {domain!r} have "
+        f"{', '.join(map(repr, raw.columns))}. Map it: columns.{name}=COLUMN{otherwise}{hint}"
+    )
+
+
+def _or_null(table: Any, column: str | None) -> Any:
+    import ibis
+
+    return ibis.null("string") if column is None else table[column]
+
+
+def _as_text(value: Any) -> Any:
+    """A column as text; lists of text are joined by commas."""
+    if value.type().is_array():
+        return value.cast("array<string>").join(", ")
+    return value.cast("string")
+
+
+def _number(table: Any, column: str | None, kind: str) -> Any:
+    import ibis
+
+    return ibis.null(kind) if column is None else table[column].try_cast("float64").try_cast(kind)
+
+
+def _price(table: Any, column: str | None) -> Any:
+    import ibis
+
+    if column is None:
+        return ibis.null("float64")
+    return table[column].cast("string").re_replace(r"[$£€,\s]", "").try_cast("float64")
+
+
+# ---- timestamps ------------------------------------------------------------------------------------------------------
+
+MAX_SECONDS = 1e11
+"""Larger numbers (from the year 5138 on) are no seconds: auto takes them for milliseconds."""
+MIN_SECONDS = 1e8
+"""Smaller numbers (before March 1973) are no times of a log: auto takes them for positions, and asks."""
+
+
+def _seconds(value: Any, time_format: str) -> Any:
+    """int64 seconds since 1970 UTC, or positions; null where a value is not of the format."""
+    import ibis
+
+    if time_format == "iso":
+        moment = value if value.type().is_timestamp() else value.try_cast("timestamp('UTC')")
+        return moment.epoch_seconds().cast("int64")
+    number = value.try_cast("float64")
+    if time_format == "milliseconds":
+        number = number / 1000
+    plausible = number.abs() < 1e15  # false for NaN and infinity too
+    return ibis.ifelse(plausible, number.floor(), ibis.null("float64")).cast("int64")
+
+
+def _detect_time_format(connection: Any, domain: str, log: RawTable, column: str) -> str:
+    """seconds, milliseconds or iso: what most values are. Raises DataError where they are none, or look like
+    positions."""
+    value = log.table[column]
+    kind = value.type()
+    if kind.is_timestamp() or kind.is_date():
+        return "iso"
+    number = value.try_cast("float64")
+    found = {
+        "rows": value.notnull().sum(),
+        "numbers": number.notnull().sum(),
+        "middle": number.abs().median(),
+    }
+    if kind.is_string():
+        found["dates"] = value.try_cast("timestamp('UTC')").notnull().sum()
+    summary = connection.to_pyarrow(log.table.aggregate(**found)).to_pylist()[0]
+    if summary["rows"] and (summary.get("dates") or 0) > (summary["numbers"] or 0):
+        return "iso"
+    middle = summary["middle"]
+    if not summary["numbers"] or middle is None:
+        return "iso"  # nothing can be parsed: the rows are rejected one by one, and the message shows some
+    if middle < MIN_SECONDS:
+        raise DataError(
+            f"{log.files[0]}: the values of {column} (domain {domain!r}) are around {middle:,.0f}: as seconds since "
+            f"1970 "
+            "that is no time of a log. If they only order a user's events, say timestamps=order; if they are times, "
+            "say "
+            "timestamps=seconds"
+        )
+    return "milliseconds" if middle >= MAX_SECONDS else "seconds"
