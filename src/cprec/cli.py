@@ -103,7 +103,7 @@ VERBS = (
         "check a prepared data folder again for leaked held-out events",
         "Reads the token shards and examples of a folder that `cprec prepare` wrote, checks every file against its "
         "hash, looks for held-out events in them, and writes the leakage certificate anew.",
-        "cprec.text.prepare:audit",
+        "cprec.text.certificate:audit",
         "cprec audit runs/demo/data",
     ),
 )

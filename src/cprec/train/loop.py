@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +87,7 @@ def train(
     Each stream batch is one optimizer step, cut into `num_accumulation` micro-batches of rows. The step's loss is the
     sum over all its targets divided by their number, so accumulation changes nothing but memory. Every `logging_steps`
     steps a line goes to `log.jsonl`; every `eval_steps`, and at the end, `validate()` is logged as `heldout`; every
-    `save_steps` a checkpoint is written, also on Ctrl-C.
+    `save_steps` a checkpoint is written. Ctrl-C and SIGTERM let the step finish, save, and raise KeyboardInterrupt.
 
     Raises TrainingError if a loss or gradient norm is not finite, and CheckpointError if a checkpoint cannot be
     written.
@@ -102,46 +105,69 @@ def train(
 
     if state.step == 0:
         log.write(step=0, tokens=0, heldout=validate())
-    with track(stream.num_tokens, description, unit="tokens", completed=state.num_tokens) as progress:
-        try:
-            for step in range(state.step, num_steps):
-                start = time.perf_counter()
-                learning_rate = schedule(step)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate
-                batch = stream.batch(step)
-                num_targets = batch.num_targets
-                loss = torch.zeros((), device=device)
-                for part in split_rows(batch, num_accumulation):
-                    part_loss = summed_loss(model, part, device, bf16) / num_targets
-                    part_loss.backward()
-                    loss += part_loss.detach()
-                norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-                _check_finite(step, loss, norm, learning_rate, output_dir)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                seconds = time.perf_counter() - start
-                state = state.advance(batch.documents.tobytes(), batch.num_tokens, num_targets, seconds)
-                progress.advance(batch.num_tokens, loss=f"{loss.item():.3f}")
-                if state.step % logging_steps == 0 or state.step in (1, num_steps):
-                    log.write(
-                        step=state.step,
-                        tokens=state.num_tokens,
-                        loss=loss.item(),
-                        learning_rate=learning_rate,
-                        grad_norm=norm.item(),
-                        tokens_per_second=state.num_tokens / max(state.seconds, 1e-9),
-                        consumed=state.consumed,
-                    )
-                if state.step % eval_steps == 0 or state.step == num_steps:
-                    log.write(step=state.step, tokens=state.num_tokens, heldout=validate())
-                if state.step % save_steps == 0 and state.step < num_steps:
-                    save()
-        except KeyboardInterrupt:
-            if state.step and optimizer.state:
+    with (
+        _stop_requests() as stop,
+        track(stream.num_tokens, description, unit="tokens", completed=state.num_tokens) as progress,
+    ):
+        for step in range(state.step, num_steps):
+            start = time.perf_counter()
+            learning_rate = schedule(step)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            batch = stream.batch(step)
+            num_targets = batch.num_targets
+            loss = torch.zeros((), device=device)
+            for part in split_rows(batch, num_accumulation):
+                part_loss = summed_loss(model, part, device, bf16) / num_targets
+                part_loss.backward()
+                loss += part_loss.detach()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+            _check_finite(step, loss, norm, learning_rate, output_dir)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seconds = time.perf_counter() - start
+            state = state.advance(batch.documents.tobytes(), batch.num_tokens, num_targets, seconds)
+            progress.advance(batch.num_tokens, loss=f"{loss.item():.3f}")
+            if state.step % logging_steps == 0 or state.step in (1, num_steps):
+                log.write(
+                    step=state.step,
+                    tokens=state.num_tokens,
+                    loss=loss.item(),
+                    learning_rate=learning_rate,
+                    grad_norm=norm.item(),
+                    tokens_per_second=state.num_tokens / max(state.seconds, 1e-9),
+                    consumed=state.consumed,
+                )
+            if state.step % eval_steps == 0 or state.step == num_steps:
+                log.write(step=state.step, tokens=state.num_tokens, heldout=validate())
+            if state.step < num_steps and (stop or state.step % save_steps == 0):
                 save()
-            raise
+                if stop:
+                    raise KeyboardInterrupt
     return state
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """Collects Ctrl-C and SIGTERM, so that the step under way can finish; a second signal acts at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # signals only reach the main thread
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def split_rows(batch: Batch, parts: int) -> list[Batch]:
