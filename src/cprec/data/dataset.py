@@ -226,7 +226,6 @@ class _DomainBuilder:
         items, interactions = self._materialise_sources(tables)
         items = self._judge_items(items)
         events = self._judge_interactions(interactions, items, tables)
-        self._set_aside_malformed(tables)
         if not tables.has_times and TIMESTAMP not in tables.columns["interactions"]:
             events = events.mutate(timestamp=events[ORDER])
         events = self._apply_rules(events)
@@ -256,7 +255,9 @@ class _DomainBuilder:
             items = engine.materialise(self.connection, tables.items)
             interactions = engine.materialise(self.connection, tables.interactions)
         for what, table in (("interactions", interactions), ("items", items)):
-            if not self._value(table.count()):
+            num_rows = self._value(table.count())
+            self._set_aside_malformed(what, tables, num_rows)
+            if not num_rows:
                 names = ", ".join(sorted({str(path) for kind, path in tables.files if kind == what}))
                 raise DataError(f"the {what} of domain {self.domain!r} have no rows{f' ({names})' if names else ''}")
         return items, interactions
@@ -332,14 +333,23 @@ class _DomainBuilder:
                 raise DataError(self._explain(table, what, count["reason"], count["count_all"], total, shown, items))
         self.rejected.append(rows)
 
-    def _set_aside_malformed(self, tables: SourceTables) -> None:
-        for table in tables.malformed:
-            rows = self.connection.to_pyarrow(table.order_by("line"))
-            if not rows.num_rows:
-                continue
-            if self.rules.strict:
-                raise DataError(_describe_first(rows))
-            self.rejected.append(rows)
+    def _set_aside_malformed(self, what: str, tables: SourceTables, num_rows: int) -> None:
+        """Keep the rows that could not be taken apart; refuse the table where they are most of it."""
+        found = [self.connection.to_pyarrow(table.order_by("line")) for name, table in tables.malformed if name == what]
+        rows = pa.concat_tables([_none_rejected(), *(table.cast(_REJECTED_SCHEMA) for table in found)])
+        if not rows.num_rows:
+            return
+        if self.rules.strict:
+            raise DataError(_describe_first(rows))
+        if rows.num_rows > num_rows:
+            first = rows.slice(0, 1).to_pylist()[0]
+            raise DataError(
+                f"{first['file']}: {rows.num_rows:,} of {rows.num_rows + num_rows:,} rows of the {what} of domain "
+                f"{self.domain!r} cannot be taken apart into the fields of the header, as line {first['line']} "
+                f"({first['reason']}): {first['row']!r}. Is the separator right, and are fields that hold it in "
+                "quotes? Set separator=... and quote=..."
+            )
+        self.rejected.append(rows)
 
     def _explain(
         self, table: Any, what: str, reason: str, count: int, total: int, shown: Sequence[str], items: Any
@@ -359,7 +369,8 @@ class _DomainBuilder:
             )
         if reason == UNKNOWN_ITEM:
             values = ", ".join(repr(row[ITEM_ID]) for row in examples)
-            known = self.connection.to_pyarrow(items.select(ITEM_ID).head(3))[ITEM_ID].to_pylist()
+            good = items.filter(items["reason"].isnull()).order_by("sequence").select(ITEM_ID).head(3)
+            known = self.connection.to_pyarrow(good)[ITEM_ID].to_pylist()
             return (
                 f"{head}, because the items table has no such item: {values}. It has "
                 f"{', '.join(map(repr, known))}: are the right columns mapped to item_id in both?"

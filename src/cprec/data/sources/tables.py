@@ -62,8 +62,8 @@ class SourceTables:
     interactions: Any
     """user_id, item_id (text), timestamp (int64 seconds, null where it could not be parsed), time_text (text), rating
     (float64), position (int64, the source's own order, or null), file (text), line, sequence (int64)."""
-    malformed: tuple[Any, ...] = ()
-    """Tables of rows that could not even be taken apart: file, line, reason, row; one per file that has any."""
+    malformed: tuple[tuple[str, Any], ...] = ()
+    """(items or interactions, table) of the rows that could not be taken apart: file, line, reason, row."""
     has_times: bool = True
     """False where the timestamps only order one user's events."""
     time_format: str = "seconds"
@@ -372,7 +372,9 @@ def canonical_tables(
     return SourceTables(
         items=items,
         interactions=interactions,
-        malformed=log.malformed if items_in_log else (*log.malformed, *catalogue.malformed),
+        malformed=tuple(
+            (raw.what, table) for raw in ((log,) if items_in_log else (log, catalogue)) for table in raw.malformed
+        ),
         has_times=time_format != "order",
         time_format=time_format,
         columns={"interactions": log_columns, "items": item_columns},

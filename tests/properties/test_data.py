@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cprec.data.catalogue import Catalogue, clean_title
+from cprec.data.interactions import Interactions, stable_order
+from cprec.data.sequences import build_sequences
+from cprec.data.splits import Split, SplitSpec, make_split
+from cprec.schema import KINDS, DomainInfo
+
+DOMAINS = ("books", "games", "toys")
+NUM_ITEMS = 4
+
+events = st.tuples(
+    st.integers(0, 3), st.integers(0, len(DOMAINS) - 1), st.integers(0, NUM_ITEMS - 1), st.integers(0, 30)
+)
+logs = st.lists(events, min_size=1, max_size=80)
+
+
+def split_of(rows: list[tuple[int, int, int, int]], timeless: bool = True) -> Split:
+    """Three domains of four items; `games` has no real times unless said otherwise."""
+    ids = [str(number) for number in range(NUM_ITEMS)]
+    catalogue = Catalogue.from_tables({name: pa.table({"item_id": ids, "title": ids}) for name in DOMAINS})
+    user, domain, item, time = np.array(rows).T
+    order = stable_order(user, time)
+    log = Interactions(
+        platforms=("shop",),
+        user_platform=np.zeros(4, dtype=np.int16),
+        user_id=np.array(["a", "b", "c", "d"], dtype=object),
+        user=user[order],
+        item=(domain * NUM_ITEMS + item)[order],
+        timestamp=time[order],
+        rating=np.full(len(rows), np.nan),
+    )
+    infos = {name: DomainInfo(name, "shop", not (timeless and name == "games")) for name in DOMAINS}
+    return make_split(catalogue, log, infos, SplitSpec())
+
+
+@given(logs)
+def test_leave_one_out_partitions_and_keeps_the_order(rows: list[tuple[int, int, int, int]]) -> None:
+    split = split_of(rows)
+    masks = np.stack([split.events(part) for part in ("train", "validation", "test")])
+    assert (masks.sum(axis=0) == 1).all()
+    event_domain = split.catalogue.domain[split.interactions.item]
+    for user in range(4):
+        for domain in range(len(DOMAINS)):
+            parts = split.part[(split.interactions.user == user) & (event_domain == domain)].tolist()
+            expected = [0] * (len(parts) - 2) + [1, 2] if len(parts) >= 3 else [0] * len(parts)
+            assert parts == expected
+
+
+@given(logs, st.integers(1, 4), st.integers(0, 6), st.booleans())
+def test_sequences_hold_each_training_event_at_most_once_and_no_other(
+    rows: list[tuple[int, int, int, int]], min_events: int, more: int, pooled: bool
+) -> None:
+    split = split_of(rows)
+    max_events = min_events + more
+    sequences = build_sequences(split, DOMAINS, min_events=min_events, max_events=max_events, pooled=pooled)
+    train = split.events("train")
+    event_domain = split.catalogue.domain[split.interactions.item]
+    row_of = np.repeat(np.arange(len(sequences)), sequences.lengths)
+    for kind in range(len(KINDS)):
+        used = sequences.event[(sequences.kind == kind)[row_of]]
+        assert len(np.unique(used)) == len(used)
+        assert train[used].all()
+    assert (sequences.lengths <= max_events).all()
+    for row in range(len(sequences)):
+        held = sequences.event[sequences.offsets[row] : sequences.offsets[row + 1]]
+        assert (np.diff(held) > 0).all(), "in the user's order"
+        assert (split.interactions.user[held] == sequences.user[row]).all()
+        if sequences.kind[row] == KINDS.index("specific"):
+            assert (event_domain[held] == sequences.domain[row]).all()
+        else:
+            assert sequences.domain[row] == -1
+            assert len(np.unique(event_domain[held])) >= 2
+            assert DOMAINS.index("games") not in event_domain[held], "it has no real times"
+            assert len(held) >= min_events
+
+
+@given(logs, st.integers(1, 4), st.integers(0, 6))
+def test_specific_sequences_cover_and_their_sizes_differ_by_at_most_one(
+    rows: list[tuple[int, int, int, int]], min_events: int, more: int
+) -> None:
+    split = split_of(rows)
+    max_events = min_events + more
+    sequences = build_sequences(split, DOMAINS, min_events=min_events, max_events=max_events, kinds=["specific"])
+    event_domain = split.catalogue.domain[split.interactions.item]
+    for user in range(4):
+        for domain in range(len(DOMAINS)):
+            mask = (split.interactions.user == user) & (event_domain == domain) & split.events("train")
+            sizes = sequences.lengths[(sequences.user == user) & (sequences.domain == domain)]
+            if mask.sum() < min_events:
+                assert not len(sizes)
+            else:
+                assert sizes.sum() == mask.sum()
+                assert len(sizes) == -(-mask.sum() // max_events)
+                assert sizes.max() - sizes.min() <= 1
+
+
+@given(logs, st.sampled_from(["specific", "mixed"]), st.sampled_from(["validation", "test"]), st.integers(0, 5))
+def test_histories_come_before_their_target_and_hold_no_test_event(
+    rows: list[tuple[int, int, int, int]], kind: str, part: str, max_history: int
+) -> None:
+    split = split_of(rows, timeless=False)
+    event_domain = split.catalogue.domain[split.interactions.item]
+    for number, domain in enumerate(DOMAINS):
+        queries = split.queries(domain, part, history_kind=kind, max_history=max_history, min_history=0)
+        assert queries.event.tolist() == np.flatnonzero((event_domain == number) & split.events(part)).tolist()
+        assert len(set(queries.query_id)) == len(queries)
+        for row, event in enumerate(queries.event):
+            known = np.flatnonzero(
+                (split.interactions.user == split.interactions.user[event])
+                & (np.arange(len(split.part)) < event)
+                & ~split.events("test")
+                & ((event_domain == number) | (kind == "mixed"))
+            )
+            assert (
+                queries.history[row].tolist() == split.interactions.item[known[-max_history or len(known) :]].tolist()
+            )
+
+
+@given(
+    st.lists(st.tuples(st.integers(-(2**62), 2**62), st.integers(0, 5), st.integers(-3, 3)), max_size=50),
+    st.booleans(),
+)
+def test_packed_keys_sort_as_separate_ones(rows: list[tuple[int, int, int]], wide: bool) -> None:
+    keys = np.array(rows, dtype=np.int64).reshape(-1, 3).T
+    if not wide:
+        keys[0] %= 1000
+    expected = sorted(range(len(rows)), key=lambda row: tuple(keys[:, row]))
+    assert stable_order(*keys).tolist() == expected
+
+
+@given(st.text() | st.text(alphabet="&amp;quot#39;<b>/.'\" \n…", max_size=40))
+def test_a_clean_title_is_one_line_and_stays_as_it_is(text: str) -> None:
+    title = clean_title(text)
+    assert clean_title(title) == title
+    assert title == title.strip()
+    assert len(title.splitlines()) <= 1
+    assert '"' not in title and not title.endswith(".")

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cprec.data.splits import Split, SplitSpec, make_split
+from cprec.errors import ConfigError, DataError
+
+# Alice: four books and three toys, interleaved; Bob: two books only.
+ROWS = [
+    ("alice", "books", "b1", 10),
+    ("alice", "books", "b2", 20),
+    ("alice", "toys", "t1", 25),
+    ("alice", "books", "b3", 30),
+    ("alice", "toys", "t2", 35),
+    ("alice", "books", "b4", 40),
+    ("alice", "toys", "t3", 45),
+    ("bob", "books", "b1", 15),
+    ("bob", "books", "b4", 50),
+]
+
+
+def split_of(log: Any, **settings: Any) -> Split:
+    return make_split(*log, SplitSpec(**settings))
+
+
+def test_leave_one_out_by_hand(make_log: Callable[..., Any]) -> None:
+    split = split_of(make_log(ROWS))
+    parts = dict(zip(split.catalogue.item_id[split.interactions.item[:7]], split.part[:7].tolist(), strict=True))
+    assert parts == {"b1": 0, "b2": 0, "b3": 1, "b4": 2, "t1": 0, "t2": 1, "t3": 2}
+    assert split.part[7:].tolist() == [0, 0], "two events of a user in a domain are too few to hold any out"
+    assert len(split.train) == 5
+    assert split.train.offsets().tolist() == [0, 3, 5]
+    assert split.events("test").tolist() == [False] * 5 + [True, True, False, False]
+
+
+def test_specific_queries_by_hand(make_log: Callable[..., Any]) -> None:
+    split = split_of(make_log(ROWS))
+    names = split.catalogue.item_id
+    test = split.queries("books", "test", max_history=10)
+    assert test.query_id.tolist() == ["books/shop/alice/test"]
+    assert names[test.history[0]].tolist() == ["b1", "b2", "b3"], "the validation event is known by then"
+    assert names[test.target].tolist() == ["b4"]
+    assert test.timestamp.tolist() == [40]
+    validation = split.queries("books", "validation", max_history=1)
+    assert names[validation.history[0]].tolist() == ["b2"], "the latest event only"
+    assert names[validation.target].tolist() == ["b3"]
+    assert len(split.queries("books", "test", max_history=10, min_history=4)) == 0
+
+
+def test_mixed_queries_hold_no_test_event_of_another_domain(make_log: Callable[..., Any]) -> None:
+    split = split_of(make_log(ROWS))
+    names = split.catalogue.item_id
+    books = split.queries("books", "test", history_kind="mixed", max_history=10)
+    assert names[books.history[0]].tolist() == ["b1", "b2", "t1", "b3", "t2"]
+    toys = split.queries("toys", "test", history_kind="mixed", max_history=10)
+    assert names[toys.history[0]].tolist() == ["b1", "b2", "t1", "b3", "t2"], "b4 came before, but it is a test event"
+    earlier = split.queries("toys", "validation", history_kind="mixed", max_history=2)
+    assert names[earlier.history[0]].tolist() == ["t1", "b3"]
+
+
+def test_mixed_queries_leave_out_domains_without_times(make_log: Callable[..., Any]) -> None:
+    split = split_of(make_log(ROWS, timeless=["toys"]))
+    books = split.queries("books", "test", history_kind="mixed", max_history=10)
+    assert split.catalogue.item_id[books.history[0]].tolist() == ["b1", "b2", "b3"]
+    with pytest.raises(ConfigError, match="domain 'toys' has no real times"):
+        split.queries("toys", "test", history_kind="mixed", max_history=10)
+
+
+def test_global_time_by_dates(make_log: Callable[..., Any]) -> None:
+    day = 86_400
+    rows = [("alice", "books", f"b{n}", n * day) for n in range(6)] + [("bob", "toys", "t1", 4 * day)]
+    split = split_of(
+        make_log(rows), method="global-time", validation_from="1970-01-04", test_from="1970-01-05T00:00:00"
+    )
+    assert split.part.tolist() == [0, 0, 0, 1, 2, 2, 2]
+    test = split.queries("books", "test", max_history=10)
+    assert test.query_id.tolist() == ["books/shop/alice/test/0", "books/shop/alice/test/1"]
+    assert test.history.lengths.tolist() == [4, 5], "what came before is known, the earlier test event too"
+    assert len(split.queries("toys", "test", max_history=10)) == 0
+    assert split.queries("toys", "test", max_history=10, min_history=0).query_id.tolist() == ["toys/shop/bob/test/0"]
+
+
+def test_global_time_by_fractions_keeps_equal_times_together(make_log: Callable[..., Any]) -> None:
+    times = [1, 2, 3, 4, 5, 6, 7, 8, 8, 9]
+    rows = [("alice", "books", f"b{n}", time) for n, time in enumerate(times)]
+    split = split_of(make_log(rows), method="global-time", validation_fraction=0.2, test_fraction=0.2)
+    assert split.part.tolist() == [0, 0, 0, 0, 0, 0, 1, 2, 2, 2]
+
+
+def test_global_time_needs_times_in_every_domain(make_log: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match="needs real times in every domain, but toys only has an order"):
+        split_of(make_log(ROWS, timeless=["toys"]), method="global-time")
+
+
+def test_global_time_refuses_an_empty_part(make_log: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match=r"leaves no event for test; the log runs from 1970-01-01 00:00:10 to"):
+        split_of(make_log(ROWS), method="global-time", validation_from="1970-01-01T00:00:30", test_from="2001-01-01")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "random"}, "expected leave-one-out or global-time"),
+        ({"test_fraction": 0.1}, "test_fraction means something for method=global-time only"),
+        ({"method": "global-time", "test_fraction": 1.5}, "must lie between 0 and 1"),
+        ({"method": "global-time", "test_fraction": 0.6, "validation_fraction": 0.5}, "nothing would train"),
+        ({"method": "global-time", "test_from": "2014-01-01"}, "together"),
+        ({"method": "global-time", "test_from": "2014-01-01", "validation_from": "July"}, "is no ISO date"),
+        ({"method": "global-time", "test_from": "2014-01-01", "validation_from": "2015-01-01"}, "must be before"),
+    ],
+)
+def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SplitSpec(**settings)
+
+
+def test_a_query_asks_for_a_held_out_part_of_a_known_domain(make_log: Callable[..., Any]) -> None:
+    split = split_of(make_log(ROWS))
+    with pytest.raises(ConfigError, match="part='train'"):
+        split.queries("books", "train", max_history=5)
+    with pytest.raises(DataError, match="there is no domain 'games'"):
+        split.queries("games", "test", max_history=5)
