@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import tempfile
+from collections import Counter
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cprec.data.catalogue import Catalogue, clean_title
+from cprec.data.dataset import build_dataset, read_dataset
 from cprec.data.interactions import Interactions, stable_order
 from cprec.data.sequences import build_sequences
+from cprec.data.sources.memory import MemorySource
 from cprec.data.splits import Split, SplitSpec, make_split
+from cprec.errors import DataError
 from cprec.schema import KINDS, DomainInfo
 
 DOMAINS = ("books", "games", "toys")
@@ -37,6 +44,50 @@ def split_of(rows: list[tuple[int, int, int, int]], timeless: bool = True) -> Sp
     )
     infos = {name: DomainInfo(name, "shop", not (timeless and name == "games")) for name in DOMAINS}
     return make_split(catalogue, log, infos, SplitSpec())
+
+
+def apply_rules(rows: list[tuple[str, str, int]], least_user: int, least_item: int) -> list[tuple[str, str, int]]:
+    """The rules of `build_dataset` in plain Python: (user, item, time) sorted by user, time and place in the source."""
+    kept = sorted(dict.fromkeys(rows), key=lambda row: (row[0], row[2]))
+    while True:
+        before = kept
+        kept = [row for at, row in enumerate(kept) if not at or row[:2] != kept[at - 1][:2]]
+        users = Counter(user for user, _, _ in kept)
+        kept = [row for row in kept if users[row[0]] >= least_user]
+        items = Counter(item for _, item, _ in kept)
+        kept = [row for row in kept if items[row[1]] >= least_item]
+        if kept == before:
+            return kept
+
+
+@settings(max_examples=10)  # each one starts an engine
+@given(
+    st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("wxyz"), st.integers(0, 5)), min_size=1, max_size=30),
+    st.integers(0, 4),
+    st.integers(0, 4),
+)
+def test_rules_in_the_table_engine_equal_plain_python(
+    rows: list[tuple[str, str, int]], least_user: int, least_item: int
+) -> None:
+    users, items, times = (list(column) for column in zip(*rows, strict=True))
+    titles = sorted(set(items))
+    source = MemorySource(
+        "toys",
+        "shop",
+        pa.table({"item_id": titles, "title": titles}),
+        pa.table({"user_id": users, "item_id": items, "timestamp": times}),
+    )
+    expected = apply_rules(rows, least_user, least_item)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "data")
+        try:
+            build_dataset([source], path, min_user_events=least_user, min_item_events=least_item)
+        except DataError:
+            assert not expected
+            return
+        catalogue, log, _ = read_dataset(path)
+    found = zip(log.user_id[log.user], catalogue.item_id[log.item], log.timestamp.tolist(), strict=True)
+    assert list(found) == expected
 
 
 @given(logs)

@@ -11,7 +11,9 @@ table engine; what concerns one user at a time (splits, sequences) is numpy, els
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -265,14 +267,12 @@ class _DomainBuilder:
     # ---- judging rows ------------------------------------------------------------------------------------------------
 
     def _judge_items(self, items: Any) -> Any:
-        """All items with their clean title and a reason to reject them, or none."""
+        """All items with their clean text and a reason to reject them, or none."""
         import ibis
 
         self.tell(f"{self.domain}: checking items and events")
-        raw = self.connection.to_pyarrow(items.select(TITLE).filter(items[TITLE].notnull()).distinct())[TITLE]
-        clean = [title if has_word(title) else None for title in map(clean_title, raw.to_pylist())]
-        titles = engine.from_arrow(self.connection, pa.table({"raw": raw, "clean": pa.array(clean, pa.string())}))
-        items = items.left_join(titles, items[TITLE] == titles["raw"]).drop("raw")
+        items = self._add_clean(items, TITLE, "clean", has_word)
+        items = self._add_clean(self._add_clean(items, BRAND, "clean_brand"), CATEGORIES, "clean_categories")
         same_id = {"group_by": items[ITEM_ID], "order_by": [items["clean"].isnull(), items["sequence"]]}
         items = items.mutate(place=ibis.row_number().over(**same_id))
         reason = ibis.cases(
@@ -284,6 +284,15 @@ class _DomainBuilder:
         items = engine.materialise(self.connection, items.mutate(reason=reason).drop("place"))
         self._set_aside(items, "items", (ITEM_ID, TITLE), lenient={TWICE})
         return items
+
+    def _add_clean(self, items: Any, name: str, clean_name: str, is_good: Callable[[str], bool] = bool) -> Any:
+        """Add the clean form of a column of text, null where nothing good is left, each distinct text once."""
+        text = items[name].name("raw")
+        raw = self.connection.to_pyarrow(items.select(text).filter(items[name].notnull()).distinct())["raw"]
+        clean = [text if is_good(text) else None for text in map(clean_title, raw.to_pylist())]
+        pairs = pa.table({"raw": raw, clean_name: pa.array(clean, pa.string())})
+        cleaned = engine.from_arrow(self.connection, pairs)
+        return items.left_join(cleaned, items[name] == cleaned["raw"]).drop("raw")
 
     def _judge_interactions(self, log: Any, items: Any, tables: SourceTables) -> Any:
         """The usable events, with their order within the user."""
@@ -317,11 +326,8 @@ class _DomainBuilder:
     ) -> None:
         """Keep the rows that have a reason; refuse the table where one reason holds of most rows."""
         bad = table.filter(table["reason"].notnull()).order_by("sequence")
-        names = [name for name in bad.columns if name not in ("file", "line", "sequence", "reason", "clean")]
-        text = None
-        for name in names:
-            part = _field_text(name, bad[name])
-            text = part if text is None else text + part
+        parts = [_field_text(name, bad[name]) for name in bad.columns if name in _SHOWN_FIELDS]
+        text = functools.reduce(operator.add, parts)
         rows = self.connection.to_pyarrow(bad.select("file", "line", "reason", row=text))
         if not rows.num_rows:
             return
@@ -459,7 +465,8 @@ class _DomainBuilder:
         kept = items.filter(items["reason"].isnull())
         if self.rules.has_core:
             kept = kept.semi_join(events, ITEM_ID)
-        kept = kept.select(ITEM_ID, kept["clean"].name(TITLE), BRAND, CATEGORIES, DESCRIPTION, PRICE).order_by(ITEM_ID)
+        texts = {TITLE: kept["clean"], BRAND: kept["clean_brand"], CATEGORIES: kept["clean_categories"]}
+        kept = kept.select(ITEM_ID, **texts, description=kept[DESCRIPTION], price=kept[PRICE]).order_by(ITEM_ID)
         part = Path(f"domain={self.domain}", "part-0.parquet")
         engine.write_parquet(self.connection, kept, self.folder / "items" / part)
         engine.write_parquet(
@@ -472,13 +479,15 @@ def _is_blank(column: Any) -> Any:
     return column.isnull() | (column.strip() == "")
 
 
+_SHOWN_FIELDS = (USER_ID, ITEM_ID, "time_text", RATING, TITLE, BRAND, CATEGORIES, DESCRIPTION, PRICE)
+
+
 def _field_text(name: str, column: Any) -> Any:
     """`name=value; ` for a row set aside; nothing for a field that is absent."""
     import ibis
 
-    label = {"time_text": TIMESTAMP}.get(name, name)
-    text = ibis.literal(f"{label}=") + column.cast("string") + "; "
-    return ibis.literal("") if name == TIMESTAMP else ibis.coalesce(text, "")
+    label = TIMESTAMP if name == "time_text" else name
+    return ibis.coalesce(ibis.literal(f"{label}=") + column.cast("string") + "; ", "")
 
 
 def _describe_first(rows: pa.Table) -> str:

@@ -179,7 +179,7 @@ def test_users_of_one_platform_are_the_same_people(tmp_path: Path) -> None:
 def test_the_manifest_says_what_was_read(tmp_path: Path) -> None:
     log, items = tmp_path / "log.csv", tmp_path / "items.csv"
     log.write_text("user_id,item_id,timestamp,stars\nu,x,2014-07-23,4\n")
-    items.write_text("item_id,title\nx,A &amp; B\n")
+    items.write_text('item_id,title,brand,category\nx,A &amp; B,"by\nAcme"," . "\n')
     folder = build(tmp_path, TableSource(domain="toys", interactions=str(log), items=str(items)), seed=7)
     manifest = read_manifest(folder)
     assert manifest["sources"] == [
@@ -198,6 +198,7 @@ def test_the_manifest_says_what_was_read(tmp_path: Path) -> None:
     }
     catalogue, interactions, _ = read_dataset(folder)
     assert catalogue.title.tolist() == ["A & B"]
+    assert (catalogue.brand.tolist(), catalogue.categories.tolist()) == (["by Acme"], [""])
     assert interactions.rating.tolist() == [4.0]
     names = pq.read_table(folder / "interactions").column_names
     assert names == ["user_id", "item_id", "timestamp", "rating", "order", "domain"]
