@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from cprec import distributed
 from cprec.data.catalogue import Catalogue
-from cprec.data.ragged import Ragged
+from cprec.data.ragged import Ragged, offsets_of
 from cprec.errors import ConfigError, UnknownItemError
 from cprec.models import load_model
 from cprec.rank.attention import PromptTree
@@ -73,6 +73,7 @@ class LLMRecommender:
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._encoder = PromptEncoder(tokenizer, catalogue, max_title_tokens=max_title_tokens, template=template)
         self._tries: dict[str, Trie] = {}
+        self._context = int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> LLMRecommender:
@@ -103,10 +104,8 @@ class LLMRecommender:
         model = load_model(folder, device=device)
         return cls(model, load_tokenizer(str(folder)), Catalogue.read(folder), **settings | options)
 
-    def rank(
-        self, queries: Sequence[RankingQuery], k: int, *, progress: Callable[[int], None] | None = None
-    ) -> list[Ranking]:
-        """See `Recommender.rank`. Prompts of similar length share a batch; `progress` is told of queries done.
+    def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
+        """See `Recommender.rank`. Prompts of similar length share a batch.
 
         Raises UnknownItemError for items that the catalogue does not have.
         """
@@ -125,8 +124,6 @@ class LLMRecommender:
                     rank = self._rank_candidates if given else self._rank_catalogue
                     for number, ranking in zip(batch, rank(tree, domain, [queries[n] for n in batch], k), strict=True):
                         out[number] = ranking
-                    if progress:
-                        progress(len(batch))
         return [ranking for ranking in out if ranking is not None]
 
     def recommend(
@@ -151,6 +148,13 @@ class LLMRecommender:
                 f"k={k}: domain {domain!r} has {available} items outside this history; choose 1 to {available}"
             )
         query = RankingQuery(query_id="", domain=domain, history=items, exclude=exclude)
+        read = len(self._read_part(query))
+        if read < len(items):
+            warnings.warn(
+                f"the history has {len(items)} events and the model reads {read} of them: the latest "
+                f"{self.max_history}{'' if self.history_kind == MIXED else f' of domain {domain!r}'}",
+                stacklevel=2,
+            )
         ranking = self.rank([query], k)[0]
         rows = self.catalogue.find(domain, list(ranking.item_ids[:k]))
         return [
@@ -173,33 +177,24 @@ class LLMRecommender:
 
     def _prompts(self, queries: Sequence[RankingQuery]) -> Ragged:
         """Prompt tokens of each query: its latest events, as many as were trained on and fit the model's context."""
-        domains = np.array([self._domain_number(query.domain) for query in queries], dtype=np.int64)
-        specific = self.history_kind == SPECIFIC
-        histories, dropped = [], 0
-        for query in queries:
-            events = [item for item in query.history if not specific or item.domain == query.domain]
-            dropped += len(events) > self.max_history
-            histories.append([self._row(item) for item in events[-self.max_history :]])
-        kind = SPECIFIC if specific else MIXED
-        rows = Ragged.of(histories)
-        context = int(getattr(self._model.config, "max_position_embeddings", 0) or 1 << 30)
-        fitted = self._encoder.fit(kind, domains, rows, context - self._encoder.max_title_tokens - 2)
-        dropped = max(dropped, int((fitted.lengths < rows.lengths).sum()))
-        if dropped:
-            warnings.warn(
-                f"{dropped} of {len(queries)} histories are longer than the model reads ({self.max_history} events, "
-                f"{context} tokens): their latest events are used",
-                stacklevel=3,
-            )
-        return self._encoder.prompts(kind, domains, fitted)
+        domains = np.array([self.catalogue.domain_index(query.domain) for query in queries], dtype=np.int64)
+        histories = [self._read_part(query) for query in queries]
+        names = [(item.domain, item.item_id) for events in histories for item in events]
+        rows = np.empty(len(names), dtype=np.int64)
+        for domain in {name for name, _ in names}:
+            mine = [place for place, (name, _) in enumerate(names) if name == domain]
+            rows[mine] = self.catalogue.find(domain, [names[place][1] for place in mine])
+        history = Ragged(rows, offsets_of(np.array([len(events) for events in histories], dtype=np.int64)))
+        fitted = self._encoder.fit(
+            self.history_kind, domains, history, self._context - self._encoder.max_title_tokens - 1
+        )
+        return self._encoder.prompts(self.history_kind, domains, fitted)
 
-    def _domain_number(self, domain: str) -> int:
-        if domain not in self.catalogue.domains:
-            raise ConfigError(f"domain={domain!r} is not in the catalogue: {', '.join(self.catalogue.domains)}")
-        return self.catalogue.domains.index(domain)
-
-    def _row(self, item: Item) -> int:
-        return int(self.catalogue.find(item.domain, [item.item_id])[0])
+    def _read_part(self, query: RankingQuery) -> tuple[Item, ...]:
+        """The events of a query that a prompt can show: of its domain unless mixed, the latest `max_history`."""
+        if self.history_kind == SPECIFIC:
+            return tuple(item for item in query.history if item.domain == query.domain)[-self.max_history :]
+        return query.history[-self.max_history :]
 
     def _trie(self, domain: str) -> Trie:
         if domain not in self._tries:

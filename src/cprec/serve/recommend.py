@@ -38,7 +38,7 @@ class RecommendConfig:
     k: int = 10
     """Items to recommend."""
     input: str | None = None
-    """File of histories: CSV (columns user_id and history, events separated by |), JSONL or Parquet (history a list)."""
+    """File of histories: CSV (columns user_id and history, events separated by |), JSONL or Parquet (a list)."""
     output: str | None = None
     """File to write for `input`, CSV, JSONL or Parquet by its name: user_id, rank, item_id, title, score."""
     exclude_seen: bool = True
@@ -70,9 +70,7 @@ def recommend(config: RecommendConfig, recommender: Recommends) -> None:
     with track(len(histories), "recommending", unit="users") as progress:
         for user, history in histories:
             try:
-                found = recommender.recommend(
-                    history, config.k, domain=config.domain, exclude_seen=config.exclude_seen
-                )
+                found = recommender.recommend(history, config.k, domain=config.domain, exclude_seen=config.exclude_seen)
             except (CPRecError, ValueError) as error:
                 raise DataError(f"{config.input}, user {user!r}: {error}") from error
             rows += [
@@ -89,9 +87,7 @@ def _show(config: RecommendConfig, recommender: Recommends, out: TextIO) -> None
     from rich.table import Table
 
     try:
-        found = recommender.recommend(
-            config.history, config.k, domain=config.domain, exclude_seen=config.exclude_seen
-        )
+        found = recommender.recommend(config.history, config.k, domain=config.domain, exclude_seen=config.exclude_seen)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     table = Table(box=None)
@@ -110,8 +106,8 @@ def _read(path: Path) -> Iterator[tuple[str, list[str]]]:
         missing = [name for name in (USER, HISTORY) if row.get(name) is None]
         if missing:
             raise DataError(
-                f"{path}, row {number}: no {' and no '.join(missing)}; it has {', '.join(map(str, row))}. Each row needs "
-                f"{USER} and {HISTORY} (ids or titles, oldest first; in CSV separated by {SEPARATOR})"
+                f"{path}, row {number}: no {' and no '.join(missing)}; it has {', '.join(map(str, row))}. Each row "
+                f"needs {USER} and {HISTORY} (ids or titles, oldest first; in CSV separated by {SEPARATOR})"
             )
         history = row[HISTORY]
         events = history.split(SEPARATOR) if isinstance(history, str) else list(history)
@@ -136,7 +132,9 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             except ValueError as error:
                 raise DataError(f"{path}, line {number} is not JSON ({error})") from error
             if not isinstance(row, dict):
-                raise DataError(f'{path}, line {number} is not an object like {{"{USER}": "u1", "{HISTORY}": ["title"]}}')
+                raise DataError(
+                    f'{path}, line {number} is not an object like {{"{USER}": "u1", "{HISTORY}": ["title"]}}'
+                )
             yield row
 
 

@@ -16,7 +16,7 @@ from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.progress import say
 from cprec.provenance import file_sha256, read_resolved
-from cprec.schema import MIXED, TEST, TRAIN
+from cprec.schema import MIXED, TEST, TRAIN, VALIDATION
 from cprec.text.encoding import PromptEncoder
 from cprec.text.shards import Shards, open_shards
 from cprec.text.tokenizer import load_tokenizer
@@ -52,9 +52,10 @@ def audit(folder: str | Path) -> dict[str, Any]:
         properties += auditor.check(name, shards, per_document=True)
     queries = {}
     for domain in recorded["target_domains"]:
-        path = folder / "queries" / domain / "test.parquet"
-        queries[domain] = file_sha256(path)
-        properties.append(auditor.check_queries(domain, path))
+        for part in (VALIDATION, TEST):
+            path = folder / "queries" / domain / f"{part}.parquet"
+            queries[f"{domain}/{part}"] = file_sha256(path)
+            properties.append(auditor.check_queries(domain, part, path))
     certificate = {
         "clean": all(p.violations == 0 for p in properties),
         "split": asdict(split.spec),
@@ -134,11 +135,11 @@ class _Auditor:
             ),
         ]
 
-    def check_queries(self, domain: str, path: Path) -> Property:
-        """No test query shows its own target, unless the user's earlier events have that item too."""
-
+    def check_queries(self, domain: str, part: str, path: Path) -> Property:
+        """No query shows its own target, unless the user's earlier events have that item too."""
         log, catalogue = self._split.interactions, self._catalogue
-        earlier = set(zip(log.user[~self._split.events(TEST)], log.item[~self._split.events(TEST)], strict=True))
+        known = self._train if part == VALIDATION else ~self._split.events(TEST)
+        earlier = set(zip(log.user[known].tolist(), log.item[known].tolist(), strict=True))
         wrong, table = [], pq.read_table(path)
         for row in table.to_pylist():
             user = self._user_row[row["platform"], row["user_id"]]
@@ -149,7 +150,7 @@ class _Auditor:
             if shown and (user, int(catalogue.find(domain, [row["target"]])[0])) not in earlier:
                 wrong.append(row["query_id"])
         return Property(
-            name=f"queries/{domain}: no query shows its own target event",
+            name=f"queries/{domain}/{part}: no query shows its own target event",
             checked=table.num_rows,
             violations=len(wrong),
             examples=wrong[:5],

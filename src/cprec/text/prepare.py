@@ -65,7 +65,7 @@ class PrepareConfig:
     history: Literal["specific", "mixed"] = "specific"
     """What prompts of fine-tuning and evaluation show: the target domain's events, or those of all domains."""
     max_history: int = 10
-    """Events in a prompt at most, the latest ones."""
+    """Events in a prompt at most, the latest ones; queries keep the whole history."""
     min_history: int = 3
     """Events in a prompt at least; shorter ones give no example and no query."""
     heldout_share: float = 0.005
@@ -414,7 +414,11 @@ def _write_queries(config: PrepareConfig, split: Split, folder: Path, domain: st
     target.mkdir(parents=True)
     for part in (VALIDATION, TEST):
         queries = split.queries(
-            domain, part, history_kind=config.history, max_history=config.max_history, min_history=config.min_history
+            domain,
+            part,
+            history_kind=config.history,
+            max_history=len(split.interactions),  # the whole history: each recommender reads as much as it can
+            min_history=config.min_history,
         )
         if not len(queries):
             raise DataError(f"domain {domain!r} has no {part} queries: no user has enough events (min_history, split)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from cprec.errors import ConfigError
 from cprec.train.training import TrainingConfig
@@ -25,7 +25,7 @@ class FinetuneConfig(TrainingConfig):
     """Annealing: with warm-up 0.05 the learning rate falls from the peak on."""
     warmup_steps: float = 0.05
     """Warm-up: a fraction of all steps if below 1, else a number of steps."""
-    anneal_shape: str = "cosine"
+    anneal_shape: Literal["1-sqrt", "linear", "cosine", "exponential"] = "cosine"
     """How the learning rate falls."""
 
 

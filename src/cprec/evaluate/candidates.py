@@ -1,0 +1,64 @@
+"""Candidate sets of the second protocol: the target and uniform others, drawn once per query and frozen to disk."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+MAX_TRIES = 50
+
+
+def draw_candidates(
+    query_id: str, target: int, taken: np.ndarray, titles: Sequence[str], size: int, seed: int
+) -> np.ndarray:
+    """`size` item positions, the target among them, in random order.
+
+    The others are uniform over the items outside `taken` (the user's whole history), none with a title that equals,
+    contains or is contained in another's (after lower-casing): such answers could not be told apart in text. The draw
+    is seeded by (seed, query id), never by the target, so that co-candidates say nothing about it.
+
+    Raises ValueError if the items outside the history are too few.
+    """
+    digest = hashlib.sha256(f"{seed}/{query_id}".encode()).digest()
+    generator = np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
+    excluded = np.union1d(taken, [target])
+    if len(titles) - len(excluded) < size - 1:
+        raise ValueError(
+            f"num_candidates={size} but only {len(titles) - len(excluded)} items are outside the history of query "
+            f"{query_id!r}: lower it or use the full catalogue only"
+        )
+    chosen, names = [target], [titles[target].lower()]
+    for _ in range(MAX_TRIES):
+        for item in generator.integers(0, len(titles), 4 * size):
+            name = titles[item].lower()
+            if item in excluded or item in chosen or any(name in other or other in name for other in names):
+                continue
+            chosen.append(int(item))
+            names.append(name)
+            if len(chosen) == size:
+                return generator.permutation(np.array(chosen))
+    raise ValueError(
+        f"num_candidates={size}: no {size} items with clearly different titles were found for query {query_id!r}; "
+        "lower it"
+    )
+
+
+def write_candidates(path: Path, query_ids: Sequence[str], candidates: Sequence[Sequence[str]]) -> None:
+    """Freeze candidate sets: one row per query; the file appears complete or not at all."""
+    temporary = path.with_name(path.name + ".incomplete")
+    table = pa.table(
+        {"query_id": pa.array(query_ids, pa.string()), "candidates": pa.array(candidates, pa.list_(pa.string()))}
+    )
+    pq.write_table(table, temporary, compression="zstd")
+    temporary.replace(path)
+
+
+def read_candidates(path: Path) -> dict[str, tuple[str, ...]]:
+    """Candidate item ids of each query."""
+    table = pq.read_table(path)
+    return dict(zip(table["query_id"].to_pylist(), map(tuple, table["candidates"].to_pylist()), strict=True))
