@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cprec.baselines.ranking import rankings_of_scores
 from cprec.data.catalogue import Catalogue
 from cprec.recommender import Ranking, RankingQuery
 
@@ -21,17 +22,9 @@ class RandomRecommender:
 
     def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
         """See `Recommender.rank`."""
-        out = []
+        scores = []
         for query in queries:
             digest = hashlib.sha256(f"{self._seed}/{query.query_id}".encode()).digest()
             generator = np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
-            rows = (
-                self._catalogue.rows_of(query.domain)
-                if query.candidates is None
-                else self._catalogue.find(query.domain, query.candidates)
-            )
-            ids = [item for item in self._catalogue.item_id[rows] if item not in query.exclude]
-            scores = generator.random(len(ids))
-            order = np.argsort(-scores)[: k if query.candidates is None else None]
-            out.append(Ranking(query.query_id, tuple(ids[i] for i in order), tuple(scores[order].tolist())))
-        return out
+            scores.append(generator.random(len(self._catalogue.rows_of(query.domain))))
+        return rankings_of_scores(self._catalogue, queries, scores, k)

@@ -114,7 +114,7 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
     for entrant in entrants:
         arm: dict[str, Any] = {"kind": entrant.kind, "num_queries": len(questions.queries)}
         for protocol in (FULL, SAMPLED):
-            rankings, seconds = _rankings(config, entrant, questions, protocol, folder)
+            rankings, seconds = _rankings(config, entrant, questions, protocol)
             columns = metrics_of(rankings, questions, config.k)
             names = {"query_id": [query.query_id for query in questions.queries], "user_id": questions.user}
             constants = {"domain": domain, "arm": entrant.name, "protocol": protocol}
@@ -289,9 +289,13 @@ def metrics_of(rankings: pa.Table, questions: Questions, k: int) -> dict[str, np
     return columns | {"mrr": reciprocal_rank(better, tied)}
 
 
-def _rankings(
-    config: EvaluateConfig, entrant: Entrant, questions: Questions, protocol: str, folder: Path
-) -> tuple[Any, float]:
+def rankings_path(config: EvaluateConfig, domain: str, arm: str, protocol: str) -> Path:
+    """Where an arm's rankings of a domain are saved."""
+    name = re.sub("[^a-z0-9]+", "-", arm.lower()).strip("-")
+    return Path(config.output_dir) / domain / f"{name}.{protocol}.parquet"
+
+
+def _rankings(config: EvaluateConfig, entrant: Entrant, questions: Questions, protocol: str) -> tuple[Any, float]:
     """The rankings of an arm, saved or made now, and the seconds that they took to make."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -302,7 +306,7 @@ def _rankings(
     names = ("k", "exclude_seen", "max_queries", "seed", "num_candidates", "beam_width")
     asked = {name: getattr(config, name) for name in names}
     key = json.dumps({**asked, "questions": questions.sha256, "identity": entrant.identity}, sort_keys=True)
-    path = folder / f"{re.sub('[^a-z0-9]+', '-', entrant.name.lower()).strip('-')}.{protocol}.parquet"
+    path = rankings_path(config, questions.domain, entrant.name, protocol)
     if path.is_file():
         known = pq.read_schema(path).metadata or {}
         if known.get(b"answers", b"").decode() == key:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cprec.config import Recipe
+from cprec.recipes.amazon_small import amazon_small
+from cprec.recipes.demo import demo
 
-RECIPES: dict[str, Callable[..., Recipe]] = {}
+RECIPES: dict[str, Callable[..., Recipe]] = {"demo": demo, "amazon_small": amazon_small}
 """Name on the command line -> the function that makes the recipe."""
