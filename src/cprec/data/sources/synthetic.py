@@ -1,0 +1,481 @@
+"""A generated world whose law is known: users, titles and events by a seed, and the true chance of every next item.
+
+Two platforms. `market` has five domains that share their users, `library` two; no user belongs to both. Titles read
+"Brand Quality Quality Kind". Quality words are the same in all domains of both platforms, half of a domain's brands are
+its own and half belong to all domains, kinds belong to one domain alone.
+
+The chance that user u's next event in domain d is item i, which u has not had yet, is proportional to
+
+    rank(i) ** -popularity_strength
+    * exp(taste_strength * (qualities of i that u loves + 1 if u loves the brand of i))
+    * exp(habit_strength * [the kind of i often follows the kind of u's latest item in d])
+    * exp(cross_domain_strength * (qualities of i shared with u's latest item in the domain that triggers d))
+
+Tastes are the user's own and hold in every domain. Given the taste, events of other domains matter only through the
+last line, the planted signal; a recommender, which has to guess the taste, may also learn it from those events. When
+events happen and in which domain is drawn apart from the items, so the same law holds for held-out events.
+
+This module imports only the standard library until a world is made, because `SyntheticConfig` is part of
+configurations.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cprec.errors import ConfigError, DataError, UnknownItemError
+from cprec.recommender import Ranking, RankingQuery
+from cprec.schema import BRAND, CATEGORIES, ITEM_ID, TEST, TIMESTAMP, TITLE, USER_ID, VALIDATION, DomainInfo, Item
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+PLATFORMS = {"market": ("beauty", "garden", "kitchen", "sports", "toys"), "library": ("books", "films")}
+"""Platform -> its domains. Each domain is triggered by the one before it; the first by the last."""
+
+QUALITIES = _words(
+    "Bold Bright Classic Coastal Cosy Daring Dreamy Elegant Gentle Golden Grand Merry Modern Noble Playful Quiet Royal "
+    "Rustic Secret Simple Tiny Urban Vintage Wild"
+)
+
+KINDS_OF_DOMAIN = {
+    domain: _words(words)
+    for domain, words in {
+        "beauty": "Balm Brush Comb Cream Lipstick Lotion Mirror Perfume Powder Serum Shampoo Soap",
+        "garden": "Bench Birdhouse Gloves Hose Lantern Planter Rake Shears Spade Trellis Trowel Wheelbarrow",
+        "kitchen": "Apron Bowl Grater Kettle Knife Ladle Mug Pan Teapot Toaster Tray Whisk",
+        "sports": "Ball Bat Dumbbell Goggles Helmet Jersey Paddle Racket Rope Skates Snorkel Whistle",
+        "toys": "Blocks Castle Doll Drum Kite Marbles Puzzle Robot Rocket Scooter Teddy Train",
+        "books": "Almanac Anthology Atlas Biography Cookbook Diary Fable Memoir Mystery Novel Saga Thriller",
+        "films": "Adventure Cartoon Comedy Documentary Drama Epic Musical Noir Romance Satire Western Whodunit",
+    }.items()
+}
+
+SHARED_BRANDS = _words("Ashford Barlow Calder Denby Elwood Fenwick Granger Hollis Ingram Jessop")
+
+BRANDS_OF_DOMAIN = {
+    domain: _words(words)
+    for domain, words in {
+        "beauty": "Amberley Bellamy Carlyle Delacroix Evesham Florian Gillian Harcourt Isolde Juniper",
+        "garden": "Appleby Bramley Cotswold Dunmore Everett Foxley Greenway Hawthorn Ivyside Kentmere",
+        "kitchen": "Alderton Brookes Crofton Dawlish Egerton Farrow Garland Hartley Kingsley Langdon",
+        "sports": "Argyle Braddock Chester Drake Falcon Gladstone Halliday Kestrel Lomax Meridian",
+        "toys": "Ambrose Bumble Copper Dimble Figgins Giggle Hobson Kipper Lollard Muddle",
+        "books": "Aldine Beaumont Clarendon Dryden Eliot Faversham Gresham Hathaway Lindisfarne Marlowe",
+        "films": "Albion Broadway Carlton Dorian Empire Fairbanks Gaumont Hammer Lumiere Monarch",
+    }.items()
+}
+
+LOVED_QUALITIES = 3
+"""Quality words that each user loves."""
+LOVED_BRANDS = 0.15
+"""Share of all brands that each user loves."""
+NEXT_KINDS = 3
+"""Kinds that often follow each kind."""
+FIRST_SECOND = 1_640_995_200
+"""2022-01-01 UTC. Each user is active for a year that begins within a year of this."""
+YEAR = 365 * 24 * 3600
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticConfig:
+    """The synthetic world: market (beauty, garden, kitchen, sports, toys) and library (books, films).
+
+    The strengths were set by reason, not by any method's results: a matching word of taste, habit or signal makes an
+    item about seven times as likely (e ** 2), all alike; popularity is milder, so that ranking by it alone is weak.
+    """
+
+    num_market_users: int = 3000
+    """Users of the platform market."""
+    num_library_users: int = 1200
+    """Users of the platform library; none of them is a user of market."""
+    items_per_domain: int = 300
+    """Items of each domain."""
+    min_events: int = 5
+    """Fewest events of a user in a domain that the user is active in."""
+    max_events: int = 9
+    """Most events of a user in a domain; numbers between are equally likely."""
+    domain_share: float = 0.8
+    """Chance that a user is active in a domain of the platform; everyone is active in one at least."""
+    popularity_strength: float = 0.5
+    """Exponent of Zipf's law over a domain's items; 0 makes all equally popular."""
+    taste_strength: float = 2.0
+    """Log-odds that an item gains by each quality word, and by the brand, that the user loves."""
+    habit_strength: float = 2.0
+    """Log-odds that an item gains if its kind often follows the kind of the user's latest item in the domain."""
+    cross_domain_strength: float = 2.0
+    """Log-odds that an item gains by each quality word it shares with the user's latest item in the domain that
+    triggers its own; 0 removes the planted signal."""
+    seed: int = 0
+    """Decides catalogues, users and events."""
+
+    def __post_init__(self) -> None:
+        most = (len(SHARED_BRANDS) + 10) * 12 * len(QUALITIES) * (len(QUALITIES) - 1) // 2
+        if not 1 <= self.min_events <= self.max_events:
+            raise ConfigError(
+                f"min_events={self.min_events} must be at least 1 and at most max_events={self.max_events}"
+            )
+        if not self.max_events < self.items_per_domain <= most:
+            raise ConfigError(
+                f"items_per_domain={self.items_per_domain} must be more than max_events={self.max_events}, because no "
+                f"user has an item twice, and at most {most}, the number of different titles"
+            )
+        if min(self.num_market_users, self.num_library_users) < 1:
+            raise ConfigError(
+                f"num_market_users={self.num_market_users} and num_library_users={self.num_library_users} must be at "
+                "least 1"
+            )
+        if not 0 < self.domain_share <= 1:
+            raise ConfigError(f"domain_share={self.domain_share} must be above 0 and at most 1")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed} must be at least 0")
+        for name in ("popularity_strength", "taste_strength", "habit_strength", "cross_domain_strength"):
+            if not 0 <= getattr(self, name) <= 50:
+                raise ConfigError(f"{name}={getattr(self, name)} must lie in 0..50")
+
+
+class SyntheticWorld:
+    """A world made from a configuration: its tables, and its law. The same configuration makes the same world."""
+
+    def __init__(self, config: SyntheticConfig) -> None:
+        """Draw catalogues, users and events; a few seconds for the default configuration."""
+        self.config = config
+        self.domains = {
+            name: DomainInfo(name, platform, True) for platform, names in PLATFORMS.items() for name in names
+        }
+        """Every domain by name; all have real times."""
+        self._shelves = {name: _stock(config, number, name) for number, name in enumerate(self.domains)}
+        sizes = (config.num_market_users, config.num_library_users)
+        self._crowds = {
+            platform: _live(config, number, platform, size, [self._shelves[name] for name in PLATFORMS[platform]])
+            for number, (platform, size) in enumerate(zip(PLATFORMS, sizes, strict=True))
+        }
+
+    def tables(self) -> dict[str, tuple[pa.Table, pa.Table]]:
+        """Domain -> (items, interactions), as `MemorySource` takes them.
+
+        Items have item_id, title, brand and categories (the kind). Interactions have user_id, item_id and timestamp
+        (seconds UTC), by user and time; a user's times strictly increase over all domains.
+        """
+        import pyarrow as pa
+
+        out = {}
+        for name, info in self.domains.items():
+            shelf, crowd = self._shelves[name], self._crowds[info.platform]
+            items = {
+                ITEM_ID: shelf.item_ids,
+                TITLE: shelf.titles,
+                BRAND: [_brand_names()[brand] for brand in shelf.brand],
+                CATEGORIES: [KINDS_OF_DOMAIN[name][kind] for kind in shelf.kind],
+            }
+            mine = crowd.domain == PLATFORMS[info.platform].index(name)
+            interactions = {
+                USER_ID: [crowd.user_ids[user] for user in crowd.user[mine]],
+                ITEM_ID: [shelf.item_ids[item] for item in crowd.item[mine]],
+                TIMESTAMP: pa.array(crowd.timestamp[mine], pa.int64()),
+            }
+            out[name] = (pa.table(items), pa.table(interactions))
+        return out
+
+    def item_ids(self, domain: str) -> tuple[str, ...]:
+        """The items of a domain, sorted."""
+        return self._shelf(domain).item_ids
+
+    def user_ids(self, platform: str) -> tuple[str, ...]:
+        """The users of a platform, sorted."""
+        return self._crowds[platform].user_ids
+
+    def events(self, user_id: str, domain: str) -> tuple[Item, ...]:
+        """All events of a user on the platform of a domain, oldest first."""
+        platform = self.domains[self._shelf(domain).name].platform
+        crowd, names = self._crowds[platform], PLATFORMS[platform]
+        user = self._user(user_id, domain)
+        mine = slice(crowd.offsets[user], crowd.offsets[user + 1])
+        return tuple(
+            Item(names[d], self._shelves[names[d]].item_ids[i])
+            for d, i in zip(crowd.domain[mine].tolist(), crowd.item[mine].tolist(), strict=True)
+        )
+
+    def next_item_probabilities(self, user_id: str, domain: str, history: Sequence[Item]) -> np.ndarray:
+        """The true chance of each item of `item_ids(domain)` to be the user's next one there: float64[num_items].
+
+        `history` is everything the user did before, in all domains of the platform, oldest first. The law also knows
+        the user's taste, which no recommender is told, so no ranking can be better on average than by these chances.
+
+        Raises DataError for a user or a domain that is not of this world, UnknownItemError for such an item.
+        """
+        import numpy as np
+
+        shelf = self._shelf(domain)
+        crowd = self._crowds[self.domains[domain].platform]
+        user = self._user(user_id, domain)
+        had = np.zeros((1, len(shelf.item_ids)), dtype=bool)
+        latest, trigger = -1, -1
+        for event in history:
+            if event.domain == domain:
+                latest = self._item(event)
+                had[0, latest] = True
+            elif event.domain == shelf.trigger:
+                trigger = self._item(event)
+        tastes = crowd.loved_qualities[[user]], crowd.loved_brands[[user]]
+        hints = self._shelves[shelf.trigger].has_quality[[trigger]]
+        return shelf.probabilities(self.config, *tastes, np.array([latest]), hints, had)[0]
+
+    def _shelf(self, domain: str) -> _Shelf:
+        if domain not in self._shelves:
+            raise DataError(f"domain {domain!r} is not of the synthetic world, which has {', '.join(self.domains)}")
+        return self._shelves[domain]
+
+    def _user(self, user_id: str, domain: str) -> int:
+        platform = self.domains[domain].platform
+        user = self._crowds[platform].row_of_user.get(user_id)
+        if user is None:
+            ids = self._crowds[platform].user_ids
+            raise DataError(f"user {user_id!r} is not one of the platform {platform!r}: they are {ids[0]} to {ids[-1]}")
+        return user
+
+    def _item(self, item: Item) -> int:
+        shelf = self._shelf(item.domain)
+        if item.item_id not in shelf.row_of_item:
+            raise UnknownItemError(
+                f"item {item.item_id!r} is not in domain {item.domain!r} of the synthetic world: its items are "
+                f"{shelf.item_ids[0]} to {shelf.item_ids[-1]}"
+            )
+        return shelf.row_of_item[item.item_id]
+
+
+class OracleRecommender:
+    """Ranks by the true chances of the next item: the bound of every recommender, not a recommender to be had.
+
+    A query says by its `query_id` (domain/platform/user_id/part, as splits write it) whom it asks about. The oracle
+    reads the user's whole history in the world, all domains, up to the event asked for: the one that follows the last
+    event of the domain in the query's history, or, where the history has none, the user's last event in the domain
+    (test) or the one before it (validation). It knows the log as it was generated, whatever a data folder left out.
+    Items that the user had already have no chance: they are not recommended, and come last among candidates.
+    """
+
+    name = "oracle"
+
+    def __init__(self, world: SyntheticWorld) -> None:
+        self._world = world
+
+    def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
+        """See `Recommender.rank`; scores are chances.
+
+        Raises DataError for queries about users, and UnknownItemError for items, that are not of the world.
+        """
+        return [self._rank(query, k) for query in queries]
+
+    def _rank(self, query: RankingQuery, k: int) -> Ranking:
+        import numpy as np
+
+        user_id, history = self._history(query)
+        chance = self._world.next_item_probabilities(user_id, query.domain, history)
+        ids = np.array(self._world.item_ids(query.domain), dtype=object)
+        if query.candidates is not None:
+            rows = np.array([self._world._item(Item(query.domain, item)) for item in query.candidates], dtype=np.int64)
+        else:
+            rows = np.flatnonzero(chance)
+        rows = rows[[ids[row] not in query.exclude for row in rows]]
+        rows = rows[np.lexsort((rows, -chance[rows]))]
+        if query.candidates is None and len(rows) > k:
+            rows = rows[chance[rows] >= chance[rows[k - 1]]]
+        return Ranking(query.query_id, tuple(ids[rows]), tuple(chance[rows].tolist()))
+
+    def _history(self, query: RankingQuery) -> tuple[str, tuple[Item, ...]]:
+        """The user that a query asks about, and all that happened to them before the event it asks for."""
+        parts = query.query_id.split("/")
+        if len(parts) < 4 or parts[0] != query.domain:
+            raise DataError(
+                f"query_id={query.query_id!r}: the oracle needs domain/platform/user_id/part, to know whom it is about"
+            )
+        user_id, part = parts[2], parts[3]
+        events = self._world.events(user_id, query.domain)
+        places = [place for place, event in enumerate(events) if event.domain == query.domain]
+        known = next((event for event in reversed(query.history) if event.domain == query.domain), None)
+        if known is not None:
+            if known not in events:
+                raise DataError(f"query_id={query.query_id!r}: user {user_id!r} never had {known.item_id!r}")
+            index = places.index(events.index(known)) + 1
+        else:
+            index = len(places) - {TEST: 1, VALIDATION: 2}.get(part, 0)
+        return user_id, events[: places[index]] if 0 <= index < len(places) else events
+
+
+@dataclass(frozen=True)
+class _Shelf:
+    """The items of a domain and how they follow each other; rows are items, sorted by id."""
+
+    name: str
+    trigger: str
+    """The domain whose latest item raises items here."""
+    item_ids: tuple[str, ...]
+    titles: tuple[str, ...]
+    row_of_item: dict[str, int]
+    quality: np.ndarray
+    """int64[num_items, 2]: indices into QUALITIES, different ones."""
+    has_quality: np.ndarray
+    """int8[num_items + 1, num_qualities]: 1 where the item has the word; the last row, all 0, is no item."""
+    brand: np.ndarray
+    """int64[num_items]: indices into the names of all brands."""
+    kind: np.ndarray
+    """int64[num_items]: indices into the kinds of the domain."""
+    log_popularity: np.ndarray
+    """float64[num_items]: minus the logarithm of the rank."""
+    follows: np.ndarray
+    """int8[num_items + 1, num_items]: 1 where the column's kind often follows the row's; the last row is no item."""
+
+    def probabilities(
+        self,
+        config: SyntheticConfig,
+        loved_qualities: np.ndarray,
+        loved_brands: np.ndarray,
+        latest: np.ndarray,
+        hints: np.ndarray,
+        had: np.ndarray,
+    ) -> np.ndarray:
+        """The law of the module's docstring for N users: float64[N, num_items].
+
+        loved_qualities: int8[N, num_qualities]. loved_brands: int8[N, num_brands]. latest: int64[N], each user's latest
+        item here, -1 for none. hints: int8[N, num_qualities], words of the latest item in the trigger domain. had:
+        bool[N, num_items], items that the user cannot get again.
+        """
+        import numpy as np
+
+        first, second = self.quality.T
+        taste = loved_qualities[:, first] + loved_qualities[:, second] + loved_brands[:, self.brand]
+        signal = hints[:, first] + hints[:, second]
+        log_odds = config.popularity_strength * self.log_popularity + config.taste_strength * taste
+        log_odds += config.habit_strength * self.follows[latest] + config.cross_domain_strength * signal
+        log_odds[had] = -np.inf
+        odds = np.exp(log_odds - log_odds.max(axis=1, keepdims=True))
+        chances: np.ndarray = odds / odds.sum(axis=1, keepdims=True)
+        return chances
+
+
+@dataclass(frozen=True)
+class _Crowd:
+    """The users of a platform, and their events, sorted by user and time."""
+
+    user_ids: tuple[str, ...]
+    row_of_user: dict[str, int]
+    loved_qualities: np.ndarray
+    """int8[num_users, num_qualities]."""
+    loved_brands: np.ndarray
+    """int8[num_users, num_brands]."""
+    offsets: np.ndarray
+    """int64[num_users + 1]: where each user's events begin."""
+    user: np.ndarray
+    """int64[num_events]."""
+    domain: np.ndarray
+    """int64[num_events]: indices into the platform's domains."""
+    item: np.ndarray
+    """int64[num_events]: rows of the domain's shelf."""
+    timestamp: np.ndarray
+    """int64[num_events]: seconds UTC."""
+
+
+def _brand_names() -> tuple[str, ...]:
+    return (*SHARED_BRANDS, *itertools.chain(*BRANDS_OF_DOMAIN.values()))
+
+
+def _stock(config: SyntheticConfig, number: int, name: str) -> _Shelf:
+    """Draw the items of a domain: different titles, popularity without regard to them, and what follows what."""
+    import numpy as np
+
+    generator = np.random.default_rng([config.seed, 0, number])
+    size, kinds = config.items_per_domain, KINDS_OF_DOMAIN[name]
+    brands = (*SHARED_BRANDS, *BRANDS_OF_DOMAIN[name])
+    pairs = np.array(list(itertools.combinations(range(len(QUALITIES)), 2)))
+    drawn = generator.choice(len(brands) * len(pairs) * len(kinds), size, replace=False)
+    own_brand, pair, kind = np.unravel_index(drawn, (len(brands), len(pairs), len(kinds)))
+    quality = generator.permuted(pairs[pair], axis=1)
+    has_quality = np.zeros((size + 1, len(QUALITIES)), dtype=np.int8)
+    np.put_along_axis(has_quality[:-1], quality, 1, axis=1)
+    next_kinds = np.zeros((len(kinds), len(kinds)), dtype=np.int8)
+    likely = generator.permuted(np.tile(np.arange(len(kinds)), (len(kinds), 1)), axis=1)[:, :NEXT_KINDS]
+    np.put_along_axis(next_kinds, likely, 1, axis=1)
+    follows = np.vstack([next_kinds[kind][:, kind], np.zeros((1, size), dtype=np.int8)])
+    names = PLATFORMS[next(platform for platform, names in PLATFORMS.items() if name in names)]
+    item_ids = tuple(f"{name}-{item:0{len(str(size))}d}" for item in range(1, size + 1))
+    return _Shelf(
+        name=name,
+        trigger=names[names.index(name) - 1],
+        item_ids=item_ids,
+        titles=tuple(
+            f"{brands[b]} {QUALITIES[first]} {QUALITIES[second]} {kinds[k]}"
+            for b, (first, second), k in zip(own_brand, quality, kind, strict=True)
+        ),
+        row_of_item={item: row for row, item in enumerate(item_ids)},
+        quality=quality,
+        has_quality=has_quality,
+        brand=np.array([_brand_names().index(brand) for brand in brands])[own_brand],
+        kind=kind,
+        log_popularity=-np.log(generator.permutation(size) + 1.0),
+        follows=follows,
+    )
+
+
+def _live(config: SyntheticConfig, number: int, platform: str, num_users: int, shelves: list[_Shelf]) -> _Crowd:
+    """Draw the users of a platform: their tastes, when and where they act, then all items, one step of all at a time.
+
+    Tastes, plans and items have a stream of random numbers each, so that worlds that differ in their strengths alone
+    have the same users, who act at the same times in the same domains.
+    """
+    import numpy as np
+
+    generator = np.random.default_rng([config.seed, 1, number])
+    loved_qualities = (generator.random((num_users, len(QUALITIES))).argsort(axis=1) < LOVED_QUALITIES).astype(np.int8)
+    loved_brands = (generator.random((num_users, len(_brand_names()))) < LOVED_BRANDS).astype(np.int8)
+
+    generator = np.random.default_rng([config.seed, 2, number])
+    chance = generator.random((num_users, len(shelves)))
+    active = (chance < config.domain_share) | (chance == chance.min(axis=1, keepdims=True))
+    counts = np.where(active, generator.integers(config.min_events, config.max_events + 1, active.shape), 0)
+    user = np.repeat(np.arange(num_users), counts.sum(axis=1))
+    domain = np.repeat(np.tile(np.arange(len(shelves)), num_users), counts.ravel())
+    domain = domain[np.lexsort((generator.random(len(domain)), user))]  # shuffled within each user
+    offsets = np.concatenate([[0], np.cumsum(counts.sum(axis=1))])
+    start = FIRST_SECOND + generator.integers(0, YEAR, num_users)
+    timestamp = start[user] + generator.integers(0, YEAR, len(user))
+    timestamp = timestamp[np.lexsort((timestamp, user))] + np.arange(len(user)) - offsets[user]  # no two are equal
+
+    uniform = np.random.default_rng([config.seed, 3, number]).random(len(user))
+    item = np.full(len(user), -1, dtype=np.int64)
+    latest = np.full((num_users, len(shelves)), -1, dtype=np.int64)
+    had = np.zeros((len(shelves), num_users, config.items_per_domain), dtype=bool)
+    place = np.arange(len(user)) - offsets[user]
+    for step in range(int(place.max()) + 1):
+        now = np.flatnonzero(place == step)
+        for index, shelf in enumerate(shelves):
+            event = now[domain[now] == index]
+            who = user[event]
+            hints = shelves[index - 1].has_quality[latest[who, index - 1]]
+            chances = shelf.probabilities(
+                config, loved_qualities[who], loved_brands[who], latest[who, index], hints, had[index, who]
+            )
+            total = np.cumsum(chances, axis=1)
+            drawn = (total <= uniform[event, None] * total[:, -1:]).sum(axis=1)
+            item[event] = latest[who, index] = drawn
+            had[index, who, drawn] = True
+    user_ids = tuple(f"{platform}-{name:0{len(str(num_users))}d}" for name in range(1, num_users + 1))
+    return _Crowd(
+        user_ids=user_ids,
+        row_of_user={name: row for row, name in enumerate(user_ids)},
+        loved_qualities=loved_qualities,
+        loved_brands=loved_brands,
+        offsets=offsets,
+        user=user,
+        domain=domain,
+        item=item,
+        timestamp=timestamp,
+    )
