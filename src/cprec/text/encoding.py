@@ -33,7 +33,8 @@ class PromptEncoder:
         self.vocabulary_size = len(tokenizer)
 
         def encode(texts: list[str]) -> list[list[int]]:
-            return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+            # A title that spells a special token ("<eos>") must not become one.
+            return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
 
         t, domains = self.template, list(catalogue.domains)
         parts = encode([t.line, t.next, t.head(t.mixed_scope)])

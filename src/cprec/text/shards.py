@@ -18,6 +18,7 @@ from cprec.errors import ShardError
 from cprec.provenance import file_sha256
 
 TOKENS, DOCUMENTS, MANIFEST = "tokens.bin", "documents.parquet", "manifest.json"
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def write_shards(folder: Path, documents: Ragged, columns: dict[str, Any], about
     temporary = folder.with_name(folder.name + ".incomplete")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    dtype = np.dtype(np.uint16 if about["vocabulary_size"] <= 1 << 16 else np.uint32)
+    dtype = DTYPES["uint16" if about["vocabulary_size"] <= 1 << 16 else "uint32"]
     documents.values.astype(dtype).tofile(temporary / TOKENS)
     index = pa.table({"offset": documents.offsets[:-1], "length": documents.lengths, **columns})
     pq.write_table(index, temporary / DOCUMENTS, compression="zstd")
@@ -88,22 +89,30 @@ def open_shards(folder: Path, *, verify: bool = True) -> Shards:
             raise ShardError(f"{folder / name} is missing: run `cprec prepare` again for this data folder")
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        recorded = manifest["sha256"]
-        dtype, num_tokens = np.dtype(manifest["dtype"]), int(manifest["num_tokens"])
+        recorded = {name: str(manifest["sha256"][name]) for name in (TOKENS, DOCUMENTS)}
+        dtype, num_tokens = DTYPES[manifest["dtype"]], int(manifest["num_tokens"])
+        num_documents = int(manifest["num_documents"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{folder / MANIFEST} cannot be read ({error}): run `cprec prepare` again") from error
+        raise ShardError(
+            f"{folder / MANIFEST} is no manifest of token shards ({error!r}): run `cprec prepare` again"
+        ) from error
     size = (folder / TOKENS).stat().st_size
     if size != num_tokens * dtype.itemsize:
         raise ShardError(
             f"{folder / TOKENS} has {size:,} bytes but its manifest says {num_tokens:,} tokens of {dtype.name}: the "
-            f"file "
-            "was cut or changed; run `cprec prepare` again"
+            "file was cut or changed; run `cprec prepare` again"
         )
     for name in (TOKENS, DOCUMENTS) if verify else ():
-        if file_sha256(folder / name) != recorded.get(name):
+        if file_sha256(folder / name) != recorded[name]:
             raise ShardError(
                 f"{folder / name} is not the file that {MANIFEST} describes (SHA-256 differs): it was changed after it "
                 "was written; run `cprec prepare` again"
             )
+    documents = pq.read_table(folder / DOCUMENTS)
+    if documents.num_rows != num_documents:
+        raise ShardError(
+            f"{folder / MANIFEST} says {num_documents:,} documents but {DOCUMENTS} has {documents.num_rows:,}: one of "
+            "them was changed; run `cprec prepare` again"
+        )
     tokens = np.memmap(folder / TOKENS, dtype=dtype, mode="r") if num_tokens else np.empty(0, dtype)
-    return Shards(tokens, pq.read_table(folder / DOCUMENTS), manifest)
+    return Shards(tokens, documents, manifest)

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cprec.data.catalogue import Catalogue
+from cprec.data.ragged import Ragged
+from cprec.text.encoding import PromptEncoder
+from cprec.text.prompts import Template
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+BOOKS, GAMES = 0, 1
+
+
+@pytest.fixture(scope="session")
+def encoder(tokenizer: Any, catalogue: Catalogue) -> PromptEncoder:
+    return PromptEncoder(tokenizer, catalogue)
+
+
+def tokens_of(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(("kind", "events"), [("specific", [0, 1, 2]), ("mixed", [0, 3, 2])])
+def test_documents_have_the_tokens_of_the_golden_text(
+    tokenizer: Any, encoder: PromptEncoder, kind: str, events: list[int]
+) -> None:
+    tokens, target_start = encoder.documents(kind, np.array([BOOKS]), Ragged.of([events]))
+    assert tokens[0].tolist() == tokens_of(tokenizer, (GOLDEN / f"prompt_{kind}.txt").read_text())
+    assert tokenizer.decode(tokens[0][target_start[0] :]) == " Émile<eos>"
+
+
+@pytest.mark.parametrize(
+    ("kind", "history", "golden"),
+    [("specific", [0, 1], "specific_question"), ("mixed", [0, 3], "mixed_question"), ("specific", [], "empty_history")],
+)
+def test_prompts_have_the_tokens_of_the_golden_text(
+    tokenizer: Any, encoder: PromptEncoder, kind: str, history: list[int], golden: str
+) -> None:
+    prompts = encoder.prompts(kind, np.array([BOOKS]), Ragged.of([history]))
+    assert prompts[0].tolist() == tokens_of(tokenizer, (GOLDEN / f"prompt_{golden}.txt").read_text())
+
+
+def test_a_document_is_its_prompt_and_its_title(encoder: PromptEncoder) -> None:
+    events, domains = Ragged.of([[0, 1], [2], [4, 3, 5]]), np.array([BOOKS, BOOKS, GAMES])
+    history = Ragged.of([[0], [], [4, 3]])
+    for kind in ("specific", "mixed"):
+        documents, target_start = encoder.documents(kind, domains, events)
+        prompts = encoder.prompts(kind, domains, history)
+        titles = encoder.titles(np.array([1, 2, 5]), end=True)
+        for row in range(3):
+            assert documents[row].tolist() == [*prompts[row], *titles[row]]
+            assert target_start[row] == len(prompts[row])
+
+
+def test_many_rows_and_no_rows(encoder: PromptEncoder) -> None:
+    none = Ragged.of([])
+    for kind in ("specific", "mixed"):
+        assert len(encoder.documents(kind, np.array([], dtype=np.int64), none)[0]) == 0
+        assert len(encoder.prompts(kind, np.array([], dtype=np.int64), none)) == 0
+        assert len(encoder.fit(kind, np.array([], dtype=np.int64), none, 10)) == 0
+    assert len(encoder.titles(np.array([], dtype=np.int64), end=True)) == 0
+
+
+def test_titles_are_cut_and_closed(tokenizer: Any, catalogue: Catalogue) -> None:
+    rows = np.array([1, 0])
+    whole = PromptEncoder(tokenizer, catalogue).titles(rows)
+    cut = PromptEncoder(tokenizer, catalogue, max_title_tokens=3)
+    assert whole.lengths.max() > 3
+    for row in range(2):
+        assert cut.titles(rows)[row].tolist() == whole[row].tolist()[:3]
+        assert cut.titles(rows, end=True)[row].tolist() == [*whole[row].tolist()[:3], tokenizer.eos_token_id]
+
+
+def test_the_cut_title_stands_in_documents_too(tokenizer: Any, catalogue: Catalogue) -> None:
+    cut = PromptEncoder(tokenizer, catalogue, max_title_tokens=3)
+    document = cut.documents("specific", np.array([BOOKS]), Ragged.of([[0, 1]]))[0][0]
+    assert document[-4:].tolist() == cut.titles(np.array([1]), end=True)[0].tolist()
+
+
+def test_another_template_is_followed(tokenizer: Any, catalogue: Catalogue) -> None:
+    template = Template(scope="Shop", history=" bought", line=" |", next=" then", mixed_scope="all")
+    encoder = PromptEncoder(tokenizer, catalogue, template=template)
+    document = encoder.documents("specific", np.array([BOOKS]), Ragged.of([[0, 2]]))[0][0]
+    assert tokenizer.decode(document) == "Shop books bought | Dune then Émile<eos>"
+
+
+def test_token_counts_add_up(encoder: PromptEncoder) -> None:
+    domains, history = np.array([BOOKS, GAMES]), Ragged.of([[0, 1], [3, 4, 5]])
+    for kind in ("specific", "mixed"):
+        counted = encoder.frame_tokens(kind, domains) + [
+            encoder.event_tokens(kind, history[row]).sum() for row in range(2)
+        ]
+        assert encoder.prompts(kind, domains, history).lengths.tolist() == counted.tolist()
+
+
+@pytest.mark.parametrize("special", ["<eos>", "<pad>"])
+def test_a_title_cannot_write_special_tokens(
+    tokenizer: Any, make_catalogue: Callable[..., Catalogue], special: str
+) -> None:
+    encoder = PromptEncoder(tokenizer, make_catalogue(books=[f"The {special} story", "Dune"]))
+    tokens = encoder.titles(np.array([0]))[0]
+    assert not set(tokens.tolist()) & {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    assert tokenizer.decode(tokens) == f" The {special} story"
+
+
+def test_a_tokenizer_without_end_of_sequence_is_refused(tokenizer: Any, catalogue: Catalogue) -> None:
+    class Endless:
+        eos_token_id = None
+
+    with pytest.raises(ValueError, match="no end-of-sequence token"):
+        PromptEncoder(Endless(), catalogue)

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from cprec.data.ragged import Ragged
+from cprec.errors import ShardError
+from cprec.text.shards import DOCUMENTS, MANIFEST, TOKENS, Shards, open_shards, write_shards
+
+ROWS = [[5, 6, 7], [8, 9], [10]]
+COLUMNS: dict[str, Any] = {
+    "domain": ["books", "", "games"],
+    "kind": ["specific", "mixed", "specific"],
+    "num_events": [2, 3, 1],
+    "target_start": [1, 1, 0],
+}
+
+
+ABOUT: dict[str, Any] = {"vocabulary_size": 300, "about": {"history": "specific"}}
+
+
+def write(folder: Path) -> Shards:
+    return write_shards(folder, Ragged.of(ROWS), COLUMNS, ABOUT)
+
+
+def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+    for shards in (write(tmp_path / "train"), open_shards(tmp_path / "train")):
+        assert [shards.rows[row].tolist() for row in range(len(shards))] == ROWS
+        assert {name: shards.column(name).tolist() for name in COLUMNS} == COLUMNS
+        assert shards.column("offset").tolist() == [0, 3, 5]
+        assert shards.column("length").tolist() == [3, 2, 1]
+        assert (shards.manifest["num_documents"], shards.manifest["num_tokens"]) == (3, 6)
+        assert shards.manifest["about"] == {"history": "specific"}
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+
+
+@pytest.mark.parametrize(("vocabulary_size", "dtype"), [(65536, "uint16"), (65537, "uint32")])
+def test_tokens_take_two_bytes_where_they_can(tmp_path: Path, vocabulary_size: int, dtype: str) -> None:
+    largest = vocabulary_size - 1
+    rows = Ragged.of([[largest, 0], [largest]])
+    columns = {"kind": ["specific", "specific"]}
+    write_shards(tmp_path / "train", rows, columns, {"vocabulary_size": vocabulary_size})
+    shards = open_shards(tmp_path / "train")
+    assert shards.tokens.dtype == dtype
+    assert shards.rows[0].tolist() == [largest, 0]
+
+
+def test_shards_without_documents(tmp_path: Path) -> None:
+    columns = {name: np.array([], dtype=np.array(values).dtype) for name, values in COLUMNS.items()}
+    write_shards(tmp_path / "heldout", Ragged.of([]), columns, {"vocabulary_size": 300})
+    shards = open_shards(tmp_path / "heldout")
+    assert len(shards) == len(shards.rows) == 0
+
+
+def test_writing_again_replaces_the_shards(tmp_path: Path) -> None:
+    write(tmp_path / "train")
+    (tmp_path / "train.incomplete").mkdir()  # what an earlier kill left
+    write_shards(tmp_path / "train", Ragged.of([[4]]), {"kind": ["mixed"]}, {"vocabulary_size": 300})
+    assert open_shards(tmp_path / "train").rows[0].tolist() == [4]
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+
+
+def test_identity_changes_with_the_contents_only(tmp_path: Path) -> None:
+    first, again = write(tmp_path / "a"), write(tmp_path / "b")
+    tokens = write_shards(tmp_path / "c", Ragged.of([*ROWS[:2], [11]]), COLUMNS, ABOUT)
+    about = write_shards(tmp_path / "d", Ragged.of(ROWS), COLUMNS, {**ABOUT, "about": {"history": "mixed"}})
+    assert first.sha256 == again.sha256
+    assert len({first.sha256, tokens.sha256, about.sha256}) == 3
+
+
+@pytest.mark.parametrize("name", [TOKENS, DOCUMENTS, MANIFEST])
+def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "train")
+    (tmp_path / "train" / name).unlink()
+    with pytest.raises(ShardError, match=rf"train/{name} is missing: run `cprec prepare` again"):
+        open_shards(tmp_path / "train")
+
+
+def test_one_changed_token_is_noticed(tmp_path: Path) -> None:
+    write(tmp_path / "train")
+    path = tmp_path / "train" / TOKENS
+    data = bytearray(path.read_bytes())
+    data[4] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ShardError, match=r"train/tokens.bin is not the file that manifest.json describes"):
+        open_shards(tmp_path / "train")
+
+
+def test_a_changed_index_is_noticed(tmp_path: Path) -> None:
+    write(tmp_path / "train")
+    path = tmp_path / "train" / DOCUMENTS
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(table.column_names.index("num_events"), "num_events", [[2, 3, 9]]), path)
+    with pytest.raises(ShardError, match=r"train/documents.parquet is not the file that manifest.json describes"):
+        open_shards(tmp_path / "train")
+
+
+def test_cut_tokens_are_noticed_without_hashing(tmp_path: Path) -> None:
+    write(tmp_path / "train")
+    path = tmp_path / "train" / TOKENS
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(ShardError, match=r"train/tokens.bin has 10 bytes but its manifest says 6 tokens of uint16"):
+        open_shards(tmp_path / "train", verify=False)
+
+
+def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[str], str]:
+    def edited(text: str) -> str:
+        manifest = json.loads(text)
+        change(manifest)
+        return json.dumps(manifest)
+
+    return edited
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        edit(lambda manifest: manifest.pop("sha256")),
+        edit(lambda manifest: manifest.update(sha256=[])),
+        edit(lambda manifest: manifest.update(dtype="int16")),
+        edit(lambda manifest: manifest.update(num_documents=2)),
+    ],
+    ids=["cut", "no object", "no hashes", "hashes of another kind", "dtype", "num_documents"],
+)
+def test_a_changed_manifest_is_noticed(tmp_path: Path, change: Callable[[str], str]) -> None:
+    write(tmp_path / "train")
+    path = tmp_path / "train" / MANIFEST
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ShardError, match=r"train/manifest.json"):
+        open_shards(tmp_path / "train")
