@@ -24,7 +24,7 @@ NUM_EXAMPLES = 3
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
-    """Run every stage of a recipe; prints the report, writes `report.json` and `report.html`, and returns the report."""
+    """Run every stage of a recipe; prints the report, writes `report.json` and `report.html`, and returns it."""
     from cprec.progress import say
     from cprec.text.prepare import prepare
     from cprec.train.finetune import finetune

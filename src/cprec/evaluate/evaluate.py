@@ -162,7 +162,7 @@ def protocol_of(config: EvaluateConfig, split: Split, dataset: dict[str, Any]) -
     return {
         "split": f"{spec}; {config.part} events are asked for",
         "ties in time": str(dataset.get("rules", {}).get("tie_order", "source")),
-        "candidates": f"the domain's full catalogue; beside it {config.num_candidates} (target, uniform others; frozen)",
+        "candidates": f"the domain's full catalogue; beside it {config.num_candidates} (target and uniform others)",
         "seen items": "left out of the full ranking" if config.exclude_seen else "may be recommended again",
         "language models": f"beam search of width {config.beam_width} over the catalogue's titles; candidates by exact "
         "log-likelihood",

@@ -23,8 +23,8 @@ def demo(*, output_dir: str = "runs/demo", seed: int = 0) -> Recipe:
         prepare=PrepareConfig(
             output_dir=data,
             synthetic=world,
-            pretrain_domains=("kitchen",),
-            target_domains=("kitchen",),
+            pretrain_domains=("beauty", "garden", "kitchen", "sports", "toys"),
+            target_domains=("kitchen", "books"),  # one seen, one of another platform and unseen
             vocabulary_size=2048,
             max_title_tokens=16,
             min_events=3,
@@ -49,7 +49,7 @@ def demo(*, output_dir: str = "runs/demo", seed: int = 0) -> Recipe:
             domain="kitchen",
             tiny=SIZE,
             learning_rate=2e-3,
-            num_train_epochs=3,
+            num_train_epochs=6,
             max_length=256,
             per_device_train_batch_size=16,
             eval_steps=50,
