@@ -1,0 +1,228 @@
+"""What every recommender must do, on a world whose law is known."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+
+from cprec.data.catalogue import Catalogue
+from cprec.data.dataset import build_dataset, read_dataset
+from cprec.data.sources.memory import MemorySource
+from cprec.data.sources.synthetic import OracleRecommender, SyntheticConfig, SyntheticWorld
+from cprec.data.splits import Split, SplitSpec, make_split
+from cprec.evaluate.metrics import ndcg
+from cprec.recommender import Ranking, RankingQuery, Recommender
+from cprec.schema import MIXED, SPECIFIC, TEST, Item
+
+K = 10
+DOMAINS = ("garden", "kitchen")
+"""Of market: kitchen is triggered by garden."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What recommenders learn from and are asked."""
+
+    world: SyntheticWorld
+    split: Split
+    queries: list[RankingQuery]
+    """Every test event of kitchen, by the domain's history; items of the history are excluded."""
+    targets: list[str]
+
+    @property
+    def catalogue(self) -> Catalogue:
+        return self.split.catalogue
+
+
+def _queries(split: Split, domain: str, kind: str) -> tuple[list[RankingQuery], list[str]]:
+    catalogue = split.catalogue
+    asked = split.queries(domain, TEST, history_kind=kind, max_history=20)
+    out = []
+    for number, query_id in enumerate(asked.query_id):
+        rows = asked.history[number]
+        history = tuple(Item(catalogue.domains[catalogue.domain[row]], str(catalogue.item_id[row])) for row in rows)
+        seen = frozenset(item.item_id for item in history if item.domain == domain)
+        out.append(RankingQuery(str(query_id), domain, history, exclude=seen))
+    return out, [str(item) for item in catalogue.item_id[asked.target]]
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    world = SyntheticWorld(SyntheticConfig(num_market_users=400, num_library_users=1, items_per_domain=60))
+    tables = world.tables()
+    sources = [MemorySource(domain, world.domains[domain].platform, *tables[domain]) for domain in DOMAINS]
+    folder = tmp_path_factory.mktemp("contract") / "data"
+    build_dataset(sources, folder, min_user_events=0, min_item_events=0)
+    split = make_split(*read_dataset(folder), SplitSpec())
+    return Setting(world, split, *_queries(split, "kitchen", SPECIFIC))
+
+
+Make = Callable[[Setting], Recommender]
+
+
+def _random(setting: Setting) -> Recommender:
+    from cprec.baselines.random import RandomRecommender
+
+    return RandomRecommender(setting.catalogue, 7)
+
+
+def _popularity(setting: Setting) -> Recommender:
+    from cprec.baselines.popularity import PopularityRecommender
+
+    return PopularityRecommender(setting.split)
+
+
+def _transition_graph(setting: Setting) -> Recommender:
+    from cprec.baselines.transition_graph import TransitionGraphRecommender
+
+    return TransitionGraphRecommender(setting.split)
+
+
+def _oracle(setting: Setting) -> Recommender:
+    return OracleRecommender(setting.world)
+
+
+def _llm(setting: Setting) -> Recommender:
+    from cprec.models import tiny_model
+    from cprec.rank.llm import LLMRecommender
+    from cprec.text.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(map(str, setting.catalogue.title), vocabulary_size=400)
+    model = tiny_model(len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, seed=3)
+    return LLMRecommender(model, tokenizer, setting.catalogue, beam_width=8, batch_size=5, history=MIXED)
+
+
+MAKERS: dict[str, Make] = {
+    "random": _random,
+    "popularity": _popularity,
+    "transition graph": _transition_graph,
+    "oracle": _oracle,
+    "llm": _llm,
+}
+
+
+@pytest.fixture(scope="module")
+def made(setting: Setting) -> dict[str, Recommender]:
+    return {name: make(setting) for name, make in MAKERS.items()}
+
+
+@pytest.fixture(params=MAKERS)
+def recommender(request: pytest.FixtureRequest, made: dict[str, Recommender]) -> Recommender:
+    return made[request.param]
+
+
+@pytest.fixture(scope="module")
+def asked(setting: Setting) -> list[RankingQuery]:
+    """Queries of every form: both kinds of history, none at all, candidates, exclusions, in another domain."""
+    mixed = _queries(setting.split, "kitchen", MIXED)[0]
+    garden = _queries(setting.split, "garden", SPECIFIC)[0]
+    generator = np.random.default_rng(0)
+    ids = setting.world.item_ids("kitchen")
+    some = setting.queries[20:26]
+    return [
+        *setting.queries[:8],
+        *mixed[8:14],
+        *garden[:5],
+        *(replace(query, history=(), exclude=frozenset()) for query in setting.queries[14:17]),
+        *(replace(query, exclude=frozenset()) for query in setting.queries[17:20]),
+        *(replace(query, candidates=tuple(generator.permutation(ids)[:20].tolist())) for query in some),
+        *(replace(query, candidates=ids, exclude=frozenset(), history=query.history[-1:]) for query in mixed[26:29]),
+    ]
+
+
+def assert_same(first: Ranking, second: Ranking, tolerance: float = 0.0) -> None:
+    """The same items with the same scores; where scores may differ by rounding, near ties may stand in any order."""
+    assert first.query_id == second.query_id
+    if tolerance:
+        scores = [dict(zip(ranking.item_ids, ranking.scores, strict=True)) for ranking in (first, second)]
+        assert scores[0] == pytest.approx(scores[1], abs=tolerance)
+    else:
+        assert first == second
+
+
+def test_follows_the_protocol(recommender: Recommender) -> None:
+    assert isinstance(recommender, Recommender)
+    assert recommender.name
+    assert recommender.rank([], K) == []
+
+
+def test_one_ranking_per_query_in_their_order(recommender: Recommender, asked: Sequence[RankingQuery]) -> None:
+    assert [ranking.query_id for ranking in recommender.rank(asked, K)] == [query.query_id for query in asked]
+
+
+@pytest.mark.parametrize("k", [1, K, 1000])
+def test_rankings_are_of_the_domain_without_repeats_best_first(
+    recommender: Recommender, setting: Setting, asked: Sequence[RankingQuery], k: int
+) -> None:
+    for query, ranking in zip(asked, recommender.rank(asked, k), strict=True):
+        assert len(ranking.item_ids) == len(ranking.scores) == len(set(ranking.item_ids))
+        assert set(ranking.item_ids) <= set(setting.world.item_ids(query.domain))
+        assert all(type(item) is str for item in ranking.item_ids)
+        assert all(type(score) is float for score in ranking.scores)
+        assert np.isfinite(ranking.scores).all()
+        assert all(a >= b for a, b in itertools.pairwise(ranking.scores))
+        if query.candidates is None:
+            assert all(score == ranking.scores[k - 1] for score in ranking.scores[k:]), "only ties come on top of k"
+
+
+def test_honours_exclude(recommender: Recommender, asked: Sequence[RankingQuery]) -> None:
+    first = recommender.rank(asked, K)
+    excluding = [
+        replace(query, exclude=query.exclude | frozenset(ranking.item_ids[:3]))
+        for query, ranking in zip(asked, first, strict=True)
+    ]
+    for query, ranking in zip(excluding, recommender.rank(excluding, K), strict=True):
+        assert not set(ranking.item_ids) & query.exclude
+
+
+def test_ranks_all_candidates_and_nothing_else(recommender: Recommender, asked: Sequence[RankingQuery]) -> None:
+    given = [query for query in asked if query.candidates is not None]
+    assert any(set(query.candidates or ()) & query.exclude for query in given)
+    for query, ranking in zip(given, recommender.rank(given, 1), strict=True):
+        assert set(ranking.item_ids) == set(query.candidates or ()) - query.exclude
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if name != "transition graph"])  # it stops where links do
+def test_the_full_catalogue_gives_k_items(
+    name: str, made: dict[str, Recommender], asked: Sequence[RankingQuery]
+) -> None:
+    full = [query for query in asked if query.candidates is None]
+    for ranking in made[name].rank(full, K):
+        assert len(ranking.item_ids) >= K
+
+
+def test_a_batch_is_answered_as_singly(recommender: Recommender, asked: Sequence[RankingQuery]) -> None:
+    tolerance = 1e-4 if recommender.name == "llm" else 0.0  # sums of another shape round otherwise
+    for query, ranking in zip(asked, recommender.rank(asked, K), strict=True):
+        assert_same(recommender.rank([query], K)[0], ranking, tolerance)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_repeats_itself_under_one_seed(
+    name: str, made: dict[str, Recommender], setting: Setting, asked: Sequence[RankingQuery]
+) -> None:
+    before = made[name].rank(asked, K)
+    assert made[name].rank(asked, K) == before
+    assert MAKERS[name](setting).rank(asked, K) == before
+
+
+def mean_ndcg(recommender: Recommender, setting: Setting) -> float:
+    """NDCG@10, full catalogue, ties in expectation."""
+    better, tied = [], []
+    for ranking, target in zip(recommender.rank(setting.queries, K), setting.targets, strict=True):
+        score = dict(zip(ranking.item_ids, ranking.scores, strict=True)).get(target)
+        better.append(sum(other > score for other in ranking.scores) if score is not None else 0)
+        tied.append(sum(other == score for other in ranking.scores) if score is not None else 0)
+    return float(ndcg(np.array(better), np.array(tied), K).mean())
+
+
+def test_baselines_beat_chance_and_the_oracle_beats_all(made: dict[str, Recommender], setting: Setting) -> None:
+    quality = {name: mean_ndcg(recommender, setting) for name, recommender in made.items()}
+    assert len(setting.queries) > 300
+    assert quality["popularity"] > quality["random"] + 0.02
+    assert quality["transition graph"] > quality["random"] + 0.02
+    assert quality["oracle"] > max(value for name, value in quality.items() if name != "oracle") + 0.1
