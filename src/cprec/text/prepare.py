@@ -385,14 +385,14 @@ def _training_examples(config: PrepareConfig, split: Split, domain: int) -> tupl
     import numpy as np
 
     from cprec.data.ragged import Ragged, offsets_of
+    from cprec.data.splits import comparable_domains
 
     log = split.interactions
     mask = split.events(TRAIN)
     if config.history == SPECIFIC:
         mask &= split.catalogue.domain[log.item] == domain
     else:
-        comparable = np.array([split.domains[name].has_times for name in split.catalogue.domains])
-        mask &= comparable[split.catalogue.domain[log.item]] | (split.catalogue.domain[log.item] == domain)
+        mask &= comparable_domains(split.catalogue, split.domains)[split.catalogue.domain[log.item]]
     events = np.flatnonzero(mask)
     user, item = log.user[events], log.item[events]
     first = np.flatnonzero(np.r_[True, user[1:] != user[:-1]]) if len(user) else np.empty(0, dtype=np.int64)

@@ -1,0 +1,133 @@
+"""The walk against a slow reference, and its published figures on real logs."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cprec.baselines.popularity import PopularityRecommender
+from cprec.baselines.transition_graph import TransitionGraphRecommender
+from cprec.data.catalogue import Catalogue
+from cprec.data.interactions import Interactions
+from cprec.data.splits import Split, SplitSpec
+from cprec.recommender import RankingQuery
+from cprec.schema import DomainInfo, Item
+
+
+def make_split(events: list[tuple[int, int]], domain_of_item: list[int]) -> Split:
+    """All events train; (user, item) pairs in order."""
+    names = ("a", "b")[: max(domain_of_item) + 1]
+    size = len(domain_of_item)
+    text = np.array([f"i{n}" for n in range(size)], dtype=object)
+    blank = np.array([""] * size, dtype=object)
+    catalogue = Catalogue(names, np.array(domain_of_item, dtype=np.int16), text, text, blank, blank)
+    user = np.array([u for u, _ in events])
+    log = Interactions(
+        platforms=("p",),
+        user_platform=np.zeros(user.max() + 1, dtype=np.int16),
+        user_id=np.array([f"u{n}" for n in range(user.max() + 1)], dtype=object),
+        user=user,
+        item=np.array([i for _, i in events]),
+        timestamp=np.arange(len(events)),
+        rating=np.full(len(events), np.nan),
+    )
+    domains = {name: DomainInfo(name, "p", True) for name in names}
+    return Split(catalogue, log, np.zeros(len(events), dtype=np.int8), SplitSpec(), domains)
+
+
+def slow_scores(events, domain_of_item, history, window=5):
+    popularity = [sum(item == i for _, item in events) for i in range(len(domain_of_item))]
+    weight = np.zeros((len(domain_of_item),) * 2)
+    for user in {u for u, _ in events}:
+        for domain in set(domain_of_item):
+            row = [i for u, i in events if u == user and domain_of_item[i] == domain]
+            for x, start in enumerate(row):
+                for y in range(x + 1, min(x + window, len(row) - 1) + 1):
+                    weight[start, row[y]] += 1 / (y - x)
+                    weight[row[y], start] += 0.5 / (y - x)
+    scores = np.zeros(len(domain_of_item))
+    for age, item in enumerate(reversed(history[-20:])):
+        for other in range(len(scores)):
+            scale = math.sqrt(max(popularity[item], 1) * max(popularity[other], 1))
+            scores[other] += 0.7**age * weight[item, other] / scale
+    return scores
+
+
+def test_equals_a_slow_reference_over_two_domains() -> None:
+    generator = np.random.default_rng(0)
+    domain_of_item = [0] * 8 + [1] * 6
+    events = [(user, int(item)) for user in range(12) for item in generator.integers(0, 14, 15)]
+    graph = TransitionGraphRecommender(make_split(events, domain_of_item))
+    history = [1, 5, 2, 7, 5]
+    query = RankingQuery("q", "a", tuple(Item("a", f"i{i}") for i in history), exclude=frozenset({"i5"}))
+    (ranking,) = graph.rank([query], 8)
+    expected = slow_scores(events, domain_of_item, history)[:8]
+    expected[5] = 0
+    got = np.zeros(8)
+    got[[int(item[1:]) for item in ranking.item_ids]] = ranking.scores
+    np.testing.assert_allclose(got, expected, atol=1e-12)
+    assert list(ranking.scores) == sorted(ranking.scores, reverse=True)
+
+
+def test_only_linked_items_are_returned_but_all_candidates_are() -> None:
+    split = make_split([(0, 0), (0, 1), (1, 2), (1, 3)], [0, 0, 0, 0])
+    graph = TransitionGraphRecommender(split)
+    history = (Item("a", "i0"),)
+    assert graph.rank([RankingQuery("q", "a", history)], 4)[0].item_ids == ("i1",)
+    ranking = graph.rank([RankingQuery("q", "a", history, candidates=("i3", "i1", "i2"))], 4)[0]
+    assert ranking.item_ids == ("i1", "i2", "i3") and ranking.scores[1:] == (0.0, 0.0)
+
+
+def test_popularity_keeps_ties_with_the_last() -> None:
+    split = make_split([(0, 0), (0, 0), (0, 1), (0, 2), (0, 3)], [0] * 5)
+    ranking = PopularityRecommender(split).rank([RankingQuery("q", "a", ())], 2)[0]
+    assert ranking.item_ids == ("i0", "i1", "i2", "i3")
+    assert ranking.scores == (2.0, 1.0, 1.0, 1.0)
+
+
+@pytest.mark.real_data
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("folder", "recall_10", "ndcg_10"),
+    [("amazon14_beauty", 0.0775, 0.0488), ("amazon14_sports", 0.0376, 0.0225), ("amazon14_toys", 0.0919, 0.0595)],
+)
+def test_known_figures_on_real_logs(folder: str, recall_10: float, ndcg_10: float, tmp_path: Path) -> None:
+    """Leave-one-out, full catalogue, seen items left out. The known figures count ties in the target's favour."""
+    if "CPREC_DATA" not in os.environ:
+        pytest.skip("CPREC_DATA is not set")
+    from cprec.data.dataset import build_dataset, read_dataset
+    from cprec.data.sources.tables import TableSource
+    from cprec.data.splits import make_split as split_of
+
+    source = Path(os.environ["CPREC_DATA"]) / folder
+    table = TableSource(
+        domain="d",
+        interactions=str(source / "interactions.parquet"),
+        items=str(source / "items.parquet"),
+        columns={"order": "position"},
+        timestamps="seconds",
+    )
+    build_dataset([table], tmp_path / "data", min_user_events=0, min_item_events=0, drop_consecutive_repeats=False)
+    split = split_of(*read_dataset(tmp_path / "data"), SplitSpec())
+    asked = split.queries("d", "test", max_history=1000)
+    ids = split.catalogue.item_id
+    queries = []
+    for number in range(len(asked)):
+        history = tuple(Item("d", ids[row]) for row in asked.history[number])
+        queries.append(RankingQuery(str(number), "d", history, exclude=frozenset(item.item_id for item in history)))
+    ranks = []
+    graph = TransitionGraphRecommender(split)
+    for start in range(0, len(queries), 512):
+        for ranking, target in zip(
+            graph.rank(queries[start : start + 512], 10), asked.target[start : start + 512], strict=True
+        ):
+            scores = dict(zip(ranking.item_ids, ranking.scores, strict=True))
+            own = scores.get(ids[target])
+            ranks.append(1 + sum(score > own for score in ranking.scores) if own is not None else 10**6)
+    rank = np.array(ranks)
+    assert np.mean(rank <= 10) == pytest.approx(recall_10, abs=2e-4)
+    assert np.mean(np.where(rank <= 10, 1 / np.log2(rank + 1), 0)) == pytest.approx(ndcg_10, abs=2e-4)

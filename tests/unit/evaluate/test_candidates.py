@@ -1,0 +1,59 @@
+"""Candidate sets: what may be in them, and that they depend on the query alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cprec.evaluate.candidates import draw_candidates, read_candidates, write_candidates
+
+TITLES = [f"item number {chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(200)]
+
+
+def test_the_target_and_others_outside_the_history() -> None:
+    taken = np.arange(50)
+    drawn = draw_candidates("q", 7, taken, TITLES, 20, seed=0)
+    assert len(drawn) == len(set(drawn.tolist())) == 20
+    assert 7 in drawn
+    assert not set(drawn.tolist()) & (set(range(50)) - {7})
+
+
+def test_seeded_by_query_and_not_by_target() -> None:
+    taken = np.array([1, 2, 3])
+    first = set(draw_candidates("q1", 1, taken, TITLES, 20, seed=0).tolist()) - {1}
+    again = set(draw_candidates("q1", 2, taken, TITLES, 20, seed=0).tolist()) - {2}
+    other = set(draw_candidates("q2", 1, taken, TITLES, 20, seed=0).tolist()) - {1}
+    assert first == again
+    assert len(first & other) < 10
+
+
+def test_others_are_uniform_and_the_target_stands_anywhere() -> None:
+    counts, places = np.zeros(len(TITLES)), []
+    for number in range(2000):
+        drawn = draw_candidates(f"q{number}", 0, np.array([0]), TITLES, 5, seed=0)
+        counts[drawn] += 1
+        places.append(drawn.tolist().index(0))
+    expected = 2000 * 4 / 199
+    assert (np.abs(counts[1:] - expected) < 5 * np.sqrt(expected)).all()
+    assert (np.abs(np.bincount(places, minlength=5) - 400) < 5 * np.sqrt(400)).all()
+
+
+def test_titles_inside_one_another_never_meet() -> None:
+    titles = ["Soap", "soap", "Soap Dish", "Rose Soap"] + [f"thing {chr(97 + n)}" for n in range(20)]
+    for number in range(50):
+        drawn = draw_candidates(f"q{number}", 0, np.array([0]), titles, 15, seed=0)
+        assert not set(drawn.tolist()) & {1, 2, 3}
+
+
+def test_too_few_items_say_so() -> None:
+    with pytest.raises(ValueError, match="only 3 items are outside the history of query 'q'"):
+        draw_candidates("q", 0, np.array([0, 1]), TITLES[:5], 20, seed=0)
+    with pytest.raises(ValueError, match="clearly different titles"):
+        draw_candidates("q", 0, np.array([0]), ["same"] * 30, 20, seed=0)
+
+
+def test_frozen_sets_are_read_back(tmp_path) -> None:
+    path = tmp_path / "candidates.parquet"
+    write_candidates(path, ["q1", "q2"], [["a", "b"], ["c", "d"]])
+    assert read_candidates(path) == {"q1": ("a", "b"), "q2": ("c", "d")}
+    assert [file.name for file in tmp_path.iterdir()] == ["candidates.parquet"]
