@@ -33,7 +33,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             largest = logits_CV.amax(1, keepdim=True)
             share_CV = logits_CV.sub_(largest).exp_()
             total = share_CV.sum(1, keepdim=True)
-            loss += (total.log() + largest - correct).sum()
+            loss += (total.log() + (largest - correct)).sum()
             share_CV.div_(total).scatter_add_(1, target_C1, correct.new_full(correct.shape, -1.0))
             grad_logits = share_CV.to(dtype)
             if grad_hidden is not None:
@@ -62,4 +62,6 @@ def linear_cross_entropy(
 
     Equals torch's cross_entropy(reduction="sum") on the full logits, values and gradients, up to rounding.
     """
+    if not torch.is_grad_enabled():  # a Function is told that parameters want gradients all the same
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, target_N, dtype)

@@ -54,7 +54,7 @@ class WSA:
     ) -> WSA:
         """Phases as fractions of the steps; a warm-up above zero has at least one step."""
         warmup_steps = max(1, round(warmup * num_steps)) if warmup > 0 else 0
-        anneal_steps = min(round(anneal * num_steps), num_steps - warmup_steps)
+        anneal_steps = min(round(anneal * num_steps), max(0, num_steps - warmup_steps))
         return cls(
             num_steps=num_steps,
             peak=peak,
