@@ -6,15 +6,15 @@ complete `Recipe`; its keyword arguments (`data=FOLDER`, say) are set as `key=va
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from cprec.errors import ConfigError
 from cprec.field_help import show_value
 from cprec.provenance import to_dict
+from cprec.recipe import STAGE_CONFIGS, Recipe
 from cprec.settings import (
     Settings,
     convert,
@@ -30,12 +30,6 @@ from cprec.settings import (
     update,
 )
 
-if TYPE_CHECKING:
-    from cprec.evaluate.evaluate import EvaluateConfig
-    from cprec.text.prepare import PrepareConfig
-    from cprec.train.finetune import FinetuneConfig
-    from cprec.train.pretrain import PretrainConfig
-
 __all__ = [
     "STAGE_CONFIGS",
     "Recipe",
@@ -50,37 +44,6 @@ __all__ = [
 ]
 
 ConfigT = TypeVar("ConfigT")
-
-STAGE_CONFIGS = {
-    "prepare": "cprec.text.prepare:PrepareConfig",
-    "pretrain": "cprec.train.pretrain:PretrainConfig",
-    "finetune": "cprec.train.finetune:FinetuneConfig",
-    "evaluate": "cprec.evaluate.evaluate:EvaluateConfig",
-    "recommend": "cprec.serve.recommend:RecommendConfig",
-}
-"""Where each stage's configuration class lives: `module:class`."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """A complete run: one configuration per stage. A recipe that needs more subclasses it and adds fields."""
-
-    name: str
-    """The recipe's name, as on the command line."""
-    description: str
-    """What the run shows, in one sentence."""
-    prepare: PrepareConfig
-    """From raw logs to token shards, examples and queries."""
-    pretrain: PretrainConfig
-    """Continual pre-training on the token shards."""
-    finetune: FinetuneConfig
-    """Fine-tuning on next-item examples of a domain."""
-    evaluate: EvaluateConfig
-    """Ranking the held-out queries, and the numbers made from the rankings."""
-
-    LAZY_TYPES: ClassVar[Mapping[str, str]] = {
-        stage: STAGE_CONFIGS[stage] for stage in ("prepare", "pretrain", "finetune", "evaluate")
-    }
 
 
 def recipes() -> Mapping[str, Callable[..., Recipe]]:
@@ -107,12 +70,7 @@ def _placeholder(recipe: Callable[..., Any], name: str) -> str:
 
 
 def _parameter_type(recipe: Callable[..., Any], name: str) -> Any:
-    annotation = inspect.signature(recipe).parameters[name].annotation
-    if annotation is inspect.Parameter.empty:
-        return str
-    if isinstance(annotation, str):
-        return eval(annotation, getattr(recipe, "__globals__", {}))
-    return annotation
+    return get_type_hints(recipe).get(name, str)
 
 
 def _build_recipe(name: str, settings: Settings) -> tuple[Recipe, Settings]:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from cprec.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cprec.config import Recipe
     from cprec.data.splits import Split
     from cprec.evaluate.evaluate import Entrant, EvaluateConfig
+    from cprec.recipe import Recipe
     from cprec.text.prepare import PrepareConfig
 
 FINETUNED, CPREC = "fine-tuning only", "CPRec-style"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cprec.config import Recipe
+from cprec.recipe import Recipe
 from cprec.recipes.amazon_small import amazon_small
 from cprec.recipes.demo import demo
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from cprec.config import Recipe
 from cprec.data.sources.synthetic import SyntheticConfig
 from cprec.evaluate.evaluate import EvaluateConfig
+from cprec.recipe import Recipe
 from cprec.text.prepare import PrepareConfig
 from cprec.train.finetune import FinetuneConfig
 from cprec.train.pretrain import PretrainConfig

@@ -1,0 +1,44 @@
+"""A recipe: everything that a run needs, one configuration per stage."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from cprec.evaluate.evaluate import EvaluateConfig
+    from cprec.text.prepare import PrepareConfig
+    from cprec.train.finetune import FinetuneConfig
+    from cprec.train.pretrain import PretrainConfig
+
+STAGE_CONFIGS = {
+    "prepare": "cprec.text.prepare:PrepareConfig",
+    "pretrain": "cprec.train.pretrain:PretrainConfig",
+    "finetune": "cprec.train.finetune:FinetuneConfig",
+    "evaluate": "cprec.evaluate.evaluate:EvaluateConfig",
+    "recommend": "cprec.serve.recommend:RecommendConfig",
+}
+"""Where each stage's configuration class lives: `module:class`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A complete run: one configuration per stage. A recipe that needs more subclasses it and adds fields."""
+
+    name: str
+    """The recipe's name, as on the command line."""
+    description: str
+    """What the run shows, in one sentence."""
+    prepare: PrepareConfig
+    """From raw logs to token shards, examples and queries."""
+    pretrain: PretrainConfig
+    """Continual pre-training on the token shards."""
+    finetune: FinetuneConfig
+    """Fine-tuning on next-item examples of a domain."""
+    evaluate: EvaluateConfig
+    """Ranking the held-out queries, and the numbers made from the rankings."""
+
+    LAZY_TYPES: ClassVar[Mapping[str, str]] = {
+        stage: STAGE_CONFIGS[stage] for stage in ("prepare", "pretrain", "finetune", "evaluate")
+    }
