@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ def tiny_model(
     """A small Qwen3-style decoder with random weights and tied embeddings; the same weights for the same seed."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
+    _hide_progress_bars()
     config = Qwen3Config(
         vocab_size=vocabulary_size,
         hidden_size=hidden_size,
@@ -55,30 +58,59 @@ def load_model(name_or_path: str | Path, *, device: torch.device | None = None) 
     """
     from transformers import AutoModelForCausalLM
 
+    _hide_progress_bars()
     path = Path(name_or_path)
     try:
         if (path / "adapter_config.json").is_file():
             from peft import AutoPeftModelForCausalLM
 
-            model = AutoPeftModelForCausalLM.from_pretrained(str(path), dtype=torch.float32, is_trainable=True)
+            with _peft_warnings_off():
+                model = AutoPeftModelForCausalLM.from_pretrained(str(path), dtype=torch.float32, is_trainable=True)
         else:
             model = AutoModelForCausalLM.from_pretrained(str(name_or_path), dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model_name_or_path={str(name_or_path)!r} is neither '{TINY}', a model folder nor a model that Hugging "
-            f"Face "
-            f"transformers can load: {error}"
+            f"Face transformers can load: {error}"
         ) from error
     return model.to(device) if device is not None else model
 
 
-def add_lora(model: Any, *, rank: int, alpha: int) -> Any:
-    """The model with LoRA adapters (Hu et al. 2021) on all linear layers but the head; only they are trained."""
+def _hide_progress_bars() -> None:
+    """Transformers shows a bar for each file that it reads or writes, across ours; the bars of downloads stay."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    shown = not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if shown:
+        enable_progress_bars()
+
+
+@contextmanager
+def _peft_warnings_off() -> Iterator[None]:
+    """peft reads a property that transformers is about to rename, and users can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
+
+
+def add_lora(model: Any, *, rank: int, alpha: int, seed: int = 0) -> Any:
+    """The model with LoRA adapters (Hu et al. 2021) on all linear layers but the head; only they are trained.
+
+    A model that has adapters keeps them, to be trained further. Raises ConfigError if those are of another rank.
+    """
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
+    if hasattr(model, "peft_config"):
+        ranks = sorted({adapter.r for adapter in model.peft_config.values()})
+        if ranks != [rank]:
+            raise ConfigError(f"lora_rank={rank}, but the model already has adapters of rank {ranks}: use that")
+        return model
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]), _peft_warnings_off():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
 
 
 def trunk_and_head(model: Any) -> tuple[Any, Any]:
@@ -88,8 +120,7 @@ def trunk_and_head(model: Any) -> tuple[Any, Any]:
     if getattr(head, "bias", None) is not None or getattr(inner.config, "final_logit_softcapping", None):
         raise ConfigError(
             f"{type(inner).__name__}: output layers with a bias or soft-capped logits (Gemma 2, Phi 1) are not "
-            f"supported; "
-            "Llama, Qwen, Mistral, SmolLM and Gemma 3 models are"
+            "supported; Llama, Qwen, Mistral, SmolLM and Gemma 3 models are"
         )
     return inner.get_decoder(), head
 
@@ -128,6 +159,6 @@ def check_isolation(model: Any, documents: Sequence[Sequence[int]] = ((5, 6, 7, 
         attention = getattr(model.config, "_attn_implementation", "unknown")
         raise ConfigError(
             f"packed documents see each other in this model (relative difference {error:.2g}, attention "
-            f"{attention!r}): "
-            "load it with attn_implementation='sdpa', or use a transformers version whose masks follow position_ids"
+            f"{attention!r}): load it with attn_implementation='sdpa', or use a transformers version whose masks "
+            "follow position_ids"
         )

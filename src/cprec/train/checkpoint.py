@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -67,8 +68,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         free = shutil.disk_usage(folder.parent).free if folder.parent.exists() else 0
         raise CheckpointError(
             f"{folder} could not be written ({error}); {free / 1e6:,.0f} MB are free there. Nothing incomplete was "
-            f"left and "
-            "earlier checkpoints are untouched: make room, then start the same command again to resume"
+            "left and earlier checkpoints are untouched: make room, then start the same command again to resume"
         ) from error
 
 
@@ -113,8 +113,10 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> TrainState:
     """Restore weights and optimizer in place. Raises CheckpointError if a file is missing or damaged."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    unreadable = (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, UnpicklingError, SafetensorError)
     try:
         state = TrainState(**json.loads((folder / STATE).read_text()))
         optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
@@ -132,6 +134,8 @@ def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) 
             if unexpected or set(missing) - tied:
                 raise ValueError(f"weights missing {sorted(set(missing) - tied)}, unexpected {sorted(unexpected)}")
             model.tie_weights()
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{folder} cannot be read ({error}): delete it to resume from the one before") from error
+    except unreadable as error:
+        raise CheckpointError(
+            f"{folder} cannot be read ({error!r}): delete it to resume from the one before"
+        ) from error
     return state

@@ -89,8 +89,8 @@ def train(
     steps a line goes to `log.jsonl`; every `eval_steps`, and at the end, `validate()` is logged as `heldout`; every
     `save_steps` a checkpoint is written. Ctrl-C and SIGTERM let the step finish, save, and raise KeyboardInterrupt.
 
-    Raises TrainingError if a loss or gradient norm is not finite, and CheckpointError if a checkpoint cannot be
-    written.
+    Raises TrainingError if a loss or gradient norm is not finite or the log cannot be written, and CheckpointError if
+    a checkpoint cannot be written.
     """
     device = next(model.parameters()).device
     optimizer = make_optimizer(model, weight_decay=weight_decay)
@@ -114,6 +114,7 @@ def train(
             learning_rate = schedule(step)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
+            torch.manual_seed(step)  # dropout, where a model has any, depends on the step alone
             batch = stream.batch(step)
             num_targets = batch.num_targets
             loss = torch.zeros((), device=device)
@@ -185,9 +186,9 @@ def split_rows(batch: Batch, parts: int) -> list[Batch]:
 def _check_finite(step: int, loss: torch.Tensor, norm: torch.Tensor, learning_rate: float, output_dir: Path) -> None:
     if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
         raise TrainingError(
-            f"step {step}: loss {loss.item():g}, gradient norm {norm.item():g} at learning rate {learning_rate:g} "
-            f"are not "
-            f"finite. The weights of the last checkpoint in {output_dir} are intact: resume with a lower learning_rate"
+            f"step {step}: loss {loss.item():g}, gradient norm {norm.item():g} at learning rate {learning_rate:g} are "
+            f"not finite. The weights of the last checkpoint in {output_dir} are intact: resume with a lower "
+            "learning_rate"
         )
 
 
@@ -203,8 +204,14 @@ class _Log:
         self._path = path
 
     def write(self, **fields: Any) -> None:
-        with open(self._path, "a") as file:
-            file.write(json.dumps(fields) + "\n")
+        try:
+            with open(self._path, "a") as file:
+                file.write(json.dumps(fields) + "\n")
+        except OSError as error:
+            raise TrainingError(
+                f"{self._path} could not be written ({error}): make room, then start the same command again to resume "
+                "from the last checkpoint"
+            ) from error
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from cprec.data.catalogue import Catalogue
+from cprec.data.ragged import Ragged
+from cprec.models import tiny_model
+from cprec.text.encoding import PromptEncoder
+from cprec.text.prompts import Template
+from cprec.text.shards import Shards, open_shards, write_shards
+from cprec.text.stream import TokenStream
+from cprec.text.tokenizer import train_tokenizer
+from cprec.train.checkpoint import TrainState
+from cprec.train.loop import train
+from cprec.train.schedule import WSA
+
+DOMAINS = ("books", "games")
+ROW_TOKENS = 96
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums in one order: what is to be equal bit for bit must not depend on the machine's cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    text = "Domain: books\nHistory:\n- Domain: games\n- Next: [books] [games] red blue green book game 0 1 2 3 4 5"
+    return train_tokenizer([text] * 20, 330)
+
+
+@pytest.fixture(scope="session")
+def data(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder as training reads it: users walk through the catalogue in steps of one or two."""
+    folder = tmp_path_factory.mktemp("data")
+    titles = {name: [f"{c} {name[:-1]} {n}" for n in range(6) for c in ("red", "blue", "green")] for name in DOMAINS}
+    catalogue = Catalogue.from_tables(
+        {
+            name: pa.table({"item_id": [f"{row:02}" for row in range(18)], "title": mine})
+            for name, mine in titles.items()
+        }
+    )
+    catalogue.write(folder)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    encoder = PromptEncoder(tokenizer, catalogue)
+    about = {
+        "vocabulary_size": len(tokenizer),
+        "about": {"template": asdict(Template()), "max_title_tokens": 32, "history": "specific", "max_history": 10},
+    }
+    random = np.random.default_rng(0)
+
+    def write(where: Path, kinds: tuple[str, ...], domains: tuple[str, ...], num_users: int) -> None:
+        parts, columns = [], []
+        for kind in kinds:
+            domain = random.integers(0, 2, num_users) if len(domains) == 2 else np.full(num_users, 0)
+            steps = random.integers(1, 3, (num_users, 6)).cumsum(1) % 18
+            shift = np.where(kind == "mixed", random.integers(0, 2, (num_users, 6)), domain[:, None]) * 18
+            events = Ragged((steps + shift).ravel(), np.arange(0, 6 * num_users + 1, 6))
+            tokens, target_start = encoder.documents(kind, domain, events)
+            parts.append(tokens)
+            names = np.array(DOMAINS, dtype=object)[domain] if kind == "specific" else [""] * num_users
+            columns.append(
+                {
+                    "domain": np.array(names, dtype=object),
+                    "kind": np.full(num_users, kind, dtype=object),
+                    "num_events": np.full(num_users, 6),
+                    "target_start": target_start,
+                }
+            )
+        merged = {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
+        write_shards(where, Ragged.concatenate(parts), merged, about)
+
+    write(folder / "shards" / "train", ("specific", "mixed"), DOMAINS, 60)
+    write(folder / "shards" / "heldout", ("specific", "mixed"), DOMAINS, 6)
+    write(folder / "examples" / "books" / "train", ("specific",), DOMAINS[:1], 40)
+    write(folder / "examples" / "books" / "validation", ("specific",), DOMAINS[:1], 5)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(data: Path) -> Shards:
+    return open_shards(data / "shards" / "train")
+
+
+@pytest.fixture
+def make_stream(shards: Shards) -> Callable[..., TokenStream]:
+    def make(**changes: Any) -> TokenStream:
+        settings: dict[str, Any] = {
+            "rows_per_step": 4,
+            "row_tokens": ROW_TOKENS,
+            "num_tokens": shards.manifest["num_tokens"],
+            "seed": 0,
+        }
+        return TokenStream(shards, **settings | changes)
+
+    return make
+
+
+@pytest.fixture
+def make_model(tokenizer: Any) -> Callable[..., Any]:
+    def make(seed: int = 0) -> Any:
+        return tiny_model(len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, seed=seed)
+
+    return make
+
+
+@pytest.fixture
+def run(
+    make_stream: Callable[..., TokenStream], make_model: Callable[..., Any]
+) -> Callable[..., tuple[TrainState, Any]]:
+    """Trains a tiny model and returns the final state and the model; anything may be changed by keyword."""
+
+    def run(output_dir: Path, **changes: Any) -> tuple[TrainState, Any]:
+        model = changes.pop("model", None) or make_model()
+        stream = changes.pop("stream", None) or make_stream()
+        schedule = WSA.fractions(stream.num_steps, 1e-2, warmup=0.1, anneal=0.3, floor_ratio=0.1)
+        settings: dict[str, Any] = {
+            "schedule": schedule,
+            "output_dir": output_dir,
+            "num_accumulation": 1,
+            "weight_decay": 0.1,
+            "max_grad_norm": 1.0,
+            "bf16": False,
+            "save_steps": 5,
+            "save_total_limit": 100,
+            "logging_steps": 1,
+            "eval_steps": 1000,
+            "validate": dict,
+            "resume_from": None,
+            "description": "test",
+        }
+        return train(model, stream, **settings | changes), model
+
+    return run

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cprec.errors import CheckpointError
+from cprec.models import add_lora
+from cprec.train.checkpoint import (
+    OPTIMIZER,
+    STATE,
+    TrainState,
+    checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    write_folder,
+)
+from cprec.train.loop import make_optimizer
+
+MakeModel = Callable[..., Any]
+
+
+def take_steps(model: Any, optimizer: torch.optim.Optimizer, num: int) -> None:
+    """Some steps on one sentence."""
+    ids = torch.arange(5, 15)[None]
+    for _ in range(num):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def trained(model: Any) -> tuple[Any, torch.optim.Optimizer]:
+    optimizer = make_optimizer(model, weight_decay=0.1)
+    take_steps(model, optimizer, 2)
+    return model, optimizer
+
+
+def test_the_state_counts_and_chains_documents() -> None:
+    first = TrainState().advance(b"ab", 10, 9, 0.5)
+    again = TrainState().advance(b"ab", 10, 9, 0.7)
+    second = first.advance(b"c", 5, 4, 0.25)
+    assert (second.step, second.num_tokens, second.num_targets, second.seconds) == (2, 15, 13, 0.75)
+    assert first.consumed == again.consumed
+    assert len({TrainState().consumed, first.consumed, second.consumed, again.advance(b"d", 5, 4, 0).consumed}) == 4
+
+
+def test_training_goes_on_from_a_checkpoint_as_if_never_stopped(make_model: MakeModel, tmp_path: Path) -> None:
+    model, optimizer = trained(make_model())
+    state = TrainState(step=7, num_tokens=70, num_targets=60, consumed="abc", seconds=0.1 + 0.2)
+    folder = save_checkpoint(tmp_path, state, model, optimizer, keep=1)
+    assert folder.name == "checkpoint-7"
+    other = make_model(seed=9)
+    other_optimizer = make_optimizer(other, weight_decay=0.1)
+    assert load_checkpoint(folder, other, other_optimizer) == state
+    take_steps(model, optimizer, 3)
+    take_steps(other, other_optimizer, 3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert other.lm_head.weight is other.model.embed_tokens.weight
+
+
+def test_a_checkpoint_of_adapters_restores_them(make_model: MakeModel, tmp_path: Path) -> None:
+    model, optimizer = trained(add_lora(make_model(), rank=2, alpha=4))
+    folder = save_checkpoint(tmp_path, TrainState(step=1), model, optimizer, keep=1)
+    other = add_lora(make_model(), rank=2, alpha=4)
+    load_checkpoint(folder, other, make_optimizer(other, weight_decay=0.1))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_only_the_newest_are_kept(make_model: MakeModel, tmp_path: Path) -> None:
+    model, optimizer = trained(make_model())
+    (tmp_path / "checkpoint-11.incomplete").mkdir()
+    (tmp_path / "checkpoint-best").mkdir()
+    for step in (2, 9, 10):
+        save_checkpoint(tmp_path, TrainState(step=step), model, optimizer, keep=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    assert (tmp_path / "checkpoint-best").is_dir()
+    assert checkpoints(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("name", [STATE, OPTIMIZER, "model.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "garbage"])
+def test_a_damaged_checkpoint_is_named(make_model: MakeModel, tmp_path: Path, name: str, damage: str) -> None:
+    model, optimizer = trained(make_model())
+    folder = save_checkpoint(tmp_path, TrainState(step=3), model, optimizer, keep=1)
+    path = folder / name
+    contents = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "cut": contents[: len(contents) // 2], "garbage": b"\x93not it" * 9}[damage])
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-3 cannot be read .*: delete it to resume from the one before"
+    ):
+        load_checkpoint(folder, model, optimizer)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"step": 3, "colour": "red"}'])
+def test_a_state_of_another_kind_is_refused(make_model: MakeModel, tmp_path: Path, text: str) -> None:
+    model, optimizer = trained(make_model())
+    folder = save_checkpoint(tmp_path, TrainState(step=3), model, optimizer, keep=1)
+    (folder / STATE).write_text(text)
+    with pytest.raises(CheckpointError, match=r"checkpoint-3 cannot be read"):
+        load_checkpoint(folder, model, optimizer)
+
+
+def test_a_checkpoint_of_another_model_is_refused(make_model: MakeModel, tokenizer: Any, tmp_path: Path) -> None:
+    from cprec.models import tiny_model
+
+    model, optimizer = trained(make_model())
+    folder = save_checkpoint(tmp_path, TrainState(step=3), model, optimizer, keep=1)
+    deeper = tiny_model(len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    with pytest.raises(CheckpointError, match=r"checkpoint-3 cannot be read"):
+        load_checkpoint(folder, deeper, make_optimizer(deeper, weight_decay=0.1))
+
+
+def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "out" / "model"
+
+    def write(text: str) -> Callable[[Path], None]:
+        def into(where: Path) -> None:
+            (where / "inner").mkdir()
+            (where / "inner" / "file").write_text(text)
+            assert not folder.exists() or text != "first"
+
+        return into
+
+    def fail(where: Path) -> None:
+        write("third")(where)
+        raise ZeroDivisionError
+
+    write_folder(folder, write("first"))
+    write_folder(folder, write("second"))
+    assert (folder / "inner" / "file").read_text() == "second"
+    with pytest.raises(ZeroDivisionError):
+        write_folder(folder, fail)
+    assert (folder / "inner" / "file").read_text() == "second"
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_place_that_cannot_be_written_is_a_checkpoint_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"file/model could not be written \(.*make room, then start the same"):
+        write_folder(tmp_path / "file" / "model", lambda folder: None)
+
+
+def test_the_state_file_is_readable_json(make_model: MakeModel, tmp_path: Path) -> None:
+    model, optimizer = trained(make_model())
+    folder = save_checkpoint(tmp_path, TrainState(step=3, num_tokens=12), model, optimizer, keep=1)
+    assert json.loads((folder / STATE).read_text())["num_tokens"] == 12

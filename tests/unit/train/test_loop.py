@@ -1,0 +1,284 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from cprec.errors import CheckpointError, TrainingError
+from cprec.text.shards import Shards
+from cprec.text.stream import IGNORE, TokenStream
+from cprec.train.checkpoint import TrainState, checkpoints, load_checkpoint
+from cprec.train.loop import LOG, make_optimizer, perplexity, read_log, split_rows, summed_loss
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "loss_curve.json"
+CPU = torch.device("cpu")
+
+Run = Callable[..., tuple[TrainState, Any]]
+MakeStream = Callable[..., TokenStream]
+MakeModel = Callable[..., Any]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_log(folder / LOG) if "loss" in line}
+
+
+def same_weights(first: Any, second: Any) -> bool:
+    pairs = zip(first.state_dict().items(), second.state_dict().items(), strict=True)
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+# ---- what is learnt --------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_that_of_every_document_alone(
+    make_model: MakeModel, make_stream: MakeStream, shards: Shards
+) -> None:
+    model, batch = make_model(), make_stream().batch(1)
+    expected, count = 0.0, 0
+    for document in batch.documents:
+        ids = torch.from_numpy(shards.rows[document].astype(np.int64))
+        logits = model(input_ids=ids[None]).logits[0]
+        expected += cross_entropy(logits[:-1], ids[1:], reduction="sum").item()
+        count += len(ids) - 1
+    assert count == batch.num_targets
+    assert summed_loss(model, batch, CPU, bf16=False).item() == pytest.approx(expected, rel=1e-5)
+    assert perplexity(model, [batch], CPU, bf16=False) == pytest.approx(np.exp(expected / count), rel=1e-5)
+
+
+def test_perplexity_weighs_targets_and_leaves_the_model_as_it_was(
+    make_model: MakeModel, make_stream: MakeStream
+) -> None:
+    model, stream = make_model(), make_stream(rows_per_step=3)
+    batches = [stream.batch(0), stream.batch(stream.num_steps - 1)]
+    sums = [summed_loss(model, batch, CPU, bf16=False).item() for batch in batches]
+    model.train()
+    got = perplexity(model, batches, CPU, bf16=False)
+    assert got == pytest.approx(np.exp(sum(sums) / sum(batch.num_targets for batch in batches)))
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+    assert np.isnan(perplexity(model, [], CPU, bf16=False))
+
+
+def test_only_targets_count(make_model: MakeModel, make_stream: MakeStream) -> None:
+    batch = make_stream(targets_only=True).batch(0)
+    model = make_model()
+    ids, positions = torch.from_numpy(batch.input_ids_RT), torch.from_numpy(batch.position_ids_RT)
+    logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    targets = torch.from_numpy(batch.targets_RT)
+    expected = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    assert summed_loss(model, batch, CPU, bf16=False).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_matrices_decay_and_vectors_do_not(make_model: MakeModel) -> None:
+    model = make_model()
+    decayed, kept = make_optimizer(model, weight_decay=0.3).param_groups
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
+    assert {p.ndim for p in decayed["params"]} == {2} and {p.ndim for p in kept["params"]} == {1}
+    assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
+
+
+def test_micro_batches_are_the_rows_of_the_step(make_stream: MakeStream) -> None:
+    batch = make_stream(rows_per_step=5).batch(0)
+    for parts in (1, 2, 5, 9):
+        pieces = split_rows(batch, parts)
+        assert len(pieces) == min(parts, 5)
+        for name in ("input_ids_RT", "position_ids_RT", "targets_RT"):
+            assert np.array_equal(np.concatenate([getattr(piece, name) for piece in pieces]), getattr(batch, name))
+        assert sum(piece.num_targets for piece in pieces) == batch.num_targets
+
+
+def test_accumulation_changes_nothing_but_memory(run: Run, make_stream: MakeStream, tmp_path: Path) -> None:
+    models = {}
+    for parts in (1, 8):
+        _, models[parts] = run(tmp_path / str(parts), stream=make_stream(rows_per_step=8), num_accumulation=parts)
+    whole, cut = losses(tmp_path / "1"), losses(tmp_path / "8")
+    assert list(whole) == list(cut) == list(range(1, len(whole) + 1))
+    assert list(cut.values()) == pytest.approx(list(whole.values()), rel=1e-4)
+    for one, other in zip(models[1].parameters(), models[8].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_the_loss_curve_is_the_golden_one(run: Run, make_stream: MakeStream, shards: Shards, tmp_path: Path) -> None:
+    stream = make_stream(rows_per_step=2, num_tokens=int(1.66 * shards.manifest["num_tokens"]))
+    run(tmp_path, stream=stream)
+    curve = [round(loss, 5) for loss in losses(tmp_path).values()]
+    assert len(curve) == 50
+    if os.environ.get("CPREC_WRITE_GOLDEN"):
+        GOLDEN.write_text(json.dumps(curve) + "\n")
+    assert curve == pytest.approx(json.loads(GOLDEN.read_text()), rel=2e-3)
+    assert curve[-1] < 0.6 * curve[0]
+
+
+# ---- the log ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_log_tells_of_steps_and_held_out_measurements(run: Run, make_stream: MakeStream, tmp_path: Path) -> None:
+    stream, measured = make_stream(), iter(range(100))
+    state, _ = run(tmp_path, stream=stream, logging_steps=4, eval_steps=6, validate=lambda: {"books": next(measured)})
+    log = read_log(tmp_path / LOG)
+    last = stream.num_steps
+    assert state.step == last
+    steps = sorted({1, *range(4, last + 1, 4), last})
+    assert [line["step"] for line in log if "loss" in line] == steps
+    heldout = {line["step"]: line["heldout"]["books"] for line in log if "heldout" in line}
+    assert heldout == {step: number for number, step in enumerate(sorted({0, *range(6, last + 1, 6), last}))}
+    tokens = np.cumsum([stream.batch(step).num_tokens for step in range(last)])
+    for line in log:
+        assert line["tokens"] == (tokens[line["step"] - 1] if line["step"] else 0)
+    end = [line for line in log if "loss" in line][-1]
+    assert end["tokens"] == stream.num_tokens == state.num_tokens
+    assert end["tokens_per_second"] == pytest.approx(state.num_tokens / state.seconds)
+    assert end["learning_rate"] == pytest.approx(1e-3)
+    assert end["consumed"] == state.consumed
+
+
+def test_resuming_drops_what_will_be_run_again(run: Run, tmp_path: Path) -> None:
+    run(tmp_path, eval_steps=3, validate=lambda: {"books": 1.0})
+    before = (tmp_path / LOG).read_text()
+    first = checkpoints(tmp_path)[0]
+    with open(tmp_path / LOG, "a") as file:
+        file.write('{"step": 99, "los')  # a kill while a line was written
+    run(tmp_path, eval_steps=3, validate=lambda: {"books": 1.0}, resume_from=first)
+
+    def without_times(text: str) -> list[dict[str, Any]]:
+        return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in text.splitlines()]
+
+    assert without_times((tmp_path / LOG).read_text()) == without_times(before)
+
+
+# ---- interruptions ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    run: Run, make_model: MakeModel, tmp_path: Path, bf16: bool
+) -> None:
+    state, whole = run(tmp_path / "whole", bf16=bf16)
+    for checkpoint in checkpoints(tmp_path / "whole"):
+        folder = tmp_path / checkpoint.name
+        again, resumed = run(folder, bf16=bf16, model=make_model(seed=5), resume_from=checkpoint)
+        assert same_weights(whole, resumed)
+        assert (again.step, again.consumed, again.num_targets) == (state.step, state.consumed, state.num_targets)
+        expected = losses(tmp_path / "whole")
+        assert losses(folder) == {step: expected[step] for step in losses(folder)}
+
+
+def test_dropout_is_resumed_too(run: Run, make_model: MakeModel, tmp_path: Path) -> None:
+    def dropping() -> Any:
+        model = make_model()
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.3
+        return model
+
+    _, whole = run(tmp_path / "whole", model=dropping())
+    torch.rand(3)  # another process has another random state
+    checkpoint = checkpoints(tmp_path / "whole")[0]
+    _, resumed = run(tmp_path / "resumed", model=dropping(), resume_from=checkpoint)
+    assert same_weights(whole, resumed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_step_finish_and_saves(
+    run: Run, tmp_path: Path, make_stream: MakeStream, number: int
+) -> None:
+    _, whole = run(tmp_path / "whole")
+
+    class Interrupted:
+        """A stream that gets the signal while step 7 is under way."""
+
+        def __init__(self, stream: TokenStream) -> None:
+            self._stream = stream
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._stream, name)
+
+        def batch(self, step: int) -> Any:
+            if step == 6:
+                os.kill(os.getpid(), number)
+            return self._stream.batch(step)
+
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", stream=Interrupted(make_stream()))
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    newest = checkpoints(tmp_path / "cut")[-1]
+    assert newest.name == "checkpoint-7"
+    _, resumed = run(tmp_path / "cut", resume_from=newest)
+    assert same_weights(whole, resumed)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run: Run, make_model: MakeModel, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"step 7: loss .* at learning rate .* checkpoint in .* are intact: resume"):
+        run(tmp_path, schedule=lambda step: 1e-3 if step < 6 else 1e38)
+    (checkpoint,) = checkpoints(tmp_path)
+    model = make_model(seed=3)
+    assert load_checkpoint(checkpoint, model, make_optimizer(model, weight_decay=0.1)).step == 5
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+# ---- full disks ------------------------------------------------------------------------------------------------------
+
+
+def no_room(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("what", ["weights", "optimizer", "state", "flush"])
+def test_a_full_disk_leaves_the_older_checkpoint(
+    run: Run, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def fill_up() -> dict[str, float]:  # called after step 8, before the second checkpoint
+        if checkpoints(tmp_path):
+            target = {
+                "weights": (type(make_model()), "save_pretrained"),
+                "optimizer": (torch, "save"),
+                "state": (Path, "write_text"),
+                "flush": (os, "fsync"),
+            }[what]
+            monkeypatch.setattr(*target, no_room)
+        return {}
+
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-10 could not be written .*No space left.*earlier checkpoints"
+    ):
+        run(tmp_path, eval_steps=8, logging_steps=1000, validate=fill_up)
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", LOG]
+    model = make_model(seed=3)
+    assert load_checkpoint(tmp_path / "checkpoint-5", model, make_optimizer(model, weight_decay=0.1)).step == 5
+
+
+def test_a_full_disk_where_the_log_is_says_so(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill_up() -> dict[str, float]:
+        monkeypatch.setattr("builtins.open", no_room)
+        return {}
+
+    with pytest.raises(TrainingError, match=r"log.jsonl could not be written \(.*No space left.*make room"):
+        run(tmp_path, validate=fill_up)
+
+
+@pytest.mark.parametrize("limit", [2_000, 30_000, 60_000])
+def test_a_write_that_the_system_refuses_is_a_checkpoint_error(run: Run, tmp_path: Path, limit: int) -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_up() -> dict[str, float]:
+        if checkpoints(tmp_path):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        return {}
+
+    try:
+        with pytest.raises(CheckpointError, match=r"checkpoint-10 could not be written"):
+            run(tmp_path, eval_steps=8, logging_steps=1000, validate=fill_up)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", LOG]
