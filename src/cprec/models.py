@@ -78,7 +78,7 @@ def load_model(name_or_path: str | Path, *, device: torch.device | None = None) 
 
 def _hide_progress_bars() -> None:
     """Transformers shows a bar for each file that it reads or writes, across ours; the bars of downloads stay."""
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 
     shown = not are_progress_bars_disabled()
