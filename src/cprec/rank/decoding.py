@@ -26,7 +26,7 @@ def beam_search(
     """The `k` best items for each prompt of `tree`, by the log-probability of title and end of sequence.
 
     At each depth the `width` best prefixes go on; every title that ends is kept, so completed titles take no beam. A
-    user's search ends when no prefix is better than the k-th item, for a title's log-probability only falls. Items with
+    user's search ends when no prefix is as good as the k-th item, for a title's log-probability only falls. Items with
     equal titles tie, and all of those tied with the k-th are returned. `excluded` holds item positions per user;
     prefixes of nothing else are never entered. Width of at least the number of prefixes at any depth makes the search
     exact.
@@ -35,8 +35,7 @@ def beam_search(
     num_users = len(tree.prompt_hidden_UD)
     dead = _dead_keys(trie, excluded, num_users)
     first_child, token, num_items = trie.first_child, trie.token, trie.items.lengths
-    done_node: list[list[np.ndarray]] = [[] for _ in range(num_users)]
-    done_score: list[list[np.ndarray]] = [[] for _ in range(num_users)]
+    found = [Found(np.empty(0, dtype=np.int64), np.empty(0)) for _ in range(num_users)]
     threshold = np.full(num_users, -np.inf)  # the k-th best complete score so far
 
     nodes = np.zeros((num_users, 1), dtype=np.int64)
@@ -59,13 +58,15 @@ def beam_search(
         ends = num_items[child] > 0
         for number in np.unique(user[ends]):
             mine = ends & (user == number)
-            done_node[number].append(child[mine])
-            done_score[number].append(score[mine])
-            threshold[number] = _kth_best(trie, done_node[number], done_score[number], k)
-        going = ~ends & (score > threshold[user])
+            ended = trie.items.take(child[mine])
+            new = Found(ended.values, np.repeat(score[mine], ended.lengths))
+            found[number] = _best(found[number], new, k, excluded[number] if excluded is not None else ())
+            if len(found[number].items) >= k:
+                threshold[number] = found[number].scores[k - 1]
+        going = ~ends & (score >= threshold[user])
         beam, child, user, score = beam[going], child[going], user[going], score[going]
         if not len(child):
-            return [_result(trie, n, s, k) for n, s in zip(done_node, done_score, strict=True)]
+            return found
 
         # the best `width` of each user, in a grid; empty places have score -inf
         order = np.lexsort((child, -score, user))
@@ -114,22 +115,11 @@ def _dead_keys(trie: Trie, excluded: Sequence[np.ndarray] | None, num_users: int
     return np.concatenate(keys) if keys else None
 
 
-def _kth_best(trie: Trie, nodes: list[np.ndarray], scores: list[np.ndarray], k: int) -> float:
-    node, score = np.concatenate(nodes), np.concatenate(scores)
-    order = np.argsort(-score, kind="stable")
-    items = np.cumsum(trie.items.lengths[node[order]])
-    at = int(np.searchsorted(items, k))
-    return float(score[order][at]) if at < len(order) else -np.inf
-
-
-def _result(trie: Trie, nodes: list[np.ndarray], scores: list[np.ndarray], k: int) -> Found:
-    """The items of the best leaves, ties with the k-th included; equal scores by item position."""
-    if not nodes:
-        return Found(np.empty(0, dtype=np.int64), np.empty(0))
-    node, score = np.concatenate(nodes), np.concatenate(scores)
-    keep = score >= _kth_best(trie, nodes, scores, k)
-    node, score = node[keep], score[keep]
-    items = trie.items.take(node)
-    repeated = np.repeat(score, items.lengths)
-    order = np.lexsort((items.values, -repeated))
-    return Found(items.values[order], repeated[order])
+def _best(found: Found, new: Found, k: int, excluded: np.ndarray | tuple[()]) -> Found:
+    """The `k` best items of both, and those tied with the k-th; items of equal score by position."""
+    left = ~np.isin(new.items, excluded)  # an excluded item may share its title with others
+    items = np.concatenate([found.items, new.items[left]])
+    scores = np.concatenate([found.scores, new.scores[left]])
+    order = np.lexsort((items, -scores))
+    order = order[: np.searchsorted(-scores[order], -scores[order[k - 1]], side="right")] if len(order) > k else order
+    return Found(items[order], scores[order])

@@ -132,8 +132,8 @@ class LLMRecommender:
         """The `k` best next items for a history of item ids or titles, oldest first.
 
         Texts are looked up as ids, then as titles, in the target domain, then in every other one. `domain` is the
-        domain to recommend from; by default the one the model was fine-tuned for. A history longer than the model was
-        trained on keeps its latest events, with a warning.
+        domain to recommend from; by default the one the model was fine-tuned for. Of a history longer than the model was
+        trained on, or than its context, the latest events are read, with a warning.
 
         Raises UnknownItemError for texts that are neither id nor title, ValueError if `k` exceeds the items there are.
         """
@@ -148,11 +148,12 @@ class LLMRecommender:
                 f"k={k}: domain {domain!r} has {available} items outside this history; choose 1 to {available}"
             )
         query = RankingQuery(query_id="", domain=domain, history=items, exclude=exclude)
-        read = len(self._read_part(query))
+        read = len(self._histories([query], np.array([self.catalogue.domain_index(domain)]))[0])
         if read < len(items):
+            of_domain = "" if self.history_kind == MIXED else f" of domain {domain!r}"
             warnings.warn(
-                f"the history has {len(items)} events and the model reads {read} of them: the latest "
-                f"{self.max_history}{'' if self.history_kind == MIXED else f' of domain {domain!r}'}",
+                f"the history has {len(items)} events and the model reads the latest {read}{of_domain}: at most "
+                f"{self.max_history}, and what its context of {self._context:,} tokens holds",
                 stacklevel=2,
             )
         ranking = self.rank([query], k)[0]
@@ -176,8 +177,12 @@ class LLMRecommender:
         raise unknown
 
     def _prompts(self, queries: Sequence[RankingQuery]) -> Ragged:
-        """Prompt tokens of each query: its latest events, as many as were trained on and fit the model's context."""
+        """Prompt tokens of each query."""
         domains = np.array([self.catalogue.domain_index(query.domain) for query in queries], dtype=np.int64)
+        return self._encoder.prompts(self.history_kind, domains, self._histories(queries, domains))
+
+    def _histories(self, queries: Sequence[RankingQuery], domains: np.ndarray) -> Ragged:
+        """Catalogue rows of each query's latest events, as many as were trained on and fit the model's context."""
         histories = [self._read_part(query) for query in queries]
         names = [(item.domain, item.item_id) for events in histories for item in events]
         rows = np.empty(len(names), dtype=np.int64)
@@ -185,10 +190,8 @@ class LLMRecommender:
             mine = [place for place, (name, _) in enumerate(names) if name == domain]
             rows[mine] = self.catalogue.find(domain, [names[place][1] for place in mine])
         history = Ragged(rows, offsets_of(np.array([len(events) for events in histories], dtype=np.int64)))
-        fitted = self._encoder.fit(
-            self.history_kind, domains, history, self._context - self._encoder.max_title_tokens - 1
-        )
-        return self._encoder.prompts(self.history_kind, domains, fitted)
+        room = self._context - self._encoder.max_title_tokens - 1
+        return self._encoder.fit(self.history_kind, domains, history, room)
 
     def _read_part(self, query: RankingQuery) -> tuple[Item, ...]:
         """The events of a query that a prompt can show: of its domain unless mixed, the latest `max_history`."""
@@ -210,10 +213,9 @@ class LLMRecommender:
         ]
         found = beam_search(tree, self._trie(domain), k=k, width=max(self.beam_width, k), excluded=excluded)
         out = []
-        for query, result, gone in zip(queries, found, excluded, strict=True):
-            kept = ~np.isin(result.items, gone)
-            ids = self.catalogue.item_id[rows[result.items[kept]]]
-            out.append(Ranking(query.query_id, tuple(map(str, ids)), tuple(map(float, result.scores[kept]))))
+        for query, result in zip(queries, found, strict=True):
+            ids = self.catalogue.item_id[rows[result.items]]
+            out.append(Ranking(query.query_id, tuple(map(str, ids)), tuple(map(float, result.scores))))
         return out
 
     def _rank_candidates(self, tree: PromptTree, domain: str, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:

@@ -82,7 +82,7 @@ class Trie:
 
         `excluded` holds item positions.
         """
-        hit, count = np.unique(self.leaf[excluded], return_counts=True)
+        hit, count = np.unique(self.leaf[np.unique(excluded)], return_counts=True)
         above = hit[count == self.items.lengths[hit]]  # leaves none of whose items is left
         passed = []
         while len(above):

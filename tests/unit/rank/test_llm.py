@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from cprec.data.catalogue import Catalogue
+from cprec.errors import ConfigError, DataError, UnknownItemError
+from cprec.models import tiny_model
+from cprec.rank.llm import LLMRecommender
+from cprec.recommender import RankingQuery
+from cprec.recommender import Recommender as Protocol
+from cprec.schema import Item
+from cprec.text.prompts import Template, render
+from cprec.text.tokenizer import train_tokenizer
+
+BOOKS = ("Dune", "Dune Messiah", "Emma", "War & Peace", "Emma", "Ulysses")
+GAMES = ("Go", "Chess", "Go deluxe", "Ludo")
+Score = Callable[[list[int], list[int]], float]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return train_tokenizer([" " + title for title in BOOKS + GAMES], 300)
+
+
+@pytest.fixture(scope="session")
+def catalogue() -> Catalogue:
+    def table(prefix: str, titles: tuple[str, ...]) -> pa.Table:
+        return pa.table({"item_id": [f"{prefix}{row}" for row in range(len(titles))], "title": titles})
+
+    return Catalogue.from_tables({"books": table("b", BOOKS), "games": table("g", GAMES)})
+
+
+@pytest.fixture(scope="session")
+def make(model: Any, tokenizer: Any, catalogue: Catalogue) -> Callable[..., LLMRecommender]:
+    def make(**options: Any) -> LLMRecommender:
+        return LLMRecommender(model, tokenizer, catalogue, **{"domain": "books", "beam_width": 50} | options)
+
+    return make
+
+
+def items(*ids: str) -> tuple[Item, ...]:
+    return tuple(Item("books" if name[0] == "b" else "games", name) for name in ids)
+
+
+def query(*history: str, **changes: Any) -> RankingQuery:
+    return RankingQuery(**{"query_id": "q", "domain": "books", "history": items(*history)} | changes)
+
+
+# ---- ranking ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["specific", "mixed"])
+@pytest.mark.parametrize("history", [("b0", "g1", "b2"), ("g3",), ()])
+def test_scores_are_those_of_the_rendered_prompt(
+    make: Callable[..., LLMRecommender],
+    tokenizer: Any,
+    catalogue: Catalogue,
+    teacher_forced: Score,
+    kind: str,
+    history: tuple[str, ...],
+) -> None:
+    titles = dict(zip(catalogue.item_id, catalogue.title, strict=True))
+    shown = [
+        (item.domain, titles[item.item_id]) for item in items(*history) if kind == "mixed" or item.domain == "books"
+    ]
+    prompt = tokenizer(render(Template(), kind, "books", shown))["input_ids"]
+    expected = {
+        f"b{row}": teacher_forced(prompt, [*tokenizer(f" {title}")["input_ids"], tokenizer.eos_token_id])
+        for row, title in enumerate(BOOKS)
+    }
+    recommender = make(history=kind)
+    full, given = recommender.rank([query(*history), query(*history, candidates=tuple(expected))], k=6)
+    for ranking in (full, given):
+        assert dict(zip(ranking.item_ids, ranking.scores, strict=True)) == pytest.approx(expected, abs=1e-4)
+        assert list(ranking.scores) == sorted(ranking.scores, reverse=True)
+    assert full.scores[full.item_ids.index("b2")] == full.scores[full.item_ids.index("b4")]  # equal titles
+
+
+def test_it_follows_the_protocol(make: Callable[..., LLMRecommender]) -> None:
+    recommender = make(name="ours")
+    assert isinstance(recommender, Protocol) and recommender.name == "ours"
+    assert recommender.rank([], 5) == []
+
+
+def test_candidates_and_exclusions_are_honoured(make: Callable[..., LLMRecommender]) -> None:
+    recommender = make()
+    full, fewer, given = recommender.rank(
+        [
+            query("b0", query_id="1"),
+            query("b0", query_id="2", exclude=frozenset({"b0", "b2", "b5"})),
+            query("b0", query_id="3", candidates=("b5", "b1", "b2"), exclude=frozenset({"b2"})),
+        ],
+        k=3,
+    )
+    assert [full.query_id, fewer.query_id, given.query_id] == ["1", "2", "3"]
+    assert len(full.item_ids) >= 3
+    assert set(fewer.item_ids) == {"b1", "b3", "b4"}  # b4 has the title of the excluded b2, and counts alone
+    assert set(given.item_ids) == {"b1", "b5"}
+
+
+def test_candidates_are_ranked_whatever_k(make: Callable[..., LLMRecommender]) -> None:
+    (ranking,) = make().rank([query("b0", candidates=("b5", "b1", "b2", "b3"))], k=1)
+    assert sorted(ranking.item_ids) == ["b1", "b2", "b3", "b5"]
+    (nothing,) = make().rank([query("b0", candidates=())], k=1)
+    assert nothing.item_ids == ()
+
+
+def test_a_batch_of_all_sorts_is_answered_as_singly(make: Callable[..., LLMRecommender]) -> None:
+    queries = [
+        query("b0", "b1", "b3", "b5"),
+        query("g1", domain="games"),
+        query(),
+        query("b3", candidates=("b1", "b2")),
+        query("b1", exclude=frozenset({"b1"})),
+        query("g0", "g2", domain="games", candidates=("g3", "g1")),
+    ]
+    recommender = make(batch_size=2)
+    for asked, ranking in zip(queries, recommender.rank(queries, 3), strict=True):
+        (alone,) = make().rank([asked], 3)
+        assert ranking.item_ids == alone.item_ids
+        assert ranking.scores == pytest.approx(alone.scores, abs=1e-5)
+
+
+def test_unknown_items_and_domains_are_named(make: Callable[..., LLMRecommender]) -> None:
+    for bad in (query("b9"), query("b0", candidates=("b9",)), query("b0", exclude=frozenset({"b9"}))):
+        with pytest.raises(UnknownItemError, match="'b9'"):
+            make().rank([bad], 3)
+    with pytest.raises(DataError, match=r"there is no domain 'films'; the data has books, games"):
+        make().rank([query("b0", domain="films")], 3)
+
+
+# ---- recommending ----------------------------------------------------------------------------------------------------
+
+
+def test_ids_titles_and_items_mean_the_same(make: Callable[..., LLMRecommender]) -> None:
+    recommender = make()
+    by_id = recommender.recommend(["b0", "b3"], k=3)
+    assert recommender.recommend(["dune", "War &amp; Peace."], k=3) == by_id
+    assert recommender.recommend(items("b0", "b3"), k=3) == by_id
+    (ranking,) = recommender.rank([query("b0", "b3", exclude=frozenset({"b0", "b3"}))], 3)
+    assert tuple(found.item_id for found in by_id) == ranking.item_ids[:3]
+    assert [found.score for found in by_id] == pytest.approx(ranking.scores[:3])
+    assert all(found.title == BOOKS[int(found.item_id[1])] for found in by_id)
+
+
+def test_what_was_seen_comes_back_only_if_asked_for(make: Callable[..., LLMRecommender]) -> None:
+    recommender = make()
+    assert {found.item_id for found in recommender.recommend(["b0", "b1"], k=4)} == {"b2", "b3", "b4", "b5"}
+    assert len(recommender.recommend(["b0", "b1"], k=6, exclude_seen=False)) == 6
+
+
+def test_another_domain_may_be_asked_for(make: Callable[..., LLMRecommender]) -> None:
+    recommender = make(history="mixed")
+    found = recommender.recommend(["Dune", "Ludo"], k=3, domain="games")
+    assert {item.item_id for item in found} == {"g0", "g1", "g2"}
+    (ranking,) = recommender.rank([query("b0", "g3", domain="games", exclude=frozenset({"g3"}))], 3)
+    assert tuple(item.item_id for item in found) == ranking.item_ids
+
+
+def test_unknown_texts_are_named_with_what_is_near(make: Callable[..., LLMRecommender]) -> None:
+    with pytest.raises(UnknownItemError, match=r"'dune mesiah' \(nearest: 'Dune Messiah'"):
+        make().recommend(["Dune", "Dune Mesiah"])
+
+
+@pytest.mark.parametrize("k", [0, 5, -1])
+def test_k_must_be_within_the_catalogue(make: Callable[..., LLMRecommender], k: int) -> None:
+    with pytest.raises(ValueError, match=rf"k={k}: domain 'books' has 4 items outside this history; choose 1 to 4"):
+        make().recommend(["b0", "b1"], k=k)
+
+
+@pytest.mark.parametrize("domain", [None, "films"])
+def test_a_domain_is_needed(make: Callable[..., LLMRecommender], domain: str | None) -> None:
+    with pytest.raises(ConfigError, match=rf"domain={domain!r}: name one of books, games"):
+        make(domain=None).recommend(["b0"], domain=domain)
+
+
+# ---- long histories --------------------------------------------------------------------------------------------------
+
+
+def test_a_history_longer_than_trained_on_keeps_its_end_and_warns(make: Callable[..., LLMRecommender]) -> None:
+    recommender = make(max_history=2)
+    with pytest.warns(
+        UserWarning, match=r"the history has 4 events and the model reads the latest 2 of domain 'books'"
+    ):
+        found = recommender.recommend(["b0", "b1", "b3", "b5"], k=2)
+    (ranking,) = recommender.rank([query("b3", "b5", exclude=frozenset({"b0", "b1", "b3", "b5"}))], 2)
+    assert tuple(item.item_id for item in found) == ranking.item_ids
+
+
+def test_a_history_longer_than_the_context_keeps_its_end_and_warns(tokenizer: Any, catalogue: Catalogue) -> None:
+    model = tiny_model(
+        len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64
+    )
+    recommender = LLMRecommender(
+        model, tokenizer, catalogue, domain="books", max_history=1000, max_title_tokens=8, beam_width=50
+    )
+    with pytest.warns(
+        UserWarning, match=r"the history has 90 events and the model reads the latest \d of .* 64 tokens"
+    ):
+        found = recommender.recommend(["b0", "b1", "b3"] * 30, k=3)
+    latest = recommender.recommend(["b3", "b0", "b1", "b3"], k=3)
+    assert [item.item_id for item in found] == [item.item_id for item in latest]
+
+
+def test_no_warning_without_need(make: Callable[..., LLMRecommender]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(max_history=2).recommend(["b0", "b1"], k=2)
+
+
+# ---- model folders ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(model: Any, tokenizer: Any, catalogue: Catalogue, tmp_path: Path) -> Path:
+    model.save_pretrained(tmp_path / "beauty")
+    tokenizer.save_pretrained(tmp_path / "beauty")
+    catalogue.write(tmp_path / "beauty")
+    about = {
+        "template": asdict(Template(next="\nThen:")),
+        "max_title_tokens": 3,
+        "history": "specific",
+        "max_history": 2,
+        "domain": "games",
+    }
+    (tmp_path / "beauty" / "cprec.json").write_text(json.dumps(about))
+    return tmp_path / "beauty"
+
+
+def test_a_model_folder_is_all_it_takes(make: Callable[..., LLMRecommender], folder: Path) -> None:
+    loaded = LLMRecommender.from_pretrained(folder, beam_width=50)
+    made = make(domain="games", template=Template(next="\nThen:"), max_title_tokens=3, max_history=2)
+    assert loaded.name == "beauty"
+    found, expected = loaded.recommend(["Go", "Chess"], k=2), made.recommend(["Go", "Chess"], k=2)
+    assert [item.item_id for item in found] == [item.item_id for item in expected]
+    assert np.allclose([item.score for item in found], [item.score for item in expected], rtol=0.05)
+    assert LLMRecommender.from_pretrained(str(folder), domain="books", name="mine").domain == "books"
+
+
+def test_what_is_no_finished_model_is_refused(folder: Path) -> None:
+    (folder / "cprec.json").unlink()
+    refusal = re.escape(f"{folder} holds no finished model of CPRec (no cprec.json): ")
+    with pytest.raises(ConfigError, match=refusal + "give the output_dir"):
+        LLMRecommender.from_pretrained(folder)
+    (folder / "checkpoint-5").mkdir()
+    with pytest.raises(ConfigError, match=refusal + "its training was interrupted: start the same command again"):
+        LLMRecommender.from_pretrained(folder)
