@@ -93,7 +93,7 @@ def read_events(documents: Ragged, domain: np.ndarray, grammar: Grammar) -> Even
     line_domain = domain[owner].copy()
     for number in range(len(grammar.tags)):
         tag = grammar.tags[number]
-        tagged = (domain[owner] < 0) & (ends + len(tag) <= stop)
+        tagged = (line_domain < 0) & (ends + len(tag) <= stop)  # one tag a line: a title may begin like another
         for place, token in enumerate(tag):
             tagged &= tokens[np.minimum(ends + place, len(tokens) - 1)] == token
         line_domain[tagged] = number

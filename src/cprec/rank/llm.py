@@ -132,8 +132,8 @@ class LLMRecommender:
         """The `k` best next items for a history of item ids or titles, oldest first.
 
         Texts are looked up as ids, then as titles, in the target domain, then in every other one. `domain` is the
-        domain to recommend from; by default the one the model was fine-tuned for. Of a history longer than the model was
-        trained on, or than its context, the latest events are read, with a warning.
+        domain to recommend from; by default the one the model was fine-tuned for. Of a history longer than the model
+        was trained on, or than its context, the latest events are read, with a warning.
 
         Raises UnknownItemError for texts that are neither id nor title, ValueError if `k` exceeds the items there are.
         """
