@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cprec.errors import ConfigError
+
 MAX_TRIES = 50
 
 
@@ -22,13 +24,13 @@ def draw_candidates(
     contains or is contained in another's (after lower-casing): such answers could not be told apart in text. The draw
     is seeded by (seed, query id), never by the target, so that co-candidates say nothing about it.
 
-    Raises ValueError if the items outside the history are too few.
+    Raises ConfigError if the items outside the history are too few.
     """
     digest = hashlib.sha256(f"{seed}/{query_id}".encode()).digest()
     generator = np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
     excluded = np.union1d(taken, [target])
     if len(titles) - len(excluded) < size - 1:
-        raise ValueError(
+        raise ConfigError(
             f"num_candidates={size} but only {len(titles) - len(excluded)} items are outside the history of query "
             f"{query_id!r}: lower it or use the full catalogue only"
         )
@@ -42,7 +44,7 @@ def draw_candidates(
             names.append(name)
             if len(chosen) == size:
                 return generator.permutation(np.array(chosen))
-    raise ValueError(
+    raise ConfigError(
         f"num_candidates={size}: no {size} items with clearly different titles were found for query {query_id!r}; "
         "lower it"
     )

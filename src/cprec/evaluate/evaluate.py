@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cprec.errors import ConfigError, LeakageError
+from cprec.errors import ConfigError, CPRecError, DataError, LeakageError
 from cprec.provenance import file_sha256
 from cprec.recommender import Ranking, RankingQuery, Recommender
 from cprec.schema import Item
@@ -75,7 +76,7 @@ class Entrant:
     recommender: Recommender
     kind: Literal["baseline", "model", "bound"]
     trained_on: tuple[str, ...] = ()
-    """Hashes of the token shards its model was trained on; a baseline learns from the split itself."""
+    """Hashes of the token shards its model was trained on, one at least; a baseline learns from the split itself."""
     identity: str = ""
     """Changes when the recommender does, so that saved rankings are reused only where they are its own."""
 
@@ -175,7 +176,7 @@ def protocol_of(config: EvaluateConfig, split: Split, dataset: dict[str, Any]) -
 def check_certificate(config: EvaluateConfig, domain: str, entrants: Sequence[Entrant]) -> bool:
     """Whether the data folder's certificate is clean and covers the entrants' shards and the domain's queries.
 
-    Raises LeakageError where it does not, unless `uncertified` is set.
+    Raises LeakageError where it does not, unless `uncertified` is set, and DataError where the file is no certificate.
     """
     data = Path(config.data)
     path = data / "certificate.json"
@@ -183,13 +184,19 @@ def check_certificate(config: EvaluateConfig, domain: str, entrants: Sequence[En
     if not path.is_file():
         problem = f"{path} is missing: make it with `cprec audit {data}`"
     else:
-        certificate = json.loads(path.read_text())
-        known = set(certificate["artifacts"].values())
+        try:
+            certificate = json.loads(path.read_text())
+            known = set(certificate["artifacts"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DataError(f"{path} is no certificate: make it anew with `cprec audit {data}`") from None
+        unknown = [entrant.name for entrant in entrants if entrant.kind == "model" and not entrant.trained_on]
         strangers = [entrant.name for entrant in entrants if not set(entrant.trained_on) <= known]
         queries = data / "queries" / domain / f"{config.part}.parquet"
         if not certificate["clean"]:
             wrong = [p["name"] for p in certificate["properties"] if p["violations"]]
             problem = f"{path} found leaks: {'; '.join(wrong)}"
+        elif unknown:
+            problem = f"{', '.join(unknown)} does not say what data it was trained on, so {path} cannot cover it"
         elif strangers:
             problem = (
                 f"{path} does not cover the data that {', '.join(strangers)} was trained on: train it on {data}, or "
@@ -218,7 +225,7 @@ def read_questions(config: EvaluateConfig, split: Split, domain: str) -> Questio
     path = folder / f"{config.part}.parquet"
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: name {domain!r} in target_domains of `cprec prepare`")
-    frozen = folder / f"candidates{config.num_candidates}_{config.part}.parquet"
+    frozen = folder / f"candidates{config.num_candidates}_{config.part}_seed{config.seed}.parquet"
     rows = pq.read_table(path).to_pylist()
     if not frozen.is_file():
         mine = split.catalogue.rows_of(domain)
@@ -241,6 +248,8 @@ def read_questions(config: EvaluateConfig, split: Split, domain: str) -> Questio
                 progress.advance()
         write_candidates(frozen, [row["query_id"] for row in rows], sets)
     candidates = read_candidates(frozen)
+    if candidates.keys() != {row["query_id"] for row in rows}:
+        raise DataError(f"{frozen} holds candidates of other queries than {path}: delete it, and it is drawn anew")
     if config.max_queries and config.max_queries < len(rows):
         chosen = np.sort(np.random.default_rng(config.seed).permutation(len(rows))[: config.max_queries])
         rows = [rows[number] for number in chosen]
@@ -304,8 +313,10 @@ def _rankings(config: EvaluateConfig, entrant: Entrant, questions: Questions, pr
 
     queries = questions.queries if protocol == FULL else questions.sampled
     names = ("k", "exclude_seen", "max_queries", "seed", "num_candidates", "beam_width")
-    asked = {name: getattr(config, name) for name in names}
-    key = json.dumps({**asked, "questions": questions.sha256, "identity": entrant.identity}, sort_keys=True)
+    asked: dict[str, Any] = {name: getattr(config, name) for name in names}
+    asked |= {"questions": questions.sha256, "identity": entrant.identity}
+    asked["data"] = file_sha256(Path(config.data) / "dataset.json")  # what baselines learn from
+    key = json.dumps(asked, sort_keys=True)
     path = rankings_path(config, questions.domain, entrant.name, protocol)
     if path.is_file():
         known = pq.read_schema(path).metadata or {}
@@ -319,8 +330,11 @@ def _rankings(config: EvaluateConfig, entrant: Entrant, questions: Questions, pr
             batch = queries[first : first + BATCH]
             rankings += entrant.recommender.rank(batch, config.k)
             progress.advance(len(batch))
-    seconds = time.perf_counter() - start
+    seconds = round(time.perf_counter() - start, 3)
     assert [ranking.query_id for ranking in rankings] == [query.query_id for query in queries]
+    broken = next((r.query_id for r in rankings if not all(map(math.isfinite, r.scores))), None)
+    if broken is not None:
+        raise CPRecError(f"{entrant.name} gave query {broken!r} a score that is not finite: its model is broken")
     lengths = [len(ranking.item_ids) for ranking in rankings]
     pairs = list(zip(rankings, questions.user, lengths, strict=True))
     table = pa.table(
@@ -333,7 +347,7 @@ def _rankings(config: EvaluateConfig, entrant: Entrant, questions: Questions, pr
             "score": pa.array([score for r in rankings for score in r.scores], pa.float64()),
         }
     )
-    _replace_table(table.replace_schema_metadata({"answers": key, "seconds": f"{seconds:.3f}"}), path)
+    _replace_table(table.replace_schema_metadata({"answers": key, "seconds": repr(seconds)}), path)
     return table, seconds
 
 

@@ -1,0 +1,428 @@
+"""The report that people read: a table for the terminal, and one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cprec.evaluate.charts import Points, interval_bar, line_chart, thinned
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+UNCERTIFIED = "UNCERTIFIED: no clean leakage certificate covers these results. They may rest on held-out events."
+SHOWN_HISTORY = 8
+"""Latest events of an example's history that are shown."""
+
+Report = Mapping[str, Any]
+
+
+# ---- what the numbers say, in words ----------------------------------------------------------------------------------
+
+
+def cut_of(report: Report) -> int:
+    """K of the full rankings, read from the names of the metrics."""
+    arms = next(iter(report["domains"].values()))["arms"]
+    arm = next(iter(arms.values()))
+    return max(int(name.partition("@")[2]) for name in arm if name.startswith("ndcg@"))
+
+
+def sampled_of(arm: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]]:
+    """Size of the candidate sets, and an arm's metrics on them."""
+    name = next(name for name in arm if name.startswith("candidates"))
+    return int(name.removeprefix("candidates")), arm[name]
+
+
+def domain_line(domain: str, result: Mapping[str, Any]) -> str:
+    """One line on a domain: whether pre-training saw it, items, queries."""
+    seen = "unseen in pre-training" if result["unseen"] else "seen in pre-training"
+    return f"{domain}: {seen}, {result['num_items']:,} items, {result['num_queries']:,} queries"
+
+
+def difference_line(difference: Mapping[str, Any]) -> str:
+    """A paired comparison as a sentence, which claims a winner only if the interval excludes 0.
+
+    >>> line = {"a": "new", "b": "old", "metric": "ndcg@10", "mean": 0.02, "low": 0.01, "high": 0.03}
+    >>> difference_line(line)
+    'new beats old: +0.0200 NDCG@10 (+0.0100 to +0.0300)'
+    >>> difference_line({**line, "low": -0.01})
+    'new and old cannot be told apart: +0.0200 NDCG@10 (-0.0100 to +0.0300)'
+    """
+    a, b, low, high = (difference[name] for name in ("a", "b", "low", "high"))
+    if low > 0:
+        verdict = f"{a} beats {b}"
+    elif high < 0:
+        verdict = f"{a} loses to {b}"
+    else:
+        verdict = f"{a} and {b} cannot be told apart"
+    return f"{verdict}: {difference['mean']:+.4f} {metric_name(difference['metric'])} ({low:+.4f} to {high:+.4f})"
+
+
+def metric_name(name: str) -> str:
+    """A metric as people write it.
+
+    >>> metric_name("ndcg@10"), metric_name("recall@5"), metric_name("mrr")
+    ('NDCG@10', 'Recall@5', 'MRR')
+    """
+    metric, _, cut = name.partition("@")
+    written = {"ndcg": "NDCG", "recall": "Recall", "mrr": "MRR"}[metric]
+    return f"{written}@{cut}" if cut else written
+
+
+def certificate_line(certificate: Mapping[str, Any]) -> str:
+    """What the leakage certificate found."""
+    found = f"{certificate['checked']:,} checks, {certificate['violations']:,} violations"
+    if certificate["uncertified"]:
+        return UNCERTIFIED
+    return f"clean ({found}) and covers every model and query here" if certificate["clean"] else f"not clean ({found})"
+
+
+def bound_line(report: Report) -> str:
+    """What the row of the bound is, where there is one; else ''."""
+    bounds = {
+        name for result in report["domains"].values() for name, arm in result["arms"].items() if arm["kind"] == "bound"
+    }
+    if not bounds:
+        return ""
+    return (
+        f"{', '.join(sorted(bounds))}: ranks by the true chances of this generated world; no recommender can do better"
+    )
+
+
+def _explanation(cut: int) -> str:
+    return (
+        f"Recall@{cut} is the share of queries whose held-out item is among the first {cut}; NDCG@{cut} also counts "
+        "how far up it stands (1 is always first, 0 never listed). In brackets: 95 % intervals over queries."
+    )
+
+
+# ---- terminal --------------------------------------------------------------------------------------------------------
+
+
+def print_report(report: Report, examples: Sequence[Mapping[str, Any]] = (), *, console: Console | None = None) -> None:
+    """Print the protocol, one table of all domains and arms, paired comparisons and examples to standard output."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    if console is None:
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console = Console(highlight=False, width=max(console.width, 100))
+    cut = cut_of(report)
+    size, _ = sampled_of(next(iter(next(iter(report["domains"].values()))["arms"].values())))
+    uncertified = report["certificate"]["uncertified"]
+
+    def line(text: str, style: str = "", indent: int = 0) -> None:
+        console.print(Padding(Text(text, style=style), (0, 0, 0, indent)))
+
+    console.print()
+    table = Table(title=Text(report["title"], style="bold"), title_justify="left", show_edge=False, pad_edge=False)
+    if uncertified:
+        table.caption = Text(UNCERTIFIED, style="bold red")
+    wide = console.width >= 88  # otherwise the last column would break every row in two
+    table.add_column("")
+    table.add_column(f"NDCG@{cut}\nfull catalogue", justify="right")
+    table.add_column(f"Recall@{cut}\nfull catalogue", justify="right")
+    table.add_column(f"Recall@1\n{size} candidates", justify="right")
+    for domain, result in report["domains"].items():
+        table.add_section()
+        table.add_row(Text(f"{domain} ({'unseen' if result['unseen'] else 'seen'})", style="bold"))
+        best = _best(result["arms"], f"ndcg@{cut}")
+        for name, arm in result["arms"].items():
+            first = sampled_of(arm)[1]["recall@1"]
+            cells = [_with_interval(arm[f"ndcg@{cut}"]), _with_interval(arm[f"recall@{cut}"])]
+            cells.append(_with_interval(first) if wide else f"{first['mean']:.4f}")
+            style = {"bound": "dim", "model": "cyan"}.get(arm["kind"], "")
+            style += " bold" if name == best else ""
+            table.add_row(Text(f"  {name}", style=style), *(Text(cell, style=style) for cell in cells))
+    console.print(table)
+    console.print()
+    for domain, result in report["domains"].items():
+        for difference in result["differences"]:
+            line(f"{domain}: {difference_line(difference)}")
+    console.print()
+    for domain, result in report["domains"].items():
+        line(domain_line(domain, result), "dim")
+    line(_explanation(cut), "dim")
+    if bound_line(report):
+        line(bound_line(report), "dim")
+    for name, text in report["protocol"].items():
+        line(f"{name}: {text}", "dim")
+    line(f"leakage certificate: {certificate_line(report['certificate'])}", "bold red" if uncertified else "dim")
+    for example in examples:
+        console.print()
+        line(f"user {example['user']} in {example['domain']}", "bold")
+        line(f"had, latest last: {_shown_history(example['history'])}", indent=2)
+        line(f"held out, came next: {example['target']}", indent=2)
+        for arm, found in example["recommendations"].items():
+            line(f"{arm} recommends", indent=2)
+            for place, (title, score) in enumerate(found, 1):
+                hit = title == example["target"]
+                line(f"{place}. {title} ({score:.2f}){'  <- came next' if hit else ''}", "green" if hit else "", 4)
+    console.print()
+
+
+def _with_interval(cell: Mapping[str, float]) -> str:
+    return f"{cell['mean']:.4f} ({cell['low']:.3f}-{cell['high']:.3f})"
+
+
+def _best(arms: Mapping[str, Any], metric: str) -> str | None:
+    """The arm of the highest mean, bounds aside."""
+    rivals = {name: arm[metric]["mean"] for name, arm in arms.items() if arm["kind"] != "bound"}
+    return max(rivals, key=lambda name: rivals[name]) if rivals else None
+
+
+def _shown_history(titles: Sequence[str]) -> str:
+    more = len(titles) - SHOWN_HISTORY
+    return (f"({more:,} earlier) " if more > 0 else "") + "; ".join(titles[-SHOWN_HISTORY:])
+
+
+# ---- HTML ------------------------------------------------------------------------------------------------------------
+
+
+def write_html(
+    path: str | Path,
+    report: Report,
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    examples: Sequence[Mapping[str, Any]],
+) -> None:
+    """Write the report as one HTML file without scripts or links to elsewhere; it appears complete or not at all.
+
+    `runs` maps names to the records of training logs; runs named `GROUP: ARM` share the charts of their group.
+    `examples` are users with their history, target and each arm's recommendations.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".incomplete")
+    temporary.write_text(html_of(report, runs, examples), encoding="utf-8")
+    temporary.replace(path)
+
+
+def html_of(
+    report: Report, runs: Mapping[str, Sequence[Mapping[str, Any]]], examples: Sequence[Mapping[str, Any]]
+) -> str:
+    """The text of the HTML report; see `write_html`."""
+    title = escape(report["title"])
+    body = [
+        f"<h1>CPRec: {title}</h1>",
+        _protocol_box(report),
+        *(_domain_section(domain, result, report) for domain, result in report["domains"].items()),
+        *_examples_section(examples),
+        *_models_section(report.get("models", {})),
+        *(_run_section(group, members) for group, members in _groups(runs).items()),
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>CPRec: {title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _protocol_box(report: Report) -> str:
+    """What every number depends on, before any number."""
+    uncertified = report["certificate"]["uncertified"]
+    rows = {**report["protocol"], "leakage certificate": certificate_line(report["certificate"])}
+    if bound_line(report):
+        rows["bound"] = bound_line(report)
+    cells = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in rows.items())
+    banner = f'<p class="warning">{escape(UNCERTIFIED)}</p>' if uncertified else ""
+    return (
+        f'<section class="box">{banner}<h2>How this was measured</h2><dl>{cells}</dl>'
+        f"<p>{escape(_explanation(cut_of(report)))}</p></section>"
+    )
+
+
+def _domain_section(domain: str, result: Mapping[str, Any], report: Report) -> str:
+    arms, cut = result["arms"], cut_of(report)
+    size = sampled_of(next(iter(arms.values())))[0]
+    charts = [
+        _bars(f"NDCG@{cut}, full catalogue", {name: arm[f"ndcg@{cut}"] for name, arm in arms.items()}, arms),
+        _bars(f"Recall@{cut}, full catalogue", {name: arm[f"recall@{cut}"] for name, arm in arms.items()}, arms),
+        _bars(f"Recall@1, {size} candidates", {n: sampled_of(arm)[1]["recall@1"] for n, arm in arms.items()}, arms),
+    ]
+    lines = "".join(f"<li>{escape(difference_line(difference))}</li>" for difference in result["differences"])
+    compared = f"<p>Compared on the same queries:</p><ul>{lines}</ul>" if lines else ""
+    warning = "" if result["certified"] else f'<p class="warning">{escape(UNCERTIFIED)}</p>'
+    return (
+        f"<section><h2>{escape(domain_line(domain, result))}</h2>{warning}{compared}"
+        f'<div class="charts">{"".join(charts)}</div>'
+        f"<details><summary>All metrics</summary>{_metric_table('Full catalogue', arms, _full_metrics(arms))}"
+        f"{_metric_table(f'{size} candidates', _sampled_arms(arms), _full_metrics(_sampled_arms(arms)))}</details>"
+        "</section>"
+    )
+
+
+def _bars(caption: str, cells: Mapping[str, Mapping[str, float]], arms: Mapping[str, Any]) -> str:
+    largest = max(cell["high"] for cell in cells.values())
+    rows = "".join(
+        f"<tr><th>{escape(name)}</th>"
+        f"<td>{interval_bar(cell['mean'], cell['low'], cell['high'], largest, _COLOUR[arms[name]['kind']])}</td>"
+        f"<td>{cell['mean']:.4f}</td></tr>"
+        for name, cell in cells.items()
+    )
+    return f'<figure><figcaption>{escape(caption)}</figcaption><table class="bars">{rows}</table></figure>'
+
+
+_COLOUR = {"model": "accent", "baseline": "bar", "bound": "muted"}
+
+
+def _sampled_arms(arms: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: sampled_of(arm)[1] for name, arm in arms.items()}
+
+
+def _full_metrics(arms: Mapping[str, Any]) -> list[str]:
+    """Names of the metrics of arms, in their order."""
+    return [name for name, value in next(iter(arms.values())).items() if isinstance(value, Mapping) and "mean" in value]
+
+
+def _metric_table(caption: str, arms: Mapping[str, Any], metrics: Sequence[str]) -> str:
+    cut = "" if "candidates" in caption else "MRR counts items that were listed only. "
+    head = "".join(f"<th>{metric_name(metric)}</th>" for metric in metrics) + "<th>seconds</th>"
+    rows = []
+    for name, arm in arms.items():
+        cells = "".join(
+            f"<td>{arm[m]['mean']:.4f}<br><small>{arm[m]['low']:.4f} to {arm[m]['high']:.4f}</small></td>"
+            for m in metrics
+        )
+        rows.append(f"<tr><th>{escape(name)}</th>{cells}<td>{arm['seconds']:.1f}</td></tr>")
+    return (
+        f'<div class="scroll"><table class="metrics"><caption>{escape(caption)}. {cut}</caption>'
+        f"<tr><th></th>{head}</tr>{''.join(rows)}</table></div>"
+    )
+
+
+def _examples_section(examples: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not examples:
+        return []
+    cards = []
+    for example in examples:
+        more = len(example["history"]) - SHOWN_HISTORY
+        earlier = f"<p>{more:,} earlier events, then</p>" if more > 0 else ""
+        history = "".join(f"<li>{escape(title)}</li>" for title in example["history"][-SHOWN_HISTORY:])
+        lists = []
+        for arm, found in example["recommendations"].items():
+            rows = "".join(_recommended(title, score, title == example["target"]) for title, score in found)
+            lists.append(f"<div><h4>{escape(arm)}</h4><ol>{rows}</ol></div>")
+        cards.append(
+            f'<article class="box"><h3>{escape(example["user"])}, {escape(example["domain"])}</h3>'
+            f'<div class="charts"><div><h4>had, latest last</h4>{earlier}<ul>{history}</ul>'
+            f"<p>Held out, came next: <b>{escape(example['target'])}</b></p></div>{''.join(lists)}</div></article>"
+        )
+    return [f"<section><h2>What users are recommended</h2>{''.join(cards)}</section>"]
+
+
+def _recommended(title: str, score: float, hit: bool) -> str:
+    mark = ' class="hit"' if hit else ""
+    came = " &#10003; came next" if hit else ""
+    return f"<li{mark}>{escape(title)} <small>{score:.2f}{came}</small></li>"
+
+
+def _models_section(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    rows = "".join(
+        f"<tr><th>{escape(name)}</th><td>{about['num_parameters'] / 1e6:,.2f} M</td><td>{about['tokens']:,}</td>"
+        f"<td>{about['seconds']:,.0f}</td><td>{about['tokens'] / max(about['seconds'], 1e-9):,.0f}</td></tr>"
+        for name, about in models.items()
+        if about
+    )
+    if not rows:
+        return []
+    head = "<tr><th></th><th>parameters</th><th>tokens</th><th>seconds</th><th>tokens per second</th></tr>"
+    return [
+        '<section><h2>What was trained</h2><div class="scroll"><table class="metrics">'
+        f"{head}{rows}</table></div></section>"
+    ]
+
+
+def _groups(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Sequence[Mapping[str, Any]]]]:
+    """Group -> arm -> records; a run whose name has no colon is a group of its own."""
+    groups: dict[str, dict[str, Sequence[Mapping[str, Any]]]] = {}
+    for name, records in runs.items():
+        group, _, arm = name.partition(": ")
+        groups.setdefault(group, {})[arm or name] = records
+    return groups
+
+
+def _run_section(group: str, members: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Curves of the runs of a group. Their logs hold one record per line; see `cprec.train.loop`."""
+    charts = {
+        "Learning rate": line_chart(_curves(members, "learning_rate"), x_label="step", from_zero=True),
+        "Training loss (nats per target token)": line_chart(_curves(members, "loss"), x_label="step"),
+        "Held-out perplexity": line_chart(_perplexities(members), x_label="step", log_y=True),
+    }
+    figures = "".join(
+        f"<figure><figcaption>{escape(caption)}</figcaption>{chart}</figure>"
+        for caption, chart in charts.items()
+        if chart
+    )
+    if not figures:
+        return ""
+    return f'<section><h2>Training: {escape(group)}</h2><div class="charts">{figures}</div></section>'
+
+
+def _curves(members: Mapping[str, Sequence[Mapping[str, Any]]], field: str) -> dict[str, Points]:
+    return {
+        arm: thinned([(record["step"], record[field]) for record in records if field in record])
+        for arm, records in members.items()
+    }
+
+
+def _perplexities(members: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Points]:
+    """A line for each held-out set of each run; its name tells the run where there are several."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for arm, records in members.items():
+        for record in records:
+            for name, value in record.get("heldout", {}).items():
+                label = name if len(members) == 1 else f"{arm}, {name}"
+                lines.setdefault(label, []).append((record["step"], value))
+    return {label: thinned(points) for label, points in lines.items()}
+
+
+STYLE = """
+:root { color-scheme: light dark; --text: #1d232b; --page: #ffffff; --box: #f4f6f8; --edge: #d8dde3; --grid: #e3e7eb;
+  --accent: #1668b8; --bar: #8d9aa8; --muted: #cfd6dd; --hit: #187a3c; --warning: #b3261e;
+  --line-0: #1668b8; --line-1: #c4560a; --line-2: #187a3c; --line-3: #8a3ab9; --line-4: #b3261e; --line-5: #0b8384;
+  --line-6: #7d6608; --line-7: #5b6673; }
+@media (prefers-color-scheme: dark) { :root { --text: #e4e8ec; --page: #14181d; --box: #1d232a; --edge: #38414b;
+  --grid: #2b323a; --accent: #62aef5; --bar: #76838f; --muted: #46505b; --hit: #62cf8a; --warning: #ff8a80;
+  --line-0: #62aef5; --line-1: #f5a05c; --line-2: #62cf8a; --line-3: #c795ec; --line-4: #ff8a80; --line-5: #5fd0d0;
+  --line-6: #d6c25a; --line-7: #a5b0bb; } }
+* { box-sizing: border-box; }
+body { max-width: 70rem; margin: 0 auto; padding: 1rem; background: var(--page); color: var(--text);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin: 0 0 .6rem; } h3 { font-size: 1rem; margin: 0 0 .4rem; }
+h4 { font-size: .9rem; margin: 0 0 .2rem; }
+section { margin: 0 0 2rem; }
+.box { background: var(--box); border: 1px solid var(--edge); border-radius: 8px; padding: .8rem 1rem;
+  margin: 0 0 1rem; }
+section.box { margin-bottom: 2rem; }
+.warning { color: var(--warning); font-weight: 700; border: 2px solid var(--warning); border-radius: 6px;
+  padding: .4rem .6rem; }
+dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .2rem 1rem; margin: 0;
+  font-size: .9rem; }
+dt { font-weight: 600; } dd { margin: 0; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 1rem 1.6rem; }
+.charts > * { min-width: 0; }
+figure { margin: 0; } figcaption { font-weight: 600; font-size: .9rem; margin-bottom: .3rem; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; padding: .4rem 0; }
+th { text-align: left; font-weight: 500; }
+.bars { width: 100%; } .bars td { padding: .1rem .2rem; vertical-align: middle; }
+.bars th { width: 8.2rem; padding-right: .4rem; line-height: 1.15; }
+.bars td:last-child { width: 3.4rem; text-align: right; }
+.bar { display: block; overflow: visible; }
+.scroll { overflow-x: auto; }
+.metrics td, .metrics th { padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--edge); white-space: nowrap; }
+.metrics td { text-align: right; } .metrics tr:first-child th { text-align: right; font-weight: 600; }
+small { opacity: .75; }
+.chart { display: block; width: 100%; height: auto; max-width: 34rem; font-size: 11px; }
+.chart text { fill: currentColor; opacity: .8; } .grid { stroke: var(--grid); }
+.legend { display: flex; flex-wrap: wrap; gap: .1rem .9rem; font-size: .8rem; }
+ol, ul { margin: .2rem 0; padding-left: 1.4rem; font-size: .9rem; } details p, .box p { font-size: .9rem; }
+.hit { color: var(--hit); font-weight: 600; }
+summary { cursor: pointer; margin-top: .6rem; }
+"""
