@@ -98,7 +98,8 @@ def _peft_warnings_off() -> Iterator[None]:
 def add_lora(model: Any, *, rank: int, alpha: int, seed: int = 0) -> Any:
     """The model with LoRA adapters (Hu et al. 2021) on all linear layers but the head; only they are trained.
 
-    A model that has adapters keeps them, to be trained further. Raises ConfigError if those are of another rank.
+    A model that has adapters keeps them, to be trained further. Raises ConfigError if those are of another rank, and
+    for a model that stands in no folder: adapters are saved without their base.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -107,6 +108,11 @@ def add_lora(model: Any, *, rank: int, alpha: int, seed: int = 0) -> Any:
         if ranks != [rank]:
             raise ConfigError(f"lora_rank={rank}, but the model already has adapters of rank {ranks}: use that")
         return model
+    if not model.name_or_path:
+        raise ConfigError(
+            f"lora_rank={rank} needs a saved base model, which adapters are added to when they are loaded: give "
+            f"model_name_or_path a Hugging Face name or a model folder, or train all of '{TINY}' with lora_rank=0"
+        )
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]), _peft_warnings_off():
         torch.manual_seed(seed)

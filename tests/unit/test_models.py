@@ -18,6 +18,12 @@ def tiny_qwen(seed: int = 0) -> Any:
     return tiny_model(50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, seed=seed)
 
 
+def with_adapters(seed: int = 0) -> Any:
+    model = tiny_qwen()
+    model.name_or_path = "base"  # as if loaded from there
+    return add_lora(model, rank=2, alpha=4, seed=seed)
+
+
 def tiny_llama() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -93,7 +99,7 @@ def test_half_precision_models_load_in_fp32(tmp_path: Path) -> None:
 
 
 def test_only_adapters_are_trained() -> None:
-    model = add_lora(tiny_qwen(), rank=2, alpha=4)
+    model = with_adapters()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained and all("lora_" in name for name in trained)
     assert not any("lm_head" in name or "embed" in name for name in trained)
@@ -104,7 +110,7 @@ def test_only_adapters_are_trained() -> None:
 
 def test_the_seed_decides_adapters() -> None:
     def weights(seed: int) -> torch.Tensor:
-        model = add_lora(tiny_qwen(), rank=2, alpha=4, seed=seed)
+        model = with_adapters(seed)
         return torch.cat([p.flatten() for name, p in model.named_parameters() if "lora_A" in name])
 
     first = weights(1)
@@ -128,10 +134,15 @@ def test_adapters_find_their_base_and_are_trained_further(tmp_path: Path) -> Non
         add_lora(loaded, rank=3, alpha=4)
 
 
+def test_adapters_need_a_saved_base() -> None:
+    with pytest.raises(ConfigError, match=r"lora_rank=2 needs a saved base model"):
+        add_lora(tiny_qwen(), rank=2, alpha=4)
+
+
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", [tiny_qwen, tiny_llama, lambda: add_lora(tiny_qwen(), rank=2, alpha=4)])
+@pytest.mark.parametrize("build", [tiny_qwen, tiny_llama, with_adapters])
 def test_the_head_over_the_trunk_gives_the_logits(build: Any) -> None:
     model = build()
     trunk, head = trunk_and_head(model)
@@ -156,7 +167,7 @@ def test_heads_that_our_loss_would_get_wrong_are_refused() -> None:
 # ---- isolation of packed documents -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", [tiny_qwen, tiny_llama, lambda: add_lora(tiny_qwen(), rank=2, alpha=4)])
+@pytest.mark.parametrize("build", [tiny_qwen, tiny_llama, with_adapters])
 def test_packed_documents_are_isolated(build: Any) -> None:
     model = build().train()
     check_isolation(model)

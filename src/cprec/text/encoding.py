@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cprec.data.ragged import Ragged, offsets_of
+from cprec.errors import ConfigError
 from cprec.schema import MIXED, SPECIFIC
 from cprec.text.prompts import Template
 
@@ -18,14 +19,14 @@ class PromptEncoder:
     """Turns item rows of a catalogue into documents, prompts and titles of token ids.
 
     `tokenizer` is a fast Hugging Face tokenizer with an end-of-sequence token; titles keep at most `max_title_tokens`
-    tokens. Raises ValueError if the tokenizer has no end-of-sequence token.
+    tokens. Raises ConfigError if the tokenizer has no end-of-sequence token.
     """
 
     def __init__(
         self, tokenizer: Any, catalogue: Catalogue, *, max_title_tokens: int = 32, template: Template | None = None
     ) -> None:
         if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no end-of-sequence token, which closes every document and title")
+            raise ConfigError("the tokenizer has no end-of-sequence token, which closes every document and title")
         self.catalogue = catalogue
         self.template = template or Template()
         self.max_title_tokens = max_title_tokens

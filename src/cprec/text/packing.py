@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cprec.data.ragged import Ragged, offsets_of
+from cprec.errors import ConfigError
 
 WINDOW = 4096
 """Documents packed together. A wider window fills rows better; a narrower one keeps closer to the given order."""
@@ -17,14 +18,13 @@ def pack(lengths: np.ndarray, row_tokens: int, seed: int, window: int = WINDOW) 
     fullest row with room. The rows of a window come out in an order shuffled by `seed`, for packing puts long documents
     first. Returns, per row, the positions in `lengths` of its documents; every position occurs exactly once.
 
-    Raises ValueError if a document is longer than a row.
+    Raises ConfigError if a document is longer than a row.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(lengths) and lengths.max() > row_tokens:
-        raise ValueError(
+        raise ConfigError(
             f"a document of {lengths.max():,} tokens does not fit a row of {row_tokens:,}: raise max_length, or "
-            f"prepare "
-            "the data with a smaller max_document_tokens"
+            "prepare the data with a smaller max_document_tokens"
         )
     rows: list[list[int]] = []
     for start in range(0, len(lengths), window):

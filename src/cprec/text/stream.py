@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cprec.data.ragged import Ragged, offsets_of
+from cprec.errors import ConfigError
 from cprec.schema import MIXED
 from cprec.text.packing import pack
 from cprec.text.shards import Shards
@@ -82,7 +83,7 @@ def document_order(
         ]
         documents = np.concatenate(passes)
         middle = np.cumsum(lengths[documents]) - lengths[documents] / 2
-        keep = middle <= wanted
+        keep = middle <= max(wanted, middle[0])  # one document at least
         order.append(documents[keep])
         due.append(middle[keep] / wanted)
     if not order:
@@ -93,7 +94,7 @@ def document_order(
 class TokenStream:
     """Batches of packed rows in a fixed order: `stream.batch(step)` needs no earlier step.
 
-    Raises ValueError if a document does not fit a row or nothing is to be trained on.
+    Raises ConfigError if a document does not fit a row or nothing is to be trained on.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class TokenStream:
             group, weight = np.zeros(len(lengths), dtype=np.int64), np.ones(1)
         order = document_order(lengths, group, weight, num_tokens, seed)
         if not len(order):
-            raise ValueError(f"no documents to train on: {len(lengths)} in the shards, num_tokens={num_tokens}")
+            raise ConfigError(f"no documents to train on: {len(lengths)} in the shards, num_tokens={num_tokens}")
         rows = pack(lengths[order], row_tokens, seed)
         self._rows = Ragged(order[rows.values], rows.offsets)
         self._tokens = shards.rows

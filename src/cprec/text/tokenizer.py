@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from cprec.errors import ConfigError
+
 TINY = "tiny"
 EOS = "<eos>"
 PAD = "<pad>"
@@ -17,7 +19,7 @@ SPLIT = r"\n-| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int = 8192) -> Any:
     """A byte-level BPE over `texts`, as a fast Hugging Face tokenizer; any text can be encoded and decoded exactly.
 
-    Raises ValueError if `vocabulary_size` is too small for the 256 bytes and the special tokens.
+    Raises ConfigError if `vocabulary_size` is too small for the 256 bytes and the special tokens.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -25,7 +27,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int = 8192) -> Any:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + 2
     if vocabulary_size < smallest:
-        raise ValueError(f"vocabulary_size={vocabulary_size} is below {smallest} (256 bytes and 2 special tokens)")
+        raise ConfigError(f"vocabulary_size={vocabulary_size} is below {smallest} (256 bytes and 2 special tokens)")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -18,7 +18,7 @@ import torch
 from cprec.distributed import autocast
 from cprec.errors import TrainingError
 from cprec.models import trunk_and_head
-from cprec.progress import track
+from cprec.progress import say, track
 from cprec.text.stream import IGNORE, Batch, TokenStream
 from cprec.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from cprec.train.loss import linear_cross_entropy
@@ -100,8 +100,8 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     num_steps = stream.num_steps
 
-    def save() -> None:
-        save_checkpoint(output_dir, state, model, optimizer, save_total_limit)
+    def save() -> Path:
+        return save_checkpoint(output_dir, state, model, optimizer, save_total_limit)
 
     if state.step == 0:
         log.write(step=0, tokens=0, heldout=validate())
@@ -142,8 +142,9 @@ def train(
             if state.step % eval_steps == 0 or state.step == num_steps:
                 log.write(step=state.step, tokens=state.num_tokens, heldout=validate())
             if state.step < num_steps and (stop or state.step % save_steps == 0):
-                save()
+                saved = save()
                 if stop:
+                    say(f"stopped after step {state.step:,} of {num_steps:,}, saved as {saved}")
                     raise KeyboardInterrupt
     return state
 

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from cprec.errors import ConfigError
+
 Shape = Literal["1-sqrt", "linear", "cosine", "exponential"]
 
 
@@ -23,7 +25,7 @@ class WSA:
 
     So the first step trains, the last warm-up step is at the peak and the last step exactly at the floor.
 
-    Raises ValueError if the phases do not fit the steps, or an exponential annealing has no floor above zero.
+    Raises ConfigError if the phases do not fit the steps, or an exponential annealing has no floor above zero.
     """
 
     num_steps: int
@@ -35,18 +37,18 @@ class WSA:
 
     def __post_init__(self) -> None:
         if self.num_steps < 1 or self.warmup_steps < 0 or self.anneal_steps < 0:
-            raise ValueError(f"num_steps must be at least 1 and the phases at least 0, got {self}")
+            raise ConfigError(f"num_steps must be at least 1 and the phases at least 0, got {self}")
         if self.warmup_steps + self.anneal_steps > self.num_steps:
-            raise ValueError(
+            raise ConfigError(
                 f"warm-up ({self.warmup_steps}) and annealing ({self.anneal_steps}) take more than the "
                 f"{self.num_steps} steps there are: lower one of them"
             )
         if not 0 <= self.floor <= self.peak:
-            raise ValueError(f"floor={self.floor} must lie in [0, peak={self.peak}]")
+            raise ConfigError(f"floor={self.floor} must lie in [0, peak={self.peak}]")
         if self.shape not in get_args(Shape):
-            raise ValueError(f"shape={self.shape!r} is not one of {', '.join(get_args(Shape))}")
+            raise ConfigError(f"shape={self.shape!r} is not one of {', '.join(get_args(Shape))}")
         if self.shape == "exponential" and self.anneal_steps and self.floor == 0:
-            raise ValueError("exponential annealing needs a floor above zero")
+            raise ConfigError("exponential annealing needs a floor above zero")
 
     @classmethod
     def fractions(

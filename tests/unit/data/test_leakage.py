@@ -161,10 +161,10 @@ class Shop:
         encoder = PromptEncoder(ours(), catalogue)
         grammar = grammar_of(encoder)
         number, _, _ = title_numbers(grammar)
-        parts = [
-            encoder.documents("mixed" if kind == "mixed" else "specific", np.array([0]), Ragged.of([[row[t] for t in names]]))[0]
-            for _, kind, names in self.documents
-        ]  # fmt: skip
+        parts = []
+        for _, kind, names in self.documents:
+            events = Ragged.of([[row[title] for title in names]])
+            parts.append(encoder.documents("mixed" if kind == "mixed" else "specific", np.array([0]), events)[0])
         mixed = np.array([kind == "mixed" for _, kind, _ in self.documents])
 
         def pairs(log: dict[int, list[str]]) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ import pytest
 
 from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
+from cprec.errors import ConfigError
 from cprec.text.encoding import PromptEncoder
 from cprec.text.prompts import Template
 
@@ -112,5 +113,5 @@ def test_a_tokenizer_without_end_of_sequence_is_refused(tokenizer: Any, catalogu
     class Endless:
         eos_token_id = None
 
-    with pytest.raises(ValueError, match="no end-of-sequence token"):
+    with pytest.raises(ConfigError, match="no end-of-sequence token"):
         PromptEncoder(Endless(), catalogue)

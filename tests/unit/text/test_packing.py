@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from cprec.errors import ConfigError
 from cprec.text.packing import pack
 
 
@@ -45,5 +46,5 @@ def test_nothing_packs_to_nothing() -> None:
 
 def test_a_document_longer_than_a_row_is_refused() -> None:
     assert len(pack(np.array([8]), 8, seed=0)) == 1
-    with pytest.raises(ValueError, match=r"a document of 1,025 tokens does not fit a row of 1,024: raise max_length"):
+    with pytest.raises(ConfigError, match=r"a document of 1,025 tokens does not fit a row of 1,024: raise max_length"):
         pack(np.array([3, 1025]), 1024, seed=0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cprec.data.ragged import Ragged
+from cprec.errors import ConfigError
 from cprec.text.shards import Shards, write_shards
 from cprec.text.stream import IGNORE, TokenStream, mixture_weights
 
@@ -164,10 +165,16 @@ def test_a_group_without_weight_does_not_occur(make_shards: MakeShards) -> None:
 
 
 def test_nothing_to_train_on_is_refused(make_shards: MakeShards) -> None:
-    with pytest.raises(ValueError, match=r"no documents to train on: 3 in the shards, num_tokens=0"):
+    with pytest.raises(ConfigError, match=r"no documents to train on: 3 in the shards, num_tokens=0"):
         stream_of(make_shards(["books"] * 3), num_tokens=0)
 
 
 def test_a_document_longer_than_a_row_is_refused(make_shards: MakeShards) -> None:
-    with pytest.raises(ValueError, match=r"does not fit a row of 16: raise max_length"):
+    with pytest.raises(ConfigError, match=r"does not fit a row of 16: raise max_length"):
         stream_of(make_shards(["books"] * 20), row_tokens=16)
+
+
+def test_a_group_wanted_at_all_has_a_document(make_shards: MakeShards) -> None:
+    shards = make_shards(["books"] * 5, low=20, high=30)
+    stream = stream_of(shards, num_tokens=1)
+    assert stream.num_steps == 1 and len(stream.batch(0).documents) == 1

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from cprec.errors import ConfigError
 from cprec.text.tokenizer import EOS, PAD, load_tokenizer, train_tokenizer
 
 
@@ -33,7 +34,7 @@ def test_the_same_texts_give_the_same_tokenizer() -> None:
 
 
 def test_a_vocabulary_below_the_bytes_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"vocabulary_size=257 is below 258 \(256 bytes and 2 special tokens\)"):
+    with pytest.raises(ConfigError, match=r"vocabulary_size=257 is below 258 \(256 bytes and 2 special tokens\)"):
         train_tokenizer(["a"], 257)
     assert len(train_tokenizer(["a"], 258)) == 258
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cprec.errors import CheckpointError
-from cprec.models import add_lora
+from cprec.models import add_lora, load_model, tiny_model
 from cprec.train.checkpoint import (
     OPTIMIZER,
     STATE,
@@ -65,9 +65,10 @@ def test_training_goes_on_from_a_checkpoint_as_if_never_stopped(make_model: Make
 
 
 def test_a_checkpoint_of_adapters_restores_them(make_model: MakeModel, tmp_path: Path) -> None:
-    model, optimizer = trained(add_lora(make_model(), rank=2, alpha=4))
+    make_model().save_pretrained(tmp_path / "base")
+    model, optimizer = trained(add_lora(load_model(tmp_path / "base"), rank=2, alpha=4))
     folder = save_checkpoint(tmp_path, TrainState(step=1), model, optimizer, keep=1)
-    other = add_lora(make_model(), rank=2, alpha=4)
+    other = add_lora(load_model(tmp_path / "base"), rank=2, alpha=4, seed=1)
     load_checkpoint(folder, other, make_optimizer(other, weight_decay=0.1))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
@@ -110,8 +111,6 @@ def test_a_state_of_another_kind_is_refused(make_model: MakeModel, tmp_path: Pat
 
 
 def test_a_checkpoint_of_another_model_is_refused(make_model: MakeModel, tokenizer: Any, tmp_path: Path) -> None:
-    from cprec.models import tiny_model
-
     model, optimizer = trained(make_model())
     folder = save_checkpoint(tmp_path, TrainState(step=3), model, optimizer, keep=1)
     deeper = tiny_model(len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2)

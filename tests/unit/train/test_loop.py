@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -187,7 +188,7 @@ def test_dropout_is_resumed_too(run: Run, make_model: MakeModel, tmp_path: Path)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_step_finish_and_saves(
-    run: Run, tmp_path: Path, make_stream: MakeStream, number: int
+    run: Run, tmp_path: Path, make_stream: MakeStream, capfd: pytest.CaptureFixture[str], number: int
 ) -> None:
     _, whole = run(tmp_path / "whole")
 
@@ -211,6 +212,7 @@ def test_a_signal_lets_the_step_finish_and_saves(
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
     newest = checkpoints(tmp_path / "cut")[-1]
     assert newest.name == "checkpoint-7"
+    assert re.search(rf"stopped after step 7 of \d+, saved as {newest}\n", capfd.readouterr().err)
     _, resumed = run(tmp_path / "cut", resume_from=newest)
     assert same_weights(whole, resumed)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from cprec.errors import ConfigError
 from cprec.train.schedule import WSA
 
 SHAPES = ("1-sqrt", "linear", "cosine", "exponential")
@@ -82,12 +83,12 @@ def test_fractions_of_the_steps(num_steps: int, warmup: float, anneal: float, ex
 )
 def test_impossible_schedules_are_refused(changes: dict[str, object], message: str) -> None:
     settings = {"num_steps": 10, "peak": 1.0, "warmup_steps": 2, "anneal_steps": 4, "floor": 0.1} | changes
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         WSA(**settings)  # type: ignore[arg-type]
 
 
 def test_a_warm_up_longer_than_the_run_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"warm-up \(50\) .* take more than the 10 steps there are"):
+    with pytest.raises(ConfigError, match=r"warm-up \(50\) .* take more than the 10 steps there are"):
         WSA.fractions(10, 1.0, warmup=5.0, anneal=0.15, floor_ratio=0.1)
 
 
