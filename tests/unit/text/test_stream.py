@@ -21,7 +21,7 @@ MakeShards = Callable[..., Shards]
 def make_shards(tmp_path: Path) -> MakeShards:
     """Documents of distinct tokens; `groups` names the domain of each, '' for mixed ones."""
 
-    def make(groups: list[str], low: int = 2, high: int = 30, seed: int = 0) -> Shards:
+    def make(groups: list[str], low: int = 1, high: int = 30, seed: int = 0) -> Shards:
         random = np.random.default_rng(seed)
         lengths = random.integers(low, high, len(groups))
         rows = [list(range(100 * number + 1, 100 * number + 1 + size)) for number, size in enumerate(lengths)]
