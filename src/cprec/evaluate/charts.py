@@ -31,7 +31,7 @@ def interval_bar(mean: float, low: float, high: float, largest: float, colour: s
 
 
 def line_chart(lines: Mapping[str, Points], *, x_label: str, log_y: bool = False, from_zero: bool = False) -> str:
-    """Lines by name over one pair of axes, with a legend of names below if there is more than one.
+    """Lines by name over one pair of axes, x in whole steps, with a legend of names below if there is more than one.
 
     Points that are not finite are left out, and with a logarithmic axis those that are not above 0. Returns '' where
     nothing is left to draw.
@@ -42,7 +42,7 @@ def line_chart(lines: Mapping[str, Points], *, x_label: str, log_y: bool = False
         return ""
     xs = [x for points in drawn.values() for x, _ in points]
     ys = [y for points in drawn.values() for _, y in points]
-    x_ticks = ticks(min(xs), max(xs), 5)
+    x_ticks = [tick for tick in ticks(min(xs), max(xs), 5) if tick == int(tick)]  # there is no half step
     y_ticks = log_ticks(min(ys), max(ys)) if log_y else ticks(0.0 if from_zero else min(ys), max(ys), 5)
     x_low, x_high = min(xs), max(xs)
     y_low, y_high = min(*ys, *y_ticks), max(*ys, *y_ticks)

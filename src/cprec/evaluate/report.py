@@ -122,7 +122,7 @@ def print_report(report: Report, examples: Sequence[Mapping[str, Any]] = (), *, 
     console.print()
     table = Table(title=Text(report["title"], style="bold"), title_justify="left", show_edge=False, pad_edge=False)
     if uncertified:
-        table.caption = Text(UNCERTIFIED, style="bold red")
+        table.caption, table.caption_justify = Text(UNCERTIFIED, style="bold red"), "left"
     wide = console.width >= 88  # otherwise the last column would break every row in two
     table.add_column("")
     table.add_column(f"NDCG@{cut}\nfull catalogue", justify="right")
@@ -405,6 +405,7 @@ section.box { margin-bottom: 2rem; }
 dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .2rem 1rem; margin: 0;
   font-size: .9rem; }
 dt { font-weight: 600; } dd { margin: 0; }
+@media (max-width: 34rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .4rem; } }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 1rem 1.6rem; }
 .charts > * { min-width: 0; }
 figure { margin: 0; } figcaption { font-weight: 600; font-size: .9rem; margin-bottom: .3rem; }

@@ -1,0 +1,357 @@
+"""The evaluation stage on a tiny synthetic world: rankings, metrics, certificate, reuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cprec.baselines.popularity import PopularityRecommender
+from cprec.baselines.random import RandomRecommender
+from cprec.data.dataset import read_manifest, read_split
+from cprec.data.sources.synthetic import SyntheticConfig
+from cprec.data.splits import Split
+from cprec.errors import ConfigError, CPRecError, DataError, LeakageError
+from cprec.evaluate.evaluate import (
+    FULL,
+    SAMPLED,
+    Entrant,
+    EvaluateConfig,
+    Questions,
+    check_certificate,
+    evaluate,
+    metrics_of,
+    protocol_of,
+    rankings_path,
+    read_questions,
+)
+from cprec.recommender import Ranking, RankingQuery, Recommender
+from cprec.text.prepare import PrepareConfig, prepare
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate") / "data"
+    prepare(
+        PrepareConfig(
+            output_dir=str(folder),
+            synthetic=SyntheticConfig(num_market_users=60, num_library_users=40, items_per_domain=60),
+            pretrain_domains=("beauty", "garden", "kitchen", "sports", "toys"),
+            target_domains=("books",),
+            k_core=0,
+            vocabulary_size=600,
+            min_events=3,
+            min_history=1,
+            heldout_share=0.1,
+        )
+    )
+    return folder
+
+
+@pytest.fixture
+def data(prepared: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(prepared, tmp_path / "data"))
+
+
+@pytest.fixture
+def config(data: Path, tmp_path: Path) -> EvaluateConfig:
+    return EvaluateConfig(data=str(data), output_dir=str(tmp_path / "out"))
+
+
+@pytest.fixture(scope="module")
+def split(prepared: Path) -> Split:
+    return read_split(prepared)
+
+
+class Counting:
+    """Passes queries on and counts them."""
+
+    def __init__(self, recommender: Recommender) -> None:
+        self.name, self._recommender, self.asked = "counting", recommender, 0
+
+    def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
+        self.asked += len(queries)
+        return self._recommender.rank(queries, k)
+
+
+class Knowing:
+    """Returns the targets it was told, first."""
+
+    name = "knowing"
+
+    def __init__(self, questions: Questions, score: float = 1.0) -> None:
+        pairs = zip(questions.queries, questions.target, strict=True)
+        self._answers = {query.query_id: target for query, target in pairs}
+        self._score = score
+
+    def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
+        return [Ranking(query.query_id, (self._answers[query.query_id],), (self._score,)) for query in queries]
+
+
+def baseline(recommender: Recommender, name: str = "") -> Entrant:
+    return Entrant(name=name or recommender.name, recommender=recommender, kind="baseline")
+
+
+def model(recommender: Recommender, data: Path, name: str = "model") -> Entrant:
+    """A model trained on what the certificate covers."""
+    covered = json.loads((data / "certificate.json").read_text())["artifacts"]["shards/train"]
+    return Entrant(name=name, recommender=recommender, kind="model", trained_on=(covered,), identity="1")
+
+
+# ---- questions -------------------------------------------------------------------------------------------------------
+
+
+def test_queries_ask_for_the_last_event_and_leave_out_all_that_came_before(
+    config: EvaluateConfig, split: Split
+) -> None:
+    questions = read_questions(config, split, "books")
+    log, catalogue = split.interactions, split.catalogue
+    books = catalogue.domain_index("books")
+    assert len(questions.queries) == len(questions.target) == len(questions.user) > 20
+    for query, target, user in zip(questions.queries, questions.target, questions.user, strict=True):
+        row = list(log.user_id).index(user)
+        mine = log.item[(log.user == row) & (catalogue.domain[log.item] == books)]
+        ids = [str(item) for item in catalogue.item_id[mine]]
+        assert target == ids[-1]
+        assert query.exclude == set(ids[:-1])
+        assert query.candidates is None
+
+
+def test_seen_items_may_be_recommended_again_if_asked(config: EvaluateConfig, split: Split) -> None:
+    questions = read_questions(replace(config, exclude_seen=False), split, "books")
+    assert not any(query.exclude for query in questions.queries)
+
+
+def test_candidates_are_the_target_and_items_outside_the_history_frozen_to_disk(
+    config: EvaluateConfig, split: Split, data: Path
+) -> None:
+    questions = read_questions(config, split, "books")
+    for query, full, target in zip(questions.sampled, questions.queries, questions.target, strict=True):
+        assert query.candidates is not None and len(set(query.candidates)) == 20
+        assert target in query.candidates and not set(query.candidates) & full.exclude
+    (frozen,) = (data / "queries/books").glob("candidates*")
+    before = frozen.read_bytes()
+    again = read_questions(config, split, "books")
+    assert again == questions and frozen.read_bytes() == before
+    other = read_questions(replace(config, seed=1), split, "books")
+    assert [q.candidates for q in other.sampled] != [q.candidates for q in questions.sampled]
+    assert frozen.read_bytes() == before
+
+
+def test_candidates_of_other_queries_are_refused(config: EvaluateConfig, split: Split, data: Path) -> None:
+    read_questions(config, split, "books")
+    (frozen,) = (data / "queries/books").glob("candidates*")
+    pq.write_table(pq.read_table(frozen).slice(1), frozen)
+    with pytest.raises(DataError, match="holds candidates of other queries"):
+        read_questions(config, split, "books")
+
+
+def test_a_sample_of_queries_is_seeded_and_in_order(config: EvaluateConfig, split: Split) -> None:
+    every = [query.query_id for query in read_questions(config, split, "books").queries]
+    few = [query.query_id for query in read_questions(replace(config, max_queries=7), split, "books").queries]
+    assert len(few) == 7 and few == [name for name in every if name in few]
+    assert few == [query.query_id for query in read_questions(replace(config, max_queries=7), split, "books").queries]
+    all_of_them = read_questions(replace(config, max_queries=10**6), split, "books").queries
+    assert [query.query_id for query in all_of_them] == every
+
+
+def test_a_domain_without_queries_and_too_many_candidates_are_named(config: EvaluateConfig, split: Split) -> None:
+    with pytest.raises(ConfigError, match="name 'toys' in target_domains"):
+        read_questions(config, split, "toys")
+    with pytest.raises(ConfigError, match="num_candidates=100 but only"):
+        read_questions(replace(config, num_candidates=100), split, "books")
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+def test_results_have_intervals_and_paired_differences(config: EvaluateConfig, split: Split, data: Path) -> None:
+    questions = read_questions(config, split, "books")
+    entrants = [
+        baseline(RandomRecommender(split.catalogue)),
+        baseline(PopularityRecommender(split)),
+        model(Knowing(questions), data, "knowing"),
+        model(PopularityRecommender(split), data, "popular model"),
+        Entrant(name="oracle", recommender=Knowing(questions), kind="bound"),
+    ]
+    result = evaluate(config, split, "books", entrants)
+    assert result["certified"] and result["num_items"] == len(split.catalogue.rows_of("books"))
+    assert result["num_queries"] == len(questions.queries)
+    assert list(result["arms"]) == [entrant.name for entrant in entrants]
+    for arm in result["arms"].values():
+        for cells in (arm, arm["candidates20"]):
+            for metric in ("recall@1", "recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr"):
+                assert 0 <= cells[metric]["low"] <= cells[metric]["mean"] <= cells[metric]["high"] <= 1
+    assert result["arms"]["knowing"]["ndcg@10"] == {"mean": 1, "low": 1, "high": 1}
+    chance = result["arms"]["random"]["candidates20"]["recall@1"]
+    assert chance["low"] <= 0.05 <= chance["high"]
+    pairs = {(line["a"], line["b"]): line for line in result["differences"]}
+    assert list(pairs) == [
+        ("popular model", "popularity"),
+        ("popular model", "knowing"),
+        ("knowing", "popularity"),
+    ]
+    assert pairs["popular model", "popularity"]["mean"] == pairs["popular model", "popularity"]["low"] == 0
+    expected = 1 - result["arms"]["popularity"]["ndcg@10"]["mean"]
+    assert pairs["knowing", "popularity"]["mean"] == pytest.approx(expected)
+    assert pairs["knowing", "popularity"]["low"] > 0
+
+
+def test_means_can_be_made_again_from_what_is_saved(config: EvaluateConfig, split: Split) -> None:
+    result = evaluate(config, split, "books", [baseline(PopularityRecommender(split))])
+    questions = read_questions(config, split, "books")
+    rankings = pq.read_table(rankings_path(config, "books", "popularity", FULL))
+    assert rankings.column_names == ["query_id", "user_id", "domain", "rank", "item_id", "score"]
+    metrics = pq.read_table(Path(config.output_dir) / "books" / "metrics.parquet")
+    assert metrics.num_rows == 2 * len(questions.queries)
+    full = metrics.filter(pa.compute.equal(metrics["protocol"], FULL))
+    for name, values in metrics_of(rankings, questions, config.k).items():
+        np.testing.assert_array_equal(full[name].to_numpy(), values)
+        if "@" in name:
+            assert values.mean() == result["arms"]["popularity"][name]["mean"]
+
+
+def test_metrics_from_rankings_count_ties_in_expectation(config: EvaluateConfig, split: Split) -> None:
+    questions = read_questions(replace(config, max_queries=3), split, "books")
+    first, second, third = (query.query_id for query in questions.queries)
+    a, b = questions.target[0], questions.target[1]
+    others = [str(item) for item in split.catalogue.item_id[split.catalogue.rows_of("books")] if item not in (a, b)]
+    rankings = pa.table(
+        {
+            "query_id": [first, first, first, second, second, third],
+            "item_id": [others[0], a, others[1], others[0], b, others[0]],
+            "score": [3.0, 2.0, 2.0, 3.0, 2.0, 9.0],
+        }
+    )
+    columns = metrics_of(rankings, questions, 10)
+    assert columns["num_better"].tolist() == [1, 1, 0] and columns["num_tied"].tolist() == [2, 1, 0]
+    np.testing.assert_allclose(columns["mrr"], [(1 / 2 + 1 / 3) / 2, 1 / 2, 0])
+    assert columns["recall@1"].tolist() == [0, 0, 0] and columns["recall@5"].tolist() == [1, 1, 0]
+
+
+def test_saved_rankings_are_reused_only_for_the_same_question_and_recommender(
+    config: EvaluateConfig, split: Split, data: Path
+) -> None:
+    counting = Counting(PopularityRecommender(split))
+    entrant = model(counting, data)
+    first = evaluate(config, split, "books", [entrant])
+    asked = counting.asked
+    assert asked == 2 * first["num_queries"]
+    assert evaluate(config, split, "books", [entrant]) == first
+    assert counting.asked == asked
+    for changed, other in (
+        (config, replace(entrant, identity="2")),
+        (replace(config, k=11), replace(entrant, identity="2")),
+        (replace(config, exclude_seen=False), entrant),
+        (replace(config, seed=4), entrant),
+    ):
+        before = counting.asked
+        evaluate(changed, split, "books", [other])
+        assert counting.asked == before + 2 * first["num_queries"]
+    manifest = data / "dataset.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    before = counting.asked
+    evaluate(replace(config, seed=4), split, "books", [entrant])
+    assert counting.asked == before + 2 * first["num_queries"]
+
+
+def test_an_interrupted_arm_leaves_nothing_and_finished_ones_stay(config: EvaluateConfig, split: Split) -> None:
+    class Stopping(Counting):
+        def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
+            raise KeyboardInterrupt
+
+    popular = Counting(PopularityRecommender(split))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config, split, "books", [baseline(popular), baseline(Stopping(popular), "stopping")])
+    asked = popular.asked
+    assert {path.name for path in (Path(config.output_dir) / "books").iterdir()} == {
+        f"counting.{FULL}.parquet",
+        f"counting.{SAMPLED}.parquet",
+    }
+    evaluate(config, split, "books", [baseline(popular)])
+    assert popular.asked == asked
+
+
+def test_a_score_that_is_not_finite_is_named(config: EvaluateConfig, split: Split) -> None:
+    broken = Knowing(read_questions(config, split, "books"), score=float("nan"))
+    with pytest.raises(CPRecError, match="knowing gave query 'books/library/.*' a score that is not finite"):
+        evaluate(config, split, "books", [baseline(broken)])
+
+
+# ---- certificate -----------------------------------------------------------------------------------------------------
+
+
+def changed_certificate(data: Path, **fields: object) -> None:
+    path = data / "certificate.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.fixture
+def judged(split: Split, data: Path) -> list[Entrant]:
+    return [model(PopularityRecommender(split), data, "judged")]
+
+
+def test_a_covering_certificate_is_accepted(config: EvaluateConfig, judged: list[Entrant]) -> None:
+    assert check_certificate(config, "books", judged)
+
+
+def test_a_missing_certificate_is_refused(config: EvaluateConfig, judged: list[Entrant], data: Path) -> None:
+    (data / "certificate.json").unlink()
+    with pytest.raises(LeakageError, match="certificate.json is missing: make it with `cprec audit"):
+        check_certificate(config, "books", judged)
+    assert not check_certificate(replace(config, uncertified=True), "books", judged)
+
+
+def test_leaks_are_named(config: EvaluateConfig, judged: list[Entrant], data: Path) -> None:
+    leak = {"name": "shards/train: no held-out event", "checked": 9, "violations": 1, "examples": []}
+    changed_certificate(data, clean=False, properties=[leak])
+    with pytest.raises(LeakageError, match="found leaks: shards/train: no held-out event"):
+        check_certificate(config, "books", judged)
+
+
+def test_other_training_data_is_refused(config: EvaluateConfig, judged: list[Entrant]) -> None:
+    foreign = replace(judged[0], trained_on=(*judged[0].trained_on, "f" * 64))
+    with pytest.raises(LeakageError, match="does not cover the data that judged was trained on"):
+        check_certificate(config, "books", [foreign])
+    with pytest.raises(LeakageError, match="judged does not say what data it was trained on"):
+        check_certificate(config, "books", [replace(judged[0], trained_on=())])
+
+
+def test_other_queries_are_refused(config: EvaluateConfig, judged: list[Entrant], data: Path) -> None:
+    path = data / "queries/books/test.parquet"
+    pq.write_table(pq.read_table(path).slice(1), path)
+    with pytest.raises(LeakageError, match="is not the file that"):
+        check_certificate(config, "books", judged)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"artifacts": 3}', '{"artifacts": {"a": "'])
+def test_a_broken_certificate_is_named(config: EvaluateConfig, judged: list[Entrant], data: Path, text: str) -> None:
+    (data / "certificate.json").write_text(text)
+    with pytest.raises(DataError, match="certificate.json is no certificate: make it anew"):
+        check_certificate(config, "books", judged)
+
+
+# ---- configuration ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [({"k": 4}, "k=4 must be at least 5"), ({"num_candidates": 1}, "num_candidates=1"), ({"max_queries": -1}, "-1")],
+)
+def test_impossible_settings_are_refused(setting: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EvaluateConfig(data="d", output_dir="o", **setting)
+
+
+def test_the_protocol_says_what_numbers_depend_on(config: EvaluateConfig, split: Split, data: Path) -> None:
+    lines = protocol_of(replace(config, exclude_seen=False, max_queries=50), split, read_manifest(data))
+    assert "leave-one-out" in lines["split"]
+    assert lines["seen items"] == "may be recommended again"
+    assert "at most 50 a domain" in lines["queries"]
