@@ -87,7 +87,7 @@ def bound_line(report: Report) -> str:
     if not bounds:
         return ""
     return (
-        f"{', '.join(sorted(bounds))}: ranks by the true chances of this generated world; no recommender can do better"
+        f"{', '.join(sorted(bounds))}: ranks by the true chances of this generated world; none is better on average"
     )
 
 
