@@ -86,9 +86,7 @@ def bound_line(report: Report) -> str:
     }
     if not bounds:
         return ""
-    return (
-        f"{', '.join(sorted(bounds))}: ranks by the true chances of this generated world; none is better on average"
-    )
+    return f"{', '.join(sorted(bounds))}: ranks by the true chances of this generated world; none is better on average"
 
 
 def _explanation(cut: int) -> str:

@@ -104,7 +104,8 @@ def test_known_figures_on_real_logs(
 ) -> None:
     """Leave-one-out, full catalogue, seen items left out; the graph knows the training part only.
 
-    The known figures are Recall@5, NDCG@5, Recall@10 and NDCG@10 (popularity: at 10) with ties counted in the target's favour.
+    The known figures are Recall@5, NDCG@5, Recall@10 and NDCG@10 (popularity: at 10), with ties counted
+    in the target's favour.
     """
     from cprec.data.dataset import build_dataset, read_dataset
     from cprec.data.sources.tables import TableSource
