@@ -109,6 +109,12 @@ class Catalogue:
         known = self._row_of_title[self.domain_index(domain)]
         return self._look_up(domain, keys, known, "title", self._near_titles)
 
+    def row_of(self, domain: str, text: str) -> int | None:
+        """The row of an item by id, else by title as `find_titles` knows it; None where there is neither."""
+        index = self.domain_index(domain)
+        row = self._row_of_id[index].get(text)
+        return row if row is not None else self._row_of_title[index].get(clean_title(text).casefold())
+
     def _look_up(self, domain: str, keys: list[str], known: dict[str, int], what: str, near: _Near) -> np.ndarray:
         missing = list(dict.fromkeys(key for key in keys if key not in known))
         if missing:

@@ -35,6 +35,8 @@ class Property:
 class Grammar:
     """How documents are written, as token ids: enough to take them apart again."""
 
+    heads: Ragged
+    """What stands before the first line: in specific documents of each domain, then (the last row) in mixed ones."""
     line: np.ndarray
     """Opens a line of the history; its first token occurs in no title."""
     next: np.ndarray
@@ -124,6 +126,22 @@ def _slices(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Ragged
     offsets = offsets_of(lengths)
     within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
     return Ragged(values[np.repeat(starts, lengths) + within], offsets)
+
+
+def check_heads(name: str, documents: Ragged, domain: np.ndarray, grammar: Grammar) -> Property:
+    """Before its first line a document has its head and nothing else; `domain` as in `read_events`."""
+    starts, _ = _separators(documents.values, grammar)
+    first = np.minimum(
+        np.append(starts, len(documents.values))[np.searchsorted(starts, documents.offsets[:-1])], documents.offsets[1:]
+    )
+    found = row_hashes(_slices(documents.values, documents.offsets[:-1], first))
+    wrong = found != row_hashes(grammar.heads)[domain]  # -1, mixed, is the last row
+    return Property(
+        name=f"{name}: before its lines every document has the head of the template and nothing else",
+        checked=len(documents),
+        violations=int(wrong.sum()),
+        examples=[f"document {number}" for number in _first(np.flatnonzero(wrong))],
+    )
 
 
 def check_documents(

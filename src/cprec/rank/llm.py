@@ -15,7 +15,7 @@ import torch
 from cprec import distributed
 from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged, offsets_of
-from cprec.errors import ConfigError, UnknownItemError
+from cprec.errors import ConfigError
 from cprec.models import load_model
 from cprec.rank.attention import PromptTree
 from cprec.rank.decoding import beam_search
@@ -166,15 +166,11 @@ class LLMRecommender:
     def _find(self, text: str, domain: str) -> Item:
         """An item by id or title, of the target domain first."""
         for name in [domain, *(other for other in self.catalogue.domains if other != domain)]:
-            for find in (self.catalogue.find, self.catalogue.find_titles):
-                try:
-                    row = int(find(name, [text])[0])
-                except UnknownItemError as error:
-                    if name == domain and find == self.catalogue.find_titles:
-                        unknown = error
-                    continue
+            row = self.catalogue.row_of(name, text)
+            if row is not None:
                 return Item(name, str(self.catalogue.item_id[row]))
-        raise unknown
+        self.catalogue.find_titles(domain, [text])  # raises, naming the nearest titles
+        raise AssertionError("a title that row_of does not find must be unknown")
 
     def _prompts(self, queries: Sequence[RankingQuery]) -> Ragged:
         """Prompt tokens of each query."""

@@ -62,8 +62,9 @@ def amazon_small(*, data: Path, output_dir: str = "runs/amazon_small") -> Recipe
             output_dir=f"{output_dir}/pretrain",
             tiny=SIZE,
             learning_rate=3e-3,
-            num_train_epochs=4,
-            mixed_share=0.1,  # they are few: at half of the tokens each would be read forty times
+            num_train_epochs=3,
+            warmup_steps=259,
+            mixed_share=0.1,  # they are few: at half of the tokens each would be read 29 times
             anneal_steps=0.2,
             min_lr_ratio=0.05,
             max_length=256,
@@ -77,11 +78,11 @@ def amazon_small(*, data: Path, output_dir: str = "runs/amazon_small") -> Recipe
             domain="scientific",
             tiny=SIZE,
             learning_rate=2e-3,
-            num_train_epochs=8,
+            num_train_epochs=3,
             max_length=256,
             per_device_train_batch_size=16,
             save_steps=500,
             eval_steps=100,
         ),
-        evaluate=EvaluateConfig(data=prepared, output_dir=f"{output_dir}/evaluate"),
+        evaluate=EvaluateConfig(data=prepared, output_dir=output_dir, beam_width=50),
     )

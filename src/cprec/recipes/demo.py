@@ -25,8 +25,9 @@ def demo(*, output_dir: str = "runs/demo", seed: int = 0) -> Recipe:
             synthetic=world,
             pretrain_domains=("beauty", "garden", "kitchen", "sports", "toys"),
             target_domains=("kitchen", "books"),  # one seen, one of another platform and unseen
-            vocabulary_size=2048,
+            vocabulary_size=512,  # so small that words are spelt from pieces: words of the unseen domain too
             max_title_tokens=16,
+            max_document_tokens=256,
             min_events=3,
             min_history=1,
             seed=seed,
@@ -36,7 +37,7 @@ def demo(*, output_dir: str = "runs/demo", seed: int = 0) -> Recipe:
             output_dir=f"{output_dir}/pretrain",
             tiny=SIZE,
             learning_rate=3e-3,
-            num_train_epochs=4,
+            num_train_epochs=5,
             max_length=256,
             per_device_train_batch_size=16,
             eval_steps=100,
@@ -49,7 +50,7 @@ def demo(*, output_dir: str = "runs/demo", seed: int = 0) -> Recipe:
             domain="kitchen",
             tiny=SIZE,
             learning_rate=2e-3,
-            num_train_epochs=6,
+            num_train_epochs=5,
             max_length=256,
             per_device_train_batch_size=16,
             eval_steps=50,

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from cprec.data.dataset import read_split
-from cprec.data.leakage import Grammar, Property, check_absent, check_documents, read_events, title_numbers
+from cprec.data.leakage import Grammar, Property, check_absent, check_documents, check_heads, read_events, title_numbers
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.progress import say
@@ -81,6 +81,7 @@ class _Auditor:
         catalogue, log = split.catalogue, split.interactions
         self._split, self._catalogue = split, catalogue
         self._grammar = Grammar(
+            heads=encoder.heads(),
             line=encoder.line_tokens,
             next=encoder.next_tokens,
             eos=encoder.eos_id,
@@ -99,19 +100,24 @@ class _Auditor:
     def check(self, name: str, shards: Shards, *, per_document: bool) -> list[Property]:
 
         log = self._split.interactions
-        events = read_events(shards.rows, self._document_domain(shards), self._grammar)
-        return check_documents(
-            name,
-            events,
-            len(shards),
-            self._document_user(shards),
-            log.user[self._train],
-            self._title[self._train],
-            log.user[~self._train],
-            self._title[~self._train],
-            per_document=per_document,
-            group=(shards.column("kind") == MIXED).astype(int),
-        )
+        domain = self._document_domain(shards)
+        events = read_events(shards.rows, domain, self._grammar)
+        heads = check_heads(name, shards.rows, domain, self._grammar)
+        return [
+            heads,
+            *check_documents(
+                name,
+                events,
+                len(shards),
+                self._document_user(shards),
+                log.user[self._train],
+                self._title[self._train],
+                log.user[~self._train],
+                self._title[~self._train],
+                per_document=per_document,
+                group=(shards.column("kind") == MIXED).astype(int),
+            ),
+        ]
 
     def check_unseen(self, name: str, shards: Shards, seen: tuple[str, ...], unseen: list[str]) -> list[Property]:
         """No item of an unseen domain, and no user tested in one."""

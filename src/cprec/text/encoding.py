@@ -58,6 +58,10 @@ class PromptEncoder:
         """The tokens that stand before the target."""
         return self._pieces[self._next]
 
+    def heads(self) -> Ragged:
+        """The tokens before the first line: of specific documents of each domain, then of mixed ones."""
+        return self._pieces.take(np.append(self._heads, self._mixed_head))
+
     def tag_tokens(self, domain: int) -> np.ndarray:
         """The tokens of a domain's tag; `domain` is an index into the catalogue's domains."""
         return self._pieces[int(self._tags[domain])]

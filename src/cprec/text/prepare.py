@@ -362,9 +362,12 @@ def _write_examples(
         ("validation", validation_events, validation.user),
     ):
         documents_domain = np.full(len(events), number)
-        kept = encoder.fit(
-            config.history, documents_domain, Ragged(events.values, events.offsets), config.max_document_tokens - 1
-        )
+        kept = encoder.fit(config.history, documents_domain, events, config.max_document_tokens - 1)
+        if not kept.lengths.all():
+            raise ConfigError(
+                f"max_document_tokens={config.max_document_tokens} has no room for a title of "
+                f"max_title_tokens={config.max_title_tokens} after the head of the template: raise it"
+            )
         tokens, target_start = encoder.documents(config.history, documents_domain, kept)
         shards = write_shards(
             folder / "examples" / domain / name,

@@ -10,6 +10,7 @@ from cprec.errors import ConfigError
 from cprec.train.training import TrainingConfig
 
 if TYPE_CHECKING:
+    from cprec.text.shards import Shards
     from cprec.text.stream import TokenStream
 
 
@@ -44,9 +45,9 @@ def finetune(config: FinetuneConfig) -> Path:
         )
     train, validation = open_shards(folder / "train"), open_shards(folder / "validation")
 
-    def stream(shards: object, num_tokens: int, rows: int) -> TokenStream:
+    def stream(shards: Shards, num_tokens: int, rows: int) -> TokenStream:
         return TokenStream(
-            shards,  # type: ignore[arg-type]
+            shards,
             rows_per_step=rows,
             row_tokens=config.max_length,
             num_tokens=num_tokens,
@@ -55,12 +56,17 @@ def finetune(config: FinetuneConfig) -> Path:
         )
 
     held_out = min(config.eval_tokens, validation.manifest["num_tokens"])
+    measured = (
+        {f"{config.domain} (next item)": stream(validation, held_out, config.per_device_train_batch_size)}
+        if held_out
+        else {}
+    )
     return run_training(
         config,
         train_shards=train,
         make_stream=lambda: stream(
             train, round(config.num_train_epochs * train.manifest["num_tokens"]), config.rows_per_step
         ),
-        validation={f"{config.domain} (next item)": stream(validation, held_out, config.per_device_train_batch_size)},
+        validation=measured,
         about={"stage": "finetune", "domain": config.domain, **train.manifest["about"]},
     )

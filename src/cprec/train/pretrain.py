@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cprec.errors import ConfigError
-from cprec.schema import KINDS, MIXED
+from cprec.schema import MIXED
 from cprec.train.training import TrainingConfig
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def heldout_streams(heldout: Shards, config: TrainingConfig) -> dict[str, TokenS
     names = np.array([k if k == MIXED else f"{d} ({k})" for k, d in zip(kind, domain, strict=True)], dtype=object)
     lengths = heldout.column("length")
     streams = {}
-    for name in sorted(set(names)):
+    for name in sorted(set(names)) if config.eval_tokens else ():
         members = names == name
         streams[name] = TokenStream(
             heldout,
@@ -100,5 +100,4 @@ def heldout_streams(heldout: Shards, config: TrainingConfig) -> dict[str, TokenS
             group=np.where(members, 0, 1),
             weight=np.array([1.0, 0.0]),
         )
-    assert len(KINDS) == 2
     return streams

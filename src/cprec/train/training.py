@@ -74,7 +74,7 @@ class TrainingConfig:
     warmup_steps: float = 0.03
     """Warm-up: a fraction of all steps if below 1, else a number of steps."""
     anneal_steps: float = 0.15
-    """Annealing at the end: a fraction of all steps if at most 1, else a number of steps; 0 stays at the peak."""
+    """Annealing at the end: a fraction of all steps if below 1, else a number of steps; 0 stays at the peak."""
     anneal_shape: Literal["1-sqrt", "linear", "cosine", "exponential"] = "1-sqrt"
     """How the learning rate falls."""
     min_lr_ratio: float = 0.1
@@ -148,7 +148,9 @@ def run_training(
     """Set up model, schedule and loop, train, and write the finished model folder; returns it.
 
     `validation` maps a name (a domain and kind) to held-out batches; `about` is what this stage adds to `cprec.json`.
-    A finished run of equal settings is reused; an interrupted one goes on from its newest readable checkpoint.
+    A finished run of equal settings is reused; an interrupted one goes on from its newest checkpoint.
+
+    Raises CheckpointError, naming it, if that checkpoint is damaged: nothing is silently trained again.
     """
     from cprec import distributed
     from cprec.models import TINY, add_lora, check_isolation, load_model, num_parameters, tiny_model
@@ -195,7 +197,7 @@ def run_training(
         model = load_model(config.model_name_or_path, device=device)
         _check_vocabulary(config, model, len(tokenizer))
     if config.lora_rank:
-        model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha)
+        model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
     check_isolation(model)
     bf16 = distributed.use_bf16(config.bf16, device)
 
@@ -286,8 +288,8 @@ def _base_identity(name_or_path: str) -> str:
 
 
 def _fraction(setting: float, num_steps: int) -> float:
-    """A setting of at most 1 is a fraction of the steps; above, a number of steps."""
-    return setting if setting <= 1 else setting / num_steps
+    """A setting below 1 is a fraction of the steps; from 1 on, a number of steps."""
+    return setting if setting < 1 else min(setting / num_steps, 1.0)
 
 
 def _check_vocabulary(config: TrainingConfig, model: Any, vocabulary_size: int) -> None:

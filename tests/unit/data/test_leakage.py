@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cprec.data.catalogue import Catalogue, clean_title
-from cprec.data.leakage import Grammar, Property, check_absent, check_documents, read_events, row_hashes, title_numbers
+from cprec.data.leakage import (
+    Grammar,
+    Property,
+    check_absent,
+    check_documents,
+    check_heads,
+    read_events,
+    row_hashes,
+    title_numbers,
+)
 from cprec.data.ragged import Ragged
 from cprec.text.encoding import PromptEncoder
 from cprec.text.tokenizer import train_tokenizer
@@ -50,6 +59,7 @@ TOKENIZERS = {"ours": ours, "like GPT-2": like_gpt2}
 def grammar_of(encoder: PromptEncoder) -> Grammar:
     catalogue = encoder.catalogue
     return Grammar(
+        heads=encoder.heads(),
         line=encoder.line_tokens,
         next=encoder.next_tokens,
         eos=encoder.eos_id,
@@ -66,6 +76,20 @@ def catalogue_of(titles: dict[str, list[str]]) -> Catalogue:
             for domain, names in titles.items()
         }
     )
+
+
+def test_a_text_before_the_first_line_is_found() -> None:
+    encoder = PromptEncoder(ours(), catalogue_of({"books": ["Dune", "Emma"], "games": ["Go"]}))
+    grammar = grammar_of(encoder)
+    events = Ragged.of([[0, 1], [1, 0]])
+    documents, _ = encoder.documents("specific", np.array([0, 0]), events)
+    mixed, _ = encoder.documents("mixed", np.array([-1]), Ragged.of([[0, 2]]))
+    clean = Ragged.concatenate([documents, mixed])
+    assert check_heads("x", clean, np.array([0, 0, -1]), grammar).violations == 0
+    planted = Ragged.of([documents[0], np.concatenate([encoder.titles(np.array([0])).values, documents[1]])])
+    found = check_heads("x", planted, np.array([0, 0]), grammar)
+    assert found.violations == 1 and found.examples == ["document 1"]
+    assert check_heads("x", documents, np.array([1, 1]), grammar).violations == 2  # the head of another domain
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
