@@ -3,14 +3,14 @@
 #   make test      the quick tests      make test-all   all tests (those for a GPU or real data skip without them)
 #   make lint      format, lint, types  make bench      the measurements in benchmarks/
 # PYTHON=...       the Python to build .venv from (3.11 to 3.13)
-# TORCH_INDEX=...  where PyTorch comes from beside the usual index; the default has builds for the CPU. For a GPU name
-#                  another, such as https://download.pytorch.org/whl/cu130, and run `make clean-venv` before.
+# TORCH_INDEX=...  an index beside the usual one to take PyTorch from: PyTorch's own for CPU builds (much smaller on
+#                  Linux), or the one for your CUDA version; run `make clean-venv` before.
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint format bench setup clean-venv
 
 PYTHON ?=
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install --constraint constraints.txt
@@ -63,7 +63,7 @@ $(READY): pyproject.toml constraints.txt
 	else echo "Bringing .venv up to date." >&2; fi; \
 	if ! $(BIN)/python -c 'import torch' >/dev/null 2>&1; then \
 	  echo "  PyTorch ..." >&2; \
-	  $(PIP) --no-deps --retries 1 --extra-index-url "$(TORCH_INDEX)" torch; \
+	  $(PIP) $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") torch; \
 	fi; \
 	echo "  the other packages ..." >&2; \
 	$(PIP) --editable '.[dev]'; \

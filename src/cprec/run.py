@@ -7,11 +7,14 @@ Every stage reuses what is complete and resumes what is not, so the same command
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cprec.errors import ConfigError
+from cprec.recommender import Ranking, RankingQuery, Recommender
 
 if TYPE_CHECKING:
     from cprec.data.splits import Split
@@ -89,8 +92,7 @@ def _report(
     from cprec.evaluate.report import print_report, write_html
     from cprec.progress import say
     from cprec.provenance import read_resolved, save_resolved
-    from cprec.train.loop import LOG, read_log
-    from cprec.train.training import read_done
+    from cprec.train.training import LOG, read_done, read_log
 
     split = read_split(config.data)
     pretrained = read_resolved(config.data)["config"]["pretrain_domains"] or split.catalogue.domains
@@ -138,7 +140,6 @@ def _entrants(
     from cprec.baselines.random import RandomRecommender
     from cprec.baselines.transition_graph import TransitionGraphRecommender
     from cprec.evaluate.evaluate import Entrant
-    from cprec.rank.llm import LLMRecommender
     from cprec.train.training import read_done
 
     baselines = (
@@ -152,10 +153,10 @@ def _entrants(
         entrants.append(
             Entrant(
                 name=arm,
-                recommender=LLMRecommender.from_pretrained(folder, name=arm, beam_width=config.beam_width),
+                recommender=_ModelFolder(arm, folder, config.beam_width),
                 kind="model",
                 trained_on=tuple(about["trained_on"]),
-                identity=json.dumps([about["consumed"], about["trained_on"], about["num_parameters"]]),
+                identity=_weights_sha256(Path(folder)),
             )
         )
     if synthetic is not None and synthetic.synthetic is not None:
@@ -164,6 +165,29 @@ def _entrants(
         oracle = OracleRecommender(SyntheticWorld(synthetic.synthetic))
         entrants.append(Entrant(name="oracle", recommender=oracle, kind="bound"))
     return entrants
+
+
+class _ModelFolder:
+    """A model folder as a recommender, opened when it is first asked: saved rankings need no model and no torch."""
+
+    def __init__(self, name: str, folder: str, beam_width: int) -> None:
+        self.name, self._folder, self._beam_width = name, folder, beam_width
+
+    @cached_property
+    def _opened(self) -> Recommender:
+        from cprec.rank.llm import LLMRecommender
+
+        return LLMRecommender.from_pretrained(self._folder, name=self.name, beam_width=self._beam_width)
+
+    def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
+        return self._opened.rank(queries, k)
+
+
+def _weights_sha256(folder: Path) -> str:
+    """One hash of all weight files of a model folder."""
+    from cprec.provenance import file_sha256
+
+    return " ".join(file_sha256(path) for path in sorted(folder.glob("*.safetensors")))
 
 
 def _examples(config: EvaluateConfig, split: Split, domain: str, arms: list[str]) -> list[dict[str, Any]]:

@@ -22,8 +22,7 @@ from cprec.progress import say, track
 from cprec.text.stream import IGNORE, Batch, TokenStream
 from cprec.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from cprec.train.loss import linear_cross_entropy
-
-LOG = "log.jsonl"
+from cprec.train.training import LOG, read_log
 
 
 def make_optimizer(model: torch.nn.Module, *, weight_decay: float) -> torch.optim.AdamW:
@@ -213,14 +212,3 @@ class _Log:
                 f"{self._path} could not be written ({error}): make room, then start the same command again to resume "
                 "from the last checkpoint"
             ) from error
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a run's log; a last line cut off by a kill is dropped."""
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cprec.text.shards import Shards
     from cprec.text.stream import TokenStream
 
-DONE = "cprec.json"
+DONE, LOG = "cprec.json", "log.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +273,17 @@ def read_done(folder: Path | str) -> dict[str, Any] | None:
     """What `cprec.json` of a model folder says, or None where it is no model folder of ours."""
     path = Path(folder) / DONE
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a run's log; a last line cut off by a kill is dropped."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
 
 
 def _base_shards(name_or_path: str) -> list[str]:
