@@ -9,6 +9,7 @@ import argparse
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -96,7 +97,7 @@ VERBS = (
         "histories in (command line or file), titles with scores out",
         "Recommends next items for one history on the command line, or for every history of a file.",
         "cprec.serve.recommend:recommend",
-        'cprec recommend runs/demo/models/... --history "title of an item" "title of the next" --k 5',
+        'cprec recommend runs/demo/finetune/books/cprec-style --history "a title" "the next" --k 5',
     ),
     Verb(
         "audit",
@@ -118,7 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.verb is None:
             _parser().print_help()
             return EXIT_CONFIG
-        options.call(options)
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.showwarning = _brief_warnings(warnings.showwarning)
+            options.call(options)
         sys.stdout.flush()
         return 0
     except ConfigError as error:
@@ -148,6 +152,18 @@ def _fail(message: str, code: int) -> int:
     prefix = "" if code == EXIT_INTERRUPTED else "error: "
     print(f"cprec: {prefix}{message}", file=sys.stderr)
     return code
+
+
+def _brief_warnings(show: Callable[..., None]) -> Callable[..., None]:
+    """What we warn of, as a line for people; the warnings of other packages as `show` has them."""
+
+    def showwarning(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
+        if category is UserWarning and filename.startswith(os.path.dirname(__file__) + os.sep):
+            print(f"cprec: warning: {message}", file=sys.stderr)
+        else:
+            show(message, category, filename, *rest)
+
+    return showwarning
 
 
 # ---- the verbs -------------------------------------------------------------------------------------------------------

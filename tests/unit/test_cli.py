@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,6 +180,20 @@ def test_a_failure_exits_with_1_without_a_traceback(capsys: pytest.CaptureFixtur
     failures.append(PermissionError(13, "Permission denied", "/runs"))
     assert cli.main(["pretrain", "fake", "data=x"]) == 1
     assert capsys.readouterr().err == "cprec: error: [Errno 13] Permission denied: '/runs' (--debug shows where)\n"
+
+
+@pytest.mark.parametrize(("options", "expected"), [([], "cprec: warning: a long history\n"), (["--debug"], None)])
+def test_our_warnings_are_one_line(
+    options: list[str], expected: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warned(_: FakeConfig) -> None:
+        warnings.simplefilter("always")
+        warnings.warn_explicit("a long history", UserWarning, cli.__file__, 1)
+
+    monkeypatch.setattr(sys.modules[__name__], "stage", warned)
+    monkeypatch.setattr(warnings, "showwarning", lambda *_: None)  # where --debug leaves it to Python
+    assert cli.main(["pretrain", "fake", "data=x", *options]) == 0
+    assert capsys.readouterr().err == (expected or "")
 
 
 def test_an_interruption_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
