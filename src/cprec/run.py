@@ -140,7 +140,7 @@ def _entrants(
     from cprec.baselines.random import RandomRecommender
     from cprec.baselines.transition_graph import TransitionGraphRecommender
     from cprec.evaluate.evaluate import Entrant
-    from cprec.train.training import read_done
+    from cprec.train.training import read_done, weights_sha256
 
     baselines = (
         RandomRecommender(split.catalogue, config.seed),
@@ -156,7 +156,7 @@ def _entrants(
                 recommender=_ModelFolder(arm, folder, config.beam_width),
                 kind="model",
                 trained_on=tuple(about["trained_on"]),
-                identity=_weights_sha256(Path(folder)),
+                identity=weights_sha256(folder),
             )
         )
     if synthetic is not None and synthetic.synthetic is not None:
@@ -181,13 +181,6 @@ class _ModelFolder:
 
     def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
         return self._opened.rank(queries, k)
-
-
-def _weights_sha256(folder: Path) -> str:
-    """One hash of all weight files of a model folder."""
-    from cprec.provenance import file_sha256
-
-    return " ".join(file_sha256(path) for path in sorted(folder.glob("*.safetensors")))
 
 
 def _examples(config: EvaluateConfig, split: Split, domain: str, arms: list[str]) -> list[dict[str, Any]]:

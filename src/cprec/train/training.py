@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cprec.errors import ConfigError
-from cprec.provenance import CONFIG_FILE, read_resolved, save_resolved, to_dict
+from cprec.provenance import CONFIG_FILE, file_sha256, read_resolved, save_resolved, to_dict
 
 if TYPE_CHECKING:
     from cprec.text.shards import Shards
@@ -162,7 +163,7 @@ def run_training(
 
     distributed.single_process()
     output_dir, data = Path(config.output_dir), Path(config.data)
-    inputs = {"shards": train_shards.sha256, "base": _base_identity(config.model_name_or_path)}
+    inputs = {"shards": train_shards.sha256, "base": weights_sha256(config.model_name_or_path)}
     if finished(config, inputs):
         say(f"{output_dir}: complete with these settings, reused")
         return output_dir
@@ -204,9 +205,8 @@ def run_training(
     say(
         f"{num_parameters(model) / 1e6:.2f} M parameters on {distributed.describe(device)}, "
         f"{'bf16' if bf16 else 'fp32'}; {stream.num_tokens:,} tokens in {num_steps:,} steps of "
-        f"{config.rows_per_step * config.max_length:,} positions ({stream.fill:.1%} full); warm-up "
-        f"{schedule.warmup_steps}, "
-        f"annealing {schedule.anneal_steps} steps ({config.anneal_shape}), learning rate {config.learning_rate:g} "
+        f"{config.rows_per_step * config.max_length:,} positions ({stream.fill:.1%} full); "
+        f"warm-up {schedule.warmup_steps}, annealing {schedule.anneal_steps} steps ({config.anneal_shape}), learning rate {config.learning_rate:g} "
         f"down to {schedule.floor:g}"
     )
 
@@ -292,10 +292,11 @@ def _base_shards(name_or_path: str) -> list[str]:
     return list(done["trained_on"]) if done else []
 
 
-def _base_identity(name_or_path: str) -> str:
-    """What distinguishes the base model: its name, or for a folder of ours the documents that it consumed."""
-    done = read_done(name_or_path)
-    return f"{done['consumed']}" if done else name_or_path
+def weights_sha256(name_or_path: str | Path) -> str:
+    """One hash of all weight files of a model folder; of the name where it is none (a hub's model, `tiny`)."""
+    files = sorted(Path(name_or_path).glob("*.safetensors"))
+    parts = [file_sha256(path) for path in files] if files else [str(name_or_path)]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 def _fraction(setting: float, num_steps: int) -> float:
