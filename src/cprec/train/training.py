@@ -205,9 +205,11 @@ def run_training(
     say(
         f"{num_parameters(model) / 1e6:.2f} M parameters on {distributed.describe(device)}, "
         f"{'bf16' if bf16 else 'fp32'}; {stream.num_tokens:,} tokens in {num_steps:,} steps of "
-        f"{config.rows_per_step * config.max_length:,} positions ({stream.fill:.1%} full); "
-        f"warm-up {schedule.warmup_steps}, annealing {schedule.anneal_steps} steps ({config.anneal_shape}), learning rate {config.learning_rate:g} "
-        f"down to {schedule.floor:g}"
+        f"{config.rows_per_step * config.max_length:,} positions ({stream.fill:.1%} full)"
+    )
+    say(
+        f"learning rate: {schedule.warmup_steps} steps up to {schedule.peak:g}, {schedule.anneal_steps} annealing "
+        f"steps ({schedule.shape}) down to {schedule.floor:g}"
     )
 
     def validate() -> dict[str, float]:
