@@ -32,10 +32,10 @@ def page() -> str:
     """The text of docs/cli.md."""
     parts = [
         "# The command line",
-        "Made from `cprec VERB --help` by `python docs/make_cli.py`: change the docstrings of the settings, not this "
+        "Made from `cprec VERB --help` by `python docs/make_cli.py`: change the docstrings of the settings, not this\n"
         "page. [tour.md](tour.md) shows how the verbs fit together.",
         f"```text\n{help_of()}\n```",
-        "A setting that begins with the name of a stage (`pretrain.learning_rate=3e-4`) may be given to every verb "
+        "A setting that begins with the name of a stage (`pretrain.learning_rate=3e-4`) may be given to every verb\n"
         "that takes a recipe.",
     ]
     for verb in cli.VERBS:
