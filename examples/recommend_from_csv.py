@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import sys
-import warnings
 
 from cprec import Recommender
 
@@ -21,8 +20,6 @@ with open(log, newline="", encoding="utf-8") as file:
     for row in sorted(csv.DictReader(file), key=lambda row: row["time"]):
         histories.setdefault(row["customer"], []).append(row["sku"])
 
-# The model reads the latest events only, and says so; the earlier ones still count as seen.
-warnings.filterwarnings("ignore", message="the history has")
 recommender = Recommender.from_pretrained(model)
 for customer, history in sorted(histories.items())[:num_customers]:
     print(f"{customer}, {len(history)} events")

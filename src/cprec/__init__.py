@@ -2,7 +2,7 @@
 
 `from cprec import Recommender` is the way in for a trained model:
 
-    recommender = Recommender.from_pretrained("runs/demo/models/cprec-books")
+    recommender = Recommender.from_pretrained("runs/demo/finetune/books/cprec-style")
     recommender.recommend(["title of an item", "title of the next one"], k=10)
 
 Importing `cprec` itself loads nothing but the standard library.

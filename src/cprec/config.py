@@ -138,10 +138,10 @@ def to_yaml(config: Any) -> str:
 def find_config(source: str, overrides: Iterable[str] = (), stage: str | None = None) -> Any:
     """The resolved configuration that `cprec VERB SOURCE key=value ...` means.
 
-    `source` names a recipe or a YAML file. A file with the line `recipe: NAME` changes that recipe; any other file is a
-    complete configuration. Without `stage` the result is a whole `Recipe`; with it, that stage's configuration. There a
-    plain key is a recipe argument or a field of the stage, and `STAGE.key` is a field of any stage of the recipe, so
-    that one list of settings serves every verb.
+    `source` names a recipe or a YAML file. A file with the line `recipe: NAME` changes that recipe; any other file
+    holds the configurations of stages, each under its name, or of one stage alone. Without `stage` the result is a
+    whole `Recipe`; with it, that stage's configuration. There a plain key is a recipe argument or a field of the stage,
+    and `STAGE.key` is a field of any stage, so that one list of settings serves every verb.
     """
     settings = parse_overrides(overrides)
     is_file = source.endswith((".yaml", ".yml", ".json"))
@@ -152,11 +152,18 @@ def find_config(source: str, overrides: Iterable[str] = (), stage: str | None = 
         if "recipe" in values:
             name = str(values.pop("recipe"))
             return _from_recipe(name, merge(tree_of(values, source), settings), stage)
-        settings = merge(tree_of(values, source), settings)
-        if stage is None or set(settable_fields(Recipe)) <= set(values):
-            recipe = from_mapping(Recipe, settings)
-            return recipe if stage is None else getattr(recipe, stage)
-        return from_mapping(load_object(STAGE_CONFIGS[stage]), settings)
+        fields = set(settable_fields(Recipe))
+        if stage is None:
+            values = {"name": Path(source).stem, "description": "", **values}
+            return from_mapping(Recipe, merge(tree_of(values, source), settings))
+        config = load_object(STAGE_CONFIGS[stage])
+        if not fields & set(STAGE_CONFIGS) & set(values):
+            return from_mapping(config, merge(tree_of(values, source), settings))  # the file is one stage
+        if stage not in values:
+            raise ConfigError(f"there is no part {stage}: in it")
+        of_stage = Settings({key: value for key, value in settings.items() if key not in fields})
+        of_stage = merge(Settings(settings.get(stage, {})), of_stage)
+        return from_mapping(config, merge(tree_of(values[stage], source), of_stage))
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
 

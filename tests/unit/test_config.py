@@ -331,8 +331,14 @@ class TestRecipes:
         recipe = find_config(str(path), ["prepare.seed=2"])
         assert recipe.prepare == Stage(output_dir=Path("prepare"), seed=2)
         assert find_config(str(path), stage="evaluate") == Stage(output_dir=Path("evaluate"))
+        settings = ["seed=3", "pretrain.seed=4"]  # a plain key is of the stage, whichever stage the verb runs
+        assert find_config(str(path), settings, stage="prepare") == Stage(output_dir=Path("prepare"), seed=3)
+        path.write_text("prepare: {output_dir: alone}\n")
+        assert find_config(str(path), stage="prepare") == Stage(output_dir=Path("alone"))
+        with pytest.raises(ConfigError, match="there is no part pretrain: in it"):
+            find_config(str(path), stage="pretrain")
         path.write_text("name: mine\n")
-        with pytest.raises(ConfigError, match="Recipe needs description, prepare, pretrain, finetune, evaluate"):
+        with pytest.raises(ConfigError, match="Recipe needs prepare, pretrain, finetune, evaluate"):
             find_config(str(path))
 
     def test_how_to_call_it(self) -> None:

@@ -436,8 +436,8 @@ class _DomainBuilder:
         if not size:
             steps = "; ".join(f"{step['rule']}: {step['events']:,} events" for step in self.counts)
             raise DataError(
-                f"nothing is left of domain {self.domain!r} ({steps}): lower min_user_events={rules.min_user_events} "
-                f"or min_item_events={rules.min_item_events}"
+                f"nothing is left of domain {self.domain!r} ({steps}): lower the minimum number of events of a "
+                f"user ({rules.min_user_events}) and of an item ({rules.min_item_events}): k_core in `cprec prepare`"
             )
         return events
 

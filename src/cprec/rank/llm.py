@@ -22,7 +22,7 @@ from cprec.rank.decoding import beam_search
 from cprec.rank.scoring import score_candidates
 from cprec.rank.trie import Trie
 from cprec.recommender import Ranking, RankingQuery
-from cprec.schema import MIXED, SPECIFIC, Item
+from cprec.schema import SPECIFIC, Item
 from cprec.text.encoding import PromptEncoder
 from cprec.text.prompts import Template
 from cprec.text.tokenizer import load_tokenizer
@@ -149,11 +149,12 @@ class LLMRecommender:
             )
         query = RankingQuery(query_id="", domain=domain, history=items, exclude=exclude)
         read = len(self._histories([query], np.array([self.catalogue.domain_index(domain)]))[0])
-        if read < len(items):
-            of_domain = "" if self.history_kind == MIXED else f" of domain {domain!r}"
+        if items and not read:
+            warnings.warn(f"no event of the history is of domain {domain!r}: the ranking ignores it", stacklevel=2)
+        elif read < len(self._read_part(query)):
             warnings.warn(
-                f"the history has {len(items)} events and the model reads the latest {read}{of_domain}: at most "
-                f"{self.max_history}, and what its context of {self._context:,} tokens holds",
+                f"the history has {len(items)} events, and the model's context of {self._context:,} tokens holds the "
+                f"latest {read}",
                 stacklevel=2,
             )
         ranking = self.rank([query], k)[0]

@@ -37,7 +37,7 @@ def demo(*, output_dir: str = "runs/demo", seed: int = 0) -> Recipe:
             output_dir=f"{output_dir}/pretrain",
             tiny=SIZE,
             learning_rate=3e-3,
-            num_train_epochs=5,
+            num_train_epochs=4,
             max_length=256,
             per_device_train_batch_size=16,
             eval_steps=100,

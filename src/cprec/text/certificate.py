@@ -14,6 +14,7 @@ from cprec.data.dataset import read_split
 from cprec.data.leakage import Grammar, Property, check_absent, check_documents, check_heads, read_events, title_numbers
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
+from cprec.errors import ConfigError
 from cprec.progress import say
 from cprec.provenance import file_sha256, read_resolved
 from cprec.schema import MIXED, TEST, TRAIN, VALIDATION
@@ -31,6 +32,8 @@ def audit(folder: str | Path) -> dict[str, Any]:
     """
 
     folder = Path(folder)
+    if not (folder / "dataset.json").is_file():
+        raise ConfigError(f"{folder} is no data folder: give one that `cprec prepare` wrote")
     recorded = read_resolved(folder)["config"]
     split = read_split(folder)
     catalogue = split.catalogue

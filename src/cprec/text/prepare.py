@@ -287,6 +287,11 @@ def _write_behaviour(
             f"shards/{name}: {counts[SPECIFIC]:,} domain-specific and {counts[MIXED]:,} mixed documents, "
             f"{shards.manifest['num_tokens']:,} tokens"
         )
+        if name == "heldout" and not len(shards) and config.heldout_share > 0:
+            say(
+                f"note: no user is held out to measure perplexity: raise heldout_share={config.heldout_share:g} for a "
+                f"log of {len(users):,} users"
+            )
         if name == "train" and not len(shards):
             raise DataError(
                 f"no behaviour sequence has min_events={config.min_events} events in the training part: the log is too "

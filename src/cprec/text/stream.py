@@ -45,9 +45,9 @@ def mixture_weights(shards: Shards, *, mixed_share: float, domain_temperature: f
     """Groups of documents and the share of all tokens that each is to have.
 
     A group is one domain's specific documents, or all mixed ones. Mixed documents get `mixed_share`; the rest is
-    divided over domains in proportion to (events in the domain) ** `domain_temperature` (papers/cprec reconstruction:
-    1:1, 0.7). A kind without documents leaves its share to the other. Returns group of each document, int64[D], and
-    weights.
+    divided over domains in proportion to (events in the domain) ** `domain_temperature` (our reconstruction,
+    docs/papers.md: 1:1, 0.7). A kind without documents leaves its share to the other. Returns the group of each
+    document, int64[D], and the weights.
     """
     mixed = shards.column("kind") == MIXED
     names, group = np.unique(np.where(mixed, "", shards.column("domain")).astype(str), return_inverse=True)

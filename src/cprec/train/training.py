@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from cprec.text.stream import TokenStream
 
 DONE, LOG = "cprec.json", "log.jsonl"
+FEW_STEPS = 50
+"""Optimizer steps below which a run says that it can hardly learn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     bf16: Literal["auto", "true", "false"] = "auto"
-    """Compute in bf16 with fp32 weights; auto asks the machine (on a CPU it is measured)."""
+    """Compute in bf16 with fp32 weights; auto: where the machine has instructions for it."""
     warmup_steps: float = 0.03
     """Warm-up: a fraction of all steps if below 1, else a number of steps."""
     anneal_steps: float = 0.15
@@ -212,6 +214,12 @@ def run_training(
         f"steps ({schedule.shape}) down to {schedule.floor:g}"
     )
 
+    if num_steps < FEW_STEPS:
+        say(
+            f"note: {num_steps} optimizer steps are few to learn from: raise num_train_epochs, or lower "
+            "per_device_train_batch_size or max_length"
+        )
+
     def validate() -> dict[str, float]:
         return {name: perplexity(model, held_out, device, bf16) for name, held_out in validation.items()}
 
@@ -247,6 +255,9 @@ def run_training(
     _publish(output_dir, data, model, tokenizer, done)
     for old in checkpoints(output_dir):
         shutil.rmtree(old)
+    measured = [record["heldout"] for record in read_log(output_dir / LOG) if record.get("heldout")]
+    last = ", ".join(f"{name} {value:.2f}" for name, value in measured[-1].items()) if measured else "not measured"
+    say(f"{output_dir}: written. Held-out perplexity: {last}")
     return output_dir
 
 
