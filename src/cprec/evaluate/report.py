@@ -1,20 +1,25 @@
-"""The report that people read: a table for the terminal, and one HTML file that needs nothing beside it."""
+"""The report that people read: in the terminal, as one HTML file that needs nothing beside it, as Markdown tables."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from cprec.evaluate.charts import Points, interval_bar, line_chart, thinned
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 UNCERTIFIED = "UNCERTIFIED: no clean leakage certificate covers these results. They may rest on held-out events."
 SHOWN_HISTORY = 8
 """Latest events of an example's history that are shown."""
+MIN_QUERIES = 1000
+"""Queries below which no recommender is said to beat another, whatever the interval."""
+FAR_START = 10
+"""A perplexity at the start this many times all later ones is left out of the curves, which it would flatten."""
 
 Report = Mapping[str, Any]
 
@@ -42,22 +47,27 @@ def domain_line(domain: str, result: Mapping[str, Any]) -> str:
 
 
 def difference_line(difference: Mapping[str, Any]) -> str:
-    """A paired comparison as a sentence, which claims a winner only if the interval excludes 0.
+    """A paired comparison as a sentence, which claims a winner only if `MIN_QUERIES` were asked and 0 lies outside.
 
     >>> line = {"a": "new", "b": "old", "metric": "ndcg@10", "mean": 0.02, "low": 0.01, "high": 0.03}
-    >>> difference_line(line)
-    'new beats old: +0.0200 NDCG@10 (+0.0100 to +0.0300)'
-    >>> difference_line({**line, "low": -0.01})
-    'new and old cannot be told apart: +0.0200 NDCG@10 (-0.0100 to +0.0300)'
+    >>> difference_line({**line, "num_queries": 1000})
+    'new beats old by 0.0200 NDCG@10 [0.0100, 0.0300] (1,000 queries)'
+    >>> difference_line({**line, "low": -0.01, "num_queries": 1000})
+    'new against old: no difference shown, +0.0200 NDCG@10 [-0.0100, +0.0300] (1,000 queries)'
+    >>> difference_line({**line, "num_queries": 999})
+    'new against old: no claim under 1,000 queries, +0.0200 NDCG@10 [+0.0100, +0.0300] (999 queries)'
     """
-    a, b, low, high = (difference[name] for name in ("a", "b", "low", "high"))
-    if low > 0:
-        verdict = f"{a} beats {b}"
+    a, b, mean, low, high = (difference[name] for name in ("a", "b", "mean", "low", "high"))
+    metric, queries = metric_name(difference["metric"]), f"({difference['num_queries']:,} queries)"
+    if difference["num_queries"] < MIN_QUERIES:
+        verdict = f"no claim under {MIN_QUERIES:,} queries"
+    elif low > 0:
+        return f"{a} beats {b} by {mean:.4f} {metric} [{low:.4f}, {high:.4f}] {queries}"
     elif high < 0:
-        verdict = f"{a} loses to {b}"
+        return f"{b} beats {a} by {-mean:.4f} {metric} [{-high:.4f}, {-low:.4f}] {queries}"
     else:
-        verdict = f"{a} and {b} cannot be told apart"
-    return f"{verdict}: {difference['mean']:+.4f} {metric_name(difference['metric'])} ({low:+.4f} to {high:+.4f})"
+        verdict = "no difference shown"
+    return f"{a} against {b}: {verdict}, {mean:+.4f} {metric} [{low:+.4f}, {high:+.4f}] {queries}"
 
 
 def metric_name(name: str) -> str:
@@ -92,91 +102,155 @@ def bound_line(report: Report) -> str:
 def _explanation(cut: int) -> str:
     return (
         f"Recall@{cut} is the share of queries whose held-out item is among the first {cut}; NDCG@{cut} also counts "
-        "how far up it stands (1 is always first, 0 never listed). In brackets: 95 % intervals over queries."
+        "how far up it stands (1 is always first, 0 never listed). Intervals are 95 % over queries."
     )
+
+
+def markdown_table(report: Report, domain: str) -> str:
+    """The table of a domain in Markdown, with a line below that says what was asked; the best arm's row is bold.
+
+    Raises ValueError if the report has no such domain.
+    """
+    if domain not in report["domains"]:
+        raise ValueError(f"domain={domain!r} is not in this report: it has {', '.join(report['domains'])}")
+    result, cut = report["domains"][domain], cut_of(report)
+    best = _best(result["arms"], f"ndcg@{cut}")
+    size = sampled_of(next(iter(result["arms"].values())))[0]
+    metrics = _leading_metrics(cut)
+    heads = ["", *(metric_name(metric) for metric in metrics), f"Recall@1, {size} candidates"]
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    for name, arm in result["arms"].items():
+        cells = [arm[metric] for metric in metrics] + [sampled_of(arm)[1]["recall@1"]]
+        row = [name.replace("|", "\\|"), *(f"{c['mean']:.4f} [{c['low']:.4f}, {c['high']:.4f}]" for c in cells)]
+        lines.append([f"**{cell}**" for cell in row] if name == best else row)
+    table = "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
+    pool = "full catalogue unless another pool is named, 95 % intervals in brackets"
+    warning = "" if result["certified"] else f" {UNCERTIFIED}"
+    return f"{table}\n\n{domain_line(domain, result)}; {pool}.{warning}\n"
+
+
+def _leading_metrics(cut: int) -> list[str]:
+    """Metrics of the full catalogue in short tables, the most important first."""
+    return list(dict.fromkeys([f"ndcg@{cut}", f"recall@{cut}", "ndcg@5", "mrr"]))
 
 
 # ---- terminal --------------------------------------------------------------------------------------------------------
 
 
-def print_report(report: Report, examples: Sequence[Mapping[str, Any]] = (), *, console: Console | None = None) -> None:
-    """Print the protocol, one table of all domains and arms, paired comparisons and examples to standard output."""
+def print_report(
+    report: Report,
+    examples: Sequence[Mapping[str, Any]] = (),
+    file: TextIO | None = None,
+    *,
+    width: int | None = None,
+) -> None:
+    """Print one table of all domains and arms, paired comparisons, the protocol, and examples.
+
+    `file` is standard output if None. `width` in columns is the terminal's if None; where there is no terminal it is
+    100 at least. The table has as many metrics as fit.
+    """
     from rich.console import Console
-    from rich.padding import Padding
-    from rich.table import Table
     from rich.text import Text
 
-    if console is None:
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=max(console.width, 100))
+    console = Console(file=file, width=width, highlight=False)
+    if width is None and not console.is_terminal:
+        console = Console(file=file, width=max(console.width, 100), highlight=False)
     cut = cut_of(report)
-    size, _ = sampled_of(next(iter(next(iter(report["domains"].values()))["arms"].values())))
     uncertified = report["certificate"]["uncertified"]
 
     def line(text: str, style: str = "", indent: int = 0) -> None:
-        console.print(Padding(Text(text, style=style), (0, 0, 0, indent)))
+        printable = "".join(char if char.isprintable() else " " for char in text)  # no title may steer the terminal
+        for part in Text(printable).wrap(console, console.width - indent):
+            console.print(Text(" " * indent + part.plain.rstrip(), style=style))
 
-    console.print()
-    table = Table(title=Text(report["title"], style="bold"), title_justify="left", show_edge=False, pad_edge=False)
-    if uncertified:
-        table.caption, table.caption_justify = Text(UNCERTIFIED, style="bold red"), "left"
-    wide = console.width >= 88  # otherwise the last column would break every row in two
-    table.add_column("")
-    table.add_column(f"NDCG@{cut}\nfull catalogue", justify="right")
-    table.add_column(f"Recall@{cut}\nfull catalogue", justify="right")
-    table.add_column(f"Recall@1\n{size} candidates", justify="right")
-    for domain, result in report["domains"].items():
-        table.add_section()
-        table.add_row(Text(f"{domain} ({'unseen' if result['unseen'] else 'seen'})", style="bold"))
-        best = _best(result["arms"], f"ndcg@{cut}")
-        for name, arm in result["arms"].items():
-            first = sampled_of(arm)[1]["recall@1"]
-            cells = [_with_interval(arm[f"ndcg@{cut}"]), _with_interval(arm[f"recall@{cut}"])]
-            cells.append(_with_interval(first) if wide else f"{first['mean']:.4f}")
-            style = {"bound": "dim", "model": "cyan"}.get(arm["kind"], "")
-            style += " bold" if name == best else ""
-            table.add_row(Text(f"  {name}", style=style), *(Text(cell, style=style) for cell in cells))
-    console.print(table)
-    console.print()
-    for domain, result in report["domains"].items():
-        for difference in result["differences"]:
-            line(f"{domain}: {difference_line(difference)}")
-    console.print()
-    for domain, result in report["domains"].items():
-        line(domain_line(domain, result), "dim")
-    line(_explanation(cut), "dim")
-    if bound_line(report):
-        line(bound_line(report), "dim")
-    for name, text in report["protocol"].items():
-        line(f"{name}: {text}", "dim")
-    line(f"leakage certificate: {certificate_line(report['certificate'])}", "bold red" if uncertified else "dim")
-    for example in examples:
+    def heading(text: str) -> None:
         console.print()
-        line(f"user {example['user']} in {example['domain']}", "bold")
-        line(f"had, latest last: {_shown_history(example['history'])}", indent=2)
-        line(f"held out, came next: {example['target']}", indent=2)
+        line(text, "bold underline" if console.is_terminal else "")
+
+    heading(report["title"])
+    if uncertified:
+        line(UNCERTIFIED, "bold red")
+    console.print()
+    console.print(_fitting_table(report, console))
+    line(_explanation(cut), "dim")
+    for domain, result in report["domains"].items():
+        heading(domain_line(domain, result))
+        for difference in result["differences"]:
+            line(difference_line(difference), indent=2)
+    heading("How this was measured")
+    for name, text in report["protocol"].items():
+        line(f"{name}: {text}", "dim", 2)
+    if bound_line(report):
+        line(bound_line(report), "dim", 2)
+    line(f"leakage certificate: {certificate_line(report['certificate'])}", "bold red" if uncertified else "dim", 2)
+    for example in examples:
+        heading(f"User {example['user']} in {example['domain']}")
+        more = len(example["history"]) - SHOWN_HISTORY
+        line(f"had, latest last{f' ({more:,} earlier left out)' if more > 0 else ''}:", indent=2)
+        for title in example["history"][-SHOWN_HISTORY:]:
+            line(title, indent=5)
+        line("held out, came next:", indent=2)
+        line(example["target"], "bold", 5)
         for arm, found in example["recommendations"].items():
-            line(f"{arm} recommends", indent=2)
+            line(f"{arm} recommends:", indent=2)
             for place, (title, score) in enumerate(found, 1):
                 hit = title == example["target"]
-                line(f"{place}. {title} ({score:.2f}){'  <- came next' if hit else ''}", "green" if hit else "", 4)
+                line(f"{place}. {title} ({score:.2f}){'  <- came next' if hit else ''}", "green" if hit else "", 5)
     console.print()
 
 
-def _with_interval(cell: Mapping[str, float]) -> str:
-    return f"{cell['mean']:.4f} ({cell['low']:.3f}-{cell['high']:.3f})"
+def _fitting_table(report: Report, console: Console) -> Table:
+    """The table with the most columns that is no wider than the console."""
+    from rich.measure import Measurement
+
+    cut = cut_of(report)
+    first, second, *others = _leading_metrics(cut)
+    offers = [
+        {first: True, second: True, **dict.fromkeys(others, False), "sampled": True},
+        {first: True, second: True, **dict.fromkeys(others, False), "sampled": False},
+        {first: True, second: True, "sampled": False},
+        {first: True, second: False, "sampled": False},
+        {first: True},
+    ]
+    tables = [_table(report, columns) for columns in offers]
+    room = console.options.update(max_width=10_000)  # a table's own wish, whatever the console's width
+    fitting = (table for table in tables if Measurement.get(console, room, table).maximum <= console.width)
+    return next(fitting, tables[-1])
+
+
+def _table(report: Report, columns: Mapping[str, bool]) -> Table:
+    """Arms as rows, a section for each domain; `columns` says of each metric whether its interval is shown."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    size = sampled_of(next(iter(next(iter(report["domains"].values()))["arms"].values())))[0]
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("")
+    for metric in columns:
+        head = f"Recall@1\n{size}\ncandidates" if metric == "sampled" else f"{metric_name(metric)}\nfull\ncatalogue"
+        table.add_column(head, justify="right", no_wrap=True)
+    for position, (domain, result) in enumerate(report["domains"].items()):
+        if position:
+            table.add_row()
+        table.add_row(Text(f"{domain} ({'unseen' if result['unseen'] else 'seen'})", style="bold"))
+        best = _best(result["arms"], f"ndcg@{cut_of(report)}")
+        for name, arm in result["arms"].items():
+            metrics = {**arm, "sampled": sampled_of(arm)[1]["recall@1"]}
+            cells = [_cell(metrics[metric], interval) for metric, interval in columns.items()]
+            style = {"bound": "dim", "model": "cyan"}.get(arm["kind"], "") + (" bold" if name == best else "")
+            table.add_row(Text(f"  {name}", style=style), *(Text(cell, style=style) for cell in cells))
+    return table
+
+
+def _cell(value: Mapping[str, float], interval: bool) -> str:
+    return f"{value['mean']:.4f}" + (f" [{value['low']:.3f}, {value['high']:.3f}]" if interval else "")
 
 
 def _best(arms: Mapping[str, Any], metric: str) -> str | None:
     """The arm of the highest mean, bounds aside."""
     rivals = {name: arm[metric]["mean"] for name, arm in arms.items() if arm["kind"] != "bound"}
     return max(rivals, key=lambda name: rivals[name]) if rivals else None
-
-
-def _shown_history(titles: Sequence[str]) -> str:
-    more = len(titles) - SHOWN_HISTORY
-    return (f"({more:,} earlier) " if more > 0 else "") + "; ".join(titles[-SHOWN_HISTORY:])
 
 
 # ---- HTML ------------------------------------------------------------------------------------------------------------
@@ -244,12 +318,12 @@ def _domain_section(domain: str, result: Mapping[str, Any], report: Report) -> s
         _bars(f"Recall@1, {size} candidates", {n: sampled_of(arm)[1]["recall@1"] for n, arm in arms.items()}, arms),
     ]
     lines = "".join(f"<li>{escape(difference_line(difference))}</li>" for difference in result["differences"])
-    compared = f"<p>Compared on the same queries:</p><ul>{lines}</ul>" if lines else ""
+    compared = f"<ul>{lines}</ul>" if lines else ""
     warning = "" if result["certified"] else f'<p class="warning">{escape(UNCERTIFIED)}</p>'
     return (
         f"<section><h2>{escape(domain_line(domain, result))}</h2>{warning}{compared}"
         f'<div class="charts">{"".join(charts)}</div>'
-        f"<details><summary>All metrics</summary>{_metric_table('Full catalogue', arms, _full_metrics(arms))}"
+        f"<details open><summary>All metrics</summary>{_metric_table('Full catalogue', arms, _full_metrics(arms))}"
         f"{_metric_table(f'{size} candidates', _sampled_arms(arms), _full_metrics(_sampled_arms(arms)))}</details>"
         "</section>"
     )
@@ -347,10 +421,13 @@ def _groups(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[s
 
 def _run_section(group: str, members: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Curves of the runs of a group. Their logs hold one record per line; see `cprec.train.loop`."""
+    perplexities, left_out = _without_far_starts(_perplexities(members))
     charts = {
         "Learning rate": line_chart(_curves(members, "learning_rate"), x_label="step", from_zero=True),
         "Training loss (nats per target token)": line_chart(_curves(members, "loss"), x_label="step"),
-        "Held-out perplexity": line_chart(_perplexities(members), x_label="step", log_y=True),
+        "Held-out perplexity" + (" (the start is far above)" if left_out else ""): line_chart(
+            perplexities, x_label="tokens", log_y=True
+        ),
     }
     figures = "".join(
         f"<figure><figcaption>{escape(caption)}</figcaption>{chart}</figure>"
@@ -359,7 +436,10 @@ def _run_section(group: str, members: Mapping[str, Sequence[Mapping[str, Any]]])
     )
     if not figures:
         return ""
-    return f'<section><h2>Training: {escape(group)}</h2><div class="charts">{figures}</div></section>'
+    return (
+        f'<section><h2>Training: {escape(group)}</h2><div class="charts">{figures}</div>'
+        f"{_perplexity_table(members)}</section>"
+    )
 
 
 def _curves(members: Mapping[str, Sequence[Mapping[str, Any]]], field: str) -> dict[str, Points]:
@@ -370,14 +450,38 @@ def _curves(members: Mapping[str, Sequence[Mapping[str, Any]]], field: str) -> d
 
 
 def _perplexities(members: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Points]:
-    """A line for each held-out set of each run; its name tells the run where there are several."""
+    """A line over tokens for each held-out set of each run; its name tells the run where there are several."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for arm, records in members.items():
         for record in records:
             for name, value in record.get("heldout", {}).items():
                 label = name if len(members) == 1 else f"{arm}, {name}"
-                lines.setdefault(label, []).append((record["step"], value))
+                lines.setdefault(label, []).append((record["tokens"], value))
     return {label: thinned(points) for label, points in lines.items()}
+
+
+def _without_far_starts(lines: Mapping[str, Points]) -> tuple[dict[str, Points], bool]:
+    """The lines without first points that are `FAR_START` times all that follow, and whether there were such."""
+    kept = {
+        name: points[1:] if len(points) > 2 and points[0][1] > FAR_START * max(y for _, y in points[1:]) else points
+        for name, points in lines.items()
+    }
+    return kept, any(len(kept[name]) < len(points) for name, points in lines.items())
+
+
+def _perplexity_table(members: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Held-out perplexity at the start and the end, and the lowest, for each held-out set of each run."""
+    rows = ""
+    for name, points in _perplexities(members).items():
+        values = [y for _, y in points]
+        cells = "".join(f"<td>{value:,.2f}</td>" for value in (values[0], values[-1], min(values)))
+        rows += f"<tr><th>{escape(name)}</th>{cells}</tr>"
+    if not rows:
+        return ""
+    head = "<tr><th></th><th>start</th><th>end</th><th>lowest</th></tr>"
+    return (
+        f'<div class="scroll"><table class="metrics"><caption>Held-out perplexity.</caption>{head}{rows}</table></div>'
+    )
 
 
 STYLE = """

@@ -338,7 +338,7 @@ def test_nothing_left_says_which_rule_took_it(tmp_path: Path) -> None:
         build(tmp_path, source_of([("a", "x", 1), ("b", "x", 2)]), min_user_events=5)
     message = str(raised.value)
     assert "nothing is left of domain 'toys' (read: 2 events; usable: 2 events" in message
-    assert "lower min_user_events=5 or min_item_events=0" in message
+    assert "lower the minimum number of events of a user (5) and of an item (0): k_core" in message
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
