@@ -160,8 +160,8 @@ def print_report(
 
     def line(text: str, style: str = "", indent: int = 0) -> None:
         printable = "".join(char if char.isprintable() else " " for char in text)  # no title may steer the terminal
-        for part in Text(printable).wrap(console, console.width - indent):
-            console.print(Text(" " * indent + part.plain.rstrip(), style=style))
+        for number, part in enumerate(Text(printable).wrap(console, console.width - indent - 3)):
+            console.print(Text(" " * (indent + 3 * bool(number)) + part.plain.rstrip(), style=style))
 
     def heading(text: str) -> None:
         console.print()
@@ -172,6 +172,7 @@ def print_report(
         line(UNCERTIFIED, "bold red")
     console.print()
     console.print(_fitting_table(report, console))
+    console.print()
     line(_explanation(cut), "dim")
     for domain, result in report["domains"].items():
         heading(domain_line(domain, result))
@@ -421,13 +422,12 @@ def _groups(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[s
 
 def _run_section(group: str, members: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Curves of the runs of a group. Their logs hold one record per line; see `cprec.train.loop`."""
-    perplexities, left_out = _without_far_starts(_perplexities(members))
+    perplexities = _perplexities(members)
+    drawn = _without_far_starts(perplexities)
     charts = {
         "Learning rate": line_chart(_curves(members, "learning_rate"), x_label="step", from_zero=True),
         "Training loss (nats per target token)": line_chart(_curves(members, "loss"), x_label="step"),
-        "Held-out perplexity" + (" (the start is far above)" if left_out else ""): line_chart(
-            perplexities, x_label="tokens", log_y=True
-        ),
+        "Held-out perplexity": line_chart(drawn, x_label="tokens", log_y=True),
     }
     figures = "".join(
         f"<figure><figcaption>{escape(caption)}</figcaption>{chart}</figure>"
@@ -438,7 +438,7 @@ def _run_section(group: str, members: Mapping[str, Sequence[Mapping[str, Any]]])
         return ""
     return (
         f'<section><h2>Training: {escape(group)}</h2><div class="charts">{figures}</div>'
-        f"{_perplexity_table(members)}</section>"
+        f"{_perplexity_table(perplexities, drawn)}</section>"
     )
 
 
@@ -460,27 +460,27 @@ def _perplexities(members: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[st
     return {label: thinned(points) for label, points in lines.items()}
 
 
-def _without_far_starts(lines: Mapping[str, Points]) -> tuple[dict[str, Points], bool]:
-    """The lines without first points that are `FAR_START` times all that follow, and whether there were such."""
-    kept = {
+def _without_far_starts(lines: Mapping[str, Points]) -> dict[str, Points]:
+    """The lines without first points that are more than `FAR_START` times all that follow."""
+    return {
         name: points[1:] if len(points) > 2 and points[0][1] > FAR_START * max(y for _, y in points[1:]) else points
         for name, points in lines.items()
     }
-    return kept, any(len(kept[name]) < len(points) for name, points in lines.items())
 
 
-def _perplexity_table(members: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def _perplexity_table(lines: Mapping[str, Points], drawn: Mapping[str, Points]) -> str:
     """Held-out perplexity at the start and the end, and the lowest, for each held-out set of each run."""
     rows = ""
-    for name, points in _perplexities(members).items():
+    for name, points in lines.items():
         values = [y for _, y in points]
         cells = "".join(f"<td>{value:,.2f}</td>" for value in (values[0], values[-1], min(values)))
         rows += f"<tr><th>{escape(name)}</th>{cells}</tr>"
     if not rows:
         return ""
-    head = "<tr><th></th><th>start</th><th>end</th><th>lowest</th></tr>"
+    note = " The start, far above the rest, is not drawn." if drawn != lines else ""
     return (
-        f'<div class="scroll"><table class="metrics"><caption>Held-out perplexity.</caption>{head}{rows}</table></div>'
+        f'<div class="scroll"><table class="metrics"><caption>Held-out perplexity.{note}</caption>'
+        f"<tr><th></th><th>start</th><th>end</th><th>lowest</th></tr>{rows}</table></div>"
     )
 
 
@@ -509,7 +509,7 @@ dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .
 dt { font-weight: 600; } dd { margin: 0; }
 @media (max-width: 34rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .4rem; } }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 1rem 1.6rem; }
-.charts > * { min-width: 0; }
+.charts > * { min-width: 0; } section > ul { margin-bottom: .8rem; }
 figure { margin: 0; } figcaption { font-weight: 600; font-size: .9rem; margin-bottom: .3rem; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: .4rem 0; }
@@ -520,6 +520,7 @@ th { text-align: left; font-weight: 500; }
 .bar { display: block; overflow: visible; }
 .scroll { overflow-x: auto; }
 .metrics td, .metrics th { padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--edge); white-space: nowrap; }
+.metrics th:first-child { position: sticky; left: 0; background: var(--page); }
 .metrics td { text-align: right; } .metrics tr:first-child th { text-align: right; font-weight: 600; }
 small { opacity: .75; }
 .chart { display: block; width: 100%; height: auto; max-width: 34rem; font-size: 11px; }
@@ -528,4 +529,9 @@ small { opacity: .75; }
 ol, ul { margin: .2rem 0; padding-left: 1.4rem; font-size: .9rem; } details p, .box p { font-size: .9rem; }
 .hit { color: var(--hit); font-weight: 600; }
 summary { cursor: pointer; margin-top: .6rem; }
+@media print { body { max-width: none; padding: 0; font-size: 12px; } .metrics { font-size: .7rem; }
+  .metrics td, .metrics th { padding-right: .45rem; } .scroll { overflow: visible; }
+  .charts { grid-template-columns: repeat(3, 1fr); gap: .6rem 1rem; } .bars th { width: 6.4rem; }
+  h2 { break-after: avoid; } figure, article, table { break-inside: avoid; }
+  rect { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """

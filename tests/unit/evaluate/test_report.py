@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 from copy import deepcopy
@@ -10,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from cprec.evaluate.report import UNCERTIFIED, html_of, print_report, write_html
+from cprec.evaluate.report import UNCERTIFIED, difference_line, html_of, markdown_table, print_report, write_html
 
 EXAMPLES: list[dict[str, Any]] = [
     {
@@ -85,7 +85,7 @@ def uncertified() -> dict[str, Any]:
 
 def printed(of: dict[str, Any], width: int = 100) -> str:
     file = io.StringIO()
-    print_report(of, EXAMPLES, console=Console(file=file, width=width))
+    print_report(of, EXAMPLES, file, width=width)
     return file.getvalue()
 
 
@@ -94,31 +94,84 @@ def printed(of: dict[str, Any], width: int = 100) -> str:
 
 def test_the_table_names_metrics_with_cut_and_pool_and_gives_intervals() -> None:
     text = printed(report())
-    for words in ("NDCG@10", "Recall@10", "full catalogue", "Recall@1", "20 candidates", "95 %"):
+    for words in ("NDCG@10", "Recall@10", "NDCG@5", "MRR", "full", "catalogue", "Recall@1", "candidates", "95 %"):
         assert words in text
-    assert "0.2345 (0.224-0.255)" in text
+    assert "0.2345 [0.224, 0.255]" in text
     assert text.count("CPRec-style") >= 4 and "kitchen (seen)" in text and "books (unseen)" in text
     assert "kitchen: seen in pre-training, 300 items, 1,234 queries" in text
 
 
-def test_a_winner_is_claimed_only_if_the_interval_excludes_0() -> None:
-    text = printed(report())
-    assert "kitchen: CPRec-style beats fine-tuning only: +0.1111 NDCG@10 (+0.1000 to +0.1200)" in text
-    assert "books: CPRec-style and fine-tuning only cannot be told apart: +0.0100" in text
+def test_every_number_stands_in_its_own_column() -> None:
+    changed = report()
+    arm_of = changed["domains"]["kitchen"]["arms"]["CPRec-style"]
+    shown = {"ndcg@10": 0.3111, "recall@10": 0.4222, "ndcg@5": 0.2333, "mrr": 0.1444}
+    arm_of.update({name: interval(mean) for name, mean in shown.items()})
+    arm_of["candidates20"]["recall@1"] = interval(0.5555)
+    row = next(line for line in printed(changed).splitlines() if "CPRec-style" in line)
+    means = [word for word in row.split() if re.fullmatch(r"0\.\d{4}", word)]
+    assert means == ["0.3111", "0.4222", "0.2333", "0.1444", "0.5555"]
+
+
+DIFFERENCE = {"a": "new", "b": "old", "metric": "ndcg@10", "num_queries": 1000}
+
+
+@pytest.mark.parametrize(
+    ("mean", "low", "high", "expected"),
+    [
+        (0.0123, 0.01, 0.0145, "new beats old by 0.0123 NDCG@10 [0.0100, 0.0145] (1,000 queries)"),
+        (-0.0123, -0.0145, -0.01, "old beats new by 0.0123 NDCG@10 [0.0100, 0.0145] (1,000 queries)"),
+        (0.01, -0.1, 0.12, "new against old: no difference shown, +0.0100 NDCG@10 [-0.1000, +0.1200] (1,000 queries)"),
+        (0.01, 0.0, 0.02, "new against old: no difference shown, +0.0100 NDCG@10 [+0.0000, +0.0200] (1,000 queries)"),
+        (-0.01, -0.02, 0.0, "new against old: no difference shown, -0.0100 NDCG@10 [-0.0200, +0.0000] (1,000 queries)"),
+    ],
+)
+def test_a_winner_is_claimed_only_if_the_interval_excludes_0(
+    mean: float, low: float, high: float, expected: str
+) -> None:
+    assert difference_line({**DIFFERENCE, "mean": mean, "low": low, "high": high}) == expected
+
+
+@pytest.mark.parametrize(("mean", "low", "high"), [(0.2, 0.1, 0.3), (-0.2, -0.3, -0.1), (0.0, -0.1, 0.1)])
+def test_too_few_queries_support_no_claim(mean: float, low: float, high: float) -> None:
+    line = difference_line({**DIFFERENCE, "mean": mean, "low": low, "high": high, "num_queries": 999})
+    assert "no claim under 1,000 queries" in line and "(999 queries)" in line
+    assert "beats" not in line and "no difference" not in line
 
 
 def test_titles_are_printed_as_they_are() -> None:
     text = printed(report())
-    assert "Mug [red]number 9" in text and "Mug [red]number 1;" not in text and "(2 earlier)" in text
+    assert "Mug [red]number 9" in text and "Mug [red]number 1\n" not in text and "(2 earlier left out)" in text
     assert "1. Kettle <script>alert(1)</script> (-1.50)  <- came next" in text
+    assert text.count("<- came next") == 1
 
 
-@pytest.mark.parametrize("width", [60, 80, 87, 120])
+def test_titles_cannot_steer_the_terminal() -> None:
+    file = io.StringIO()
+    print_report(report(), [{**EXAMPLES[0], "history": ["Mug\x1b[2J\r\nPan"]}], file, width=100)
+    assert "\x1b" not in file.getvalue() and "\r" not in file.getvalue()
+    assert "Mug [2J  Pan" in file.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 87, 100, 120, 160])
 def test_the_table_keeps_to_the_width_of_the_terminal(width: int) -> None:
     lines = printed(report(), width).splitlines()
     assert all(len(line) <= width for line in lines)
-    if width >= 80:
-        assert sum("0.2345 (0.224-0.255) " in line for line in lines) == 2  # a row for each domain, none broken in two
+    rows = [line for line in lines if line.startswith("  CPRec-style  ")]
+    assert len(rows) == 2  # one for each domain, none broken in two
+    intervals = {40: 1, 60: 1, 80: 2, 87: 2, 100: 2, 120: 3, 160: 3}
+    assert all(row.count("0.2345 [0.224, 0.255]") == intervals[width] for row in rows)
+
+
+def test_elsewhere_than_on_a_terminal_there_are_100_columns_and_no_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    file, standard = io.StringIO(), io.StringIO()
+    print_report(report(), EXAMPLES, file)
+    with contextlib.redirect_stdout(standard):
+        print_report(report(), EXAMPLES)
+    assert file.getvalue() == standard.getvalue() == printed(report(), 100)
+    assert "\x1b" not in file.getvalue()
+    assert not set("│┃║|") & set(file.getvalue())
 
 
 def test_an_uncertified_table_says_so() -> None:
@@ -132,6 +185,37 @@ def test_the_bound_is_explained_where_there_is_one() -> None:
     for domain in without["domains"].values():
         domain["arms"] = {name: cells for name, cells in domain["arms"].items() if name != "oracle"}
     assert "true chances" in printed(report()) and "true chances" not in printed(without)
+
+
+# ---- Markdown --------------------------------------------------------------------------------------------------------
+
+
+def test_the_markdown_table_is_as_given() -> None:
+    changed = report()
+    arms = changed["domains"]["kitchen"]["arms"]
+    changed["domains"]["kitchen"]["arms"] = {"a|b": arms["random"], "CPRec-style": arms["CPRec-style"]}
+    changed["domains"]["kitchen"]["arms"]["oracle"] = arms["oracle"]
+    a, b, c = "0.0500 [0.0400, 0.0700]", "**0.2345 [0.2245, 0.2545]**", "0.5000 [0.4900, 0.5200]"
+    assert markdown_table(changed, "kitchen") == (
+        "| | NDCG@10 | Recall@10 | NDCG@5 | MRR | Recall@1, 20 candidates |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: |\n"
+        f"| a\\|b | {a} | {a} | {a} | {a} | {a} |\n"
+        f"| **CPRec-style** | {b} | {b} | {b} | {b} | {b} |\n"
+        f"| oracle | {c} | {c} | {c} | {c} | {c} |\n"
+        "\n"
+        "kitchen: seen in pre-training, 300 items, 1,234 queries; full catalogue unless another pool is named, "
+        "95 % intervals in brackets.\n"
+    )
+
+
+def test_the_markdown_table_of_an_uncertified_domain_says_so() -> None:
+    assert UNCERTIFIED in markdown_table(uncertified(), "books")
+    assert UNCERTIFIED not in markdown_table(uncertified(), "kitchen")
+
+
+def test_a_domain_that_is_not_in_the_report_is_named() -> None:
+    with pytest.raises(ValueError, match="'toys' is not in this report: it has kitchen, books"):
+        markdown_table(report(), "toys")
 
 
 # ---- HTML ------------------------------------------------------------------------------------------------------------
@@ -202,10 +286,37 @@ def test_the_page_has_metrics_differences_curves_and_examples() -> None:
         "mixed",
         "Kettle <script>alert(1)</script>",
         "2.90 M",
+        "0.2245 to 0.2545",
     ):
         assert words in page.text
     assert page.text.count("Training: ") == 2  # pre-training; both arms of kitchen in one group
     assert sum(tag == "polyline" for tag, _ in page.tags) == 2 + 2 + 4
+
+
+def test_a_start_far_above_the_rest_is_told_but_not_drawn() -> None:
+    def records(*perplexities: float) -> list[dict[str, Any]]:
+        return [{"step": n, "tokens": 1000 * n, "heldout": {"mixed": value}} for n, value in enumerate(perplexities)]
+
+    far = Page(html_of(report(), {"pre-training": records(8000.0, 30.0, 20.0, 25.0)}, []))
+    near = Page(html_of(report(), {"pre-training": records(80.0, 30.0, 20.0, 25.0)}, []))
+    for page, points in ((far, 3), (near, 4)):
+        (line,) = (attributes["points"] for tag, attributes in page.tags if tag == "polyline")
+        assert line is not None and len(line.split()) == points
+        assert "mixed" in page.text and "tokens" in page.text
+    assert "is not drawn" in far.text and "is not drawn" not in near.text
+    assert "8,000.0025.0020.00" in far.text  # start, end, lowest
+
+
+def test_nothing_is_folded_away_from_paper() -> None:
+    page = Page(html_of(report(), RUNS, EXAMPLES))
+    assert all("open" in attributes for tag, attributes in page.tags if tag == "details")
+
+
+def test_the_file_is_small(tmp_path: Path) -> None:
+    heldout = {f"domain {n} (specific)": 20.0 + n for n in range(9)}
+    long = [{"step": n, "tokens": n, "loss": 2.0, "learning_rate": 0.1, "heldout": heldout} for n in range(5000)]
+    write_html(tmp_path / "report.html", report(), {f"run {n}": long for n in range(5)}, EXAMPLES * 9)
+    assert (tmp_path / "report.html").stat().st_size < 1_000_000
 
 
 def test_every_section_without_a_certificate_says_so() -> None:
