@@ -427,7 +427,9 @@ def _run_section(group: str, members: Mapping[str, Sequence[Mapping[str, Any]]])
     charts = {
         "Learning rate": line_chart(_curves(members, "learning_rate"), x_label="step", from_zero=True),
         "Training loss (nats per target token)": line_chart(_curves(members, "loss"), x_label="step"),
-        "Held-out perplexity": line_chart(drawn, x_label="tokens", log_y=True),
+        "Held-out perplexity": line_chart(
+            {n: thinned(points) for n, points in drawn.items()}, x_label="tokens", log_y=True
+        ),
     }
     figures = "".join(
         f"<figure><figcaption>{escape(caption)}</figcaption>{chart}</figure>"
@@ -457,7 +459,7 @@ def _perplexities(members: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[st
             for name, value in record.get("heldout", {}).items():
                 label = name if len(members) == 1 else f"{arm}, {name}"
                 lines.setdefault(label, []).append((record["tokens"], value))
-    return {label: thinned(points) for label, points in lines.items()}
+    return dict(lines)
 
 
 def _without_far_starts(lines: Mapping[str, Points]) -> dict[str, Points]:

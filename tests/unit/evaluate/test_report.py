@@ -307,6 +307,12 @@ def test_a_start_far_above_the_rest_is_told_but_not_drawn() -> None:
     assert "8,000.0025.0020.00" in far.text  # start, end, lowest
 
 
+def test_the_table_of_perplexities_has_single_values_where_the_curve_has_means() -> None:
+    values = [40.0, *[30.0, 20.0] * 300, 10.0, 25.0]
+    log = [{"step": n, "tokens": n, "heldout": {"mixed": value}} for n, value in enumerate(values)]
+    assert "40.0025.0010.00" in Page(html_of(report(), {"pre-training": log}, [])).text
+
+
 def test_nothing_is_folded_away_from_paper() -> None:
     page = Page(html_of(report(), RUNS, EXAMPLES))
     assert all("open" in attributes for tag, attributes in page.tags if tag == "details")
