@@ -56,11 +56,6 @@ def file_sha256(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def config_sha256(config: Any) -> str:
-    """SHA-256 of a configuration's values: equal configs, equal hashes, on every machine."""
-    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that may change a result, read without importing them."""
     from importlib.metadata import PackageNotFoundError, version

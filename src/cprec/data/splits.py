@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from cprec.errors import ConfigError
 from cprec.schema import SPECIFIC, SPLITS, TEST, TRAIN, DomainInfo
@@ -309,10 +309,3 @@ def _day(seconds: int) -> str:
     from datetime import datetime
 
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
-
-
-def spec_to_dict(spec: SplitSpec) -> dict[str, Any]:
-    """The parameters of a split, as they stand in dataset.json; `SplitSpec(**parameters)` reads them back."""
-    from dataclasses import asdict
-
-    return asdict(spec)
