@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cprec.data import engine
 from cprec.data.catalogue import Catalogue, clean_title, has_word, read_parts
+from cprec.data.engine import TableEngine, connect
 from cprec.data.interactions import Interactions, stable_order
 from cprec.data.sources.tables import SourceTables
 from cprec.data.splits import Split, SplitSpec
@@ -75,7 +75,7 @@ class Source(Protocol):
     @property
     def platform(self) -> str: ...
 
-    def load(self, connection: Any) -> SourceTables:
+    def load(self, engine: TableEngine) -> SourceTables:
         """The rows as Ibis tables of a connection."""
         ...
 
@@ -180,8 +180,8 @@ def _build(
     domains, files, rejected = {}, [], []
     for source in sorted(sources, key=lambda source: source.domain):
         # One connection per domain: what it held in memory is gone before the next one is read.
-        with engine.connect(engine_name, memory_limit=memory_limit, spill=folder / "spill") as connection:
-            result = _DomainBuilder(connection, source, rules, folder, tell).build()
+        with connect(engine_name, memory_limit=memory_limit, spill=folder / "spill") as engine:
+            result = _DomainBuilder(engine, source, rules, folder, tell).build()
         domains[source.domain] = result.about
         files += result.files
         rejected.append(result.rejected)
@@ -211,7 +211,7 @@ class _Built:
 class _DomainBuilder:
     """Builds the tables of one domain; each method is one step."""
 
-    connection: Any
+    engine: TableEngine
     source: Source
     rules: Rules
     folder: Path
@@ -224,7 +224,7 @@ class _DomainBuilder:
         return self.source.domain
 
     def build(self) -> _Built:
-        tables = self.source.load(self.connection)
+        tables = self.source.load(self.engine)
         items, interactions = self._materialise_sources(tables)
         items = self._judge_items(items)
         events = self._judge_interactions(interactions, items, tables)
@@ -253,9 +253,9 @@ class _DomainBuilder:
         return _Built(about, _source_files(self.domain, tables), reasons.cast(_REJECTED_SCHEMA))
 
     def _materialise_sources(self, tables: SourceTables) -> tuple[Any, Any]:
-        with engine.translated_errors(f"reading domain {self.domain!r}"):
-            items = engine.materialise(self.connection, tables.items)
-            interactions = engine.materialise(self.connection, tables.interactions)
+        with self.engine.translated_errors(f"reading domain {self.domain!r}"):
+            items = self.engine.materialise(tables.items)
+            interactions = self.engine.materialise(tables.interactions)
         for what, table in (("interactions", interactions), ("items", items)):
             num_rows = self._value(table.count())
             self._set_aside_malformed(what, tables, num_rows)
@@ -281,17 +281,17 @@ class _DomainBuilder:
             (items["place"] > 0, TWICE),
             else_=ibis.null("string"),
         )
-        items = engine.materialise(self.connection, items.mutate(reason=reason).drop("place"))
+        items = self.engine.materialise(items.mutate(reason=reason).drop("place"))
         self._set_aside(items, "items", (ITEM_ID, TITLE), lenient={TWICE})
         return items
 
     def _add_clean(self, items: Any, name: str, clean_name: str, is_good: Callable[[str], bool] = bool) -> Any:
         """Add the clean form of a column of text, null where nothing good is left, each distinct text once."""
         text = items[name].name("raw")
-        raw = self.connection.to_pyarrow(items.select(text).filter(items[name].notnull()).distinct())["raw"]
+        raw = self.engine.to_arrow(items.select(text).filter(items[name].notnull()).distinct())["raw"]
         clean = [text if is_good(text) else None for text in map(clean_title, raw.to_pylist())]
         pairs = pa.table({"raw": raw, clean_name: pa.array(clean, pa.string())})
-        cleaned = engine.from_arrow(self.connection, pairs)
+        cleaned = self.engine.from_arrow(pairs)
         return items.left_join(cleaned, items[name] == cleaned["raw"]).drop("raw")
 
     def _judge_interactions(self, log: Any, items: Any, tables: SourceTables) -> Any:
@@ -314,7 +314,7 @@ class _DomainBuilder:
             (~log["has_title"], TITLELESS_ITEM),
             else_=ibis.null("string"),
         )
-        log = engine.materialise(self.connection, log.mutate(reason=reason).drop("known_id", "has_title"))
+        log = self.engine.materialise(log.mutate(reason=reason).drop("known_id", "has_title"))
         self._set_aside(log, "interactions", (USER_ID, ITEM_ID, "time_text"), items=items)
         events = log.filter(log["reason"].isnull())
         by_source = {"group_by": events[USER_ID], "order_by": [events["position"], events["sequence"]]}
@@ -328,7 +328,7 @@ class _DomainBuilder:
         bad = table.filter(table["reason"].notnull()).order_by("sequence")
         parts = [_field_text(name, bad[name]) for name in bad.columns if name in _SHOWN_FIELDS]
         text = functools.reduce(operator.add, parts)
-        rows = self.connection.to_pyarrow(bad.select("file", "line", "reason", row=text))
+        rows = self.engine.to_arrow(bad.select("file", "line", "reason", row=text))
         if not rows.num_rows:
             return
         if self.rules.strict:
@@ -341,7 +341,7 @@ class _DomainBuilder:
 
     def _set_aside_malformed(self, what: str, tables: SourceTables, num_rows: int) -> None:
         """Keep the rows that could not be taken apart; refuse the table where they are most of it."""
-        found = [self.connection.to_pyarrow(table.order_by("line")) for name, table in tables.malformed if name == what]
+        found = [self.engine.to_arrow(table.order_by("line")) for name, table in tables.malformed if name == what]
         rows = pa.concat_tables([_none_rejected(), *(table.cast(_REJECTED_SCHEMA) for table in found)])
         if not rows.num_rows:
             return
@@ -362,7 +362,7 @@ class _DomainBuilder:
     ) -> str:
         """Why most rows of a table cannot be used, with examples and what to do."""
         bad = table.filter(table["reason"] == reason).order_by("sequence")
-        examples = self.connection.to_pyarrow(bad.select("file", "line", *shown).head(3)).to_pylist()
+        examples = self.engine.to_arrow(bad.select("file", "line", *shown).head(3)).to_pylist()
         head = (
             f"{examples[0]['file']}: {count:,} of {total:,} rows of the {what} of domain {self.domain!r} cannot be used"
         )
@@ -376,7 +376,7 @@ class _DomainBuilder:
         if reason == UNKNOWN_ITEM:
             values = ", ".join(repr(row[ITEM_ID]) for row in examples)
             good = items.filter(items["reason"].isnull()).order_by("sequence").select(ITEM_ID).head(3)
-            known = self.connection.to_pyarrow(good)[ITEM_ID].to_pylist()
+            known = self.engine.to_arrow(good)[ITEM_ID].to_pylist()
             return (
                 f"{head}, because the items table has no such item: {values}. It has "
                 f"{', '.join(map(repr, known))}: are the right columns mapped to item_id in both?"
@@ -404,7 +404,7 @@ class _DomainBuilder:
             for name in (USER_ID, ITEM_ID, ORDER):
                 key = key + events[name].cast("string") + "\x1f"
             events = events.mutate(key.hexdigest("md5").substr(0, 8).name(TIE))
-        events = engine.materialise(self.connection, events)
+        events = self.engine.materialise(events)
         self._count("usable", events)
         if rules.deduplicate:
             same = {"group_by": [USER_ID, ITEM_ID, TIMESTAMP], "order_by": ORDER}
@@ -447,18 +447,18 @@ class _DomainBuilder:
         return [TIMESTAMP, *{"source": [], "item_id": [ITEM_ID], "shuffle": [TIE]}[self.rules.tie_order], ORDER]
 
     def _replace(self, old: Any, expression: Any) -> Any:
-        new = engine.materialise(self.connection, expression)
-        engine.discard(self.connection, old)
+        new = self.engine.materialise(expression)
+        self.engine.discard(old)
         return new
 
     # ---- counting and writing ----------------------------------------------------------------------------------------
 
     def _count(self, rule: str, events: Any) -> None:
         sizes = {"events": events.count(), "users": events[USER_ID].nunique(), "items": events[ITEM_ID].nunique()}
-        self.counts.append({"rule": rule, **self.connection.to_pyarrow(events.aggregate(**sizes)).to_pylist()[0]})
+        self.counts.append({"rule": rule, **self.engine.to_arrow(events.aggregate(**sizes)).to_pylist()[0]})
 
     def _value(self, scalar: Any) -> int:
-        return int(self.connection.to_pyarrow(scalar).as_py())
+        return int(self.engine.value(scalar))
 
     def _write(self, items: Any, events: Any) -> int:
         """Write both tables and return the number of items."""
@@ -468,10 +468,8 @@ class _DomainBuilder:
         texts = {TITLE: kept["clean"], BRAND: kept["clean_brand"], CATEGORIES: kept["clean_categories"]}
         kept = kept.select(ITEM_ID, **texts, description=kept[DESCRIPTION], price=kept[PRICE]).order_by(ITEM_ID)
         part = Path(f"domain={self.domain}", "part-0.parquet")
-        engine.write_parquet(self.connection, kept, self.folder / "items" / part)
-        engine.write_parquet(
-            self.connection, events.order_by(USER_ID, *self._event_order), self.folder / "interactions" / part
-        )
+        self.engine.write_parquet(kept, self.folder / "items" / part)
+        self.engine.write_parquet(events.order_by(USER_ID, *self._event_order), self.folder / "interactions" / part)
         return int(pq.read_metadata(self.folder / "items" / part).num_rows)
 
 

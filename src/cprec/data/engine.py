@@ -1,216 +1,253 @@
-"""Opens the table engine and reads files into it: the only file that knows which engine it is.
+"""Opens the table engine, which runs every step that concerns all rows: the only file that knows which engine it is.
 
-Everything above speaks Ibis, so that the same expressions can run elsewhere. The engine is DuckDB: embedded, out of
+Everything above speaks Ibis, so that the same expressions run on each engine. `duckdb` is the default: embedded, out of
 core, nothing to install or start.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
-import itertools
-import json
+import os
+import shutil
+import tempfile
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
+from cprec.data import text_files
+from cprec.data.text_files import LINE
 from cprec.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-ENGINES = ("duckdb",)
+MEMORY_SHARE = 0.6
+"""Of the memory that is free when the engine starts: what it may use unless told; the rest is for what reads it."""
 
-LINE = "line_in_file"
-"""The column that readers add: where a row stands, counted from 1; the header of a delimited file is line 1."""
 
-_numbers = itertools.count()
+class TableEngine(ABC):
+    """An engine while it is open. Tables are Ibis expressions of its `backend`."""
+
+    name: str
+    backend: Any
+    """The Ibis connection."""
+    spill: Path
+    """A folder for temporary files, empty at the start and deleted at the end."""
+
+    @abstractmethod
+    def read_parquet(self, path: str | Path) -> Any:
+        """A Parquet file with its row numbers (`LINE`)."""
+
+    @abstractmethod
+    def read_delimited(
+        self, path: Path, columns: Sequence[str], *, separator: str, quote: str
+    ) -> tuple[Any, Any | None]:
+        """A delimited text file with a header line, every column as text: (rows, malformed rows).
+
+        Rows with too few or too many fields, open quotes or bytes that are not UTF-8 are set aside: the second table
+        has columns `line_in_file`, `reason` and `row`; it is None where there are none.
+        """
+
+    @abstractmethod
+    def read_json_lines(self, path: Path, columns: Sequence[str]) -> tuple[Any, Any | None]:
+        """One JSON object per line, the given keys as text (lists joined by a comma): (rows, malformed rows)."""
+
+    @abstractmethod
+    def from_arrow(self, table: pa.Table) -> Any:
+        """An Arrow table that is in memory already."""
+
+    @abstractmethod
+    def from_batches(self, batches: pa.RecordBatchReader) -> Any:
+        """Rows that come one Arrow batch at a time; they go to disk, and memory holds one batch."""
+
+    @abstractmethod
+    def materialise(self, expression: Any) -> Any:
+        """Compute an expression once; the result is a table that spills to disk where memory is short."""
+
+    @abstractmethod
+    def discard(self, table: Any) -> None:
+        """Drop a table that `materialise` made."""
+
+    @abstractmethod
+    def write_parquet(self, expression: Any, path: Path) -> None:
+        """Write an expression to one Parquet file, in its order of rows."""
+
+    @abstractmethod
+    def write_parts(self, expression: Any, folder: Path, column: str) -> None:
+        """Write the rows of each value n of an int column to `folder/part-n.parquet`, in any order, without it."""
+
+    @abstractmethod
+    def translated_errors(self, what: str) -> AbstractContextManager[None]:
+        """Turn the engine's errors into DataError: they concern a file, memory or disk."""
+
+    def to_arrow(self, expression: Any) -> pa.Table:
+        """The rows of an expression, in memory."""
+        return self.backend.to_pyarrow(expression)
+
+    def value(self, scalar: Any) -> Any:
+        """A single value."""
+        return self.backend.to_pyarrow(scalar).as_py()
 
 
 @contextmanager
-def connect(engine: str = "duckdb", *, memory_limit: str | None = None, spill: Path | None = None) -> Iterator[Any]:
-    """An Ibis connection while the block runs.
+def connect(
+    engine: str = "duckdb", *, memory_limit: str | None = None, spill: str | Path | None = None
+) -> Iterator[TableEngine]:
+    """The table engine while the block runs.
 
-    `memory_limit` is as '8GB'; what exceeds it goes to temporary files in `spill`. Errors of the engine leave the block
-    as DataError.
+    `memory_limit` is as '8GB', None a share of the memory that is free; what exceeds it goes to temporary files in a
+    new folder inside `spill` (None: the system's). Errors of the engine leave the block as DataError.
     """
-    if engine not in ENGINES:
-        raise ConfigError(f"engine={engine!r}: expected {' or '.join(ENGINES)}")
-    import ibis
+    if engine != "duckdb":
+        raise ConfigError(f"engine={engine!r}: expected duckdb")
+    if spill is not None:
+        Path(spill).mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="cprec-", dir=spill))
+    try:
+        with warnings.catch_warnings():
+            # Ibis calls a method of DuckDB that DuckDB has renamed; nothing that a user could act on.
+            warnings.filterwarnings(
+                "ignore", message=r"fetch_arrow_table\(\) is deprecated", category=DeprecationWarning
+            )
+            opened = DuckDBEngine(folder, memory_limit)
+            try:
+                with opened.translated_errors("the table engine"):
+                    yield opened
+            finally:
+                opened.backend.disconnect()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
-    with warnings.catch_warnings():
-        # Ibis calls a method of DuckDB that DuckDB has renamed; nothing that a user could act on.
-        warnings.filterwarnings("ignore", message=r"fetch_arrow_table\(\) is deprecated", category=DeprecationWarning)
-        connection = ibis.duckdb.connect()
+
+def free_memory() -> int:
+    """Bytes that this process may still take: of the machine, or of the control group that it runs in."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:  # memory that the system would give back counts as free
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError, StopIteration):
+        pass
+    return max(free, 1 << 28)
+
+
+@final
+class DuckDBEngine(TableEngine):
+    """DuckDB in this process."""
+
+    name = "duckdb"
+
+    def __init__(self, spill: Path, memory_limit: str | None) -> None:
+        import duckdb
+        import ibis
+
+        self.spill = spill
+        self.backend = ibis.duckdb.connect()
+        self._run(f"SET temp_directory = {text_files.quoted(spill / 'duckdb')}")
+        self._run(
+            f"SET threads = {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}"
+        )
         try:
-            with translated_errors("the table engine"):
-                if spill is not None:
-                    _run(connection, f"SET temp_directory = {_quoted(spill)}")
-                _set_memory_limit(connection, memory_limit)
-                yield connection
+            self._run(
+                f"SET memory_limit = {text_files.quoted(memory_limit or f'{int(free_memory() * MEMORY_SHARE)}B')}"
+            )
+        except duckdb.Error:
+            raise ConfigError(f"memory_limit={memory_limit!r}: write a size, as 8GB or 500MB") from None
+
+    @contextmanager
+    def translated_errors(self, what: str) -> Iterator[None]:
+        import duckdb
+
+        try:
+            yield
+        except duckdb.OutOfMemoryException as error:
+            raise DataError(f"{what}: not enough memory or disk ({_first_line(error)}); raise memory_limit") from None
+        except duckdb.Error as error:
+            raise DataError(f"{what}: {_first_line(error)}") from None
+
+    def read_parquet(self, path: str | Path) -> Any:
+        import ibis
+
+        with self.translated_errors(str(path)):
+            table = self.backend.read_parquet(str(path), table_name=text_files.new_name(), file_row_number=True)
+        return table.mutate((ibis._.file_row_number + 1).name(LINE)).drop("file_row_number")
+
+    def read_delimited(
+        self, path: Path, columns: Sequence[str], *, separator: str, quote: str
+    ) -> tuple[Any, Any | None]:
+        with self.translated_errors(str(path)):
+            rows, malformed = text_files.read_delimited(self.backend.con, path, columns, separator, quote)
+        return self.backend.table(rows), None if malformed is None else self.backend.table(malformed)
+
+    def read_json_lines(self, path: Path, columns: Sequence[str]) -> tuple[Any, Any | None]:
+        with self.translated_errors(str(path)):
+            rows, malformed = text_files.read_json_lines(self.backend.con, path, columns)
+        return self.backend.table(rows), self.backend.table(malformed)
+
+    def from_arrow(self, table: pa.Table) -> Any:
+        name = text_files.new_name()
+        self.backend.con.register(name, table)
+        return self.backend.table(name)
+
+    def from_batches(self, batches: pa.RecordBatchReader) -> Any:
+        return self.backend.read_parquet(str(_stage(self.spill, batches)), table_name=text_files.new_name())
+
+    def materialise(self, expression: Any) -> Any:
+        return self.backend.create_table(text_files.new_name(), expression, temp=True)
+
+    def discard(self, table: Any) -> None:
+        self._run(f"DROP TABLE {table.gettext_files.new_name()}")
+
+    def write_parquet(self, expression: Any, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.backend.to_parquet(expression, str(path), compression="zstd")
+
+    def write_parts(self, expression: Any, folder: Path, column: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = self.spill / text_files.new_name()
+        self._run("SET preserve_insertion_order = false")
+        try:
+            self.backend.to_parquet(
+                expression, str(aside), compression="zstd", partition_by=column, filename_pattern="part-{i}"
+            )
         finally:
-            connection.disconnect()
+            self._run("SET preserve_insertion_order = true")
+        for part in sorted(aside.glob(f"{column}=*")):
+            _join_files(sorted(part.iterdir()), folder / f"part-{part.name.partition('=')[2]}.parquet")
+
+    def _run(self, sql: str) -> list[tuple[Any, ...]]:
+        rows: list[tuple[Any, ...]] = self.backend.con.execute(sql).fetchall()
+        return rows
 
 
-def _set_memory_limit(connection: Any, memory_limit: str | None) -> None:
-    import duckdb
+def _stage(folder: Path, batches: pa.RecordBatchReader) -> Path:
+    """Write batches to a Parquet file of a folder, one at a time."""
+    import pyarrow.parquet as pq
 
-    if memory_limit is None:
+    path = folder / f"{text_files.new_name()}.parquet"
+    with pq.ParquetWriter(path, batches.schema, compression="zstd") as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    return path
+
+
+def _join_files(paths: Sequence[Path], target: Path) -> None:
+    """The rows of some Parquet files in one, a row group at a time; a single file is moved."""
+    import pyarrow.parquet as pq
+
+    if len(paths) == 1:
+        shutil.move(paths[0], target)
         return
-    try:
-        _run(connection, f"SET memory_limit = {_quoted(memory_limit)}")
-    except duckdb.Error:
-        raise ConfigError(f"memory_limit={memory_limit!r}: write a size, as 8GB or 500MB") from None
-
-
-@contextmanager
-def translated_errors(what: str) -> Iterator[None]:
-    """Turn the engine's errors into DataError: they concern a file, memory or disk."""
-    import duckdb
-
-    try:
-        yield
-    except duckdb.OutOfMemoryException as error:
-        raise DataError(f"{what}: not enough memory or disk ({_first_line(error)}); raise memory_limit") from None
-    except duckdb.Error as error:
-        raise DataError(f"{what}: {_first_line(error)}") from None
-
-
-def materialise(connection: Any, expression: Any) -> Any:
-    """Compute an expression once; the result is a table that spills to disk where memory is short."""
-    return connection.create_table(_name(), expression, temp=True)
-
-
-def discard(connection: Any, table: Any) -> None:
-    """Drop a table that `materialise` made."""
-    _run(connection, f"DROP TABLE {table.get_name()}")
-
-
-def from_arrow(connection: Any, table: pa.Table) -> Any:
-    """An Arrow table, seen by the engine without a copy."""
-    name = _name()
-    connection.con.register(name, table)
-    return connection.table(name)
-
-
-def read_parquet(connection: Any, path: Path) -> Any:
-    """A Parquet file with its row numbers."""
-    import ibis
-
-    with translated_errors(str(path)):
-        table = connection.read_parquet(str(path), table_name=_name(), file_row_number=True)
-    return table.mutate((ibis._.file_row_number + 1).name(LINE)).drop("file_row_number")
-
-
-def read_delimited(
-    connection: Any, path: Path, columns: Sequence[str], *, separator: str, quote: str
-) -> tuple[Any, Any | None]:
-    """A delimited text file with a header line, every column as text: (rows, malformed rows).
-
-    Rows with too few or too many fields, open quotes or bytes that are not UTF-8 are set aside: the second table has
-    columns `line_in_file`, `reason` and `row`; it is None where there are none.
-    """
-    name, rejects, scans = _name(), _name(), _name()
-    types = ", ".join(f"{_quoted(column)}: 'VARCHAR'" for column in columns)
-    with translated_errors(str(path)):
-        _run(
-            connection,
-            f"CREATE TEMP TABLE {name} AS SELECT *, row_number() OVER () - 1 AS {LINE} FROM read_csv("
-            f"{_quoted(path)}, columns = {{{types}}}, auto_detect = false, header = true, delim = "
-            f"{_quoted(separator)}, "
-            f"quote = {_quoted(quote)}, escape = {_quoted(quote)}, ignore_errors = true, store_rejects = true, "
-            f"rejects_table = '{rejects}', rejects_scan = '{scans}')",
-        )
-        malformed = f"{name}_malformed"
-        _run(
-            connection,
-            f"CREATE TEMP TABLE {malformed} AS SELECT {LINE}, reason, row, row_number() OVER (ORDER BY {LINE}) AS "
-            f"before "
-            f"FROM (SELECT line::BIGINT AS {LINE}, 'malformed row: ' || lower(any_value(error_type)::VARCHAR) AS "
-            f"reason, "
-            f"any_value(csv_line) AS row FROM {rejects} GROUP BY line)",
-        )
-    rows = connection.table(name)
-    if not _run(connection, f"SELECT count(*) FROM {malformed}")[0][0]:
-        return rows.mutate((rows[LINE] + 2).name(LINE)), None
-    # The engine numbers the rows it keeps: add the malformed ones that stand before each.
-    _run(
-        connection,
-        f"CREATE TEMP VIEW {name}_numbered AS SELECT r.* EXCLUDE ({LINE}), r.{LINE} + 2 + coalesce(m.before, 0) AS "
-        f"{LINE} "
-        f"FROM {name} r ASOF LEFT JOIN {malformed} m ON r.{LINE} >= m.{LINE} - m.before - 1",
-    )
-    return connection.table(f"{name}_numbered"), connection.table(malformed).drop("before")
-
-
-def read_json_lines(connection: Any, path: Path, columns: Sequence[str]) -> tuple[Any, Any | None]:
-    """One JSON object per line, the given keys as text (lists of text joined by a comma): (rows, malformed rows)."""
-    name = _name()
-    with translated_errors(str(path)):
-        _run(
-            connection,
-            f"CREATE TEMP TABLE {name} AS SELECT json, row_number() OVER () AS {LINE} FROM read_json_objects("
-            f"{_quoted(path)}, format = 'newline_delimited', ignore_errors = true)",
-        )
-    fields = ", ".join(f"{_json_text(column)} AS {_identifier(column)}" for column in columns)
-    good = "json IS NOT NULL AND json_type(json) = 'OBJECT'"
-    _run(connection, f"CREATE TEMP VIEW {name}_rows AS SELECT {fields}, {LINE} FROM {name} WHERE {good}")
-    _run(
-        connection,
-        f"CREATE TEMP VIEW {name}_malformed AS SELECT {LINE}, 'malformed row: no JSON object' AS reason, "
-        f"coalesce(json::VARCHAR, '') AS row FROM {name} WHERE NOT coalesce({good}, false)",
-    )
-    return connection.table(f"{name}_rows"), connection.table(f"{name}_malformed")
-
-
-def _json_text(key: str) -> str:
-    value = "json -> " + _quoted("$." + json.dumps(key))
-    text = "json ->> " + _quoted("$." + json.dumps(key))
-    return (
-        f"CASE json_type({value}) WHEN 'ARRAY' THEN array_to_string(({value} ->> '$[*]'), ', ') "
-        f"WHEN 'NULL' THEN NULL ELSE {text} END"
-    )
-
-
-def first_line(path: Path) -> str:
-    """The first line of a text file, also of a compressed one, without its end and byte order mark."""
-    return next(iter(first_lines(path, 1)), "")
-
-
-def first_lines(path: Path, count: int) -> list[str]:
-    """Up to `count` lines of a text file, also of a compressed one. Raises DataError where it cannot be read."""
-    try:
-        with open(path, "rb") as raw:
-            stream = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-            with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline=None) as text:
-                return [line.rstrip("\n") for line in itertools.islice(text, count)]
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-
-
-def write_parquet(connection: Any, expression: Any, path: Path) -> None:
-    """Write an expression to one Parquet file, in its order of rows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    connection.to_parquet(expression, str(path), compression="zstd")
-
-
-def _run(connection: Any, sql: str) -> list[tuple[Any, ...]]:
-    rows: list[tuple[Any, ...]] = connection.con.execute(sql).fetchall()
-    return rows
-
-
-def _name() -> str:
-    return f"cprec_{next(_numbers)}"
-
-
-def _quoted(value: str | Path) -> str:
-    return "'" + str(value).replace("'", "''") + "'"
-
-
-def _identifier(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
+    with pq.ParquetWriter(target, pq.read_schema(paths[0]), compression="zstd") as writer:
+        for path in paths:
+            source = pq.ParquetFile(path)
+            for group in range(source.num_row_groups):
+                writer.write_table(source.read_row_group(group))
 
 
 def _first_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cprec.data import engine
+from cprec.data.engine import connect
 from cprec.data.sources.memory import MemorySource
 from cprec.data.sources.recbole import RecBoleSource
 from cprec.data.sources.tables import TableSource
@@ -26,11 +26,11 @@ NOON = 1_406_116_800  # 2014-07-23T12:00:00Z
 
 def load(source: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Any]:
     """(interactions, items, the source's tables) as rows in source order."""
-    with engine.connect() as connection:
-        tables = source.load(connection)
-        log = connection.to_pyarrow(tables.interactions.order_by("sequence")).to_pylist()
-        items = connection.to_pyarrow(tables.items.order_by("sequence")).to_pylist()
-        malformed = [row for _, table in tables.malformed for row in connection.to_pyarrow(table).to_pylist()]
+    with connect() as engine:
+        tables = source.load(engine)
+        log = engine.to_arrow(tables.interactions.order_by("sequence")).to_pylist()
+        items = engine.to_arrow(tables.items.order_by("sequence")).to_pylist()
+        malformed = [row for _, table in tables.malformed for row in engine.to_arrow(table).to_pylist()]
         return log, items, (tables, malformed)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cprec.data.sources.tables import RawTable, SourceTables, canonical_tables, check_names
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from cprec.data.engine import TableEngine
 
 
 @dataclass(frozen=True)
@@ -26,24 +28,24 @@ class MemorySource:
     def __post_init__(self) -> None:
         check_names(self.domain, self.platform)
 
-    def load(self, connection: Any) -> SourceTables:
+    def load(self, engine: TableEngine) -> SourceTables:
         """The rows of both tables. Raises DataError for a missing column."""
         from dataclasses import replace
         from pathlib import Path
 
         import ibis
 
-        from cprec.data import engine
+        from cprec.data.text_files import LINE
 
         raw = []
         for what, table in (("interactions", self.interactions), ("items", self.items)):
-            numbered = table.append_column(engine.LINE, [_numbers(table.num_rows)])
-            rows = engine.from_arrow(connection, numbered)
+            numbered = table.append_column(LINE, [_numbers(table.num_rows)])
+            rows = engine.from_arrow(numbered)
             place = f"memory/{self.domain}/{what}"
-            rows = rows.mutate(ibis.literal(place).name("source_file"), rows[engine.LINE].name("sequence"))
+            rows = rows.mutate(ibis.literal(place).name("source_file"), rows[LINE].name("sequence"))
             raw.append(RawTable(what, rows, tuple(table.column_names), (), (Path(place),)))
         tables = canonical_tables(
-            connection,
+            engine,
             self.domain,
             raw[0],
             raw[1],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from cprec.data.sources.tables import (
     DEFAULT_NAMES,
@@ -17,6 +17,9 @@ from cprec.data.sources.tables import (
 )
 from cprec.errors import ConfigError
 from cprec.schema import TIMESTAMP
+
+if TYPE_CHECKING:
+    from cprec.data.engine import TableEngine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +46,10 @@ class RecBoleSource:
             raise ConfigError(f"columns maps {', '.join(unknown)}; canonical columns are {', '.join(DEFAULT_NAMES)}")
         object.__setattr__(self, "prefix", str(self.prefix))
 
-    def load(self, connection: Any) -> SourceTables:
+    def load(self, engine: TableEngine) -> SourceTables:
         """The rows of both files. Raises DataError for a missing file or column."""
         log, items = (
-            read_files(connection, self.domain, what, self.prefix + suffix, "\t", "", typed_header=True)
+            read_files(engine, self.domain, what, self.prefix + suffix, "\t", "", typed_header=True)
             for what, suffix in (("interactions", ".inter"), ("items", ".item"))
         )
         timestamps = self.timestamps
@@ -54,4 +57,4 @@ class RecBoleSource:
             self.domain, log, INTERACTION_FIELDS, self.columns, required=()
         ):
             timestamps = "order"
-        return canonical_tables(connection, self.domain, log, items, self.columns, timestamps, items_in_log=False)
+        return canonical_tables(engine, self.domain, log, items, self.columns, timestamps, items_in_log=False)

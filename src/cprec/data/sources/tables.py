@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from cprec.errors import ConfigError, DataError
 from cprec.schema import (
@@ -25,6 +25,9 @@ from cprec.schema import (
     TITLE,
     USER_ID,
 )
+
+if TYPE_CHECKING:
+    from cprec.data.engine import TableEngine
 
 TimeFormat = Literal["auto", "seconds", "milliseconds", "iso", "order"]
 
@@ -119,15 +122,15 @@ class TableSource:
                 raise ConfigError(f"{name} of domain {self.domain!r} names no file")
             object.__setattr__(self, name, None if paths is None else tuple(str(path) for path in paths))
 
-    def load(self, connection: Any) -> SourceTables:
+    def load(self, engine: TableEngine) -> SourceTables:
         """The rows of all files. Raises DataError for a missing file or column, or a separator that cannot be right."""
-        log = read_files(connection, self.domain, "interactions", self.interactions, self.separator, self.quote)
+        log = read_files(engine, self.domain, "interactions", self.interactions, self.separator, self.quote)
         if self.items is None:
             catalogue = log
         else:
-            catalogue = read_files(connection, self.domain, "items", self.items, self.separator, self.quote)
+            catalogue = read_files(engine, self.domain, "items", self.items, self.separator, self.quote)
         return canonical_tables(
-            connection,
+            engine,
             self.domain,
             log,
             catalogue,
@@ -161,7 +164,7 @@ class RawTable:
 
 
 def read_files(
-    connection: Any,
+    engine: TableEngine,
     domain: str,
     what: str,
     patterns: str | tuple[str, ...] | None,
@@ -176,7 +179,7 @@ def read_files(
     """
     import ibis
 
-    from cprec.data import engine
+    from cprec.data.text_files import LINE
 
     files = find_files(domain, what, (patterns,) if isinstance(patterns, str) else patterns or ())
     columns: tuple[str, ...] = ()
@@ -185,15 +188,15 @@ def read_files(
         kind = _suffix(path)
         bad = None
         if kind in _PARQUET:
-            table = engine.read_parquet(connection, path)
-            names = tuple(name for name in table.columns if name != engine.LINE)
+            table = engine.read_parquet(path)
+            names = tuple(name for name in table.columns if name != LINE)
         elif kind in _JSON:
             names = _json_keys(path)
-            table, bad = engine.read_json_lines(connection, path, names)
+            table, bad = engine.read_json_lines(path, names)
         else:
             between = separator or _DELIMITED[kind]
             names = _header(path, between, quote, typed_header)
-            table, bad = engine.read_delimited(connection, path, names, separator=between, quote=quote)
+            table, bad = engine.read_delimited(path, names, separator=between, quote=quote)
         if number == 0:
             columns = names
         elif missing := [name for name in columns if name not in names and kind not in _JSON]:
@@ -204,14 +207,12 @@ def read_files(
         tables.append(
             table.mutate(
                 ibis.literal(str(path)).name("source_file"),
-                (ibis.literal(number).cast("int64") * (1 << 40) + table[engine.LINE]).name("sequence"),
+                (ibis.literal(number).cast("int64") * (1 << 40) + table[LINE]).name("sequence"),
             )
         )
         if bad is not None:
             malformed.append(
-                bad.select(
-                    ibis.literal(str(path)).name("file"), bad[engine.LINE].cast("int64").name("line"), "reason", "row"
-                )
+                bad.select(ibis.literal(str(path)).name("file"), bad[LINE].cast("int64").name("line"), "reason", "row")
             )
     tables = [_with_columns(table, columns) for table in tables]
     return RawTable(what, ibis.union(*tables) if len(tables) > 1 else tables[0], columns, tuple(malformed), files)
@@ -220,10 +221,10 @@ def read_files(
 def _with_columns(table: Any, columns: Sequence[str]) -> Any:
     import ibis
 
-    from cprec.data import engine
+    from cprec.data.text_files import LINE
 
     absent = [ibis.null("string").name(name) for name in columns if name not in table.columns]
-    return table.mutate(*absent).select(*columns, engine.LINE, "source_file", "sequence")
+    return table.mutate(*absent).select(*columns, LINE, "source_file", "sequence")
 
 
 def find_files(domain: str, what: str, patterns: Sequence[str]) -> tuple[Path, ...]:
@@ -269,9 +270,9 @@ def _suffix(path: Path) -> str:
 
 def _header(path: Path, separator: str, quote: str, typed: bool) -> tuple[str, ...]:
     """The names in the first line of a delimited file."""
-    from cprec.data import engine
+    from cprec.data.text_files import first_line
 
-    line = engine.first_line(path)
+    line = first_line(path)
     names = _split(line, separator, quote)
     if len(names) == 1:
         others = [other for other in SEPARATORS if other != separator and len(_split(line, other, quote)) > 1]
@@ -300,10 +301,10 @@ def _split(line: str, separator: str, quote: str) -> list[str]:
 
 def _json_keys(path: Path) -> tuple[str, ...]:
     """The keys of the first objects of a JSON-lines file."""
-    from cprec.data import engine
+    from cprec.data.text_files import first_lines
 
     keys: dict[str, None] = {}
-    for number, line in enumerate(engine.first_lines(path, 1000), start=1):
+    for number, line in enumerate(first_lines(path, 1000), start=1):
         try:
             value = json.loads(line) if line.strip() else {}
         except json.JSONDecodeError as error:
@@ -324,7 +325,7 @@ def _json_keys(path: Path) -> tuple[str, ...]:
 
 
 def canonical_tables(
-    connection: Any,
+    engine: TableEngine,
     domain: str,
     log: RawTable,
     catalogue: RawTable,
@@ -345,7 +346,7 @@ def canonical_tables(
     raw_time = table[log_columns[TIMESTAMP]] if TIMESTAMP in log_columns else table["sequence"]
     time_format = timestamps
     if timestamps == "auto":
-        time_format = _detect_time_format(connection, domain, log, log_columns[TIMESTAMP])
+        time_format = _detect_time_format(engine, domain, log, log_columns[TIMESTAMP])
     interactions = table.select(
         _as_text(table[log_columns[USER_ID]]).name("user_id"),
         _as_text(table[log_columns[ITEM_ID]]).name("item_id"),
@@ -471,7 +472,7 @@ def _seconds(value: Any, time_format: str) -> Any:
     return ibis.ifelse(plausible, number.floor(), ibis.null("float64")).cast("int64")
 
 
-def _detect_time_format(connection: Any, domain: str, log: RawTable, column: str) -> str:
+def _detect_time_format(engine: TableEngine, domain: str, log: RawTable, column: str) -> str:
     """seconds, milliseconds or iso: what most values are. Raises DataError where they are none, or look like
     positions."""
     value = log.table[column]
@@ -486,7 +487,7 @@ def _detect_time_format(connection: Any, domain: str, log: RawTable, column: str
     }
     if kind.is_string():
         found["dates"] = value.try_cast("timestamp('UTC')").notnull().sum()
-    summary = connection.to_pyarrow(log.table.aggregate(**found)).to_pylist()[0]
+    summary = engine.to_arrow(log.table.aggregate(**found)).to_pylist()[0]
     if summary["rows"] and (summary.get("dates") or 0) > (summary["numbers"] or 0):
         return "iso"
     middle = summary["middle"]
