@@ -201,7 +201,7 @@ class DuckDBEngine(TableEngine):
         return self.backend.create_table(text_files.new_name(), expression, temp=True)
 
     def discard(self, table: Any) -> None:
-        self._run(f"DROP TABLE {table.gettext_files.new_name()}")
+        self._run(f"DROP TABLE {table.get_name()}")
 
     def write_parquet(self, expression: Any, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
