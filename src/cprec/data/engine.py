@@ -86,6 +86,10 @@ class TableEngine(ABC):
         """The rows of an expression, in memory."""
         return self.backend.to_pyarrow(expression)
 
+    def batches(self, expression: Any) -> Iterator[pa.RecordBatch]:
+        """The rows of an expression, one Arrow batch at a time; ask the engine nothing else until they are read."""
+        yield from self.backend.to_pyarrow_batches(expression)
+
     def value(self, scalar: Any) -> Any:
         """A single value."""
         return self.backend.to_pyarrow(scalar).as_py()
