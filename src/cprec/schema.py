@@ -25,9 +25,10 @@ PRICE = "price"
 ITEM_COLUMNS = (ITEM_ID, DOMAIN, TITLE, BRAND, CATEGORIES, DESCRIPTION, PRICE)
 INTERACTION_COLUMNS = (USER_ID, ITEM_ID, DOMAIN, TIMESTAMP, RATING, ORDER)
 
-TRAIN, VALIDATION, TEST = "train", "validation", "test"
-SPLITS = (TRAIN, VALIDATION, TEST)
-"""An event's part of a split, in time order; stored as an int8 code, the position in this tuple."""
+TRAIN, VALIDATION, TEST, CONTEXT = "train", "validation", "test", "context"
+SPLITS = (TRAIN, VALIDATION, TEST, CONTEXT)
+"""What an event is for; stored as an int8 code, the position in this tuple. Context is what an unseen user did before
+the held-out events: shown as history, never learnt from."""
 
 SPECIFIC, MIXED = "specific", "mixed"
 KINDS = (SPECIFIC, MIXED)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from cprec.data.catalogue import Catalogue
-from cprec.data.dataset import build_dataset, read_dataset
+from cprec.data.build import build_dataset
+from cprec.data.dataset import read_dataset
 from cprec.data.sources.memory import MemorySource
 from cprec.data.sources.synthetic import OracleRecommender, SyntheticConfig, SyntheticWorld
 from cprec.data.splits import Split, SplitSpec, make_split

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cprec.data.catalogue import Catalogue, clean_title
-from cprec.data.dataset import build_dataset, read_dataset
+from cprec.data.build import build_dataset
+from cprec.data.dataset import read_dataset
 from cprec.data.interactions import Interactions, stable_order
 from cprec.data.sequences import build_sequences
 from cprec.data.sources.memory import MemorySource

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cprec.errors import DataError, UnknownItemError
@@ -136,6 +137,21 @@ class Catalogue:
         alike = [title for title, count in shared.most_common(50) if count]
         best = difflib.get_close_matches(key, alike or list(known)[:20_000], n=3, cutoff=0.3)
         return [str(self.title[known[title]]) for title in best]
+
+    @cached_property
+    def item_id_rank(self) -> np.ndarray:
+        """Where each row's item id stands among all ids in the order of their code points; equal ids rank alike."""
+        ids = pa.array(self.item_id, pa.string())
+        distinct = ids.unique()
+        return pc.index_in(ids, distinct.take(pc.array_sort_indices(distinct))).to_numpy().astype(np.int64)
+
+    def arrow_ids(self, domain: str) -> pa.Array:
+        """The item ids of a domain in the order of its rows."""
+        return self._arrow_ids[self.domain_index(domain)]
+
+    @cached_property
+    def _arrow_ids(self) -> list[pa.Array]:
+        return [pa.array(self.item_id[self.rows_of(domain)], pa.string()) for domain in self.domains]
 
     @cached_property
     def _row_of_id(self) -> list[dict[str, int]]:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 MEMORY_SHARE = 0.6
 """Of the memory that is free when the engine starts: what it may use unless told; the rest is for what reads it."""
 
+BATCH_ROWS = 1 << 17
+"""Rows of a batch."""
+
 
 class TableEngine(ABC):
     """An engine while it is open. Tables are Ibis expressions of its `backend`."""
@@ -200,6 +203,10 @@ class DuckDBEngine(TableEngine):
 
     def from_batches(self, batches: pa.RecordBatchReader) -> Any:
         return self.backend.read_parquet(str(_stage(self.spill, batches)), table_name=text_files.new_name())
+
+    def batches(self, expression: Any) -> Iterator[pa.RecordBatch]:
+        # Ibis asks the connection for them in a way that DuckDB 2 no longer has.
+        yield from self.backend.con.sql(self.backend.compile(expression)).to_arrow_reader(BATCH_ROWS)
 
     def materialise(self, expression: Any) -> Any:
         return self.backend.create_table(text_files.new_name(), expression, temp=True)

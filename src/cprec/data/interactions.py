@@ -53,18 +53,35 @@ class Interactions:
 def stable_order(*keys: np.ndarray) -> np.ndarray:
     """Rows sorted by integer keys, the first one first; rows equal in all keys stay as they are.
 
-    The keys are packed into one 64-bit number where they fit: one argsort is several times faster than one per key.
+    As many keys as fit are packed into one 64-bit number, whose argsort is several times faster than one per key; only
+    rows that are equal so far are sorted by the rest.
 
     >>> stable_order(np.array([1, 0, 1, 0]), np.array([5, 9, -7, 2])).tolist()
     [3, 1, 2, 0]
     """
-    if not len(keys[0]):
+    size = len(keys[0])
+    assert size < 1 << 32
+    if not size:
         return np.empty(0, dtype=np.int64)
-    lows = [int(key.min()) for key in keys]
-    widths = [(int(key.max()) - low).bit_length() for key, low in zip(keys, lows, strict=True)]
-    if sum(widths) > 63:
-        return np.lexsort(keys[::-1])
-    packed = np.zeros(len(keys[0]), dtype=np.int64)
-    for key, low, width in zip(keys, lows, widths, strict=True):
+    packed, used, bits = np.zeros(size, dtype=np.int64), 0, 0
+    for key in keys:
+        low, high = int(key.min()), int(key.max())
+        width = (high - low).bit_length()
+        if bits + width > 63:
+            break
         packed = (packed << width) | (key.astype(np.int64) - low)
-    return np.argsort(packed, kind="stable")
+        used, bits = used + 1, bits + width
+    if not used:  # the first key needs all 64 bits: its ranks need fewer
+        ranks = np.unique(keys[0], return_inverse=True)[1]
+        return stable_order(ranks, *keys[1:])
+    order = np.argsort(packed)
+    packed = packed[order]
+    same = packed[1:] == packed[:-1]
+    if same.any():
+        tied = np.flatnonzero(np.r_[False, same] | np.r_[same, False])
+        run = np.cumsum(np.r_[True, packed[tied][1:] != packed[tied][:-1]])
+        rows = np.sort(order[tied] | run << 32) & 0xFFFFFFFF  # within a run of equal keys, as they came
+        if used < len(keys):
+            rows = rows[stable_order(run, *(key[rows] for key in keys[used:]))]
+        order[tied] = rows
+    return order

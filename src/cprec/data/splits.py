@@ -11,7 +11,7 @@ from datetime import UTC
 from typing import TYPE_CHECKING, Literal
 
 from cprec.errors import ConfigError
-from cprec.schema import SPECIFIC, SPLITS, TEST, TRAIN, DomainInfo
+from cprec.schema import CONTEXT, SPECIFIC, SPLITS, TEST, TRAIN, VALIDATION, DomainInfo
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,19 +21,23 @@ if TYPE_CHECKING:
     from cprec.data.ragged import Ragged
 
 LEAVE_ONE_OUT = "leave-one-out"
+LAST_N = "last-n"
 GLOBAL_TIME = "global-time"
-
-MIN_EVENTS_TO_HOLD_OUT = 3
-"""A user with fewer events in a domain stays wholly in train: one to learn from, one to validate, one to test."""
+METHODS = (LEAVE_ONE_OUT, LAST_N, GLOBAL_TIME)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSpec:
     """What is held out of training, in every domain."""
 
-    method: Literal["leave-one-out", "global-time"] = "leave-one-out"
-    """leave-one-out: of each user and domain the last event tests and the one before validates. global-time: two dates,
-    the same in all domains."""
+    method: Literal["leave-one-out", "last-n", "global-time"] = "leave-one-out"
+    """leave-one-out: of each user and domain the last event tests and the one before validates. last-n: the last
+    num_test events test and the num_validation before them validate. global-time: two dates, the same in all
+    domains."""
+    num_validation: int | None = None
+    """last-n: events of each user and domain that validate, 1 unless given."""
+    num_test: int | None = None
+    """last-n: events of each user and domain that test, the latest ones, 1 unless given."""
     validation_fraction: float | None = None
     """global-time: share of all events that validate, 0.1 unless the dates are given."""
     test_fraction: float | None = None
@@ -43,14 +47,26 @@ class SplitSpec:
     test_from: str | None = None
     """global-time: first moment of test, ISO date or date and time (UTC), in place of the fractions."""
 
+    unseen_user_share: float = 0.0
+    """Share of users (by hash of the seed and the user) nothing of whom is learnt from, in any domain: their events
+    before the held-out ones are only shown as history."""
+
     def __post_init__(self) -> None:
-        if self.method not in (LEAVE_ONE_OUT, GLOBAL_TIME):
-            raise ConfigError(f"method={self.method!r}: expected {LEAVE_ONE_OUT} or {GLOBAL_TIME}")
+        if self.method not in METHODS:
+            raise ConfigError(f"method={self.method!r}: expected {', '.join(METHODS)}")
         fractions = {name: getattr(self, name) for name in ("validation_fraction", "test_fraction")}
         dates = {name: getattr(self, name) for name in ("validation_from", "test_from")}
+        numbers = {name: getattr(self, name) for name in ("num_validation", "num_test")}
         given = [name for name, value in (fractions | dates).items() if value is not None]
-        if self.method == LEAVE_ONE_OUT and given:
-            raise ConfigError(f"{given[0]} means something for method={GLOBAL_TIME} only, not for {LEAVE_ONE_OUT}")
+        if self.method != GLOBAL_TIME and given:
+            raise ConfigError(f"{given[0]} means something for method={GLOBAL_TIME} only, not for {self.method}")
+        for name, number in numbers.items():
+            if number is not None and self.method != LAST_N:
+                raise ConfigError(f"{name} means something for method={LAST_N} only, not for {self.method}")
+            if number is not None and number < 1:
+                raise ConfigError(f"{name}={number} must be at least 1")
+        if not 0 <= self.unseen_user_share < 1:
+            raise ConfigError(f"unseen_user_share={self.unseen_user_share} must lie between 0 and 1")
         for name, fraction in fractions.items():
             if fraction is not None and not 0 < fraction < 1:
                 raise ConfigError(f"{name}={fraction} must lie between 0 and 1")
@@ -65,6 +81,10 @@ class SplitSpec:
             validation, test = self.dates()
             if not validation < test:
                 raise ConfigError(f"validation_from={self.validation_from} must be before test_from={self.test_from}")
+
+    def numbers(self) -> tuple[int, int]:
+        """Events of each user and domain that validate and that test, where they are counted from the end."""
+        return self.num_validation or 1, self.num_test or 1
 
     def fractions(self) -> tuple[float, float]:
         """Shares of events that validate and that test."""
@@ -96,7 +116,7 @@ class Queries:
     part: str
     """validation or test."""
     query_id: np.ndarray
-    """object[Q] of str: domain/platform/user_id/part, and with global-time /n, the n-th of that user from 0."""
+    """object[Q] of str: domain/platform/user_id/part, and except with leave-one-out /n, the n-th of that user from 0."""
     user: np.ndarray
     """int64[Q]: rows of the table of users."""
     event: np.ndarray
@@ -145,9 +165,9 @@ class Split:
         """One query for each event of a domain in a held-out part.
 
         The history is what the user did before the target: in the domain (`specific`), or in every domain with real
-        times (`mixed`); the latest `max_history` events of it. With leave-one-out it never holds a test event, of any
-        domain. With global-time it holds all that came before, the user's earlier held-out events too, as they would
-        be known by then. Queries with fewer than `min_history` events of history are left out.
+        times (`mixed`); the latest `max_history` events of it, the user's earlier held-out events in the domain too, as
+        they would be known by then. With leave-one-out and last-n it never holds a test event of another domain. Queries
+        with fewer than `min_history` events of history are left out.
 
         Raises ConfigError for a mixed history where the domain's times are not real.
         """
@@ -156,8 +176,8 @@ class Split:
         from cprec.data.ragged import Ragged, offsets_of
 
         log, catalogue = self.interactions, self.catalogue
-        if part == TRAIN or part not in SPLITS:
-            raise ConfigError(f"part={part!r}: expected one of {', '.join(SPLITS[1:])}")
+        if part not in (VALIDATION, TEST):
+            raise ConfigError(f"part={part!r}: expected {VALIDATION} or {TEST}")
         event_domain = catalogue.domain[log.item]
         of_domain = event_domain == catalogue.domain_index(domain)
         if history_kind == SPECIFIC:
@@ -169,8 +189,8 @@ class Split:
                     f"domain {domain!r} has no real times, so its events cannot be put in order with those of other "
                     "domains: use history specific"
                 )
-        if self.spec.method == LEAVE_ONE_OUT:
-            eligible = eligible & (self.part != SPLITS.index(TEST))
+        if self.spec.method != GLOBAL_TIME:
+            eligible = eligible & (of_domain | (self.part != SPLITS.index(TEST)))
 
         event = np.flatnonzero(of_domain & self.events(part))
         user = log.user[event]
@@ -202,7 +222,7 @@ class Split:
         ids = [
             f"{domain}/{platform}/{name}/{part}" for platform, name in zip(platforms, log.user_id[user], strict=True)
         ]
-        if self.spec.method == GLOBAL_TIME:
+        if self.spec.method != LEAVE_ONE_OUT:
             ids = [f"{name}/{number}" for name, number in zip(ids, serial.tolist(), strict=True)]
         return np.array(ids, dtype=object)
 
@@ -215,25 +235,55 @@ def comparable_domains(catalogue: Catalogue, domains: Mapping[str, DomainInfo]) 
 
 
 def make_split(
-    catalogue: Catalogue, interactions: Interactions, domains: Mapping[str, DomainInfo], spec: SplitSpec
+    catalogue: Catalogue,
+    interactions: Interactions,
+    domains: Mapping[str, DomainInfo],
+    spec: SplitSpec,
+    *,
+    cuts: tuple[int, int] | None = None,
+    seed: int = 0,
 ) -> Split:
     """Decide each event's part.
 
-    leave-one-out counts from the end of each user's events in a domain, in their order (time, then tie order); users
-    with fewer than three events there stay in train. global-time: an event tests from the test cut on, validates from
-    the validation cut on. Cuts taken from fractions fall on a time that occurs; all events of one time go the same way,
-    so the held-out shares may be a little larger than asked.
+    leave-one-out and last-n count from the end of each user's events in a domain, in their order (time, then tie
+    order); users with too few events to leave one to learn from stay in train there. global-time: an event tests from
+    the test cut on, validates from the validation cut on; `cuts` are those of the whole log where `interactions` are a
+    part of it (None: they are taken from `interactions`). Users whose hash with `seed` falls into `unseen_user_share`
+    have context in place of training events.
 
     Raises ConfigError where global-time meets a domain without real times, or a cut leaves a part empty.
     """
-    if spec.method == LEAVE_ONE_OUT:
-        part = _leave_one_out(catalogue, interactions)
+    import numpy as np
+
+    if spec.method == GLOBAL_TIME:
+        first_validation, first_test = cuts or cut_times(spec, domains, *_count_times(interactions))
+        part = (interactions.timestamp >= first_validation).astype(np.int8)
+        part[interactions.timestamp >= first_test] = 2
     else:
-        part = _by_time(interactions, domains, spec)
+        part = _from_the_end(catalogue, interactions, *spec.numbers())
+    if spec.unseen_user_share:
+        unseen = user_shares(interactions, f"{seed}/unseen") < spec.unseen_user_share
+        part[(part == SPLITS.index(TRAIN)) & unseen[interactions.user]] = SPLITS.index(CONTEXT)
     return Split(catalogue, interactions, part, spec, dict(domains))
 
 
-def _leave_one_out(catalogue: Catalogue, interactions: Interactions) -> np.ndarray:
+def user_shares(interactions: Interactions, salt: str) -> np.ndarray:
+    """A number in [0, 1) for each user, the same in every log: from SHA-256 of salt, platform and id."""
+    import hashlib
+
+    import numpy as np
+
+    names = [interactions.platforms[index] for index in interactions.user_platform]
+    digests = (
+        hashlib.sha256(f"{salt}/{platform}/{user}".encode()).digest()
+        for platform, user in zip(names, interactions.user_id, strict=True)
+    )
+    return np.array([int.from_bytes(digest[:8], "big") / 2**64 for digest in digests], dtype=np.float64)
+
+
+def _from_the_end(
+    catalogue: Catalogue, interactions: Interactions, num_validation: int, num_test: int
+) -> np.ndarray:
     import numpy as np
 
     from cprec.data.interactions import stable_order
@@ -242,10 +292,10 @@ def _leave_one_out(catalogue: Catalogue, interactions: Interactions) -> np.ndarr
     order = stable_order(interactions.user, domain)  # stable: time order stays inside each (user, domain)
     user, domain = interactions.user[order], domain[order]
     _, length, from_end = runs(user, domain)
-    held_out = length >= MIN_EVENTS_TO_HOLD_OUT
+    held_out = length > num_validation + num_test
     part = np.zeros(len(interactions), dtype=np.int8)
-    part[order[held_out & (from_end == 1)]] = 1
-    part[order[held_out & (from_end == 0)]] = 2
+    part[order[held_out & (from_end < num_validation + num_test)]] = SPLITS.index(VALIDATION)
+    part[order[held_out & (from_end < num_test)]] = SPLITS.index(TEST)
     return part
 
 
@@ -273,7 +323,24 @@ def runs(*keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return place, length, length - 1 - place
 
 
-def _by_time(interactions: Interactions, domains: Mapping[str, DomainInfo], spec: SplitSpec) -> np.ndarray:
+def _count_times(interactions: Interactions) -> tuple[np.ndarray, np.ndarray]:
+    import numpy as np
+
+    times, counts = np.unique(interactions.timestamp, return_counts=True)
+    return times, counts
+
+
+def cut_times(
+    spec: SplitSpec, domains: Mapping[str, DomainInfo], times: np.ndarray, counts: np.ndarray
+) -> tuple[int, int]:
+    """The first moment of validation and of test, with global-time: seconds UTC.
+
+    `times` are the distinct times of all events, rising, and `counts` how many events each has. Cuts taken from
+    fractions fall on a time that occurs; all events of one time go the same way, so the held-out shares may be a little
+    larger than asked.
+
+    Raises ConfigError where a domain has no real times, or a cut leaves a part empty.
+    """
     import numpy as np
 
     timeless = sorted(name for name, info in domains.items() if not info.has_times)
@@ -283,26 +350,23 @@ def _by_time(interactions: Interactions, domains: Mapping[str, DomainInfo], spec
             f"{'has' if len(timeless) == 1 else 'have'} an order: use method={LEAVE_ONE_OUT}, or leave "
             f"{'it' if len(timeless) == 1 else 'them'} out"
         )
+    upto = np.cumsum(counts)
     if spec.test_from is not None:
         validation_from, test_from = spec.dates()
     else:
-        times = np.sort(interactions.timestamp)
         validation, test = spec.fractions()
-        first_test = int(len(times) * (1 - test))
-        first_validation = int(len(times) * (1 - test - validation))
-        validation_from, test_from = int(times[first_validation]), int(times[first_test])
-    part = (interactions.timestamp >= validation_from).astype(np.int8)
-    part[interactions.timestamp >= test_from] = 2
-    counts = np.bincount(part, minlength=3)
-    if not counts.all():
-        empty = ", ".join(name for name, count in zip(SPLITS, counts, strict=True) if not count)
+        places = [int(upto[-1] * (1 - validation - test)), int(upto[-1] * (1 - test))]
+        validation_from, test_from = (int(times[np.searchsorted(upto, place, side="right")]) for place in places)
+    edges = np.searchsorted(times, [validation_from, test_from])
+    sizes = np.diff(np.concatenate([[0], np.append(0, upto)[edges], upto[-1:]]))
+    if not sizes.all():
+        empty = ", ".join(name for name, size in zip(SPLITS, sizes, strict=False) if not size)
         raise ConfigError(
             f"method={GLOBAL_TIME} with validation from {_day(validation_from)} and test from {_day(test_from)} "
-            f"leaves no "
-            f"event for {empty}; the log runs from {_day(int(interactions.timestamp.min()))} to "
-            f"{_day(int(interactions.timestamp.max()))}: choose other dates or fractions"
+            f"leaves no event for {empty}; the log runs from {_day(int(times[0]))} to {_day(int(times[-1]))}: choose "
+            "other dates or fractions"
         )
-    return part
+    return validation_from, test_from
 
 
 def _day(seconds: int) -> str:

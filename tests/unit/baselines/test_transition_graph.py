@@ -107,7 +107,8 @@ def test_known_figures_on_real_logs(
     The known figures are Recall@5, NDCG@5, Recall@10 and NDCG@10 (popularity: at 10), with ties counted
     in the target's favour.
     """
-    from cprec.data.dataset import build_dataset, read_dataset
+    from cprec.data.build import build_dataset
+from cprec.data.dataset import read_dataset
     from cprec.data.sources.tables import TableSource
     from cprec.data.splits import make_split as split_of
 

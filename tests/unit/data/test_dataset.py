@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cprec.data.dataset import build_dataset, read_dataset, read_manifest, read_split, write_split
+from cprec.data.build import build_dataset
+from cprec.data.dataset import finish_part, read_dataset, read_manifest, read_split
 from cprec.data.sources.memory import MemorySource
 from cprec.data.sources.recbole import RecBoleSource
 from cprec.data.sources.tables import TableSource
@@ -408,7 +409,8 @@ import sys
 for name in {blocked}:
     sys.modules[name] = None
 import pyarrow as pa
-from cprec.data.dataset import build_dataset, read_dataset
+from cprec.data.build import build_dataset
+from cprec.data.dataset import read_dataset
 from cprec.data.sources.memory import MemorySource
 items = pa.table({{"item_id": ["x"], "title": ["X"]}})
 log = pa.table({{"user_id": ["a"], "item_id": ["x"], "timestamp": [1]}})
