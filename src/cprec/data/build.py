@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -202,6 +203,17 @@ def _check(sources: Sequence[Source], rules: Rules, num_parts: int | None) -> No
             raise ConfigError(f"{name}={getattr(rules, name)} must be at least 0")
     if num_parts is not None and not (1 <= num_parts <= NUM_SLOTS and num_parts & (num_parts - 1) == 0):
         raise ConfigError(f"num_parts={num_parts}: expected a power of two from 1 to {NUM_SLOTS}")
+
+
+def count_times(
+    folder: Path, engine: str, memory_limit: str | None = None, spill: str | Path | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct times of all events of a folder that `build_tables` wrote, rising, and how many events each has."""
+    with connect(engine, memory_limit=memory_limit, spill=folder if spill is None else spill) as opened:
+        times = opened.read_parquet(folder / "interactions" / "*" / "part-*.parquet").select(TIMESTAMP)
+        counted = times.group_by(TIMESTAMP).aggregate(n=times.count()).order_by(TIMESTAMP)
+        table = opened.to_arrow(counted)
+    return table[TIMESTAMP].to_numpy(), table["n"].to_numpy()
 
 
 # ---- rejected rows ---------------------------------------------------------------------------------------------------

@@ -138,6 +138,18 @@ class Catalogue:
         best = difflib.get_close_matches(key, alike or list(known)[:20_000], n=3, cutoff=0.3)
         return [str(self.title[known[title]]) for title in best]
 
+    def rows_of_pairs(self, domains: pa.ChunkedArray | pa.Array, item_ids: pa.ChunkedArray | pa.Array) -> np.ndarray:
+        """int64 rows of items given by domain and id, -1 where there is no such item."""
+        rows = np.full(len(item_ids), -1, dtype=np.int64)
+        of_domain = pc.fill_null(pc.index_in(domains, pa.array(self.domains, pa.string())), -1).to_numpy()
+        for index, domain in enumerate(self.domains):
+            at = np.flatnonzero(of_domain == index)
+            if len(at):
+                found = pc.index_in(item_ids.take(pa.array(at)), self.arrow_ids(domain))
+                known = pc.fill_null(found, -1).to_numpy().astype(np.int64)
+                rows[at] = np.where(known < 0, -1, known + self.rows_of(domain)[0])
+        return rows
+
     @cached_property
     def item_id_rank(self) -> np.ndarray:
         """Where each row's item id stands among all ids in the order of their code points; equal ids rank alike."""

@@ -116,7 +116,7 @@ class Queries:
     part: str
     """validation or test."""
     query_id: np.ndarray
-    """object[Q] of str: domain/platform/user_id/part, and except with leave-one-out /n, the n-th of that user from 0."""
+    """object[Q] of str: domain/platform/user_id/part; not with leave-one-out, /n after it: the user's n-th, from 0."""
     user: np.ndarray
     """int64[Q]: rows of the table of users."""
     event: np.ndarray
@@ -165,9 +165,9 @@ class Split:
         """One query for each event of a domain in a held-out part.
 
         The history is what the user did before the target: in the domain (`specific`), or in every domain with real
-        times (`mixed`); the latest `max_history` events of it, the user's earlier held-out events in the domain too, as
-        they would be known by then. With leave-one-out and last-n it never holds a test event of another domain. Queries
-        with fewer than `min_history` events of history are left out.
+        times (`mixed`); the latest `max_history` events of it, the user's earlier held-out events in the domain too,
+        as they would be known by then. With leave-one-out and last-n it never holds a test event of another domain.
+        Queries with fewer than `min_history` events of history are left out.
 
         Raises ConfigError for a mixed history where the domain's times are not real.
         """
@@ -281,9 +281,7 @@ def user_shares(interactions: Interactions, salt: str) -> np.ndarray:
     return np.array([int.from_bytes(digest[:8], "big") / 2**64 for digest in digests], dtype=np.float64)
 
 
-def _from_the_end(
-    catalogue: Catalogue, interactions: Interactions, num_validation: int, num_test: int
-) -> np.ndarray:
+def _from_the_end(catalogue: Catalogue, interactions: Interactions, num_validation: int, num_test: int) -> np.ndarray:
     import numpy as np
 
     from cprec.data.interactions import stable_order

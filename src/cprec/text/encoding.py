@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +16,9 @@ from cprec.text.prompts import Template
 
 if TYPE_CHECKING:
     from cprec.data.catalogue import Catalogue
+
+
+_SAVED = ("max_title_tokens", "eos_id", "vocabulary_size")
 
 
 class PromptEncoder:
@@ -42,11 +48,35 @@ class PromptEncoder:
         heads = encode([t.head(domain) for domain in domains])
         tags = encode([t.tag(domain) for domain in domains])
         titles = [ids[:max_title_tokens] for ids in encode([t.title(title) for title in catalogue.title])]
-        self._pieces = Ragged.of(parts + [[self.eos_id]] + heads + tags + titles)
+        self._set_pieces(Ragged.of(parts + [[self.eos_id]] + heads + tags + titles))
+
+    def _set_pieces(self, pieces: Ragged) -> None:
+        """Number the pieces: three parts of the template and the end, then the heads, the tags and the titles."""
+        domains = self.catalogue.domains
+        self._pieces = pieces
         self._line, self._next, self._mixed_head, self._eos = 0, 1, 2, 3
         self._heads = 4 + np.arange(len(domains))
         self._tags = self._heads + len(domains)
         self._titles = 4 + 2 * len(domains)
+
+    def save(self, folder: Path) -> None:
+        """Write the tokens of every piece, for `load`: nothing is tokenised twice."""
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "tokens.npy", self._pieces.values)
+        np.save(folder / "offsets.npy", self._pieces.offsets)
+        about = {name: getattr(self, name) for name in _SAVED} | {"template": asdict(self.template)}
+        (folder / "encoder.json").write_text(json.dumps(about), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, catalogue: Catalogue) -> PromptEncoder:
+        """What `save` wrote, for the same catalogue; the tokens stay on disk until they are asked for."""
+        about = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+        encoder = cls.__new__(cls)
+        encoder.catalogue, encoder.template = catalogue, Template(**about["template"])
+        encoder.max_title_tokens, encoder.eos_id, encoder.vocabulary_size = (about[name] for name in _SAVED)
+        tokens, offsets = (np.load(folder / name, mmap_mode="r") for name in ("tokens.npy", "offsets.npy"))
+        encoder._set_pieces(Ragged(tokens, offsets))
+        return encoder
 
     @property
     def line_tokens(self) -> np.ndarray:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,15 +16,10 @@ from cprec.data.sources.tables import TableSource
 from cprec.data.splits import SplitSpec
 from cprec.errors import ConfigError, DataError
 from cprec.provenance import CONFIG_FILE, file_sha256, read_resolved, save_resolved, to_dict
-from cprec.schema import KINDS, MIXED, SPECIFIC, TEST, TRAIN, VALIDATION
+from cprec.schema import MIXED, SPECIFIC, TEST, VALIDATION
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from cprec.data.catalogue import Catalogue
-    from cprec.data.ragged import Ragged
-    from cprec.data.splits import Queries, Split
-    from cprec.text.encoding import PromptEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +41,10 @@ class PrepareConfig:
     nor the users it is tested on occur in pre-training."""
     k_core: int = 5
     """Users and items with fewer events in a domain are left out, repeatedly; 0 keeps all."""
+    k_core_scope: Literal["domain", "pooled"] = "domain"
+    """What counts as a user's events for k_core: those of the domain, or of all domains of the platform."""
+    deduplicate: bool = True
+    """Events of the same user, item and time count once."""
     drop_consecutive_repeats: bool = True
     """Leave out an event of the same item as the user's event before."""
     tie_order: Literal["source", "item_id", "shuffle"] = "source"
@@ -56,6 +57,10 @@ class PrepareConfig:
     """Of the tiny tokenizer."""
     max_title_tokens: int = 32
     """Titles are cut to this many tokens; items whose cut titles are equal cannot be told apart."""
+    mixed_order: Literal["time", "interleave"] = "time"
+    """How mixed sequences order events of several domains: by time, which leaves out domains whose times are only an
+    order; or interleaved, which spreads the events of those evenly among the user's others (no one knows when they
+    happened)."""
     min_events: int = 5
     """Shortest behaviour sequence to pre-train on."""
     max_events: int = 20
@@ -72,8 +77,18 @@ class PrepareConfig:
     """Share of users whose sequences are only used to measure perplexity, by hash of the user."""
     strict: bool = False
     """Stop at the first bad row instead of setting it aside in rejected.parquet."""
+    engine: str = "duckdb"
+    """What runs the steps that concern all rows: duckdb, or a Spark session (spark://...)."""
     memory_limit: str | None = None
-    """Memory for the table engine, as 8GB; None leaves it to the engine."""
+    """Memory for the table engine, as 8GB; None: 60 % of what is free."""
+    spill_dir: str | None = None
+    """Where the table engine puts what does not fit into memory; None: inside the unfinished data folder."""
+    workers: int | None = None
+    """Processes that write documents side by side; None: one for each core. The result does not depend on it."""
+    partition: str | None = None
+    """i/n, from 0/n to (n-1)/n: write only every n-th part of the documents, on a scheduler, say; the same command with
+    each i, in any order or at once, gives the same folder as one without. The last to finish puts the parts
+    together."""
     seed: int = 0
     """Decides the held-out users and shuffled ties."""
 
@@ -89,6 +104,9 @@ class PrepareConfig:
         for name in ("max_title_tokens", "min_events", "max_events", "max_history", "max_document_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"workers={self.workers} must be at least 1")
+        self.share()
         if self.min_events < 2 or self.max_events < self.min_events:
             raise ConfigError(
                 f"min_events={self.min_events} must be at least 2 and at most max_events={self.max_events}"
@@ -96,71 +114,228 @@ class PrepareConfig:
         if not 0 <= self.min_history <= self.max_history:
             raise ConfigError(f"min_history={self.min_history} must lie in 0..max_history={self.max_history}")
 
+    def share(self) -> tuple[int, int]:
+        """`partition` as numbers: (0, 1) where there is none."""
+        number, slash, count = (self.partition or "0/1").partition("/")
+        if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+            raise ConfigError(f"partition={self.partition!r}: write i/n with i from 0 to n-1, as 0/4")
+        return int(number), int(count)
+
+
+HOW = ("engine", "memory_limit", "spill_dir", "workers", "partition")
+"""Settings that change how a data folder is made, but not what is in it."""
+
 
 def prepare(config: PrepareConfig) -> Path:
     """Write the data folder of a configuration and return it; a folder already complete with it is reused.
 
-    The folder is made aside and renamed at the end, so an interrupted run leaves nothing that looks complete.
+    The folder is made aside and renamed at the end, so an interrupted run leaves nothing that looks complete; the same
+    command goes on where it was interrupted once the tables are there.
     """
     from cprec.progress import say
+    from cprec.text.documents import is_written, write_part
+    from cprec.text.workers import num_workers, run_parts
 
     output_dir = Path(config.output_dir)
-    if (output_dir / CONFIG_FILE).is_file():
-        old, new = read_resolved(output_dir)["config"], to_dict(config)
-        changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-        if changed:
-            raise ConfigError(
-                f"{output_dir} was prepared with other settings of {', '.join(changed)}: choose another output_dir or "
-                "delete it"
-            )
+    if _is_complete(config, output_dir):
         say(f"{output_dir}: complete with these settings, reused")
         return output_dir
-    if output_dir.exists():
-        raise ConfigError(f"{output_dir} exists and is no data folder: choose another output_dir or delete it")
     folder = output_dir.with_name(output_dir.name + ".incomplete")
-    shutil.rmtree(folder, ignore_errors=True)
-    _prepare_into(config, folder)
-    folder.rename(output_dir)
+    with _alone(output_dir):
+        if not _is_complete(config, output_dir) and not _has_tables(config, folder):
+            _write_tables(config, folder)
+    if _is_complete(config, output_dir):  # another process was quicker
+        return output_dir
+    number, count = config.share()
+    parts = range(json.loads((folder / "dataset.json").read_text())["num_parts"])
+    mine = [part for part in parts[number::count] if not is_written(folder, part)]
+    run_parts(f"{write_part.__module__}:write_part", folder, mine, num_workers(config.workers), "writing documents")
+    with _alone(output_dir):
+        if not folder.is_dir():
+            return output_dir  # another process put the parts together
+        missing = [part for part in parts if not is_written(folder, part)]
+        if missing:
+            say(f"partition {config.partition} is written; {len(missing)} of {len(parts)} parts are left to the others")
+            return output_dir
+        _finish(config, folder, len(parts))
+        folder.rename(output_dir)
     say(f"{output_dir}: written")
     return output_dir
 
 
-def _prepare_into(config: PrepareConfig, folder: Path) -> None:
-    from cprec.data.dataset import build_dataset, read_dataset, write_split
-    from cprec.data.splits import make_split
+@contextmanager
+def _alone(output_dir: Path) -> Iterator[None]:
+    """Wait until no other process is here; a process that dies is here no longer."""
+    from filelock import FileLock
+
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    path = output_dir.with_name(f".{output_dir.name}.lock")
+    with FileLock(path):
+        yield
+        if output_dir.is_dir():
+            path.unlink(missing_ok=True)
+
+
+def _is_complete(config: PrepareConfig, folder: Path) -> bool:
+    """Whether a data folder is there, with these settings. Raises ConfigError if it is there with others."""
+    if not folder.exists():
+        return False
+    if not (folder / CONFIG_FILE).is_file():
+        raise ConfigError(f"{folder} exists and is no data folder: choose another output_dir or delete it")
+    if changed := _changed(config, folder):
+        raise ConfigError(
+            f"{folder} was prepared with other settings of {', '.join(changed)}: choose another output_dir or delete it"
+        )
+    return True
+
+
+def _has_tables(config: PrepareConfig, folder: Path) -> bool:
+    """Whether an unfinished folder has its tables, made with these settings."""
+    if not (folder / CONFIG_FILE).is_file():
+        return False
+    changed = _changed(config, folder)
+    if changed and config.partition:
+        raise ConfigError(
+            f"{folder} was begun with other settings of {', '.join(changed)}: give every partition the same settings, "
+            "or delete it"
+        )
+    return not changed
+
+
+def _changed(config: PrepareConfig, folder: Path) -> list[str]:
+    """The settings that differ from those a folder was made with, where they change what is in it."""
+    old, new = read_resolved(folder)["config"], to_dict(config)
+    return sorted(name for name in old.keys() | new.keys() if name not in HOW and old.get(name) != new.get(name))
+
+
+def _write_tables(config: PrepareConfig, folder: Path) -> None:
+    """Canonical tables, the tokenizer and the tokens of every title: what all parts need."""
+    from cprec.data.build import build_tables
+    from cprec.data.dataset import read_catalogue
     from cprec.progress import say
-    from cprec.text.certificate import audit
+    from cprec.text.documents import ENCODER
     from cprec.text.encoding import PromptEncoder
 
-    build_dataset(
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    build_tables(
         _sources(config),
         folder,
         min_user_events=config.k_core,
         min_item_events=config.k_core,
+        core_scope=config.k_core_scope,
+        deduplicate=config.deduplicate,
         drop_consecutive_repeats=config.drop_consecutive_repeats,
         tie_order=config.tie_order,
         seed=config.seed,
         strict=config.strict,
+        engine=config.engine,
         memory_limit=config.memory_limit,
+        spill=config.spill_dir,
+        progress=say,
     )
-    catalogue, interactions, domains = read_dataset(folder)
+    catalogue = read_catalogue(folder)
     _check_domains(config, catalogue)
-    split = make_split(catalogue, interactions, domains, config.split)
-    write_split(folder, split)
-    say(f"{len(interactions.user):,} events of {len(interactions.user_id):,} users, {len(catalogue):,} items")
-
+    _rules(config, folder, catalogue).save(folder)
     tokenizer = _tokenizer(config, catalogue)
     tokenizer.save_pretrained(folder / "tokenizer")
-    encoder = PromptEncoder(tokenizer, catalogue, max_title_tokens=config.max_title_tokens)
-    about = _about(config, split, encoder, folder)
-    _write_behaviour(config, split, encoder, folder, about)
-    for domain in config.target_domains:
-        _write_examples(config, split, encoder, folder, domain, about)
-        _write_queries(config, split, folder, domain)
-    save_resolved(folder, config, _input_hashes(folder))
-    certificate = audit(folder)
+    PromptEncoder(tokenizer, catalogue, max_title_tokens=config.max_title_tokens).save(folder / ENCODER)
+    save_resolved(folder, replace(config, partition=None), _input_hashes(folder))
+
+
+def _rules(config: PrepareConfig, folder: Path, catalogue: Catalogue) -> Any:
+    from cprec.data.build import count_times
+    from cprec.data.dataset import read_domains
+    from cprec.data.splits import GLOBAL_TIME, cut_times
+    from cprec.text.documents import DocumentRules
+
+    cuts = None
+    if config.split.method == GLOBAL_TIME:
+        times, counts = count_times(folder, config.engine, config.memory_limit, config.spill_dir)
+        cuts = cut_times(config.split, read_domains(folder), times, counts)
+    return DocumentRules(
+        target_domains=config.target_domains,
+        pretrain_domains=pretrain_domains(config, catalogue),
+        split=config.split,
+        cuts=cuts,
+        mixed_order=config.mixed_order,
+        min_events=config.min_events,
+        max_events=config.max_events,
+        max_document_tokens=config.max_document_tokens,
+        history=config.history,
+        max_history=config.max_history,
+        min_history=config.min_history,
+        heldout_share=config.heldout_share,
+        seed=config.seed,
+    )
+
+
+def _finish(config: PrepareConfig, folder: Path, num_parts: int) -> None:
+    """Put the parts together, say what there is, and certify it."""
+    from cprec.data.dataset import read_catalogue, read_manifest, write_manifest
+    from cprec.text.certificate import audit
+    from cprec.text.documents import DocumentRules, join_parts
+
+    manifest = read_manifest(folder)
+    cuts = DocumentRules.read(folder).cuts
+    manifest["split"] = asdict(config.split)
+    manifest["cuts"] = cuts and dict(zip((VALIDATION, TEST), cuts, strict=True))
+    write_manifest(folder, manifest)
+    join_parts(folder, {"about": _about(config, read_catalogue(folder), folder)})
+    _describe(config, folder)
+    certificate = audit(folder, workers=config.workers)
     if not certificate["clean"]:
         raise DataError(f"the written data leak: {json.dumps(certificate['properties'], indent=1)}")
+
+
+def _describe(config: PrepareConfig, folder: Path) -> None:
+    """Say how much was written; raise DataError where nothing can be trained or evaluated with it."""
+    import pyarrow.parquet as pq
+
+    from cprec.data.dataset import read_domains
+    from cprec.progress import say
+    from cprec.text.shards import read_shard_manifest
+
+    for name in ("train", "heldout"):
+        manifest = read_shard_manifest(folder / "shards" / name)
+        counts = dict.fromkeys((SPECIFIC, MIXED), 0)
+        for piece in manifest["pieces"]:
+            counts[piece["kind"]] += piece["num_documents"]
+        say(
+            f"shards/{name}: {counts[SPECIFIC]:,} domain-specific and {counts[MIXED]:,} mixed documents, "
+            f"{manifest['num_tokens']:,} tokens"
+        )
+        if name == "heldout" and not manifest["num_documents"] and config.heldout_share > 0:
+            say(f"note: no user is held out to measure perplexity: raise heldout_share={config.heldout_share:g}")
+        if name == "train" and not manifest["num_documents"]:
+            raise DataError(
+                f"no behaviour sequence has min_events={config.min_events} events in the training part: the log is too "
+                "small, or lower min_events"
+            )
+    domains = read_domains(folder)
+    ordered = [name for name in config.pretrain_domains or domains if not domains[name].has_times]
+    if ordered and config.mixed_order == "time":
+        say(
+            f"note: {', '.join(ordered)} only order{'s' if len(ordered) == 1 else ''} each user's events, so mixed "
+            "sequences leave "
+            f"{'it' if len(ordered) == 1 else 'them'} out; mixed_order=interleave spreads them among the others"
+        )
+    for domain in config.target_domains:
+        for name in ("train", VALIDATION):
+            manifest = read_shard_manifest(folder / "examples" / domain / name)
+            say(f"examples/{domain}/{name}: {manifest['num_documents']:,} examples, {manifest['num_tokens']:,} tokens")
+            if name == "train" and not manifest["num_documents"]:
+                raise DataError(
+                    f"domain {domain!r} has no user with more than min_history={config.min_history} training events: "
+                    "lower min_history, or choose another target domain"
+                )
+        for name in (VALIDATION, TEST):
+            num_queries = pq.read_metadata(folder / "queries" / domain / f"{name}.parquet").num_rows
+            say(f"queries/{domain}: {num_queries:,} {name} queries")
+            if not num_queries:
+                raise DataError(
+                    f"domain {domain!r} has no {name} queries: no user has enough events (min_history, split)"
+                )
 
 
 def _sources(config: PrepareConfig) -> list[Any]:
@@ -185,279 +360,29 @@ def _check_domains(config: PrepareConfig, catalogue: Catalogue) -> None:
 
 def _tokenizer(config: PrepareConfig, catalogue: Catalogue) -> Any:
     """The base model's tokenizer, or one trained on the titles that pre-training sees."""
-    import numpy as np
-
-    from cprec.text.prompts import Template
-    from cprec.text.tokenizer import TINY, load_tokenizer, train_tokenizer
+    from cprec.text.tokenizer import TINY, load_tokenizer, train_on_titles
 
     if config.tokenizer != TINY:
         return load_tokenizer(config.tokenizer)
-    template = Template()
-    rows = np.concatenate([catalogue.rows_of(domain) for domain in pretrain_domains(config, catalogue)])
-    fixed = [
-        template.head(domain) + template.line + template.next + template.tag(domain) for domain in catalogue.domains
-    ]
-    return train_tokenizer(
-        [
-            *fixed * 100,
-            template.head(template.mixed_scope),
-            *(template.title(title) for title in catalogue.title[rows]),
-        ],
-        config.vocabulary_size,
-    )
+    return train_on_titles(catalogue, pretrain_domains(config, catalogue), config.vocabulary_size)
 
 
 def pretrain_domains(config: PrepareConfig, catalogue: Catalogue) -> tuple[str, ...]:
     return config.pretrain_domains or catalogue.domains
 
 
-def _about(config: PrepareConfig, split: Split, encoder: PromptEncoder, folder: Path) -> dict[str, Any]:
+def _about(config: PrepareConfig, catalogue: Catalogue, folder: Path) -> dict[str, Any]:
     """What a model must know of the data that it was trained on: it travels from shard manifests to `cprec.json`."""
+    from cprec.text.prompts import Template
+
     return {
-        "template": asdict(encoder.template),
+        "template": asdict(Template()),
         "max_title_tokens": config.max_title_tokens,
         "history": config.history,
         "max_history": config.max_history,
-        "catalogue_sha256": split.catalogue.digest(),
+        "catalogue_sha256": catalogue.digest(),
         "tokenizer_sha256": file_sha256(folder / "tokenizer" / "tokenizer.json"),
     }
-
-
-def _users_apart(config: PrepareConfig, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Masks over users: held out of pre-training altogether (tested in an unseen domain), and for perplexity only."""
-    import hashlib
-
-    import numpy as np
-
-    seen = pretrain_domains(config, split.catalogue)
-    log = split.interactions
-    unseen = [split.catalogue.domains.index(d) for d in config.target_domains if d not in seen]
-    tested = np.isin(split.catalogue.domain[log.item], unseen) & (split.part != 0)
-    excluded = np.zeros(len(log.user_id), dtype=bool)
-    excluded[log.user[tested]] = True
-
-    def share(platform: int, user: str) -> float:
-        name = f"{config.seed}/{log.platforms[platform]}/{user}".encode()
-        return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64
-
-    hashes = np.array([share(p, u) for p, u in zip(log.user_platform, log.user_id, strict=True)])
-    return excluded, (hashes < config.heldout_share) & ~excluded
-
-
-def _write_behaviour(
-    config: PrepareConfig, split: Split, encoder: PromptEncoder, folder: Path, about: dict[str, Any]
-) -> None:
-    """Specific and mixed documents of the training events: shards to train on, and shards to measure perplexity."""
-    import numpy as np
-
-    from cprec.data.ragged import Ragged
-    from cprec.data.sequences import build_sequences
-    from cprec.progress import say
-    from cprec.text.shards import write_shards
-
-    excluded, heldout = _users_apart(config, split)
-    log, catalogue = split.interactions, split.catalogue
-    for name, users in (("train", ~excluded & ~heldout), ("heldout", heldout)):
-        sequences = build_sequences(
-            split,
-            pretrain_domains(config, catalogue),
-            users,
-            min_events=config.min_events,
-            max_events=config.max_events,
-        )
-        parts, columns = [], []
-        for number, kind in enumerate(KINDS):
-            rows = np.flatnonzero(sequences.kind == number)
-            events = Ragged(log.item[sequences.event], sequences.offsets).take(rows)
-            documents, domain, user = _split_long(
-                encoder, kind, sequences.domain[rows], sequences.user[rows], events, config.max_document_tokens
-            )
-            tokens, target = encoder.documents(kind, domain, documents)
-            parts.append(tokens)
-            columns.append(_columns(split, kind, domain, user, documents.lengths, target))
-        merged = {key: np.concatenate([part[key] for part in columns]) for key in columns[0]}
-        shards = write_shards(
-            folder / "shards" / name,
-            Ragged.concatenate(parts),
-            merged,
-            {"vocabulary_size": encoder.vocabulary_size, "about": about},
-        )
-        counts = {kind: int((merged["kind"] == kind).sum()) for kind in KINDS}
-        say(
-            f"shards/{name}: {counts[SPECIFIC]:,} domain-specific and {counts[MIXED]:,} mixed documents, "
-            f"{shards.manifest['num_tokens']:,} tokens"
-        )
-        if name == "heldout" and not len(shards) and config.heldout_share > 0:
-            say(
-                f"note: no user is held out to measure perplexity: raise heldout_share={config.heldout_share:g} for a "
-                f"log of {len(users):,} users"
-            )
-        if name == "train" and not len(shards):
-            raise DataError(
-                f"no behaviour sequence has min_events={config.min_events} events in the training part: the log is too "
-                "small, or lower min_events"
-            )
-
-
-def _split_long(
-    encoder: PromptEncoder, kind: str, domain: np.ndarray, user: np.ndarray, events: Ragged, max_tokens: int
-) -> tuple[Ragged, np.ndarray, np.ndarray]:
-    """Halve documents (by events) until each has at most `max_tokens` tokens or a single event."""
-    import numpy as np
-
-    from cprec.data.ragged import Ragged
-
-    while True:
-        cost = np.add.reduceat(np.r_[encoder.event_tokens(kind, events.values), 0], events.offsets[:-1])
-        long = (cost + encoder.frame_tokens(kind, np.maximum(domain, 0)) + 1 > max_tokens) & (events.lengths > 1)
-        if not len(events) or not long.any():
-            return events, domain, user
-        halves = np.where(long, 2, 1)
-        first = np.where(long, (events.lengths + 1) // 2, events.lengths)
-        lengths = np.repeat(first, halves)
-        second = np.cumsum(halves)[long] - 1
-        lengths[second] = (events.lengths - first)[long]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        events, domain, user = Ragged(events.values, offsets), np.repeat(domain, halves), np.repeat(user, halves)
-
-
-def _columns(
-    split: Split, kind: str, domain: np.ndarray, user: np.ndarray, num_events: np.ndarray, target_start: np.ndarray
-) -> dict[str, np.ndarray]:
-    """The index columns of documents of one kind."""
-    import numpy as np
-
-    log = split.interactions
-    names = np.array([*split.catalogue.domains, ""], dtype=object)
-    return {
-        "domain": names[domain],
-        "kind": np.full(len(user), kind, dtype=object),
-        "num_events": num_events.astype(np.int32),
-        "platform": np.array(log.platforms, dtype=object)[log.user_platform[user]],
-        "user_id": log.user_id[user],
-        "target_start": target_start,
-    }
-
-
-def _write_examples(
-    config: PrepareConfig, split: Split, encoder: PromptEncoder, folder: Path, domain: str, about: dict[str, Any]
-) -> None:
-    """Next-item examples of a domain: every training event with enough history, and the validation queries."""
-    import numpy as np
-
-    from cprec.data.ragged import Ragged
-    from cprec.progress import say
-    from cprec.text.shards import write_shards
-
-    number = split.catalogue.domains.index(domain)
-    validation = split.queries(
-        domain,
-        VALIDATION,
-        history_kind=config.history,
-        max_history=config.max_history,
-        min_history=config.min_history,
-    )
-    history, target = validation.history, validation.target
-    with_target = np.concatenate([history.values, target])
-    slots = np.concatenate([history.row_of, np.arange(len(target))])
-    order = np.argsort(slots, kind="stable")
-    validation_events = Ragged(with_target[order], history.offsets + np.arange(len(history.offsets)))
-    for name, events, user in (
-        ("train", *_training_examples(config, split, number)),
-        ("validation", validation_events, validation.user),
-    ):
-        documents_domain = np.full(len(events), number)
-        kept = encoder.fit(config.history, documents_domain, events, config.max_document_tokens - 1)
-        if not kept.lengths.all():
-            raise ConfigError(
-                f"max_document_tokens={config.max_document_tokens} has no room for a title of "
-                f"max_title_tokens={config.max_title_tokens} after the head of the template: raise it"
-            )
-        tokens, target_start = encoder.documents(config.history, documents_domain, kept)
-        shards = write_shards(
-            folder / "examples" / domain / name,
-            tokens,
-            _columns(split, config.history, documents_domain, user, kept.lengths, target_start),
-            {"vocabulary_size": encoder.vocabulary_size, "about": about},
-        )
-        say(f"examples/{domain}/{name}: {len(shards):,} examples, {shards.manifest['num_tokens']:,} tokens")
-        if name == "train" and not len(shards):
-            raise DataError(
-                f"domain {domain!r} has no user with more than min_history={config.min_history} training events: lower "
-                "min_history, or choose another target domain"
-            )
-
-
-def _training_examples(config: PrepareConfig, split: Split, domain: int) -> tuple[Ragged, np.ndarray]:
-    """Every training event of the domain as the last event of a row, after its history; and the row's user."""
-    import numpy as np
-
-    from cprec.data.ragged import Ragged, offsets_of
-    from cprec.data.splits import comparable_domains
-
-    log = split.interactions
-    mask = split.events(TRAIN)
-    if config.history == SPECIFIC:
-        mask &= split.catalogue.domain[log.item] == domain
-    else:
-        mask &= comparable_domains(split.catalogue, split.domains)[split.catalogue.domain[log.item]]
-    events = np.flatnonzero(mask)
-    user, item = log.user[events], log.item[events]
-    first = np.flatnonzero(np.r_[True, user[1:] != user[:-1]]) if len(user) else np.empty(0, dtype=np.int64)
-    within = np.arange(len(user)) - np.repeat(first, np.diff(np.r_[first, len(user)]))
-    targets = np.flatnonzero((within >= config.min_history) & (split.catalogue.domain[item] == domain))
-    lengths = np.minimum(within[targets], config.max_history) + 1
-    offsets = offsets_of(lengths)
-    place = np.repeat(targets - lengths + 1, lengths) + np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-    return Ragged(item[place], offsets), user[targets]
-
-
-def _write_queries(config: PrepareConfig, split: Split, folder: Path, domain: str) -> None:
-    """Validation and test queries of a domain."""
-    import pyarrow.parquet as pq
-
-    from cprec.progress import say
-
-    target = folder / "queries" / domain
-    target.mkdir(parents=True)
-    for part in (VALIDATION, TEST):
-        queries = split.queries(
-            domain,
-            part,
-            history_kind=config.history,
-            max_history=len(split.interactions),  # the whole history: each recommender reads as much as it can
-            min_history=config.min_history,
-        )
-        if not len(queries):
-            raise DataError(f"domain {domain!r} has no {part} queries: no user has enough events (min_history, split)")
-        pq.write_table(queries_table(split, queries, domain), target / f"{part}.parquet", compression="zstd")
-        say(f"queries/{domain}: {len(queries):,} {part} queries")
-
-
-def queries_table(split: Split, queries: Queries, domain: str) -> Any:
-    """Queries as a table: query_id, platform, user_id, domain, history_domain, history_item, target, timestamp."""
-    import numpy as np
-    import pyarrow as pa
-
-    catalogue, log = split.catalogue, split.interactions
-    names = np.array(catalogue.domains, dtype=object)
-    offsets = pa.array(queries.history.offsets.astype(np.int32))
-
-    def lists(values: np.ndarray) -> Any:
-        return pa.ListArray.from_arrays(offsets, pa.array(values, pa.string()))
-
-    return pa.table(
-        {
-            "query_id": pa.array(queries.query_id, pa.string()),
-            "platform": pa.array(np.array(log.platforms, dtype=object)[log.user_platform[queries.user]], pa.string()),
-            "user_id": pa.array(log.user_id[queries.user], pa.string()),
-            "domain": pa.array([domain] * len(queries), pa.string()),
-            "history_domain": lists(names[catalogue.domain[queries.history.values]]),
-            "history_item": lists(catalogue.item_id[queries.history.values]),
-            "target": pa.array(catalogue.item_id[queries.target], pa.string()),
-            "timestamp": pa.array(queries.timestamp, pa.int64()),
-        }
-    )
 
 
 def _input_hashes(folder: Path) -> dict[str, str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from cprec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cprec.data.catalogue import Catalogue
 
 TINY = "tiny"
 EOS = "<eos>"
@@ -41,6 +44,27 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int = 8192) -> Any:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
+
+
+def train_on_titles(catalogue: Catalogue, domains: Sequence[str], vocabulary_size: int) -> Any:
+    """`train_tokenizer` on the titles of some domains and the fixed parts of the template, and on nothing else."""
+    import numpy as np
+
+    from cprec.text.prompts import Template
+
+    template = Template()
+    rows = np.concatenate([catalogue.rows_of(domain) for domain in domains])
+    fixed = [
+        template.head(domain) + template.line + template.next + template.tag(domain) for domain in catalogue.domains
+    ]
+    return train_tokenizer(
+        [
+            *fixed * 100,
+            template.head(template.mixed_scope),
+            *(template.title(title) for title in catalogue.title[rows]),
+        ],
+        vocabulary_size,
+    )
 
 
 def load_tokenizer(name_or_path: str) -> Any:

@@ -1,0 +1,329 @@
+"""What one part of the log gives: documents to pre-train on, examples to fine-tune on, queries to evaluate with.
+
+Each part is written aside, by any process on any machine that sees the folder; `join_parts` puts the parts together.
+
+    DATA/shards/{train,heldout}/             behaviour sequences
+    DATA/examples/DOMAIN/{train,validation}/ next-item examples of a target domain
+    DATA/queries/DOMAIN/{validation,test}.parquet
+    DATA/popularity.parquet                  domain, item_id, num_events: training events of every item
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cprec.data.catalogue import Catalogue
+from cprec.data.dataset import finish_part, read_catalogue, read_manifest
+from cprec.data.interactions import Interactions
+from cprec.data.ragged import Ragged, offsets_of
+from cprec.data.sequences import build_sequences
+from cprec.data.splits import Queries, Split, SplitSpec, comparable_domains, make_split, user_shares
+from cprec.errors import ConfigError
+from cprec.schema import KINDS, SPECIFIC, TEST, TRAIN, VALIDATION, DomainInfo
+from cprec.text.encoding import PromptEncoder
+from cprec.text.shards import join_shards, write_shards
+
+RULES, ENCODER, PARTS = "rules.json", "encoder", "parts"
+"""Names inside an unfinished data folder: what `write_part` needs, and what it writes."""
+
+POPULARITY = "popularity.parquet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentRules:
+    """How events become documents; the fields are those of `PrepareConfig`."""
+
+    target_domains: tuple[str, ...]
+    pretrain_domains: tuple[str, ...]
+    split: SplitSpec
+    cuts: tuple[int, int] | None
+    """First moments of validation and test of the whole log, with global-time."""
+    mixed_order: str
+    min_events: int
+    max_events: int
+    max_document_tokens: int
+    history: str
+    max_history: int
+    min_history: int
+    heldout_share: float
+    seed: int
+
+    def save(self, folder: Path) -> None:
+        (folder / RULES).write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> DocumentRules:
+        fields = json.loads((folder / RULES).read_text(encoding="utf-8"))
+        fields["split"] = SplitSpec(**fields["split"])
+        names = ("target_domains", "pretrain_domains", "cuts")
+        return cls(**fields | {name: fields[name] if fields[name] is None else tuple(fields[name]) for name in names})
+
+
+@functools.lru_cache(maxsize=1)
+def _open(folder: Path) -> tuple[DocumentRules, PromptEncoder]:
+    catalogue = read_catalogue(folder)
+    return DocumentRules.read(folder), PromptEncoder.load(folder / ENCODER, catalogue)
+
+
+def is_written(folder: Path, part: int) -> bool:
+    """Whether a part is complete."""
+    return (folder / PARTS / f"part-{part}").is_dir()
+
+
+def write_part(folder: Path, part: int) -> dict[str, int]:
+    """Order and split the events of a part and write what they give, aside; returns how many of each there are."""
+    rules, encoder = _open(folder)
+    target = folder / PARTS / f"part-{part}"
+    aside = target.with_name(f"{target.name}.incomplete")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+
+    def decide(catalogue: Catalogue, log: Interactions, domains: dict[str, DomainInfo]) -> Split:
+        return make_split(catalogue, log, domains, rules.split, cuts=rules.cuts, seed=rules.seed)
+
+    split = finish_part(folder, part, decide, encoder.catalogue)
+    assert split is not None
+    writer = _PartWriter(rules, split, encoder, aside, part)
+    writer.write_behaviour()
+    for domain in rules.target_domains:
+        writer.write_examples(domain)
+        writer.write_queries(domain)
+    np.save(aside / "popularity.npy", np.bincount(split.train.item, minlength=len(split.catalogue)))
+    aside.rename(target)
+    return writer.counts
+
+
+@dataclass
+class _PartWriter:
+    rules: DocumentRules
+    split: Split
+    encoder: PromptEncoder
+    folder: Path
+    part: int
+
+    def __post_init__(self) -> None:
+        self.counts: dict[str, int] = {}
+
+    def write_behaviour(self) -> None:
+        """Specific and mixed documents of the training events: shards to train on, and shards to measure perplexity."""
+        split, rules, encoder = self.split, self.rules, self.encoder
+        excluded, heldout = self._users_apart()
+        log = split.interactions
+        for name, users in (("train", ~excluded & ~heldout), ("heldout", heldout)):
+            sequences = build_sequences(
+                split,
+                rules.pretrain_domains,
+                users,
+                min_events=rules.min_events,
+                max_events=rules.max_events,
+                mixed_order=rules.mixed_order,
+            )
+            parts, columns = [], []
+            for number, kind in enumerate(KINDS):
+                rows = np.flatnonzero(sequences.kind == number)
+                events = Ragged(log.item[sequences.event], sequences.offsets).take(rows)
+                documents, domain, user = _split_long(
+                    encoder, kind, sequences.domain[rows], sequences.user[rows], events, rules.max_document_tokens
+                )
+                tokens, target = encoder.documents(kind, domain, documents)
+                parts.append(tokens)
+                columns.append(self._columns(kind, domain, user, documents.lengths, target))
+            merged = {key: np.concatenate([part[key] for part in columns]) for key in columns[0]}
+            self._write_shards(f"shards/{name}", Ragged.concatenate(parts), merged)
+
+    def write_examples(self, domain: str) -> None:
+        """Next-item examples of a domain: every training event with enough history, and the validation queries."""
+        rules, encoder = self.rules, self.encoder
+        number = self.split.catalogue.domains.index(domain)
+        validation = self._queries(domain, VALIDATION, rules.max_history)
+        history, target = validation.history, validation.target
+        with_target = np.concatenate([history.values, target])
+        slots = np.concatenate([history.row_of, np.arange(len(target))])
+        order = np.argsort(slots, kind="stable")
+        validation_events = Ragged(with_target[order], history.offsets + np.arange(len(history.offsets)))
+        for name, events, user in (
+            ("train", *self._training_examples(number)),
+            ("validation", validation_events, validation.user),
+        ):
+            documents_domain = np.full(len(events), number)
+            kept = encoder.fit(rules.history, documents_domain, events, rules.max_document_tokens - 1)
+            if not kept.lengths.all():
+                raise ConfigError(
+                    f"max_document_tokens={rules.max_document_tokens} has no room for a title of "
+                    f"max_title_tokens={encoder.max_title_tokens} after the head of the template: raise it"
+                )
+            tokens, target_start = encoder.documents(rules.history, documents_domain, kept)
+            columns = self._columns(rules.history, documents_domain, user, kept.lengths, target_start)
+            self._write_shards(f"examples/{domain}/{name}", tokens, columns)
+
+    def write_queries(self, domain: str) -> None:
+        """Validation and test queries of a domain."""
+        target = self.folder / "queries" / domain
+        target.mkdir(parents=True)
+        for name in (VALIDATION, TEST):
+            # The whole history: each recommender reads as much as it can.
+            queries = self._queries(domain, name, len(self.split.interactions))
+            table = queries_table(self.split, queries, domain)
+            pq.write_table(table, target / f"{name}.parquet", compression="zstd")
+            self.counts[f"queries/{domain}/{name}"] = len(queries)
+
+    def _queries(self, domain: str, part: str, max_history: int) -> Queries:
+        return self.split.queries(
+            domain,
+            part,
+            history_kind=self.rules.history,
+            max_history=max_history,
+            min_history=self.rules.min_history,
+        )
+
+    def _users_apart(self) -> tuple[np.ndarray, np.ndarray]:
+        """Masks over users: held out of pre-training (tested in an unseen domain), and for perplexity only."""
+        split, rules = self.split, self.rules
+        log = split.interactions
+        unseen = [split.catalogue.domains.index(d) for d in rules.target_domains if d not in rules.pretrain_domains]
+        tested = np.isin(split.catalogue.domain[log.item], unseen) & (split.part != 0)
+        excluded = np.zeros(len(log.user_id), dtype=bool)
+        excluded[log.user[tested]] = True
+        return excluded, (user_shares(log, str(rules.seed)) < rules.heldout_share) & ~excluded
+
+    def _training_examples(self, domain: int) -> tuple[Ragged, np.ndarray]:
+        """Every training event of the domain as the last event of a row, after its history; and the row's user."""
+        split, rules = self.split, self.rules
+        log = split.interactions
+        mask = split.events(TRAIN)
+        if rules.history == SPECIFIC:
+            mask &= split.catalogue.domain[log.item] == domain
+        else:
+            mask &= comparable_domains(split.catalogue, split.domains)[split.catalogue.domain[log.item]]
+        events = np.flatnonzero(mask)
+        user, item = log.user[events], log.item[events]
+        first = np.flatnonzero(np.r_[True, user[1:] != user[:-1]]) if len(user) else np.empty(0, dtype=np.int64)
+        within = np.arange(len(user)) - np.repeat(first, np.diff(np.r_[first, len(user)]))
+        targets = np.flatnonzero((within >= rules.min_history) & (split.catalogue.domain[item] == domain))
+        lengths = np.minimum(within[targets], rules.max_history) + 1
+        offsets = offsets_of(lengths)
+        place = np.repeat(targets - lengths + 1, lengths) + np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+        return Ragged(item[place], offsets), user[targets]
+
+    def _columns(
+        self, kind: str, domain: np.ndarray, user: np.ndarray, num_events: np.ndarray, target_start: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """The index columns of documents of one kind."""
+        log = self.split.interactions
+        names = np.array([*self.split.catalogue.domains, ""], dtype=object)
+        return {
+            "domain": names[domain],
+            "kind": np.full(len(user), kind, dtype=object),
+            "num_events": num_events.astype(np.int32),
+            "platform": np.array(log.platforms, dtype=object)[log.user_platform[user]],
+            "user_id": log.user_id[user],
+            "target_start": target_start,
+        }
+
+    def _write_shards(self, name: str, documents: Ragged, columns: dict[str, np.ndarray]) -> None:
+        about = {"vocabulary_size": self.encoder.vocabulary_size}
+        write_shards(self.folder / name, documents, columns, about, part=self.part)
+        self.counts[name] = len(documents)
+
+
+def _split_long(
+    encoder: PromptEncoder, kind: str, domain: np.ndarray, user: np.ndarray, events: Ragged, max_tokens: int
+) -> tuple[Ragged, np.ndarray, np.ndarray]:
+    """Halve documents (by events) until each has at most `max_tokens` tokens or a single event."""
+    while True:
+        cost = np.add.reduceat(np.r_[encoder.event_tokens(kind, events.values), 0], events.offsets[:-1])
+        long = (cost + encoder.frame_tokens(kind, np.maximum(domain, 0)) + 1 > max_tokens) & (events.lengths > 1)
+        if not len(events) or not long.any():
+            return events, domain, user
+        halves = np.where(long, 2, 1)
+        first = np.where(long, (events.lengths + 1) // 2, events.lengths)
+        lengths = np.repeat(first, halves)
+        second = np.cumsum(halves)[long] - 1
+        lengths[second] = (events.lengths - first)[long]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        events, domain, user = Ragged(events.values, offsets), np.repeat(domain, halves), np.repeat(user, halves)
+
+
+def queries_table(split: Split, queries: Queries, domain: str) -> pa.Table:
+    """Queries as a table: query_id, platform, user_id, domain, history_domain, history_item, target, timestamp."""
+    catalogue, log = split.catalogue, split.interactions
+    names = np.array(catalogue.domains, dtype=object)
+    offsets = pa.array(queries.history.offsets.astype(np.int32))
+
+    def lists(values: np.ndarray) -> Any:
+        return pa.ListArray.from_arrays(offsets, pa.array(values, pa.string()))
+
+    return pa.table(
+        {
+            "query_id": pa.array(queries.query_id, pa.string()),
+            "platform": pa.array(np.array(log.platforms, dtype=object)[log.user_platform[queries.user]], pa.string()),
+            "user_id": pa.array(log.user_id[queries.user], pa.string()),
+            "domain": pa.array([domain] * len(queries), pa.string()),
+            "history_domain": lists(names[catalogue.domain[queries.history.values]]),
+            "history_item": lists(catalogue.item_id[queries.history.values]),
+            "target": pa.array(catalogue.item_id[queries.target], pa.string()),
+            "timestamp": pa.array(queries.timestamp, pa.int64()),
+        }
+    )
+
+
+# ---- parts together --------------------------------------------------------------------------------------------------
+
+
+def join_parts(folder: Path, about: Mapping[str, Any]) -> None:
+    """Put all parts of an unfinished data folder together, and delete them; `about` goes into every shard manifest."""
+    rules, encoder = _open(folder)
+    parts = [folder / PARTS / f"part-{part}" for part in range(read_manifest(folder)["num_parts"])]
+    for name in _shard_names(rules):
+        full = {**about, "vocabulary_size": encoder.vocabulary_size}
+        join_shards(folder / name, [part / name for part in parts], full)
+    for domain in rules.target_domains:
+        (folder / "queries" / domain).mkdir(parents=True, exist_ok=True)
+        for name in (VALIDATION, TEST):
+            place = Path("queries", domain, f"{name}.parquet")
+            _join_tables([part / place for part in parts], folder / place)
+    counts = sum(np.load(part / "popularity.npy") for part in parts)
+    write_popularity(folder, encoder.catalogue, counts)
+    for leftover in (PARTS, ENCODER):
+        shutil.rmtree(folder / leftover)
+    (folder / RULES).unlink()
+    _open.cache_clear()
+
+
+def _shard_names(rules: DocumentRules) -> Iterator[str]:
+    yield from ("shards/train", "shards/heldout")
+    for domain in rules.target_domains:
+        yield from (f"examples/{domain}/train", f"examples/{domain}/validation")
+
+
+def _join_tables(sources: list[Path], target: Path) -> None:
+    """The rows of some Parquet files in one, a file at a time."""
+    aside = target.with_suffix(".incomplete")
+    with pq.ParquetWriter(aside, pq.read_schema(sources[0]), compression="zstd") as writer:
+        for source in sources:
+            if (table := pq.ParquetFile(source).read()).num_rows:
+                writer.write_table(table)
+    aside.rename(target)
+
+
+def write_popularity(folder: Path, catalogue: Catalogue, counts: np.ndarray) -> None:
+    """Write how many training events each item has: domain, item_id, num_events; rows as in the catalogue."""
+    names = np.array(catalogue.domains, dtype=object)
+    table = pa.table(
+        {
+            "domain": pa.array(names[catalogue.domain], pa.string()),
+            "item_id": pa.array(catalogue.item_id, pa.string()),
+            "num_events": pa.array(counts.astype(np.int64)),
+        }
+    )
+    pq.write_table(table, folder / POPULARITY, compression="zstd")

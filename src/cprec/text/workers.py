@@ -1,0 +1,107 @@
+"""Runs a function on every part of a data folder, in several processes.
+
+A worker is this module started anew (`python -m cprec.text.workers`), not a copy of the caller: nothing that the
+caller holds is doubled, and a script needs no `if __name__ == "__main__"`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from cprec import errors
+from cprec.errors import CPRecError
+from cprec.progress import track
+
+
+def num_workers(wanted: int | None) -> int:
+    """As many processes as asked for, or as many as this process may use cores."""
+    return wanted or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def run_parts(function: str, folder: Path, parts: Sequence[int], workers: int, description: str) -> list[Any]:
+    """What `function` ("module:name", called with the folder and a part) returns for each part, in their order.
+
+    Results must be plain JSON. With one worker, or one part, it runs in this process. An error of a part (those of
+    `cprec.errors` keep their type) stops all others; so does an interruption.
+    """
+    with track(len(parts), description, "parts") as progress:
+        if min(workers, len(parts)) <= 1:
+            results = []
+            for part in parts:
+                results.append(_function(function)(folder, part))
+                progress.advance()
+            return results
+        messages: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
+        shares = [list(parts[start::workers]) for start in range(min(workers, len(parts)))]
+        processes = [_start(function, folder, share, number, messages) for number, share in enumerate(shares)]
+        found: dict[int, Any] = {}
+        try:
+            running = len(processes)
+            while running:
+                number, message = messages.get()
+                if message is None:
+                    running -= 1
+                    if code := processes[number].wait():
+                        raise CPRecError(f"a worker process ended with exit code {code} while {description}")
+                elif "error" in message:
+                    kind = getattr(errors, message["kind"], CPRecError)
+                    raise kind(message["error"])
+                else:
+                    found[message["part"]] = message["result"]
+                    progress.advance()
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        return [found[part] for part in parts]
+
+
+def _start(
+    function: str, folder: Path, parts: Sequence[int], number: int, messages: queue.Queue[Any]
+) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", __name__, function, str(folder), ",".join(map(str, parts))]
+    # One thread each: the parts are what runs side by side.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CPREC_PROGRESS": "off"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment)
+    threading.Thread(target=_listen, args=(process.stdout, number, messages), daemon=True).start()
+    return process
+
+
+def _listen(lines: IO[str], number: int, messages: queue.Queue[Any]) -> None:
+    with lines:
+        for line in lines:
+            messages.put((number, json.loads(line)))
+    messages.put((number, None))
+
+
+def _function(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def main() -> int:
+    """Work on the parts that the command line names; prints one JSON object for each."""
+    name, folder, parts = sys.argv[1:]
+    output, sys.stdout = sys.stdout, sys.stderr  # whatever is printed by others is no message
+    try:
+        function = _function(name)
+        for part in map(int, parts.split(",")):
+            print(json.dumps({"part": part, "result": function(Path(folder), part)}), file=output, flush=True)
+    except CPRecError as error:
+        print(json.dumps({"kind": type(error).__name__, "error": str(error)}), file=output, flush=True)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
