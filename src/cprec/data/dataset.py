@@ -111,6 +111,11 @@ def read_dataset(folder: str | Path) -> tuple[Catalogue, Interactions, dict[str,
     return catalogue, _read_log(Path(folder), catalogue).interactions, read_domains(folder)
 
 
+def read_part(folder: str | Path, part: int, catalogue: Catalogue) -> Interactions:
+    """The interactions of one part, in order, whether its files are in order yet or not."""
+    return _read_log(Path(folder), catalogue, part, is_sorted=False).interactions
+
+
 def read_split(folder: str | Path, part: int | None = None, catalogue: Catalogue | None = None) -> Split:
     """The split of a data folder, or of one part of it. Raises DataError where there is none.
 

@@ -40,8 +40,11 @@ class Ragged:
         """
         lengths = self.lengths[rows]
         offsets = offsets_of(lengths)
-        within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-        return Ragged(self.values[np.repeat(self.offsets[rows], lengths) + within], offsets)
+        # Half as wide an index is gathered twice as fast; nearly always it is wide enough.
+        index = np.int32 if max(len(self.values), offsets[-1]) < 1 << 31 else np.int64
+        place = np.repeat((self.offsets[rows] - offsets[:-1]).astype(index), lengths)
+        place += np.arange(offsets[-1], dtype=index)
+        return Ragged(self.values[place], offsets)
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[int] | np.ndarray], dtype: Any = np.int64) -> Ragged:

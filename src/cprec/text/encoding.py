@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from cprec.data.catalogue import Catalogue
 
 
+def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
+    """The smallest type of token ids that has room for a vocabulary; little-endian."""
+    return np.dtype("<u2" if vocabulary_size <= 1 << 16 else "<u4")
+
+
 _SAVED = ("max_title_tokens", "eos_id", "vocabulary_size")
 
 
@@ -54,6 +59,8 @@ class PromptEncoder:
         """Number the pieces: three parts of the template and the end, then the heads, the tags and the titles."""
         domains = self.catalogue.domains
         self._pieces = pieces
+        # Documents are made by the million: their tokens take the least room that holds the vocabulary.
+        self._small_pieces = Ragged(pieces.values.astype(token_dtype(self.vocabulary_size)), pieces.offsets)
         self._line, self._next, self._mixed_head, self._eos = 0, 1, 2, 3
         self._heads = 4 + np.arange(len(domains))
         self._tags = self._heads + len(domains)
@@ -107,12 +114,12 @@ class PromptEncoder:
         """Documents whose last event is the target.
 
         `events` holds catalogue rows, at least one each document; `domains` the index of each document's domain (unused
-        for mixed). Returns the token rows and, per document, where the target's own tokens start (the title of the
-        last event, after `Next:` and the tag).
+        for mixed). Returns the token rows (uint16 or uint32, as shards have them) and, per document, where the target's
+        own tokens start (the title of the last event, after `Next:` and the tag).
         """
         assert (events.lengths > 0).all(), "a document needs a target"
         pieces = self._sequence(kind, domains, events, last_is_target=True)
-        tokens = self._join(pieces)
+        tokens = self._join(pieces, self._small_pieces)
         target = self._pieces.lengths[self._titles + events.values[events.offsets[1:] - 1]] + 1
         return tokens, tokens.lengths - target
 
@@ -167,7 +174,7 @@ class PromptEncoder:
                 out[offsets[1:] - 1] = self._tags[domains]
         return Ragged(out, offsets)
 
-    def _join(self, pieces: Ragged) -> Ragged:
+    def _join(self, pieces: Ragged, of: Ragged | None = None) -> Ragged:
         """Token rows of rows of piece numbers."""
-        tokens = self._pieces.take(pieces.values)
+        tokens = (of or self._pieces).take(pieces.values)
         return Ragged(tokens.values, tokens.offsets[pieces.offsets])

@@ -18,6 +18,7 @@ from cprec.data.ragged import Ragged
 from cprec.errors import ShardError
 from cprec.provenance import file_sha256
 from cprec.schema import KINDS
+from cprec.text.encoding import token_dtype
 
 TOKENS, DOCUMENTS, MANIFEST = "tokens.bin", "documents.parquet", "manifest.json"
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -146,7 +147,7 @@ def _write(
     temporary = folder.with_name(folder.name + ".incomplete")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    dtype = DTYPES["uint16" if about["vocabulary_size"] <= 1 << 16 else "uint32"]
+    dtype = token_dtype(about["vocabulary_size"])
     listed, num_tokens, num_documents = [], 0, 0
     with (
         open(temporary / TOKENS, "wb") as file,
