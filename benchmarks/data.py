@@ -309,7 +309,7 @@ def tokens(num_rows: int) -> None:
 
 def scale(num_rows: int) -> None:
     """`cprec prepare` on generated Parquet logs, in a control group of 8 GiB where this process may make one."""
-    root = Path(tempfile.mkdtemp(prefix="cprec-scale-", dir=os.environ.get("TMPDIR")))
+    root, group = Path(tempfile.mkdtemp(prefix="cprec-scale-")), _control_group()
     try:
         domains = write_log(root, num_rows, 8, "parquet")
         tables = [
@@ -324,7 +324,6 @@ def scale(num_rows: int) -> None:
         config = {"output_dir": str(root / "data"), "tables": tables, "target_domains": domains[:1]}
         (root / "shop.yaml").write_text(json.dumps({"prepare": config}))
         size = sum(path.stat().st_size for path in root.glob("*.parquet"))
-        group = _control_group()
         limit = "a control group of 8 GiB" if group else "no control group could be made: measured only"
         print(f"{num_rows:,} rows in 8 domains, {size / GIB:.2f} GiB of Parquet; {limit}")
         _follow([sys.executable, "-m", "cprec", "prepare", str(root / "shop.yaml")], group)
@@ -335,18 +334,29 @@ def scale(num_rows: int) -> None:
         print(f"written: {written / GIB:.2f} GiB; certificate: {checks:,} checks, {wrong:,} violations")
     finally:
         shutil.rmtree(root, ignore_errors=True)
+        if group is not None:
+            group.rmdir()
 
 
 def _control_group() -> Path | None:
     """A new control group with 8 GiB and no swap, or None where it cannot be made."""
-    group = Path("/sys/fs/cgroup") / f"cprec-{os.getpid()}"
-    try:
-        group.mkdir()
-        (group / "memory.max").write_text(str(LIMIT))
-        (group / "memory.swap.max").write_text("0")
-    except OSError:
-        return None
-    return group
+    for root, limits in (
+        (Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes")),  # version 1
+        (Path("/sys/fs/cgroup"), ("memory.max", "memory.swap.max")),  # version 2
+    ):
+        group = root / f"cprec-{os.getpid()}"
+        try:
+            if not (root / "cgroup.procs").exists():
+                continue
+            group.mkdir()
+            (group / limits[0]).write_text(str(LIMIT))
+            if (group / limits[1]).exists():
+                (group / limits[1]).write_text(str(LIMIT if "memsw" in limits[1] else 0))
+            return group
+        except OSError:
+            if group.exists():
+                group.rmdir()
+    return None
 
 
 def _follow(command: list[str], group: Path | None) -> None:
@@ -402,7 +412,8 @@ def main() -> None:
     if sys.argv[1:2] == ["--contestant"]:
         name, folder, *domains = sys.argv[2:]
         result = globals()[name](Path(folder), domains)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        lines = Path("/proc/self/status").read_text().splitlines()
+        peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
         print(json.dumps({"result": result, "peak": peak}))
         return
     verbs = {"compare": (compare, 1_000_000), "tokens": (tokens, 500_000), "scale": (scale, 100_000_000)}

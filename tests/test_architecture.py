@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "cprec"
 
-BASE = frozenset({"errors", "schema", "recommender", "provenance", "progress"})
+BASE = frozenset({"errors", "schema", "recommender", "provenance", "progress", "machine"})
 BELOW = {
     **dict.fromkeys(BASE, BASE),
     "data": BASE,

@@ -6,7 +6,6 @@ core, nothing to install or start.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import warnings
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, final
 from cprec.data import text_files
 from cprec.data.text_files import LINE
 from cprec.errors import ConfigError, DataError
+from cprec.machine import free_memory, num_cores
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -128,21 +128,6 @@ def connect(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, or of the control group that it runs in."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:  # memory that the system would give back counts as free
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError, StopIteration):
-        pass
-    return max(free, 1 << 28)
-
-
 @final
 class DuckDBEngine(TableEngine):
     """DuckDB in this process."""
@@ -156,9 +141,7 @@ class DuckDBEngine(TableEngine):
         self.spill = spill
         self.backend = ibis.duckdb.connect()
         self._run(f"SET temp_directory = {text_files.quoted(spill / 'duckdb')}")
-        self._run(
-            f"SET threads = {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}"
-        )
+        self._run(f"SET threads = {num_cores()}")
         try:
             self._run(
                 f"SET memory_limit = {text_files.quoted(memory_limit or f'{int(free_memory() * MEMORY_SHARE)}B')}"

@@ -19,12 +19,13 @@ from typing import IO, Any
 
 from cprec import errors
 from cprec.errors import CPRecError
+from cprec.machine import num_cores
 from cprec.progress import track
 
 
 def num_workers(wanted: int | None) -> int:
     """As many processes as asked for, or as many as this process may use cores."""
-    return wanted or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return wanted or num_cores()
 
 
 def run_parts(function: str, folder: Path, parts: Sequence[int], workers: int, description: str) -> list[Any]:

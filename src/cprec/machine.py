@@ -1,0 +1,49 @@
+"""What this machine gives a process: cores and memory, of the machine or of the control group that it runs in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+LEAST_MEMORY = 1 << 28
+"""Bytes that are taken to be free whatever the system says."""
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take; what the system would give back (its cache of files) counts as free."""
+    free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    except OSError:
+        pass
+    return max(LEAST_MEMORY, min([*free, *_free_in_groups()]))
+
+
+def _free_in_groups() -> Iterator[int]:
+    """What the limits of the control groups leave: version 2 (memory.max), then version 1 (memory.limit_in_bytes)."""
+    try:
+        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, path in groups:
+        if controllers == "":
+            yield from _free_in_group(Path("/sys/fs/cgroup"), path, "memory.max", "anon")
+        elif "memory" in controllers.split(","):
+            yield from _free_in_group(Path("/sys/fs/cgroup/memory"), path, "memory.limit_in_bytes", "total_rss")
+
+
+def _free_in_group(root: Path, path: str, limit_file: str, used_key: str) -> Iterator[int]:
+    for group in (root / path.lstrip("/"), root):  # in a container the root may be the group itself
+        try:
+            limit = int((group / limit_file).read_text())
+            used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            yield limit - int(used[used_key])
+        except (OSError, ValueError, KeyError):  # no limit ("max"), or no such file
+            continue
