@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from cprec.data.catalogue import Catalogue
 from cprec.data.build import build_dataset
+from cprec.data.catalogue import Catalogue
 from cprec.data.dataset import read_dataset
 from cprec.data.sources.memory import MemorySource
 from cprec.data.sources.synthetic import OracleRecommender, SyntheticConfig, SyntheticWorld

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -94,7 +95,7 @@ def write_shards(
     starts = _piece_starts(columns["domain"], columns["kind"])
 
     def pieces() -> Iterator[tuple[dict[str, Any], np.ndarray, pa.Table]]:
-        for start, stop in zip(starts, [*starts[1:], len(documents)], strict=True):
+        for start, stop in itertools.pairwise([*starts, len(documents)]):
             first, last = documents.offsets[start], documents.offsets[stop]
             where = {"domain": str(columns["domain"][start]), "kind": str(columns["kind"][start]), "part": part}
             yield where, documents.values[first:last], index.slice(start, stop - start)

@@ -108,7 +108,7 @@ def test_known_figures_on_real_logs(
     in the target's favour.
     """
     from cprec.data.build import build_dataset
-from cprec.data.dataset import read_dataset
+    from cprec.data.dataset import read_dataset
     from cprec.data.sources.tables import TableSource
     from cprec.data.splits import make_split as split_of
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cprec.data.build import build_dataset
-from cprec.data.dataset import finish_part, read_dataset, read_manifest, read_split
+from cprec.data.dataset import finish_part, read_dataset, read_manifest, read_split, slot_of, write_manifest
 from cprec.data.sources.memory import MemorySource
 from cprec.data.sources.recbole import RecBoleSource
 from cprec.data.sources.tables import TableSource
@@ -45,9 +46,10 @@ def build(tmp_path: Path, *sources: Any, **rules: Any) -> Path:
 
 
 def events(folder: Path, domain: str = "toys") -> list[tuple[str, str, int]]:
-    """(user, item, time) in the order of the file."""
+    """(user, item, time), users by id, each user's in the order of the file."""
     table = pq.read_table(folder / "interactions" / f"domain={domain}" / "part-0.parquet").to_pylist()
-    return [(row["user_id"], row["item_id"], row["timestamp"]) for row in table]
+    rows = [(row["user_id"], row["item_id"], row["timestamp"]) for row in table]
+    return sorted(rows, key=lambda row: row[0])
 
 
 def rejected(folder: Path) -> list[tuple[str, int, str, str]]:
@@ -165,11 +167,13 @@ def test_users_of_one_platform_are_the_same_people(tmp_path: Path) -> None:
     )
     catalogue, log, domains = read_dataset(folder)
     assert log.platforms == ("cinema", "shop")
-    assert log.user_platform.tolist() == [0, 1, 1]
-    assert log.user_id.tolist() == ["ann", "ann", "bob"]
-    assert log.user.tolist() == [0, 1, 1, 2]
-    assert catalogue.item_id[log.item].tolist() == ["f", "b", "x", "x"]
-    assert log.timestamp.tolist() == [3, 0, 1, 2]
+    users = list(zip(log.user_platform.tolist(), log.user_id, strict=True))
+    assert users == sorted(
+        [(0, "ann"), (1, "ann"), (1, "bob")], key=lambda user: slot_of(log.platforms[user[0]], user[1])
+    )
+    found = [(*users[user], item) for user, item in zip(log.user, catalogue.item_id[log.item], strict=True)]
+    assert sorted(found) == [(0, "ann", "f"), (1, "ann", "b"), (1, "ann", "x"), (1, "bob", "x")]
+    assert found.index((1, "ann", "b")) + 1 == found.index((1, "ann", "x")), "in the order of time"
     assert np.isnan(log.rating).all()
     assert domains["films"].platform == "cinema"
 
@@ -192,6 +196,7 @@ def test_the_manifest_says_what_was_read(tmp_path: Path) -> None:
     assert manifest["rules"] == {
         "min_user_events": 0,
         "min_item_events": 0,
+        "core_scope": "domain",
         "tie_order": "source",
         "seed": 7,
         "deduplicate": True,
@@ -229,8 +234,9 @@ def test_a_split_is_read_as_it_was_written(tmp_path: Path) -> None:
         read_split(folder)
     spec = SplitSpec(method="global-time", test_fraction=0.2)
     for chosen in (SplitSpec(), spec):  # a second split takes the place of the first
-        split = make_split(*read_dataset(folder), chosen)
-        write_split(folder, split)
+        split = finish_part(folder, 0, lambda *log, spec=chosen: make_split(*log, spec))
+        assert split is not None
+        write_manifest(folder, read_manifest(folder) | {"split": asdict(chosen)})
         again = read_split(folder)
         assert again.part.tolist() == split.part.tolist()
         assert again.spec == chosen

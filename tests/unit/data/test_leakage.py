@@ -19,7 +19,6 @@ from cprec.data.leakage import (
     check_heads,
     read_events,
     row_hashes,
-    title_numbers,
 )
 from cprec.data.ragged import Ragged
 from cprec.text.encoding import PromptEncoder
@@ -109,7 +108,7 @@ def test_reading_inverts_writing(
     catalogue = catalogue_of(dict(zip(DOMAINS, named, strict=True)))
     encoder = PromptEncoder(TOKENIZERS[tokenizer](), catalogue, max_title_tokens=max_title_tokens)
     grammar = grammar_of(encoder)
-    number, _, _ = title_numbers(grammar)
+    number = grammar.title_of_row
     parts, domains, expected = [], [], []
     for kind in ("specific", "mixed"):
         for _ in range(data.draw(st.integers(0, 3))):
@@ -128,9 +127,9 @@ def test_titles_share_a_number_if_nothing_tells_them_apart() -> None:
     catalogue = catalogue_of({"books": ["Emma", "Emma", "Emma II"], "games": ["Emma"]})
     cut = PromptEncoder(ours(), catalogue, max_title_tokens=1)
     whole = PromptEncoder(ours(), catalogue)
-    first, again, second, other = title_numbers(grammar_of(whole))[0]
+    first, again, second, other = grammar_of(whole).title_of_row
     assert first == again and len({first, second, other}) == 3
-    first, again, second, other = title_numbers(grammar_of(cut))[0]
+    first, again, second, other = grammar_of(cut).title_of_row
     assert first == again == second != other
 
 
@@ -184,7 +183,7 @@ class Shop:
         row = {title: number for number, title in enumerate(catalogue.title)}
         encoder = PromptEncoder(ours(), catalogue)
         grammar = grammar_of(encoder)
-        number, _, _ = title_numbers(grammar)
+        number = grammar.title_of_row
         parts = []
         for _, kind, names in self.documents:
             events = Ragged.of([[row[title] for title in names]])

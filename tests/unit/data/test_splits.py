@@ -103,7 +103,7 @@ def test_global_time_refuses_an_empty_part(make_log: Callable[..., Any]) -> None
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "random"}, "expected leave-one-out or global-time"),
+        ({"method": "random"}, "expected leave-one-out, last-n, global-time"),
         ({"test_fraction": 0.1}, "test_fraction means something for method=global-time only"),
         ({"method": "global-time", "test_fraction": 1.5}, "must lie between 0 and 1"),
         ({"method": "global-time", "test_fraction": 0.6, "validation_fraction": 0.5}, "nothing would train"),

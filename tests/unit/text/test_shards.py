@@ -44,7 +44,7 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
 def test_tokens_take_two_bytes_where_they_can(tmp_path: Path, vocabulary_size: int, dtype: str) -> None:
     largest = vocabulary_size - 1
     rows = Ragged.of([[largest, 0], [largest]])
-    columns = {"kind": ["specific", "specific"]}
+    columns = {"kind": ["specific", "specific"], "domain": ["toys", "toys"]}
     write_shards(tmp_path / "train", rows, columns, {"vocabulary_size": vocabulary_size})
     shards = open_shards(tmp_path / "train")
     assert shards.tokens.dtype == dtype
@@ -61,7 +61,7 @@ def test_shards_without_documents(tmp_path: Path) -> None:
 def test_writing_again_replaces_the_shards(tmp_path: Path) -> None:
     write(tmp_path / "train")
     (tmp_path / "train.incomplete").mkdir()  # what an earlier kill left
-    write_shards(tmp_path / "train", Ragged.of([[4]]), {"kind": ["mixed"]}, {"vocabulary_size": 300})
+    write_shards(tmp_path / "train", Ragged.of([[4]]), {"kind": ["mixed"], "domain": [""]}, {"vocabulary_size": 300})
     assert open_shards(tmp_path / "train").rows[0].tolist() == [4]
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
