@@ -430,10 +430,12 @@ def _count_pairs(pool: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndar
     return key[first], np.diff(np.r_[first, len(key)])
 
 
-def check_absent(name: str, present: np.ndarray, forbidden: np.ndarray, labels: Mapping[int, str]) -> Property:
+def check_absent(
+    name: str, present: np.ndarray, forbidden: np.ndarray, labels: Mapping[int, str] | np.ndarray
+) -> Property:
     """No number of `forbidden` occurs in `present`; `labels` names the numbers in examples."""
     wrong = np.isin(present, forbidden)
-    examples = [labels[number] for number in _first(np.unique(present[wrong]))]
+    examples = [str(labels[number]) for number in _first(np.unique(present[wrong]))]
     return Property(name=name, checked=len(present), violations=int(wrong.sum()), examples=examples)
 
 

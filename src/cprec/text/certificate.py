@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cprec.data.catalogue import Catalogue
@@ -29,13 +31,13 @@ from cprec.data.leakage import (
     find_ties,
     read_events,
 )
-from cprec.data.ragged import Ragged
+from cprec.data.ragged import Ragged, offsets_of
 from cprec.data.splits import GLOBAL_TIME, Split, make_split
 from cprec.errors import ConfigError, ShardError
 from cprec.progress import say
 from cprec.provenance import file_sha256, read_resolved
 from cprec.schema import CONTEXT, MIXED, TEST, TRAIN, VALIDATION
-from cprec.text.documents import POPULARITY
+from cprec.text.documents import POPULARITY, read_queries_of_part
 from cprec.text.encoding import PromptEncoder
 from cprec.text.shards import DOCUMENTS, TOKENS, Shards, open_shards, read_piece, read_shard_manifest
 from cprec.text.tokenizer import TINY, load_tokenizer, train_on_titles
@@ -260,7 +262,7 @@ def audit_part(folder: Path, part: int) -> dict[str, Any]:
                 "shards/heldout: no user of shards/train",
                 trained["shards/heldout"],
                 np.unique(trained["shards/train"]),
-                {row: str(user) for row, user in enumerate(split.interactions.user_id)},
+                split.interactions.user_id,
             )
         )
     observations = []
@@ -284,10 +286,8 @@ class _Auditor:
         self._folder, self._part, self._split, self._recorded = folder, part, split, recorded
         self._grammar = grammar
         self._title_of_row = grammar.title_of_row
-        self._user_row = {
-            (log.platforms[platform], user): row
-            for row, (platform, user) in enumerate(zip(log.user_platform, log.user_id, strict=True))
-        }
+        platforms = np.array(log.platforms, dtype=object)[log.user_platform]
+        self._users = _keys(pa.array(platforms, pa.string()), pa.array(log.user_id, pa.string()))
         self._title = self._title_of_row[log.item]
         self._train = split.events(TRAIN)
         seen = _pretrained(recorded, split.catalogue)
@@ -353,7 +353,7 @@ class _Auditor:
             properties.append(check_times(name, events, user, log.user, self._title, log.timestamp, cut))
         if split.spec.unseen_user_share and not name.endswith(f"/{VALIDATION}"):
             unseen = np.unique(log.user[split.events(CONTEXT)])
-            properties.append(check_absent(f"{name}: no unseen user", user, unseen, self._user_names()))
+            properties.append(check_absent(f"{name}: no unseen user", user, unseen, log.user_id))
         if not is_example:
             properties += self._check_unseen_domains(name, events.title, user)
         return properties
@@ -372,42 +372,40 @@ class _Auditor:
                 f"{name}: no user tested in an unseen domain ({label})",
                 users,
                 np.unique(log.user[tested]),
-                self._user_names(),
+                log.user_id,
             ),
         ]
 
-    def queries(self, domain: str, name: str) -> dict[str, np.ndarray | Ragged]:
+    def queries(self, domain: str, name: str) -> dict[str, Any]:
         """The queries of this part's users, as rows of the log's users and of the catalogue; -1 where unknown."""
-        table = pq.read_table(self._folder / "queries" / domain / f"{name}.parquet")
-        pairs = zip(table["platform"].to_pylist(), table["user_id"].to_pylist(), strict=True)
-        user = np.array([self._user_row.get(pair, -1) for pair in pairs], dtype=np.int64)
-        mine = np.flatnonzero(user >= 0)
-        table = table.take(mine)
-        catalogue = self._split.catalogue
-        history = table["history_item"].combine_chunks()
-        history_domain = table["history_domain"].combine_chunks()
+        table = read_queries_of_part(self._folder / "queries" / domain / f"{name}.parquet", self._part)
+        table = table.combine_chunks()
+        catalogue, lengths = self._split.catalogue, pc.list_value_length(table["history_item"]).to_numpy()
+        history = catalogue.rows_of_pairs(
+            pc.list_flatten(table["history_domain"]), pc.list_flatten(table["history_item"])
+        )
         return {
-            "query_id": table["query_id"].to_numpy(zero_copy_only=False),
-            "user": user[mine],
+            "query_id": table["query_id"].to_numpy(),
+            "user": self._user_rows(table),
             "target": catalogue.rows_of_pairs(table["domain"], table["target"]),
             "timestamp": table["timestamp"].to_numpy(),
-            "history": Ragged(
-                catalogue.rows_of_pairs(history_domain.flatten(), history.flatten()),
-                np.concatenate([[0], np.cumsum(history.value_lengths().to_numpy())]).astype(np.int64),
-            ),
+            "history": Ragged(history, offsets_of(lengths)),
         }
 
-    def _user_names(self) -> dict[int, str]:
-        return {row: str(user) for row, user in enumerate(self._split.interactions.user_id)}
-
     def _document_domain(self, shards: Shards) -> np.ndarray:
-        number = {name: index for index, name in enumerate(self._split.catalogue.domains)}
-        mixed = shards.column("kind") == MIXED
-        return np.array(
-            [-1 if m else number[d] for m, d in zip(mixed, shards.column("domain"), strict=True)], dtype=np.int64
-        )
+        """The index of each document's domain; -1 for mixed ones."""
+        names = pa.array(self._split.catalogue.domains, pa.string())
+        domain = pc.fill_null(pc.index_in(shards.documents["domain"], names), -1).to_numpy().astype(np.int64)
+        return np.where(shards.column("kind") == MIXED, -1, domain)
 
     def document_user(self, shards: Shards) -> np.ndarray:
         """The row of each document's user; -1 where this part of the log has no such user."""
-        pairs = zip(shards.column("platform"), shards.column("user_id"), strict=True)
-        return np.array([self._user_row.get(pair, -1) for pair in pairs], dtype=np.int64)
+        return self._user_rows(shards.documents)
+
+    def _user_rows(self, table: pa.Table) -> np.ndarray:
+        found = pc.index_in(_keys(table["platform"], table["user_id"]), self._users)
+        return np.asarray(pc.fill_null(found, -1).to_numpy().astype(np.int64))
+
+
+def _keys(platform: Any, user_id: Any) -> Any:
+    return pc.binary_join_element_wise(platform, user_id, "\x1f")

@@ -28,7 +28,7 @@ from cprec.data.interactions import Interactions
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.data.sequences import build_sequences
 from cprec.data.splits import Queries, Split, SplitSpec, comparable_domains, make_split, user_shares
-from cprec.errors import ConfigError
+from cprec.errors import ConfigError, DataError
 from cprec.schema import KINDS, SPECIFIC, TEST, TRAIN, VALIDATION, DomainInfo
 from cprec.text.encoding import PromptEncoder
 from cprec.text.shards import join_shards, write_shards
@@ -37,6 +37,9 @@ RULES, ENCODER, PARTS = "rules.json", "encoder", "parts"
 """Names inside an unfinished data folder: what `write_part` needs, and what it writes."""
 
 POPULARITY = "popularity.parquet"
+
+ROW_GROUPS = b"parts"
+"""Key in a queries file's metadata: the part that each of its row groups is from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,13 +310,25 @@ def _shard_names(rules: DocumentRules) -> Iterator[str]:
 
 
 def _join_tables(sources: list[Path], target: Path) -> None:
-    """The rows of some Parquet files in one, a file at a time."""
+    """The rows of some Parquet files in one: a row group for each that has rows, and in `ROW_GROUPS` its number."""
     aside = target.with_suffix(".incomplete")
-    with pq.ParquetWriter(aside, pq.read_schema(sources[0]), compression="zstd") as writer:
-        for source in sources:
-            if (table := pq.ParquetFile(source).read()).num_rows:
-                writer.write_table(table)
+    numbers = [number for number, source in enumerate(sources) if pq.read_metadata(source).num_rows]
+    schema = pq.read_schema(sources[0]).with_metadata({ROW_GROUPS: json.dumps(numbers)})
+    with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
+        for number in numbers:
+            table = pq.ParquetFile(sources[number]).read().replace_schema_metadata(schema.metadata)
+            writer.write_table(table, row_group_size=table.num_rows)
     aside.rename(target)
+
+
+def read_queries_of_part(path: Path, part: int) -> pa.Table:
+    """The queries that `join_parts` took from a part."""
+    file = pq.ParquetFile(path)
+    numbers = json.loads((file.schema_arrow.metadata or {}).get(ROW_GROUPS, b"[]"))
+    if len(numbers) != file.num_row_groups:
+        raise DataError(f"{path} does not say which part its rows are from: it was changed; run `cprec prepare` again")
+    groups = [group for group, number in enumerate(numbers) if number == part]
+    return file.read_row_groups(groups)
 
 
 def write_popularity(folder: Path, catalogue: Catalogue, counts: np.ndarray) -> None:

@@ -23,6 +23,9 @@ def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocabulary_size <= 1 << 16 else "<u4")
 
 
+BATCH = 1 << 15
+"""Titles that are tokenised at once."""
+
 _SAVED = ("max_title_tokens", "eos_id", "vocabulary_size")
 
 
@@ -52,8 +55,11 @@ class PromptEncoder:
         parts = encode([t.line, t.next, t.head(t.mixed_scope)])
         heads = encode([t.head(domain) for domain in domains])
         tags = encode([t.tag(domain) for domain in domains])
-        titles = [ids[:max_title_tokens] for ids in encode([t.title(title) for title in catalogue.title])]
-        self._set_pieces(Ragged.of(parts + [[self.eos_id]] + heads + tags + titles))
+        pieces = [Ragged.of(parts + [[self.eos_id]] + heads + tags)]
+        for start in range(0, len(catalogue), BATCH):  # lists of Python numbers take much more room than arrays
+            titles = encode([t.title(title) for title in catalogue.title[start : start + BATCH]])
+            pieces.append(Ragged.of([ids[:max_title_tokens] for ids in titles]))
+        self._set_pieces(Ragged.concatenate(pieces))
 
     def _set_pieces(self, pieces: Ragged) -> None:
         """Number the pieces: three parts of the template and the end, then the heads, the tags and the titles."""
