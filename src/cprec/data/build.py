@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from cprec.data.catalogue import clean_title, has_word
 from cprec.data.dataset import MANIFEST, NUM_SLOTS, TIE, finish_part, part_path
 from cprec.data.engine import TableEngine, connect
-from cprec.data.sources.tables import SourceTables
+from cprec.data.sources.tables import OUT_OF_RANGE, SECONDS_AMONG, SourceTables
 from cprec.errors import ConfigError, DataError
 from cprec.provenance import file_sha256
 from cprec.schema import (
@@ -56,6 +56,7 @@ UNKNOWN_ITEM = "item is not in the items table"
 TITLELESS_ITEM = "item has no title"
 NO_TITLE = "title without a word"
 TWICE = "item id occurs before"
+CONFLICT = "item id occurs before with another title"
 
 PROBLEM = "problem"
 """Column of a source's tables, if it has one: why a row cannot be used, or null."""
@@ -270,6 +271,8 @@ class _DomainBuilder:
     rejected: Counter[str] = field(default_factory=Counter)
     files: list[dict[str, Any]] = field(default_factory=list)
     num_items: int = 0
+    num_unread_ratings: int = 0
+    """Ratings that are no numbers: the event stays, without its rating."""
 
     @property
     def domain(self) -> str:
@@ -304,16 +307,19 @@ class _DomainBuilder:
         items = self._add_clean(items, TITLE, "clean", has_word)
         items = self._add_clean(self._add_clean(items, BRAND, "clean_brand"), CATEGORIES, "clean_categories")
         same_id = {"group_by": items[ITEM_ID], "order_by": [items["clean"].isnull(), items["sequence"]]}
-        items = items.mutate(place=ibis.row_number().over(**same_id))
+        items = items.mutate(
+            place=ibis.row_number().over(**same_id), kept_title=items["clean"].first(include_null=True).over(**same_id)
+        )
         reason = ibis.cases(
             *_problem(items),
             (_is_blank(items[ITEM_ID]), NO_ITEM),
             (items["clean"].isnull(), NO_TITLE),
+            ((items["place"] > 0) & (items["clean"] != items["kept_title"]), CONFLICT),
             (items["place"] > 0, TWICE),
             else_=ibis.null("string"),
         )
-        items = self.engine.materialise(items.mutate(reason=reason).drop("place"))
-        self._set_aside(items, "items", (ITEM_ID, TITLE), self.engine.value(items.count()), lenient={TWICE})
+        items = self.engine.materialise(items.mutate(reason=reason).drop("place", "kept_title"))
+        self._set_aside(items, "items", (ITEM_ID, TITLE), self.engine.value(items.count()), lenient={TWICE, CONFLICT})
         return items
 
     def _add_clean(self, items: Any, name: str, clean_name: str, is_good: Callable[[str], bool] = bool) -> Any:
@@ -340,6 +346,8 @@ class _DomainBuilder:
         columns = (USER_ID, ITEM_ID, TIMESTAMP, RATING, "position", "sequence")
         events = self.engine.materialise(usable.semi_join(good_items, ITEM_ID).select(*columns))
         num_rows = self.counts[0]["events"]
+        if "rating_unread" in log.columns:
+            self.num_unread_ratings = int(self.engine.value(log["rating_unread"].sum()) or 0)
         if self.engine.value(events.count()) == num_rows:
             return events
         items = self.items
@@ -410,6 +418,12 @@ class _DomainBuilder:
         head = (
             f"{examples[0]['file']}: {count:,} of {total:,} rows of the {what} of domain {self.domain!r} cannot be used"
         )
+        if reason in (OUT_OF_RANGE, SECONDS_AMONG):
+            values = ", ".join(repr(row["time_text"]) for row in examples)
+            return (
+                f"{head}: {reason}: {values}. They were read as {self.tables.time_format}: say timestamps=seconds, "
+                "milliseconds, iso or order"
+            )
         if reason == BAD_TIME:
             values = ", ".join(repr(row["time_text"]) for row in examples)
             return (
@@ -574,6 +588,7 @@ class _DomainBuilder:
             "num_events": last["events"],
             "counts": self.counts,
             "rejected": dict(sorted(self.rejected.items())),
+            "unread_ratings": self.num_unread_ratings,
         }
 
 

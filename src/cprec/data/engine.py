@@ -45,11 +45,18 @@ class TableEngine(ABC):
 
     @abstractmethod
     def read_delimited(
-        self, path: Path, columns: Sequence[str], *, separator: str, quote: str
+        self,
+        path: Path,
+        columns: Sequence[str],
+        *,
+        separator: str,
+        quote: str,
+        header: bool = True,
+        encoding: str = "utf-8",
     ) -> tuple[Any, Any | None]:
-        """A delimited text file with a header line, every column as text: (rows, malformed rows).
+        """A delimited text file, every column as text: (rows, malformed rows).
 
-        Rows with too few or too many fields, open quotes or bytes that are not UTF-8 are set aside: the second table
+        Rows with too few or too many fields, open quotes or bytes of another encoding are set aside: the second table
         has columns `line_in_file`, `reason` and `row`; it is None where there are none.
         """
 
@@ -168,10 +175,19 @@ class DuckDBEngine(TableEngine):
         return table.mutate((ibis._.file_row_number + 1).name(LINE)).drop("file_row_number")
 
     def read_delimited(
-        self, path: Path, columns: Sequence[str], *, separator: str, quote: str
+        self,
+        path: Path,
+        columns: Sequence[str],
+        *,
+        separator: str,
+        quote: str,
+        header: bool = True,
+        encoding: str = "utf-8",
     ) -> tuple[Any, Any | None]:
         with self.translated_errors(str(path)):
-            rows, malformed = text_files.read_delimited(self.backend.con, path, columns, separator, quote)
+            rows, malformed = text_files.read_delimited(
+                self.backend.con, path, columns, separator, quote, header=header, encoding=encoding
+            )
         return self.backend.table(rows), None if malformed is None else self.backend.table(malformed)
 
     def read_json_lines(self, path: Path, columns: Sequence[str]) -> tuple[Any, Any | None]:

@@ -268,7 +268,7 @@ def test_every_bad_row_is_kept_with_its_reason(tmp_path: Path) -> None:
         ("log.csv", 7, "malformed row: missing columns", "u"),
         ("items.csv", 3, "title without a word", "item_id=i2; title=...; "),
         ("items.csv", 4, "no item id", "title=Nothing; "),
-        ("items.csv", 5, "item id occurs before", "item_id=i1; title=Ball again; "),
+        ("items.csv", 5, "item id occurs before with another title", "item_id=i1; title=Ball again; "),
         ("log.csv", 2, "no user id", "item_id=i1; timestamp=1406116800; "),
         ("log.csv", 3, "no item id", "user_id=u; item_id= ; timestamp=1406116800; "),
         ("log.csv", 4, "timestamp cannot be read", "user_id=u; item_id=i1; timestamp=yesterday; "),

@@ -64,7 +64,8 @@ class SourceTables:
     """item_id, title, brand, categories, description (text), price (float64), file (text), line, sequence (int64)."""
     interactions: Any
     """user_id, item_id (text), timestamp (int64 seconds, null where it could not be parsed), time_text (text), rating
-    (float64), position (int64, the source's own order, or null), file (text), line, sequence (int64)."""
+    (float64), rating_unread (bool: there is something, but no number), position (int64, the source's own order, or
+    null), file (text), line, sequence (int64), and problem (text): why the row cannot be used, or null."""
     malformed: tuple[tuple[str, Any], ...] = ()
     """(items or interactions, table) of the rows that could not be taken apart: file, line, reason, row."""
     has_times: bool = True
@@ -353,11 +354,13 @@ def canonical_tables(
         _seconds(raw_time, time_format).name("timestamp"),
         raw_time.cast("string").name("time_text"),
         _number(table, log_columns.get(RATING), "float64").name("rating"),
+        _unread(table, log_columns.get(RATING)).name("rating_unread"),
         _number(table, log_columns.get(ORDER), "int64").name("position"),
         table["source_file"].name("file"),
         table["line_in_file"].cast("int64").name("line"),
         table["sequence"],
     )
+    interactions = interactions.mutate(problem=_time_problem(interactions[TIMESTAMP], time_format))
     table = catalogue.table
     items = table.select(
         *(_as_text(_or_null(table, item_columns.get(name))).name(name) for name in ITEM_FIELDS[:-1]),
@@ -430,9 +433,14 @@ def _or_null(table: Any, column: str | None) -> Any:
 
 
 def _as_text(value: Any) -> Any:
-    """A column as text; lists of text are joined by commas."""
+    """A column as text; lists of text are joined by commas, and whole numbers have no decimal point."""
+    import ibis
+
     if value.type().is_array():
         return value.cast("array<string>").join(", ")
+    if value.type().is_floating():  # ids that were read beside missing ones: 12345.0
+        is_whole = (value == value.floor()) & (value.abs() < 2**53)
+        return ibis.ifelse(is_whole, value.cast("int64").cast("string"), value.cast("string"))
     return value.cast("string")
 
 
@@ -450,10 +458,24 @@ def _price(table: Any, column: str | None) -> Any:
     return table[column].cast("string").re_replace(r"[$£€,\s]", "").try_cast("float64")
 
 
+def _unread(table: Any, column: str | None) -> Any:
+    """Whether a cell that should be a number holds something else."""
+    import ibis
+
+    if column is None or not table[column].type().is_string():
+        return ibis.literal(False)
+    text = table[column]
+    return text.notnull() & (text.strip() != "") & text.try_cast("float64").isnull()
+
+
 # ---- timestamps ------------------------------------------------------------------------------------------------------
 
 MAX_SECONDS = 1e11
 """Larger numbers (from the year 5138 on) are no seconds: auto takes them for milliseconds."""
+LATEST_SECONDS = 4_102_444_800
+"""The year 2100: from then on, and before 1970, no event has happened."""
+OUT_OF_RANGE = "timestamp before 1970 or after 2099"
+SECONDS_AMONG = "timestamp in seconds among milliseconds"
 MIN_SECONDS = 1e8
 """Smaller numbers (before March 1973) are no times of a log: auto takes them for positions, and asks."""
 
@@ -470,6 +492,19 @@ def _seconds(value: Any, time_format: str) -> Any:
         number = number / 1000
     plausible = number.abs() < 1e15  # false for NaN and infinity too
     return ibis.ifelse(plausible, number.floor(), ibis.null("float64")).cast("int64")
+
+
+def _time_problem(seconds: Any, time_format: str) -> Any:
+    """Why a time cannot be that of an event, or null."""
+    import ibis
+
+    none = ibis.null("string")
+    if time_format == "order":
+        return none
+    cases = [((seconds < 0) | (seconds >= LATEST_SECONDS), OUT_OF_RANGE)]
+    if time_format == "milliseconds":
+        cases.insert(0, ((seconds >= 0) & (seconds < MAX_SECONDS / 1000), SECONDS_AMONG))
+    return ibis.cases(*cases, else_=none)
 
 
 def _detect_time_format(engine: TableEngine, domain: str, log: RawTable, column: str) -> str:
