@@ -234,6 +234,7 @@ def first_line(path: Path) -> str:
 
 def first_lines(path: Path, count: int) -> list[str]:
     """Up to `count` lines of a text file, also of a compressed one. Raises DataError where it cannot be read."""
+    check_encoding(path)
     try:
         with open(path, "rb") as raw:
             stream = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
