@@ -60,17 +60,40 @@ PARQUET = parquet(user_id=[f"g{n}" for n in range(12)], item_id=["i1"] * 12, tim
 
 CASES = [
     # ---- bytes
-    Case("gzip cut short", gzip.compress(HEAD + GOOD * 500)[:-20], log_name="log.csv.gz", error="log.csv.gz ends too early or is damaged .*: fetch or write it again"),
-    Case("gzip with a broken middle", gzip.compress(HEAD + GOOD)[:30] + b"\0" * 40, log_name="log.csv.gz", error="log.csv.gz"),
-    Case("gzip without its suffix", gzip.compress(HEAD + GOOD), error=r"compressed with gzip, but its name does not end in \.gz: rename"),
-    Case("a suffix without gzip", HEAD + GOOD, log_name="log.csv.gz", error=r"log\.csv\.gz is named \.gz but is not compressed.*rename it, or fetch it again"),
+    Case(
+        "gzip cut short",
+        gzip.compress(HEAD + GOOD * 500)[:-20],
+        log_name="log.csv.gz",
+        error="log.csv.gz ends too early or is damaged .*: fetch or write it again",
+    ),
+    Case(
+        "gzip with a broken middle",
+        gzip.compress(HEAD + GOOD)[:30] + b"\0" * 40,
+        log_name="log.csv.gz",
+        error="log.csv.gz",
+    ),
+    Case(
+        "gzip without its suffix",
+        gzip.compress(HEAD + GOOD),
+        error=r"compressed with gzip, but its name does not end in \.gz: rename",
+    ),
+    Case(
+        "a suffix without gzip",
+        HEAD + GOOD,
+        log_name="log.csv.gz",
+        error=r"log\.csv\.gz is named \.gz but is not compressed.*rename it, or fetch it again",
+    ),
     Case("Parquet named csv", PARQUET, error="is no text but Parquet: give it the suffix of what it is"),
     Case("csv named parquet", HEAD + GOOD, log_name="log.parquet", error=r"log\.parquet: .*[Pp]arquet"),
     Case("Parquet cut short", PARQUET[:-40], log_name="log.parquet", error=r"log\.parquet: "),
     Case("zip named csv", b"PK\x03\x04" + b"\0" * 60, error="is no text but a zip archive: .*unpack it"),
     Case("UTF-16", (HEAD + GOOD).decode().encode("utf-16"), error="is UTF-16 or UTF-32: save it as UTF-8"),
     Case("a byte order mark", b"\xef\xbb\xbf" + HEAD + GOOD),
-    Case("Latin-1 among UTF-8", rows() + "café,i1,1406116800\n".encode("latin-1"), rejected=((14, "malformed row: invalid encoding"),)),
+    Case(
+        "Latin-1 among UTF-8",
+        rows() + "café,i1,1406116800\n".encode("latin-1"),
+        rejected=((14, "malformed row: invalid encoding"),),
+    ),
     Case("NUL in an id stays as given", rows() + b"a\0b,i1,1406116800\n", kept=13),
     Case("NUL in a title is cleaned", items=b"item_id,title\ni1,Ba\0ll\n"),
     Case("Windows line ends", (HEAD + GOOD).replace(b"\n", b"\r\n")),
@@ -83,53 +106,179 @@ CASES = [
     # ---- rows of delimited files
     Case("too few fields", rows("a,i1"), rejected=((2, "malformed row: missing columns"),)),
     Case("too many fields", rows("a,i1,1406116800,9"), rejected=((2, "malformed row: too many columns"),)),
-    Case("many bad rows before a good one", rows("a", "b", "c", ",i1,1406116800"), rejected=((2, "malformed row: missing columns"), (3, "malformed row: missing columns"), (4, "malformed row: missing columns"), (5, "no user id"))),
+    Case(
+        "many bad rows before a good one",
+        rows("a", "b", "c", ",i1,1406116800"),
+        rejected=(
+            (2, "malformed row: missing columns"),
+            (3, "malformed row: missing columns"),
+            (4, "malformed row: missing columns"),
+            (5, "no user id"),
+        ),
+    ),
     Case("text after a closing quote", rows('"a"b,i1,1406116800'), rejected=((2, "malformed row: unquoted value"),)),
-    Case("a quote never closed", rows('"a,i1,1406116800'), error=r"log\.csv, line 2: a quote .* is not closed .*13 more lines.*quote="),
-    Case("newlines inside quotes", rows('"a\nb",i1,1406116800', ",i1,1406116800"), rejected=((4, "no user id"),), kept=13),
+    Case(
+        "a quote never closed",
+        rows('"a,i1,1406116800'),
+        error=r"log\.csv, line 2: a quote .* is not closed .*13 more lines.*quote=",
+    ),
+    Case(
+        "newlines inside quotes", rows('"a\nb",i1,1406116800', ",i1,1406116800"), rejected=((4, "no user id"),), kept=13
+    ),
     Case("empty lines", rows("", "", ",i1,1406116800"), rejected=((4, "no user id"),)),
     Case("a line of blanks", rows("   "), rejected=((2, "malformed row: missing columns"),)),
     Case("no line end at the end", (HEAD + GOOD)[:-1]),
-    Case("another separator", HEAD.replace(b",", b";") + GOOD.replace(b",", b";"), error='a semicolon separates the fields: set separator=";"'),
-    Case("a title of 10 MB", items=ITEMS + b"i9," + b"x" * 10_000_000 + b"\n", rejected=((5, "malformed row: line size over maximum"),)),
+    Case(
+        "another separator",
+        HEAD.replace(b",", b";") + GOOD.replace(b",", b";"),
+        error='a semicolon separates the fields: set separator=";"',
+    ),
+    Case(
+        "a title of 10 MB",
+        items=ITEMS + b"i9," + b"x" * 10_000_000 + b"\n",
+        rejected=((5, "malformed row: line size over maximum"),),
+    ),
     Case("a column twice", b"user_id,item_id,timestamp,user_id\n", error="the header names user_id twice"),
     Case("a column without a name", b"user_id,item_id,timestamp,\n", error="column 4 of the header .* has no name"),
-    Case("no such column", b"who,what,timestamp\na,i1,1\n", error=r"no column for user_id .*Map it: columns\.user_id=COLUMN"),
+    Case(
+        "no such column",
+        b"who,what,timestamp\na,i1,1\n",
+        error=r"no column for user_id .*Map it: columns\.user_id=COLUMN",
+    ),
     # ---- values
-    Case("no user, no item", rows(",i1,1406116800", "a,,1406116800", "a,  ,1406116800"), rejected=((2, "no user id"), (3, "no item id"), (4, "no item id"))),
+    Case(
+        "no user, no item",
+        rows(",i1,1406116800", "a,,1406116800", "a,  ,1406116800"),
+        rejected=((2, "no user id"), (3, "no item id"), (4, "no item id")),
+    ),
     Case("unknown item", rows("a,i99,1406116800"), rejected=((2, "item is not in the items table"),)),
     Case("unreadable time", rows("a,i1,soon"), rejected=((2, "timestamp cannot be read"),)),
-    Case("time is NaN or infinite", rows("a,i1,nan", "a,i1,inf"), rejected=((2, "timestamp cannot be read"), (3, "timestamp cannot be read"))),
+    Case(
+        "time is NaN or infinite",
+        rows("a,i1,nan", "a,i1,inf"),
+        rejected=((2, "timestamp cannot be read"), (3, "timestamp cannot be read")),
+    ),
     Case("negative time", rows("a,i1,-5"), rejected=((2, "timestamp before 1970 or after 2099"),)),
     Case("far-future time", rows("a,i1,99999999999"), rejected=((2, "timestamp before 1970 or after 2099"),)),
-    Case("milliseconds among seconds", rows("a,i1,1406116800000"), rejected=((2, "timestamp before 1970 or after 2099"),)),
-    Case("seconds among milliseconds", HEAD + b"a,i1,1406116800\n" + GOOD.replace(b",14", b",1400") , rejected=((2, "timestamp in seconds among milliseconds"),)),
-    Case("seconds read as milliseconds", settings={"timestamps": "milliseconds"}, error="timestamp in seconds among milliseconds.*say timestamps=seconds"),
-    Case("times that are positions", HEAD + b"a,i1,1\na,i2,2\n", error="If they only order a user's events, say timestamps=order"),
-    Case("day first", HEAD + b"a,i1,23/07/2014\nb,i1,24/07/2014\n", error="timestamp cannot be read: '23/07/2014'.*Accepted are"),
-    Case("dates with and without a zone", HEAD + b"a,i1,2014-07-23T12:00:00+02:00\nb,i1,2014-07-23\nc,i1,2014-07-23 10:00:00\n", kept=3),
+    Case(
+        "milliseconds among seconds", rows("a,i1,1406116800000"), rejected=((2, "timestamp before 1970 or after 2099"),)
+    ),
+    Case(
+        "seconds among milliseconds",
+        HEAD + b"a,i1,1406116800\n" + GOOD.replace(b",14", b",1400"),
+        rejected=((2, "timestamp in seconds among milliseconds"),),
+    ),
+    Case(
+        "seconds read as milliseconds",
+        settings={"timestamps": "milliseconds"},
+        error="timestamp in seconds among milliseconds.*say timestamps=seconds",
+    ),
+    Case(
+        "times that are positions",
+        HEAD + b"a,i1,1\na,i2,2\n",
+        error="If they only order a user's events, say timestamps=order",
+    ),
+    Case(
+        "day first",
+        HEAD + b"a,i1,23/07/2014\nb,i1,24/07/2014\n",
+        error="timestamp cannot be read: '23/07/2014'.*Accepted are",
+    ),
+    Case(
+        "dates with and without a zone",
+        HEAD + b"a,i1,2014-07-23T12:00:00+02:00\nb,i1,2014-07-23\nc,i1,2014-07-23 10:00:00\n",
+        kept=3,
+    ),
     Case("a rating in words", HEAD.replace(b"\n", b",rating\n") + GOOD.replace(b"\n", b",five stars\n")),
     Case("ids with blanks around stay as given", rows(" g0 ,i1,1406116800"), kept=13),
-    Case("look-alike ids stay apart", rows("g\u0430,i1,1406116800", "ga,i1,1406116800", "e\u0301,i1,1406116800", "\u00e9,i1,1406116800"), kept=16),
+    Case(
+        "look-alike ids stay apart",
+        rows("g\u0430,i1,1406116800", "ga,i1,1406116800", "e\u0301,i1,1406116800", "\u00e9,i1,1406116800"),
+        kept=16,
+    ),
     # ---- items
-    Case("item twice, another title", items=ITEMS + b"i1,Cube\n", rejected=((5, "item id occurs before with another title"),)),
+    Case(
+        "item twice, another title",
+        items=ITEMS + b"i1,Cube\n",
+        rejected=((5, "item id occurs before with another title"),),
+    ),
     Case("item twice, the same title", items=ITEMS + b"i1, Ball.\n", rejected=((5, "item id occurs before"),)),
-    Case("item twice, first without a title", items=b"item_id,title\ni1,\ni1,Ball\n", rejected=((2, "title without a word"),)),
-    Case("item without a title", rows("a,i4,1406116800"), items=ITEMS + b"i4,...\n", rejected=((2, "item has no title"), (5, "title without a word"))),
+    Case(
+        "item twice, first without a title",
+        items=b"item_id,title\ni1,\ni1,Ball\n",
+        rejected=((2, "title without a word"),),
+    ),
+    Case(
+        "item without a title",
+        rows("a,i4,1406116800"),
+        items=ITEMS + b"i4,...\n",
+        rejected=((2, "item has no title"), (5, "title without a word")),
+    ),
     Case("item without an id", items=ITEMS + b",Top\n", rejected=((5, "no item id"),)),
     # ---- JSON lines
-    Case("a line that is no JSON", json_log("nope"), log_name="log.jsonl", rejected=((13, "malformed row: no JSON object"),)),
-    Case("JSON cut short", json_log('{"user_id": "a", "item'), log_name="log.jsonl", rejected=((13, "malformed row: no JSON object"),)),
-    Case("JSON that is no object", json_log("[1, 2]", '"text"', "null"), log_name="log.jsonl", rejected=tuple((n, "malformed row: no JSON object") for n in (13, 14, 15))),
-    Case("one JSON array", b"[\n" + json_log() + b"]\n", log_name="log.json", error="line 1 is not a JSON object.*one object per line"),
-    Case("JSON nulls and missing keys", json_log(f'{{"user_id": null, "item_id": "i1", "timestamp": {T}}}', f'{{"item_id": "i1", "timestamp": {T}}}'), log_name="log.jsonl", rejected=((13, "no user id"), (14, "no user id"))),
-    Case("JSON numbers as ids keep their digits", json_log(f'{{"user_id": 12345678901234567890, "item_id": "i1", "timestamp": {T}}}'), log_name="log.jsonl", kept=13),
+    Case(
+        "a line that is no JSON",
+        json_log("nope"),
+        log_name="log.jsonl",
+        rejected=((13, "malformed row: no JSON object"),),
+    ),
+    Case(
+        "JSON cut short",
+        json_log('{"user_id": "a", "item'),
+        log_name="log.jsonl",
+        rejected=((13, "malformed row: no JSON object"),),
+    ),
+    Case(
+        "JSON that is no object",
+        json_log("[1, 2]", '"text"', "null"),
+        log_name="log.jsonl",
+        rejected=tuple((n, "malformed row: no JSON object") for n in (13, 14, 15)),
+    ),
+    Case(
+        "one JSON array",
+        b"[\n" + json_log() + b"]\n",
+        log_name="log.json",
+        error="line 1 is not a JSON object.*one object per line",
+    ),
+    Case(
+        "JSON nulls and missing keys",
+        json_log(f'{{"user_id": null, "item_id": "i1", "timestamp": {T}}}', f'{{"item_id": "i1", "timestamp": {T}}}'),
+        log_name="log.jsonl",
+        rejected=((13, "no user id"), (14, "no user id")),
+    ),
+    Case(
+        "JSON numbers as ids keep their digits",
+        json_log(f'{{"user_id": 12345678901234567890, "item_id": "i1", "timestamp": {T}}}'),
+        log_name="log.jsonl",
+        kept=13,
+    ),
     Case("empty lines in JSON", json_log("", "{}"), log_name="log.jsonl", rejected=((14, "no user id"),)),
     # ---- Parquet
-    Case("Parquet numbers as ids", parquet(user_id=list(range(12)), item_id=["i1"] * 12, timestamp=[T + n for n in range(12)]), log_name="log.parquet"),
-    Case("Parquet floats as ids", parquet(user_id=[1.0, None, *map(float, range(3, 13))], item_id=["i1"] * 12, timestamp=[T + n for n in range(12)]), log_name="log.parquet", rejected=((2, "no user id"),), kept=11),
-    Case("Parquet missing times", parquet(user_id=[f"g{n}" for n in range(12)], item_id=["i1"] * 12, timestamp=pa.array([None, *(T + n for n in range(11))])), log_name="log.parquet", rejected=((1, "timestamp cannot be read"),), kept=11),
-]  # fmt: skip
+    Case(
+        "Parquet numbers as ids",
+        parquet(user_id=list(range(12)), item_id=["i1"] * 12, timestamp=[T + n for n in range(12)]),
+        log_name="log.parquet",
+    ),
+    Case(
+        "Parquet floats as ids",
+        parquet(
+            user_id=[1.0, None, *map(float, range(3, 13))], item_id=["i1"] * 12, timestamp=[T + n for n in range(12)]
+        ),
+        log_name="log.parquet",
+        rejected=((2, "no user id"),),
+        kept=11,
+    ),
+    Case(
+        "Parquet missing times",
+        parquet(
+            user_id=[f"g{n}" for n in range(12)],
+            item_id=["i1"] * 12,
+            timestamp=pa.array([None, *(T + n for n in range(11))]),
+        ),
+        log_name="log.parquet",
+        rejected=((1, "timestamp cannot be read"),),
+        kept=11,
+    ),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
