@@ -178,13 +178,11 @@ def read_files(
 
     `typed_header` is RecBole's: names end in a colon and a type, which is left out.
     """
-    import ibis
-
     from cprec.data.text_files import LINE
 
     files = find_files(domain, what, (patterns,) if isinstance(patterns, str) else patterns or ())
     columns: tuple[str, ...] = ()
-    tables, malformed = [], []
+    read: list[tuple[Any, Any | None]] = []
     for number, path in enumerate(files):
         kind = _suffix(path)
         bad = None
@@ -205,18 +203,31 @@ def read_files(
                 f"{path} has no column {', '.join(missing)}, which {files[0]} has; it has {', '.join(names)}"
             )
         columns = (*columns, *(name for name in names if name not in columns)) if kind in _JSON else columns
-        tables.append(
-            table.mutate(
-                ibis.literal(str(path)).name("source_file"),
-                (ibis.literal(number).cast("int64") * (1 << 40) + table[LINE]).name("sequence"),
-            )
+        read.append((table, bad))
+    return raw_table(what, files, columns, read)
+
+
+def raw_table(
+    what: str, files: Sequence[Path], columns: Sequence[str], read: Sequence[tuple[Any, Any | None]]
+) -> RawTable:
+    """One table of what an engine read from files: (rows, malformed rows) of each."""
+    import ibis
+
+    from cprec.data.text_files import LINE
+
+    tables, malformed = [], []
+    for number, (path, (table, bad)) in enumerate(zip(files, read, strict=True)):
+        numbered = table.mutate(
+            ibis.literal(str(path)).name("source_file"),
+            (ibis.literal(number).cast("int64") * (1 << 40) + table[LINE]).name("sequence"),
         )
+        tables.append(_with_columns(numbered, columns))
         if bad is not None:
             malformed.append(
                 bad.select(ibis.literal(str(path)).name("file"), bad[LINE].cast("int64").name("line"), "reason", "row")
             )
-    tables = [_with_columns(table, columns) for table in tables]
-    return RawTable(what, ibis.union(*tables) if len(tables) > 1 else tables[0], columns, tuple(malformed), files)
+    whole = ibis.union(*tables) if len(tables) > 1 else tables[0]
+    return RawTable(what, whole, tuple(columns), tuple(malformed), tuple(files))
 
 
 def _with_columns(table: Any, columns: Sequence[str]) -> Any:
@@ -355,12 +366,14 @@ def canonical_tables(
         raw_time.cast("string").name("time_text"),
         _number(table, log_columns.get(RATING), "float64").name("rating"),
         _unread(table, log_columns.get(RATING)).name("rating_unread"),
+        _or_null(table, "problem" if "problem" in log.columns else None).name("problem"),
         _number(table, log_columns.get(ORDER), "int64").name("position"),
         table["source_file"].name("file"),
         table["line_in_file"].cast("int64").name("line"),
         table["sequence"],
     )
-    interactions = interactions.mutate(problem=_time_problem(interactions[TIMESTAMP], time_format))
+    problem = _time_problem(interactions[TIMESTAMP], time_format)
+    interactions = interactions.mutate(problem=ibis.coalesce(interactions["problem"], problem))
     table = catalogue.table
     items = table.select(
         *(_as_text(_or_null(table, item_columns.get(name))).name(name) for name in ITEM_FIELDS[:-1]),

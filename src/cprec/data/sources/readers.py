@@ -1,0 +1,72 @@
+"""How the files of a public data set are read: each function makes a reader, (engine, what, files) -> `RawTable`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cprec.data.sources.tables import RawTable, raw_table
+
+if TYPE_CHECKING:
+    from cprec.data.engine import TableEngine
+
+Read = Callable[["TableEngine", str, tuple[Path, ...]], RawTable]
+
+
+def json_lines(*columns: str) -> Read:
+    """JSON objects, one a line, the given keys as text."""
+
+    def read(engine: TableEngine, what: str, files: tuple[Path, ...]) -> RawTable:
+        return raw_table(what, files, columns, [engine.read_json_lines(path, columns) for path in files])
+
+    return read
+
+
+def python_literals(*columns: str) -> Read:
+    """Dicts as Python spells them, one a line, the given keys as text."""
+
+    def read(engine: TableEngine, what: str, files: tuple[Path, ...]) -> RawTable:
+        from cprec.data.sources.lines import read_lines
+
+        return raw_table(what, files, columns, [read_lines(engine, path, columns) for path in files])
+
+    return read
+
+
+def delimited(
+    *columns: str, separator: str = ",", quote: str = '"', header: bool = False, encoding: str = "utf-8"
+) -> Read:
+    """Delimited text with these columns, with or without a header line."""
+
+    def read(engine: TableEngine, what: str, files: tuple[Path, ...]) -> RawTable:
+        found = [
+            engine.read_delimited(path, columns, separator=separator, quote=quote, header=header, encoding=encoding)
+            for path in files
+        ]
+        return raw_table(what, files, columns, found)
+
+    return read
+
+
+def changed(read: Read, change: Callable[[Any], Any], *more: str) -> Read:
+    """A reader whose table goes through `change`, which may add the columns `more`."""
+
+    def read_changed(engine: TableEngine, what: str, files: tuple[Path, ...]) -> RawTable:
+        raw = read(engine, what, files)
+        columns: Sequence[str] = [*raw.columns, *(name for name in more if name not in raw.columns)]
+        return replace(raw, table=change(raw.table), columns=tuple(columns))
+
+    return read_changed
+
+
+def renamed(read: Read, **names: str) -> Read:
+    """A reader whose columns have other names: new name to the old one."""
+
+    def read_renamed(engine: TableEngine, what: str, files: tuple[Path, ...]) -> RawTable:
+        raw = read(engine, what, files)
+        new = {old: name for name, old in names.items()}
+        return replace(raw, table=raw.table.rename(names), columns=tuple(new.get(name, name) for name in raw.columns))
+
+    return read_renamed
