@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cprec import __version__
-from cprec.errors import ConfigError, CPRecError
+from cprec.errors import ConfigError, CPRecError, LeakageError
 
 if TYPE_CHECKING:
     from cprec.field_help import FieldHelp
@@ -204,7 +204,14 @@ def _call_audit(verb: Verb, options: argparse.Namespace) -> None:
     folder = Path(options.folder)
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; give one that `cprec prepare` wrote")
-    load_object(verb.function)(folder)
+    certificate = load_object(verb.function)(folder)
+    if not certificate["clean"]:
+        from cprec.text.certificate import CERTIFICATE, violated
+
+        lines = violated(certificate)
+        total = len(certificate["properties"])
+        head = f"{folder / CERTIFICATE} is not clean: {len(lines)} of {total} properties are violated"
+        raise LeakageError("\n  ".join([head, *lines]))
 
 
 # ---- parsing and help ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -20,7 +20,8 @@ import numpy as np
 from cprec.data.catalogue import Catalogue
 from cprec.data.interactions import stable_order
 from cprec.data.ragged import Ragged, offsets_of
-from cprec.data.splits import Split, runs
+from cprec.data.splits import GLOBAL_TIME, Split, comparable_domains, runs
+from cprec.schema import TEST
 
 MAX_EXAMPLES = 5
 
@@ -76,6 +77,26 @@ def add_up(parts: Sequence[Sequence[Finding]]) -> list[Finding]:
     for entry in itertools.chain(*parts):
         total[entry.name] = total[entry.name].plus(entry) if entry.name in total else entry
     return list(total.values())
+
+
+def _numbered_document(document: int) -> str:
+    return f"document {document}"
+
+
+def _numbered_event(user: int, title: int) -> str:
+    return f"user row {user}, title number {title}"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How examples name documents and events: by number, where nobody knows better."""
+
+    document: Callable[[int], str] = _numbered_document
+    event: Callable[[int, int], str] = _numbered_event
+    """Called with a row of users and the number of a title."""
+
+
+NUMBERS = Labels()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +205,9 @@ def _slices(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Ragged
     return Ragged(values[np.repeat(starts, lengths) + within], offsets)
 
 
-def check_heads(name: str, documents: Ragged, domain: np.ndarray, grammar: Grammar) -> Property:
+def check_heads(
+    name: str, documents: Ragged, domain: np.ndarray, grammar: Grammar, labels: Labels = NUMBERS
+) -> Property:
     """Before its first line a document has its head and nothing else; `domain` as in `read_events`."""
     starts, _ = _separators(documents.values, grammar)
     first = np.minimum(
@@ -196,7 +219,18 @@ def check_heads(name: str, documents: Ragged, domain: np.ndarray, grammar: Gramm
         name=f"{name}: before its lines every document has the head of the template and nothing else",
         checked=len(documents),
         violations=int(wrong.sum()),
-        examples=[f"document {number}" for number in _first(np.flatnonzero(wrong))],
+        examples=[labels.document(number) for number in _first(np.flatnonzero(wrong))],
+    )
+
+
+def check_users(name: str, document_user: np.ndarray, labels: Labels = NUMBERS) -> Property:
+    """Every document belongs to a user of the log; `document_user` is -1 where it does not."""
+    wrong = np.flatnonzero(document_user < 0)
+    return Property(
+        name=f"{name}: every document is of a user of the log",
+        checked=len(document_user),
+        violations=len(wrong),
+        examples=[labels.document(number) for number in _first(wrong)],
     )
 
 
@@ -212,14 +246,15 @@ def check_documents(
     *,
     per_document: bool,
     group: np.ndarray,
+    labels: Labels = NUMBERS,
 ) -> list[Property]:
     """Hold the events of documents against the log.
 
-    `document_user` is each document's user; `allowed_*` are the training events and `held_out_*` the validation and
-    test events as (user, title number) pairs. A user's title may occur at most as often as the training events have
-    it: in all documents of a `group` together (domain-specific and mixed documents tell the same events), or
-    (`per_document`, for examples, which share their histories) in each one. What exceeds that and was held out is a
-    leak; what exceeds it and is not in the log at all is a fault of the writer.
+    `document_user` is each document's user, -1 where the log has none such; `allowed_*` are the training events and
+    `held_out_*` the validation and test events as (user, title number) pairs. A user's title may occur at most as often
+    as the training events have it: in all documents of a `group` together (domain-specific and mixed documents tell the
+    same events), or (`per_document`, for examples, which share their histories) in each one. What exceeds that and was
+    held out is a leak; what exceeds it and is not in the log at all is a fault of the writer.
     """
     known = events.title >= 0
     lines = np.bincount(events.document, minlength=num_documents)
@@ -229,33 +264,39 @@ def check_documents(
             name=f"{name}: every document has lines, and each is a title of the catalogue",
             checked=len(events.title) + num_documents,
             violations=int(unread.sum() + (lines == 0).sum()),
-            examples=[f"document {d}" for d in _first(events.document[unread])]
-            + [f"document {d} has no line" for d in _first(np.flatnonzero(lines == 0))],
+            examples=[labels.document(d) for d in _first(events.document[unread])]
+            + [f"{labels.document(d)} has no line" for d in _first(np.flatnonzero(lines == 0))],
         )
     ]
-    user = document_user[events.document[known]]
-    title = events.title[known]
-    document = events.document[known]
-    width = int(max([title.max(initial=0), allowed_title.max(initial=0), held_out_title.max(initial=0)])) + 1
+    title, document = events.title[known], events.document[known]
+    document_user = document_user.astype(np.int64)
+    width = _width(title, allowed_title, held_out_title)
     allowed_keys, allowed_counts = np.unique(allowed_user * width + allowed_title, return_counts=True)
     held_out_keys = np.unique(held_out_user * width + held_out_title)
-    pool = document if per_document else group[document]
-    keys, counts = _count_pairs(pool, user * width + title)
-    at = np.minimum(np.searchsorted(allowed_keys, keys), max(len(allowed_keys) - 1, 0))
-    in_log = (allowed_keys[at] == keys) if len(allowed_keys) else np.zeros(len(keys), dtype=bool)
-    excess = counts > np.where(in_log, allowed_counts[at] if len(allowed_keys) else 0, 0)
-    leaked = excess & np.isin(keys, held_out_keys)
+    # A pool of lines that are counted together: a document, or a user's documents of a group. It tells the user.
+    if per_document:
+        pool, user_of_pool = document, document_user
+    else:
+        num_groups = int(group.max(initial=0)) + 1
+        pool = (document_user * num_groups + group)[document] + num_groups  # an unknown user, -1, comes first
+        user_of_pool = np.arange(int(document_user.max(initial=0)) + 2).repeat(num_groups) - 1
+    places = pool * width + title
+    codes, counts = np.unique(places, return_counts=True)
+    keys = user_of_pool[codes // width] * width + codes % width
+    at = _place(allowed_keys, keys)
+    excess = counts > np.where(at < 0, 0, np.append(allowed_counts, 0)[at])
+    leaked = excess.copy()
+    leaked[excess] = _place(held_out_keys, keys[excess]) >= 0
     for text, wrong in (
         ("no held-out event", leaked),
         ("no event that the training part of the log does not have", excess & ~leaked),
     ):
+        examples = []
+        for number in _first(np.flatnonzero(wrong)):
+            where = int(document[np.argmax(places == codes[number])])
+            examples.append(f"{labels.event(*divmod(int(keys[number]), width))} in {labels.document(where)}")
         properties.append(
-            Property(
-                name=f"{name}: {text}",
-                checked=int(counts.sum()),
-                violations=int(wrong.sum()),
-                examples=[f"user row {k // width}, title number {k % width}" for k in _first(keys[wrong])],
-            )
+            Property(name=f"{name}: {text}", checked=int(counts.sum()), violations=int(wrong.sum()), examples=examples)
         )
     return properties
 
@@ -267,13 +308,12 @@ def check_repeated_targets(
     document_user: np.ndarray,
     log_user: np.ndarray,
     log_title: np.ndarray,
+    labels: Labels = NUMBERS,
 ) -> Property:
     """No example shows its target (its last title) in its own prompt, unless the user's log has that title twice."""
-    is_last = np.r_[events.document[1:] != events.document[:-1], True][: len(events.document)]
-    target = np.full(num_documents, -1, dtype=np.int64)
-    target[events.document[is_last]] = events.title[is_last]
+    is_last, target = _targets(events, num_documents)
     shown = ~is_last & (events.title == target[events.document]) & (events.title >= 0)
-    width = int(max(log_title.max(initial=0), target.max(initial=0))) + 1
+    width = _width(log_title, target)
     keys, counts = np.unique(log_user * width + log_title, return_counts=True)
     documents = np.unique(events.document[shown])
     repeated = np.isin(document_user[documents] * width + target[documents], keys[counts > 1])
@@ -282,8 +322,84 @@ def check_repeated_targets(
         name=f"{name}: no target inside its own prompt, except where the user had it before",
         checked=num_documents,
         violations=len(wrong),
-        examples=[f"document {d}" for d in _first(wrong)],
+        examples=[labels.document(d) for d in _first(wrong)],
     )
+
+
+def check_examples(
+    name: str,
+    events: Events,
+    num_documents: int,
+    document_user: np.ndarray,
+    log_user: np.ndarray,
+    log_title: np.ndarray,
+    *,
+    asked: np.ndarray,
+    shown: np.ndarray,
+    labels: Labels = NUMBERS,
+) -> Property:
+    """Every example ends with an event that it may ask for, and shows only what its user did before that.
+
+    `asked` and `shown` are masks over the log, whose events stand in the order of time. Where a user has the target's
+    title more than once, the last one counts.
+    """
+    is_last, target = _targets(events, num_documents)
+    width = _width(log_title, events.title)
+    event = _Occurrences(log_user * width + log_title, asked).last(document_user * width + target)
+    history = ~is_last & (events.title >= 0)
+    seen, times_seen = np.unique(events.document[history] * width + events.title[history], return_counts=True)
+    document, title = np.divmod(seen, width)
+    before = _Occurrences(log_user * width + log_title, shown)
+    late = times_seen > before.count(document_user[document] * width + title, event[document])
+    bad = event < 0
+    bad[document[late]] = True
+    bad[np.bincount(events.document, minlength=num_documents) == 0] = False  # without lines: that is found elsewhere
+    bad[target < 0] = False
+    wrong = np.flatnonzero(bad)
+    return Property(
+        name=f"{name}: each ends with an event that it may ask for and shows only what came before it",
+        checked=num_documents,
+        violations=len(wrong),
+        examples=[labels.document(d) for d in _first(wrong)],
+    )
+
+
+def _targets(events: Events, num_documents: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which lines are the last of their document, and the title of each document's last line; -1 without one."""
+    is_last = np.r_[events.document[1:] != events.document[:-1], True][: len(events.document)]
+    target = np.full(num_documents, -1, dtype=np.int64)
+    target[events.document[is_last]] = events.title[is_last]
+    return is_last, target
+
+
+def _width(*numbers: np.ndarray) -> int:
+    """A factor that leaves room for the numbers in keys such as user * width + number."""
+    return int(max(column.max(initial=0) for column in numbers)) + 1
+
+
+class _Occurrences:
+    """Where keys occur in the log, under a mask."""
+
+    def __init__(self, keys: np.ndarray, mask: np.ndarray) -> None:
+        event = np.flatnonzero(mask)
+        order = stable_order(keys[event])
+        self._keys, self._event = keys[event][order], event[order]
+
+    def last(self, keys: np.ndarray) -> np.ndarray:
+        """The last event of each key, -1 where it has none."""
+        if not len(self._keys):
+            return np.full(len(keys), -1)
+        at = np.searchsorted(self._keys, keys, side="right") - 1
+        return np.where((at >= 0) & (self._keys[at] == keys), self._event[at], -1)
+
+    def count(self, keys: np.ndarray, before: np.ndarray) -> np.ndarray:
+        """How many events of each key come before an event."""
+        distinct, number = np.unique(self._keys, return_inverse=True)
+        size = int(max(self._event.max(initial=0), before.max(initial=0))) + 2
+        at = _place(distinct, keys)
+        codes = number * size + self._event  # rising
+        first, stop = np.searchsorted(codes, at * size), np.searchsorted(codes, at * size + np.maximum(before, 0))
+        return np.where(at < 0, 0, stop - first)
 
 
 def check_times(
@@ -294,52 +410,54 @@ def check_times(
     log_title: np.ndarray,
     log_time: np.ndarray,
     cut: int,
+    labels: Labels = NUMBERS,
 ) -> Property:
     """No event from the cut on, of any domain: the user had every title before, by the clock of the log alone."""
     known = events.title >= 0
     early = log_time < cut
-    width = int(max(log_title.max(initial=0), events.title.max(initial=0))) + 1
+    width = _width(log_title, events.title)
     before = np.unique(log_user[early] * width + log_title[early])
-    keys = document_user[events.document[known]] * width + events.title[known]
-    wrong = ~np.isin(keys, before)
+    title, document = events.title[known], events.document[known]
+    user = document_user[document]
+    wrong = np.flatnonzero(_place(before, user * width + title) < 0)
     return Property(
-        name=f"{name}: no event from the first cut on, in any domain",
-        checked=len(keys),
-        violations=int(wrong.sum()),
-        examples=[f"document {d}" for d in _first(events.document[known][wrong])],
+        name=f"{name}: no event from the cut on, in any domain",
+        checked=len(title),
+        violations=len(wrong),
+        examples=[
+            f"{labels.event(int(user[e]), int(title[e]))} in {labels.document(int(document[e]))}" for e in _first(wrong)
+        ],
     )
 
 
 def check_queries(split: Split, domain: str, part: str, queries: Mapping[str, Any]) -> Property:
-    """Every query asks for a held-out event of its part, and shows only what the user did before it.
+    """Every query asks for an event of its domain and part, and shows only what the user did before it.
 
     `queries` has query_id, user (rows of the log's users), target (catalogue rows), timestamp and history (Ragged of
-    catalogue rows). An item may stand in the history as often as the user had it before the event asked for.
+    catalogue rows). An item may stand in the history as often as the user had it before the event asked for: in the
+    domain, or in others with real times, but for their test events (these too with global-time, where they are past).
     """
-    log, history = split.interactions, queries["history"]
-    size, width = len(log) + 1, len(split.catalogue)
+    log, catalogue, history = split.interactions, split.catalogue, queries["history"]
+    of_domain = catalogue.domain[log.item] == catalogue.domain_index(domain)
+    elsewhere = comparable_domains(catalogue, split.domains)[catalogue.domain[log.item]]
+    if split.spec.method != GLOBAL_TIME:
+        elsewhere = elsewhere & ~split.events(TEST)
+    # The event asked for: the last one of the part with this user, item and time; -1 where there is none.
+    width, times = len(catalogue), np.unique(log.timestamp)
     pairs, pair = np.unique(log.user * width + log.item, return_inverse=True)
-    times = np.unique(log.timestamp)
-    # The event asked for: the latest of the part with this user, item and time; -1 where there is none.
-    held_out = np.flatnonzero(split.events(part))
-    known = pair[held_out] * len(times) + np.searchsorted(times, log.timestamp[held_out])
-    order = stable_order(known)
-    asked_pair = _place(pairs, queries["user"] * width + queries["target"])
+    asked_pair = _place(pairs, np.where(queries["target"] < 0, -1, queries["user"] * width + queries["target"]))
     asked_time = _place(times, queries["timestamp"])
     asked = np.where((asked_pair < 0) | (asked_time < 0), -1, asked_pair * len(times) + asked_time)
-    at = np.searchsorted(known[order], asked, side="right") - 1
-    found = (at >= 0) & (known[order][at] == asked) if len(known) else np.zeros(len(asked), dtype=bool)
-    event = np.where(found, held_out[order][at], -1) if len(known) else np.full(len(asked), -1)
+    moments = pair * len(times) + np.searchsorted(times, log.timestamp)
+    event = _Occurrences(moments, of_domain & split.events(part)).last(asked)
     # How often each query shows an item, and how often its user had that item before the event asked for.
     shown_pair = _place(pairs, np.repeat(queries["user"], history.lengths) * width + history.values)
+    shown_pair[history.values < 0] = -1
     shown, times_shown = np.unique(history.row_of * (len(pairs) + 1) + shown_pair + 1, return_counts=True)
     row, shown_pair = shown // (len(pairs) + 1), shown % (len(pairs) + 1) - 1
-    events_of_pair = np.sort(pair * size + np.arange(len(log)))
-    had = np.searchsorted(events_of_pair, shown_pair * size + event[row]) - np.searchsorted(
-        events_of_pair, shown_pair * size
-    )
-    bad = ~found
-    bad[row[(times_shown > had) | (shown_pair < 0)]] = True
+    had = _Occurrences(pair, of_domain | elsewhere).count(shown_pair, event[row])
+    bad = event < 0
+    bad[row[times_shown > had]] = True
     wrong = np.flatnonzero(bad)
     return Property(
         name=f"queries/{domain}/{part}: each asks for a held-out event and shows only what came before it",
@@ -358,33 +476,38 @@ def _place(known: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def find_ties(split: Split, domain: str, part: str, tie_order: str) -> list[Observation]:
-    """How many targets share their time with another event of their user in the domain, so that the order of ties
-    decided that they are held out; and how many of those have the greatest item id among them, which is what files
-    sorted by item id give.
+    """How many targets share their time with an event of their user and domain that plays another part, so that the
+    order of ties alone decided which is held out; and how many of those have the greatest item id among them, which is
+    what files sorted by item id give.
     """
     if not split.domains[domain].has_times:
         return []
     log, catalogue = split.interactions, split.catalogue
     rows = np.flatnonzero(catalogue.domain[log.item] == catalogue.domain_index(domain))
-    user, item = log.user[rows], catalogue.item_id_rank[log.item[rows]]
-    _, size, _ = runs(user, log.timestamp[rows])
-    group = np.cumsum(np.r_[True, (np.diff(user) != 0) | (np.diff(log.timestamp[rows]) != 0)][: len(rows)]) - 1
-    greatest = np.full(len(rows), -1, dtype=np.int64)
-    np.maximum.at(greatest, group, item)
+    user, item, part_of = log.user[rows], catalogue.item_id_rank[log.item[rows]], split.part[rows]
+    place, size, _ = runs(user, log.timestamp[rows])
+    first = np.flatnonzero(place == 0)
+
+    def of_group(reduce: np.ufunc, values: np.ndarray) -> np.ndarray:
+        return reduce.reduceat(values, first).repeat(size[first]) if len(values) else values
+
     is_target = split.events(part)[rows]
-    tied = is_target & (size > 1)
-    last = tied & (item == greatest[group])
-    names = [str(log.user_id[user[event]]) for event in _first(np.flatnonzero(tied))]
+    tied = is_target & (of_group(np.maximum, part_of) != of_group(np.minimum, part_of))
+    last = tied & (item == of_group(np.maximum, item))
+    names = [
+        f"{log.platforms[log.user_platform[user[event]]]}/{log.user_id[user[event]]}"
+        for event in _first(np.flatnonzero(tied))
+    ]
     return [
         Observation(
-            name=f"queries/{domain}/{part}: targets that share their time with another event of the user, so that tie "
-            f"order ({tie_order}) decided",
+            name=f"queries/{domain}/{part}: targets that tie order ({tie_order}) alone decided: the user has another "
+            "event at that time, which is not asked for",
             checked=int(is_target.sum()),
             found=int(tied.sum()),
             examples=names,
         ),
         Observation(
-            name=f"queries/{domain}/{part}: of the targets decided by tie order, those with the greatest item id "
+            name=f"queries/{domain}/{part}: of the targets that tie order decided, those with the greatest item id "
             "(chance has 1 of each group)",
             checked=int(tied.sum()),
             found=int(last.sum()),
@@ -422,19 +545,11 @@ def find_near_duplicates(catalogue: Catalogue, domain: str, pretrained: Sequence
     )
 
 
-def _count_pairs(pool: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The key and the number of occurrences of each distinct (pool, key) pair."""
-    order = np.lexsort((key, pool))
-    pool, key = pool[order], key[order]
-    first = np.flatnonzero(np.r_[True, (pool[1:] != pool[:-1]) | (key[1:] != key[:-1])][: len(key)])
-    return key[first], np.diff(np.r_[first, len(key)])
-
-
 def check_absent(
     name: str, present: np.ndarray, forbidden: np.ndarray, labels: Mapping[int, str] | np.ndarray
 ) -> Property:
-    """No number of `forbidden` occurs in `present`; `labels` names the numbers in examples."""
-    wrong = np.isin(present, forbidden)
+    """No number of `forbidden` occurs in `present`, where -1 stands for nothing known; `labels` names the numbers."""
+    wrong = np.isin(present, forbidden) & (present >= 0)
     examples = [str(labels[number]) for number in _first(np.unique(present[wrong]))]
     return Property(name=name, checked=len(present), violations=int(wrong.sum()), examples=examples)
 
