@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from cprec.data.sources.connections import ConnectionSource
+from cprec.data.sources.public import PublicSource
 from cprec.data.sources.recbole import RecBoleSource
 from cprec.data.sources.synthetic import SyntheticConfig
 from cprec.data.sources.tables import TableSource
@@ -32,6 +34,10 @@ class PrepareConfig:
     """Domains in Parquet, CSV or JSONL files, one entry each."""
     recbole: tuple[RecBoleSource, ...] = ()
     """Domains in RecBole's atomic files, one entry each."""
+    public: tuple[PublicSource, ...] = ()
+    """Public data sets in their own files, one entry each."""
+    connections: tuple[ConnectionSource, ...] = ()
+    """Domains in a database or warehouse, one entry each."""
     synthetic: SyntheticConfig | None = None
     """The synthetic world, for trying things out."""
     target_domains: tuple[str, ...]
@@ -93,9 +99,10 @@ class PrepareConfig:
     """Decides the held-out users and shuffled ties."""
 
     def __post_init__(self) -> None:
-        if not (self.tables or self.recbole or self.synthetic):
+        if not (self.tables or self.recbole or self.public or self.connections or self.synthetic):
             raise ConfigError(
-                "no source of data: give tables=..., recbole=... or synthetic=... (see `cprec prepare --help`)"
+                "no source of data: give tables=..., recbole=..., public=..., connections=... or synthetic=... (see "
+                "`cprec prepare --help`)"
             )
         if not self.target_domains:
             raise ConfigError("target_domains is empty: name at least one domain to fine-tune and evaluate on")
@@ -339,7 +346,7 @@ def _describe(config: PrepareConfig, folder: Path) -> None:
 
 
 def _sources(config: PrepareConfig) -> list[Any]:
-    sources: list[Any] = [*config.tables, *config.recbole]
+    sources: list[Any] = [*config.tables, *config.recbole, *config.public, *config.connections]
     if config.synthetic is not None:
         from cprec.data.sources.memory import MemorySource
         from cprec.data.sources.synthetic import SyntheticWorld

@@ -1,0 +1,180 @@
+"""Domains in databases: a DuckDB file, and a PostgreSQL server that these tests start themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import shutil
+import subprocess
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow.parquet as pq
+import pytest
+
+from cprec.data.build import build_dataset
+from cprec.data.sources.connections import ConnectionSource
+from cprec.data.sources.tables import TableSource
+from cprec.errors import ConfigError, DataError
+
+LOG = [(f"u{n % 7}", f"i{n % 5}", 1_406_116_800 + 60 * n, float(n % 5)) for n in range(300)]
+ITEMS = [(f"i{n}", f"Title, the {n}th", "Acme" if n else None) for n in range(5)]
+
+
+@pytest.fixture
+def from_files(tmp_path: Path) -> Path:
+    """The data set that the same rows give when they come from files."""
+    (tmp_path / "log.csv").write_text(
+        "user_id,item_id,timestamp,rating\n" + "".join(f"{u},{i},{t},{r}\n" for u, i, t, r in LOG)
+    )
+    (tmp_path / "items.csv").write_text(
+        "item_id,title,brand\n" + "".join(f'{i},"{title}",{brand or ""}\n' for i, title, brand in ITEMS)
+    )
+    source = TableSource(
+        domain="toys", interactions=str(tmp_path / "log.csv"), items=str(tmp_path / "items.csv"), timestamps="seconds"
+    )
+    return build_dataset([source], tmp_path / "files")
+
+
+def tables(folder: Path) -> list[Any]:
+    return [pq.read_table(folder / name).to_pylist() for name in ("items", "interactions")]
+
+
+# ---- DuckDB ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> str:
+    path = tmp_path / "shop.db"
+    with duckdb.connect(str(path)) as connection:
+        connection.execute(
+            "CREATE TABLE events (customer TEXT, item_id TEXT, happened BIGINT, rating DOUBLE, secret TEXT)"
+        )
+        connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, 'x')", LOG)
+        connection.execute("CREATE SCHEMA stock")
+        connection.execute("CREATE TABLE stock.items (item_id TEXT, title TEXT, brand TEXT)")
+        connection.executemany("INSERT INTO stock.items VALUES (?, ?, ?)", ITEMS)
+    return f"duckdb://{path}"
+
+
+def source(url: str, interactions: str = "events", items: str = "stock.items", **settings: Any) -> ConnectionSource:
+    columns = {"user_id": "customer", "timestamp": "happened"}
+    return ConnectionSource(
+        domain="toys", url=url, interactions=interactions, items=items, **{"columns": columns, **settings}
+    )
+
+
+def test_tables_and_queries_of_duckdb_give_what_files_give(database: str, from_files: Path, tmp_path: Path) -> None:
+    queries = ("events", "SELECT * FROM events;", " with e as (select * from events) select * from e")
+    for number, log in enumerate(queries):
+        folder = build_dataset([source(database, log)], tmp_path / f"data{number}")
+        assert tables(folder) == tables(from_files)
+    manifest = json.loads((folder / "dataset.json").read_text())
+    assert [entry["table"] for entry in manifest["sources"]] == ["interactions", "items"]
+    assert all(len(entry["sha256"]) == 64 for entry in manifest["sources"])
+    again = json.loads((tmp_path / "data0" / "dataset.json").read_text())
+    assert again["sources"] == manifest["sources"], "the hash is of the rows"
+
+
+def test_times_of_the_database_are_read(database: str, from_files: Path, tmp_path: Path) -> None:
+    log = "SELECT customer, item_id, to_timestamp(happened) AS happened, rating FROM events"
+    assert tables(build_dataset([source(database, log)], tmp_path / "data")) == tables(from_files)
+
+
+def test_what_cannot_be_read_is_named(database: str, tmp_path: Path) -> None:
+    def message(**settings: Any) -> str:
+        with pytest.raises((DataError, ConfigError)) as raised:
+            build_dataset([source(**{"url": database, **settings})], tmp_path / "data")
+        return str(raised.value)
+
+    assert "'event', cannot be read; it has events" in message(interactions="event")
+    assert "cannot be read" in message(interactions="SELECT nothing FROM events")
+    assert "no column for user_id (looked for 'who')" in message(columns={"user_id": "who"})
+    assert "nowhere.db does not exist" in message(url="duckdb://nowhere.db")
+    assert "the environment has no variable CPREC_NO_SUCH" in message(url="postgres://u:$CPREC_NO_SUCH@localhost/db")
+    with pytest.raises(ConfigError, match="put it into an environment variable"):
+        source("postgres://user:secret@localhost/db")
+    with pytest.raises(ConfigError, match="is no address"):
+        source("shop.db")
+
+
+# ---- PostgreSQL ------------------------------------------------------------------------------------------------------
+
+
+def program(name: str) -> str | None:
+    found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))
+    return str(found[-1]) if found else shutil.which(name)
+
+
+needs_postgres = pytest.mark.skipif(
+    program("initdb") is None or program("pg_ctl") is None or find_spec("psycopg") is None,
+    reason="needs PostgreSQL's initdb and pg_ctl, and psycopg: pip install 'cprec[postgres]'",
+)
+
+
+@pytest.fixture
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The folder of the socket of a server of our own; the database programs do not run as root."""
+    root = Path("/tmp") if os.geteuid() == 0 else tmp_path_factory.mktemp("postgres")
+    folder = root / f"cprec-postgres-{os.getpid()}"
+    folder.mkdir(mode=0o700)
+    user = "nobody" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
+    if os.geteuid() == 0:
+        shutil.chown(folder, user)
+
+    def run(*command: str) -> None:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            user=user if os.geteuid() == 0 else None,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={"PATH": os.environ["PATH"], "LC_ALL": "C"},
+        )
+        assert done.returncode == 0, done.stdout
+
+    data = str(folder / "data")
+    initdb, pg_ctl = program("initdb"), program("pg_ctl")
+    assert initdb and pg_ctl
+    try:
+        run(initdb, "--pgdata", data, "--username", "cprec", "--auth", "trust", "--no-sync", "--encoding", "UTF8")
+        run(pg_ctl, "--pgdata", data, "--wait", "--log", str(folder / "log"), "--options",
+            f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off", "start")  # fmt: skip
+        yield str(folder)
+        run(pg_ctl, "--pgdata", data, "--wait", "--mode", "immediate", "stop")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@needs_postgres
+def test_a_postgres_server_gives_what_files_give(server: str, from_files: Path, tmp_path: Path) -> None:
+    import psycopg
+
+    with psycopg.connect(host=server, user="cprec", dbname="postgres") as connection:
+        connection.execute(
+            "CREATE TABLE events (customer text, item_id text, happened bigint, rating double precision, note text)"
+        )
+        connection.execute("CREATE SCHEMA stock")
+        connection.execute("CREATE TABLE stock.items (item_id text, title text, brand text)")
+        with connection.cursor() as cursor:
+            cursor.executemany("INSERT INTO events VALUES (%s, %s, %s, %s, 'x')", LOG)
+            cursor.executemany("INSERT INTO stock.items VALUES (%s, %s, %s)", ITEMS)
+    url = f"postgres://cprec@/postgres?host={server}"
+    for number, log in enumerate(
+        (
+            "events",
+            "SELECT customer, item_id, to_timestamp(happened) AS happened, rating FROM events WHERE customer <> 'nobody'",
+        )
+    ):
+        folder = build_dataset([source(url, log)], tmp_path / f"data{number}")
+        assert tables(folder) == tables(from_files)
+    with pytest.raises(DataError, match="'event', cannot be read; it has events"):
+        build_dataset([source(url, "event")], tmp_path / "none")
+    with pytest.raises(DataError, match="cannot be reached"):
+        build_dataset([source(f"postgres://cprec@/no_such_database?host={server}")], tmp_path / "none")
