@@ -1,27 +1,42 @@
-"""Reads delimited text and JSON lines with DuckDB, counting every row: each is kept, or set aside with a reason."""
+"""Reads delimited text and JSON lines into DuckDB, counting every row: each is kept, or set aside with a reason."""
 
 from __future__ import annotations
 
 import gzip
-import io
 import itertools
-import json
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cprec.errors import DataError
 
-LINE = "line_in_file"
-"""The column that readers add: where a row stands, counted from 1; the header of a delimited file is line 1."""
+if TYPE_CHECKING:
+    import pyarrow as pa
 
-MAX_LINE = 1 << 22
+    from cprec.data.delimited import Form, Parsed, SetAside
+
+LINE = "line_in_file"
+"""The column that readers add: the line where a row begins, counted from 1, which is the header where there is one."""
+
+MAX_LINE = 1 << 23
 """Bytes of a row at most."""
 
 SHOWN = 1000
 """Characters of a malformed row that are kept."""
 
+BLOCK_BYTES = 1 << 22
+"""What is read at once."""
+
+NO_OBJECT = "malformed row: no JSON object"
+KEY_TWICE = "malformed row: a key occurs twice"
+
 _numbers = itertools.count()
+
+
+class Scalar(str):
+    """A key of JSON objects whose values are single ones (an id, a time): a list or an object is as if it were absent,
+    and numbers that are whole have no decimal point."""
 
 
 def read_delimited(
@@ -36,212 +51,123 @@ def read_delimited(
 ) -> tuple[str, str | None]:
     """A delimited text file, every column as text, into tables of a DuckDB connection; `encoding` utf-8 or latin-1.
 
-    Returns the name of the table of rows, and of the table of malformed rows (too few or too many fields, text after a
-    closing quote, bytes of another encoding, more than `MAX_LINE` bytes) with columns `line_in_file`, `reason` and
-    `row`; None where there are none. Lines without any character are no rows. `line_in_file` is where a row begins.
+    `cprec.data.delimited` has the rules. Returns the name of the table of rows, and of the table of malformed rows with
+    columns `line_in_file`, `reason` and `row`; None where there are none. `line_in_file` is where a row begins.
 
-    Raises DataError for a file of another encoding as a whole, one that ends too early, and a quote that is opened and
-    never closed.
+    Raises DataError for a file of another encoding or kind as a whole, and for one that ends too early.
     """
-    check_encoding(path)
-    name, rejects, scans = new_name(), new_name(), new_name()
-    types = ", ".join(f"{quoted(column)}: 'VARCHAR'" for column in columns)
-    try:
-        connection.execute(
-            f"CREATE TEMP TABLE {name} AS SELECT *, row_number() OVER () - 1 AS {LINE} FROM read_csv({quoted(path)}, "
-            f"columns = {{{types}}}, auto_detect = false, header = {str(header).lower()}, delim = {quoted(separator)}, "
-            f"quote = {quoted(quote)}, escape = {quoted(quote)}, encoding = {quoted(encoding)}, ignore_errors = true, "
-            f"max_line_size = {MAX_LINE}, buffer_size = {16 * MAX_LINE}, store_rejects = true, rejects_limit = 0, "
-            f"rejects_table = '{rejects}', rejects_scan = '{scans}')",
-        )
-    except Exception as error:
-        raise _explained(path, error) from None
-    malformed = f"{name}_malformed"
-    connection.execute(
-        f"CREATE TEMP TABLE {malformed} AS SELECT {LINE}, reason, row, row_number() OVER (ORDER BY {LINE}) "
-        f"AS before FROM (SELECT line::BIGINT AS {LINE}, 'malformed row: ' || "
-        f"lower(min(error_type)::VARCHAR) AS reason, any_value(csv_line)[:{SHOWN}] AS row FROM {rejects} "
-        "GROUP BY line)",
-    )
-    swallowed = connection.execute(
-        f"SELECT line, csv_line FROM {rejects} WHERE error_type = 'UNQUOTED VALUE' AND contains(csv_line, chr(10)) "
-        "ORDER BY line LIMIT 1"
-    ).fetchall()
-    for line, text in swallowed:
-        raise DataError(
-            f"{path}, line {line}: a quote ({quote}) opens a field here and is not closed where a field ends, "
-            f"so that {text.count(chr(10)):,} more lines would belong to it: {text[:80]!r}. Correct the line, or set "
-            'quote="" if quotes are ordinary characters in this file'
-        )
-    num_rows, num_bad = (
-        connection.execute(f"SELECT count(*) FROM {table}").fetchall()[0][0] for table in (name, malformed)
-    )
-    first = 2 if header else 1
-    # DuckDB counts records. Where every record is a line, the two agree; else the lines are found one by one.
-    if num_rows + num_bad == _count_lines(path) - (first - 1):
-        _number_records(connection, name, malformed if num_bad else None, first)
-    else:
-        _number_lines(connection, path, name, malformed, separator, quote, encoding, header)
-    return f"{name}_numbered", malformed if num_bad else None
-
-
-def _explained(path: Path, error: Exception) -> DataError:
-    """What DuckDB says of a file that it gave up, and what to do."""
-    first = str(error).strip().splitlines()[0]
-    if "GZIP" in first.upper():
-        return DataError(f"{path} ends too early or is damaged ({first}): fetch or write it again; nothing was used")
-    if "state machine" in first:
-        return DataError(
-            f"{path} mixes ends of lines (some \\n, some \\r\\n), so rows cannot be told apart safely: convert it, "
-            f"with `sed -i 's/\\r$//' {path.name}`, say"
-        )
-    return DataError(f"{path} cannot be read: {first}")
-
-
-def check_encoding(path: Path) -> None:
-    """Raise DataError for a file that begins as UTF-16 or UTF-32, or is compressed though its name does not say so."""
-    with open(path, "rb") as file:
-        start = file.read(4)
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or start in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
-        raise DataError(f"{path} is UTF-16 or UTF-32: save it as UTF-8, with `iconv -f utf-16 -t utf-8`, say")
-    is_gzip, is_named = start[:2] == b"\x1f\x8b", path.suffix.lower() == ".gz"
-    if is_gzip and not is_named:
-        raise DataError(f"{path} is compressed with gzip, but its name does not end in .gz: rename it")
-    if is_named and not is_gzip:
-        raise DataError(f"{path} is named .gz but is not compressed with gzip: rename it, or fetch it again")
-    for mark, kind in ((b"PAR1", "Parquet"), (b"PK\3\4", "a zip archive"), (b"\x28\xb5\x2f\xfd", "zstd")):
-        if start == mark:
-            raise DataError(f"{path} is no text but {kind}: give it the suffix of what it is, or unpack it")
-
-
-def _count_lines(path: Path) -> int:
-    """Lines with at least one character that ends them or stands in them."""
-    count, last = 0, b""
-    for block in _blocks(path):
-        count += block.count(b"\n")
-        last = block
-    return count + (1 if last and not last.endswith(b"\n") else 0)
-
-
-def _blocks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
-    with open(path, "rb") as raw:
-        stream: Any = gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw
-        while block := stream.read(size):
-            yield block
-
-
-def _number_records(connection: Any, name: str, malformed: str | None, first: int) -> None:
-    """A view of the rows with the number of their line, where each record is a line."""
-    if malformed is None:
-        connection.execute(
-            f"CREATE TEMP VIEW {name}_numbered AS SELECT * EXCLUDE ({LINE}), {LINE} + {first} AS {LINE} FROM {name}"
-        )
-        return
-    # The engine numbers the rows it keeps: add the malformed ones that stand before each.
-    connection.execute(
-        f"CREATE TEMP VIEW {name}_numbered AS SELECT r.* EXCLUDE ({LINE}), r.{LINE} + {first} + coalesce(m.before, 0) "
-        f"AS {LINE} FROM {name} r ASOF LEFT JOIN (SELECT {LINE} - before - {first - 1} AS upto, max(before) AS before "
-        f"FROM {malformed} GROUP BY ALL) m ON r.{LINE} >= m.upto",
-    )
-
-
-def _number_lines(
-    connection: Any,
-    path: Path,
-    name: str,
-    malformed: str,
-    separator: str,
-    quote: str,
-    encoding: str,
-    header: bool,
-) -> None:
-    """A view of the rows with the number of the line where each begins, found by reading the file once more."""
     import pyarrow as pa
 
-    starts = list(_record_starts(path, quote, encoding))[int(header) :]
-    first = 2 if header else 1
-    table = pa.table({"record": pa.array(range(first, len(starts) + first), pa.int64()), "start": starts})
-    lines = new_name()
-    connection.register(lines, table)
-    _number_records(connection, name, malformed, first)
-    connection.execute(f"ALTER VIEW {name}_numbered RENAME TO {name}_records")
-    # A record that this reading does not find keeps its number: the two agree but for broken quotes.
-    connection.execute(
-        f"CREATE TEMP TABLE {name}_numbered AS SELECT r.* EXCLUDE ({LINE}), coalesce(l.start, r.{LINE}) AS {LINE} "
-        f"FROM {name}_records r LEFT JOIN {lines} l ON r.{LINE} = l.record"
-    )
-    connection.execute(f"UPDATE {malformed} SET {LINE} = l.start FROM {lines} l WHERE {malformed}.{LINE} = l.record")
+    from cprec.data.delimited import Form
 
+    form = Form(tuple(columns), separator, quote)
+    bad: list[SetAside] = []
+    names = [f"c{number}" for number in range(len(columns))]
+    schema = pa.schema([*((name, pa.string()) for name in names), (LINE, pa.int64())])
 
-def _record_starts(path: Path, quote: str, encoding: str) -> Iterator[int]:
-    """The line where each record that is not empty begins; a line end inside quotes does not end a record."""
-    mark = quote.encode(encoding)
-    is_open, start = False, 1
-    for number, line in enumerate(_lines(path), start=1):
-        if not is_open:
-            if not line.rstrip(b"\r\n"):
-                continue
-            start = number
-        if mark and line.count(mark) % 2:
-            is_open = not is_open
-        if not is_open:
-            yield start
-    if is_open:
-        yield start
+    def batches() -> Iterator[pa.RecordBatch]:
+        for parsed in _parsed(path, form, header=header, encoding=encoding):
+            bad.extend(parsed.bad)
+            yield pa.record_batch([*parsed.columns, pa.array(parsed.lines, pa.int64())], schema=schema)
 
-
-def _lines(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as raw:
-        yield from gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw
+    name = _load(connection, schema, batches())
+    renamed = ", ".join(f"{old} AS {_identifier(new)}" for old, new in zip(names, columns, strict=True))
+    connection.execute(f"CREATE TEMP VIEW {name}_rows AS SELECT {renamed}, {LINE} FROM {name}")
+    return f"{name}_rows", _malformed_table(connection, bad) if bad else None
 
 
 def read_json_lines(connection: Any, path: Path, columns: Sequence[str]) -> tuple[str, str]:
     """One JSON object per line, the given keys as text (lists joined by a comma), into tables of a DuckDB connection.
 
-    Returns the names of the tables of rows and of malformed rows (`line_in_file`, `reason`, `row`).
+    Columns that are a `Scalar` hold no lists and objects. Returns the names of the tables of rows and of malformed rows
+    (`line_in_file`, `reason`, `row`): lines that are no JSON object, or one that has a key twice.
     """
+    from cprec.data.delimited import TOO_MANY
+
     # A unit separator cannot stand in JSON, so each line is one field.
     lines, bad = read_delimited(connection, path, ["json"], "\x1f", "", header=False)
     name = new_name()
+    connection.execute(
+        f"CREATE TEMP TABLE {name} AS SELECT {LINE}, CASE WHEN is_object THEN json END AS object, "
+        "CASE WHEN NOT is_object THEN json END AS other FROM (SELECT *, CASE WHEN json_valid(json) THEN "
+        f"json_type(json) = 'OBJECT' ELSE false END AS is_object FROM {lines}) "
+        "WHERE is_object OR trim(json, chr(32) || chr(9) || chr(13)) <> ''"
+    )
+    connection.execute(f"DROP TABLE {lines.removesuffix('_rows')}")
+    # Most lines have the same keys: each distinct list of them is looked at once.
+    connection.execute(
+        f"CREATE TEMP TABLE {name}_twice AS SELECT keys FROM (SELECT DISTINCT json_keys(object) AS keys FROM {name}) "
+        "WHERE len(keys) <> len(list_distinct(keys))"
+    )
+    has_twice = connection.execute(f"SELECT count(*) > 0 FROM {name}_twice").fetchall()[0][0]
+    is_twice = f"json_keys(object) IN (SELECT keys FROM {name}_twice)" if has_twice else "false"
     fields = ", ".join(f"{_json_text(column)} AS {_identifier(column)}" for column in columns)
     connection.execute(
-        f"CREATE TEMP TABLE {name} AS SELECT {LINE}, json AS line, "
-        f"CASE WHEN json_valid(json) THEN CASE WHEN json_type(json) = 'OBJECT' THEN json::JSON END END AS json "
-        f"FROM {lines} WHERE trim(json, chr(32) || chr(9) || chr(13)) <> ''"
+        f"CREATE TEMP VIEW {name}_rows AS SELECT {fields}, {LINE} FROM {name} "
+        f"WHERE object IS NOT NULL AND NOT {is_twice}"
     )
-    connection.execute(f"CREATE TEMP VIEW {name}_rows AS SELECT {fields}, {LINE} FROM {name} WHERE json IS NOT NULL")
-    more = f"UNION ALL SELECT {LINE}, reason, row FROM {bad}" if bad else ""
+    more = f"UNION ALL SELECT {LINE}, replace(reason, {quoted(TOO_MANY)}, {quoted(NO_OBJECT)}), row FROM {bad}"
     connection.execute(
-        f"CREATE TEMP VIEW {name}_malformed AS SELECT {LINE}, 'malformed row: no JSON object' AS reason, "
-        f"line[:{SHOWN}] AS row FROM {name} WHERE json IS NULL {more}",
+        f"CREATE TEMP VIEW {name}_malformed AS SELECT {LINE}, "
+        f"CASE WHEN object IS NULL THEN {quoted(NO_OBJECT)} ELSE {quoted(KEY_TWICE)} END AS reason, "
+        f"coalesce(object, other)[:{SHOWN}] AS row FROM {name} WHERE object IS NULL OR {is_twice} {more if bad else ''}"
     )
     return f"{name}_rows", f"{name}_malformed"
 
 
 def _json_text(key: str) -> str:
-    value = "json -> " + quoted("$." + json.dumps(key))
-    text = "json ->> " + quoted("$." + json.dumps(key))
+    """The value of a key as SQL text, or null."""
+    value = "(object -> " + quoted("/" + key.replace("~", "~0").replace("/", "~1")) + ")"
+    string = f"({value} ->> '$')"
+    if not isinstance(key, Scalar):
+        return (
+            f"CASE json_type({value}) WHEN 'ARRAY' THEN array_to_string(({value} ->> '$[*]'), ', ') "
+            f"WHEN 'NULL' THEN NULL ELSE {string} END"
+        )
+    number = f"try_cast({string} AS DOUBLE)"
     return (
-        f"CASE json_type({value}) WHEN 'ARRAY' THEN array_to_string(({value} ->> '$[*]'), ', ') "
-        f"WHEN 'NULL' THEN NULL ELSE {text} END"
+        f"CASE json_type({value}) WHEN 'ARRAY' THEN NULL WHEN 'OBJECT' THEN NULL WHEN 'NULL' THEN NULL WHEN 'DOUBLE' "
+        f"THEN CASE WHEN NOT isfinite({number}) THEN NULL WHEN abs({number}) < {2**53} AND {number} = floor({number}) "
+        f"THEN {number}::BIGINT::VARCHAR ELSE {string} END ELSE {string} END"
     )
 
 
-def first_line(path: Path) -> str:
-    """The first line of a text file, also of a compressed one, without its end and byte order mark."""
-    return next(iter(first_lines(path, 1)), "")
+# ---- into the engine -------------------------------------------------------------------------------------------------
 
 
-def first_lines(path: Path, count: int) -> list[str]:
-    """Up to `count` lines of a text file, also of a compressed one. Raises DataError where it cannot be read."""
-    check_encoding(path)
+def _load(connection: Any, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> str:
+    """A table of batches, which are made while the engine takes them; what they raise is raised."""
+    import pyarrow as pa
+
+    raised: list[BaseException] = []
+
+    def watched() -> Iterator[pa.RecordBatch]:
+        try:
+            yield from batches
+        except BaseException as error:
+            raised.append(error)
+            raise
+
+    name, reader = new_name(), new_name()
+    connection.register(reader, pa.RecordBatchReader.from_batches(schema, watched()))
     try:
-        with open(path, "rb") as raw:
-            stream = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-            with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline=None) as text:
-                return [line.rstrip("\n") for line in itertools.islice(text, count)]
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+        connection.execute(f"CREATE TEMP TABLE {name} AS SELECT * FROM {reader}")
+    except Exception as error:
+        raise (raised[0] if raised else error) from None
+    finally:
+        connection.unregister(reader)
+    return name
+
+
+def _malformed_table(connection: Any, bad: Sequence[SetAside]) -> str:
+    import pyarrow as pa
+
+    name, rows = new_name(), new_name()
+    lines, reasons, texts = zip(*bad, strict=True)
+    connection.register(rows, pa.table({LINE: pa.array(lines, pa.int64()), "reason": reasons, "row": texts}))
+    connection.execute(f"CREATE TEMP TABLE {name} AS SELECT * FROM {rows}")
+    connection.unregister(rows)
+    return name
 
 
 def new_name() -> str:
@@ -256,3 +182,115 @@ def quoted(value: str | Path) -> str:
 
 def _identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
+
+
+# ---- from the file ---------------------------------------------------------------------------------------------------
+
+
+def _parsed(path: Path, form: Form, *, header: bool, encoding: str) -> Iterator[Parsed]:
+    """The rows of a file, a block at a time."""
+    from cprec.data.delimited import TOO_LONG, parse_block, set_aside
+
+    rest, line, is_skipping = b"", 1, header
+    for block, is_last in _marked_last(text_blocks(path, encoding)):
+        block = rest + block
+        if is_skipping:
+            end = block.find(b"\n") + 1
+            if not end:
+                rest = b""
+                continue
+            block, line, is_skipping = block[end:], line + 1, False
+        parsed = parse_block(block, line, form, is_last=is_last)
+        line += parsed.num_lines
+        rest = block[parsed.num_bytes :]
+        if len(rest) > MAX_LINE and b"\n" not in rest:
+            parsed.bad.append(set_aside(line, TOO_LONG, rest[: 4 * SHOWN].decode("utf-8", "replace")))
+            rest, is_skipping = b"", True
+        yield parsed
+
+
+def _marked_last(blocks: Iterator[bytes]) -> Iterator[tuple[bytes, bool]]:
+    """Each block, and whether it is the last."""
+    held = next(blocks, b"")
+    for block in blocks:
+        yield held, False
+        held = block
+    yield held, True
+
+
+def text_blocks(path: Path, encoding: str = "utf-8") -> Iterator[bytes]:
+    """The bytes of a text file, also of a compressed one, in blocks: in UTF-8, without a byte order mark.
+
+    Where the first block has carriage returns and no line feed, those end lines, as they once did on a Macintosh.
+    Raises DataError for a file of another encoding or kind, one that cannot be read, and one that ends too early.
+    """
+    check_encoding(path)
+    returns_end_lines = False
+    for number, block in enumerate(_file_blocks(path)):
+        if number == 0:
+            block = block.removeprefix(b"\xef\xbb\xbf")
+            returns_end_lines = b"\r" in block and b"\n" not in block
+        if returns_end_lines:
+            block = block.replace(b"\r", b"\n")
+        yield block if encoding == "utf-8" else block.decode(encoding).encode()
+
+
+def _file_blocks(path: Path) -> Iterator[bytes]:
+    is_gzip = path.suffix.lower() == ".gz"
+    try:
+        with open(path, "rb") as raw:
+            stream = gzip.GzipFile(fileobj=raw) if is_gzip else raw
+            while block := stream.read(BLOCK_BYTES):
+                yield block
+    except EOFError:
+        raise DataError(
+            f"{path} ends in the middle of its compressed data: it is incomplete; fetch it again. Nothing was used"
+        ) from None
+    except (zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: its compressed data are damaged ({error}); fetch it again") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+_KINDS = ((b"PAR1", "Parquet"), (b"PK\3\4", "a zip archive"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bzip2"))
+
+
+def check_encoding(path: Path) -> None:
+    """Raise DataError for a file that is no UTF-8 from its start, or of another kind than its name says."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    is_gzip, is_named = start[:2] == b"\x1f\x8b", path.suffix.lower() == ".gz"
+    if is_gzip and not is_named:
+        raise DataError(f"{path} is compressed with gzip, but its name does not end in .gz: rename it")
+    if is_named and not is_gzip:
+        raise DataError(f"{path} is named .gz but is not compressed with gzip: rename it, or fetch it again")
+    for mark, kind in _KINDS:
+        if start.startswith(mark):
+            raise DataError(f"{path} is no text but {kind}: give it the suffix of what it is, or unpack it")
+    has_mark = start[:2] in (b"\xff\xfe", b"\xfe\xff") or start[:4] == b"\0\0\xfe\xff"
+    if has_mark or (len(start) >= 4 and (not any(start[0::2]) or not any(start[1::2]))):  # every other byte is NUL
+        raise DataError(
+            f"{path} is UTF-16 or UTF-32: save it as UTF-8, with `iconv -f utf-16 -t utf-8 {path.name} > new.csv`, say"
+        )
+
+
+def first_line(path: Path) -> str:
+    """The first line of a text file, also of a compressed one, without its end and byte order mark."""
+    return next(iter(first_lines(path, 1)), "")
+
+
+def first_lines(path: Path, count: int) -> list[str]:
+    """Up to `count` lines of a text file, also of a compressed one. Raises DataError where it cannot be read."""
+    lines: list[bytes] = []
+    rest = b""
+    for block in text_blocks(path):
+        *whole, rest = (rest + block).split(b"\n")
+        lines += whole[: count - len(lines)]
+        if len(lines) == count or len(rest) > MAX_LINE:
+            break
+    if len(lines) < count and rest:
+        lines.append(rest)
+    return [line.decode("utf-8", "replace").removesuffix("\r") for line in lines]

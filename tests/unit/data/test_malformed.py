@@ -64,7 +64,7 @@ CASES = [
         "gzip cut short",
         gzip.compress(HEAD + GOOD * 500)[:-20],
         log_name="log.csv.gz",
-        error="log.csv.gz ends too early or is damaged .*: fetch or write it again",
+        error=r"log\.csv\.gz ends in the middle of its compressed data: it is incomplete; fetch it again",
     ),
     Case(
         "gzip with a broken middle",
@@ -98,7 +98,7 @@ CASES = [
     Case("NUL in a title is cleaned", items=b"item_id,title\ni1,Ba\0ll\n"),
     Case("Windows line ends", (HEAD + GOOD).replace(b"\n", b"\r\n")),
     Case("old Mac line ends", (HEAD + GOOD).replace(b"\n", b"\r")),
-    Case("two kinds of line ends", HEAD + GOOD.replace(b"\n", b"\r\n", 3), error=r"mixes ends of lines.*convert it"),
+    Case("two kinds of line ends", HEAD + GOOD.replace(b"\n", b"\r\n", 3)),
     Case("empty file", b"", error=r"log\.csv is empty"),
     Case("header only", HEAD, error="the interactions of domain 'toys' have no rows"),
     Case("empty items", items=b"item_id,title\n", error="the items of domain 'toys' have no rows"),
@@ -116,11 +116,15 @@ CASES = [
             (5, "no user id"),
         ),
     ),
-    Case("text after a closing quote", rows('"a"b,i1,1406116800'), rejected=((2, "malformed row: unquoted value"),)),
+    Case(
+        "text after a closing quote",
+        rows('"a"b,i1,1406116800'),
+        rejected=((2, "malformed row: text after a closing quote"),),
+    ),
     Case(
         "a quote never closed",
-        rows('"a,i1,1406116800'),
-        error=r"log\.csv, line 2: a quote .* is not closed .*13 more lines.*quote=",
+        rows('"a,i1,1406116800', ",i1,1406116800"),
+        rejected=((2, "malformed row: quote is not closed"), (3, "no user id")),
     ),
     Case(
         "newlines inside quotes", rows('"a\nb",i1,1406116800', ",i1,1406116800"), rejected=((4, "no user id"),), kept=13
