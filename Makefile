@@ -2,12 +2,13 @@
 #   make demo      make and judge a recommender from a synthetic world
 #   make test      the quick tests      make test-all   all tests (those for a GPU or real data skip without them)
 #   make lint      format, lint, types  make bench      the measurements in benchmarks/
+#   make test-spark    both table engines give the same (installs PySpark; needs Java 17)
 # PYTHON=...       the Python to build .venv from (3.11 to 3.13)
 # TORCH_INDEX=...  an index beside the usual one to take PyTorch from: PyTorch's own for CPU builds (much smaller on
 #                  Linux), or the one for your CUDA version; run `make clean-venv` before.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench setup clean-venv
+.PHONY: help demo test test-all test-spark lint format bench setup clean-venv
 
 PYTHON ?=
 TORCH_INDEX ?=
@@ -23,10 +24,15 @@ demo: $(READY)
 
 # Test models are tiny: one thread is quicker than many, and leaves the machine to its user.
 test: $(READY)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not slow and not gpu"
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not slow and not gpu and not spark"
 
 test-all: $(READY)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+
+# Spark is large, and most people do without it.
+test-spark: $(READY)
+	@$(BIN)/python -c 'import pyspark' 2>/dev/null || { echo "Installing PySpark." >&2; $(PIP) --editable '.[dev,spark]'; }
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m spark
 
 lint: $(READY)
 	@$(BIN)/ruff format --check --quiet --diff .

@@ -92,17 +92,21 @@ class TableEngine(ABC):
     def translated_errors(self, what: str) -> AbstractContextManager[None]:
         """Turn the engine's errors into DataError: they concern a file, memory or disk."""
 
-    def to_arrow(self, expression: Any) -> pa.Table:
-        """The rows of an expression, in memory."""
-        return self.backend.to_pyarrow(expression)
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the connection."""
 
+    @abstractmethod
     def batches(self, expression: Any) -> Iterator[pa.RecordBatch]:
         """The rows of an expression, one Arrow batch at a time; ask the engine nothing else until they are read."""
-        yield from self.backend.to_pyarrow_batches(expression)
+
+    @abstractmethod
+    def to_arrow(self, expression: Any) -> pa.Table:
+        """The rows of an expression, in memory."""
 
     def value(self, scalar: Any) -> Any:
         """A single value."""
-        return self.backend.to_pyarrow(scalar).as_py()
+        return self.to_arrow(scalar.as_table())[0][0].as_py()
 
 
 @contextmanager
@@ -111,11 +115,13 @@ def connect(
 ) -> Iterator[TableEngine]:
     """The table engine while the block runs.
 
-    `memory_limit` is as '8GB', None a share of the memory that is free; what exceeds it goes to temporary files in a
-    new folder inside `spill` (None: the system's). Errors of the engine leave the block as DataError.
+    `engine` is duckdb, spark (the active session of this process, or a local one) or spark://MASTER, where MASTER is
+    local[4] or host:port. `memory_limit` is as '8GB', None a share of the memory that is free (Spark: its own default);
+    what exceeds it goes to temporary files in a new folder inside `spill` (None: the system's), which all executors of
+    a Spark cluster must see. Errors of the engine leave the block as DataError.
     """
-    if engine != "duckdb":
-        raise ConfigError(f"engine={engine!r}: expected duckdb")
+    if engine != "duckdb" and engine.partition("://")[0] != "spark":
+        raise ConfigError(f"engine={engine!r}: expected duckdb, spark or spark://MASTER, as spark://local[4]")
     if spill is not None:
         Path(spill).mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="cprec-", dir=spill))
@@ -125,12 +131,16 @@ def connect(
             warnings.filterwarnings(
                 "ignore", message=r"fetch_arrow_table\(\) is deprecated", category=DeprecationWarning
             )
-            opened = DuckDBEngine(folder, memory_limit)
+            opened: TableEngine
+            if engine == "duckdb":
+                opened = DuckDBEngine(folder, memory_limit)
+            else:
+                opened = SparkEngine(folder, memory_limit, engine.partition("://")[2])
             try:
                 with opened.translated_errors("the table engine"):
                     yield opened
             finally:
-                opened.backend.disconnect()
+                opened.close()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -203,6 +213,12 @@ class DuckDBEngine(TableEngine):
     def from_batches(self, batches: pa.RecordBatchReader) -> Any:
         return self.backend.read_parquet(str(_stage(self.spill, batches)), table_name=text_files.new_name())
 
+    def close(self) -> None:
+        self.backend.disconnect()
+
+    def to_arrow(self, expression: Any) -> pa.Table:
+        return self.backend.to_pyarrow(expression)
+
     def batches(self, expression: Any) -> Iterator[pa.RecordBatch]:
         # Ibis asks the connection for them in a way that DuckDB 2 no longer has.
         yield from self.backend.con.sql(self.backend.compile(expression)).to_arrow_reader(BATCH_ROWS)
@@ -233,6 +249,164 @@ class DuckDBEngine(TableEngine):
     def _run(self, sql: str) -> list[tuple[Any, ...]]:
         rows: list[tuple[Any, ...]] = self.backend.con.execute(sql).fetchall()
         return rows
+
+
+@final
+class SparkEngine(TableEngine):
+    """Spark: a local session, or a cluster whose executors see the files and the spill folder.
+
+    Text files are taken apart by DuckDB in this process, as ever, and handed over as Parquet; Parquet is read by Spark.
+    """
+
+    name = "spark"
+
+    def __init__(self, spill: Path, memory_limit: str | None, master: str) -> None:
+        try:
+            import ibis
+            from pyspark.errors import PySparkException
+            from pyspark.sql import SparkSession
+
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of versions of pandas, whose part of Spark is not used
+                connect_to_spark = ibis.pyspark.connect
+        except ImportError as error:
+            raise ConfigError(f"engine=spark needs more packages ({error}): pip install 'cprec[spark]'") from None
+        self.spill = spill.resolve()
+        self._text = DuckDBEngine(spill, None)
+        active = SparkSession.getActiveSession()
+        self._is_ours = active is None
+        try:
+            self.session = active or self._start(SparkSession.builder, master, memory_limit)
+        except PySparkException as error:
+            raise ConfigError(
+                f"engine=spark: Spark does not start ({_first_line(error)}). It needs Java 17: is JAVA_HOME its folder?"
+            ) from None
+        self.session.sparkContext.setLogLevel("OFF")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Ibis about settings that it changes in the session
+            self.backend = connect_to_spark(self.session)
+
+    def _start(self, builder: Any, master: str, memory_limit: str | None) -> Any:
+        settings = {
+            "spark.sql.session.timeZone": "UTC",
+            "spark.sql.ansi.enabled": "false",  # what cannot be read is null, as in DuckDB's TRY_CAST
+            "spark.sql.shuffle.partitions": str(4 * num_cores()),
+            "spark.sql.parquet.compression.codec": "zstd",
+            "spark.sql.warehouse.dir": str(self.spill / "warehouse"),
+            "spark.ui.enabled": "false",
+            "spark.ui.showConsoleProgress": "false",
+        }
+        if not master or master.startswith("local"):
+            settings |= {"spark.local.dir": str(self.spill), "spark.driver.bindAddress": "127.0.0.1"}
+            settings |= {"spark.driver.host": "127.0.0.1"}
+            quiet = self.spill / "log4j2.properties"
+            quiet.write_text("rootLogger.level = off\n", encoding="utf-8")
+            settings["spark.driver.extraJavaOptions"] = f"-Dlog4j2.configurationFile=file:{quiet}"
+        if memory_limit is not None:
+            settings["spark.driver.memory"] = memory_limit.lower().removesuffix("b").replace(" ", "")
+        builder = builder.appName("cprec").master(
+            master if master.startswith("local") else f"spark://{master}" if master else "local[*]"
+        )
+        for name, value in settings.items():
+            builder = builder.config(name, value)
+        return builder.getOrCreate()
+
+    def close(self) -> None:
+        self._text.close()
+        if self._is_ours:
+            self.session.stop()
+
+    @contextmanager
+    def translated_errors(self, what: str) -> Iterator[None]:
+        from py4j.protocol import Py4JError  # type: ignore[import-untyped]
+        from pyspark.errors import PySparkException
+
+        try:
+            with self._text.translated_errors(what):
+                yield
+        except (PySparkException, Py4JError) as error:
+            raise DataError(f"{what}: {_first_line(error)}") from None
+
+    def read_parquet(self, path: str | Path) -> Any:
+        with self.translated_errors(str(path)):
+            frame = self.session.read.parquet(str(Path(path).resolve()))
+            return self._view(frame.selectExpr("*", f"_metadata.row_index + 1 AS {LINE}"))
+
+    def read_delimited(
+        self,
+        path: Path,
+        columns: Sequence[str],
+        *,
+        separator: str,
+        quote: str,
+        header: bool = True,
+        encoding: str = "utf-8",
+    ) -> tuple[Any, Any | None]:
+        rows, malformed = self._text.read_delimited(
+            path, columns, separator=separator, quote=quote, header=header, encoding=encoding
+        )
+        return self._handed_over(rows), None if malformed is None else self._handed_over(malformed)
+
+    def read_json_lines(self, path: Path, columns: Sequence[str]) -> tuple[Any, Any | None]:
+        rows, malformed = self._text.read_json_lines(path, columns)
+        return self._handed_over(rows), None if malformed is None else self._handed_over(malformed)
+
+    def _handed_over(self, table: Any) -> Any:
+        path = self.spill / f"{text_files.new_name()}.parquet"
+        self._text.write_parquet(table, path)
+        return self._view(self.session.read.parquet(str(path)))
+
+    def from_arrow(self, table: pa.Table) -> Any:
+        return self.from_batches(table.to_reader())
+
+    def from_batches(self, batches: pa.RecordBatchReader) -> Any:
+        return self._view(self.session.read.parquet(str(_stage(self.spill, batches))))
+
+    def materialise(self, expression: Any) -> Any:
+        return self._view(self.session.read.parquet(str(self._written(expression))))
+
+    def discard(self, table: Any) -> None:
+        self.session.catalog.dropTempView(table.get_name())
+
+    def write_parquet(self, expression: Any, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _join_files(_files(self._written(expression)), path)
+
+    def write_parts(self, expression: Any, folder: Path, column: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        written = self._written(expression, column)
+        for part in sorted(written.glob(f"{column}=*")):
+            _join_files(_files(part), folder / f"part-{part.name.partition('=')[2]}.parquet")
+
+    def to_arrow(self, expression: Any) -> pa.Table:
+        return self._frame(expression).toArrow()
+
+    def batches(self, expression: Any) -> Iterator[pa.RecordBatch]:
+        import pyarrow.parquet as pq
+
+        written = self._written(expression)
+        for path in _files(written):
+            yield from pq.ParquetFile(path).iter_batches(BATCH_ROWS)
+        shutil.rmtree(written)
+
+    def _frame(self, expression: Any) -> Any:
+        return self.session.sql(self.backend.compile(expression))
+
+    def _written(self, expression: Any, partition_by: str | None = None) -> Path:
+        """A folder of Parquet files, in the order of rows where the expression has one."""
+        folder = self.spill / text_files.new_name()
+        writer = self._frame(expression).write
+        (writer.partitionBy(partition_by) if partition_by else writer).parquet(str(folder))
+        return folder
+
+    def _view(self, frame: Any) -> Any:
+        name = text_files.new_name()
+        frame.createOrReplaceTempView(name)
+        return self.backend.table(name)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("part-*.parquet"))
 
 
 def _stage(folder: Path, batches: pa.RecordBatchReader) -> Path:
