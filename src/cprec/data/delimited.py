@@ -87,7 +87,7 @@ def set_aside(line: int, reason: str, row: str) -> SetAside:
 def _parse_faultless(block: bytes, first_line: int, form: Form, *, is_last: bool) -> Parsed | None:
     """As `_parse_each`, where Arrow reads the block by the same rules; else None."""
     separator, quote = form.separator.encode(), form.quote.encode()
-    if len(block) > MAX_LINE or len(quote) > 1 or b"\0" in block or block.count(b"\r") != block.count(b"\r\n"):
+    if len(block) > MAX_LINE or len(quote) > 1 or b"\0" in block or _has_lone_return(block):
         return None
     quotes = _places(block, quote) if quote and quote in block else np.zeros(0, dtype=np.int64)
     if len(separator) > 1:
@@ -100,11 +100,9 @@ def _parse_faultless(block: bytes, first_line: int, form: Form, *, is_last: bool
         body, quotes = block[:end], quotes[quotes < end]
         if not _quotes_are_regular(body, quotes, separator):
             return None
-    num_lines = body.count(b"\n")
+    num_lines = int(np.count_nonzero(np.frombuffer(body, np.uint8) == ord("\n")))
     if not _is_utf8(body):
         return None
-    if not body.strip(b"\r\n"):
-        return Parsed([pa.nulls(0, pa.string()) for _ in form.columns], np.zeros(0, dtype=np.int64), [], end, num_lines)
     table = _read_with_arrow(body, form.columns, separator, quote if len(quotes) else b"")
     if table is None:
         return None
@@ -191,6 +189,10 @@ def _quotes_are_regular(body: bytes, quotes: np.ndarray, separator: bytes) -> bo
     at_start = (before == ord("\n")) | (before == separator[0])
     at_end = (after == ord("\n")) | (after == ord("\r")) | (after == separator[0])
     return bool(at_start.all() and at_end.all())
+
+
+def _has_lone_return(block: bytes) -> bool:
+    return b"\r" in block and block.count(b"\r") != block.count(b"\r\n")
 
 
 def _is_utf8(body: bytes) -> bool:

@@ -126,7 +126,7 @@ def audit(folder: str | Path, workers: int | None = None) -> dict[str, Any]:
     checked = sum(p.checked for p in properties)
     wrong = sum(p.violations for p in properties)
     say(f"certificate: {len(properties)} properties, {checked:,} checks, {wrong:,} violations")
-    for o in observations:
+    for o in filter(lambda o: o.found, observations):
         say(f"  noted: {o.name}: {o.found:,} of {o.checked:,}")
     return certificate
 
