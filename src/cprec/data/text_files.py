@@ -58,7 +58,7 @@ def read_delimited(
     """
     import pyarrow as pa
 
-    from cprec.data.delimited import Form
+    from cprec.data.delimited import NOT_UTF8, Form
 
     form = Form(tuple(columns), separator, quote)
     bad: list[SetAside] = []
@@ -71,6 +71,12 @@ def read_delimited(
             yield pa.record_batch([*parsed.columns, pa.array(parsed.lines, pa.int64())], schema=schema)
 
     name = _load(connection, schema, batches())
+    undecoded = [row.line for row in bad if row.reason == NOT_UTF8]
+    if len(undecoded) > connection.execute(f"SELECT count(*) FROM {name}").fetchall()[0][0]:
+        raise DataError(
+            f"{path} is not UTF-8: {len(undecoded):,} rows, as line {undecoded[0]}, cannot be read. Save it as UTF-8, "
+            f"with `iconv -f windows-1252 -t utf-8 {path.name} > new{path.suffix}` if it comes from Windows, say"
+        )
     renamed = ", ".join(f"{old} AS {_identifier(new)}" for old, new in zip(names, columns, strict=True))
     connection.execute(f"CREATE TEMP VIEW {name}_rows AS SELECT {renamed}, {LINE} FROM {name}")
     return f"{name}_rows", _malformed_table(connection, bad) if bad else None

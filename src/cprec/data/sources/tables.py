@@ -205,7 +205,10 @@ def read_files(
         kind = _suffix(path)
         bad = None
         if kind in _PARQUET:
-            table = engine.read_parquet(path)
+            try:
+                table = engine.read_parquet(path)
+            except DataError as error:
+                raise DataError(f"{error}; it is damaged or no Parquet file: write or fetch it again") from None
             table = table.rename({_free(name): name for name in table.columns if name != LINE})
             names = tuple(name for name in table.columns if name != LINE)
         elif kind in _JSON:
@@ -281,6 +284,7 @@ def find_files(domain: str, what: str, patterns: Sequence[str]) -> tuple[Path, .
         if not matches:
             raise DataError(f"{path} does not exist ({what} of domain {domain!r}){_similar(path)}")
         found += matches
+    found = list(dict.fromkeys(found))  # patterns may overlap
     for path in found:
         if _suffix(path) not in (*_PARQUET, *_JSON, *_DELIMITED):
             raise DataError(
@@ -333,6 +337,8 @@ def _header(path: Path, separator: str, quote: str, typed: bool) -> tuple[str, .
             )
     if typed:
         names = [name.partition(":")[0] for name in names]
+    if not line.strip():
+        raise DataError(f"{path}: the first line is empty, and should name the columns")
     if not all(names):
         raise DataError(f"{path}: column {names.index('') + 1} of the header {line!r} has no name")
     lower = [name.lower() for name in names]
@@ -358,22 +364,23 @@ _SCALARS = (USER_ID, ITEM_ID, TIMESTAMP, TITLE)
 
 def _json_keys(path: Path, mapping: Mapping[str, str]) -> tuple[str, ...]:
     """The keys of the first 1,000 objects of a JSON-lines file; of keys that differ in case only, one."""
-    from cprec.data.text_files import Scalar, first_lines
+    from cprec.data.text_files import LINE, Scalar, first_lines
 
     lines = [line for line in first_lines(path, 1000) if line.strip()]
     objects = [value for value in map(_json_object, lines) if value is not None]
     if not objects or lines[0].lstrip().startswith("["):
-        array = f", `jq -c '.[]' {path.name} > new.jsonl`, say," if lines and lines[0].lstrip().startswith("[") else ""
+        shown = f"line 1 is not a JSON object: {lines[0][:80]!r}" if lines else "there is no line in it"
+        select = ".[]" if lines and lines[0].lstrip().startswith("[") else "."
         raise DataError(
-            f"{path}: line 1 is not a JSON object: {lines[0][:80] if lines else ''!r}; the file must hold one object "
-            f"per line: convert it{array or ' with `jq -c`, say'}"
+            f"{path}: {shown}; the file must hold one object per line: convert it, with "
+            f"`jq -c '{select}' {path.name} > new.jsonl`, say"
         )
     scalars = {mapping.get(name) for name in _SCALARS}
     scalars.update(alias for name in _SCALARS if name not in mapping for alias in DEFAULT_NAMES[name])
     wanted = {alias for aliases in DEFAULT_NAMES.values() for alias in aliases} | set(mapping.values())
     keys: dict[str, str] = {}
     for key in dict.fromkeys(key for value in objects for key in value):
-        if key and "\0" not in key and (key.lower() not in keys or key in wanted):
+        if key and "\0" not in key and key.lower() != LINE and (key.lower() not in keys or key in wanted):
             keys[key.lower()] = key
     lower = {name.lower() for name in scalars if name}
     return tuple(Scalar(key) if key.lower() in lower else key for key in keys.values())
@@ -540,13 +547,17 @@ def _exact(number: Any) -> Any:
     """A float where its whole part has all its digits, else null: of NaN and infinity too, which have no floor."""
     import ibis
 
-    return ibis.ifelse(number.abs() < EXACT, number, ibis.null("float64")).cast("float64")
+    # Parquet's statistics know no NaN, and engines that trust them take the comparison alone for true.
+    return ibis.ifelse(~number.isnan() & (number.abs() < EXACT), number, ibis.null("float64")).cast("float64")
 
 
 def _number(table: Any, column: str | None, kind: str) -> Any:
     import ibis
 
-    return ibis.null(kind) if column is None else table[column].try_cast("float64").try_cast(kind)
+    if column is None:
+        return ibis.null(kind)
+    number = table[column].try_cast("float64")
+    return ibis.ifelse(number.isnan() | number.isinf(), ibis.null("float64"), number).try_cast(kind)
 
 
 def _price(table: Any, column: str | None) -> Any:
@@ -564,7 +575,8 @@ def _unread(table: Any, column: str | None) -> Any:
     if column is None or not table[column].type().is_string():
         return ibis.literal(False)
     text = table[column]
-    return text.notnull() & (text.strip() != "") & text.try_cast("float64").isnull()
+    number = text.try_cast("float64")
+    return (text.strip() != "") & (number.isnull() | number.isinf())
 
 
 # ---- timestamps ------------------------------------------------------------------------------------------------------
