@@ -151,7 +151,7 @@ def row_hashes(rows: Ragged) -> np.ndarray:
     differ."""
     place = np.arange(len(rows.values)) - np.repeat(rows.offsets[:-1], rows.lengths)
     with np.errstate(over="ignore"):
-        terms = (rows.values.astype(np.uint64) + np.uint64(1)) * _RANDOM[place % len(_RANDOM)]
+        terms = (rows.values.astype(np.uint64) + np.uint64(1)) * _RANDOM[place & (len(_RANDOM) - 1)]
         total = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(terms, dtype=np.uint64)])
         return total[rows.offsets[1:]] - total[rows.offsets[:-1]]
 
@@ -272,7 +272,7 @@ def check_documents(
     document_user = document_user.astype(np.int64)
     width = _width(title, allowed_title, held_out_title)
     allowed_keys, allowed_counts = np.unique(allowed_user * width + allowed_title, return_counts=True)
-    held_out_keys = np.unique(held_out_user * width + held_out_title)
+    held_out_keys = _distinct(held_out_user * width + held_out_title)
     # A pool of lines that are counted together: a document, or a user's documents of a group. It tells the user.
     if per_document:
         pool, user_of_pool = document, document_user
@@ -315,7 +315,7 @@ def check_repeated_targets(
     shown = ~is_last & (events.title == target[events.document]) & (events.title >= 0)
     width = _width(log_title, target)
     keys, counts = np.unique(log_user * width + log_title, return_counts=True)
-    documents = np.unique(events.document[shown])
+    documents = _distinct(events.document[shown])
     repeated = np.isin(document_user[documents] * width + target[documents], keys[counts > 1])
     wrong = documents[~repeated]
     return Property(
@@ -394,7 +394,8 @@ class _Occurrences:
 
     def count(self, keys: np.ndarray, before: np.ndarray) -> np.ndarray:
         """How many events of each key come before an event."""
-        distinct, number = np.unique(self._keys, return_inverse=True)
+        is_new = np.r_[True, self._keys[1:] != self._keys[:-1]][: len(self._keys)]
+        distinct, number = self._keys[is_new], np.cumsum(is_new) - 1
         size = int(max(self._event.max(initial=0), before.max(initial=0))) + 2
         at = _place(distinct, keys)
         codes = number * size + self._event  # rising
@@ -416,7 +417,7 @@ def check_times(
     known = events.title >= 0
     early = log_time < cut
     width = _width(log_title, events.title)
-    before = np.unique(log_user[early] * width + log_title[early])
+    before = _distinct(log_user[early] * width + log_title[early])
     title, document = events.title[known], events.document[known]
     user = document_user[document]
     wrong = np.flatnonzero(_place(before, user * width + title) < 0)
@@ -442,20 +443,23 @@ def check_queries(split: Split, domain: str, part: str, queries: Mapping[str, An
     elsewhere = comparable_domains(catalogue, split.domains)[catalogue.domain[log.item]]
     if split.spec.method != GLOBAL_TIME:
         elsewhere = elsewhere & ~split.events(TEST)
+    width, user = len(catalogue), queries["user"]
     # The event asked for: the last one of the part with this user, item and time; -1 where there is none.
-    width, times = len(catalogue), np.unique(log.timestamp)
-    pairs, pair = np.unique(log.user * width + log.item, return_inverse=True)
-    asked_pair = _place(pairs, np.where(queries["target"] < 0, -1, queries["user"] * width + queries["target"]))
+    askable = np.flatnonzero(of_domain & split.events(part))
+    times, key = _distinct(log.timestamp[askable]), log.user[askable] * width + log.item[askable]
+    pairs = _distinct(key)
+    asked_pair = _place(pairs, np.where(queries["target"] < 0, -1, user * width + queries["target"]))
     asked_time = _place(times, queries["timestamp"])
     asked = np.where((asked_pair < 0) | (asked_time < 0), -1, asked_pair * len(times) + asked_time)
-    moments = pair * len(times) + np.searchsorted(times, log.timestamp)
-    event = _Occurrences(moments, of_domain & split.events(part)).last(asked)
+    moments = _place(pairs, key) * len(times) + _place(times, log.timestamp[askable])
+    found = _Occurrences(moments, np.ones(len(moments), dtype=bool)).last(asked)
+    event = np.where(found < 0, -1, np.append(askable, -1)[found])
     # How often each query shows an item, and how often its user had that item before the event asked for.
-    shown_pair = _place(pairs, np.repeat(queries["user"], history.lengths) * width + history.values)
-    shown_pair[history.values < 0] = -1
-    shown, times_shown = np.unique(history.row_of * (len(pairs) + 1) + shown_pair + 1, return_counts=True)
-    row, shown_pair = shown // (len(pairs) + 1), shown % (len(pairs) + 1) - 1
-    had = _Occurrences(pair, of_domain | elsewhere).count(shown_pair, event[row])
+    items = np.where(history.values < 0, width, history.values)  # one that nobody had
+    shown, times_shown = np.unique(history.row_of * (width + 1) + items, return_counts=True)
+    row, item = shown // (width + 1), shown % (width + 1)
+    known = np.where((item == width) | (user[row] < 0), -1, user[row] * width + item)
+    had = _Occurrences(log.user * width + log.item, of_domain | elsewhere).count(known, event[row])
     bad = event < 0
     bad[row[times_shown > had]] = True
     wrong = np.flatnonzero(bad)
@@ -465,6 +469,12 @@ def check_queries(split: Split, domain: str, part: str, queries: Mapping[str, An
         violations=len(wrong),
         examples=[str(queries["query_id"][q]) for q in _first(wrong)],
     )
+
+
+def _distinct(values: np.ndarray) -> np.ndarray:
+    """The distinct values, rising; `np.unique` hashes them, which takes several times longer than a sort."""
+    values = np.sort(values)
+    return values[np.r_[True, values[1:] != values[:-1]][: len(values)]]
 
 
 def _place(known: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -522,8 +532,10 @@ def normalised_title(title: str) -> str:
     >>> normalised_title("L'Oréal  Crème (50ml)")
     'lorealcreme50ml'
     """
-    plain = unicodedata.normalize("NFKD", title.casefold())
-    return re.sub(r"[\W_]+", "", "".join(c for c in plain if not unicodedata.combining(c)))
+    plain = title.casefold()
+    if not plain.isascii():
+        plain = "".join(c for c in unicodedata.normalize("NFKD", plain) if not unicodedata.combining(c))
+    return re.sub(r"[\W_]+", "", plain)
 
 
 def find_near_duplicates(catalogue: Catalogue, domain: str, pretrained: Sequence[str]) -> Observation:
@@ -550,7 +562,7 @@ def check_absent(
 ) -> Property:
     """No number of `forbidden` occurs in `present`, where -1 stands for nothing known; `labels` names the numbers."""
     wrong = np.isin(present, forbidden) & (present >= 0)
-    examples = [str(labels[number]) for number in _first(np.unique(present[wrong]))]
+    examples = [str(labels[number]) for number in _first(_distinct(present[wrong]))]
     return Property(name=name, checked=len(present), violations=int(wrong.sum()), examples=examples)
 
 
