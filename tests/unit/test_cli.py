@@ -58,10 +58,11 @@ calls: list[tuple[Any, ...]] = []
 failures: list[BaseException] = []
 
 
-def stage(*arguments: Any) -> None:
+def stage(*arguments: Any) -> dict[str, bool]:
     calls.append(arguments)
     if failures:
         raise failures.pop()
+    return {"clean": True}
 
 
 def fake(*, data: Path, seed: int = 0) -> config.Recipe:

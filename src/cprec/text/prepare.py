@@ -140,7 +140,7 @@ def prepare(config: PrepareConfig) -> Path:
     command goes on where it was interrupted once the tables are there.
     """
     from cprec.progress import say
-    from cprec.text.documents import is_written, write_part
+    from cprec.text.documents import is_written
     from cprec.text.workers import num_workers, run_parts
 
     output_dir = Path(config.output_dir)
@@ -156,7 +156,7 @@ def prepare(config: PrepareConfig) -> Path:
     number, count = config.share()
     parts = range(json.loads((folder / "dataset.json").read_text())["num_parts"])
     mine = [part for part in parts[number::count] if not is_written(folder, part)]
-    run_parts(f"{write_part.__module__}:write_part", folder, mine, num_workers(config.workers), "writing documents")
+    run_parts("cprec.text.documents:write_part", folder, mine, num_workers(config.workers), "writing documents")
     with _alone(output_dir):
         if not folder.is_dir():
             return output_dir  # another process put the parts together
