@@ -237,6 +237,18 @@ def split_rows(text: str, form: Form, *, is_last: bool) -> Iterator[Row]:
         start = row.stop + 1
 
 
+def split_line(line: str, separator: str, quote: str) -> list[str] | None:
+    """The fields of a line that stands alone, as a header does; None where its quotes are not those of fields.
+
+    >>> split_line('"a,b",c', ",", '"')
+    ['a,b', 'c']
+    """
+    if not quote or quote not in line:
+        return line.split(separator)
+    fields, _, reason = _split_quoted(line, 0, len(line), separator, quote, len(line))
+    return fields if reason is None else None
+
+
 def _split_row(text: str, start: int, end: int, form: Form, is_last: bool) -> Row | None:
     """The row at `start`, whose first line ends at `end`; None where the text may end within it."""
 
@@ -250,7 +262,7 @@ def _split_row(text: str, start: int, end: int, form: Form, is_last: bool) -> Ro
         return faulty(TOO_LONG)
     reason: str | None = None
     if form.quote and form.quote in line:
-        fields, stop, reason = _split_quoted(text, start, end, form)
+        fields, stop, reason = _split_quoted(text, start, end, form.separator, form.quote, len(form.columns))
         if stop == len(text) and not is_last and reason != TOO_MANY:
             return faulty(NOT_CLOSED) if _num_bytes(text[start:stop]) > MAX_LINE else None
         if reason is None and stop > end and _num_bytes(text[start:stop]) > MAX_LINE:
@@ -265,12 +277,13 @@ def _split_row(text: str, start: int, end: int, form: Form, is_last: bool) -> Ro
     return Row(start, stop, fields, None) if reason is None else faulty(reason)
 
 
-def _split_quoted(text: str, start: int, end: int, form: Form) -> tuple[list[str], int, str | None]:
+def _split_quoted(
+    text: str, start: int, end: int, separator: str, quote: str, num_columns: int
+) -> tuple[list[str], int, str | None]:
     """The fields of a row, where it stops, and what is wrong with it; `end` is the end of its first line."""
-    separator, quote = form.separator, form.quote
     fields: list[str] = []
     here = start
-    while len(fields) <= len(form.columns):
+    while len(fields) <= num_columns:
         if text.startswith(quote, here):
             value, here = _closing_quote(text, here + 1, quote)
             if here < 0:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -161,8 +161,29 @@ def _with_domain(hashes: np.ndarray, domain: np.ndarray) -> np.ndarray:
         return hashes ^ ((domain.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
 
 
+BATCH = 1 << 22
+"""About how many tokens are taken apart at once: each needs some hundred bytes meanwhile."""
+
+
+def _batches(documents: Ragged) -> Iterator[tuple[slice, Ragged]]:
+    """Documents one after the other, about `BATCH` tokens at a time: which rows, and these."""
+    edges = np.searchsorted(documents.offsets, np.arange(0, documents.offsets[-1] + BATCH, BATCH))
+    for start, stop in itertools.pairwise(_distinct(np.append(edges, len(documents)).clip(0, len(documents))).tolist()):
+        offsets = documents.offsets[start : stop + 1]
+        yield slice(start, stop), Ragged(documents.values[offsets[0] : offsets[-1]], offsets - offsets[0])
+
+
 def read_events(documents: Ragged, domain: np.ndarray, grammar: Grammar) -> Events:
     """The events written in documents; `domain` is each document's domain index, -1 for mixed ones (tags tell)."""
+    found = [_read_batch(batch, domain[rows], grammar, rows.start) for rows, batch in _batches(documents)]
+    document, title = (
+        np.concatenate([np.empty(0, dtype=np.int64), *(columns[number] for columns in found)]) for number in (0, 1)
+    )
+    return Events(document=document, title=title)
+
+
+def _read_batch(documents: Ragged, domain: np.ndarray, grammar: Grammar, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """The columns of `Events`; documents are counted from `first` on."""
     tokens = documents.values
     starts, ends = _separators(tokens, grammar)
     owner = np.searchsorted(documents.offsets, starts, side="right") - 1
@@ -182,7 +203,7 @@ def read_events(documents: Ragged, domain: np.ndarray, grammar: Grammar) -> Even
     keys = _with_domain(row_hashes(body), line_domain)
     at = np.minimum(np.searchsorted(hashes, keys), len(hashes) - 1)
     known = (hashes[at] == keys) & (line_domain >= 0)
-    return Events(document=owner, title=np.where(known, at, -1))
+    return owner + first, np.where(known, at, -1)
 
 
 def _separators(tokens: np.ndarray, grammar: Grammar) -> tuple[np.ndarray, np.ndarray]:
@@ -209,12 +230,13 @@ def check_heads(
     name: str, documents: Ragged, domain: np.ndarray, grammar: Grammar, labels: Labels = NUMBERS
 ) -> Property:
     """Before its first line a document has its head and nothing else; `domain` as in `read_events`."""
-    starts, _ = _separators(documents.values, grammar)
-    first = np.minimum(
-        np.append(starts, len(documents.values))[np.searchsorted(starts, documents.offsets[:-1])], documents.offsets[1:]
-    )
-    found = row_hashes(_slices(documents.values, documents.offsets[:-1], first))
-    wrong = found != row_hashes(grammar.heads)[domain]  # -1, mixed, is the last row
+    heads = row_hashes(grammar.heads)
+    wrong = np.zeros(len(documents), dtype=bool)
+    for rows, batch in _batches(documents):
+        tokens, begin, end = batch.values, batch.offsets[:-1], batch.offsets[1:]
+        starts, _ = _separators(tokens, grammar)
+        first = np.minimum(np.append(starts, len(tokens))[np.searchsorted(starts, begin)], end)
+        wrong[rows] = row_hashes(_slices(tokens, begin, first)) != heads[domain[rows]]  # -1, mixed, is the last row
     return Property(
         name=f"{name}: before its lines every document has the head of the template and nothing else",
         checked=len(documents),
@@ -510,8 +532,8 @@ def find_ties(split: Split, domain: str, part: str, tie_order: str) -> list[Obse
     ]
     return [
         Observation(
-            name=f"queries/{domain}/{part}: targets that tie order ({tie_order}) alone decided: the user has another "
-            "event at that time, which is not asked for",
+            name=f"queries/{domain}/{part}: targets that tie order ({tie_order}) alone decided: at that time the user "
+            "has another event, of another part of the split",
             checked=int(is_target.sum()),
             found=int(tied.sum()),
             examples=names,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import glob
 import json
 import os
@@ -48,11 +47,17 @@ DEFAULT_NAMES: dict[str, tuple[str, ...]] = {
 INTERACTION_FIELDS = (USER_ID, ITEM_ID, TIMESTAMP, RATING, ORDER)
 ITEM_FIELDS = (ITEM_ID, TITLE, BRAND, CATEGORIES, DESCRIPTION, PRICE)
 
+CLEANED = (TITLE, BRAND, CATEGORIES)
+MAX_TITLE = 10_000
+"""Characters of an item's text at most: a longer title rejects the item, longer brands and categories are left out."""
+LONG_TITLE = f"title of more than {MAX_TITLE:,} characters"
+
 SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar", "::": "two colons"}
 
 _DELIMITED = {".csv": ",", ".tsv": "\t", ".inter": "\t", ".item": "\t"}
 _JSON = (".jsonl", ".ndjson", ".json")
 _PARQUET = (".parquet", ".pq")
+_OWN_NAMES = ("line_in_file", "source_file", "sequence", "problem")
 _DOMAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -61,7 +66,8 @@ class SourceTables:
     """What a source gives: Ibis tables with every row of its files, ids and times as the files have them."""
 
     items: Any
-    """item_id, title, brand, categories, description (text), price (float64), file (text), line, sequence (int64)."""
+    """item_id, title, brand, categories, description (text), price (float64), file (text), line, sequence (int64), and
+    problem (text): why the row cannot be used, or null."""
     interactions: Any
     """user_id, item_id (text), timestamp (int64 seconds, null where it could not be parsed), time_text (text), rating
     (float64), rating_unread (bool: there is something, but no number), position (int64, the source's own order, or
@@ -116,6 +122,12 @@ class TableSource:
             raise ConfigError(f"timestamps={self.timestamps!r}: expected {', '.join(get_args(TimeFormat))}")
         if self.separator == "":
             raise ConfigError("separator is empty; give the character between fields, or none for the usual one")
+        between = self.separator or ","
+        if len(self.quote) > 1 or any(sign in between + self.quote for sign in "\r\n\0") or between in self.quote:
+            raise ConfigError(
+                f"separator={self.separator!r}, quote={self.quote!r}: the quote is one character or none, the "
+                "separator is another, and neither ends a line"
+            )
         for name in ("interactions", "items"):
             value = getattr(self, name)
             paths = (value,) if isinstance(value, (str, os.PathLike)) else value
@@ -125,11 +137,15 @@ class TableSource:
 
     def load(self, engine: TableEngine) -> SourceTables:
         """The rows of all files. Raises DataError for a missing file or column, or a separator that cannot be right."""
-        log = read_files(engine, self.domain, "interactions", self.interactions, self.separator, self.quote)
+        log = read_files(
+            engine, self.domain, "interactions", self.interactions, self.separator, self.quote, mapping=self.columns
+        )
         if self.items is None:
             catalogue = log
         else:
-            catalogue = read_files(engine, self.domain, "items", self.items, self.separator, self.quote)
+            catalogue = read_files(
+                engine, self.domain, "items", self.items, self.separator, self.quote, mapping=self.columns
+            )
         return canonical_tables(
             engine,
             self.domain,
@@ -173,10 +189,12 @@ def read_files(
     quote: str,
     *,
     typed_header: bool = False,
+    mapping: Mapping[str, str] | None = None,
 ) -> RawTable:
-    """All files of a table, one after the other, with `file`, `line_in_file` and `sequence`.
+    """All files of a table, one after the other, with `source_file`, `line_in_file` and `sequence`.
 
-    `typed_header` is RecBole's: names end in a colon and a type, which is left out.
+    `typed_header` is RecBole's: names end in a colon and a type, which is left out. A column that has one of our own
+    names gets a `_` behind it. `mapping` is as in `find_columns`.
     """
     from cprec.data.text_files import LINE
 
@@ -188,13 +206,16 @@ def read_files(
         bad = None
         if kind in _PARQUET:
             table = engine.read_parquet(path)
+            table = table.rename({_free(name): name for name in table.columns if name != LINE})
             names = tuple(name for name in table.columns if name != LINE)
         elif kind in _JSON:
-            names = _json_keys(path)
-            table, bad = engine.read_json_lines(path, names)
+            keys = _json_keys(path, mapping or {})
+            table, bad = engine.read_json_lines(path, keys)
+            table = table.rename({_free(name): str(name) for name in keys})
+            names = tuple(map(_free, keys))
         else:
             between = separator or _DELIMITED[kind]
-            names = _header(path, between, quote, typed_header)
+            names = tuple(map(_free, _header(path, between, quote, typed_header)))
             table, bad = engine.read_delimited(path, names, separator=between, quote=quote)
         if number == 0:
             columns = names
@@ -205,6 +226,11 @@ def read_files(
         columns = (*columns, *(name for name in names if name not in columns)) if kind in _JSON else columns
         read.append((table, bad))
     return raw_table(what, files, columns, read)
+
+
+def _free(name: str) -> str:
+    """A column's name where it is none of ours."""
+    return f"{name}_" if name.lower() in _OWN_NAMES else str(name)
 
 
 def raw_table(
@@ -226,6 +252,9 @@ def raw_table(
             malformed.append(
                 bad.select(ibis.literal(str(path)).name("file"), bad[LINE].cast("int64").name("line"), "reason", "row")
             )
+    for name in columns:  # ids, say, that are numbers in one file and text in another
+        if len({table[name].type().copy(nullable=True) for table in tables}) > 1:
+            tables = [table.mutate(_as_text(table[name]).name(name)) for table in tables]
     whole = ibis.union(*tables) if len(tables) > 1 else tables[0]
     return RawTable(what, whole, tuple(columns), tuple(malformed), tuple(files))
 
@@ -259,6 +288,8 @@ def find_files(domain: str, what: str, patterns: Sequence[str]) -> tuple[Path, .
                 f"are "
                 ".parquet, .csv, .tsv, .jsonl, and the latter three with .gz"
             )
+        if path.is_dir():
+            raise DataError(f"{path} is a folder; for the {what} of domain {domain!r} give its files, as {path}/*")
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty ({what} of domain {domain!r})")
     return tuple(found)
@@ -286,51 +317,74 @@ def _header(path: Path, separator: str, quote: str, typed: bool) -> tuple[str, .
 
     line = first_line(path)
     names = _split(line, separator, quote)
+    if names is None:
+        raise DataError(
+            f"{path}: the header {line[:200]!r} has a quote that is not closed; names stand on one line. Set "
+            'quote="" if quotes are ordinary characters in this file'
+        )
     if len(names) == 1:
-        others = [other for other in SEPARATORS if other != separator and len(_split(line, other, quote)) > 1]
-        if others:
-            other = max(others, key=lambda candidate: len(_split(line, candidate, quote)))
+        found = {other: len(_split(line, other, quote) or ()) for other in SEPARATORS if other != separator}
+        other = max(found, key=lambda candidate: found[candidate])
+        if found[other] > 1:
             raise DataError(
                 f"{path}: with {SEPARATORS.get(separator, repr(separator))} as separator the header is the single "
-                f"column "
-                f"{line!r}; it looks as if {SEPARATORS[other]} separates the fields: set separator={json.dumps(other)}"
+                f"column {line!r}; it looks as if {SEPARATORS[other]} separates the fields: set "
+                f"separator={json.dumps(other)}"
             )
     if typed:
         names = [name.partition(":")[0] for name in names]
     if not all(names):
         raise DataError(f"{path}: column {names.index('') + 1} of the header {line!r} has no name")
-    twice = sorted({name for name in names if names.count(name) > 1})
+    lower = [name.lower() for name in names]
+    twice = sorted({name for name in names if lower.count(name.lower()) > 1})
     if twice:
-        raise DataError(f"{path}: the header names {', '.join(twice)} twice")
+        raise DataError(
+            f"{path}: the header names {' and '.join(twice)}{' twice' if len(twice) == 1 else ''}; give each column a "
+            "name of its own (upper and lower case count as the same)"
+        )
     return tuple(names)
 
 
-def _split(line: str, separator: str, quote: str) -> list[str]:
-    if len(separator) > 1 or not quote:
-        return [name.strip() for name in line.split(separator)]
-    return [name.strip() for name in next(csv.reader([line], delimiter=separator, quotechar=quote), [])]
+def _split(line: str, separator: str, quote: str) -> list[str] | None:
+    from cprec.data.delimited import split_line
+
+    names = split_line(line, separator, quote)
+    return None if names is None else [name.strip() for name in names]
 
 
-def _json_keys(path: Path) -> tuple[str, ...]:
-    """The keys of the first objects of a JSON-lines file."""
-    from cprec.data.text_files import first_lines
+_SCALARS = (USER_ID, ITEM_ID, TIMESTAMP, TITLE)
+"""What is one value, never a list or an object."""
 
-    keys: dict[str, None] = {}
-    for number, line in enumerate(first_lines(path, 1000), start=1):
-        try:
-            value = json.loads(line) if line.strip() else {}
-        except json.JSONDecodeError as error:
-            if number == 1:
-                raise DataError(
-                    f"{path}: line 1 is not a JSON object ({error.msg}); the file must hold one object per line"
-                ) from None
-            continue
-        if not isinstance(value, dict):
-            if number == 1:
-                raise DataError(f"{path}: line 1 is not a JSON object; the file must hold one object per line")
-            continue
-        keys.update(dict.fromkeys(value))
-    return tuple(keys)
+
+def _json_keys(path: Path, mapping: Mapping[str, str]) -> tuple[str, ...]:
+    """The keys of the first 1,000 objects of a JSON-lines file; of keys that differ in case only, one."""
+    from cprec.data.text_files import Scalar, first_lines
+
+    lines = [line for line in first_lines(path, 1000) if line.strip()]
+    objects = [value for value in map(_json_object, lines) if value is not None]
+    if not objects or lines[0].lstrip().startswith("["):
+        array = f", `jq -c '.[]' {path.name} > new.jsonl`, say," if lines and lines[0].lstrip().startswith("[") else ""
+        raise DataError(
+            f"{path}: line 1 is not a JSON object: {lines[0][:80] if lines else ''!r}; the file must hold one object "
+            f"per line: convert it{array or ' with `jq -c`, say'}"
+        )
+    scalars = {mapping.get(name) for name in _SCALARS}
+    scalars.update(alias for name in _SCALARS if name not in mapping for alias in DEFAULT_NAMES[name])
+    wanted = {alias for aliases in DEFAULT_NAMES.values() for alias in aliases} | set(mapping.values())
+    keys: dict[str, str] = {}
+    for key in dict.fromkeys(key for value in objects for key in value):
+        if key and "\0" not in key and (key.lower() not in keys or key in wanted):
+            keys[key.lower()] = key
+    lower = {name.lower() for name in scalars if name}
+    return tuple(Scalar(key) if key.lower() in lower else key for key in keys.values())
+
+
+def _json_object(line: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line, parse_int=str)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 # ---- canonical columns -----------------------------------------------------------------------------------------------
@@ -354,6 +408,8 @@ def canonical_tables(
     if TIMESTAMP not in log_columns and timestamps != "order":
         raise _missing_column(domain, log, TIMESTAMP, "; or say timestamps=order if a user's rows stand in order")
 
+    for raw, found in ((log, log_columns), (catalogue, item_columns)):
+        _check_kinds(domain, raw, found)
     table = log.table
     raw_time = table[log_columns[TIMESTAMP]] if TIMESTAMP in log_columns else table["sequence"]
     time_format = timestamps
@@ -372,7 +428,7 @@ def canonical_tables(
         table["line_in_file"].cast("int64").name("line"),
         table["sequence"],
     )
-    problem = _time_problem(interactions[TIMESTAMP], time_format)
+    problem = _time_problem(interactions[TIMESTAMP], time_format, is_guessed=timestamps == "auto")
     interactions = interactions.mutate(problem=ibis.coalesce(interactions["problem"], problem))
     table = catalogue.table
     items = table.select(
@@ -381,6 +437,11 @@ def canonical_tables(
         table["source_file"].name("file"),
         table["line_in_file"].cast("int64").name("line"),
         table["sequence"],
+    )
+    is_long = ibis.coalesce(items[TITLE].length() > MAX_TITLE, False)
+    items = items.mutate(
+        *(ibis.ifelse(items[name].length() > MAX_TITLE, None, items[name]).name(name) for name in CLEANED),
+        problem=ibis.ifelse(is_long, LONG_TITLE, ibis.null("string")),
     )
     if items_in_log:  # each event repeats its item: the first row that has a title stands for it
         titled = ibis.coalesce(items[TITLE], "") != ""
@@ -445,16 +506,41 @@ def _or_null(table: Any, column: str | None) -> Any:
     return ibis.null("string") if column is None else table[column]
 
 
+def _check_kinds(domain: str, raw: RawTable, found: Mapping[str, str]) -> None:
+    """Raise DataError where what must be one value is a list, a struct or bytes."""
+    for name in _SCALARS:
+        if name not in found:
+            continue
+        kind = raw.table[found[name]].type()
+        is_joined = name == TITLE and kind.is_array() and kind.value_type.is_string()
+        if not is_joined and (kind.is_nested() or kind.is_binary()):
+            raise DataError(
+                f"{raw.files[0]}: column {found[name]!r} holds {kind}, and {name} (domain {domain!r}) must be text or "
+                f"numbers: write it as such, or map another column: columns.{name}=COLUMN"
+            )
+
+
 def _as_text(value: Any) -> Any:
     """A column as text; lists of text are joined by commas, and whole numbers have no decimal point."""
     import ibis
 
-    if value.type().is_array():
+    kind = value.type()
+    if kind.is_array():
         return value.cast("array<string>").join(", ")
-    if value.type().is_floating():  # ids that were read beside missing ones: 12345.0
-        is_whole = (value == value.floor()) & (value.abs() < 2**53)
-        return ibis.ifelse(is_whole, value.cast("int64").cast("string"), value.cast("string"))
-    return value.cast("string")
+    if kind.is_floating():  # ids that were read beside missing ones: 12345.0, and NaN where there is none
+        exact = _exact(value)
+        whole = ibis.ifelse(exact == exact.floor(), exact, ibis.null("float64")).cast("int64").cast("string")
+        is_none = value.isnan() | value.isinf()
+        return ibis.coalesce(whole, ibis.ifelse(is_none, ibis.null("string"), value.cast("string")))
+    text = value.cast("string")
+    return text.re_replace(r"\.0+$", "") if kind.is_decimal() and kind.scale != 0 else text
+
+
+def _exact(number: Any) -> Any:
+    """A float where its whole part has all its digits, else null: of NaN and infinity too, which have no floor."""
+    import ibis
+
+    return ibis.ifelse(number.abs() < EXACT, number, ibis.null("float64")).cast("float64")
 
 
 def _number(table: Any, column: str | None, kind: str) -> Any:
@@ -483,14 +569,30 @@ def _unread(table: Any, column: str | None) -> Any:
 
 # ---- timestamps ------------------------------------------------------------------------------------------------------
 
-MAX_SECONDS = 1e11
-"""Larger numbers (from the year 5138 on) are no seconds: auto takes them for milliseconds."""
-LATEST_SECONDS = 4_102_444_800
-"""The year 2100: from then on, and before 1970, no event has happened."""
-OUT_OF_RANGE = "timestamp before 1970 or after 2099"
-SECONDS_AMONG = "timestamp in seconds among milliseconds"
+EXACT = 2.0**53
+"""Whole numbers below have all their digits as a float."""
 MIN_SECONDS = 1e8
 """Smaller numbers (before March 1973) are no times of a log: auto takes them for positions, and asks."""
+MAX_SECONDS = 1e11
+"""Larger numbers (from the year 5138 on) are no seconds: auto takes them for milliseconds."""
+MAX_MILLISECONDS = 1e14
+"""Larger numbers are microseconds or nanoseconds, which are not accepted."""
+LATEST_SECONDS = 4_102_444_800
+"""The year 2100: from then on, and before 1970, no event has happened."""
+MIXED_SHARE = 0.1
+"""Where more of the times than this are of another format, auto asks; fewer are rejected row by row."""
+
+OUT_OF_RANGE = "timestamp before 1970 or after 2099"
+SECONDS_AMONG = "timestamp in seconds among milliseconds"
+TOO_EARLY = "timestamp before March 1973, which auto takes for none"
+
+
+def _moment(value: Any) -> Any:
+    """A column as times, null where a value is no date."""
+    kind = value.type()
+    if kind.is_timestamp():
+        return value
+    return (value.strip() if kind.is_string() else value).try_cast("timestamp('UTC')")
 
 
 def _seconds(value: Any, time_format: str) -> Any:
@@ -498,16 +600,18 @@ def _seconds(value: Any, time_format: str) -> Any:
     import ibis
 
     if time_format == "iso":
-        moment = value if value.type().is_timestamp() else value.try_cast("timestamp('UTC')")
-        return moment.epoch_seconds().cast("int64")
+        return _moment(value).truncate("s").epoch_seconds().cast("int64")
     number = value.try_cast("float64")
     if time_format == "milliseconds":
         number = number / 1000
-    plausible = number.abs() < 1e15  # false for NaN and infinity too
-    return ibis.ifelse(plausible, number.floor(), ibis.null("float64")).cast("int64")
+    floor = _exact(number).floor().cast("int64")
+    if time_format == "order":  # positions may have more digits than a float
+        return ibis.coalesce(floor, value.try_cast("int64"))
+    # Where there is a number but no time can be as large, it is told from what cannot be read.
+    return ibis.ifelse(floor.isnull() & (number.abs() < 1e300), LATEST_SECONDS, floor)
 
 
-def _time_problem(seconds: Any, time_format: str) -> Any:
+def _time_problem(seconds: Any, time_format: str, *, is_guessed: bool) -> Any:
     """Why a time cannot be that of an event, or null."""
     import ibis
 
@@ -516,37 +620,57 @@ def _time_problem(seconds: Any, time_format: str) -> Any:
         return none
     cases = [((seconds < 0) | (seconds >= LATEST_SECONDS), OUT_OF_RANGE)]
     if time_format == "milliseconds":
-        cases.insert(0, ((seconds >= 0) & (seconds < MAX_SECONDS / 1000), SECONDS_AMONG))
+        cases.append((seconds < MAX_SECONDS / 1000, SECONDS_AMONG))
+    if time_format == "seconds" and is_guessed:
+        cases.append((seconds < MIN_SECONDS, TOO_EARLY))
     return ibis.cases(*cases, else_=none)
 
 
 def _detect_time_format(engine: TableEngine, domain: str, log: RawTable, column: str) -> str:
-    """seconds, milliseconds or iso: what most values are. Raises DataError where they are none, or look like
-    positions."""
+    """seconds, milliseconds or iso: what most values are. Raises DataError where they are of several formats, of none,
+    or look like positions."""
     value = log.table[column]
     kind = value.type()
     if kind.is_timestamp() or kind.is_date():
         return "iso"
     number = value.try_cast("float64")
-    found = {
-        "rows": value.notnull().sum(),
-        "numbers": number.notnull().sum(),
-        "middle": number.abs().median(),
+    size = number.abs()
+    families = {
+        "seconds": (size >= MIN_SECONDS) & (size < MAX_SECONDS),
+        "milliseconds": (size >= MAX_SECONDS) & (size < MAX_MILLISECONDS),
+        "microseconds": (size >= MAX_MILLISECONDS) & (size < 1e300),
+        "days": (number >= 19_700_101) & (number < 21_000_101) & (_exact(number) == _exact(number).floor()),
     }
     if kind.is_string():
-        found["dates"] = value.try_cast("timestamp('UTC')").notnull().sum()
+        families["iso"] = _moment(value).notnull() & number.isnull()
+    found = {"numbers": number.count(), "middle": size.median()}
+    for name, holds in families.items():
+        found |= {name: holds.sum(), f"{name}_example": value.cast("string").min(where=holds)}
     summary = engine.to_arrow(log.table.aggregate(**found)).to_pylist()[0]
-    if summary["rows"] and (summary.get("dates") or 0) > (summary["numbers"] or 0):
-        return "iso"
+    counts = {name: summary[name] or 0 for name in families}
+    where = f"{log.files[0]}: the values of {column} (domain {domain!r})"
+    days, finer = counts.pop("days"), counts.pop("microseconds")
+    best, *others = sorted(counts, key=lambda name: -counts[name])
+    for other in others:
+        if counts[other] > MIXED_SHARE * (counts[best] + counts[other]):
+            raise DataError(
+                f"{where} are of two formats: {counts[best]:,} {best} (as {summary[f'{best}_example']!r}) and "
+                f"{counts[other]:,} {other} (as {summary[f'{other}_example']!r}); write all of them alike, or choose "
+                f"one with timestamps={best}, which rejects the others"
+            )
+    if finer > counts[best]:
+        raise DataError(
+            f"{where} are too large for milliseconds since 1970, as {summary['microseconds_example']!r}: are they "
+            "microseconds or nanoseconds? Divide them, or write dates as 2014-07-23T18:00:00"
+        )
     middle = summary["middle"]
+    if counts.get("iso", 0) > summary["numbers"]:
+        return "iso"
     if not summary["numbers"] or middle is None:
         return "iso"  # nothing can be parsed: the rows are rejected one by one, and the message shows some
     if middle < MIN_SECONDS:
-        raise DataError(
-            f"{log.files[0]}: the values of {column} (domain {domain!r}) are around {middle:,.0f}: as seconds since "
-            f"1970 "
-            "that is no time of a log. If they only order a user's events, say timestamps=order; if they are times, "
-            "say "
-            "timestamps=seconds"
-        )
-    return "milliseconds" if middle >= MAX_SECONDS else "seconds"
+        fix = "If they only order a user's events, say timestamps=order; if they are times, say timestamps=seconds"
+        if days * 2 > summary["numbers"]:
+            fix = f"If they are dates, as {summary['days_example']!r} seems to be, write them as 2014-07-23"
+        raise DataError(f"{where} are around {middle:,.0f}: as seconds since 1970 that is no time of a log. {fix}")
+    return best
