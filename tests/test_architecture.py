@@ -144,7 +144,7 @@ def loaded_by(*command: str) -> tuple[set[str], str, int]:
     return names, result.stdout + rest, result.returncode
 
 
-VERBS = ("demo", "run", "prepare", "pretrain", "finetune", "evaluate", "recommend", "audit")
+VERBS = ("demo", "run", "prepare", "pretrain", "finetune", "evaluate", "recommend", "audit", "export")
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ class Verb:
     text: str
     """What it reads, does and writes, for `cprec VERB --help`."""
     function: str
-    """`module:function`, called with the configuration (for audit, with the folder)."""
+    """`module:function`, called with the configuration (for audit and export, with the folder)."""
     example: str
 
 
@@ -106,6 +106,15 @@ VERBS = (
         "hash, looks for held-out events in them, and writes the leakage certificate anew.",
         "cprec.text.certificate:audit",
         "cprec audit runs/demo/data",
+    ),
+    Verb(
+        "export",
+        "a prepared data folder in the form of another library",
+        "Writes a folder that `cprec prepare` wrote as atomic files of RecBole (recbole), data frames of RecTools or "
+        "RePlay (rectools, replay), chats (messages) or plain text with prompts and completions (text) as JSON lines "
+        "for LLaMA-Factory and TRL. The split is kept; messages and text hold nothing that is held out.",
+        "cprec.text.export:export",
+        "cprec export runs/demo/data recbole runs/demo/recbole",
     ),
 )
 
@@ -214,6 +223,12 @@ def _call_audit(verb: Verb, options: argparse.Namespace) -> None:
         raise LeakageError("\n  ".join([head, *lines]))
 
 
+def _call_export(verb: Verb, options: argparse.Namespace) -> None:
+    from cprec.settings import load_object
+
+    load_object(verb.function)(options.folder, options.form, options.output, options.domain or ())
+
+
 # ---- parsing and help ------------------------------------------------------------------------------------------------
 
 
@@ -267,6 +282,11 @@ def _parser() -> _Parser:
         elif verb.name == "audit":
             command.add_argument("folder")
             command.set_defaults(call=_bound(_call_audit, verb))
+        elif verb.name == "export":
+            for name in ("folder", "form", "output"):
+                command.add_argument(name)
+            command.add_argument("--domain", nargs="+", action="extend")
+            command.set_defaults(call=_bound(_call_export, verb))
         elif verb.name == "demo":
             command.add_argument("settings", nargs="*", default=[], metavar="key=value")
             command.set_defaults(call=_bound(_call_recipe, verb), source="demo")
@@ -312,6 +332,7 @@ _USAGE = {
         "       cprec recommend MODEL --input FILE --output FILE [--domain DOMAIN] [--k K]"
     ),
     "audit": "cprec audit FOLDER",
+    "export": "cprec export FOLDER FORM OUTPUT [--domain DOMAIN ...]",
 }
 
 
@@ -320,6 +341,12 @@ def _verb_help(verb: Verb) -> str:
     parts = [f"usage: {usage}", _wrapped(verb.text)]
     if verb.name == "audit":
         parts.append("  FOLDER  a data folder that `cprec prepare` wrote")
+    elif verb.name == "export":
+        parts.append(
+            "  FOLDER  a data folder that `cprec prepare` wrote\n"
+            "  FORM    recbole | rectools | replay | messages | text\n"
+            "  OUTPUT  the folder to write"
+        )
     elif verb.name in ("run", "demo"):
         parts += [_recipes_help()] if verb.name == "run" else []
         parts.append(_stages_help())

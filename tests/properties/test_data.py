@@ -193,3 +193,58 @@ def test_a_clean_title_is_one_line_and_stays_as_it_is(text: str) -> None:
     assert title == title.strip()
     assert len(title.splitlines()) <= 1
     assert '"' not in title and not title.endswith(".")
+
+
+def apply_pooled_rules(
+    rows: dict[str, list[tuple[str, str, int]]], least_user: int, least_item: int
+) -> dict[str, list[tuple[str, str, int]]]:
+    """The rules with the users of all domains counted together, in plain Python."""
+    kept = {domain: sorted(dict.fromkeys(some), key=lambda row: (row[0], row[2])) for domain, some in rows.items()}
+    while True:
+        before = kept
+        kept = {d: [r for at, r in enumerate(s) if not at or r[:2] != s[at - 1][:2]] for d, s in kept.items()}
+        users = Counter(user for some in kept.values() for user, _, _ in some)
+        kept = {domain: [row for row in some if users[row[0]] >= least_user] for domain, some in kept.items()}
+        items = {domain: Counter(item for _, item, _ in some) for domain, some in kept.items()}
+        kept = {domain: [row for row in some if items[domain][row[1]] >= least_item] for domain, some in kept.items()}
+        if kept == before:
+            return kept
+
+
+events_of_a_domain = st.lists(
+    st.tuples(st.sampled_from("abcd"), st.sampled_from("wxyz"), st.integers(0, 5)), min_size=1, max_size=20
+)
+
+
+@settings(max_examples=10)  # each one starts an engine
+@given(events_of_a_domain, events_of_a_domain, st.integers(0, 5), st.integers(0, 3))
+def test_a_pooled_core_equals_plain_python(
+    first: list[tuple[str, str, int]], second: list[tuple[str, str, int]], least_user: int, least_item: int
+) -> None:
+    rows = {"films": first, "toys": second}
+    sources = []
+    for domain, some in rows.items():
+        users, items, times = (list(column) for column in zip(*some, strict=True))
+        titles = sorted(set(items))
+        sources.append(
+            MemorySource(
+                domain,
+                "shop",
+                pa.table({"item_id": titles, "title": titles}),
+                pa.table({"user_id": users, "item_id": items, "timestamp": times}),
+            )
+        )
+    expected = apply_pooled_rules(rows, least_user, least_item)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "data")
+        try:
+            build_dataset(sources, path, min_user_events=least_user, min_item_events=least_item, core_scope="pooled")
+        except DataError:
+            assert not all(expected.values())
+            return
+        catalogue, log, _ = read_dataset(path)
+    for number, domain in enumerate(catalogue.domains):
+        mask = catalogue.domain[log.item] == number
+        ids = catalogue.item_id[log.item[mask]]
+        found = zip(log.user_id[log.user[mask]], ids, log.timestamp[mask].tolist(), strict=True)
+        assert sorted(found, key=lambda row: row[0]) == expected[domain]

@@ -16,7 +16,7 @@ from cprec.data.sources.recbole import RecBoleSource
 from cprec.data.sources.synthetic import SyntheticConfig
 from cprec.data.sources.tables import TableSource
 from cprec.data.splits import SplitSpec
-from cprec.errors import ConfigError, DataError
+from cprec.errors import ConfigError, DataError, LeakageError
 from cprec.provenance import CONFIG_FILE, file_sha256, read_resolved, save_resolved, to_dict
 from cprec.schema import MIXED, SPECIFIC, TEST, VALIDATION
 
@@ -140,7 +140,7 @@ def prepare(config: PrepareConfig) -> Path:
     command goes on where it was interrupted once the tables are there.
     """
     from cprec.progress import say
-    from cprec.text.documents import is_written, write_part
+    from cprec.text.documents import is_written
     from cprec.text.workers import num_workers, run_parts
 
     output_dir = Path(config.output_dir)
@@ -156,7 +156,7 @@ def prepare(config: PrepareConfig) -> Path:
     number, count = config.share()
     parts = range(json.loads((folder / "dataset.json").read_text())["num_parts"])
     mine = [part for part in parts[number::count] if not is_written(folder, part)]
-    run_parts(f"{write_part.__module__}:write_part", folder, mine, num_workers(config.workers), "writing documents")
+    run_parts("cprec.text.documents:write_part", folder, mine, num_workers(config.workers), "writing documents")
     with _alone(output_dir):
         if not folder.is_dir():
             return output_dir  # another process put the parts together
@@ -280,7 +280,7 @@ def _rules(config: PrepareConfig, folder: Path, catalogue: Catalogue) -> Any:
 def _finish(config: PrepareConfig, folder: Path, num_parts: int) -> None:
     """Put the parts together, say what there is, and certify it."""
     from cprec.data.dataset import read_catalogue, read_manifest, write_manifest
-    from cprec.text.certificate import audit
+    from cprec.text.certificate import audit, violated
     from cprec.text.documents import DocumentRules, join_parts
 
     manifest = read_manifest(folder)
@@ -292,7 +292,7 @@ def _finish(config: PrepareConfig, folder: Path, num_parts: int) -> None:
     _describe(config, folder)
     certificate = audit(folder, workers=config.workers)
     if not certificate["clean"]:
-        raise DataError(f"the written data leak: {json.dumps(certificate['properties'], indent=1)}")
+        raise LeakageError("\n  ".join(["the written data leak:", *violated(certificate)]))
 
 
 def _describe(config: PrepareConfig, folder: Path) -> None:

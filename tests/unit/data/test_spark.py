@@ -130,7 +130,7 @@ def test_whole_preparations_of_real_domains_are_equal(real_data: Path, tmp_path:
     assert_equal_folders(first, second)
     certificates = [json.loads((folder / "certificate.json").read_text()) for folder in (first, second)]
     for certificate in certificates:
-        # The catalogue's Parquet file is written by the engine: its rows are the same, not its bytes. run.json names it.
+        # The engine writes the catalogue: its rows are the same, not its bytes. run.json names the engine.
         files = certificate["files"]
         certificate["files"] = {k: v for k, v in files.items() if k != "run.json" and not k.startswith("items/")}
     assert certificates[0] == certificates[1]

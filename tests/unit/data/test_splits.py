@@ -123,3 +123,41 @@ def test_a_query_asks_for_a_held_out_part_of_a_known_domain(make_log: Callable[.
         split.queries("books", "train", max_history=5)
     with pytest.raises(DataError, match="there is no domain 'games'"):
         split.queries("games", "test", max_history=5)
+
+
+def test_last_n_holds_out_as_many_as_asked(make_log: Callable[..., Any]) -> None:
+    rows = [("a", "toys", f"i{n}", n) for n in range(6)] + [("b", "toys", f"i{n}", n) for n in range(3)]
+    split = split_of(make_log(rows), method="last-n", num_validation=1, num_test=2)
+    # b has three events: none would be left to learn from, so all of them train.
+    by_user = {name: split.part[split.interactions.user == row].tolist() for row, name in enumerate("ab")}
+    assert by_user == {"a": [0, 0, 0, 1, 2, 2], "b": [0, 0, 0]}
+    queries = split.queries("toys", "test", max_history=10)
+    assert queries.query_id.tolist() == ["toys/shop/a/test/0", "toys/shop/a/test/1"]
+    ids = split.catalogue.item_id
+    assert [ids[row].tolist() for row in (queries.history[0], queries.history[1])] == [
+        ["i0", "i1", "i2", "i3"],
+        ["i0", "i1", "i2", "i3", "i4"],
+    ], "what was held out is known by the time of the next"
+
+
+def test_last_n_of_one_each_is_leave_one_out(make_log: Callable[..., Any]) -> None:
+    rows = [(user, "toys", f"i{n}", n) for user in "abc" for n in range(ord(user) - 94)]
+    log = make_log(rows)
+    assert split_of(log, method="last-n").part.tolist() == split_of(log).part.tolist()
+
+
+def test_unseen_users_have_context_in_place_of_training(make_log: Callable[..., Any]) -> None:
+    rows = [(f"u{user}", "toys", f"i{n}", n) for user in range(50) for n in range(4)]
+    split = split_of(make_log(rows), unseen_user_share=0.4)
+    per_user = split.part.reshape(50, 4).tolist()
+    assert sorted({tuple(parts) for parts in per_user}) == [(0, 0, 1, 2), (3, 3, 1, 2)]
+    assert 8 <= per_user.count([3, 3, 1, 2]) <= 32
+    assert split_of(make_log(rows), unseen_user_share=0.4).part.tolist() == split.part.tolist(), (
+        "by hash, not by chance"
+    )
+    asked = split.queries("toys", "test", max_history=10)
+    assert len(asked) == 50 and (asked.history.lengths == 3).all(), "context is shown"
+    with pytest.raises(ConfigError, match="unseen_user_share=1.0 must lie between"):
+        SplitSpec(unseen_user_share=1.0)
+    with pytest.raises(ConfigError, match="num_test means something for method=last-n only"):
+        SplitSpec(num_test=2)

@@ -1,0 +1,353 @@
+"""Preparation in parts, processes and partitions gives one and the same folder; domains do not touch each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cprec.data import build
+from cprec.data.dataset import read_manifest, read_split, slot_of
+from cprec.data.sources.tables import TableSource
+from cprec.data.splits import SplitSpec
+from cprec.errors import CheckpointError, ConfigError, DataError
+from cprec.text import documents
+from cprec.text.prepare import PrepareConfig, prepare
+from cprec.text.shards import join_shards, open_shards, write_shards
+from cprec.text.workers import run_parts
+
+DAY = 86_400
+START = 1_406_073_600
+
+
+def write_domain(folder: Path, domain: str, seed: int, *, num_users: int = 60, more: int = 0, **settings: Any) -> Any:
+    """A domain of CSV files: about eight events a user, some at the same time."""
+    generator = random.Random(f"{domain}{seed}")
+    lines = ["user_id,item_id,timestamp"]
+    for user in range(num_users):
+        for _ in range(generator.randint(4, 12)):
+            lines.append(f"u{user},{domain[0]}{generator.randrange(25)},{START + DAY * generator.randrange(300)}")
+    lines += [f"v{n % 40},{domain[0]}{n % 25},{START + DAY * (n % 300)}" for n in range(more)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{domain}.csv").write_text("\n".join(lines) + "\n")
+    titles = "".join(f"{domain[0]}{n},The {domain} number {n}\n" for n in range(25))
+    (folder / f"{domain}_items.csv").write_text(f"item_id,title\n{titles}")
+    return TableSource(
+        domain=domain,
+        platform="shop",
+        interactions=str(folder / f"{domain}.csv"),
+        items=str(folder / f"{domain}_items.csv"),
+        **{"timestamps": "seconds", **settings},
+    )
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> PrepareConfig:
+    users = {"books": 20, "games": 60, "toys": 60}  # books is unseen: who is tested in it is left out of the others
+    tables = tuple(write_domain(tmp_path / "logs", domain, 1, num_users=count) for domain, count in users.items())
+    return PrepareConfig(
+        output_dir=str(tmp_path / "whole"),
+        tables=tables,
+        target_domains=("books", "toys"),
+        pretrain_domains=("games", "toys"),
+        k_core=3,
+        min_events=2,
+        min_history=1,
+        vocabulary_size=400,
+        heldout_share=0.1,
+        workers=1,
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but run.json, which names the settings of the run, and but for its hash in the certificate."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    found = {name: path.read_bytes() for name, path in sorted(files.items()) if name != "run.json"}
+    certificate = json.loads(found["certificate.json"])
+    certificate["files"].pop("run.json", None)
+    return found | {"certificate.json": json.dumps(certificate).encode()}
+
+
+def rows(folder: Path) -> dict[str, list[Any]]:
+    """What does not depend on the number of parts, as rows."""
+    found: dict[str, list[Any]] = {}
+    for name in ("books", "games", "toys"):
+        parts = sorted(
+            (folder / "interactions" / f"domain={name}").glob("part-*.parquet"),
+            key=lambda path: int(path.stem.partition("-")[2]),
+        )
+        found[f"interactions/{name}"] = [row for path in parts for row in pq.ParquetFile(path).read().to_pylist()]
+        found[f"items/{name}"] = pq.read_table(folder / "items" / f"domain={name}").to_pylist()
+    for path in [*folder.glob("shards/*"), *folder.glob("examples/*/*")]:
+        shards, name = open_shards(path), path.relative_to(folder).as_posix()
+        found[name] = [shards.tokens.tolist(), shards.documents.to_pylist()]
+    for path in folder.glob("queries/*/*.parquet"):
+        found[path.relative_to(folder).as_posix()] = pq.ParquetFile(path).read().to_pylist()
+    found["popularity"] = pq.read_table(folder / "popularity.parquet").to_pylist()
+    return found
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    return lambda events: monkeypatch.setattr(build, "PART_EVENTS", events)
+
+
+def test_any_number_of_parts_gives_the_same_rows(
+    config: PrepareConfig, tmp_path: Path, small_parts: Callable[[int], None]
+) -> None:
+    expected = rows(prepare(config))
+    assert len(expected["shards/train"][1]) > 100
+    for number, events in enumerate((400, 100, 30)):
+        small_parts(events)
+        folder = prepare(replace(config, output_dir=str(tmp_path / f"parts{number}")))
+        assert read_manifest(folder)["num_parts"] > 1
+        assert rows(folder) == expected
+        assert read_split(folder).part.tolist() == read_split(config.output_dir).part.tolist()
+        assert json.loads((folder / "certificate.json").read_text())["clean"]
+
+
+def test_any_number_of_processes_and_partitions_gives_the_same_bytes(
+    config: PrepareConfig, tmp_path: Path, small_parts: Callable[[int], None]
+) -> None:
+    small_parts(300)
+    expected = contents(prepare(config))
+    assert contents(prepare(replace(config, output_dir=str(tmp_path / "two"), workers=2))) == expected
+    for name, order in (("forth", (0, 1, 2)), ("back", (2, 1, 0))):
+        for number in order:
+            assert not (tmp_path / name).exists(), "nothing looks complete before the last partition"
+            prepare(replace(config, output_dir=str(tmp_path / name), partition=f"{number}/3"))
+        assert contents(tmp_path / name) == expected
+    assert not list(tmp_path.glob("*.incomplete")) and not list(tmp_path.glob(".*.lock"))
+
+
+def test_partitions_may_run_at_once(config: PrepareConfig, tmp_path: Path, small_parts: Callable[[int], None]) -> None:
+    expected = rows(prepare(config))
+    yaml = {
+        "output_dir": str(tmp_path / "at_once"),
+        "tables": [{key: str(value) for key, value in vars(t).items() if key in ("domain", "platform", "timestamps")}
+                   | {"interactions": t.interactions[0], "items": t.items[0]} for t in config.tables],
+        "target_domains": ["books", "toys"], "pretrain_domains": ["games", "toys"], "k_core": 3, "min_events": 2,
+        "min_history": 1, "vocabulary_size": 400, "heldout_share": 0.1, "workers": 1,
+    }  # fmt: skip
+    (tmp_path / "shop.yaml").write_text(json.dumps(yaml))
+    command = [sys.executable, "-m", "cprec", "prepare", str(tmp_path / "shop.yaml")]
+    running = [
+        subprocess.Popen([*command, f"partition={number}/2"], stderr=subprocess.PIPE, text=True) for number in range(2)
+    ]
+    for process in running:
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+    assert rows(tmp_path / "at_once") == expected
+
+
+def test_an_interrupted_run_goes_on(
+    config: PrepareConfig, tmp_path: Path, small_parts: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_parts(200)
+    expected = contents(prepare(config))
+    config = replace(config, output_dir=str(tmp_path / "again"))
+    real, written = documents.write_part, []
+
+    def interrupted(folder: Path, part: int) -> Any:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(part)
+        return real(folder, part)
+
+    monkeypatch.setattr(documents, "write_part", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config)
+    assert not (tmp_path / "again").exists()
+    with pytest.raises(ConfigError, match="again.incomplete was begun with other settings of k_core: give every part"):
+        prepare(replace(config, k_core=2, partition="0/2"))
+    resumed: list[int] = []
+    monkeypatch.setattr(documents, "write_part", lambda folder, part: (resumed.append(part), real(folder, part))[1])
+    prepare(config)
+    assert not set(resumed) & set(written), "what was written is not written again"
+    assert contents(tmp_path / "again") == expected
+
+
+@pytest.mark.parametrize("partition", ["3/3", "1", "a/b", "-1/2", "0/0"])
+def test_a_partition_is_i_of_n(config: PrepareConfig, partition: str) -> None:
+    with pytest.raises(ConfigError, match="write i/n with i from 0 to n-1"):
+        replace(config, partition=partition)
+
+
+def test_rows_added_to_one_domain_change_nothing_in_another(config: PrepareConfig, tmp_path: Path) -> None:
+    prepare(config)
+    tables = (*config.tables[:1], write_domain(tmp_path / "more", "games", 1, more=400), config.tables[2])
+    changed = replace(
+        config,
+        output_dir=str(tmp_path / "changed"),
+        tables=tables,
+        tokenizer=str(tmp_path / "whole" / "tokenizer"),
+    )
+    prepare(changed)
+    before, after = rows(tmp_path / "whole"), rows(tmp_path / "changed")
+    assert before["interactions/games"] != after["interactions/games"]
+    same = [name for name in before if "games" not in name and not name.startswith(("shards", "popularity"))]
+    assert len(same) == 2 * 2 + 2 * 2 + 2 * 2
+    assert all(before[name] == after[name] for name in same)
+
+    def of_toys(folder: Path) -> list[Any]:
+        found = []
+        for name in ("train", "heldout"):
+            shards = open_shards(folder / "shards" / name)
+            for row in np.flatnonzero(shards.column("domain") == "toys").tolist():
+                found.append((name, shards.column("user_id")[row], shards.rows[row].tolist()))
+        return found
+
+    assert of_toys(tmp_path / "whole") == of_toys(tmp_path / "changed")
+
+
+def test_domains_that_only_have_an_order_are_told_of_and_may_be_interleaved(
+    config: PrepareConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    games = replace(config.tables[1], timestamps="order")
+    config = replace(config, tables=(config.tables[0], games, config.tables[2]), pretrain_domains=())
+    prepare(replace(config, output_dir=str(tmp_path / "time"), target_domains=("toys",)))
+    assert "games only orders each user's events" in capsys.readouterr().err
+    prepare(replace(config, output_dir=str(tmp_path / "mixed"), target_domains=("toys",), mixed_order="interleave"))
+    assert "only orders" not in capsys.readouterr().err
+
+    def mixed(name: str) -> int:
+        pieces = open_shards(tmp_path / name / "shards" / "train").manifest["pieces"]
+        return sum(piece["num_tokens"] for piece in pieces if piece["kind"] == "mixed")
+
+    assert mixed("mixed") > mixed("time") > 0
+
+
+def test_unseen_users_are_asked_but_never_learnt_from(config: PrepareConfig, tmp_path: Path) -> None:
+    folder = prepare(replace(config, split=SplitSpec(unseen_user_share=0.3), pretrain_domains=()))
+    split = read_split(folder)
+    unseen = {str(split.interactions.user_id[user]) for user in split.interactions.user[split.events("context")]}
+    assert 8 < len(unseen) < 30
+    for name in ("shards/train", "shards/heldout", "examples/toys/train"):
+        assert not unseen & set(open_shards(folder / name).column("user_id"))
+    asked = pq.read_table(folder / "queries" / "toys" / "test.parquet").to_pylist()
+    of_unseen = [row for row in asked if row["user_id"] in unseen]
+    assert of_unseen and all(row["history_item"] for row in of_unseen)
+    counts = pq.read_table(folder / "popularity.parquet")["num_events"].to_pylist()
+    assert sum(counts) == len(split.train)
+    assert json.loads((folder / "certificate.json").read_text())["clean"]
+
+
+def test_a_cut_in_time_is_that_of_the_whole_log(
+    config: PrepareConfig, tmp_path: Path, small_parts: Callable[[int], None]
+) -> None:
+    spec = SplitSpec(method="global-time", validation_fraction=0.2, test_fraction=0.1)
+    small_parts(100)
+    folder = prepare(replace(config, split=spec))
+    split = read_split(folder)
+    times, parts = split.interactions.timestamp, split.part
+    cuts = read_manifest(folder)["cuts"]
+    assert ((times >= cuts["test"]) == (parts == 2)).all()
+    assert (((times >= cuts["validation"]) & (times < cuts["test"])) == (parts == 1)).all()
+    order = np.sort(times)
+    assert (cuts["validation"], cuts["test"]) == (order[int(len(order) * 0.7)], order[int(len(order) * 0.9)])
+    names = [p["name"] for p in json.loads((folder / "certificate.json").read_text())["properties"]]
+    assert any("cut" in name for name in names)
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------
+
+
+def test_users_stand_where_the_engine_puts_them(config: PrepareConfig, small_parts: Callable[[int], None]) -> None:
+    small_parts(40)
+    folder = prepare(config)
+    num_parts = read_manifest(folder)["num_parts"]
+    assert num_parts >= 16
+    for path in folder.glob("interactions/*/part-*.parquet"):
+        part = int(path.stem.partition("-")[2])
+        users = pq.ParquetFile(path).read(["user_id"])["user_id"].to_pylist()
+        assert {slot_of("shop", user) * num_parts // 4096 for user in users} == {part}
+
+
+def test_results_come_in_the_order_of_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    module = tmp_path / "part_functions.py"
+    module.write_text(
+        "from cprec.errors import CheckpointError\n"
+        "def squared(folder, part):\n    print('no result')\n    return part * part\n"
+        "def fails_at_three(folder, part):\n"
+        "    if part == 3:\n        raise CheckpointError(f'part {part} of {folder.name}')\n    return part\n"
+        "def dies(folder, part):\n    import os\n    os._exit(7)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for workers in (1, 2, 3):
+        assert run_parts("part_functions:squared", tmp_path / "data", range(5), workers, "x") == [0, 1, 4, 9, 16]
+        with pytest.raises(CheckpointError, match="part 3 of data"):
+            run_parts("part_functions:fails_at_three", tmp_path / "data", range(5), workers, "x")
+    with pytest.raises(Exception, match="ended with exit code 7"):
+        run_parts("part_functions:dies", tmp_path / "data", range(5), 2, "x")
+
+
+def test_joined_shards_are_those_written_at_once(tmp_path: Path) -> None:
+    from cprec.data.ragged import Ragged
+
+    generator = np.random.default_rng(0)
+    about = {"vocabulary_size": 70_000}
+
+    def columns(domains: list[str], kinds: list[str]) -> dict[str, Any]:
+        return {
+            "domain": np.array(domains, dtype=object),
+            "kind": np.array(kinds, dtype=object),
+            "num_events": np.arange(len(domains), dtype=np.int32),
+        }
+
+    def some(count: int) -> Ragged:
+        return Ragged.of([generator.integers(0, 70_000, size) for size in generator.integers(1, 9, count)])
+
+    first, second, third = some(4), some(3), some(0)
+    write_shards(tmp_path / "a", first, columns(["a", "a", "b", ""], ["specific"] * 3 + ["mixed"]), about, part=0)
+    write_shards(tmp_path / "b", second, columns(["b", "c", ""], ["specific"] * 2 + ["mixed"]), about, part=1)
+    write_shards(tmp_path / "c", third, columns([], []), about, part=2)
+    joined = join_shards(tmp_path / "joined", [tmp_path / name for name in "abc"], about)
+    order = [first[0], first[1], first[2], second[0], second[1], first[3], second[2]]
+    assert [joined.rows[row].tolist() for row in range(7)] == [tokens.tolist() for tokens in order]
+    assert joined.column("domain").tolist() == ["a", "a", "b", "b", "c", "", ""]
+    assert [piece["part"] for piece in joined.manifest["pieces"]] == [0, 0, 1, 1, 0, 1]
+    assert joined.tokens.dtype == np.uint32
+    open_shards(tmp_path / "joined", verify=True)
+
+
+def test_each_rule_reports_what_it_removed(tmp_path: Path) -> None:
+    log = pa.table(
+        {
+            "user_id": ["a"] * 6 + ["b"] * 3,
+            "item_id": ["x", "x", "x", "y", "x", "z", "x", "y", ""],
+            "timestamp": [START, START, START + 1, START + 2, START + 3, START + 4, START, START + 1, START + 2],
+        }
+    )
+    pq.write_table(log, tmp_path / "log.parquet")
+    (tmp_path / "items.csv").write_text("item_id,title\nx,X\ny,Y\nz,Z\n")
+    source = TableSource(domain="toys", interactions=str(tmp_path / "log.parquet"), items=str(tmp_path / "items.csv"))
+    folder = build.build_dataset([source], tmp_path / "data", min_user_events=2, min_item_events=2)
+    about = read_manifest(folder)["domains"]["toys"]
+    counts = about["counts"]
+    assert [(step["rule"], step.get("removed"), step["events"]) for step in counts] == [
+        ("read", None, 9),
+        ("usable", 1, 8),  # the event without an item
+        ("without exact duplicates", 1, 7),
+        ("without consecutive repeats, with enough events", 2, 5),  # a's second x, and z
+    ]
+    assert (counts[-1]["consecutive_repeats"], counts[-1]["too_few_events"]) == (1, 1)
+    assert about["rejected"] == {"no item id": 1}
+
+
+def test_nothing_to_train_on_is_an_error(config: PrepareConfig, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no behaviour sequence has min_events=19"):
+        prepare(replace(config, min_events=19, output_dir=str(tmp_path / "none")))
+    assert not (tmp_path / "none").exists()
