@@ -34,7 +34,7 @@ SPECIFIC, MIXED = "specific", "mixed"
 KINDS = (SPECIFIC, MIXED)
 """Behaviour sequences of one domain, and of all domains of a platform in time order."""
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -404,7 +404,7 @@ def test_folders_that_are_no_data_are_refused(tmp_path: Path) -> None:
         read_dataset(folder)
     manifest = json.loads((folder / "dataset.json").read_text())
     (folder / "dataset.json").write_text(json.dumps(manifest | {"schema_version": 0}))
-    with pytest.raises(DataError, match="schema version 0, this program reads 1"):
+    with pytest.raises(DataError, match="schema version 0, this program reads 2"):
         read_dataset(folder)
 
 
