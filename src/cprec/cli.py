@@ -103,7 +103,8 @@ VERBS = (
         "audit",
         "check a prepared data folder again for leaked held-out events",
         "Reads the token shards and examples of a folder that `cprec prepare` wrote, checks every file against its "
-        "hash, looks for held-out events in them, and writes the leakage certificate anew.",
+        "hash, looks for held-out events in them, and writes the leakage certificate anew. Exits with 1 where something "
+        "is violated.",
         "cprec.text.certificate:audit",
         "cprec audit runs/demo/data",
     ),
@@ -219,7 +220,7 @@ def _call_audit(verb: Verb, options: argparse.Namespace) -> None:
 
         lines = violated(certificate)
         total = len(certificate["properties"])
-        head = f"{folder / CERTIFICATE} is not clean: {len(lines)} of {total} properties are violated"
+        head = f"{folder}: {CERTIFICATE} is not clean: {len(lines)} of {total} properties are violated"
         raise LeakageError("\n  ".join([head, *lines]))
 
 
@@ -340,7 +341,7 @@ def _verb_help(verb: Verb) -> str:
     usage = _USAGE.get(verb.name, f"cprec {verb.name} RECIPE_OR_YAML [key=value ...]")
     parts = [f"usage: {usage}", _wrapped(verb.text)]
     if verb.name == "audit":
-        parts.append("  FOLDER  a data folder that `cprec prepare` wrote")
+        parts.append("  FOLDER  a data folder that `cprec prepare` wrote, or the folder of a run")
     elif verb.name == "export":
         parts.append(
             "  FOLDER  a data folder that `cprec prepare` wrote\n"

@@ -61,10 +61,14 @@ def audit(folder: str | Path, workers: int | None = None) -> dict[str, Any]:
     Everything is read back from disk: the canonical tables and their split, and the tokens of every shard and example.
     `clean` means that no property is violated; observations are counts that a reader should know and that prove no
     leak. Files that differ from those of the last clean certificate are a violation, until they are as they were.
+
+    `folder` may be the folder of a run, whose data folder is `data`. Raises ConfigError for any other.
     """
     folder = Path(folder)
     if not (folder / "dataset.json").is_file():
-        raise ConfigError(f"{folder} is no data folder: give one that `cprec prepare` wrote")
+        if not (folder / "data" / "dataset.json").is_file():
+            raise ConfigError(f"{folder} is no data folder: give one that `cprec prepare` wrote")
+        folder /= "data"
     recorded = read_resolved(folder)["config"]
     manifest = read_manifest(folder)
     files = _hashes(folder)

@@ -23,6 +23,7 @@ from cprec.data.sources.tables import TableSource
 from cprec.data.splits import SplitSpec
 from cprec.errors import CheckpointError, ConfigError, DataError
 from cprec.text import documents
+from cprec.text.certificate import audit
 from cprec.text.prepare import PrepareConfig, prepare
 from cprec.text.shards import join_shards, open_shards, write_shards
 from cprec.text.workers import run_parts
@@ -351,3 +352,12 @@ def test_nothing_to_train_on_is_an_error(config: PrepareConfig, tmp_path: Path) 
     with pytest.raises(DataError, match="no behaviour sequence has min_events=19"):
         prepare(replace(config, min_events=19, output_dir=str(tmp_path / "none")))
     assert not (tmp_path / "none").exists()
+
+
+def test_a_run_is_audited_by_its_folder(config: PrepareConfig, tmp_path: Path) -> None:
+    prepare(replace(config, output_dir=str(tmp_path / "run" / "data")))
+    (tmp_path / "run" / "data" / "certificate.json").unlink()
+    assert audit(tmp_path / "run", workers=1)["clean"]
+    assert (tmp_path / "run" / "data" / "certificate.json").is_file()
+    with pytest.raises(ConfigError, match="is no data folder"):
+        audit(tmp_path)
