@@ -103,8 +103,8 @@ VERBS = (
         "audit",
         "check a prepared data folder again for leaked held-out events",
         "Reads the token shards and examples of a folder that `cprec prepare` wrote, checks every file against its "
-        "hash, looks for held-out events in them, and writes the leakage certificate anew. Exits with 1 where something "
-        "is violated.",
+        "hash, looks for held-out events in them, and writes the leakage certificate anew. Exits with 1 where "
+        "something is violated.",
         "cprec.text.certificate:audit",
         "cprec audit runs/demo/data",
     ),
