@@ -63,6 +63,7 @@ class DocumentRules:
 
     def save(self, folder: Path) -> None:
         (folder / RULES).write_text(json.dumps(asdict(self)), encoding="utf-8")
+        _open.cache_clear()  # what this process read before was of other settings
 
     @classmethod
     def read(cls, folder: Path) -> DocumentRules:
@@ -81,6 +82,11 @@ def _open(folder: Path) -> tuple[DocumentRules, PromptEncoder]:
 def is_written(folder: Path, part: int) -> bool:
     """Whether a part is complete."""
     return (folder / PARTS / f"part-{part}").is_dir()
+
+
+def is_joined(folder: Path) -> bool:
+    """Whether all parts of a folder that had its tables are put together."""
+    return not (folder / RULES).exists()
 
 
 def write_part(folder: Path, part: int) -> dict[str, int]:
@@ -284,7 +290,10 @@ def queries_table(split: Split, queries: Queries, domain: str) -> pa.Table:
 
 
 def join_parts(folder: Path, about: Mapping[str, Any]) -> None:
-    """Put all parts of an unfinished data folder together, and delete them; `about` goes into every shard manifest."""
+    """Put all parts of an unfinished data folder together; `about` goes into every shard manifest.
+
+    It may be called again after an interruption. `remove_parts` is to follow.
+    """
     rules, encoder = _open(folder)
     parts = [folder / PARTS / f"part-{part}" for part in range(read_manifest(folder)["num_parts"])]
     for name in _shard_names(rules):
@@ -297,10 +306,15 @@ def join_parts(folder: Path, about: Mapping[str, Any]) -> None:
             _join_tables([part / place for part in parts], folder / place)
     counts = sum(np.load(part / "popularity.npy") for part in parts)
     write_popularity(folder, encoder.catalogue, counts)
-    for leftover in (PARTS, ENCODER):
-        shutil.rmtree(folder / leftover)
     (folder / RULES).unlink()
     _open.cache_clear()
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete what only the parts needed."""
+    for leftover in (PARTS, ENCODER):
+        if (folder / leftover).exists():
+            shutil.rmtree(folder / leftover)
 
 
 def _shard_names(rules: DocumentRules) -> Iterator[str]:

@@ -140,7 +140,7 @@ def prepare(config: PrepareConfig) -> Path:
     command goes on where it was interrupted once the tables are there.
     """
     from cprec.progress import say
-    from cprec.text.documents import is_written
+    from cprec.text.documents import is_joined, is_written
     from cprec.text.workers import num_workers, run_parts
 
     output_dir = Path(config.output_dir)
@@ -148,23 +148,26 @@ def prepare(config: PrepareConfig) -> Path:
         say(f"{output_dir}: complete with these settings, reused")
         return output_dir
     folder = output_dir.with_name(output_dir.name + ".incomplete")
-    with _alone(output_dir):
-        if not _is_complete(config, output_dir) and not _has_tables(config, folder):
-            _write_tables(config, folder)
-    if _is_complete(config, output_dir):  # another process was quicker
-        return output_dir
     number, count = config.share()
-    parts = range(json.loads((folder / "dataset.json").read_text())["num_parts"])
-    mine = [part for part in parts[number::count] if not is_written(folder, part)]
+
+    def unwritten(parts: range) -> list[int]:
+        return [] if is_joined(folder) else [part for part in parts if not is_written(folder, part)]
+
+    with _alone(output_dir):
+        if _is_complete(config, output_dir):
+            return output_dir  # another process was quicker
+        if not _has_tables(config, folder):
+            _write_tables(config, folder)
+        parts = range(json.loads((folder / "dataset.json").read_text())["num_parts"])
+        mine = unwritten(parts[number::count])
     run_parts("cprec.text.documents:write_part", folder, mine, num_workers(config.workers), "writing documents")
     with _alone(output_dir):
         if not folder.is_dir():
             return output_dir  # another process put the parts together
-        missing = [part for part in parts if not is_written(folder, part)]
-        if missing:
+        if missing := unwritten(parts):
             say(f"partition {config.partition} is written; {len(missing)} of {len(parts)} parts are left to the others")
             return output_dir
-        _finish(config, folder, len(parts))
+        _finish(config, folder)
         folder.rename(output_dir)
     say(f"{output_dir}: written")
     return output_dir
@@ -277,18 +280,21 @@ def _rules(config: PrepareConfig, folder: Path, catalogue: Catalogue) -> Any:
     )
 
 
-def _finish(config: PrepareConfig, folder: Path, num_parts: int) -> None:
-    """Put the parts together, say what there is, and certify it."""
+def _finish(config: PrepareConfig, folder: Path) -> None:
+    """Put the parts together, say what there is, and certify it; what an interrupted run did of it is not done
+    again."""
     from cprec.data.dataset import read_catalogue, read_manifest, write_manifest
     from cprec.text.certificate import audit, violated
-    from cprec.text.documents import DocumentRules, join_parts
+    from cprec.text.documents import DocumentRules, is_joined, join_parts, remove_parts
 
-    manifest = read_manifest(folder)
-    cuts = DocumentRules.read(folder).cuts
-    manifest["split"] = asdict(config.split)
-    manifest["cuts"] = cuts and dict(zip((VALIDATION, TEST), cuts, strict=True))
-    write_manifest(folder, manifest)
-    join_parts(folder, {"about": _about(config, read_catalogue(folder), folder)})
+    if not is_joined(folder):
+        manifest = read_manifest(folder)
+        cuts = DocumentRules.read(folder).cuts
+        manifest["split"] = asdict(config.split)
+        manifest["cuts"] = cuts and dict(zip((VALIDATION, TEST), cuts, strict=True))
+        write_manifest(folder, manifest)
+        join_parts(folder, {"about": _about(config, read_catalogue(folder), folder)})
+    remove_parts(folder)
     _describe(config, folder)
     certificate = audit(folder, workers=config.workers)
     if not certificate["clean"]:

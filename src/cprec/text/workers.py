@@ -6,6 +6,7 @@ caller holds is doubled, and a script needs no `if __name__ == "__main__"`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -63,6 +64,8 @@ def run_parts(function: str, folder: Path, parts: Sequence[int], workers: int, d
             for process in processes:
                 process.kill()
                 process.wait()
+                assert process.stdin is not None
+                process.stdin.close()
         return [found[part] for part in parts]
 
 
@@ -72,13 +75,15 @@ def _start(
     command = [sys.executable, "-m", __name__, function, str(folder), ",".join(map(str, parts))]
     # One thread each: the parts are what runs side by side.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CPREC_PROGRESS": "off"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment
+    )
     threading.Thread(target=_listen, args=(process.stdout, number, messages), daemon=True).start()
     return process
 
 
 def _listen(lines: IO[str], number: int, messages: queue.Queue[Any]) -> None:
-    with lines:
+    with lines, contextlib.suppress(json.JSONDecodeError):  # a line cut by the end of its process, whose code tells
         for line in lines:
             messages.put((number, json.loads(line)))
     messages.put((number, None))
@@ -89,10 +94,18 @@ def _function(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+def _end_with_parent() -> None:
+    """Nothing is ever sent: the pipe ends when the parent does, however it ends. No one may go on behind its back."""
+    os.read(0, 1)
+    os._exit(1)
+
+
 def main() -> int:
     """Work on the parts that the command line names; prints one JSON object for each."""
     name, folder, parts = sys.argv[1:]
-    output, sys.stdout = sys.stdout, sys.stderr  # whatever is printed by others is no message
+    output = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever others print, libraries in C among them, is no message
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         function = _function(name)
         for part in map(int, parts.split(",")):
