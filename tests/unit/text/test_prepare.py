@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,12 +22,12 @@ from cprec.data import build
 from cprec.data.dataset import read_manifest, read_split, slot_of
 from cprec.data.sources.tables import TableSource
 from cprec.data.splits import SplitSpec
-from cprec.errors import CheckpointError, ConfigError, DataError
+from cprec.errors import ConfigError, DataError
+from cprec.provenance import to_dict
 from cprec.text import documents
 from cprec.text.certificate import audit
 from cprec.text.prepare import PrepareConfig, prepare
-from cprec.text.shards import join_shards, open_shards, write_shards
-from cprec.text.workers import run_parts
+from cprec.text.shards import open_shards
 
 DAY = 86_400
 START = 1_406_073_600
@@ -104,16 +105,27 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return lambda events: monkeypatch.setattr(build, "PART_EVENTS", events)
 
 
+def whole_files(folder: Path) -> dict[str, bytes]:
+    """The files that do not name parts, as bytes."""
+    found = [folder / "popularity.parquet", folder / "rejected.parquet"]
+    for pattern in ("items/*/*", "tokenizer/*", "shards/*/tokens.bin", "examples/*/*/tokens.bin"):
+        found += folder.glob(pattern)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
 def test_any_number_of_parts_gives_the_same_rows(
     config: PrepareConfig, tmp_path: Path, small_parts: Callable[[int], None]
 ) -> None:
     expected = rows(prepare(config))
-    assert len(expected["shards/train"][1]) > 100
-    for number, events in enumerate((400, 100, 30)):
+    files = whole_files(tmp_path / "whole")
+    assert len(files) == 2 + 3 + 2 + 2 + 4 and len(expected["shards/train"][1]) > 100
+    assert read_manifest(tmp_path / "whole")["num_parts"] == 1
+    for num_parts, events in ((4, 400), (16, 100)):
         small_parts(events)
-        folder = prepare(replace(config, output_dir=str(tmp_path / f"parts{number}")))
-        assert read_manifest(folder)["num_parts"] > 1
+        folder = prepare(replace(config, output_dir=str(tmp_path / f"parts{num_parts}")))
+        assert read_manifest(folder)["num_parts"] == num_parts
         assert rows(folder) == expected
+        assert whole_files(folder) == files
         assert read_split(folder).part.tolist() == read_split(config.output_dir).part.tolist()
         assert json.loads((folder / "certificate.json").read_text())["clean"]
 
@@ -123,39 +135,74 @@ def test_any_number_of_processes_and_partitions_gives_the_same_bytes(
 ) -> None:
     small_parts(300)
     expected = contents(prepare(config))
-    assert contents(prepare(replace(config, output_dir=str(tmp_path / "two"), workers=2))) == expected
-    for name, order in (("forth", (0, 1, 2)), ("back", (2, 1, 0))):
+    for workers in (2, 3):
+        folder = prepare(replace(config, output_dir=str(tmp_path / f"workers{workers}"), workers=workers))
+        assert contents(folder) == expected
+    for name, order in (("forth", (0, 1)), ("back", (1, 0)), ("more", (4, 0, 2, 1, 3))):
         for number in order:
             assert not (tmp_path / name).exists(), "nothing looks complete before the last partition"
-            prepare(replace(config, output_dir=str(tmp_path / name), partition=f"{number}/3"))
+            prepare(replace(config, output_dir=str(tmp_path / name), partition=f"{number}/{len(order)}"))
         assert contents(tmp_path / name) == expected
     assert not list(tmp_path.glob("*.incomplete")) and not list(tmp_path.glob(".*.lock"))
 
 
-def test_partitions_may_run_at_once(config: PrepareConfig, tmp_path: Path, small_parts: Callable[[int], None]) -> None:
-    expected = rows(prepare(config))
-    yaml = {
-        "output_dir": str(tmp_path / "at_once"),
-        "tables": [{key: str(value) for key, value in vars(t).items() if key in ("domain", "platform", "timestamps")}
-                   | {"interactions": t.interactions[0], "items": t.items[0]} for t in config.tables],
-        "target_domains": ["books", "toys"], "pretrain_domains": ["games", "toys"], "k_core": 3, "min_events": 2,
-        "min_history": 1, "vocabulary_size": 400, "heldout_share": 0.1, "workers": 1,
-    }  # fmt: skip
-    (tmp_path / "shop.yaml").write_text(json.dumps(yaml))
-    command = [sys.executable, "-m", "cprec", "prepare", str(tmp_path / "shop.yaml")]
+COMMAND_LINE = """
+import sys
+from cprec.data import build
+from cprec.cli import main
+build.PART_EVENTS = 300
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_partitions_may_run_at_once_on_the_command_line(
+    config: PrepareConfig, tmp_path: Path, small_parts: Callable[[int], None]
+) -> None:
+    small_parts(300)
+    expected = contents(prepare(config))
+    settings = to_dict(replace(config, output_dir=str(tmp_path / "at_once")))
+    (tmp_path / "shop.yaml").write_text(json.dumps(settings))
+    command = [sys.executable, "-c", COMMAND_LINE, "prepare", str(tmp_path / "shop.yaml")]
     running = [
         subprocess.Popen([*command, f"partition={number}/2"], stderr=subprocess.PIPE, text=True) for number in range(2)
     ]
     for process in running:
         _, said = process.communicate()
         assert process.returncode == 0, said
-    assert rows(tmp_path / "at_once") == expected
+    assert contents(tmp_path / "at_once") == expected
+
+
+def test_a_killed_run_goes_on(config: PrepareConfig, tmp_path: Path, small_parts: Callable[[int], None]) -> None:
+    small_parts(300)
+    expected = contents(prepare(config))
+    settings = to_dict(replace(config, output_dir=str(tmp_path / "again")))
+    (tmp_path / "shop.yaml").write_text(json.dumps(settings))
+    killed = f"""
+import os, signal
+from cprec.text import documents
+
+class Writer(documents._PartWriter):
+    def write_queries(self, domain):
+        if self.part == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().write_queries(domain)
+
+documents._PartWriter = Writer
+{COMMAND_LINE}"""
+    arguments = ["prepare", str(tmp_path / "shop.yaml")]
+    died = subprocess.run([sys.executable, "-c", killed, *arguments], stderr=subprocess.PIPE)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    assert not (tmp_path / "again").exists()
+    parts = tmp_path / "again.incomplete" / "parts"
+    assert sorted(path.name for path in parts.iterdir()) == ["part-0", "part-1", "part-2.incomplete"]
+    prepare(replace(config, output_dir=str(tmp_path / "again")))
+    assert contents(tmp_path / "again") == expected
 
 
 def test_an_interrupted_run_goes_on(
     config: PrepareConfig, tmp_path: Path, small_parts: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small_parts(200)
+    small_parts(300)
     expected = contents(prepare(config))
     config = replace(config, output_dir=str(tmp_path / "again"))
     real, written = documents.write_part, []
@@ -175,8 +222,62 @@ def test_an_interrupted_run_goes_on(
     resumed: list[int] = []
     monkeypatch.setattr(documents, "write_part", lambda folder, part: (resumed.append(part), real(folder, part))[1])
     prepare(config)
-    assert not set(resumed) & set(written), "what was written is not written again"
+    assert resumed and not set(resumed) & set(written), "what was written is not written again"
     assert contents(tmp_path / "again") == expected
+
+
+@pytest.mark.parametrize(
+    "where", ["data.build.count_times", "text.documents.join_shards", "text.documents._join_tables",
+              "text.documents.write_popularity", "text.documents.remove_parts", "text.certificate.audit"],
+)  # fmt: skip
+def test_a_run_interrupted_anywhere_leaves_nothing_complete_and_goes_on(
+    config: PrepareConfig, tmp_path: Path, small_parts: Callable[[int], None], where: str
+) -> None:
+    small_parts(800)
+    config = replace(config, split=SplitSpec(method="global-time"), output_dir=str(tmp_path / "again"))
+    calls = []
+
+    def interrupted(*arguments: Any, **settings: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == last:
+            raise KeyboardInterrupt
+        return real(*arguments, **settings)
+
+    module, _, name = f"cprec.{where}".rpartition(".")
+    real = getattr(importlib.import_module(module), name)
+    last = 3 if name.startswith(("join", "_join")) else 1  # some shards and tables are joined then
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"cprec.{where}", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config)
+    assert len(calls) == last
+    assert not (tmp_path / "again").exists()
+    prepare(config)
+    assert contents(tmp_path / "again") == contents(prepare(replace(config, output_dir=str(tmp_path / "whole"))))
+
+
+def test_settings_changed_after_an_error_are_followed(config: PrepareConfig, tmp_path: Path) -> None:
+    expected = contents(prepare(config))
+    config = replace(config, output_dir=str(tmp_path / "again"))
+    with pytest.raises(ConfigError, match="max_document_tokens=3 has no room"):
+        prepare(replace(config, max_document_tokens=3))
+    prepare(config)
+    assert contents(tmp_path / "again") == expected
+
+
+def test_a_complete_folder_is_reused_and_no_other_is_touched(
+    config: PrepareConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = prepare(config)
+    before = contents(folder)
+    again = prepare(replace(config, workers=3, partition="1/2", memory_limit="1GB"))
+    assert again == folder and "complete with these settings, reused" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="whole was prepared with other settings of k_core, seed: choose another"):
+        prepare(replace(config, k_core=2, seed=1))
+    assert contents(folder) == before
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ConfigError, match="other exists and is no data folder"):
+        prepare(replace(config, output_dir=str(tmp_path / "other")))
 
 
 @pytest.mark.parametrize("partition", ["3/3", "1", "a/b", "-1/2", "0/0"])
@@ -264,64 +365,19 @@ def test_a_cut_in_time_is_that_of_the_whole_log(
 # ---- parts ----------------------------------------------------------------------------------------------------------
 
 
-def test_users_stand_where_the_engine_puts_them(config: PrepareConfig, small_parts: Callable[[int], None]) -> None:
-    small_parts(40)
-    folder = prepare(config)
+def test_users_stand_where_the_engine_puts_them(
+    config: PrepareConfig, tmp_path: Path, small_parts: Callable[[int], None]
+) -> None:
+    small_parts(100)
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    build.build_tables(config.tables, folder)
     num_parts = read_manifest(folder)["num_parts"]
-    assert num_parts >= 16
+    assert num_parts == 16
     for path in folder.glob("interactions/*/part-*.parquet"):
         part = int(path.stem.partition("-")[2])
         users = pq.ParquetFile(path).read(["user_id"])["user_id"].to_pylist()
         assert {slot_of("shop", user) * num_parts // 4096 for user in users} == {part}
-
-
-def test_results_come_in_the_order_of_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "data").mkdir()
-    module = tmp_path / "part_functions.py"
-    module.write_text(
-        "from cprec.errors import CheckpointError\n"
-        "def squared(folder, part):\n    print('no result')\n    return part * part\n"
-        "def fails_at_three(folder, part):\n"
-        "    if part == 3:\n        raise CheckpointError(f'part {part} of {folder.name}')\n    return part\n"
-        "def dies(folder, part):\n    import os\n    os._exit(7)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    for workers in (1, 2, 3):
-        assert run_parts("part_functions:squared", tmp_path / "data", range(5), workers, "x") == [0, 1, 4, 9, 16]
-        with pytest.raises(CheckpointError, match="part 3 of data"):
-            run_parts("part_functions:fails_at_three", tmp_path / "data", range(5), workers, "x")
-    with pytest.raises(Exception, match="ended with exit code 7"):
-        run_parts("part_functions:dies", tmp_path / "data", range(5), 2, "x")
-
-
-def test_joined_shards_are_those_written_at_once(tmp_path: Path) -> None:
-    from cprec.data.ragged import Ragged
-
-    generator = np.random.default_rng(0)
-    about = {"vocabulary_size": 70_000}
-
-    def columns(domains: list[str], kinds: list[str]) -> dict[str, Any]:
-        return {
-            "domain": np.array(domains, dtype=object),
-            "kind": np.array(kinds, dtype=object),
-            "num_events": np.arange(len(domains), dtype=np.int32),
-        }
-
-    def some(count: int) -> Ragged:
-        return Ragged.of([generator.integers(0, 70_000, size) for size in generator.integers(1, 9, count)])
-
-    first, second, third = some(4), some(3), some(0)
-    write_shards(tmp_path / "a", first, columns(["a", "a", "b", ""], ["specific"] * 3 + ["mixed"]), about, part=0)
-    write_shards(tmp_path / "b", second, columns(["b", "c", ""], ["specific"] * 2 + ["mixed"]), about, part=1)
-    write_shards(tmp_path / "c", third, columns([], []), about, part=2)
-    joined = join_shards(tmp_path / "joined", [tmp_path / name for name in "abc"], about)
-    order = [first[0], first[1], first[2], second[0], second[1], first[3], second[2]]
-    assert [joined.rows[row].tolist() for row in range(7)] == [tokens.tolist() for tokens in order]
-    assert joined.column("domain").tolist() == ["a", "a", "b", "b", "c", "", ""]
-    assert [piece["part"] for piece in joined.manifest["pieces"]] == [0, 0, 1, 1, 0, 1]
-    assert joined.tokens.dtype == np.uint32
-    open_shards(tmp_path / "joined", verify=True)
 
 
 def test_each_rule_reports_what_it_removed(tmp_path: Path) -> None:
@@ -349,8 +405,9 @@ def test_each_rule_reports_what_it_removed(tmp_path: Path) -> None:
 
 
 def test_nothing_to_train_on_is_an_error(config: PrepareConfig, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no behaviour sequence has min_events=19"):
-        prepare(replace(config, min_events=19, output_dir=str(tmp_path / "none")))
+    for _ in range(2):  # and again, by the same command
+        with pytest.raises(DataError, match="no behaviour sequence has min_events=19"):
+            prepare(replace(config, min_events=19, output_dir=str(tmp_path / "none")))
     assert not (tmp_path / "none").exists()
 
 
