@@ -89,6 +89,8 @@ def _parse_faultless(block: bytes, first_line: int, form: Form, *, is_last: bool
     separator, quote = form.separator.encode(), form.quote.encode()
     if len(block) > MAX_LINE or len(quote) > 1 or b"\0" in block or _has_lone_return(block):
         return None
+    if block.startswith(b"\xef\xbb\xbf"):  # text_files has dropped the mark of the file; Arrow would drop this one
+        return None
     quotes = _places(block, quote) if quote and quote in block else np.zeros(0, dtype=np.int64)
     if len(separator) > 1:
         if _STAND_IN in block or len(quotes):
@@ -265,7 +267,7 @@ def _split_row(text: str, start: int, end: int, form: Form, is_last: bool) -> Ro
         fields, stop, reason = _split_quoted(text, start, end, form.separator, form.quote, len(form.columns))
         if stop == len(text) and not is_last and reason != TOO_MANY:
             return faulty(NOT_CLOSED) if _num_bytes(text[start:stop]) > MAX_LINE else None
-        if reason is None and stop > end and _num_bytes(text[start:stop]) > MAX_LINE:
+        if stop > end and _num_bytes(text[start:stop]) > MAX_LINE:
             reason = NOT_CLOSED
     else:
         fields = line.split(form.separator)
@@ -304,7 +306,7 @@ def _split_quoted(
             return fields, end, None
         fields.append(text[here:following])
         here = following + len(separator)
-    return fields, end, TOO_MANY
+    return fields, here, TOO_MANY
 
 
 def _closing_quote(text: str, here: int, quote: str) -> tuple[str, int]:
