@@ -68,6 +68,44 @@ def test_domains_without_times_are_never_mixed(make_log: Callable[..., Any]) -> 
     assert sequences.kind.tolist() == [0, 0]
 
 
+def test_interleaving_by_hand(make_log: Callable[..., Any]) -> None:
+    # Training events: six books (real times), two toys and three games (an order each). The k-th of n stands at
+    # (k - 1/2) / n: books at 1/12, 3/12, .. 11/12, toys at 1/4 and 3/4, games at 1/6, 1/2 and 5/6. Where two meet,
+    # real times come first, then domains by name.
+    rows = rows_of("alice", "books", 8) + rows_of("alice", "toys", 4) + rows_of("alice", "games", 5)
+    rows += rows_of("bob", "toys", 5) + rows_of("bob", "books", 3, 100)
+    split = split_of(make_log(rows, timeless=["games", "toys"]))
+    settings: Any = {"min_events": 2, "max_events": 20, "mixed_order": "interleave"}
+    sequences = build_sequences(split, ["books", "games", "toys"], kinds=["mixed"], **settings)
+    assert [items_of(split, sequences, row) for row in range(len(sequences))] == [
+        ["b000", "g000", "b001", "t000", "b002", "g001", "b003", "b004", "t001", "g002", "b005"]
+    ], "bob has one book to learn from, fewer than min_events, and toys alone are not mixed"
+    pooled = build_sequences(split, ["books", "games", "toys"], kinds=["mixed"], pooled=True, **settings)
+    assert items_of(split, pooled, 1) == ["t000", "b000", "t001", "t002"], "both at the middle: the real time first"
+
+
+def test_interleaving_changes_nothing_where_all_times_are_real(make_log: Callable[..., Any]) -> None:
+    rows = rows_of("alice", "books", 9, 0, 10) + rows_of("alice", "toys", 7, 5, 7) + rows_of("bob", "toys", 8)
+    split = split_of(make_log(rows))
+    by_time, interleaved = (
+        build_sequences(split, ["books", "toys"], min_events=2, max_events=5, mixed_order=order)
+        for order in ("time", "interleave")
+    )
+    assert by_time.event.tolist() == interleaved.event.tolist()
+    assert by_time.offsets.tolist() == interleaved.offsets.tolist()
+
+
+def test_domain_specific_sequences_do_not_depend_on_the_mixed_order(make_log: Callable[..., Any]) -> None:
+    rows = rows_of("alice", "books", 9) + rows_of("alice", "toys", 7)
+    split = split_of(make_log(rows, timeless=["toys"]))
+    for kinds in (["specific"], ["specific", "mixed"]):
+        found = build_sequences(split, ["books", "toys"], min_events=2, kinds=kinds, mixed_order="interleave")
+        assert [items_of(split, found, row) for row in range(2)] == [
+            [f"b{n:03}" for n in range(7)],
+            [f"t{n:03}" for n in range(5)],
+        ]
+
+
 def test_only_the_domains_and_users_asked_for(make_log: Callable[..., Any]) -> None:
     rows = [row for user in ("alice", "bob") for d in ("books", "toys") for row in rows_of(user, d, 8)]
     split = split_of(make_log(rows))
@@ -85,5 +123,7 @@ def test_wrong_settings_are_named(make_log: Callable[..., Any]) -> None:
         build_sequences(split, ["books"], min_events=6, max_events=5)
     with pytest.raises(ConfigError, match="kinds holds blended; expected specific, mixed"):
         build_sequences(split, ["books"], kinds=["blended"])
+    with pytest.raises(ConfigError, match="mixed_order='random': expected time, interleave"):
+        build_sequences(split, ["books"], mixed_order="random")
     with pytest.raises(DataError, match="there is no domain 'games'"):
         build_sequences(split, ["games"])

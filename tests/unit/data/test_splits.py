@@ -3,9 +3,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
-from cprec.data.splits import Split, SplitSpec, make_split
+from cprec.data.splits import Split, SplitSpec, cut_times, make_split
 from cprec.errors import ConfigError, DataError
 
 # Alice: four books and three toys, interleaved; Bob: two books only.
@@ -161,3 +162,74 @@ def test_unseen_users_have_context_in_place_of_training(make_log: Callable[..., 
         SplitSpec(unseen_user_share=1.0)
     with pytest.raises(ConfigError, match="num_test means something for method=last-n only"):
         SplitSpec(num_test=2)
+
+
+def test_last_n_counts_in_each_domain(make_log: Callable[..., Any]) -> None:
+    split = split_of(make_log(ROWS), method="last-n", num_validation=2, num_test=1)
+    parts = dict(zip(split.catalogue.item_id[split.interactions.item[:7]], split.part[:7].tolist(), strict=True))
+    # Alice's four books leave one to learn from; her three toys would leave none.
+    assert parts == {"b1": 0, "b2": 1, "b3": 1, "b4": 2, "t1": 0, "t2": 0, "t3": 0}
+    names = split.catalogue.item_id
+    asked = split.queries("books", "validation", max_history=10, min_history=1)
+    assert asked.query_id.tolist() == ["books/shop/alice/validation/0", "books/shop/alice/validation/1"]
+    assert [names[asked.history[row]].tolist() for row in range(2)] == [["b1"], ["b1", "b2"]]
+    later = split.queries("books", "validation", max_history=10, min_history=2)
+    assert later.query_id.tolist() == ["books/shop/alice/validation/1"], "a query keeps its name when others fall out"
+    mixed = split.queries("books", "test", history_kind="mixed", max_history=10)
+    assert names[mixed.history[0]].tolist() == ["b1", "b2", "t1", "b3", "t2"]
+
+
+def test_last_n_histories_hold_no_test_event_of_another_domain(make_log: Callable[..., Any]) -> None:
+    rows = [("a", d, f"{d[0]}{n}", 10 * n + (d == "toys")) for n in range(5) for d in ("books", "toys")]
+    split = split_of(make_log(rows), method="last-n", num_validation=1, num_test=2)
+    names = split.catalogue.item_id
+    asked = split.queries("toys", "test", history_kind="mixed", max_history=10)
+    assert [names[asked.history[row]].tolist() for row in range(2)] == [
+        ["b0", "t0", "b1", "t1", "b2", "t2"],  # not b3, which tests
+        ["b0", "t0", "b1", "t1", "b2", "t2", "t3"],  # t3 tests too, but in this domain it is known by then
+    ]
+
+
+def test_cuts_of_a_whole_log_hold_in_its_parts(make_log: Callable[..., Any]) -> None:
+    rows = [(f"u{user}", "toys", f"i{n}", 100 * user + n) for user in range(6) for n in range(5)]
+    catalogue, log, domains = make_log(rows)
+    spec = SplitSpec(method="global-time", validation_fraction=0.2, test_fraction=0.2)
+    whole = make_split(catalogue, log, domains, spec)
+    times, counts = np.unique(log.timestamp, return_counts=True)
+    cuts = cut_times(spec, domains, times, counts)
+    assert cuts == (303, 404), "the 19th and the 25th of 30 events"
+    found = [
+        make_split(catalogue, log.select(mask), domains, spec, cuts=cuts).part.tolist()
+        for mask in (log.user < 2, (log.user >= 2) & (log.user < 5), log.user == 5)
+    ]
+    assert found[0] == [0] * 10, "a part may have no held-out event"
+    assert sum(found, []) == whole.part.tolist()
+
+
+def test_unseen_users_have_context_with_every_method(make_log: Callable[..., Any]) -> None:
+    rows = [(f"u{user}", "toys", f"i{n}", 100 * n + user) for user in range(40) for n in range(6)]
+    log = make_log(rows)
+    for settings in (
+        {"method": "last-n", "num_test": 2},
+        {"method": "global-time"},
+        {"method": "global-time", "validation_from": "1970-01-01T00:05:00", "test_from": "1970-01-01T00:06:40"},
+    ):
+        seen, unseen = split_of(log, **settings), split_of(log, unseen_user_share=0.5, **settings)
+        assert ((seen.part == 0) == ((unseen.part == 0) | (unseen.part == 3))).all()
+        assert (seen.part == np.where(unseen.part == 3, 0, unseen.part)).all(), "the held-out events are the same"
+        learnt, context = (set(unseen.interactions.user[unseen.part == code].tolist()) for code in (0, 3))
+        assert learnt and context and not learnt & context
+        asked, asked_too = (split.queries("toys", "test", max_history=10) for split in (seen, unseen))
+        assert asked.query_id.tolist() == asked_too.query_id.tolist()
+        assert asked.history.values.tolist() == asked_too.history.values.tolist()
+
+
+def test_who_is_unseen_depends_on_the_user_and_the_seed_alone(make_log: Callable[..., Any]) -> None:
+    rows = [(f"u{user}", "toys", f"i{n}", n) for user in range(40) for n in range(4)]
+
+    def unseen(some: list[Any], seed: int = 0) -> set[str]:
+        split = make_split(*make_log(some), SplitSpec(unseen_user_share=0.5), seed=seed)
+        return set(split.interactions.user_id[split.interactions.user[split.events("context")]])
+
+    assert unseen(rows[:80]) == unseen(rows) & {f"u{user}" for user in range(20)}
+    assert unseen(rows, seed=1) != unseen(rows)

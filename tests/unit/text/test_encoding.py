@@ -115,3 +115,36 @@ def test_a_tokenizer_without_end_of_sequence_is_refused(tokenizer: Any, catalogu
 
     with pytest.raises(ConfigError, match="no end-of-sequence token"):
         PromptEncoder(Endless(), catalogue)
+
+
+def test_a_saved_encoder_gives_the_same_documents(tokenizer: Any, catalogue: Catalogue, tmp_path: Path) -> None:
+    template = Template(mixed_scope="many", next="\nThen:")
+    encoder = PromptEncoder(tokenizer, catalogue, max_title_tokens=4, template=template)
+    encoder.save(tmp_path / "encoder")
+    loaded = PromptEncoder.load(tmp_path / "encoder", catalogue)
+    assert (loaded.template, loaded.max_title_tokens, loaded.eos_id) == (template, 4, encoder.eos_id)
+    assert loaded.vocabulary_size == encoder.vocabulary_size
+    events, domains = Ragged.of([[0, 1], [2], [4, 3, 5]]), np.array([BOOKS, BOOKS, GAMES])
+    for kind in ("specific", "mixed"):
+        (tokens, starts), (again, starts_again) = (one.documents(kind, domains, events) for one in (encoder, loaded))
+        assert tokens.values.dtype == again.values.dtype == np.uint16
+        assert tokens.values.tolist() == again.values.tolist()
+        assert tokens.offsets.tolist() == again.offsets.tolist()
+        assert starts.tolist() == starts_again.tolist()
+        prompts = [one.prompts(kind, domains, events).values.tolist() for one in (encoder, loaded)]
+        assert prompts[0] == prompts[1]
+    assert loaded.line_tokens.tolist() == encoder.line_tokens.tolist()
+    assert loaded.next_tokens.tolist() == encoder.next_tokens.tolist()
+    assert loaded.heads().values.tolist() == encoder.heads().values.tolist()
+    assert [loaded.tag_tokens(domain).tolist() for domain in (BOOKS, GAMES)] == [
+        encoder.tag_tokens(domain).tolist() for domain in (BOOKS, GAMES)
+    ]
+
+
+def test_titles_are_tokenised_in_batches(tokenizer: Any, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.arange(len(catalogue))
+    expected = PromptEncoder(tokenizer, catalogue).titles(rows)
+    for size in (1, 4, 6):
+        monkeypatch.setattr("cprec.text.encoding.BATCH", size)
+        found = PromptEncoder(tokenizer, catalogue).titles(rows)
+        assert (found.values.tolist(), found.offsets.tolist()) == (expected.values.tolist(), expected.offsets.tolist())

@@ -11,7 +11,7 @@ import pytest
 
 from cprec.data.ragged import Ragged
 from cprec.errors import ShardError
-from cprec.text.shards import DOCUMENTS, MANIFEST, TOKENS, Shards, open_shards, write_shards
+from cprec.text.shards import DOCUMENTS, MANIFEST, TOKENS, Shards, join_shards, open_shards, read_piece, write_shards
 
 ROWS = [[5, 6, 7], [8, 9], [10]]
 COLUMNS: dict[str, Any] = {
@@ -136,3 +136,85 @@ def test_a_changed_manifest_is_noticed(tmp_path: Path, change: Callable[[str], s
     path.write_text(change(path.read_text()))
     with pytest.raises(ShardError, match=r"train/manifest.json"):
         open_shards(tmp_path / "train")
+
+
+# ---- pieces ----------------------------------------------------------------------------------------------------------
+
+# Domains in order, then mixed documents: what one part of the log gives.
+PARTS: list[list[tuple[str, list[int]]]] = [
+    [("books", [1, 2]), ("books", [3]), ("games", [4, 5, 6]), ("", [7])],
+    [],
+    [("games", [8]), ("toys", [9, 10]), ("", [11, 12])],
+]
+
+
+def write_part(folder: Path, documents: list[tuple[str, list[int]]], part: int, vocabulary_size: int = 300) -> Shards:
+    columns = {
+        "domain": np.array([domain for domain, _ in documents], dtype=object),
+        "kind": np.array(["specific" if domain else "mixed" for domain, _ in documents], dtype=object),
+        "num_events": np.array([len(tokens) for _, tokens in documents], dtype=np.int32),
+    }
+    rows = Ragged.of([tokens for _, tokens in documents])
+    return write_shards(folder, rows, columns, {"vocabulary_size": vocabulary_size}, part=part)
+
+
+def piece(domain: str, part: int, num_documents: int, num_tokens: int) -> dict[str, Any]:
+    kind = "specific" if domain else "mixed"
+    return {"domain": domain, "kind": kind, "part": part, "num_documents": num_documents, "num_tokens": num_tokens}
+
+
+def test_documents_of_one_domain_and_kind_are_a_piece(tmp_path: Path) -> None:
+    shards = write_part(tmp_path / "train", PARTS[0], part=5)
+    assert shards.manifest["pieces"] == [piece("books", 5, 2, 3), piece("games", 5, 1, 3), piece("", 5, 1, 1)]
+    file = pq.ParquetFile(tmp_path / "train" / DOCUMENTS)
+    assert [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)] == [2, 1, 1]
+    assert write_part(tmp_path / "empty", [], part=5).manifest["pieces"] == []
+
+
+def test_a_piece_is_read_alone(tmp_path: Path) -> None:
+    shards = write_part(tmp_path / "train", PARTS[0], part=0)
+    pieces = [read_piece(tmp_path / "train", shards.manifest, place) for place in range(3)]
+    assert [[tokens.tolist() for tokens in map(p.rows.__getitem__, range(len(p)))] for p in pieces] == [
+        [[1, 2], [3]],
+        [[4, 5, 6]],
+        [[7]],
+    ]
+    assert [p.column("offset").tolist() for p in pieces] == [[0, 2], [0], [0]], "counted from the piece's own start"
+    together = Shards.concatenate(pieces[1:], shards.manifest)
+    assert [together.rows[row].tolist() for row in range(2)] == [[4, 5, 6], [7]]
+    assert together.column("domain").tolist() == ["games", ""]
+    nothing = Shards.concatenate([], shards.manifest)
+    assert len(nothing) == len(nothing.rows) == 0
+    assert set(nothing.documents.column_names) >= set(shards.documents.column_names)
+
+
+@pytest.mark.parametrize(("vocabulary_size", "dtype"), [(300, "uint16"), (70_000, "uint32")])
+def test_joined_shards_are_those_written_at_once(tmp_path: Path, vocabulary_size: int, dtype: str) -> None:
+    largest = vocabulary_size - 1
+    parts = [*PARTS, [("books", [largest, 0]), ("", [largest])]]
+    for number, documents in enumerate(parts):
+        write_part(tmp_path / f"part{number}", documents, number, vocabulary_size)
+    sources = [tmp_path / f"part{number}" for number in range(len(parts))]
+    joined = join_shards(tmp_path / "joined", sources, {"vocabulary_size": vocabulary_size, "about": 1})
+    assert joined.manifest["pieces"] == [
+        piece("books", 0, 2, 3), piece("books", 3, 1, 2), piece("games", 0, 1, 3), piece("games", 2, 1, 1),
+        piece("toys", 2, 1, 2), piece("", 0, 1, 1), piece("", 2, 1, 2), piece("", 3, 1, 1),
+    ]  # fmt: skip
+    assert joined.manifest["about"] == 1
+
+    order = ["books", "games", "toys", ""]
+    everything = sorted((d for documents in parts for d in documents), key=lambda document: order.index(document[0]))
+    at_once = write_part(tmp_path / "at_once", everything, 0, vocabulary_size)
+    assert (tmp_path / "joined" / TOKENS).read_bytes() == (tmp_path / "at_once" / TOKENS).read_bytes()
+    assert joined.documents.equals(at_once.documents)
+    assert joined.tokens.dtype == dtype
+    assert open_shards(tmp_path / "joined", verify=True).sha256 == joined.sha256
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["at_once", "joined", "part0", "part1", "part2", "part3"]
+
+
+def test_joined_shards_without_documents(tmp_path: Path) -> None:
+    for number in range(2):
+        write_part(tmp_path / f"part{number}", [], number)
+    joined = join_shards(tmp_path / "joined", [tmp_path / "part0", tmp_path / "part1"], {"vocabulary_size": 300})
+    assert len(joined) == 0 and joined.manifest["pieces"] == []
+    assert len(open_shards(tmp_path / "joined")) == 0
