@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,9 +13,9 @@ from hypothesis import strategies as st
 
 from cprec.data.build import build_dataset
 from cprec.data.catalogue import Catalogue, clean_title
-from cprec.data.dataset import read_dataset
+from cprec.data.dataset import read_dataset, read_manifest
 from cprec.data.interactions import Interactions, stable_order
-from cprec.data.sequences import build_sequences
+from cprec.data.sequences import build_sequences, interleaved
 from cprec.data.sources.memory import MemorySource
 from cprec.data.splits import Split, SplitSpec, make_split
 from cprec.errors import DataError
@@ -21,6 +23,7 @@ from cprec.schema import KINDS, DomainInfo
 
 DOMAINS = ("books", "games", "toys")
 NUM_ITEMS = 4
+LEAVE_ONE_OUT = SplitSpec()
 
 events = st.tuples(
     st.integers(0, 3), st.integers(0, len(DOMAINS) - 1), st.integers(0, NUM_ITEMS - 1), st.integers(0, 30)
@@ -28,7 +31,7 @@ events = st.tuples(
 logs = st.lists(events, min_size=1, max_size=80)
 
 
-def split_of(rows: list[tuple[int, int, int, int]], timeless: bool = True) -> Split:
+def split_of(rows: list[tuple[int, int, int, int]], timeless: bool = True, spec: SplitSpec = LEAVE_ONE_OUT) -> Split:
     """Three domains of four items; `games` has no real times unless said otherwise."""
     ids = [str(number) for number in range(NUM_ITEMS)]
     catalogue = Catalogue.from_tables({name: pa.table({"item_id": ids, "title": ids}) for name in DOMAINS})
@@ -44,7 +47,7 @@ def split_of(rows: list[tuple[int, int, int, int]], timeless: bool = True) -> Sp
         rating=np.full(len(rows), np.nan),
     )
     infos = {name: DomainInfo(name, "shop", not (timeless and name == "games")) for name in DOMAINS}
-    return make_split(catalogue, log, infos, SplitSpec())
+    return make_split(catalogue, log, infos, spec)
 
 
 def apply_rules(rows: list[tuple[str, str, int]], least_user: int, least_item: int) -> list[tuple[str, str, int]]:
@@ -87,8 +90,10 @@ def test_rules_in_the_table_engine_equal_plain_python(
             assert not expected
             return
         catalogue, log, _ = read_dataset(path)
+        manifest = read_manifest(path)
     found = zip(log.user_id[log.user], catalogue.item_id[log.item], log.timestamp.tolist(), strict=True)
     assert sorted(found, key=lambda row: row[0]) == expected, "users by id; the rest is in order"
+    check_counts(manifest["domains"]["toys"], len(rows), expected)
 
 
 @given(logs)
@@ -217,24 +222,30 @@ events_of_a_domain = st.lists(
 
 
 @settings(max_examples=10)  # each one starts an engine
-@given(events_of_a_domain, events_of_a_domain, st.integers(0, 5), st.integers(0, 3))
+@given(events_of_a_domain, events_of_a_domain, events_of_a_domain, st.integers(0, 5), st.integers(0, 3))
 def test_a_pooled_core_equals_plain_python(
-    first: list[tuple[str, str, int]], second: list[tuple[str, str, int]], least_user: int, least_item: int
+    films: list[tuple[str, str, int]],
+    toys: list[tuple[str, str, int]],
+    books: list[tuple[str, str, int]],
+    least_user: int,
+    least_item: int,
 ) -> None:
-    rows = {"films": first, "toys": second}
+    shop = {"films": films, "toys": toys}
+    library = {"books": books}  # of another platform: users of the same names are other people
     sources = []
-    for domain, some in rows.items():
-        users, items, times = (list(column) for column in zip(*some, strict=True))
-        titles = sorted(set(items))
-        sources.append(
-            MemorySource(
-                domain,
-                "shop",
-                pa.table({"item_id": titles, "title": titles}),
-                pa.table({"user_id": users, "item_id": items, "timestamp": times}),
+    for platform, domains in (("shop", shop), ("library", library)):
+        for domain, some in domains.items():
+            users, items, times = (list(column) for column in zip(*some, strict=True))
+            titles = sorted(set(items))
+            sources.append(
+                MemorySource(
+                    domain,
+                    platform,
+                    pa.table({"item_id": titles, "title": titles}),
+                    pa.table({"user_id": users, "item_id": items, "timestamp": times}),
+                )
             )
-        )
-    expected = apply_pooled_rules(rows, least_user, least_item)
+    expected = apply_pooled_rules(shop, least_user, least_item) | apply_pooled_rules(library, least_user, least_item)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "data")
         try:
@@ -243,8 +254,72 @@ def test_a_pooled_core_equals_plain_python(
             assert not all(expected.values())
             return
         catalogue, log, _ = read_dataset(path)
+        manifest = read_manifest(path)
+    assert set(catalogue.domains) == set(expected)
     for number, domain in enumerate(catalogue.domains):
         mask = catalogue.domain[log.item] == number
         ids = catalogue.item_id[log.item[mask]]
         found = zip(log.user_id[log.user[mask]], ids, log.timestamp[mask].tolist(), strict=True)
         assert sorted(found, key=lambda row: row[0]) == expected[domain]
+        check_counts(manifest["domains"][domain], len((shop | library)[domain]), expected[domain])
+
+
+def check_counts(about: dict[str, Any], num_read: int, left: list[tuple[str, str, int]]) -> None:
+    """Each rule's report: what it left and removed adds up from what was read to what is there."""
+    counts = about["counts"]
+    assert counts[0]["events"] == num_read
+    for before, after in itertools.pairwise(counts):
+        assert after["removed"] == before["events"] - after["events"] >= 0
+    last = counts[-1]
+    if "too_few_events" in last:
+        assert last["consecutive_repeats"] + last["too_few_events"] == last["removed"]
+    assert (last["events"], last["users"], last["items"]) == (
+        len(left),
+        len({user for user, _, _ in left}),
+        len({item for _, item, _ in left}),
+    )
+    assert (about["num_events"], about["num_users"]) == (last["events"], last["users"])
+
+
+@given(logs, st.integers(1, 3), st.integers(1, 3))
+def test_last_n_partitions_and_keeps_the_order(
+    rows: list[tuple[int, int, int, int]], num_validation: int, num_test: int
+) -> None:
+    spec = SplitSpec(method="last-n", num_validation=num_validation, num_test=num_test)
+    split = split_of(rows, spec=spec)
+    event_domain = split.catalogue.domain[split.interactions.item]
+    asked = Counter()
+    for user in range(4):
+        for domain in range(len(DOMAINS)):
+            parts = split.part[(split.interactions.user == user) & (event_domain == domain)].tolist()
+            num_train = len(parts) - num_validation - num_test
+            held_out = [0] * num_train + [1] * num_validation + [2] * num_test
+            assert parts == (held_out if num_train > 0 else [0] * len(parts))
+            asked[domain] += num_test * (num_train > 0)
+    for number, domain in enumerate(DOMAINS):
+        queries = split.queries(domain, "test", max_history=5)
+        assert len(queries) == len(set(queries.query_id)) == asked[number]
+
+
+@given(logs, st.lists(st.booleans(), min_size=3, max_size=3))
+def test_interleaving_keeps_the_order_of_each_run_and_spreads_it(
+    rows: list[tuple[int, int, int, int]], has_times: list[bool]
+) -> None:
+    split = split_of(rows)
+    user = split.interactions.user
+    domain = split.catalogue.domain[split.interactions.item]
+    run = np.where(np.array(has_times)[domain], -1, domain)
+    order = interleaved(user, run)
+    assert sorted(order.tolist()) == list(range(len(rows)))
+    assert (user[order] == user).all(), "each user's events stay together"
+    for someone in range(4):
+        mine = order[user[order] == someone]
+        for number in set(run[mine].tolist()):
+            events = np.flatnonzero((user == someone) & (run == number))
+            assert mine[run[mine] == number].tolist() == events.tolist()
+            for other in set(run[mine].tolist()) - {number}:
+                # Between two neighbours of one run lies at most its fair share of another, rounded up.
+                places = np.flatnonzero(run[mine] == number)
+                between = np.diff(np.cumsum(run[mine] == other)[places])
+                size = np.count_nonzero(run[mine] == other)
+                assert (between <= -(-size // len(events))).all()

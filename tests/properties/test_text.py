@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import tempfile
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,12 @@ words = st.sampled_from(
 titles = st.one_of(
     st.lists(words, min_size=1, max_size=6).map(" ".join), texts, st.tuples(texts, words).map(" ".join)
 ).map(clean_title).filter(bool)  # fmt: skip
+domain_names = st.lists(
+    st.sampled_from(["books", "games"]) | st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,8}", fullmatch=True),
+    min_size=2,
+    max_size=2,
+    unique=True,
+).map(lambda names: (names[0], names[1]))
 catalogues = st.tuples(st.lists(titles, min_size=1, max_size=4), st.lists(titles, min_size=1, max_size=4))
 
 
@@ -31,11 +39,11 @@ def tokenizer() -> Any:
     return train_tokenizer([fixed] * 20 + ["the Dune saga, vol. 2 (illustrated)"], 340)
 
 
-def catalogue_of(names: tuple[list[str], list[str]]) -> Catalogue:
+def catalogue_of(names: tuple[list[str], list[str]], domains: tuple[str, str] = ("books", "games")) -> Catalogue:
     return Catalogue.from_tables(
         {
             domain: pa.table({"item_id": [str(row) for row in range(len(mine))], "title": mine})
-            for domain, mine in zip(("books", "games"), names, strict=True)
+            for domain, mine in zip(domains, names, strict=True)
         }
     )
 
@@ -54,8 +62,11 @@ def test_any_text_round_trips(text: str) -> None:
 def test_assembled_tokens_are_those_of_the_rendered_text(
     names: tuple[list[str], list[str]], kind: str, data: st.DataObject
 ) -> None:
-    catalogue = catalogue_of(names)
+    catalogue = catalogue_of(names, data.draw(domain_names))
     encoder = PromptEncoder(tokenizer(), catalogue, max_title_tokens=1000)
+    with tempfile.TemporaryDirectory() as folder:
+        encoder.save(Path(folder))
+        saved = PromptEncoder.load(Path(folder), catalogue)
     rows = st.lists(st.integers(0, len(catalogue) - 1), min_size=1, max_size=5)
     events = data.draw(st.lists(rows, min_size=1, max_size=3))
     target_domain = catalogue.domain[[mine[-1] for mine in events]].astype(np.int64)
@@ -68,6 +79,8 @@ def test_assembled_tokens_are_those_of_the_rendered_text(
         assert documents[row].tolist() == ids(render(Template(), kind, domain, mine[:-1], mine[-1], "<eos>"))
         assert prompts[row].tolist() == ids(render(Template(), kind, domain, mine[:-1]))
         assert target_start[row] == len(prompts[row])
+    again, starts = saved.documents(kind, target_domain, Ragged.of(events))
+    assert (again.values.tolist(), starts.tolist()) == (documents.values.tolist(), target_start.tolist())
 
 
 @given(catalogues, st.sampled_from(["specific", "mixed"]), st.integers(0, 120), st.data())
