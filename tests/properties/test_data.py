@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -64,12 +65,16 @@ def apply_rules(rows: list[tuple[str, str, int]], least_user: int, least_item: i
             return kept
 
 
+@st.composite
+def some_events(draw: st.DrawFn) -> list[tuple[str, str, int]]:
+    """Events of one domain, by a seed: enough of them that a core is mostly left."""
+    generator = random.Random(draw(st.integers(0, 1_000_000)))
+    size = draw(st.sampled_from([40, 55, 25, 3]))
+    return [(generator.choice("abcdef"), generator.choice("wxyz"), generator.randrange(12)) for _ in range(size)]
+
+
 @settings(max_examples=10)  # each one starts an engine
-@given(
-    st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("wxyz"), st.integers(0, 5)), min_size=1, max_size=30),
-    st.integers(0, 4),
-    st.integers(0, 4),
-)
+@given(some_events(), st.sampled_from([3, 5, 8, 2, 0]), st.sampled_from([3, 6, 0]))
 def test_rules_in_the_table_engine_equal_plain_python(
     rows: list[tuple[str, str, int]], least_user: int, least_item: int
 ) -> None:
@@ -216,13 +221,14 @@ def apply_pooled_rules(
             return kept
 
 
-events_of_a_domain = st.lists(
-    st.tuples(st.sampled_from("abcd"), st.sampled_from("wxyz"), st.integers(0, 5)), min_size=1, max_size=20
-)
-
-
 @settings(max_examples=10)  # each one starts an engine
-@given(events_of_a_domain, events_of_a_domain, events_of_a_domain, st.integers(0, 5), st.integers(0, 3))
+@given(
+    some_events(),
+    some_events(),
+    some_events(),
+    st.sampled_from([5, 8, 10, 2, 0]),
+    st.sampled_from([3, 6, 0]),
+)
 def test_a_pooled_core_equals_plain_python(
     films: list[tuple[str, str, int]],
     toys: list[tuple[str, str, int]],
