@@ -318,7 +318,7 @@ class SparkEngine(TableEngine):
 
     @contextmanager
     def translated_errors(self, what: str) -> Iterator[None]:
-        from py4j.protocol import Py4JError  # type: ignore[import-untyped]
+        from py4j.protocol import Py4JError
         from pyspark.errors import PySparkException
 
         try:
