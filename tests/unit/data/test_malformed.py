@@ -485,7 +485,7 @@ def test_whole_numbers_keep_their_digits_as_times_and_order(tmp_path: Path) -> N
 
 
 def test_fractions_of_seconds_are_cut_off(tmp_path: Path) -> None:
-    case = Case("", timed("2014-07-23T12:00:00.9Z", " 2014-07-23T12:00:01 ", "2014-07-23T14:00:02+02:00"))
+    case = Case("", timed("2014-07-23T12:00:00.9Z", "2014-07-23T12:00:01", "2014-07-23T14:00:02+02:00"))
     rows = pq.read_table(build(case, tmp_path) / "interactions").to_pylist()
     assert {row["user_id"]: row["timestamp"] for row in rows} == {"g0": T, "g1": T + 1, "g2": T + 2}
 

@@ -601,10 +601,7 @@ TOO_EARLY = "timestamp before March 1973, which auto takes for none"
 
 def _moment(value: Any) -> Any:
     """A column as times, null where a value is no date."""
-    kind = value.type()
-    if kind.is_timestamp():
-        return value
-    return (value.strip() if kind.is_string() else value).try_cast("timestamp('UTC')")
+    return value if value.type().is_timestamp() else value.try_cast("timestamp('UTC')")
 
 
 def _seconds(value: Any, time_format: str) -> Any:
@@ -641,6 +638,8 @@ def _time_problem(seconds: Any, time_format: str, *, is_guessed: bool) -> Any:
 def _detect_time_format(engine: TableEngine, domain: str, log: RawTable, column: str) -> str:
     """seconds, milliseconds or iso: what most values are. Raises DataError where they are of several formats, of none,
     or look like positions."""
+    import ibis
+
     value = log.table[column]
     kind = value.type()
     if kind.is_timestamp() or kind.is_date():
@@ -651,38 +650,39 @@ def _detect_time_format(engine: TableEngine, domain: str, log: RawTable, column:
         "seconds": (size >= MIN_SECONDS) & (size < MAX_SECONDS),
         "milliseconds": (size >= MAX_SECONDS) & (size < MAX_MILLISECONDS),
         "microseconds": (size >= MAX_MILLISECONDS) & (size < 1e300),
-        "days": (number >= 19_700_101) & (number < 21_000_101) & (_exact(number) == _exact(number).floor()),
     }
     if kind.is_string():
-        families["iso"] = _moment(value).notnull() & number.isnull()
-    found = {"numbers": number.count(), "middle": size.median()}
-    for name, holds in families.items():
-        found |= {name: holds.sum(), f"{name}_example": value.cast("string").min(where=holds)}
-    summary = engine.to_arrow(log.table.aggregate(**found)).to_pylist()[0]
-    counts = {name: summary[name] or 0 for name in families}
+        families["iso"] = _moment(ibis.ifelse(number.isnull(), value, ibis.null("string"))).notnull()
+    counted = {name: holds.sum() for name, holds in families.items()}
+    summary = engine.to_arrow(log.table.aggregate(numbers=number.count(), middle=size.median(), **counted)).to_pylist()
+    counts = {name: summary[0][name] or 0 for name in families}
+    numbers, middle = summary[0]["numbers"], summary[0]["middle"]
+
+    def example(holds: Any) -> str:
+        return repr(engine.value(value.cast("string").min(where=holds)))
+
     where = f"{log.files[0]}: the values of {column} (domain {domain!r})"
-    days, finer = counts.pop("days"), counts.pop("microseconds")
+    finer = counts.pop("microseconds")
     best, *others = sorted(counts, key=lambda name: -counts[name])
     for other in others:
         if counts[other] > MIXED_SHARE * (counts[best] + counts[other]):
             raise DataError(
-                f"{where} are of two formats: {counts[best]:,} {best} (as {summary[f'{best}_example']!r}) and "
-                f"{counts[other]:,} {other} (as {summary[f'{other}_example']!r}); write all of them alike, or choose "
-                f"one with timestamps={best}, which rejects the others"
+                f"{where} are of two formats: {counts[best]:,} {best} (as {example(families[best])}) and "
+                f"{counts[other]:,} {other} (as {example(families[other])}); write all of them alike, or choose one "
+                f"with timestamps={best}, which rejects the others"
             )
     if finer > counts[best]:
         raise DataError(
-            f"{where} are too large for milliseconds since 1970, as {summary['microseconds_example']!r}: are they "
+            f"{where} are too large for milliseconds since 1970, as {example(families['microseconds'])}: are they "
             "microseconds or nanoseconds? Divide them, or write dates as 2014-07-23T18:00:00"
         )
-    middle = summary["middle"]
-    if counts.get("iso", 0) > summary["numbers"]:
-        return "iso"
-    if not summary["numbers"] or middle is None:
-        return "iso"  # nothing can be parsed: the rows are rejected one by one, and the message shows some
+    if counts.get("iso", 0) > numbers or not numbers or middle is None:
+        return "iso"  # where nothing can be parsed, rows are rejected one by one, and the message shows some
     if middle < MIN_SECONDS:
         fix = "If they only order a user's events, say timestamps=order; if they are times, say timestamps=seconds"
-        if days * 2 > summary["numbers"]:
-            fix = f"If they are dates, as {summary['days_example']!r} seems to be, write them as 2014-07-23"
+        exact = _exact(number)
+        is_day = (exact >= 19_700_101) & (exact < 21_000_101) & (exact == exact.floor())
+        if engine.value(is_day.sum()) * 2 > numbers:
+            fix = f"If they are dates, as {example(is_day)} seems to be, write them as 2014-07-23"
         raise DataError(f"{where} are around {middle:,.0f}: as seconds since 1970 that is no time of a log. {fix}")
     return best
