@@ -111,9 +111,9 @@ VERBS = (
     Verb(
         "export",
         "a prepared data folder in the form of another library",
-        "Writes a folder that `cprec prepare` wrote as atomic files of RecBole (recbole), data frames of RecTools or "
-        "RePlay (rectools, replay), chats (messages) or plain text with prompts and completions (text) as JSON lines "
-        "for LLaMA-Factory and TRL. The split is kept; messages and text hold nothing that is held out.",
+        "Writes a folder that `cprec prepare` wrote as atomic files of RecBole, data frames of RecTools or RePlay, or "
+        "JSON lines for LLaMA-Factory and TRL. The split is kept; messages and text hold no test event, and validation "
+        "only in files of that name. export.json says what was written and from what.",
         "cprec.text.export:export",
         "cprec export runs/demo/data recbole runs/demo/recbole",
     ),
@@ -227,7 +227,10 @@ def _call_audit(verb: Verb, options: argparse.Namespace) -> None:
 def _call_export(verb: Verb, options: argparse.Namespace) -> None:
     from cprec.settings import load_object
 
-    load_object(verb.function)(options.folder, options.form, options.output, options.domain or ())
+    if options.output and options.output_option:
+        raise ConfigError(f"two folders to write: {options.output} and {options.output_option}; give one")
+    output = options.output or options.output_option
+    load_object(verb.function)(options.folder, options.format, output, tuple(options.domain or ()))
 
 
 # ---- parsing and help ------------------------------------------------------------------------------------------------
@@ -284,8 +287,10 @@ def _parser() -> _Parser:
             command.add_argument("folder")
             command.set_defaults(call=_bound(_call_audit, verb))
         elif verb.name == "export":
-            for name in ("folder", "form", "output"):
-                command.add_argument(name)
+            command.add_argument("folder")
+            command.add_argument("format")
+            command.add_argument("output", nargs="?")
+            command.add_argument("--output", dest="output_option")
             command.add_argument("--domain", nargs="+", action="extend")
             command.set_defaults(call=_bound(_call_export, verb))
         elif verb.name == "demo":
@@ -333,7 +338,7 @@ _USAGE = {
         "       cprec recommend MODEL --input FILE --output FILE [--domain DOMAIN] [--k K]"
     ),
     "audit": "cprec audit FOLDER",
-    "export": "cprec export FOLDER FORM OUTPUT [--domain DOMAIN ...]",
+    "export": "cprec export FOLDER FORMAT [[--output] DIR] [--domain DOMAIN ...]",
 }
 
 
@@ -344,9 +349,14 @@ def _verb_help(verb: Verb) -> str:
         parts.append("  FOLDER  a data folder that `cprec prepare` wrote, or the folder of a run")
     elif verb.name == "export":
         parts.append(
-            "  FOLDER  a data folder that `cprec prepare` wrote\n"
-            "  FORM    recbole | rectools | replay | messages | text\n"
-            "  OUTPUT  the folder to write"
+            "  FOLDER    a data folder that `cprec prepare` wrote\n"
+            "  FORMAT    recbole             atomic files; our split by benchmark_filename, for general models\n"
+            "            recbole-sequential  the same for sequential models: each event with its history\n"
+            "            rectools, replay    Parquet frames with the columns of these libraries\n"
+            "            messages            chats of a prompt and its answer (LLaMA-Factory, TRL)\n"
+            "            text                documents to pre-train on; prompts and completions (both)\n"
+            "  DIR       the folder to write, which must not be there; FOLDER-FORMAT where none is given\n"
+            "  --domain  the domains to write; all where none is named"
         )
     elif verb.name in ("run", "demo"):
         parts += [_recipes_help()] if verb.name == "run" else []

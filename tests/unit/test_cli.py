@@ -148,6 +148,17 @@ def test_audit_gets_a_folder(tmp_path: Path) -> None:
     assert calls == [(tmp_path,)]
 
 
+@pytest.mark.parametrize("words", ["data recbole out", "data recbole --output out", "--output out data recbole"])
+def test_export_gets_a_folder_a_format_and_where_to_write(words: str) -> None:
+    assert cli.main(["export", *words.split(), "--domain", "books", "toys", "--domain", "films"]) == 0
+    assert calls == [("data", "recbole", "out", ("books", "toys", "films"))]
+
+
+def test_export_names_its_folder_itself() -> None:
+    assert cli.main(["export", "data", "text"]) == 0
+    assert calls == [("data", "text", None, ())]
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -163,6 +174,9 @@ def test_audit_gets_a_folder(tmp_path: Path) -> None:
         ("recommend model --k many", "k=many: expected a whole number"),
         ("audit no/such/folder", "no/such/folder is not a folder"),
         ("audit . x", "x: more than cprec audit takes; see cprec audit --help"),
+        ("export data", "the following arguments are required: format; see cprec export --help"),
+        ("export data text a b", "b: more than cprec export takes; see cprec export --help"),
+        ("export data text a --output b", "two folders to write: a and b; give one"),
     ],
 )
 def test_a_wrong_command_line_exits_with_2(command: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

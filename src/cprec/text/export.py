@@ -1,11 +1,22 @@
-"""A data folder in the forms that other libraries read, with the same split and the same text as here."""
+"""A data folder in the forms that other libraries read, with the same split and the same text as here.
+
+    recbole             RecBole's atomic files; general models take our split by `benchmark_filename`
+    recbole-sequential  the same for its sequential models, which want each event's history beside it
+    rectools, replay    Parquet frames with the columns that RecTools and RePlay name
+    messages            chats of a prompt and its answer (LLaMA-Factory, TRL)
+    text                documents to pre-train on, and prompts with completions (LLaMA-Factory, TRL)
+
+Tables are read part by part and text is decoded in batches, so memory does not grow with the log.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +27,9 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from cprec.data.dataset import part_path, read_catalogue, read_manifest
-from cprec.errors import ConfigError, DataError
+from cprec.data.ragged import offsets_of
+from cprec.data.splits import runs
+from cprec.errors import ConfigError, DataError, LeakageError
 from cprec.progress import say, track
 from cprec.provenance import file_sha256
 from cprec.schema import (
@@ -26,6 +39,7 @@ from cprec.schema import (
     ITEM_ID,
     PRICE,
     RATING,
+    SPECIFIC,
     SPLIT,
     TEST,
     TIMESTAMP,
@@ -34,148 +48,301 @@ from cprec.schema import (
     USER_ID,
     VALIDATION,
 )
-from cprec.text.shards import Shards, open_shards
+from cprec.text.shards import TOKENS, Shards, open_shards
 from cprec.text.tokenizer import load_tokenizer
 
-EXPORT = "export.json"
+EXPORT, CERTIFICATE, DATASET_INFO = "export.json", "certificate.json", "dataset_info.json"
 
 BATCH = 4096
 """Documents that are turned into text at once."""
 
+MAX_SAMPLED = 1000
+"""Documents of a file whose text is tokenised again, to say whether that gives our tokens."""
+
+MAX_LIST = 50
+"""Items in a history of `recbole-sequential`: RecBole's MAX_ITEM_LIST_LENGTH."""
+
+LIST_BATCH = 1 << 14
+"""Histories that are written at once."""
+
 
 @dataclass(frozen=True)
-class _Data:
-    """A data folder that is read part by part."""
+class Export:
+    """One export under way: what it reads, where it writes, and what it has to say."""
 
     folder: Path
+    target: Path
     domains: tuple[str, ...]
-    num_parts: int
+    """The domains to write."""
+    manifest: Mapping[str, Any]
+    """dataset.json of the data folder."""
+    rows: dict[str, int] = field(default_factory=dict)
+    """How many rows each file has."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What else `export.json` says."""
 
-    def events(self, domain: str) -> Iterator[pa.Table]:
-        """The interactions of a domain, a part at a time."""
-        for part in range(self.num_parts):
-            path = part_path(self.folder, "interactions", domain, part)
-            if path.is_file():
-                yield pq.ParquetFile(path).read()
+    def events(self, domain: str) -> list[Path]:
+        """The files of a domain's interactions; each user's events stand together in one of them, in order.
+
+        Raises DataError where they do not hold as many events as the manifest says.
+        """
+        paths = [part_path(self.folder, "interactions", domain, part) for part in range(self.manifest["num_parts"])]
+        paths = [path for path in paths if path.is_file()]  # a part without users of this domain has no file
+        found, told = sum(_open(path).metadata.num_rows for path in paths), self.manifest["domains"][domain]
+        if found != told["num_events"]:
+            raise DataError(
+                f"{self.folder}: dataset.json says {told['num_events']:,} events of domain {domain!r}, but its files "
+                f"hold {found:,}: one is missing or was changed; prepare the data again"
+            )
+        return paths
 
     def items(self, domain: str) -> pa.Table:
-        return pq.ParquetFile(part_path(self.folder, "items", domain, 0)).read()
-
-    def targets(self) -> tuple[str, ...]:
-        """The domains that have examples."""
-        found = sorted(path.name for path in (self.folder / "examples").glob("*") if path.is_dir())
-        return tuple(domain for domain in found if domain in self.domains)
+        return _open(part_path(self.folder, "items", domain, 0)).read()
 
 
-def export(folder: str | Path, form: str, output_dir: str | Path, domains: Sequence[str] = ()) -> Path:
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{path} cannot be read: {error}; prepare the data again") from None
+
+
+def export(folder: str | Path, format: str, output_dir: str | Path | None = None, domains: Sequence[str] = ()) -> Path:
     """Write a data folder in another form into a new folder, and return that.
 
-    `form` is one of `FORMS`; `domains` are those to write, none named means all. Memory holds one part of the log.
-    `export.json` says what was written and from what. The folder appears complete or not at all.
+    `format` is one of `FORMATS`; `output_dir` is by default the data folder's name with the format behind it; `domains`
+    are those to write, none named means all. `export.json` says what was written and from what: the format, the
+    catalogue's and the certificate's SHA-256, the rows and the SHA-256 of each file. The folder appears complete or not
+    at all.
 
-    Raises ConfigError for a form or domain that is not there and a folder that is in use; DataError for a value that
-    the form cannot hold.
+    Raises ConfigError for a format or domain that is not there and an output folder that is; DataError for a value
+    that the format cannot hold; LeakageError where text is asked for and no clean certificate covers it.
     """
-    folder, output_dir = Path(folder), Path(output_dir)
-    if form not in FORMS:
-        raise ConfigError(f"form={form!r}: expected {', '.join(FORMS)}")
+    folder = Path(folder)
+    if format not in FORMATS:
+        raise ConfigError(f"format={format!r}: expected {', '.join(FORMATS)}")
     manifest = read_manifest(folder)
     if manifest.get("split") is None:
         raise DataError(f"{folder} has no split yet: run `cprec prepare` to its end")
-    unknown = sorted(set(domains) - set(manifest["domains"]))
-    if unknown:
-        raise ConfigError(f"there is no domain {unknown[0]!r}; the data has {', '.join(sorted(manifest['domains']))}")
+    chosen = _known(domains, manifest)
+    if output_dir is None:
+        named = folder if folder.name not in ("", "..") else folder.resolve()
+        output_dir = named.with_name(f"{named.name}-{format}")
+    output_dir = Path(output_dir)
+    if folder.resolve() in output_dir.resolve().parents:
+        raise ConfigError(f"{output_dir} lies in the data folder, whose files are certified: choose another folder")
     if output_dir.exists():
         raise ConfigError(f"{output_dir} is there already: choose another folder, or delete it")
-    data = _Data(folder, tuple(domains) or tuple(sorted(manifest["domains"])), manifest["num_parts"])
     aside = output_dir.with_name(f"{output_dir.name}.incomplete")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    counts = FORMS[form](data, aside)
-    certificate = folder / "certificate.json"
+    made = Export(folder, aside, chosen, manifest)
+    FORMATS[format](made)
+    certificate = folder / CERTIFICATE
     about = {
-        "form": form,
-        "domains": list(data.domains),
-        "rows": counts,
+        "format": format,
+        "domains": list(chosen),
         "split": manifest["split"],
         "catalogue_sha256": read_catalogue(folder).digest(),
         "certificate_sha256": file_sha256(certificate) if certificate.is_file() else None,
-        "files": {path.relative_to(aside).as_posix(): file_sha256(path) for path in _files(aside)},
+        "rows": made.rows,
+        **made.notes,
+        "sha256": {path.relative_to(aside).as_posix(): file_sha256(path) for path in _files(aside)},
     }
-    (aside / EXPORT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    (aside / EXPORT).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     aside.rename(output_dir)
-    say(f"{output_dir}: {sum(counts.values()):,} rows in {len(counts)} files, as {form}")
+    say(f"{output_dir}: {sum(made.rows.values()):,} rows in {len(made.rows)} files, as {format}")
     return output_dir
+
+
+def _known(domains: Sequence[str], manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """The domains asked for, each once; all where none is named."""
+    unknown = sorted(set(domains) - set(manifest["domains"]))
+    if unknown:
+        raise ConfigError(f"there is no domain {unknown[0]!r}; the data has {', '.join(sorted(manifest['domains']))}")
+    return tuple(dict.fromkeys(domains)) or tuple(sorted(manifest["domains"]))
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+_NO_EVENTS = pa.schema(
+    [
+        (USER_ID, pa.string()),
+        (ITEM_ID, pa.string()),
+        (TIMESTAMP, pa.int64()),
+        (RATING, pa.float64()),
+        (SPLIT, pa.string()),
+    ]
+).empty_table()
+
+_EVERY = (TRAIN, VALIDATION, TEST, CONTEXT)
+
+
+def _write_events(
+    out: Export,
+    domain: str,
+    files: Mapping[str, tuple[str, ...]],
+    shape: Callable[[pa.Table, np.ndarray], Iterator[pa.Table]],
+    open_writer: Callable[[Path, pa.Schema], Any],
+) -> None:
+    """Write the events of a domain into `files`, each with its parts of the split, in one pass over the log.
+
+    `shape` gives the rows of a table that a mask chooses in the form to write.
+    """
+    (out.target / domain).mkdir(exist_ok=True)
+    paths = out.events(domain)
+    num_unrated = num_events = 0
+    with ExitStack() as stack, track(len(paths), f"exporting {domain}", "parts") as progress:
+        empty = next(shape(_NO_EVENTS, np.zeros(0, dtype=bool)))
+        writers = {name: stack.enter_context(open_writer(out.target / domain / name, empty.schema)) for name in files}
+        out.rows.update({f"{domain}/{name}": 0 for name in files})
+        for path in paths:
+            table = _open(path).read()
+            num_unrated += table[RATING].null_count
+            num_events += table.num_rows
+            for name, parts in files.items():
+                mask = pc.is_in(table[SPLIT], pa.array(parts)).to_numpy()
+                for rows in shape(table, mask):
+                    writers[name].write_table(rows)
+                    out.rows[f"{domain}/{name}"] += rows.num_rows
+            progress.advance()
+    if 0 < num_unrated < num_events and shape is not _with_history:
+        out.notes.setdefault("num_without_rating", {})[domain] = num_unrated
+        say(f"note: {num_unrated:,} of {num_events:,} events of {domain} have no rating; they get 1")
+
+
+def _write_items(out: Export, domain: str, name: str, items: pa.Table, open_writer: Callable[..., Any]) -> None:
+    with open_writer(out.target / domain / name, items.schema) as writer:
+        writer.write_table(items)
+    out.rows[f"{domain}/{name}"] = items.num_rows
+
+
 # ---- RecBole ---------------------------------------------------------------------------------------------------------
 
+# fmt: off
+MISSING = (
+    "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL",
+    "NaN", "None", "n/a", "nan", "null",
+)
+# fmt: on
+"""What pandas, with which RecBole reads, takes for no value."""
 
-def _recbole(data: _Data, target: Path) -> dict[str, int]:
-    """Atomic files: DOMAIN/DOMAIN.inter and .item, and DOMAIN.train, .valid, .test.inter for its benchmark_filename."""
-    counts = {}
-    for domain in data.domains:
-        (target / domain).mkdir()
-        items = data.items(domain)
+BENCHMARK = {"train": (TRAIN,), "valid": (VALIDATION,), "test": (TEST,)}
+"""RecBole's names of the parts, for `benchmark_filename: [train, valid, test]`."""
+
+
+class _Tsv:
+    """Writes tables with tabs between fields and no quotes, as RecBole reads them."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        options = pa.csv.WriteOptions(delimiter="\t", quoting_style="none", quoting_header="none")
+        self._path, self._writer = path, pa.csv.CSVWriter(path, schema, write_options=options)
+
+    def __enter__(self) -> _Tsv:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+
+    def write_table(self, table: pa.Table) -> None:
+        for name in table.column_names:
+            if name.endswith("_id:token"):
+                missing = table[name].filter(pc.is_in(table[name], pa.array(MISSING)))
+                if len(missing):
+                    raise DataError(f"{self._what(name, missing[0])}, which RecBole reads as no id at all{_INSTEAD}")
+        try:
+            self._writer.write_table(table)
+        except pa.ArrowInvalid as error:
+            raise DataError(self._unwritable(table) or f"{self._path.name} cannot be written: {error}") from None
+
+    def _unwritable(self, table: pa.Table) -> str:
+        for name in table.column_names:
+            if pa.types.is_string(table[name].type):
+                bad = table[name].filter(pc.match_substring_regex(table[name], '[\t\n\r"]'))
+                if len(bad):
+                    what = "a tab, a quote or an end of line, for which atomic files have no room"
+                    return f"{self._what(name, bad[0])} holds {what}{_INSTEAD}"
+        return ""
+
+    def _what(self, name: str, value: Any) -> str:
+        return f"{self._path.name}: {name.partition(':')[0]} {value.as_py()!r}"
+
+
+_INSTEAD = "; map another column, or export to another format"
+
+
+def write_recbole(out: Export) -> None:
+    """DOMAIN/DOMAIN.inter with every event, .train, .valid and .test.inter with our split, and DOMAIN.item."""
+    for domain in out.domains:
+        files = {f"{domain}.inter": _EVERY} | {f"{domain}.{name}.inter": parts for name, parts in BENCHMARK.items()}
+        _write_events(out, domain, files, _atomic, _Tsv)
+        _write_items(out, domain, f"{domain}.item", _atomic_items(out.items(domain)), _Tsv)
+
+
+def write_recbole_sequential(out: Export) -> None:
+    """DOMAIN/DOMAIN.train, .valid and .test.inter whose events carry the items before them, and DOMAIN.item.
+
+    RecBole's sequential models make such lists only where they split by themselves. The history is that of our
+    queries: what the user did before in the domain, earlier held-out events too. An event without one is left out, as
+    RecBole does.
+    """
+    for domain in out.domains:
+        files = {f"{domain}.{name}.inter": parts for name, parts in BENCHMARK.items()}
+        _write_events(out, domain, files, _with_history, _Tsv)
+        _write_items(out, domain, f"{domain}.item", _atomic_items(out.items(domain)), _Tsv)
+
+
+def _atomic(table: pa.Table, mask: np.ndarray) -> Iterator[pa.Table]:
+    table = table.filter(pa.array(mask))
+    columns = {
+        "user_id:token": table[USER_ID],
+        "item_id:token": table[ITEM_ID],
+        "rating:float": pc.fill_null(table[RATING], 1.0),
+        "timestamp:float": table[TIMESTAMP],
+    }
+    yield pa.table(columns)
+
+
+def _with_history(table: pa.Table, mask: np.ndarray) -> Iterator[pa.Table]:
+    """The chosen events after their users' latest `MAX_LIST` items; the rows of a user stand together."""
+    user, item = table[USER_ID].combine_chunks(), table[ITEM_ID].combine_chunks()
+    spaced = item.filter(pc.match_substring(item, " "))
+    if len(spaced):
+        raise DataError(
+            f"item_id {spaced[0].as_py()!r} holds a space, which separates the items of a history in atomic files; use "
+            "the format recbole, and let RecBole split"
+        )
+    place, _, _ = runs(user.dictionary_encode().indices.to_numpy())
+    chosen = np.flatnonzero(mask & (place > 0))
+    for start in range(0, max(1, len(chosen)), LIST_BATCH):
+        some = chosen[start : start + LIST_BATCH]
+        lengths = np.minimum(place[some], MAX_LIST)
+        offsets = offsets_of(lengths)
+        before = np.repeat(some - lengths - offsets[:-1], lengths) + np.arange(offsets[-1])
+        lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), item.take(pa.array(before)))
         columns = {
-            "item_id:token": items[ITEM_ID],
-            "title:token_seq": items[TITLE],
-            "brand:token_seq": pc.fill_null(items[BRAND], ""),
-            "categories:token_seq": pc.fill_null(items[CATEGORIES], ""),
-            "price:float": items[PRICE],
+            "user_id:token": user.take(pa.array(some)),
+            "item_id_list:token_seq": pc.binary_join(lists, " "),
+            "item_id:token": item.take(pa.array(some)),
         }
-        counts[f"{domain}/{domain}.item"] = _write_tsv(target / domain / f"{domain}.item", [pa.table(columns)])
-        for name, part in (("", None), (".train", TRAIN), (".valid", VALIDATION), (".test", TEST)):
-            file = f"{domain}{name}.inter"
-            rows = (_recbole_events(table, part) for table in data.events(domain))
-            counts[f"{domain}/{file}"] = _write_tsv(target / domain / file, rows)
-    return counts
+        yield pa.table(columns)
 
 
-def _recbole_events(table: pa.Table, part: str | None) -> pa.Table:
-    table = table if part is None else table.filter(pc.equal(table[SPLIT], part))
-    return pa.table(
-        {
-            "user_id:token": table[USER_ID],
-            "item_id:token": table[ITEM_ID],
-            "rating:float": pc.fill_null(table[RATING], 1.0),
-            "timestamp:float": table[TIMESTAMP],
-        }
-    )
-
-
-def _write_tsv(path: Path, tables: Iterable[pa.Table]) -> int:
-    """Write tables with tabs between fields and no quotes, which RecBole does not know; returns the number of rows."""
-    options = pa.csv.WriteOptions(delimiter="\t", quoting_style="none", quoting_header="none")
-    rows, writer = 0, None
-    try:
-        for table in tables:
-            writer = writer or pa.csv.CSVWriter(path, table.schema, write_options=options)
-            try:
-                writer.write_table(table)
-            except pa.ArrowInvalid:
-                raise DataError(_unwritable(table, path)) from None
-            rows += table.num_rows
-    finally:
-        if writer is not None:
-            writer.close()
-    return rows
-
-
-def _unwritable(table: pa.Table, path: Path) -> str:
-    for name in table.column_names:
-        if pa.types.is_string(table.schema.field(name).type):
-            for value in table[name].to_pylist():
-                if value is not None and any(mark in value for mark in '\t\n\r"'):
-                    return (
-                        f"{path.name}: {name.partition(':')[0]} {value!r} holds a tab, a quote or an end of line, "
-                        "which atomic files cannot; map another column, or export to another form"
-                    )
-    return f"{path.name} cannot be written"
+def _atomic_items(items: pa.Table) -> pa.Table:
+    """The catalogue of a domain; what no item has is left out."""
+    names = {
+        ITEM_ID: "item_id:token",
+        TITLE: "title:token_seq",
+        BRAND: "brand:token",
+        CATEGORIES: "categories:token_seq",
+        PRICE: "price:float",
+    }
+    kept = [name for name in names if name in (ITEM_ID, TITLE) or items[name].null_count < len(items)]
+    return pa.table({names[name]: items[name] for name in kept})
 
 
 # ---- data frames -----------------------------------------------------------------------------------------------------
@@ -186,131 +353,237 @@ FRAMES: dict[str, dict[str, str]] = {
 }
 """Canonical column to the library's; RecTools has moments, RePlay seconds."""
 
+ITEMS = "items"
 
-def read_frame(folder: str | Path, form: str, domain: str, part: str) -> Any:
-    """One part of a split (train, validation, test) as the pandas frame that RecTools or RePlay take.
 
-    An event without a rating weighs 1. Raises ConfigError for a form that is not in `FRAMES`.
+def write_rectools(out: Export) -> None:
+    """DOMAIN/{train,validation,test,items}.parquet for RecTools: user_id, item_id, weight, datetime."""
+    _write_frames(out, "rectools")
+
+
+def write_replay(out: Export) -> None:
+    """DOMAIN/{train,validation,test,items}.parquet for RePlay: query_id, item_id, rating, timestamp."""
+    _write_frames(out, "replay")
+
+
+def read_frame(folder: str | Path, format: str, domain: str, part: str) -> Any:
+    """What the files of `rectools` or `replay` hold, as a pandas frame, without writing them.
+
+    `part` is train, validation, test or context, or `items` for the catalogue of the domain. An event without a rating
+    weighs 1. Raises ConfigError for a format, domain or part that is not there.
     """
-    if form not in FRAMES:
-        raise ConfigError(f"form={form!r}: expected {', '.join(FRAMES)}")
-    data = _Data(Path(folder), (domain,), read_manifest(folder)["num_parts"])
-    return pa.concat_tables([_frame(table, form, part) for table in data.events(domain)]).to_pandas()
+    if format not in FRAMES:
+        raise ConfigError(f"format={format!r}: expected {', '.join(FRAMES)}")
+    if part not in (*_EVERY, ITEMS):
+        raise ConfigError(f"part={part!r}: expected {', '.join((*_EVERY, ITEMS))}")
+    manifest = read_manifest(folder)
+    _known([domain], manifest)
+    out = Export(Path(folder), Path(), (domain,), manifest)
+    if part == ITEMS:
+        return _item_frame(out.items(domain)).to_pandas()
+    rows = [
+        frame
+        for table in itertools.chain([_NO_EVENTS], (_open(path).read() for path in out.events(domain)))
+        for frame in _frame(format)(table, pc.equal(table[SPLIT], part).to_numpy())
+    ]
+    return pa.concat_tables(rows).to_pandas()
 
 
-def _frame(table: pa.Table, form: str, part: str) -> pa.Table:
-    table = table.filter(pc.equal(table[SPLIT], part))
-    columns = {}
-    for name, theirs in FRAMES[form].items():
-        column = pc.fill_null(table[name], 1.0) if name == RATING else table[name]
-        columns[theirs] = column.cast(pa.timestamp("s")).cast(pa.timestamp("us")) if theirs == "datetime" else column
-    return pa.table(columns)
+def _write_frames(out: Export, format: str) -> None:
+    parts = _EVERY if out.manifest["split"]["unseen_user_share"] else (TRAIN, VALIDATION, TEST)
+    files = {f"{part}.parquet": (part,) for part in parts}
+    for domain in out.domains:
+        _write_events(out, domain, files, _frame(format), _parquet)
+        _write_items(out, domain, f"{ITEMS}.parquet", _item_frame(out.items(domain)), _parquet)
 
 
-def _frames(form: str) -> Callable[[_Data, Path], dict[str, int]]:
-    def write(data: _Data, target: Path) -> dict[str, int]:
-        counts = {}
-        for domain in data.domains:
-            (target / domain).mkdir()
-            for part in (TRAIN, VALIDATION, TEST, CONTEXT):
-                rows = (_frame(table, form, part) for table in data.events(domain))
-                if number := _write_parquet(target / domain / f"{part}.parquet", rows):
-                    counts[f"{domain}/{part}.parquet"] = number
-            items = data.items(domain).select([ITEM_ID, TITLE, BRAND, CATEGORIES, PRICE])
-            counts[f"{domain}/items.parquet"] = _write_parquet(target / domain / "items.parquet", [items])
-        return counts
-
-    return write
+def _parquet(path: Path, schema: pa.Schema) -> Any:
+    return pq.ParquetWriter(path, schema, compression="zstd")
 
 
-def _write_parquet(path: Path, tables: Iterable[pa.Table]) -> int:
-    rows, writer = 0, None
-    for table in tables:
-        if table.num_rows:
-            writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
-            writer.write_table(table)
-            rows += table.num_rows
-    if writer is not None:
-        writer.close()
-    return rows
+def _frame(format: str) -> Callable[[pa.Table, np.ndarray], Iterator[pa.Table]]:
+    def shape(table: pa.Table, mask: np.ndarray) -> Iterator[pa.Table]:
+        table = table.filter(pa.array(mask))
+        columns = {}
+        for name, theirs in FRAMES[format].items():
+            column = pc.fill_null(table[name], 1.0) if name == RATING else table[name]
+            if theirs == "datetime":
+                column = column.cast(pa.timestamp("s")).cast(pa.timestamp("us"))  # Parquet has no seconds
+            columns[theirs] = column
+        yield pa.table(columns)
+
+    return shape
+
+
+def _item_frame(items: pa.Table) -> pa.Table:
+    return items.select([ITEM_ID, TITLE, BRAND, CATEGORIES, PRICE])
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
-def _messages(data: _Data, target: Path) -> dict[str, int]:
-    """Chats of a prompt and its answer from the training examples, as LLaMA-Factory and TRL take them."""
-    counts, info = {}, {}
-    for domain in data.targets():
-        name = f"messages_{domain}"
-
-        def lines(domain: str = domain) -> Iterator[dict[str, Any]]:
-            for prompt, answer in _examples(data.folder, domain):
-                asked = {"role": "user", "content": prompt}
-                yield {"messages": [asked, {"role": "assistant", "content": answer.strip()}]}
-
-        counts[f"{name}.jsonl"] = _write_lines(target / f"{name}.jsonl", lines())
-        info[f"cprec_{name}"] = {
-            "file_name": f"{name}.jsonl",
-            "formatting": "sharegpt",
-            "columns": {"messages": "messages"},
-            "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
-        }
-    (target / "dataset_info.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
-    return counts
-
-
-def _text(data: _Data, target: Path) -> dict[str, int]:
-    """The documents of pre-training, and prompts with completions: what our own training reads, as text."""
-    shards, tokenizer = open_shards(data.folder / "shards" / "train"), load_tokenizer(str(data.folder / "tokenizer"))
-    texts = ({"text": text} for text in _decoded(shards, tokenizer, shards.column("length") - 1))
-    counts = {"text.jsonl": _write_lines(target / "text.jsonl", texts)}
-    info: dict[str, Any] = {"cprec_text": {"file_name": "text.jsonl", "columns": {"prompt": "text"}}}
-    for domain in data.targets():
-        name = f"completions_{domain}"
-        pairs = ({"prompt": prompt, "completion": answer} for prompt, answer in _examples(data.folder, domain))
-        counts[f"{name}.jsonl"] = _write_lines(target / f"{name}.jsonl", pairs)
-        info[f"cprec_{name}"] = {
-            "file_name": f"{name}.jsonl",
-            "columns": {"prompt": "prompt", "response": "completion"},
-        }
-    (target / "dataset_info.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
-    return counts
+def write_messages(out: Export) -> None:
+    """messages_DOMAIN.jsonl and messages_DOMAIN_validation.jsonl: chats of a prompt and the title that follows it."""
+    tokenizer = load_tokenizer(str(out.folder / "tokenizer"))
+    info = {}
+    for domain in _targets(out):
+        for name, part in _named(f"messages_{domain}", VALIDATION).items():
+            shards = _certified(out, f"examples/{domain}/{part}")
+            _write_lines(out, f"{name}.jsonl", np.arange(len(shards)), _chats(shards, tokenizer))
+            info[f"cprec_{name}"] = {
+                "file_name": f"{name}.jsonl",
+                "formatting": "sharegpt",
+                "columns": {"messages": "messages"},
+                "tags": {
+                    "role_tag": "role",
+                    "content_tag": "content",
+                    "user_tag": "user",
+                    "assistant_tag": "assistant",
+                },
+            }
+    _write_info(out, info)
 
 
-def _examples(folder: Path, domain: str) -> Iterator[tuple[str, str]]:
-    """Prompt and completion of every training example; together, and with the end, they are its tokens."""
-    shards, tokenizer = open_shards(folder / "examples" / domain / "train"), load_tokenizer(str(folder / "tokenizer"))
+def write_text(out: Export) -> None:
+    """text.jsonl and text_heldout.jsonl, the documents of pre-training; completions_DOMAIN.jsonl and
+    completions_DOMAIN_validation.jsonl, prompts and completions of fine-tuning.
+
+    Where domains are chosen, mixed documents, which tell of others, are left out. There is no end-of-sequence token in
+    the text: LLaMA-Factory and TRL add it.
+    """
+    tokenizer = load_tokenizer(str(out.folder / "tokenizer"))
+    info: dict[str, Any] = {}
+    for name, part in _named("text", "heldout").items():
+        shards = _certified(out, f"shards/{part}")
+        rows = np.arange(len(shards))
+        if set(out.domains) != set(out.manifest["domains"]):
+            chosen = pc.is_in(shards.documents["domain"], pa.array(out.domains))
+            rows = rows[pc.and_(chosen, pc.equal(shards.documents["kind"], SPECIFIC)).to_numpy()]
+        _write_lines(out, f"{name}.jsonl", rows, _documents(shards, tokenizer))
+        _tokenise_again(out, f"{name}.jsonl", shards, tokenizer, rows)
+        info[f"cprec_{name}"] = {"file_name": f"{name}.jsonl", "columns": {"prompt": "text"}}
+    for domain in _targets(out, needed=False):
+        for name, part in _named(f"completions_{domain}", VALIDATION).items():
+            shards = _certified(out, f"examples/{domain}/{part}")
+            rows = np.arange(len(shards))
+            _write_lines(out, f"{name}.jsonl", rows, _completions(shards, tokenizer))
+            _tokenise_again(out, f"{name}.jsonl", shards, tokenizer, rows)
+            columns = {"prompt": "prompt", "response": "completion"}
+            info[f"cprec_{name}"] = {"file_name": f"{name}.jsonl", "columns": columns}
+    _write_info(out, info)
+
+
+def _named(name: str, other: str) -> dict[str, str]:
+    """The names of the files of training, and of the `other` part."""
+    return {name: TRAIN, f"{name}_{other}": other}
+
+
+def _targets(out: Export, needed: bool = True) -> list[str]:
+    """The chosen domains that have examples; where they are `needed`, there must be one."""
+    found = sorted(path.name for path in (out.folder / "examples").glob("*") if path.is_dir())
+    if needed and not set(found) & set(out.domains):
+        raise ConfigError(
+            f"there are no examples of {', '.join(out.domains)}; the data has those of {', '.join(found)}"
+        )
+    return [domain for domain in found if domain in out.domains]
+
+
+def _certified(out: Export, name: str) -> Shards:
+    """Shards that a clean certificate covers as they stand. Raises LeakageError where none does."""
+    path = out.folder / CERTIFICATE
+    certificate = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not certificate.get("clean"):
+        what = "is not clean" if certificate else "is missing"
+        raise LeakageError(f"{path} {what}: see `cprec audit {out.folder}`, or prepare the data again")
+    shards = open_shards(out.folder / name)
+    if certificate["files"].get(f"{name}/{TOKENS}") != shards.manifest["sha256"][TOKENS]:
+        raise LeakageError(f"{out.folder / name} was changed after it was certified: run `cprec audit {out.folder}`")
+    return shards
+
+
+_Entries = Callable[[np.ndarray], Iterator[dict[str, Any]]]
+"""The entries of some documents of a shard, given by row."""
+
+
+def _documents(shards: Shards, tokenizer: Any) -> _Entries:
+    def entries(rows: np.ndarray) -> Iterator[dict[str, Any]]:
+        return ({"text": text} for text in _decoded(shards, tokenizer, rows))
+
+    return entries
+
+
+def _completions(shards: Shards, tokenizer: Any) -> _Entries:
+    """Prompts and completions: one after the other they are the document, and the loss is on the completion."""
     starts = shards.column("target_start")
-    prompts = _decoded(shards, tokenizer, starts)
-    answers = _decoded(shards, tokenizer, shards.column("length") - 1, starts)
-    return zip(prompts, answers, strict=True)
+
+    def entries(rows: np.ndarray) -> Iterator[dict[str, Any]]:
+        # A completion on its own may decode without its leading space: it is what the document has after the prompt.
+        prompts, documents = _decoded(shards, tokenizer, rows, starts), _decoded(shards, tokenizer, rows)
+        for prompt, document in zip(prompts, documents, strict=True):
+            if not document.startswith(prompt):
+                raise DataError(f"the tokenizer decodes a prompt alone to other text than in its document: {prompt!r}")
+            yield {"prompt": prompt, "completion": document[len(prompt) :]}
+
+    return entries
 
 
-def _decoded(shards: Shards, tokenizer: Any, stops: np.ndarray, starts: np.ndarray | None = None) -> Iterator[str]:
-    """The text of each document's tokens from `starts` (0) to `stops`."""
-    rows = shards.rows
-    for first in range(0, len(shards), BATCH):
-        some = range(first, min(first + BATCH, len(shards)))
-        pieces = [rows[row][0 if starts is None else starts[row] : stops[row]].tolist() for row in some]
-        yield from tokenizer.batch_decode(pieces, clean_up_tokenization_spaces=False)
+def _chats(shards: Shards, tokenizer: Any) -> _Entries:
+    completions = _completions(shards, tokenizer)
+
+    def entries(rows: np.ndarray) -> Iterator[dict[str, Any]]:
+        for pair in completions(rows):
+            answer = {"role": "assistant", "content": pair["completion"].strip()}
+            yield {"messages": [{"role": "user", "content": pair["prompt"]}, answer]}
+
+    return entries
 
 
-def _write_lines(path: Path, entries: Iterable[dict[str, Any]]) -> int:
-    count = 0
-    with open(path, "w", encoding="utf-8") as file, track(None, path.name, "rows") as progress:
-        for entry in entries:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            count += 1
-            if count % BATCH == 0:
-                progress.advance(BATCH)
-    return count
+def _decoded(shards: Shards, tokenizer: Any, rows: np.ndarray, stops: np.ndarray | None = None) -> list[str]:
+    """The text of some documents, up to the end-of-sequence token or to `stops`."""
+    tokens = shards.rows
+    pieces = [tokens[row][: -1 if stops is None else stops[row]].tolist() for row in rows.tolist()]
+    return list(tokenizer.batch_decode(pieces, clean_up_tokenization_spaces=False)) if pieces else []
 
 
-FORMS: dict[str, Callable[[_Data, Path], dict[str, int]]] = {
-    "recbole": _recbole,
-    "rectools": _frames("rectools"),
-    "replay": _frames("replay"),
-    "messages": _messages,
-    "text": _text,
+def _write_lines(out: Export, name: str, rows: np.ndarray, entries: _Entries) -> None:
+    """Write a line of JSON for each of some documents."""
+    with (
+        open(out.target / name, "w", encoding="utf-8") as file,
+        track(len(rows), f"exporting {name}", "documents") as progress,
+    ):
+        for start in range(0, len(rows), BATCH):
+            some = rows[start : start + BATCH]
+            file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries(some))
+            progress.advance(len(some))
+    out.rows[name] = len(rows)
+
+
+def _tokenise_again(out: Export, name: str, shards: Shards, tokenizer: Any, rows: np.ndarray) -> None:
+    """Note of how many documents the text gives our tokens again, on a sample spread over the file.
+
+    Not all of them must: we tokenise title by title, which other tokenizers than the tiny one may join, and a title
+    that was cut to its tokens may end inside a character.
+    """
+    sample = rows[np.linspace(0, len(rows) - 1, min(len(rows), MAX_SAMPLED)).astype(np.int64)]
+    texts, tokens = _decoded(shards, tokenizer, sample), shards.rows
+    again = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    equal = sum(ids == tokens[row][:-1].tolist() for ids, row in zip(again, sample.tolist(), strict=True))
+    out.notes.setdefault("tokenised_again", {})[name] = {"checked": len(sample), "equal": equal}
+    if equal < len(sample):
+        say(f"note: {name}: of {len(sample):,} documents tokenised again, {len(sample) - equal:,} give other tokens")
+
+
+def _write_info(out: Export, info: Mapping[str, Any]) -> None:
+    """dataset_info.json of LLaMA-Factory; files without rows, which it cannot read, are not in it."""
+    kept = {name: about for name, about in info.items() if out.rows[about["file_name"]]}
+    (out.target / DATASET_INFO).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+FORMATS: dict[str, Callable[[Export], None]] = {
+    "recbole": write_recbole,
+    "recbole-sequential": write_recbole_sequential,
+    "rectools": write_rectools,
+    "replay": write_replay,
+    "messages": write_messages,
+    "text": write_text,
 }

@@ -153,6 +153,19 @@ def test_any_number_of_parts_gives_the_same_rows(
         assert json.loads((folder / "certificate.json").read_text())["clean"]
 
 
+def test_parts_without_a_user_change_nothing(
+    config: PrepareConfig, tmp_path: Path, small_parts: Callable[[int], None]
+) -> None:
+    few = tuple(write_domain(tmp_path / "few", domain, 2, num_users=6) for domain in ("books", "games", "toys"))
+    config = replace(config, tables=few, k_core=0, pretrain_domains=(), heldout_share=0.3)
+    expected = rows(prepare(config))
+    small_parts(10)
+    folder = prepare(replace(config, output_dir=str(tmp_path / "parts")))
+    assert read_manifest(folder)["num_parts"] == 16, "for six users"
+    assert rows(folder) == expected
+    assert json.loads((folder / "certificate.json").read_text())["clean"]
+
+
 @pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_number_of_processes_gives_the_same_bytes(
     config: PrepareConfig, expected: Any, small_parts: Callable[[int], None], workers: int
