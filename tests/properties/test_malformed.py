@@ -87,7 +87,7 @@ def _try_with_csv(lines: list[str], separator: str, quote: str) -> tuple[list[st
 
 
 @given(texts, st.sampled_from([",", "\t", ":"]), st.sampled_from(['"', '"', "'", ""]))
-@settings(max_examples=300)
+@settings(max_examples=200)
 @example(b'x,y\n"a\r\n\r\nb",c\r\n,d\r\n', ",", '"')
 @example(b'x,y\n"a,b\n"c,d\n"e"f,g\nh,i\n', ",", '"')
 @example(b"x,y\na,b\r\r\n", ",", '"')
@@ -108,7 +108,7 @@ def test_delimited_text_is_read_as_csv_reads_it_row_by_row(text: bytes, separato
 
 
 @given(texts, st.sampled_from([",", "::", "¦"]), st.sampled_from(['"', "”", ""]), st.integers(1, 2), st.integers(1, 9))
-@settings(max_examples=300)
+@settings(max_examples=200)
 def test_blocks_are_read_alike_however_they_are_cut(
     text: bytes, separator: str, quote: str, num_columns: int, size: int
 ) -> None:
@@ -175,7 +175,7 @@ json_lines = st.lists(json_texts.map(lambda text: text.encode("utf-8", "replace"
 
 
 @given(json_lines, st.sampled_from([b"\n", b"\r\n"]))
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_json_lines_are_kept_or_set_aside(lines: list[bytes], end: bytes) -> None:
     with file_of(b'{"k": 0}' + end + end.join(lines), "file.jsonl") as path:
         rows, bad = text_files.read_json_lines(CONNECTION, path, ["k", "é"])
@@ -236,7 +236,7 @@ log_rows = st.lists(st.lists(fields, min_size=1, max_size=4).map(",".join), max_
 
 
 @given(log_rows, st.sampled_from(["auto", "seconds", "milliseconds", "iso", "order"]))
-@settings(max_examples=12)
+@settings(max_examples=8)
 def test_a_log_is_refused_or_all_of_its_rows_are_counted(rows: list[str], timestamps: Any) -> None:
     good = ["g,i1,2014-07-23" if timestamps == "iso" else "g,i1,1406116800"] * 7
     text = "user_id,item_id,timestamp\n" + "".join(f"{row}\n" for row in [*good, *rows])

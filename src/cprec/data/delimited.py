@@ -265,10 +265,10 @@ def _split_row(text: str, start: int, end: int, form: Form, is_last: bool) -> Ro
     reason: str | None = None
     if form.quote and form.quote in line:
         fields, stop, reason = _split_quoted(text, start, end, form.separator, form.quote, len(form.columns))
-        if stop == len(text) and not is_last and reason != TOO_MANY:
-            return faulty(NOT_CLOSED) if _num_bytes(text[start:stop]) > MAX_LINE else None
         if stop > end and _num_bytes(text[start:stop]) > MAX_LINE:
             reason = NOT_CLOSED
+        elif stop == len(text) and not is_last and reason != TOO_MANY:
+            return None
     else:
         fields = line.split(form.separator)
     whole = text[start:stop] if reason is None else line
