@@ -24,7 +24,8 @@ demo: $(READY)
 
 # Test models are tiny: one thread is quicker than many, and leaves the machine to its user.
 test: $(READY)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not slow and not gpu and not spark"
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist loadfile \
+	  -m "not slow and not gpu and not spark"
 
 test-all: $(READY)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest

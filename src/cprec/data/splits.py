@@ -48,8 +48,8 @@ class SplitSpec:
     """global-time: first moment of test, ISO date or date and time (UTC), in place of the fractions."""
 
     unseen_user_share: float = 0.0
-    """Share of users (by hash of the seed and the user) nothing of whom is learnt from, in any domain: their events
-    before the held-out ones are only shown as history."""
+    """Share of users (by hash of the seed and the user) nothing of whom trains, in any domain: their events before the
+    held-out ones are only shown as history. Their validation queries are among those that validate."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
