@@ -352,7 +352,7 @@ class _DomainBuilder:
             return events
         items = self.items
         status = (
-            items.filter(items["reason"].isnull() | (items["reason"] == NO_TITLE))
+            items.filter(~_is_blank(items[ITEM_ID]))
             .group_by(ITEM_ID)
             .aggregate(has_title=items["reason"].isnull().any())
             .rename(known_id=ITEM_ID)

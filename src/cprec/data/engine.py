@@ -175,7 +175,9 @@ class DuckDBEngine(TableEngine):
         except duckdb.OutOfMemoryException as error:
             raise DataError(f"{what}: not enough memory or disk ({_first_line(error)}); raise memory_limit") from None
         except duckdb.Error as error:
-            raise DataError(f"{what}: {_first_line(error)}") from None
+            raise DataError(
+                f"{what}: {_first_line(error)}; a file that is damaged is to be fetched or written again"
+            ) from None
 
     def read_parquet(self, path: str | Path) -> Any:
         import ibis

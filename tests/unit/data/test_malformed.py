@@ -358,6 +358,9 @@ VALUES = [
     # ---- items
     Case("an item twice, first without a title", rows(), {"items.csv 2": "title without a word"},
          items=b"item_id,title\ni1,\ni1,Ball\n"),
+    Case("an item whose title is too long", rows(f"a,i9,{T}"),
+         {2: "item has no title", "items.csv 5": "title of more than 10,000 characters"},
+         items=ITEMS + b"i9," + b"x" * 20_000 + b"\n"),
     Case("an item without a title", rows(f"a,i4,{T}"), {2: "item has no title", "items.csv 5": "title without a word"},
          items=ITEMS + b"i4,<b>...</b>\n"),
     Case("titles in the log that differ", column("title", "Ball", "Bowl", *["Ball"] * 10), items=None),
@@ -384,7 +387,7 @@ PARQUET = [
     Case("Parquet: cut short", parquet()[:-40], file="log.parquet",
          error=r"log\.parquet.*damaged.*: write or fetch it again"),
     Case("Parquet: a broken page", parquet(900)[:40] + b"\xff" * 60 + parquet(900)[100:], file="log.parquet",
-         error=r"log\.parquet"),
+         error=r"log\.parquet.*damaged"),
     Case("Parquet: text that is not UTF-8", parquet(user_id=["xxxx"] * 12).replace(b"xxxx", b"\xff\xfe\xff\xfe"),
          file="log.parquet", error=r"log\.parquet.* is not valid UTF8"),
     as_parquet("no rows", 0, {"error": "the interactions of domain 'toys' have no rows"},

@@ -54,7 +54,7 @@ CASES: dict[str, tuple[dict[str, bytes], dict[str, str], list[Row], dict[str, st
         {"category": "Beauty"},
         [("A1", "B1", DAY)],
         {"B1": "It's Soap"},
-        {"malformed row: ValueError": 1},
+        {"malformed row: no dict as Python spells it": 1},
     ),
     "amazon-2018": (
         {
@@ -237,7 +237,10 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     source = PublicSource(format="movielens-1m", folder=str(tmp_path))
     with pytest.raises(DataError, match=r"has no ratings.dat, which movielens-1m needs: set download=true, or get it"):
         build_dataset([source], tmp_path / "data")
-    with pytest.raises(ConfigError, match="yelp cannot be downloaded directly: get it from https://"):
+    with pytest.raises(
+        ConfigError,
+        match="yelp cannot be downloaded directly: get yelp_academic_dataset_review.json and .*business.json from https://",
+    ):
         build_dataset([PublicSource(format="yelp", folder=str(tmp_path), download=True)], tmp_path / "data")
 
 

@@ -1,20 +1,29 @@
 """Amazon Reviews of 2014, 2018 and 2023 (McAuley Lab, UCSD): one review or product a line.
 
 Reviews are JSON in all years. The metadata of 2014 are Python literals. Times are seconds in 2014 and 2018 (whole
-days), milliseconds in 2023, which also has `parent_asin`, the product whatever its colour or size.
+days), milliseconds in 2023, which also has `parent_asin`, the product whatever its colour or size. Some titles of 2018
+are scripts of the page in place of a title, and count as missing.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from cprec.data.sources.readers import json_lines, python_literals
+from cprec.data.sources.readers import changed, json_lines, python_literals
 
 REVIEW = ("reviewerID", "asin", "unixReviewTime", "overall")
 REVIEW_2023 = ("user_id", "parent_asin", "timestamp", "rating")
 PRODUCT_2014 = ("asin", "title", "brand", "categories", "description", "price")
 PRODUCT_2018 = ("asin", "title", "brand", "category", "description", "price")
 PRODUCT_2023 = ("parent_asin", "title", "store", "categories", "description", "price")
+
+
+def _without_scripts(products: Any) -> Any:
+    import ibis
+
+    title = products["title"]
+    return products.mutate(title=ibis.ifelse(title.contains("getTime"), ibis.null("string"), title))
+
 
 _LICENCE = (
     "Amazon review data (McAuley Lab, UCSD) state no licence: published for research; cite the papers named on their "
@@ -54,7 +63,7 @@ FORMATS: dict[str, dict[str, Any]] = {
         ),
         "items": ("meta_{category}.json.gz", "meta_{category}.json"),
         "read_interactions": json_lines(*REVIEW),
-        "read_items": json_lines(*PRODUCT_2018),
+        "read_items": changed(json_lines(*PRODUCT_2018), _without_scripts),
         "timestamps": "seconds",
         "licence": _LICENCE,
         "urls": (

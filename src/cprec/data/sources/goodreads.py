@@ -1,4 +1,8 @@
-"""Goodreads (UCSD): shelves and reviews with the moment they were added, and books; one JSON object a line."""
+"""Goodreads (UCSD): shelves and reviews with the moment they were added, and books; one JSON object a line.
+
+The category is a genre, or, where the files are there, `dedup` for all of them. A rating of 0 is none.
+`goodreads_interactions.csv` has neither times nor an order that anybody states, and is not read.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +38,17 @@ FORMATS: dict[str, dict[str, Any]] = {
             "goodreads_reviews_{category}.json.gz",
             "goodreads_reviews_{category}.json",
         ),
-        "items": ("goodreads_books_{category}.json.gz", "goodreads_books_{category}.json"),
+        "items": (
+            "goodreads_books_{category}.json.gz",
+            "goodreads_books_{category}.json",
+            "goodreads_books.json.gz",
+            "goodreads_books.json",
+        ),
         "read_interactions": changed(
-            json_lines(*SHELF), lambda shelves: shelves.mutate(date_added=iso_time(shelves["date_added"]))
+            json_lines(*SHELF),
+            lambda shelves: shelves.mutate(
+                date_added=iso_time(shelves["date_added"]), rating=shelves["rating"].nullif("0")
+            ),
         ),
         "read_items": json_lines(*BOOK),
         "timestamps": "iso",

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ast
-import gzip
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cprec.data.text_files import LINE, MAX_LINE, SHOWN, check_encoding
-from cprec.errors import DataError
+from cprec.data.text_files import LINE, SHOWN, text_blocks
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -20,13 +18,16 @@ if TYPE_CHECKING:
 BATCH = 1 << 15
 """Rows that are parsed at once."""
 
-Parse = Callable[[str], dict[str, Any]]
+MAX_LITERAL = 1 << 20
+"""Bytes of a line at most: Python needs some five hundred times the memory of a line that is all brackets."""
+
+NO_DICT = "malformed row: no dict as Python spells it"
 
 
 def python_literal(line: str) -> dict[str, Any]:
     """The dict that a line of Python spells. Raises ValueError for anything else.
 
-    >>> python_literal("{'asin': 'B1', 'price': 4.99, 'also': ['B2', 'B3']}")
+    >>> python_literal("{'asin': 'B1', u'price': 4.99, 'also': ['B2', 'B3']}")
     {'asin': 'B1', 'price': 4.99, 'also': ['B2', 'B3']}
     """
     try:
@@ -41,42 +42,42 @@ def python_literal(line: str) -> dict[str, Any]:
 
 
 def as_text(value: Any) -> str | None:
-    """A value as text: lists (and lists of lists) joined by a comma, None where there is nothing.
+    """A value as text: lists (and lists of lists) joined by a comma, None where there is nothing or a dict.
 
     >>> as_text([["Beauty", "Skin Care"], "Gifts"])
     'Beauty, Skin Care, Gifts'
     """
-    if value is None:
+    if value is None or isinstance(value, dict):
         return None
     if isinstance(value, (list, tuple, set)):
-        return ", ".join(text for text in map(as_text, value) if text)
-    return str(value)
+        texts = [text for text in map(as_text, value) if text]
+        return ", ".join(sorted(texts) if isinstance(value, set) else texts)
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
-def read_lines(
-    engine: TableEngine, path: Path, columns: Sequence[str], parse: Parse = python_literal
-) -> tuple[Any, Any]:
-    """One record a line, the given keys as text: (rows, malformed rows), shaped as `TableEngine.read_json_lines` does.
+def read_lines(engine: TableEngine, path: Path, columns: Sequence[str]) -> tuple[Any, Any]:
+    """One dict a line, the given keys as text: (rows, malformed rows), shaped as `TableEngine.read_json_lines` does.
 
-    A line that is empty is no row. Raises DataError for a compressed file that ends too early.
+    An empty line is no row. Raises DataError for a file of another kind, and for a compressed one that ends too early.
     """
     import pyarrow as pa
 
-    check_encoding(path)
     schema = pa.schema([*((name, pa.string()) for name in columns), (LINE, pa.int64())])
-    bad: list[dict[str, Any]] = []
-    reader = pa.RecordBatchReader.from_batches(schema, _batches(path, columns, parse, schema, bad))
-    rows = engine.from_batches(reader)
-    fields = [(LINE, pa.int64()), ("reason", pa.string()), ("row", pa.string())]
-    return rows, engine.from_arrow(pa.Table.from_pylist(bad, schema=pa.schema(fields)))
+    bad: list[tuple[int, str, str]] = []
+    rows = engine.from_batches(pa.RecordBatchReader.from_batches(schema, _batches(path, columns, schema, bad)))
+    fields = pa.schema([(LINE, pa.int64()), ("reason", pa.string()), ("row", pa.string())])
+    values = zip(*bad, strict=True) if bad else [[], [], []]
+    return rows, engine.from_arrow(pa.table([pa.array(column) for column in map(list, values)], schema=fields))
 
 
 def _batches(
-    path: Path, columns: Sequence[str], parse: Parse, schema: pa.Schema, bad: list[dict[str, Any]]
+    path: Path, columns: Sequence[str], schema: pa.Schema, bad: list[tuple[int, str, str]]
 ) -> Iterator[pa.RecordBatch]:
     import pyarrow as pa
 
-    rows: list[list[Any]] = []
+    from cprec.data.delimited import NOT_UTF8, TOO_LONG
+
+    rows: list[tuple[Any, ...]] = []
 
     def batch() -> pa.RecordBatch:
         values = zip(*rows, strict=True) if rows else [[] for _ in schema]
@@ -85,21 +86,22 @@ def _batches(
         )
 
     for number, line in enumerate(_lines(path), start=1):
+        reason = TOO_LONG if len(line) > MAX_LITERAL else None
         try:
-            if len(line) > MAX_LINE:
-                raise ValueError("line size over maximum")
-            text = line.decode("utf-8")
-            if not text.strip():
+            text = line.decode("utf-8", "replace" if reason else "strict")
+            if not text.strip(" \t\r"):
                 continue
-            record = parse(text)
-            rows.append([*(as_text(record.get(name)) for name in columns), number])
-            "".join(value for value in rows[-1][:-1] if value).encode()  # a lone surrogate is no text
-        except (ValueError, RecursionError) as error:
-            if rows and rows[-1][-1] == number:
-                rows.pop()
-            reason = "invalid encoding" if isinstance(error, UnicodeError) else str(error)
-            shown = line[:SHOWN].decode("utf-8", "replace").rstrip("\r\n")
-            bad.append({LINE: number, "reason": f"malformed row: {reason}", "row": shown})
+            if reason is None:
+                record = python_literal(text)
+                row = [as_text(record.get(name)) for name in columns]
+                "".join(value for value in row if value).encode()  # a lone surrogate is no text
+                rows.append((*row, number))
+        except UnicodeError:
+            reason = NOT_UTF8
+        except (ValueError, RecursionError):
+            reason = NO_DICT
+        if reason is not None:
+            bad.append((number, reason, line[: 4 * SHOWN].decode("utf-8", "replace")[:SHOWN].rstrip("\r")))
         if len(rows) >= BATCH:
             yield batch()
             rows.clear()
@@ -107,10 +109,11 @@ def _batches(
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    try:
-        with open(path, "rb") as raw:
-            yield from gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw
-    except (OSError, EOFError) as error:
-        raise DataError(
-            f"{path} ends too early or is damaged ({error}): fetch or write it again; nothing was used"
-        ) from None
+    """The lines of a file without their ends; of one that is too long, enough to know it."""
+    rest = b""
+    for block in text_blocks(path):
+        *lines, rest = (rest + block).split(b"\n")
+        yield from lines
+        rest = rest[: MAX_LITERAL + 1]
+    if rest:
+        yield rest

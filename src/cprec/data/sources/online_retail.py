@@ -1,5 +1,7 @@
 """Online Retail and Online Retail II (UCI): the lines of a shop's invoices, as CSV; one product of an invoice a line.
 
+The archive's own CSV is `data.csv`; its sheet (`Online Retail.xlsx`) is read once it is saved as CSV.
+
 A line without a customer, of a cancelled invoice, of nothing sold or given, or of what is no product (postage, fees,
 manual corrections: a stock code does not begin with five digits) is set aside with its reason. Times are the shop's
 local ones, read as UTC. The events name their product themselves.
@@ -100,6 +102,7 @@ FORMATS: dict[str, dict[str, Any]] = {
         "timestamps": "iso",
         "columns": {"user_id": "customer"},
         "licence": "Online Retail (UCI Machine Learning Repository): CC BY 4.0",
-        "page": "https://archive.ics.uci.edu/dataset/352/online+retail (save the sheet as CSV)",
+        "urls": ("https://archive.ics.uci.edu/static/public/352/data.csv",),
+        "page": "https://archive.ics.uci.edu/dataset/352/online+retail",
     },
 }

@@ -84,11 +84,16 @@ class PublicSource:
         if self.format not in get_args(FormatName):
             raise ConfigError(f"format={self.format!r}: expected {', '.join(get_args(FormatName))}")
         needs = any("{category}" in name for name in FORMATS[self.format].interactions)
+        example = "Gift_Cards" if self.format.startswith("amazon") else "poetry"
         if needs and not self.category:
-            example = "Gift_Cards" if self.format.startswith("amazon") else "poetry"
             raise ConfigError(f"format={self.format} needs a category as its files name it, as category={example}")
         if self.category and not needs:
             raise ConfigError(f"format={self.format} has no categories: leave category={self.category!r} out")
+        if self.category and not re.fullmatch("[A-Za-z0-9_]+", self.category):
+            raise ConfigError(
+                f"category={self.category!r}: write it as the names of its files have it, without suffixes and spaces, "
+                f"as {example}"
+            )
         if not self.domain:
             name = f"{self.format}_{self.category}" if self.category else self.format
             object.__setattr__(self, "domain", re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_"))
@@ -98,21 +103,16 @@ class PublicSource:
 
     def load(self, engine: TableEngine) -> SourceTables:
         """The rows of the files, downloaded first if asked for. Raises DataError for a file that is missing."""
-        layout = FORMATS[self.format]
-        if self.download:
-            from cprec.data.download import download_files
+        from cprec.data.download import verify_files
 
-            if not layout.urls:
-                raise ConfigError(
-                    f"{self.format} cannot be downloaded directly: get it from {layout.page} and put its files into "
-                    f"{self.folder}. {layout.licence}"
-                )
-            needed = [layout.interactions, *([layout.items] if layout.items else [])]
-            if any(self._find(names) is None for names in needed):
-                urls = [url.format(category=self.category) for url in layout.urls]
-                download_files(urls, Path(self.folder), f"{self.format}: {layout.licence} ({layout.page})")
-        log = layout.read_interactions(engine, "interactions", (self._found(layout.interactions),))
-        items = layout.read_items(engine, "items", (self._found(layout.items),)) if layout.items else log
+        layout = FORMATS[self.format]
+        if self.download and any(self._find(names) is None for names in (layout.interactions, layout.items) if names):
+            self._download(layout)
+        events = self._found(layout.interactions)
+        things = self._found(layout.items) if layout.items else None
+        verify_files(Path(self.folder), [events, *([things] if things else [])])
+        log = layout.read_interactions(engine, "interactions", (events,))
+        items = layout.read_items(engine, "items", (things,)) if things else log
         return canonical_tables(
             engine,
             self.domain,
@@ -120,8 +120,20 @@ class PublicSource:
             items,
             layout.columns,
             layout.timestamps,
-            items_in_log=not layout.items,
+            items_in_log=things is None,
         )
+
+    def _download(self, layout: Format) -> None:
+        from cprec.data.download import download_files
+
+        if not layout.urls:
+            files = " and ".join(names[0] for names in (layout.interactions, layout.items) if names)
+            raise ConfigError(
+                f"{self.format} cannot be downloaded directly: get {files} from {layout.page} and put them into "
+                f"{self.folder}. {layout.licence}"
+            )
+        urls = [url.format(category=self.category) for url in layout.urls]
+        download_files(urls, Path(self.folder), f"{self.format}: {layout.licence} ({layout.page})")
 
     def _find(self, names: tuple[str, ...]) -> Path | None:
         """The first of some files that is there, in the folder or one below it."""

@@ -15,11 +15,18 @@ if TYPE_CHECKING:
 Read = Callable[["TableEngine", str, tuple[Path, ...]], RawTable]
 
 
+_LISTS = ("title", "categories", "category", "description")
+"""Keys that may hold a list; of the others a list is no value."""
+
+
 def json_lines(*columns: str) -> Read:
     """JSON objects, one a line, the given keys as text."""
 
     def read(engine: TableEngine, what: str, files: tuple[Path, ...]) -> RawTable:
-        return raw_table(what, files, columns, [engine.read_json_lines(path, columns) for path in files])
+        from cprec.data.text_files import Scalar
+
+        keys = [name if name in _LISTS else Scalar(name) for name in columns]
+        return raw_table(what, files, columns, [engine.read_json_lines(path, keys) for path in files])
 
     return read
 

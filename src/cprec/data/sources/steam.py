@@ -1,4 +1,8 @@
-"""Steam (UCSD): reviews with their day, and games; one Python literal a line."""
+"""Steam (UCSD, version 2): reviews with their day, and games; one Python literal a line.
+
+Version 1 (`australian_users_items.json.gz`) has hours of play without a time or an order, and is not read. Unpacked,
+the reviews are called `steam_new.json`.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +24,8 @@ FORMATS: dict[str, dict[str, Any]] = {
         "columns": {"user_id": "username", "item_id": "product_id", "title": "app_name", "brand": "publisher"},
         "licence": "Steam reviews (UCSD) are crawled and state no licence: for research; cite the papers named there",
         "urls": (
-            "https://mcauleylab.ucsd.edu/public_datasets/data/steam/steam_new.json.gz",
-            "https://mcauleylab.ucsd.edu/public_datasets/data/steam/steam_games.json.gz",
+            "https://cseweb.ucsd.edu/~wckang/steam_reviews.json.gz",
+            "https://cseweb.ucsd.edu/~wckang/steam_games.json.gz",
         ),
         "page": "https://cseweb.ucsd.edu/~jmcauley/datasets.html#steam_data",
     },
