@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cprec.data.ragged import Ragged
+from cprec.data.ragged import Ragged, gather
 from cprec.errors import ShardError
 from cprec.provenance import file_sha256
 from cprec.schema import KINDS
@@ -61,6 +61,10 @@ class Shards:
         offset, length = self.column("offset"), self.column("length")
         end = offset[-1:] + length[-1:] if len(offset) else np.zeros(1, dtype=np.int64)
         return Ragged(self.tokens, np.concatenate([offset, end]).astype(np.int64))
+
+    def take(self, documents: np.ndarray) -> Ragged:
+        """The tokens of some documents, given by row number, in one gather from the file."""
+        return gather(self.tokens, self.column("offset")[documents], self.column("length")[documents])
 
     @classmethod
     def concatenate(cls, pieces: Sequence[Shards], manifest: dict[str, Any]) -> Shards:

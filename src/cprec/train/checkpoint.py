@@ -88,9 +88,17 @@ def _flush(path: Path) -> None:
 
 
 def save_checkpoint(
-    output_dir: Path, state: TrainState, model: Any, optimizer: torch.optim.Optimizer, keep: int
+    output_dir: Path,
+    state: TrainState,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+    name: str = "checkpoint",
 ) -> Path:
-    """Write `checkpoint-<step>` and remove all but the newest `keep`. Raises CheckpointError (see `write_folder`)."""
+    """Write `<name>-<step>` and remove all but the newest `keep` of the checkpoints that resuming goes on from.
+
+    Raises CheckpointError (see `write_folder`).
+    """
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
@@ -98,7 +106,7 @@ def save_checkpoint(
             torch.save(optimizer.state_dict(), file)
         (folder / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n")
 
-    folder = output_dir / f"checkpoint-{state.step}"
+    folder = output_dir / f"{name}-{state.step}"
     write_folder(folder, write)
     for old in checkpoints(output_dir)[:-keep]:
         shutil.rmtree(old)
@@ -109,6 +117,14 @@ def checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
+
+
+def read_state(folder: Path) -> TrainState:
+    """How far the run was that wrote a checkpoint. Raises CheckpointError where that cannot be read."""
+    try:
+        return TrainState(**json.loads((folder / STATE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder} is no checkpoint that can be read ({error!r})") from error
 
 
 def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> TrainState:

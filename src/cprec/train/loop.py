@@ -80,20 +80,28 @@ def train(
     validate: Callable[[], dict[str, float]],
     resume_from: Path | None,
     description: str,
+    start_from: Path | None = None,
+    keep_at: int | None = None,
 ) -> TrainState:
     """Train to the end of the stream, from a checkpoint if one is given; returns the final state.
 
     Each stream batch is one optimizer step, cut into `num_accumulation` micro-batches of rows. The step's loss is the
     sum over all its targets divided by their number, so accumulation changes nothing but memory. Every `logging_steps`
     steps a line goes to `log.jsonl`; every `eval_steps`, and at the end, `validate()` is logged as `heldout`; every
-    `save_steps` a checkpoint is written. Ctrl-C and SIGTERM let the step finish, save, and raise KeyboardInterrupt.
+    `save_steps` a checkpoint is written, and after `keep_at` steps one that stays, `stable-<step>`. Weights and
+    optimizer begin as in the checkpoint `start_from`, if one is given. Ctrl-C and SIGTERM let the step finish, save,
+    and raise KeyboardInterrupt.
 
     Raises TrainingError if a loss or gradient norm is not finite or the log cannot be written, and CheckpointError if
     a checkpoint cannot be written.
     """
     device = next(model.parameters()).device
     optimizer = make_optimizer(model, weight_decay=weight_decay)
-    state = load_checkpoint(resume_from, model, optimizer) if resume_from else TrainState()
+    state = TrainState()
+    if resume_from:
+        state = load_checkpoint(resume_from, model, optimizer)
+    elif start_from:
+        load_checkpoint(start_from, model, optimizer)
     log = _Log(output_dir / LOG, state)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -137,9 +145,12 @@ def train(
                     grad_norm=norm.item(),
                     tokens_per_second=state.num_tokens / max(state.seconds, 1e-9),
                     consumed=state.consumed,
+                    **({"mixture": stream.mixture_until(state.step)} if len(stream.corpus.groups) > 1 else {}),
                 )
             if state.step % eval_steps == 0 or state.step == num_steps:
                 log.write(step=state.step, tokens=state.num_tokens, heldout=validate())
+            if state.step == keep_at:
+                save_checkpoint(output_dir, state, model, optimizer, save_total_limit, name="stable")
             if state.step < num_steps and (stop or state.step % save_steps == 0):
                 saved = save()
                 if stop:

@@ -14,8 +14,10 @@ from cprec.errors import ConfigError
 from cprec.provenance import CONFIG_FILE, file_sha256, read_resolved, save_resolved, to_dict
 
 if TYPE_CHECKING:
-    from cprec.text.shards import Shards
-    from cprec.text.stream import TokenStream
+    import numpy as np
+
+    from cprec.text.stream import Phase, TokenStream
+    from cprec.train.schedule import Schedule
 
 DONE, LOG = "cprec.json", "log.jsonl"
 FEW_STEPS = 50
@@ -74,6 +76,10 @@ class TrainingConfig:
     """Gradients are scaled down to this norm."""
     bf16: Literal["auto", "true", "false"] = "auto"
     """Compute in bf16 with fp32 weights; auto: where the machine has instructions for it."""
+    lr_scheduler_type: Literal["wsa", "constant_with_warmup", "cosine", "constant"] = "wsa"
+    """Warmup-stable-annealing; or without the annealing; a cosine over all that warm-up leaves; or the peak only."""
+    schedule_unit: Literal["steps", "tokens"] = "steps"
+    """What the learning rate follows: optimizer steps, or the tokens read by the end of each."""
     warmup_steps: float = 0.03
     """Warm-up: a fraction of all steps if below 1, else a number of steps."""
     anneal_steps: float = 0.15
@@ -96,6 +102,8 @@ class TrainingConfig:
     """Held-out tokens measured per domain and kind, at most."""
     resume_from_checkpoint: Literal["auto", "never"] = "auto"
     """auto goes on from the newest checkpoint in output_dir; never starts again."""
+    dry_run: bool = False
+    """Show the plan (steps, tokens, mixture, learning rate) and train nothing."""
 
     def __post_init__(self) -> None:
         positive = (
@@ -116,6 +124,90 @@ class TrainingConfig:
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
 
+STABLE, WARMUP, ANNEALING = "stable", "warm-up", "annealing"
+_FREE = ("resume_from_checkpoint", "save_steps", "save_total_limit", "dry_run")
+"""Settings that may change between the starts of one run."""
+_SURE_FILL = 0.96
+"""Share of a row's positions that is surely filled: a phase given in steps is no longer than asked."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a run will do: its batches and their learning rates. A pure function of settings and data."""
+
+    stream: TokenStream
+    schedule: Schedule
+
+    def steps_of(self, name: str) -> int:
+        """Optimizer steps of a phase of the stream; 0 where it has none of that name."""
+        steps = zip(self.stream.phases, self.stream.phase_steps, strict=True)
+        return sum(num for phase, num in steps if phase.name == name)
+
+
+def split_phases(
+    config: TrainingConfig,
+    num_tokens: int,
+    share: np.ndarray,
+    *,
+    warmup: np.ndarray | None = None,
+    annealing: np.ndarray | None = None,
+) -> list[Phase]:
+    """The phases of a run over `num_tokens`, each with the share of its tokens that each group has.
+
+    Annealing is a phase of its own, so that runs which differ in it alone read the same until it begins; so is warm-up
+    where it has a mixture of its own. Phases too short for a step are part of the others.
+    """
+    from cprec.text.stream import Phase
+
+    per_step = config.rows_per_step * config.max_length
+
+    def phase(name: str, setting: float, of_phase: np.ndarray) -> Phase:
+        if setting < 1:
+            return Phase(name=name, num_tokens=setting * num_tokens, share=of_phase)
+        return Phase(name=name, num_tokens=setting * per_step * _SURE_FILL, share=of_phase, num_steps=round(setting))
+
+    first = [] if warmup is None else [phase(WARMUP, config.warmup_steps, warmup)]
+    last = [phase(ANNEALING, config.anneal_steps, share if annealing is None else annealing)]
+    if config.lr_scheduler_type != "wsa":
+        last = []
+    rest = num_tokens - sum(part.num_tokens for part in [*first, *last])
+    stable = Phase(name=STABLE, num_tokens=max(rest, 0), share=share)
+    return [part for part in [*first, stable, *last] if part.num_tokens >= per_step] or [
+        Phase(name=STABLE, num_tokens=num_tokens, share=share)
+    ]
+
+
+def make_plan(config: TrainingConfig, stream: TokenStream) -> Plan:
+    """The learning rates that the settings ask for over the steps of a stream."""
+    from cprec.train.schedule import make_schedule
+
+    num_steps, steps = stream.num_steps, {}
+    for phase, of_phase in zip(stream.phases, stream.phase_steps, strict=True):
+        steps[phase.name] = of_phase
+    warmup = steps.get(WARMUP, _steps(config.warmup_steps, num_steps))
+    if 0 < config.warmup_steps < 1:
+        warmup = max(1, warmup)
+    anneal = steps.get(ANNEALING, _steps(config.anneal_steps, num_steps))
+    if config.anneal_steps < 1:
+        anneal = min(anneal, max(0, num_steps - warmup))
+    after = range(1, num_steps + 1) if config.schedule_unit == "steps" else stream.tokens_after()
+    schedule = make_schedule(
+        config.lr_scheduler_type,
+        after,  # type: ignore[arg-type]
+        config.learning_rate,
+        warmup_steps=warmup,
+        anneal_steps=anneal,
+        floor_ratio=config.min_lr_ratio,
+        shape=config.anneal_shape,
+    )
+    return Plan(stream, schedule)
+
+
+def _steps(setting: float, num_steps: int) -> int:
+    """A setting below 1 is a fraction of the steps; from 1 on, a number of steps."""
+    return round(setting * num_steps) if setting < 1 else round(setting)
+
+
 def finished(config: TrainingConfig, inputs: dict[str, str]) -> bool:
     """Whether output_dir holds the finished run of these settings on these inputs.
 
@@ -129,7 +221,7 @@ def finished(config: TrainingConfig, inputs: dict[str, str]) -> bool:
     changed = sorted(
         name for name in now.keys() | record["config"].keys() if now.get(name) != record["config"].get(name)
     )
-    changed = [name for name in changed if name not in ("resume_from_checkpoint", "save_steps", "save_total_limit")]
+    changed = [name for name in changed if name not in _FREE]
     if changed or record["inputs"] != inputs:
         what = (
             ", ".join(f"{n} was {record['config'].get(n)!r}, now {now.get(n)!r}" for n in changed) or "other input data"
@@ -140,18 +232,80 @@ def finished(config: TrainingConfig, inputs: dict[str, str]) -> bool:
     return (output_dir / DONE).is_file()
 
 
+def _check_fork(stable: Path, plan: Plan) -> None:
+    """Raises ConfigError where a checkpoint is not what this plan has come to when its annealing begins."""
+    from cprec.train.checkpoint import TrainState, read_state
+
+    start, state = plan.stream.num_steps - plan.steps_of(ANNEALING), TrainState()
+    for step in range(start):
+        state = state.advance(plan.stream.documents(step).tobytes(), 0, 0, 0)
+    found = read_state(stable)
+    if (found.step, found.consumed) != (start, state.consumed):
+        raise ConfigError(
+            f"{stable} (step {found.step:,}) is not the end of the stable phase of this plan (step {start:,}, the same "
+            "documents in the same order): fork with the settings and data of the run that saved it"
+        )
+
+
+def describe_plan(config: TrainingConfig, plan: Plan) -> None:
+    """Say what will be done: tokens, steps, the mixture of each phase, learning rates."""
+    from cprec.progress import say
+
+    stream, wsa = plan.stream, plan.schedule.wsa
+    num_steps = stream.num_steps
+    say(
+        f"{stream.num_tokens:,} tokens in {num_steps:,} steps of {config.rows_per_step * config.max_length:,} "
+        f"positions ({stream.fill:.1%} full)"
+    )
+    if stream.corpus.names != [""]:
+        describe_mixture(stream)
+    unit = "tokens" if config.schedule_unit == "tokens" else "steps"
+    say(
+        f"learning rate: {wsa.warmup:,} {unit} up to {wsa.peak:g}, {wsa.anneal_start - wsa.warmup:,} there, "
+        f"{wsa.anneal:,} {f'down to {wsa.floor:g} ({wsa.shape})' if wsa.anneal else 'of annealing'}"
+    )
+    if num_steps < FEW_STEPS:
+        say(
+            f"note: {num_steps} optimizer steps are few to learn from: raise num_train_epochs, or lower "
+            "per_device_train_batch_size or max_length"
+        )
+
+
+def describe_mixture(stream: TokenStream) -> None:
+    """Say how the tokens of each phase divide over domains and kinds, and how often each is repeated."""
+    from cprec.progress import say
+
+    total = stream.group_tokens.sum(0)
+    phases = [phase for phase, steps in zip(stream.phases, stream.phase_steps, strict=True) if steps]
+    for number, group in enumerate(stream.corpus.groups):
+        of_phases = stream.group_tokens[:, number] / stream.group_tokens.sum(1).clip(min=1)
+        if (of_phases.round(4) == of_phases[0].round(4)).all() or len(phases) == 1:
+            share = f"{total[number] / stream.num_tokens:.1%}"
+        else:
+            named = zip(stream.phases, of_phases, strict=True)
+            share = ", ".join(f"{phase.name} {part:.1%}" for phase, part in named)
+        passes = total[number] / max(1, group.num_tokens)
+        say(f"  {group.name}: {total[number]:,} tokens ({share}), {passes:.2f} passes over {group.num_tokens:,}")
+
+
 def run_training(
     config: TrainingConfig,
     *,
-    train_shards: Shards,
-    make_stream: Callable[[], TokenStream],
+    make_plan: Callable[[], Plan],
+    trained_on: list[str],
     validation: dict[str, TokenStream],
     about: dict[str, Any],
+    inputs: dict[str, str] | None = None,
+    start_from: Path | None = None,
+    fork_of: Path | None = None,
 ) -> Path:
     """Set up model, schedule and loop, train, and write the finished model folder; returns it.
 
-    `validation` maps a name (a domain and kind) to held-out batches; `about` is what this stage adds to `cprec.json`.
-    A finished run of equal settings is reused; an interrupted one goes on from its newest checkpoint.
+    `trained_on` are the hashes of the shards that the plan reads, the first one's those of `config.data`; `inputs` what
+    else it is made of. `validation` maps a name (a domain and kind) to held-out batches; `about` is what this stage
+    adds to `cprec.json`. Weights and optimizer begin as in the checkpoint `start_from`, or the run goes on from the
+    stable checkpoint `fork_of` of another run with the same plan up to there. A finished run of equal settings is
+    reused; an interrupted one goes on from its newest checkpoint.
 
     Raises CheckpointError, naming it, if that checkpoint is damaged: nothing is silently trained again.
     """
@@ -161,28 +315,27 @@ def run_training(
     from cprec.text.tokenizer import load_tokenizer
     from cprec.train.checkpoint import checkpoints
     from cprec.train.loop import perplexity, train
-    from cprec.train.schedule import WSA
 
     distributed.single_process()
     output_dir, data = Path(config.output_dir), Path(config.data)
-    inputs = {"shards": train_shards.sha256, "base": weights_sha256(config.model_name_or_path)}
-    if finished(config, inputs):
+    inputs = {"shards": trained_on[0], "base": weights_sha256(config.model_name_or_path), **(inputs or {})}
+    for name, folder in (("start", start_from), ("fork", fork_of)):
+        if folder is not None:
+            inputs[name] = weights_sha256(folder)
+    if finished(config, inputs) and not config.dry_run:
         say(f"{output_dir}: complete with these settings, reused")
+        return output_dir
+    plan = make_plan()
+    stream, schedule = plan.stream, plan.schedule
+    describe_plan(config, plan)
+    if fork_of is not None:
+        _check_fork(fork_of, plan)
+    if config.dry_run:
         return output_dir
     if config.resume_from_checkpoint == "never":
         for old in checkpoints(output_dir):
             shutil.rmtree(old)
 
-    stream = make_stream()
-    num_steps = stream.num_steps
-    schedule = WSA.fractions(
-        num_steps,
-        config.learning_rate,
-        warmup=_fraction(config.warmup_steps, num_steps),
-        anneal=_fraction(config.anneal_steps, num_steps),
-        floor_ratio=config.min_lr_ratio,
-        shape=config.anneal_shape,
-    )
     device = distributed.pick_device()
     tokenizer = load_tokenizer(str(data / "tokenizer"))
     if config.model_name_or_path == TINY:
@@ -206,27 +359,17 @@ def run_training(
 
     say(
         f"{num_parameters(model) / 1e6:.2f} M parameters on {distributed.describe(device)}, "
-        f"{'bf16' if bf16 else 'fp32'}; {stream.num_tokens:,} tokens in {num_steps:,} steps of "
-        f"{config.rows_per_step * config.max_length:,} positions ({stream.fill:.1%} full)"
+        f"{'bf16' if bf16 else 'fp32'}"
     )
-    say(
-        f"learning rate: {schedule.warmup_steps} steps up to {schedule.peak:g}, {schedule.anneal_steps} annealing "
-        f"steps ({schedule.shape}) down to {schedule.floor:g}"
-    )
-
-    if num_steps < FEW_STEPS:
-        say(
-            f"note: {num_steps} optimizer steps are few to learn from: raise num_train_epochs, or lower "
-            "per_device_train_batch_size or max_length"
-        )
 
     def validate() -> dict[str, float]:
         return {name: perplexity(model, held_out, device, bf16) for name, held_out in validation.items()}
 
     save_resolved(output_dir, config, inputs)
-    saved = checkpoints(output_dir)
+    saved = checkpoints(output_dir) or ([fork_of] if fork_of else [])
     if saved:
-        say(f"resuming from {saved[-1]}")
+        say(f"going on from {saved[-1]}")
+    anneal_steps = plan.steps_of(ANNEALING)
     state = train(
         model,
         stream,
@@ -242,11 +385,13 @@ def run_training(
         eval_steps=config.eval_steps,
         validate=validate,
         resume_from=saved[-1] if saved else None,
+        start_from=start_from,
+        keep_at=stream.num_steps - anneal_steps if anneal_steps and not fork_of else None,
         description=about["stage"],
     )
     done = {
         **about,
-        "trained_on": [*_base_shards(config.model_name_or_path), train_shards.sha256],
+        "trained_on": [*_base_shards(start_from or config.model_name_or_path), *trained_on],
         "tokens": state.num_tokens,
         "consumed": state.consumed,
         "seconds": round(state.seconds, 1),
@@ -299,7 +444,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _base_shards(name_or_path: str) -> list[str]:
+def _base_shards(name_or_path: str | Path) -> list[str]:
     """The shards that a base model of ours was trained on."""
     done = read_done(name_or_path)
     return list(done["trained_on"]) if done else []
@@ -310,11 +455,6 @@ def weights_sha256(name_or_path: str | Path) -> str:
     files = sorted(Path(name_or_path).glob("*.safetensors"))
     parts = [file_sha256(path) for path in files] if files else [str(name_or_path)]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
-
-
-def _fraction(setting: float, num_steps: int) -> float:
-    """A setting below 1 is a fraction of the steps; from 1 on, a number of steps."""
-    return setting if setting < 1 else min(setting / num_steps, 1.0)
 
 
 def _check_vocabulary(config: TrainingConfig, model: Any, vocabulary_size: int) -> None:

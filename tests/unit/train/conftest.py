@@ -14,13 +14,14 @@ from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
 from cprec.models import tiny_model
 from cprec.text.encoding import PromptEncoder
+from cprec.text.mixture import Corpus
 from cprec.text.prompts import Template
 from cprec.text.shards import Shards, open_shards, write_shards
-from cprec.text.stream import TokenStream
+from cprec.text.stream import TokenStream, one_phase
 from cprec.text.tokenizer import train_tokenizer
 from cprec.train.checkpoint import TrainState
 from cprec.train.loop import train
-from cprec.train.schedule import WSA
+from cprec.train.schedule import make_schedule
 
 DOMAINS = ("books", "games")
 ROW_TOKENS = 96
@@ -97,13 +98,10 @@ def shards(data: Path) -> Shards:
 @pytest.fixture
 def make_stream(shards: Shards) -> Callable[..., TokenStream]:
     def make(**changes: Any) -> TokenStream:
-        settings: dict[str, Any] = {
-            "rows_per_step": 4,
-            "row_tokens": ROW_TOKENS,
-            "num_tokens": shards.manifest["num_tokens"],
-            "seed": 0,
-        }
-        return TokenStream(shards, **settings | changes)
+        settings: dict[str, Any] = {"rows_per_step": 4, "row_tokens": ROW_TOKENS, "seed": 0}
+        corpus = Corpus.of(shards, targets_only=changes.pop("targets_only", False))
+        plan = one_phase(changes.pop("num_tokens", shards.manifest["num_tokens"]))
+        return TokenStream(corpus, plan, **settings | changes)
 
     return make
 
@@ -125,7 +123,16 @@ def run(
     def run(output_dir: Path, **changes: Any) -> tuple[TrainState, Any]:
         model = changes.pop("model", None) or make_model()
         stream = changes.pop("stream", None) or make_stream()
-        schedule = WSA.fractions(stream.num_steps, 1e-2, warmup=0.1, anneal=0.3, floor_ratio=0.1)
+        num_steps = stream.num_steps
+        schedule = make_schedule(
+            "wsa",
+            range(1, num_steps + 1),
+            1e-2,
+            warmup_steps=max(1, round(0.1 * num_steps)),
+            anneal_steps=round(0.3 * num_steps),
+            floor_ratio=0.1,
+            shape="1-sqrt",
+        )
         settings: dict[str, Any] = {
             "schedule": schedule,
             "output_dir": output_dir,
