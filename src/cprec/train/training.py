@@ -153,13 +153,15 @@ def run_training(
     `validation` maps a name (a domain and kind) to held-out batches; `about` is what this stage adds to `cprec.json`.
     A finished run of equal settings is reused; an interrupted one goes on from its newest checkpoint.
 
-    Raises CheckpointError, naming it, if that checkpoint is damaged: nothing is silently trained again.
+    A damaged checkpoint is named in a warning and the one before is used.
+
+    Raises CheckpointError if all are damaged: nothing is silently trained again.
     """
     from cprec import distributed
     from cprec.models import TINY, add_lora, check_isolation, load_model, num_parameters, tiny_model
     from cprec.progress import say
     from cprec.text.tokenizer import load_tokenizer
-    from cprec.train.checkpoint import checkpoints
+    from cprec.train.checkpoint import newest_intact, remove_checkpoints
     from cprec.train.loop import perplexity, train
     from cprec.train.schedule import WSA
 
@@ -170,8 +172,7 @@ def run_training(
         say(f"{output_dir}: complete with these settings, reused")
         return output_dir
     if config.resume_from_checkpoint == "never":
-        for old in checkpoints(output_dir):
-            shutil.rmtree(old)
+        remove_checkpoints(output_dir, stable=True)
 
     stream = make_stream()
     num_steps = stream.num_steps
@@ -224,9 +225,9 @@ def run_training(
         return {name: perplexity(model, held_out, device, bf16) for name, held_out in validation.items()}
 
     save_resolved(output_dir, config, inputs)
-    saved = checkpoints(output_dir)
+    saved = newest_intact(output_dir)
     if saved:
-        say(f"resuming from {saved[-1]}")
+        say(f"resuming from {saved}")
     state = train(
         model,
         stream,
@@ -241,7 +242,7 @@ def run_training(
         logging_steps=config.logging_steps,
         eval_steps=config.eval_steps,
         validate=validate,
-        resume_from=saved[-1] if saved else None,
+        resume_from=saved,
         description=about["stage"],
     )
     done = {
@@ -253,8 +254,7 @@ def run_training(
         "num_parameters": num_parameters(model),
     }
     _publish(output_dir, data, model, tokenizer, done)
-    for old in checkpoints(output_dir):
-        shutil.rmtree(old)
+    remove_checkpoints(output_dir)
     measured = [record["heldout"] for record in read_log(output_dir / LOG) if record.get("heldout")]
     last = ", ".join(f"{name} {value:.2f}" for name, value in measured[-1].items()) if measured else "not measured"
     say(f"{output_dir}: written. Held-out perplexity: {last}")
