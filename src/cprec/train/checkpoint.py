@@ -1,4 +1,8 @@
-"""Checkpoints: written aside, flushed and renamed, so that a kill at any moment leaves the last complete one."""
+"""Checkpoints: written aside, flushed and renamed, so that a kill at any moment leaves the last complete one.
+
+A checkpoint holds whole tensors under the model's own names, whatever number of processes wrote it, so any number can
+read it. `files.json` has the size and SHA-256 of each of its files: what a disk or a copy has damaged since is noticed.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,22 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from cprec.errors import CheckpointError
+from cprec.provenance import file_sha256
 
-STATE, OPTIMIZER = "trainer_state.json", "optimizer.pt"
-_NAME = re.compile(r"checkpoint-(\d+)")
+STATE, OPTIMIZER, FILES = "trainer_state.json", "optimizer.pt", "files.json"
+Kind = Literal["checkpoint", "stable"]
+"""`checkpoint-<step>` makes room for newer ones; `stable-<step>`, kept for anneal forks, never does."""
+_NAME = re.compile(r"(checkpoint|stable)-(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,8 +65,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         for path in [*temporary.rglob("*"), temporary]:
             _flush(path)
-        if folder.exists():
-            shutil.rmtree(folder)
+        remove_folder(folder)
         temporary.rename(folder)
         _flush(folder.parent)
     except Exception as error:
@@ -70,6 +77,15 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
             f"{folder} could not be written ({error}); {free / 1e6:,.0f} MB are free there. Nothing incomplete was "
             "left and earlier checkpoints are untouched: make room, then start the same command again to resume"
         ) from error
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder if it is there; a kill on the way never leaves half of it under its name."""
+    discarded = folder.with_name(folder.name + ".discarded")
+    shutil.rmtree(discarded, ignore_errors=True)
+    if folder.exists():
+        folder.rename(discarded)
+        shutil.rmtree(discarded, ignore_errors=True)
 
 
 def _is_write_failure(error: Exception) -> bool:
@@ -93,11 +109,11 @@ def save_checkpoint(
     model: Any,
     optimizer: torch.optim.Optimizer,
     keep: int,
-    name: str = "checkpoint",
+    *,
+    kind: Kind = "checkpoint",
 ) -> Path:
-    """Write `<name>-<step>` and remove all but the newest `keep` of the checkpoints that resuming goes on from.
-
-    Raises CheckpointError (see `write_folder`).
+    """Write `<kind>-<step>`, then remove checkpoints of later steps and all but the newest `keep` of this and earlier
+    ones. Those named `stable-` stay. Raises CheckpointError (see `write_folder`).
     """
 
     def write(folder: Path) -> None:
@@ -105,18 +121,81 @@ def save_checkpoint(
         with open(folder / OPTIMIZER, "wb") as file:
             torch.save(optimizer.state_dict(), file)
         (folder / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n")
+        written = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in folder.iterdir()}
+        (folder / FILES).write_text(json.dumps(dict(sorted(written.items())), indent=1) + "\n")
 
-    folder = output_dir / f"{name}-{state.step}"
+    folder = output_dir / f"{kind}-{state.step}"
     write_folder(folder, write)
-    for old in checkpoints(output_dir)[:-keep]:
-        shutil.rmtree(old)
+    # A later step is on disk only where its checkpoint was damaged and training fell back to an earlier one.
+    later = [path for path in _of_kind(output_dir, "checkpoint") if step_of(path) > state.step]
+    for old in [*later, *[path for path in _of_kind(output_dir, "checkpoint") if path not in later][:-keep]]:
+        remove_folder(old)
     return folder
 
 
+def remove_checkpoints(output_dir: Path, *, stable: bool = False) -> None:
+    """Remove the checkpoints of a run, those named `stable-` only if asked to, and what kills left of others."""
+    for path in output_dir.glob("*"):
+        name = path.name.removesuffix(".incomplete").removesuffix(".discarded")
+        match = _NAME.fullmatch(name)
+        if match and (stable or match[1] != "stable" or name != path.name):
+            remove_folder(path)
+
+
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    """Complete checkpoints of both kinds, oldest first."""
+    return sorted([*_of_kind(output_dir, "checkpoint"), *_of_kind(output_dir, "stable")], key=step_of)
+
+
+def _of_kind(output_dir: Path, kind: Kind) -> list[Path]:
+    found = [path for path in output_dir.glob(f"{kind}-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The number of steps done in a checkpoint, from its name."""
+    return int(folder.name.rpartition("-")[2])
+
+
+def newest_intact(output_dir: Path) -> Path | None:
+    """The newest checkpoint that is as it was written; None where there is none of any kind. A damaged one is named in
+    a warning and passed over.
+
+    Raises CheckpointError if there are checkpoints and all are damaged: nothing is silently trained again.
+    """
+    damaged: list[str] = []
+    for folder in reversed(checkpoints(output_dir)):
+        reason = damage(folder)
+        if reason is None:
+            if damaged:
+                warnings.warn(
+                    f"going on from {folder}, since a newer checkpoint is damaged: {'; '.join(damaged)}", stacklevel=2
+                )
+            return folder
+        damaged.append(f"{folder}: {reason}")
+    if damaged:
+        raise CheckpointError(
+            f"no checkpoint of this run is intact ({'; '.join(damaged)}): restore one, or start again with "
+            "resume_from_checkpoint=never"
+        )
+    return None
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, in words, or None if they are those that were written."""
+    try:
+        written = json.loads((folder / FILES).read_text())
+        for name, expected in written.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
+            if file_sha256(path) != expected["sha256"]:
+                return f"the SHA-256 of {name} is not the one recorded when it was written"
+        return None if {STATE, OPTIMIZER} <= written.keys() else f"{FILES} does not list the files of a checkpoint"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{FILES} cannot be read ({error!r})"
 
 
 def read_state(folder: Path) -> TrainState:
@@ -128,7 +207,10 @@ def read_state(folder: Path) -> TrainState:
 
 
 def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Restore weights and optimizer in place. Raises CheckpointError if a file is missing or damaged."""
+    """Restore weights and optimizer in place. Raises CheckpointError if a file cannot be read or is of another model.
+
+    A damage that leaves files readable is found by `newest_intact` and `damage`, not here.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -152,6 +234,6 @@ def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) 
             model.tie_weights()
     except unreadable as error:
         raise CheckpointError(
-            f"{folder} cannot be read ({error!r}): delete it to resume from the one before"
+            f"{folder} cannot be read into this model ({error!r}): delete it to resume from the one before"
         ) from error
     return state

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from cprec.errors import TrainingError
 from cprec.models import trunk_and_head
 from cprec.progress import say, track
 from cprec.text.stream import IGNORE, Batch, TokenStream
-from cprec.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from cprec.train.checkpoint import Kind, TrainState, load_checkpoint, save_checkpoint
 from cprec.train.loss import linear_cross_entropy
 from cprec.train.training import LOG, read_log
 
@@ -80,17 +80,18 @@ def train(
     validate: Callable[[], dict[str, float]],
     resume_from: Path | None,
     description: str,
+    keep_at: Sequence[int] = (),
     start_from: Path | None = None,
-    keep_at: int | None = None,
 ) -> TrainState:
     """Train to the end of the stream, from a checkpoint if one is given; returns the final state.
 
     Each stream batch is one optimizer step, cut into `num_accumulation` micro-batches of rows. The step's loss is the
     sum over all its targets divided by their number, so accumulation changes nothing but memory. Every `logging_steps`
     steps a line goes to `log.jsonl`; every `eval_steps`, and at the end, `validate()` is logged as `heldout`; every
-    `save_steps` a checkpoint is written, and after `keep_at` steps one that stays, `stable-<step>`. Weights and
-    optimizer begin as in the checkpoint `start_from`, if one is given. Ctrl-C and SIGTERM let the step finish, save,
-    and raise KeyboardInterrupt.
+    `save_steps` a checkpoint is written. After the steps named in `keep_at` (the end of the stable phase, say) it is
+    called `stable-<step>` and stays. Weights
+    and optimizer begin as in the checkpoint `start_from`, if one is given. Ctrl-C and SIGTERM let the step finish,
+    save, and raise KeyboardInterrupt.
 
     Raises TrainingError if a loss or gradient norm is not finite or the log cannot be written, and CheckpointError if
     a checkpoint cannot be written.
@@ -108,7 +109,8 @@ def train(
     num_steps = stream.num_steps
 
     def save() -> Path:
-        return save_checkpoint(output_dir, state, model, optimizer, save_total_limit)
+        kind: Kind = "stable" if state.step in keep_at else "checkpoint"
+        return save_checkpoint(output_dir, state, model, optimizer, save_total_limit, kind=kind)
 
     if state.step == 0:
         log.write(step=0, tokens=0, heldout=validate())
@@ -149,11 +151,9 @@ def train(
                 )
             if state.step % eval_steps == 0 or state.step == num_steps:
                 log.write(step=state.step, tokens=state.num_tokens, heldout=validate())
-            if state.step == keep_at:
-                save_checkpoint(output_dir, state, model, optimizer, save_total_limit, name="stable")
-            if state.step < num_steps and (stop or state.step % save_steps == 0):
+            if state.step in keep_at or (state.step < num_steps and (stop or state.step % save_steps == 0)):
                 saved = save()
-                if stop:
+                if stop and state.step < num_steps:
                     say(f"stopped after step {state.step:,} of {num_steps:,}, saved as {saved}")
                     raise KeyboardInterrupt
     return state

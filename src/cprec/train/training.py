@@ -307,13 +307,15 @@ def run_training(
     stable checkpoint `fork_of` of another run with the same plan up to there. A finished run of equal settings is
     reused; an interrupted one goes on from its newest checkpoint.
 
-    Raises CheckpointError, naming it, if that checkpoint is damaged: nothing is silently trained again.
+    A damaged checkpoint is named in a warning and the one before is used.
+
+    Raises CheckpointError if all are damaged: nothing is silently trained again.
     """
     from cprec import distributed
     from cprec.models import TINY, add_lora, check_isolation, load_model, num_parameters, tiny_model
     from cprec.progress import say
     from cprec.text.tokenizer import load_tokenizer
-    from cprec.train.checkpoint import checkpoints
+    from cprec.train.checkpoint import newest_intact, remove_checkpoints
     from cprec.train.loop import perplexity, train
 
     distributed.single_process()
@@ -333,8 +335,7 @@ def run_training(
     if config.dry_run:
         return output_dir
     if config.resume_from_checkpoint == "never":
-        for old in checkpoints(output_dir):
-            shutil.rmtree(old)
+        remove_checkpoints(output_dir, stable=True)
 
     device = distributed.pick_device()
     tokenizer = load_tokenizer(str(data / "tokenizer"))
@@ -366,9 +367,9 @@ def run_training(
         return {name: perplexity(model, held_out, device, bf16) for name, held_out in validation.items()}
 
     save_resolved(output_dir, config, inputs)
-    saved = checkpoints(output_dir) or ([fork_of] if fork_of else [])
+    saved = newest_intact(output_dir) or fork_of
     if saved:
-        say(f"going on from {saved[-1]}")
+        say(f"going on from {saved}")
     anneal_steps = plan.steps_of(ANNEALING)
     state = train(
         model,
@@ -384,9 +385,9 @@ def run_training(
         logging_steps=config.logging_steps,
         eval_steps=config.eval_steps,
         validate=validate,
-        resume_from=saved[-1] if saved else None,
+        resume_from=saved,
         start_from=start_from,
-        keep_at=stream.num_steps - anneal_steps if anneal_steps and not fork_of else None,
+        keep_at=[stream.num_steps - anneal_steps] if anneal_steps and not fork_of else [],
         description=about["stage"],
     )
     done = {
@@ -398,8 +399,7 @@ def run_training(
         "num_parameters": num_parameters(model),
     }
     _publish(output_dir, data, model, tokenizer, done)
-    for old in checkpoints(output_dir):
-        shutil.rmtree(old)
+    remove_checkpoints(output_dir)
     measured = [record["heldout"] for record in read_log(output_dir / LOG) if record.get("heldout")]
     last = ", ".join(f"{name} {value:.2f}" for name, value in measured[-1].items()) if measured else "not measured"
     say(f"{output_dir}: written. Held-out perplexity: {last}")

@@ -11,11 +11,15 @@ import torch
 from cprec.errors import CheckpointError
 from cprec.models import add_lora, load_model, tiny_model
 from cprec.train.checkpoint import (
+    FILES,
     OPTIMIZER,
     STATE,
     TrainState,
     checkpoints,
+    damage,
     load_checkpoint,
+    newest_intact,
+    remove_checkpoints,
     save_checkpoint,
     write_folder,
 )
@@ -96,7 +100,7 @@ def test_a_damaged_checkpoint_is_named(make_model: MakeModel, tmp_path: Path, na
     else:
         path.write_bytes({"empty": b"", "cut": contents[: len(contents) // 2], "garbage": b"\x93not it" * 9}[damage])
     with pytest.raises(
-        CheckpointError, match=r"checkpoint-3 cannot be read .*: delete it to resume from the one before"
+        CheckpointError, match=r"checkpoint-3 cannot be read into .*: delete it to resume from the one before"
     ):
         load_checkpoint(folder, model, optimizer)
 
@@ -152,3 +156,85 @@ def test_the_state_file_is_readable_json(make_model: MakeModel, tmp_path: Path) 
     model, optimizer = trained(make_model())
     folder = save_checkpoint(tmp_path, TrainState(step=3, num_tokens=12), model, optimizer, keep=1)
     assert json.loads((folder / STATE).read_text())["num_tokens"] == 12
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------------
+
+
+def change(path: Path, how: str) -> None:
+    """Damages a file: its size stays the same if one bit flips."""
+    contents = bytearray(path.read_bytes())
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(contents[: len(contents) // 2])
+    else:
+        contents[len(contents) // 2] ^= 1
+        path.write_bytes(contents)
+
+
+SAYS = {
+    "missing": r"(is missing|cannot be read \(FileNotFoundError)",
+    "cut": r"(has [\d,]+ bytes instead of [\d,]+|cannot be read \(JSONDecodeError)",
+    "flipped": r"(the SHA-256 of .* is not the one recorded when it was written|files.json)",
+}
+
+
+@pytest.mark.parametrize("name", [STATE, OPTIMIZER, FILES, "model.safetensors", "config.json"])
+@pytest.mark.parametrize("how", list(SAYS))
+def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
+    make_model: MakeModel, tmp_path: Path, name: str, how: str
+) -> None:
+    model, optimizer = trained(make_model())
+    good, bad = (save_checkpoint(tmp_path, TrainState(step=step), model, optimizer, keep=2) for step in (3, 6))
+    assert newest_intact(tmp_path) == bad and damage(bad) is None
+    change(bad / name, how)
+    with pytest.warns(UserWarning, match=rf"going on from {good}, .*is damaged: {bad}: .*{SAYS[how]}"):
+        assert newest_intact(tmp_path) == good
+
+
+def test_no_intact_checkpoint_is_an_error_and_none_at_all_is_not(make_model: MakeModel, tmp_path: Path) -> None:
+    assert newest_intact(tmp_path) is None
+    model, optimizer = trained(make_model())
+    for step in (3, 6):
+        change(save_checkpoint(tmp_path, TrainState(step=step), model, optimizer, keep=2) / OPTIMIZER, "flipped")
+    with pytest.raises(CheckpointError, match=r"no checkpoint .* intact \(.*checkpoint-6.*checkpoint-3.*=never"):
+        newest_intact(tmp_path)
+
+
+@pytest.mark.parametrize("listed", ["[]", "{}", '{"model.safetensors": 3}', '{"model.safetensors": {}}'])
+def test_a_list_of_files_that_proves_nothing_is_not_believed(
+    make_model: MakeModel, tmp_path: Path, listed: str
+) -> None:
+    model, optimizer = trained(make_model())
+    folder = save_checkpoint(tmp_path, TrainState(step=3), model, optimizer, keep=1)
+    (folder / FILES).write_text(listed)
+    assert (damage(folder) or "").startswith(FILES)
+
+
+def test_a_damaged_checkpoint_of_a_later_step_does_not_crowd_out_good_ones(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    model, optimizer = trained(make_model())
+    save_checkpoint(tmp_path, TrainState(step=10), model, optimizer, keep=1)
+    save_checkpoint(tmp_path, TrainState(step=7), model, optimizer, keep=1)  # training fell back to before 7
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-7"]
+
+
+# ---- stable checkpoints ----------------------------------------------------------------------------------------------
+
+
+def test_stable_checkpoints_are_resumed_from_and_never_make_room(make_model: MakeModel, tmp_path: Path) -> None:
+    model, optimizer = trained(make_model())
+    save_checkpoint(tmp_path, TrainState(step=4), model, optimizer, keep=1)
+    stable = save_checkpoint(tmp_path, TrainState(step=5), model, optimizer, keep=1, kind="stable")
+    assert newest_intact(tmp_path) == stable
+    for step in (6, 7):
+        save_checkpoint(tmp_path, TrainState(step=step), model, optimizer, keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["stable-5", "checkpoint-7"]
+    for name in ("checkpoint-3.incomplete", "stable-2.discarded", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+    remove_checkpoints(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-best", "stable-5"]
+    remove_checkpoints(tmp_path, stable=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-best"]

@@ -227,6 +227,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(run: Run, make_model: MakeModel
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+def test_the_end_of_the_stable_phase_is_kept(run: Run, make_model: MakeModel, tmp_path: Path) -> None:
+    state, whole = run(tmp_path / "whole", save_total_limit=1, keep_at=[7])
+    newest = (state.step - 1) // 5 * 5  # the last step saves only what is kept
+    assert [path.name for path in checkpoints(tmp_path / "whole")] == ["stable-7", f"checkpoint-{newest}"]
+    _, forked = run(tmp_path / "fork", model=make_model(seed=5), resume_from=tmp_path / "whole" / "stable-7")
+    assert same_weights(whole, forked)
+    run(tmp_path / "end", save_steps=1000, keep_at=[state.step])
+    assert [path.name for path in checkpoints(tmp_path / "end")] == [f"stable-{state.step}"]
+
+
 # ---- full disks ------------------------------------------------------------------------------------------------------
 
 

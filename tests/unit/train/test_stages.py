@@ -242,7 +242,7 @@ def test_rows_shorter_than_documents_are_refused(config: Callable[..., PretrainC
         ({"max_length": -1}, "max_length=-1 must be above 0"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1 must be 0 or more"),
         ({"min_lr_ratio": 1.5}, r"min_lr_ratio=1.5 must lie in 0..1"),
-        ({"mixed_share": 1.5}, r"mixed_share=1.5 must lie in 0..1"),
+        ({"max_passes": -1}, r"max_passes=-1 must be above 0, or 0 for no cap"),
     ],
 )
 def test_impossible_settings_are_refused(
