@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,15 +41,19 @@ class PretrainConfig(TrainingConfig):
     loss: Literal["all", "items_only"] = "all"
     """Which tokens of behaviour sequences the loss covers: all, or the items' titles without the fixed template."""
     continue_from: str = ""
-    """A stable checkpoint of another run (RUN/stable-STEP): its weights and optimizer go on with these data, and there
-    is no warm-up."""
+    """A stable checkpoint of another run (RUN/stable-STEP): its weights and optimizer go on with these data, without a
+    warm-up."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_passes < 0:
             raise ConfigError(f"max_passes={self.max_passes} must be above 0, or 0 for no cap")
-        if self.continue_from and (self.lora_rank or self.warmup_mixture):
-            raise ConfigError("continue_from goes on with all weights and without a warm-up: leave the others out")
+        if self.continue_from and self.warmup_mixture:
+            raise ConfigError("continue_from goes on without a warm-up: leave warmup_mixture out")
+        if self.continue_from and not re.fullmatch(r"stable-\d+", Path(self.continue_from).name):
+            raise ConfigError(
+                f"continue_from={self.continue_from}: give the stable checkpoint of a run, as RUN/stable-1200"
+            )
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -78,7 +83,7 @@ def _pretrain(config: PretrainConfig, fork_of: Path | None = None) -> Path:
         config,
         make_plan=lambda: pretrain_plan(config, groups),
         trained_on=[shards.sha256, *examples],
-        inputs={name: " ".join(hashes) for name, hashes in (("examples", examples), ("text", text)) if hashes},
+        inputs={"text": text[0]} if text else {},
         validation=heldout_streams(heldout, config),
         about={"stage": "pretrain", **shards.manifest["about"]},
         start_from=Path(config.continue_from) if config.continue_from else None,
@@ -148,6 +153,8 @@ def pretrain_plan(config: PretrainConfig, groups: list[Group]) -> Plan:
         return None if mixture is None else shares(groups, mixture)
 
     shards = groups[0].shards
+    if config.continue_from:
+        config = replace(config, warmup_steps=0)
     phases = split_phases(
         config,
         round(config.num_train_epochs * shards.manifest["num_tokens"]),

@@ -276,12 +276,11 @@ def describe_mixture(stream: TokenStream) -> None:
     from cprec.progress import say
 
     total = stream.group_tokens.sum(0)
-    phases = [phase for phase, steps in zip(stream.phases, stream.phase_steps, strict=True) if steps]
+    same = all((phase.share == stream.phases[0].share).all() for phase in stream.phases)
     for number, group in enumerate(stream.corpus.groups):
-        of_phases = stream.group_tokens[:, number] / stream.group_tokens.sum(1).clip(min=1)
-        if (of_phases.round(4) == of_phases[0].round(4)).all() or len(phases) == 1:
-            share = f"{total[number] / stream.num_tokens:.1%}"
-        else:
+        share = f"{total[number] / stream.num_tokens:.1%}"
+        if not same:
+            of_phases = stream.group_tokens[:, number] / stream.group_tokens.sum(1)
             named = zip(stream.phases, of_phases, strict=True)
             share = ", ".join(f"{phase.name} {part:.1%}" for phase, part in named)
         passes = total[number] / max(1, group.num_tokens)
@@ -301,8 +300,7 @@ def run_training(
 ) -> Path:
     """Set up model, schedule and loop, train, and write the finished model folder; returns it.
 
-    `trained_on` are the hashes of the shards that the plan reads, the first one's those of `config.data`; `inputs` what
-    else it is made of. `validation` maps a name (a domain and kind) to held-out batches; `about` is what this stage
+    `trained_on` are the hashes of the shards that the plan reads, and `inputs` of what else it is made of. `validation` maps a name (a domain and kind) to held-out batches; `about` is what this stage
     adds to `cprec.json`. Weights and optimizer begin as in the checkpoint `start_from`, or the run goes on from the
     stable checkpoint `fork_of` of another run with the same plan up to there. A finished run of equal settings is
     reused; an interrupted one goes on from its newest checkpoint.
@@ -320,7 +318,12 @@ def run_training(
 
     distributed.single_process()
     output_dir, data = Path(config.output_dir), Path(config.data)
-    inputs = {"shards": trained_on[0], "base": weights_sha256(config.model_name_or_path), **(inputs or {})}
+    trained_on = [*_shards_of(start_from or Path(config.model_name_or_path)), *trained_on]
+    inputs = {
+        "trained_on": " ".join(trained_on),
+        "base": weights_sha256(config.model_name_or_path),
+        **(inputs or {}),
+    }
     for name, folder in (("start", start_from), ("fork", fork_of)):
         if folder is not None:
             inputs[name] = weights_sha256(folder)
@@ -392,7 +395,7 @@ def run_training(
     )
     done = {
         **about,
-        "trained_on": [*_base_shards(start_from or config.model_name_or_path), *trained_on],
+        "trained_on": trained_on,
         "tokens": state.num_tokens,
         "consumed": state.consumed,
         "seconds": round(state.seconds, 1),
@@ -444,10 +447,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _base_shards(name_or_path: str | Path) -> list[str]:
-    """The shards that a base model of ours was trained on."""
-    done = read_done(name_or_path)
-    return list(done["trained_on"]) if done else []
+def _shards_of(start: Path) -> list[str]:
+    """The shards that a model of ours, or the run whose stable checkpoint this is, was trained on."""
+    done = read_done(start)
+    if done:
+        return list(done["trained_on"])
+    if start.name.startswith(f"{STABLE}-"):
+        return read_resolved(start.parent)["inputs"]["trained_on"].split()
+    return []
 
 
 def weights_sha256(name_or_path: str | Path) -> str:

@@ -62,7 +62,9 @@ def data(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     random = np.random.default_rng(0)
 
-    def write(where: Path, kinds: tuple[str, ...], domains: tuple[str, ...], num_users: int) -> None:
+    def write(
+        where: Path, kinds: tuple[str, ...], domains: tuple[str, ...], num_users: int, first_user: int = 0
+    ) -> None:
         parts, columns = [], []
         for kind in kinds:
             domain = random.integers(0, 2, num_users) if len(domains) == 2 else np.full(num_users, 0)
@@ -78,6 +80,8 @@ def data(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
                     "kind": np.full(num_users, kind, dtype=object),
                     "num_events": np.full(num_users, 6),
                     "target_start": target_start,
+                    "platform": np.full(num_users, "shop", dtype=object),
+                    "user_id": np.array([f"u{first_user + n}" for n in range(num_users)], dtype=object),
                 }
             )
         merged = {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
@@ -85,7 +89,8 @@ def data(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     write(folder / "shards" / "train", ("specific", "mixed"), DOMAINS, 60)
     write(folder / "shards" / "heldout", ("specific", "mixed"), DOMAINS, 6)
-    write(folder / "examples" / "books" / "train", ("specific",), DOMAINS[:1], 40)
+    # Users 60 to 69 are in the examples and not in the shards.
+    write(folder / "examples" / "books" / "train", ("specific",), DOMAINS[:1], 40, first_user=30)
     write(folder / "examples" / "books" / "validation", ("specific",), DOMAINS[:1], 5)
     return folder
 
