@@ -44,8 +44,14 @@ class PretrainConfig(TrainingConfig):
     """A stable checkpoint of another run (RUN/stable-STEP): its weights and optimizer go on with these data, without a
     warm-up."""
 
+    branch_length: float = 0.0
+    """What `cprec anneal` sets in the branches of a run: their annealing as a share of all their tokens, in place of
+    `anneal_steps`, which then says where the run began to anneal. 0: no branch."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.branch_length < 1:
+            raise ConfigError(f"branch_length={self.branch_length} must be a share of the tokens, in 0..1")
         if self.max_passes < 0:
             raise ConfigError(f"max_passes={self.max_passes} must be above 0, or 0 for no cap")
         if self.continue_from and self.warmup_mixture:
@@ -62,9 +68,10 @@ def pretrain(config: PretrainConfig) -> Path:
 
 
 def fork(config: PretrainConfig, stable: Path) -> Path:
-    """A branch of a run: its plan up to where `stable` was saved, and from there on the plan of `config`.
+    """A branch of a run: what it read until `stable` was saved is taken as read, and annealing follows as in `config`.
 
-    Raises ConfigError if the checkpoint is not the end of the stable phase of this plan.
+    With `branch_length` as the run's own annealing it comes to the same weights as the run. Raises ConfigError if the
+    checkpoint is not the end of the stable phase of this plan.
     """
     return _pretrain(config, fork_of=stable)
 
@@ -89,6 +96,16 @@ def _pretrain(config: PretrainConfig, fork_of: Path | None = None) -> Path:
         start_from=Path(config.continue_from) if config.continue_from else None,
         fork_of=fork_of,
     )
+
+
+def show_schedule(config: PretrainConfig) -> None:
+    """Print what `pretrain` would do: steps and tokens of each phase, the mixture, the learning rate as a plot."""
+    from cprec.train.training import describe_plan, plot_schedule
+
+    plan = pretrain_plan(config, behaviour_and_more(config))
+    describe_plan(config, plan, print)
+    print()
+    print(plot_schedule(plan))
 
 
 def behaviour_and_more(config: PretrainConfig) -> list[Group]:
@@ -146,8 +163,8 @@ def _user_keys(shards: Shards) -> Any:
 def pretrain_plan(config: PretrainConfig, groups: list[Group]) -> Plan:
     """The batches and learning rates of a run: phases, their mixtures, the order of all documents."""
     from cprec.text.mixture import Corpus, shares
-    from cprec.text.stream import TokenStream
-    from cprec.train.training import make_plan, split_phases
+    from cprec.text.stream import Phase, TokenStream
+    from cprec.train.training import ANNEALING, make_plan, split_phases
 
     def of_phase(mixture: Mixture | None) -> np.ndarray | None:
         return None if mixture is None else shares(groups, mixture)
@@ -155,13 +172,21 @@ def pretrain_plan(config: PretrainConfig, groups: list[Group]) -> Plan:
     shards = groups[0].shards
     if config.continue_from:
         config = replace(config, warmup_steps=0)
+    share, annealing = shares(groups, config.mixture), of_phase(config.anneal_mixture)
     phases = split_phases(
         config,
         round(config.num_train_epochs * shards.manifest["num_tokens"]),
-        shares(groups, config.mixture),
+        share,
         warmup=of_phase(config.warmup_mixture),
-        annealing=of_phase(config.anneal_mixture),
+        annealing=annealing,
     )
+    if config.branch_length:
+        trunk = [phase for phase in phases if phase.name != ANNEALING]
+        num_tokens = sum(phase.num_tokens for phase in trunk) * config.branch_length / (1 - config.branch_length)
+        phases = [
+            *trunk,
+            Phase(name=ANNEALING, num_tokens=num_tokens, share=share if annealing is None else annealing),
+        ]
     corpus = Corpus(groups)
     stream = TokenStream(
         corpus,

@@ -247,34 +247,30 @@ def _check_fork(stable: Path, plan: Plan) -> None:
         )
 
 
-def describe_plan(config: TrainingConfig, plan: Plan) -> None:
+def describe_plan(config: TrainingConfig, plan: Plan, tell: Callable[[str], None]) -> None:
     """Say what will be done: tokens, steps, the mixture of each phase, learning rates."""
-    from cprec.progress import say
-
     stream, wsa = plan.stream, plan.schedule.wsa
     num_steps = stream.num_steps
-    say(
+    tell(
         f"{stream.num_tokens:,} tokens in {num_steps:,} steps of {config.rows_per_step * config.max_length:,} "
         f"positions ({stream.fill:.1%} full)"
     )
     if stream.corpus.names != [""]:
-        describe_mixture(stream)
+        describe_mixture(stream, tell)
     unit = "tokens" if config.schedule_unit == "tokens" else "steps"
-    say(
+    tell(
         f"learning rate: {wsa.warmup:,} {unit} up to {wsa.peak:g}, {wsa.anneal_start - wsa.warmup:,} there, "
         f"{wsa.anneal:,} {f'down to {wsa.floor:g} ({wsa.shape})' if wsa.anneal else 'of annealing'}"
     )
     if num_steps < FEW_STEPS:
-        say(
+        tell(
             f"note: {num_steps} optimizer steps are few to learn from: raise num_train_epochs, or lower "
             "per_device_train_batch_size or max_length"
         )
 
 
-def describe_mixture(stream: TokenStream) -> None:
+def describe_mixture(stream: TokenStream, tell: Callable[[str], None]) -> None:
     """Say how the tokens of each phase divide over domains and kinds, and how often each is repeated."""
-    from cprec.progress import say
-
     total = stream.group_tokens.sum(0)
     same = all((phase.share == stream.phases[0].share).all() for phase in stream.phases)
     for number, group in enumerate(stream.corpus.groups):
@@ -284,7 +280,35 @@ def describe_mixture(stream: TokenStream) -> None:
             named = zip(stream.phases, of_phases, strict=True)
             share = ", ".join(f"{phase.name} {part:.1%}" for phase, part in named)
         passes = total[number] / max(1, group.num_tokens)
-        say(f"  {group.name}: {total[number]:,} tokens ({share}), {passes:.2f} passes over {group.num_tokens:,}")
+        tell(f"  {group.name}: {total[number]:,} tokens ({share}), {passes:.2f} passes over {group.num_tokens:,}")
+
+
+PLOT_COLUMNS, PLOT_ROWS = 72, 12
+
+
+def plot_schedule(plan: Plan) -> str:
+    """The learning rate over the run as text: a column is a stretch of steps, its height the rate in the middle."""
+    schedule, num_steps = plan.schedule, plan.stream.num_steps
+    columns = min(PLOT_COLUMNS, num_steps)
+    middle = [int((column + 0.5) * num_steps / columns) for column in range(columns)]
+    heights = [schedule(step) / schedule.wsa.peak * PLOT_ROWS for step in middle]
+    lines = []
+    for row in range(PLOT_ROWS, 0, -1):
+        full = (min(8, max(0, round(8 * (height - row + 1)))) for height in heights)
+        label = f"{schedule.wsa.peak * row / PLOT_ROWS:9.2e} " if row in (PLOT_ROWS, PLOT_ROWS // 2) else " " * 10
+        lines.append((label + "".join(" ▁▂▃▄▅▆▇█"[eighths] for eighths in full)).rstrip())
+    ends = f"step 0{f'{num_steps:,}':>{max(0, columns - 6)}}"
+    lines.append(" " * 10 + ends)
+    first = 0
+    for phase, steps in zip(plan.stream.phases, plan.stream.phase_steps, strict=True):
+        if steps:
+            last = first + steps - 1
+            lines.append(
+                f"{phase.name or 'training'}: steps {first:,} to {last:,}, learning rate {schedule(first):.3g} to "
+                f"{schedule(last):.3g}"
+            )
+        first += steps
+    return "\n".join(lines)
 
 
 def run_training(
@@ -300,10 +324,11 @@ def run_training(
 ) -> Path:
     """Set up model, schedule and loop, train, and write the finished model folder; returns it.
 
-    `trained_on` are the hashes of the shards that the plan reads, and `inputs` of what else it is made of. `validation` maps a name (a domain and kind) to held-out batches; `about` is what this stage
-    adds to `cprec.json`. Weights and optimizer begin as in the checkpoint `start_from`, or the run goes on from the
-    stable checkpoint `fork_of` of another run with the same plan up to there. A finished run of equal settings is
-    reused; an interrupted one goes on from its newest checkpoint.
+    `trained_on` are the hashes of the shards that the plan reads, and `inputs` of what else it is made of. `validation`
+    maps a name (a domain and kind) to held-out batches; `about` is what this stage adds to `cprec.json`. Weights and
+    optimizer begin as in the checkpoint `start_from`, or the run goes on from the stable checkpoint `fork_of` of
+    another run with the same plan up to there. A finished run of equal settings is reused; an interrupted one goes on
+    from its newest checkpoint.
 
     A damaged checkpoint is named in a warning and the one before is used.
 
@@ -332,7 +357,7 @@ def run_training(
         return output_dir
     plan = make_plan()
     stream, schedule = plan.stream, plan.schedule
-    describe_plan(config, plan)
+    describe_plan(config, plan, say)
     if fork_of is not None:
         _check_fork(fork_of, plan)
     if config.dry_run:
@@ -373,7 +398,8 @@ def run_training(
     saved = newest_intact(output_dir) or fork_of
     if saved:
         say(f"going on from {saved}")
-    anneal_steps = plan.steps_of(ANNEALING)
+    trunk_end = stream.num_steps - plan.steps_of(ANNEALING)
+    is_trunk = about["stage"] == "pretrain" and fork_of is None and config.lr_scheduler_type != "cosine"
     state = train(
         model,
         stream,
@@ -390,7 +416,7 @@ def run_training(
         validate=validate,
         resume_from=saved,
         start_from=start_from,
-        keep_at=[stream.num_steps - anneal_steps] if anneal_steps and not fork_of else [],
+        keep_at=[trunk_end] if is_trunk else [],
         description=about["stage"],
     )
     done = {
