@@ -74,6 +74,16 @@ class TrainingConfig:
     """Gradients are scaled down to this norm."""
     bf16: Literal["auto", "true", "false"] = "auto"
     """Compute in bf16 with fp32 weights; auto: where the machine has instructions for it."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"] = "auto"
+    """How attention is computed; auto: as transformers chooses. All must keep packed documents apart on this model."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass: much less memory for about a third more time."""
+    torch_compile: bool = False
+    """Compile each block: faster steps after a first one of a minute or so."""
+    fsdp: bool = False
+    """Under torchrun, spread weights, gradients and optimizer over the processes; else each holds them whole."""
+    ddp_timeout: int = 1800
+    """Seconds that a process waits for the others before it gives up."""
     warmup_steps: float = 0.03
     """Warm-up: a fraction of all steps if below 1, else a number of steps."""
     anneal_steps: float = 0.15
@@ -100,7 +110,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         positive = (
             "learning_rate num_train_epochs max_length per_device_train_batch_size gradient_accumulation_steps "
-            "max_grad_norm save_steps save_total_limit logging_steps eval_steps"
+            "max_grad_norm save_steps save_total_limit logging_steps eval_steps ddp_timeout"
         )
         for name in positive.split():
             if not getattr(self, name) > 0:
@@ -116,6 +126,13 @@ class TrainingConfig:
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
 
+_FREE = (
+    *("resume_from_checkpoint", "save_steps", "save_total_limit"),
+    *("fsdp", "gradient_checkpointing", "torch_compile", "ddp_timeout"),
+)
+"""Settings that may change between the starts of one run: they do not decide what is learnt."""
+
+
 def finished(config: TrainingConfig, inputs: dict[str, str]) -> bool:
     """Whether output_dir holds the finished run of these settings on these inputs.
 
@@ -129,7 +146,7 @@ def finished(config: TrainingConfig, inputs: dict[str, str]) -> bool:
     changed = sorted(
         name for name in now.keys() | record["config"].keys() if now.get(name) != record["config"].get(name)
     )
-    changed = [name for name in changed if name not in ("resume_from_checkpoint", "save_steps", "save_total_limit")]
+    changed = [name for name in changed if name not in _FREE]
     if changed or record["inputs"] != inputs:
         what = (
             ", ".join(f"{n} was {record['config'].get(n)!r}, now {now.get(n)!r}" for n in changed) or "other input data"
@@ -140,7 +157,15 @@ def finished(config: TrainingConfig, inputs: dict[str, str]) -> bool:
     return (output_dir / DONE).is_file()
 
 
-def run_training(
+def run_training(config: TrainingConfig, **work: Any) -> Path:
+    """Train as `train_here` does, together with the other processes where torchrun has started some."""
+    from cprec import distributed
+
+    with distributed.processes(config.ddp_timeout):
+        return train_here(config, **work)
+
+
+def train_here(
     config: TrainingConfig,
     *,
     train_shards: Shards,
@@ -163,16 +188,16 @@ def run_training(
     from cprec.text.tokenizer import load_tokenizer
     from cprec.train.checkpoint import newest_intact, remove_checkpoints
     from cprec.train.loop import perplexity, train
+    from cprec.train.loss import prepare_loss
     from cprec.train.schedule import WSA
 
-    distributed.single_process()
     output_dir, data = Path(config.output_dir), Path(config.data)
     inputs = {"shards": train_shards.sha256, "base": weights_sha256(config.model_name_or_path)}
     if finished(config, inputs):
         say(f"{output_dir}: complete with these settings, reused")
         return output_dir
     if config.resume_from_checkpoint == "never":
-        remove_checkpoints(output_dir, stable=True)
+        distributed.by_first(lambda: remove_checkpoints(output_dir, stable=True))
 
     stream = make_stream()
     num_steps = stream.num_steps
@@ -186,6 +211,7 @@ def run_training(
     )
     device = distributed.pick_device()
     tokenizer = load_tokenizer(str(data / "tokenizer"))
+    attention = None if config.attn_implementation == "auto" else config.attn_implementation
     if config.model_name_or_path == TINY:
         model = tiny_model(
             len(tokenizer),
@@ -196,14 +222,22 @@ def run_training(
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             seed=config.seed,
+            attn_implementation=attention,
         ).to(device)
     else:
-        model = load_model(config.model_name_or_path, device=device)
+        model = load_model(config.model_name_or_path, device=device, attn_implementation=attention)
         _check_vocabulary(config, model, len(tokenizer))
     if config.lora_rank:
         model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
     check_isolation(model)
     bf16 = distributed.use_bf16(config.bf16, device)
+    loss = prepare_loss(
+        model,
+        bf16=bf16,
+        fsdp=config.fsdp,
+        gradient_checkpointing=config.gradient_checkpointing,
+        torch_compile=config.torch_compile,
+    )
 
     say(
         f"{num_parameters(model) / 1e6:.2f} M parameters on {distributed.describe(device)}, "
@@ -222,14 +256,14 @@ def run_training(
         )
 
     def validate() -> dict[str, float]:
-        return {name: perplexity(model, held_out, device, bf16) for name, held_out in validation.items()}
+        return {name: perplexity(loss, held_out, device, bf16) for name, held_out in validation.items()}
 
-    save_resolved(output_dir, config, inputs)
-    saved = newest_intact(output_dir)
+    distributed.by_first(lambda: save_resolved(output_dir, config, inputs))
+    saved = distributed.by_first(lambda: newest_intact(output_dir))
     if saved:
         say(f"resuming from {saved}")
     state = train(
-        model,
+        loss,
         stream,
         schedule,
         output_dir=output_dir,
@@ -254,7 +288,7 @@ def run_training(
         "num_parameters": num_parameters(model),
     }
     _publish(output_dir, data, model, tokenizer, done)
-    remove_checkpoints(output_dir)
+    distributed.by_first(lambda: remove_checkpoints(output_dir))
     measured = [record["heldout"] for record in read_log(output_dir / LOG) if record.get("heldout")]
     last = ", ".join(f"{name} {value:.2f}" for name, value in measured[-1].items()) if measured else "not measured"
     say(f"{output_dir}: written. Held-out perplexity: {last}")
@@ -263,23 +297,28 @@ def run_training(
 
 def _publish(output_dir: Path, data: Path, model: Any, tokenizer: Any, done: dict[str, Any]) -> None:
     """Turn output_dir into a model folder: everything is written aside and moved in, `cprec.json` last."""
-    from cprec.train.checkpoint import write_folder
+    from cprec import distributed
+    from cprec.train.checkpoint import whole_weights, write_folder
 
+    weights = whole_weights(model)
     aside = output_dir / "model"
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
         shutil.copytree(data / "items", folder / "items")
         (folder / DONE).write_text(json.dumps(done, indent=1) + "\n")
 
-    write_folder(aside, write)
-    for path in sorted(aside.iterdir(), key=lambda path: path.name == DONE):
-        old = output_dir / path.name
-        if old.is_dir():
-            shutil.rmtree(old)
-        path.replace(old)
-    aside.rmdir()
+    def write_and_move() -> None:
+        write_folder(aside, write)
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == DONE):
+            old = output_dir / path.name
+            if old.is_dir():
+                shutil.rmtree(old)
+            path.replace(old)
+        aside.rmdir()
+
+    distributed.by_first(write_and_move)
 
 
 def read_done(folder: Path | str) -> dict[str, Any] | None:
