@@ -1,34 +1,205 @@
-"""Devices and number formats: the only file that knows what machine a model runs on."""
+"""Processes, devices and number formats: the only file that knows what machines a model runs on.
+
+One process is the usual case, and everything here then does nothing. `torchrun` starts several: each trains on its
+share of the rows of every step and holds the whole model, or with `shard` a part of it (FSDP2).
+"""
 
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
-from cprec.errors import ConfigError
+from cprec.errors import CPRecError, TrainingError
 
 Precision = Literal["auto", "true", "false"]
+Result = TypeVar("Result")
+
+BUCKET = 2**24
+"""Gradient elements that are summed over processes in one exchange."""
 
 
-def single_process() -> None:
-    """Raises ConfigError under a multi-process launcher: training in several processes is not part of this version."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("WORLD_SIZE > 1: this version trains in one process; start it without torchrun")
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def processes(timeout_seconds: float = 1800) -> Iterator[None]:
+    """Joins the processes that torchrun started, where it did, and leaves them at the end.
+
+    An exchange that takes longer than `timeout_seconds` fails: another process hangs or is lost. Nested calls join
+    once.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    device = pick_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    with naming_lost_processes():
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_ranks() -> int:
+    """Processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and talks to people."""
+    return rank() == 0
+
+
+def by_first(function: Callable[[], Result]) -> Result:
+    """The result of `function`, run by the first process alone; the others wait for it.
+
+    What it raises is raised in all of them, as a TrainingError where it is none of our own errors.
+    """
+    if num_ranks() == 1:
+        return function()
+    answer: list[Any] = [None, None]
+    original: BaseException | None = None
+    if is_first():
+        try:
+            answer[0] = function()
+        except Exception as error:
+            original = error
+            answer[1] = (
+                error if isinstance(error, CPRecError) else TrainingError(f"the first process failed: {error!r}")
+            )
+    dist.broadcast_object_list(answer, src=0)
+    if original is not None:
+        raise original
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def all_equal(value: str) -> bool:
+    """Whether every process gives the same value."""
+    values: list[Any] = [value] * num_ranks()
+    if num_ranks() > 1:
+        dist.all_gather_object(values, value)
+    return len(set(values)) == 1
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, replaced in place by its sum over processes."""
+    if num_ranks() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace gradients by their sums over processes, of a model that each process holds whole."""
+    if num_ranks() == 1:
+        return
+    bucket: list[torch.Tensor] = []
+    for gradient in [parameter.grad for parameter in parameters if parameter.grad is not None]:
+        if bucket and (gradient.dtype != bucket[0].dtype or sum(g.numel() for g in bucket) > BUCKET):
+            _sum_bucket(bucket)
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        _sum_bucket(bucket)
+
+
+def _sum_bucket(gradients: list[torch.Tensor]) -> None:
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+@contextmanager
+def naming_lost_processes() -> Iterator[None]:
+    """Turns an exchange between processes that failed into a TrainingError that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_exchange_failure(error):
+            raise
+        raise TrainingError(
+            f"process {os.environ.get('RANK', rank())} of {os.environ.get('WORLD_SIZE', num_ranks())} lost touch with "
+            f"the others ({str(error).splitlines()[0]}). One of them failed, was killed, ran out of memory or hung; "
+            "what it said itself, if anything, stands with its own number. The last checkpoint is intact: start the "
+            "same command again to resume, with as many processes or others"
+        ) from error
+
+
+def _is_exchange_failure(error: RuntimeError) -> bool:
+    """Failures of gloo, NCCL and the store behind them; gloo raises a plain RuntimeError."""
+    if isinstance(error, dist.DistError):
+        return True
+    return any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset"))
+
+
+# ---- sharding --------------------------------------------------------------------------------------------------------
+
+
+def shard(module: nn.Module, blocks: Iterable[nn.Module], *, bf16: bool) -> None:
+    """Spread weights, gradients and optimizer states over the processes (FSDP2), block by block, then the rest.
+
+    A forward and backward pass gathers one block at a time. Master weights stay fp32; with `bf16` they are gathered in
+    bf16, and gradients are summed in fp32. `module` must be the one that is called. Does nothing in one process.
+    """
+    if num_ranks() == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(pick_device().type, (num_ranks(),))
+    policy = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+    )
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `shard` spread this module."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that may be spread over processes; each of them must ask for it."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+# ---- devices and number formats --------------------------------------------------------------------------------------
 
 
 def pick_device() -> torch.device:
-    """The first CUDA device where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process's CUDA device where there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else torch.device("cuda")
 
 
 def describe(device: torch.device) -> str:
-    """One line for people: the device and how much of it is used."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    """One line for people: the device, how many of them, and how much of a CPU is used."""
+    one = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return one if num_ranks() == 1 else f"{num_ranks()} processes, each on {one}"
 
 
 def use_bf16(setting: Precision, device: torch.device) -> bool:

@@ -26,6 +26,7 @@ def tiny_model(
     pad_token_id: int = 0,
     eos_token_id: int = 1,
     seed: int = 0,
+    attn_implementation: str | None = None,
 ) -> nn.Module:
     """A small Qwen3-style decoder with random weights and tied embeddings; the same weights for the same seed."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -44,15 +45,19 @@ def tiny_model(
         pad_token_id=pad_token_id,
         eos_token_id=eos_token_id,
         bos_token_id=None,
+        attn_implementation=attn_implementation,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen3ForCausalLM(config)
 
 
-def load_model(name_or_path: str | Path, *, device: torch.device | None = None) -> Any:
+def load_model(
+    name_or_path: str | Path, *, device: torch.device | None = None, attn_implementation: str | None = None
+) -> Any:
     """A causal language model in fp32, by Hugging Face name or folder; an adapter folder loads its base and the
-    adapter.
+    adapter. `attn_implementation` is what transformers calls so (eager, sdpa, flex_attention, flash_attention_2); by
+    default the model's own choice.
 
     Raises ConfigError where nothing can be loaded.
     """
@@ -60,15 +65,18 @@ def load_model(name_or_path: str | Path, *, device: torch.device | None = None) 
 
     _hide_progress_bars()
     path = Path(name_or_path)
+    attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         if (path / "adapter_config.json").is_file():
             from peft import AutoPeftModelForCausalLM
 
             with _peft_warnings_off():
-                model = AutoPeftModelForCausalLM.from_pretrained(str(path), dtype=torch.float32, is_trainable=True)
+                model = AutoPeftModelForCausalLM.from_pretrained(
+                    str(path), dtype=torch.float32, is_trainable=True, **attention
+                )
         else:
-            model = AutoModelForCausalLM.from_pretrained(str(name_or_path), dtype=torch.float32)
-    except (OSError, ValueError) as error:
+            model = AutoModelForCausalLM.from_pretrained(str(name_or_path), dtype=torch.float32, **attention)
+    except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
             f"model_name_or_path={str(name_or_path)!r} is neither '{TINY}', a model folder nor a model that Hugging "
             f"Face transformers can load: {error}"
@@ -131,6 +139,37 @@ def trunk_and_head(model: Any) -> tuple[Any, Any]:
     return inner.get_decoder(), head
 
 
+def blocks_of(model: Any) -> Any:
+    """The decoder's layers, in order: what is compiled and sharded one by one."""
+    trunk, _ = trunk_and_head(model)
+    blocks = getattr(trunk, "layers", None)
+    if not isinstance(blocks, nn.ModuleList):
+        raise ConfigError(
+            f"{type(trunk).__name__} has no list of blocks called `layers`, as Llama, Qwen, Mistral, SmolLM and Gemma "
+            "have: train it with fsdp=false and torch_compile=false"
+        )
+    return blocks
+
+
+def packed_hidden(model: Any, input_ids_RT: torch.Tensor, position_ids_RT: torch.Tensor) -> torch.Tensor:
+    """Last hidden states [R, T, D] of rows in which position ids restart at each document.
+
+    No cache and no mask: with either, transformers lets documents see each other. Flash attention tells documents apart
+    in a batch of one row only, so there all rows are laid end to end.
+    """
+    trunk, _ = trunk_and_head(model)
+    shape = input_ids_RT.shape
+    if "flash" in str(getattr(model.config, "_attn_implementation", "")):
+        input_ids_RT, position_ids_RT = input_ids_RT.reshape(1, -1), position_ids_RT.reshape(1, -1)
+    hidden = trunk(input_ids=input_ids_RT, position_ids=position_ids_RT, use_cache=False).last_hidden_state
+    return hidden.reshape(*shape, -1)
+
+
+def merge_adapters(model: Any) -> Any:
+    """The base model with its LoRA adapters added into the weights: a plain transformers model."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
 def num_parameters(model: nn.Module) -> int:
     """Parameters, tied ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
@@ -138,29 +177,39 @@ def num_parameters(model: nn.Module) -> int:
 
 @torch.no_grad()
 def check_isolation(model: Any, documents: Sequence[Sequence[int]] = ((5, 6, 7, 8), (9, 10, 11))) -> None:
-    """Asserts that packed documents do not see each other on this very model.
+    """Asserts that packed documents do not see each other on this very model, evaluating and training alike.
 
     With restarting `position_ids` alone, transformers isolates documents only under certain settings, and silently does
-    not under others. Raises ConfigError if the second document's hidden states depend on the first.
+    not under others. Several rows are tried, since some attention isolates in a single row only. Raises ConfigError if
+    the hidden states of a row's second document depend on its first.
     """
-    trunk, _ = trunk_and_head(model)
     device = next(model.parameters()).device
+    first, second = (list(document) for document in documents)
+    other = [token + 1 for token in first]
+    positions = [*range(len(first)), *range(len(second))]
+
+    def states(*rows: list[int]) -> torch.Tensor:
+        """Hidden states of the last document of each row."""
+        ids = torch.tensor(rows, device=device)
+        where = torch.tensor([positions[-len(row) :] for row in rows], device=device)
+        return packed_hidden(model, ids, where)[:, -len(second) :].float()
+
     was_training = model.training
-    model.eval()
-
-    def states(ids: list[int], positions: list[int]) -> torch.Tensor:
-        out = trunk(
-            input_ids=torch.tensor([ids], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            use_cache=False,
-        )
-        return out.last_hidden_state[0].float()
-
-    first, second = list(documents[0]), list(documents[1])
-    packed = states(first + second, [*range(len(first)), *range(len(second))])[len(first) :]
-    alone = states(second, list(range(len(second))))
-    model.train(was_training)
-    error = (packed - alone).abs().max().item() / max(alone.abs().max().item(), 1e-12)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            model.eval()
+            alone = states(second)
+            moved = [states(first + second, other + second) - alone]
+            model.train()  # dropout may differ from row to row, but not between the two runs
+            packed = []
+            for rows in ((first, other), (other, first)):
+                torch.manual_seed(0)
+                packed.append(states(*(row + second for row in rows)))
+            moved.append(packed[0] - packed[1])
+        finally:
+            model.train(was_training)
+    error = torch.cat(moved).abs().max().item() / max(alone.abs().max().item(), 1e-12)
     if not error < 1e-3:
         attention = getattr(model.config, "_attn_implementation", "unknown")
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,37 +14,38 @@ Comparison = Mapping[str, Any]
 """What `cprec anneal` writes as forks.json: run, start, domain, and a row for each branch by name."""
 
 
-def columns_of(comparison: Comparison) -> dict[str, Callable[[Mapping[str, Any]], str]]:
-    """Heads of the table in reading order, and what makes a row's cell; a dash stands for what was not measured."""
+Columns = dict[str, Callable[[Mapping[str, Any]], str]]
+"""Heads of a table in reading order, and what makes a row's cell; a dash stands for what was not measured."""
+
+
+def columns_of(comparison: Comparison) -> Columns:
+    """What a branch cost, and what fine-tuning made of it."""
     rows = comparison["rows"].values()
-    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    columns: Columns = {
         "tokens": lambda row: f"{row['tokens']:,}",
         "seconds": lambda row: f"{row['seconds']:,.0f}",
     }
-    for group in dict.fromkeys(name for row in rows for name in row["heldout"]):
-        columns[group] = lambda row, group=group: _shown(row["heldout"].get(group), "{:.3f}")  # type: ignore[misc]
     if any("next_item_perplexity" in row for row in rows):
         head = f"next item in {comparison['domain']}"
         columns[head] = lambda row: _shown(row.get("next_item_perplexity"), "{:.3f}")
     if any("ndcg@10" in row for row in rows):
-        interval = "{mean:.4f} ({low:.3f} to {high:.3f})"
+        interval = "{mean:.4f} [{low:.3f}, {high:.3f}]"
         columns["NDCG@10, validation"] = lambda row: _shown(row.get("ndcg@10"), interval)
-        paired = "{mean:+.4f} ({low:+.4f} to {high:+.4f})"
+        paired = "{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
         columns["against no annealing"] = lambda row: _shown(row.get("against_trunk"), paired)
     return columns
+
+
+def perplexities_of(comparison: Comparison) -> Columns:
+    """Held-out perplexity at the end of each branch."""
+    groups = dict.fromkeys(name for row in comparison["rows"].values() for name in row["heldout"])
+    return {name: lambda row, name=name: _shown(row["heldout"].get(name), "{:.3f}") for name in groups}  # type: ignore[misc]
 
 
 def _shown(value: Any, form: str) -> str:
     if value is None:
         return "-"
     return form.format(**value) if isinstance(value, Mapping) else form.format(value)
-
-
-def cells_of(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
-    """Name and cells of each row, under the heads of `columns_of`."""
-    columns = columns_of(comparison)
-    for name, row in comparison["rows"].items():
-        yield name, [cell(row) for cell in columns.values()]
 
 
 def print_forks(comparison: Comparison) -> None:
@@ -54,13 +55,17 @@ def print_forks(comparison: Comparison) -> None:
     from rich.table import Table
 
     console = Console()
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(f"branches of {comparison['start']}")
-    for head in columns_of(comparison):
-        table.add_column(head, justify="right")
-    for name, cells in cells_of(comparison):
-        table.add_row(name, *cells)
-    console.print(table)
+    for title, columns in (("", columns_of(comparison)), ("held-out perplexity", perplexities_of(comparison))):
+        if not columns:
+            continue
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column(title or f"branches of {comparison['start']}", no_wrap=True)
+        for head in columns:
+            table.add_column(head, justify="right")
+        for name, row in comparison["rows"].items():
+            table.add_row(name, *(cell(row) for cell in columns.values()))
+        console.print(table)
+        console.print()
     console.print(_explanation(comparison), highlight=False)
 
 
@@ -88,11 +93,12 @@ def write_forks(
     title = escape(f"anneal forks of {comparison['run']}")
     start = min((row["total_tokens"] for row in comparison["rows"].values()), default=0)
     logs = {"run": [record for record in trunk if record["tokens"] <= start], **branches}
+    columns = columns_of(comparison) | {f"held out: {n}": cell for n, cell in perplexities_of(comparison).items()}
+    heads = "".join(f"<th>{escape(head)}</th>" for head in columns)
     rows = "".join(
-        f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
-        for name, cells in cells_of(comparison)
+        f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(cell(row))}</td>' for cell in columns.values())}</tr>"
+        for name, row in comparison["rows"].items()
     )
-    heads = "".join(f"<th>{escape(head)}</th>" for head in columns_of(comparison))
     charts = {
         "Learning rate": _chart(logs, "learning_rate"),
         "Training loss (nats per target token)": _chart(logs, "loss"),

@@ -15,14 +15,14 @@ from cprec.errors import ConfigError, DataError, ShardError
 from cprec.progress import say, track
 from cprec.provenance import file_sha256
 from cprec.text.mixture import TEXT
-from cprec.text.shards import Shards, open_shards, write_shards
+from cprec.text.shards import open_shards, write_shards
 
 BATCH = 256
 """Texts that are tokenised at once."""
 
 
-def text_shards(folder: Path, files: Sequence[str], tokenizer: Any, max_tokens: int) -> Shards:
-    """Token shards of the texts in some files, made once and kept in `folder` under a name of what they are made from.
+def text_shards(folder: Path, files: Sequence[str], tokenizer: Any, max_tokens: int) -> str:
+    """The folder of token shards of some files' texts: made once, inside `folder`, named by what they are made from.
 
     Each text ends with end-of-sequence; one of more than `max_tokens` tokens is cut into pieces of nearly equal length,
     each a document. Raises ConfigError for a file of another kind, DataError for one without text.
@@ -38,7 +38,8 @@ def text_shards(folder: Path, files: Sequence[str], tokenizer: Any, max_tokens: 
     target = folder / hashlib.sha256(" ".join(made_from).encode()).hexdigest()[:16]
     if target.is_dir():
         try:
-            return open_shards(target)
+            open_shards(target)
+            return str(target)
         except ShardError:
             say(f"{target}: damaged, made again")
     documents: list[np.ndarray] = []
@@ -60,7 +61,8 @@ def text_shards(folder: Path, files: Sequence[str], tokenizer: Any, max_tokens: 
         "target_start": np.ones(len(rows), dtype=np.int64),
     }
     about = {"vocabulary_size": len(tokenizer), "files": [path.name for path in paths], "made_from": made_from}
-    return write_shards(target, rows, columns, about)
+    write_shards(target, rows, columns, about)
+    return str(target)
 
 
 def _pieces(ids: np.ndarray, max_tokens: int) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.errors import ConfigError
-from cprec.text.mixture import Corpus, within_caps
+from cprec.text.corpus import Corpus
 from cprec.text.packing import pack
 
 IGNORE = -100
@@ -92,6 +92,28 @@ def document_order(corpus: Corpus, phases: Sequence[Phase], seed: int, max_passe
         asked += tokens
         orders.append(np.concatenate(documents)[np.argsort(np.concatenate(due), kind="stable")])
     return orders
+
+
+def within_caps(share: np.ndarray, tokens: float, room: np.ndarray) -> np.ndarray:
+    """Tokens of each group: its share of `tokens`, but no more than its room; what is over goes to the others.
+
+    The others take it in proportion to their shares, as far as they have room; where no group has any, less is read
+    than was asked for.
+
+    >>> within_caps(np.array([0.5, 0.3, 0.2]), 100, np.array([20, 1000, 30])).tolist()
+    [20.0, 50.0, 30.0]
+    """
+    wanted = np.zeros(len(share))
+    open_ = share > 0
+    while open_.any():
+        left = tokens - wanted[~open_].sum()
+        wanted[open_] = left * share[open_] / share[open_].sum()
+        full = open_ & (wanted > room)
+        if not full.any():
+            break
+        wanted[full] = room[full]
+        open_ &= ~full
+    return wanted
 
 
 class TokenStream:

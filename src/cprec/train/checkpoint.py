@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 
+from cprec import distributed
 from cprec.errors import CheckpointError
 from cprec.provenance import file_sha256
 
@@ -113,24 +114,52 @@ def save_checkpoint(
     kind: Kind = "checkpoint",
 ) -> Path:
     """Write `<kind>-<step>`, then remove checkpoints of later steps and all but the newest `keep` of this and earlier
-    ones. Those named `stable-` stay. Raises CheckpointError (see `write_folder`).
+    ones. Those named `stable-` stay. All processes call it, the first one writes.
+
+    Raises CheckpointError (see `write_folder`), in all of them.
     """
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    weights = whole_weights(model)
+    moments = get_optimizer_state_dict(model, optimizer, options=_whole())
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         with open(folder / OPTIMIZER, "wb") as file:
-            torch.save(optimizer.state_dict(), file)
+            torch.save(moments, file)
         (folder / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n")
         written = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in folder.iterdir()}
         (folder / FILES).write_text(json.dumps(dict(sorted(written.items())), indent=1) + "\n")
 
+    def write_and_make_room() -> Path:
+        write_folder(folder, write)
+        found = _of_kind(output_dir, "checkpoint")
+        # A later step is on disk only where its checkpoint was damaged and training fell back to an earlier one.
+        later = [path for path in found if step_of(path) > state.step]
+        for old in [*later, *[path for path in found if path not in later][:-keep]]:
+            remove_folder(old)
+        return folder
+
     folder = output_dir / f"{kind}-{state.step}"
-    write_folder(folder, write)
-    # A later step is on disk only where its checkpoint was damaged and training fell back to an earlier one.
-    later = [path for path in _of_kind(output_dir, "checkpoint") if step_of(path) > state.step]
-    for old in [*later, *[path for path in _of_kind(output_dir, "checkpoint") if path not in later][:-keep]]:
-        remove_folder(old)
-    return folder
+    return distributed.by_first(write_and_make_room)
+
+
+def whole_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The weights that a model folder holds, on the CPU, tied ones once; of an adapted model the adapters.
+
+    All processes call it; where weights are spread over them, the first one gets them all and the others none.
+    """
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    kept = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}  # each tensor once
+    found = get_model_state_dict(model, options=_whole(trained_only=hasattr(model, "peft_config")))
+    return {name: value for name, value in found.items() if name in kept}  # type: ignore[misc]
+
+
+def _whole(trained_only: bool = False) -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False, ignore_frozen_params=trained_only)
 
 
 def remove_checkpoints(output_dir: Path, *, stable: bool = False) -> None:
@@ -198,14 +227,6 @@ def damage(folder: Path) -> str | None:
         return f"{FILES} cannot be read ({error!r})"
 
 
-def read_state(folder: Path) -> TrainState:
-    """How far the run was that wrote a checkpoint. Raises CheckpointError where that cannot be read."""
-    try:
-        return TrainState(**json.loads((folder / STATE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder} is no checkpoint that can be read ({error!r})") from error
-
-
 def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> TrainState:
     """Restore weights and optimizer in place. Raises CheckpointError if a file cannot be read or is of another model.
 
@@ -213,27 +234,40 @@ def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) 
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
 
-    unreadable = (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, UnpicklingError, SafetensorError)
+    unreadable = (
+        *(OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError),
+        *(UnpicklingError, SafetensorError),
+    )
     try:
-        state = TrainState(**json.loads((folder / STATE).read_text()))
-        optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
-        adapter = folder / "adapter_model.safetensors"
-        if adapter.is_file():
-            from peft import set_peft_model_state_dict
-
-            set_peft_model_state_dict(model, load_file(adapter))
-        else:
-            weights: dict[str, torch.Tensor] = {}
-            for path in sorted(folder.glob("model*.safetensors")):
-                weights |= load_file(path)
-            missing, unexpected = model.load_state_dict(weights, strict=False)
-            tied = set(getattr(model, "_tied_weights_keys", None) or ())
-            if unexpected or set(missing) - tied:
-                raise ValueError(f"weights missing {sorted(set(missing) - tied)}, unexpected {sorted(unexpected)}")
-            model.tie_weights()
+        state = read_state(folder)
+        moments = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+        weights: dict[str, Any] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            weights |= load_file(path)
+        if hasattr(model, "peft_config"):  # peft leaves the adapter's name out of its files
+            weights = {re.sub(r"(lora_[AB])\.weight$", r"\1.default.weight", n): w for n, w in weights.items()}
+        expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        if expected - weights.keys() or weights.keys() - known:
+            raise ValueError(
+                f"weights missing {sorted(expected - weights.keys())}, unexpected {sorted(weights.keys() - known)}"
+            )
+        set_optimizer_state_dict(model, optimizer, moments, options=_whole())
+        set_model_state_dict(model, weights, options=_whole())
     except unreadable as error:
         raise CheckpointError(
             f"{folder} cannot be read into this model ({error!r}): delete it to resume from the one before"
         ) from error
     return state
+
+
+def read_state(folder: Path) -> TrainState:
+    """What the run of a checkpoint had done. Raises CheckpointError if that cannot be read."""
+    try:
+        return TrainState(**json.loads((folder / STATE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be read into a run ({error!r}): delete it to resume from the one before"
+        ) from error

@@ -32,10 +32,11 @@ class FinetuneConfig(TrainingConfig):
 
 def finetune(config: FinetuneConfig) -> Path:
     """Fine-tune a model on the next-item examples of a domain; returns the model folder."""
-    from cprec.text.mixture import Corpus
+    from cprec.text.corpus import Corpus
     from cprec.text.shards import open_shards
     from cprec.text.stream import TokenStream, one_phase
-    from cprec.train.training import Plan, make_plan, run_training
+    from cprec.train.plan import Plan, make_plan
+    from cprec.train.training import run_training
 
     folder = Path(config.data) / "examples" / config.domain
     if not folder.is_dir():

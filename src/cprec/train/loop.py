@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from cprec.distributed import autocast
+from cprec import distributed
 from cprec.errors import TrainingError
-from cprec.models import trunk_and_head
 from cprec.progress import say, track
 from cprec.text.stream import IGNORE, Batch, TokenStream
 from cprec.train.checkpoint import Kind, TrainState, load_checkpoint, save_checkpoint
-from cprec.train.loss import linear_cross_entropy
+from cprec.train.loss import as_loss
 from cprec.train.training import LOG, read_log
 
 
@@ -36,31 +35,27 @@ def make_optimizer(model: torch.nn.Module, *, weight_decay: float) -> torch.opti
 
 
 def summed_loss(model: Any, batch: Batch, device: torch.device, bf16: bool) -> torch.Tensor:
-    """Cross-entropy summed over the batch's targets, in nats; hidden states meet the head only where a target is."""
-    trunk, head = trunk_and_head(model)
-    targets = torch.from_numpy(batch.targets_RT).flatten()
-    at = (targets != IGNORE).nonzero().squeeze(1).to(device)
-    with autocast(device, bf16):
-        hidden_RTD = trunk(
-            input_ids=torch.from_numpy(batch.input_ids_RT).to(device),
-            position_ids=torch.from_numpy(batch.position_ids_RT).to(device),
-            use_cache=False,
-        ).last_hidden_state
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    return linear_cross_entropy(hidden_RTD.flatten(0, 1)[at], head.weight, targets.to(device)[at], dtype)
+    """Cross-entropy summed over the batch's targets, in nats."""
+    return as_loss(model, bf16).of(batch, device)
 
 
 @torch.no_grad()
 def perplexity(model: Any, batches: Iterable[Batch], device: torch.device, bf16: bool) -> float:
-    """exp of the mean cross-entropy over all targets; infinite if it overflows, NaN without targets."""
-    was_training = model.training
-    model.eval()
-    total, count = 0.0, 0
+    """exp of the mean cross-entropy over all targets; infinite if it overflows, NaN without targets.
+
+    Each process reads its share of the rows of every batch; all get the same answer.
+    """
+    loss = as_loss(model, bf16)
+    was_training = loss.training
+    loss.eval()
+    total, count = torch.zeros((), device=device, dtype=torch.float64), 0
     for batch in batches:
-        total += summed_loss(model, batch, device, bf16).item()
+        for part in split_rows(batch, 1, distributed.rank(), distributed.num_ranks()):
+            total += loss.of(part, device)
         count += batch.num_targets
-    model.train(was_training)
-    return math.exp(min(total / count, 700.0)) if count else math.nan
+    loss.train(was_training)
+    mean = distributed.sum_over_ranks(total).item() / count if count else math.nan
+    return math.exp(min(mean, 700.0))
 
 
 def train(
@@ -80,69 +75,77 @@ def train(
     validate: Callable[[], dict[str, float]],
     resume_from: Path | None,
     description: str,
-    keep_at: Sequence[int] = (),
     start_from: Path | None = None,
+    keep_at: Sequence[int] = (),
 ) -> TrainState:
     """Train to the end of the stream, from a checkpoint if one is given; returns the final state.
 
-    Each stream batch is one optimizer step, cut into `num_accumulation` micro-batches of rows. The step's loss is the
-    sum over all its targets divided by their number, so accumulation changes nothing but memory. Every `logging_steps`
-    steps a line goes to `log.jsonl`; every `eval_steps`, and at the end, `validate()` is logged as `heldout`; every
-    `save_steps` a checkpoint is written. After the steps named in `keep_at` (the end of the stable phase, say) it is
-    called `stable-<step>` and stays. Weights
-    and optimizer begin as in the checkpoint `start_from`, if one is given. Ctrl-C and SIGTERM let the step finish,
-    save, and raise KeyboardInterrupt.
+    `model` is a causal language model or its PackedLoss. Each stream batch is one optimizer step. Its rows are shared
+    out over the processes and cut into `num_accumulation` micro-batches in all; its loss is the sum over all targets
+    divided by their number, so accumulation and processes change nothing but memory and time. `resume_from` restores
+    weights, optimizer and state; without it `start_from` restores weights and optimizer alone.
 
-    Raises TrainingError if a loss or gradient norm is not finite or the log cannot be written, and CheckpointError if
-    a checkpoint cannot be written.
+    Every `logging_steps` steps a line goes to `log.jsonl`; every `eval_steps`, and at the end, `validate()` is logged
+    as `heldout`; every `save_steps` a checkpoint is written. After the steps named in `keep_at` (the end of the stable
+    phase, say) it is called `stable-<step>` and stays. The first process alone writes. Ctrl-C and SIGTERM, in any
+    process, let the step finish, save, and raise KeyboardInterrupt in all.
+
+    Raises TrainingError if a loss or gradient norm is not finite, another process is lost or the log cannot be written,
+    and CheckpointError if a checkpoint cannot be written. All leave the last checkpoint as it was.
     """
-    device = next(model.parameters()).device
-    optimizer = make_optimizer(model, weight_decay=weight_decay)
-    state = TrainState()
-    if resume_from:
-        state = load_checkpoint(resume_from, model, optimizer)
-    elif start_from:
-        load_checkpoint(start_from, model, optimizer)
+    loss_of = as_loss(model, bf16)
+    device = next(loss_of.parameters()).device
+    optimizer = make_optimizer(loss_of.model, weight_decay=weight_decay)
+    begin = resume_from or start_from
+    found = load_checkpoint(begin, loss_of.model, optimizer) if begin else TrainState()
+    state = found if resume_from else TrainState()
     log = _Log(output_dir / LOG, state)
-    model.train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    loss_of.train()
+    parameters = [p for p in loss_of.parameters() if p.requires_grad]
+    sharded = distributed.is_sharded(loss_of)
+    rank, num_ranks = distributed.rank(), distributed.num_ranks()
     num_steps = stream.num_steps
 
     def save() -> Path:
         kind: Kind = "stable" if state.step in keep_at else "checkpoint"
-        return save_checkpoint(output_dir, state, model, optimizer, save_total_limit, kind=kind)
+        return save_checkpoint(output_dir, state, loss_of.model, optimizer, save_total_limit, kind=kind)
 
-    if state.step == 0:
-        log.write(step=0, tokens=0, heldout=validate())
     with (
+        distributed.naming_lost_processes(),
         _stop_requests() as stop,
         track(stream.num_tokens, description, unit="tokens", completed=state.num_tokens) as progress,
     ):
+        _check_same_plan(stream, state)
+        if state.step == 0:
+            log.write(step=0, tokens=0, heldout=validate())
         for step in range(state.step, num_steps):
             start = time.perf_counter()
             learning_rate = schedule(step)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-            torch.manual_seed(step)  # dropout, where a model has any, depends on the step alone
+            torch.manual_seed(step + (rank << 32))  # dropout, where a model has any, depends on step and rank alone
             batch = stream.batch(step)
-            num_targets = batch.num_targets
-            loss = torch.zeros((), device=device)
-            for part in split_rows(batch, num_accumulation):
-                part_loss = summed_loss(model, part, device, bf16) / num_targets
-                part_loss.backward()
-                loss += part_loss.detach()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-            _check_finite(step, loss, norm, learning_rate, output_dir)
+            num_targets = batch.num_targets  # of all processes: each of them knows the whole step
+            summed = torch.zeros((), device=device)
+            for part in split_rows(batch, num_accumulation, rank, num_ranks):
+                part_loss = loss_of.of(part, device) / num_targets
+                (part_loss * num_ranks if sharded else part_loss).backward()  # sharding averages gradients: undo it
+                summed += part_loss.detach()
+            if not sharded:
+                distributed.sum_gradients(parameters)
+            norm = distributed.whole(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+            loss, stopping = distributed.sum_over_ranks(torch.stack([summed, summed.new_tensor(len(stop))])).tolist()
+            _check_finite(step, loss, norm.item(), learning_rate, output_dir)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             seconds = time.perf_counter() - start
             state = state.advance(batch.documents.tobytes(), batch.num_tokens, num_targets, seconds)
-            progress.advance(batch.num_tokens, loss=f"{loss.item():.3f}")
+            progress.advance(batch.num_tokens, loss=f"{loss:.3f}")
             if state.step % logging_steps == 0 or state.step in (1, num_steps):
                 log.write(
                     step=state.step,
                     tokens=state.num_tokens,
-                    loss=loss.item(),
+                    loss=loss,
                     learning_rate=learning_rate,
                     grad_norm=norm.item(),
                     tokens_per_second=state.num_tokens / max(state.seconds, 1e-9),
@@ -151,17 +154,30 @@ def train(
                 )
             if state.step % eval_steps == 0 or state.step == num_steps or state.step in keep_at:
                 log.write(step=state.step, tokens=state.num_tokens, heldout=validate())
-            if state.step in keep_at or (state.step < num_steps and (stop or state.step % save_steps == 0)):
+            if state.step in keep_at or (state.step < num_steps and (stopping or state.step % save_steps == 0)):
                 saved = save()
-                if stop and state.step < num_steps:
+                if stopping and state.step < num_steps:
                     say(f"stopped after step {state.step:,} of {num_steps:,}, saved as {saved}")
                     raise KeyboardInterrupt
     return state
 
 
+def _check_same_plan(stream: TokenStream, state: TrainState) -> None:
+    """Raises TrainingError where processes would train on different data or from different checkpoints."""
+    first = stream.batch(0).documents.tolist() if stream.num_steps else []
+    if not distributed.all_equal(repr((stream.num_steps, stream.num_tokens, first, state.step, state.consumed))):
+        raise TrainingError(
+            "the processes of this run do not read the same data or resume from the same checkpoint: give all of them "
+            "the same command, data folder and output_dir (on a file system that all machines share)"
+        )
+
+
 @contextmanager
 def _stop_requests() -> Iterator[list[int]]:
-    """Collects Ctrl-C and SIGTERM, so that the step under way can finish; a second signal acts at once."""
+    """Collects Ctrl-C and SIGTERM, so that the step under way can finish; a second signal acts at once.
+
+    Except under torchrun, which passes on to its processes what the terminal has sent them already.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received  # signals only reach the main thread
@@ -170,8 +186,9 @@ def _stop_requests() -> Iterator[list[int]]:
 
     def note(number: int, frame: Any) -> None:
         received.append(number)
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        if distributed.num_ranks() == 1:
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
     for number in before:
         signal.signal(number, note)
@@ -182,39 +199,50 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def split_rows(batch: Batch, parts: int) -> list[Batch]:
-    """Micro-batches of whole rows; documents and token counts stay with the step's batch."""
-    pieces = min(parts, len(batch.input_ids_RT))
-    arrays = zip(
-        np.array_split(batch.input_ids_RT, pieces),
-        np.array_split(batch.position_ids_RT, pieces),
-        np.array_split(batch.targets_RT, pieces),
-        strict=True,
-    )
-    return [Batch(ids, positions, targets, 0, batch.documents[:0]) for ids, positions, targets in arrays]
+def split_rows(batch: Batch, parts: int, rank: int = 0, num_ranks: int = 1) -> list[Batch]:
+    """This rank's rows of a step as micro-batches of whole rows; all ranks together have about `parts`.
+
+    Ranks have equally many micro-batches, since sharded ones work in step: one that is left without rows gets a row
+    without targets. Documents and token counts stay with the step's batch.
+    """
+    longest = -(-len(batch.input_ids_RT) // num_ranks)
+    pieces = min(-(-parts // num_ranks), longest)
+    arrays = (batch.input_ids_RT, batch.position_ids_RT, batch.targets_RT)
+    shares = [np.array_split(np.array_split(array, num_ranks)[rank], pieces) for array in arrays]
+    micro_batches = []
+    for ids, positions, targets in zip(*shares, strict=True):
+        if not len(ids):
+            ids, positions = batch.input_ids_RT[:1], batch.position_ids_RT[:1]
+            targets = np.full_like(batch.targets_RT[:1], IGNORE)
+        micro_batches.append(Batch(ids, positions, targets, 0, batch.documents[:0]))
+    return micro_batches
 
 
-def _check_finite(step: int, loss: torch.Tensor, norm: torch.Tensor, learning_rate: float, output_dir: Path) -> None:
-    if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+def _check_finite(step: int, loss: float, norm: float, learning_rate: float, output_dir: Path) -> None:
+    if not (math.isfinite(loss) and math.isfinite(norm)):
         raise TrainingError(
-            f"step {step}: loss {loss.item():g}, gradient norm {norm.item():g} at learning rate {learning_rate:g} are "
+            f"step {step}: loss {loss:g}, gradient norm {norm:g} at learning rate {learning_rate:g} are "
             f"not finite. The weights of the last checkpoint in {output_dir} are intact: resume with a lower "
             "learning_rate"
         )
 
 
 class _Log:
-    """JSON lines; on resume the lines of steps that will be run again are dropped."""
+    """JSON lines of the first process; on resume the lines of steps that will be run again are dropped."""
 
     def __init__(self, path: Path, state: TrainState) -> None:
+        self._path = path
+        if not distributed.is_first():
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if state.step and path.is_file():
             kept = [line for line in read_log(path) if line["step"] <= state.step]
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._path = path
 
     def write(self, **fields: Any) -> None:
+        if not distributed.is_first():
+            return
         try:
             with open(self._path, "a") as file:
                 file.write(json.dumps(fields) + "\n")

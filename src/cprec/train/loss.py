@@ -1,10 +1,16 @@
-"""Cross-entropy of hidden states and the output layer, without ever making a tensor of all tokens by the vocabulary."""
+"""The loss of packed rows as a module, without ever making a tensor of all tokens by the vocabulary."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import nn
+
+from cprec import distributed
+from cprec.errors import ConfigError
+from cprec.models import blocks_of, packed_hidden, trunk_and_head
+from cprec.text.stream import IGNORE, Batch
 
 CHUNK = 256
 """Positions whose logits exist at once. Small chunks stay in the cache (benchmarks/loss.py: 2.5x over plain logits)."""
@@ -65,3 +71,63 @@ def linear_cross_entropy(
     if not torch.is_grad_enabled():  # a Function is told that parameters want gradients all the same
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, target_N, dtype)
+
+
+class PackedLoss(nn.Module):
+    """A causal language model whose forward pass is the loss: the one door for sharding, compiling and checkpointing.
+
+    Hidden states meet the output layer only where a target is. Suffixes: R rows, T tokens in a row, N targets, D width.
+    """
+
+    def __init__(self, model: Any, *, bf16: bool = False) -> None:
+        super().__init__()
+        trunk_and_head(model)  # refuses output layers that this loss would get wrong
+        self.model = model
+        self.bf16 = bf16
+
+    def forward(
+        self, input_ids_RT: torch.Tensor, position_ids_RT: torch.Tensor, targets_RT: torch.Tensor
+    ) -> torch.Tensor:
+        """Cross-entropy summed over the targets that are not IGNORE, in nats: float32, no dimensions."""
+        _, head = trunk_and_head(self.model)
+        targets = targets_RT.flatten()
+        at_N = (targets != IGNORE).nonzero().squeeze(1)
+        with distributed.autocast(input_ids_RT.device, self.bf16):
+            hidden_RTD = packed_hidden(self.model, input_ids_RT, position_ids_RT)
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        return linear_cross_entropy(hidden_RTD.flatten(0, 1)[at_N], head.weight, targets[at_N], dtype)
+
+    def of(self, batch: Batch, device: torch.device) -> torch.Tensor:
+        """The loss of rows as the stream gives them."""
+        arrays = (batch.input_ids_RT, batch.position_ids_RT, batch.targets_RT)
+        ids, positions, targets = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
+        return self(ids, positions, targets)
+
+
+def as_loss(model: Any, bf16: bool) -> PackedLoss:
+    """The model as its loss; one that is a PackedLoss already stays as it is."""
+    return model if isinstance(model, PackedLoss) else PackedLoss(model, bf16=bf16)
+
+
+def prepare_loss(
+    model: Any, *, bf16: bool, fsdp: bool = False, gradient_checkpointing: bool = False, torch_compile: bool = False
+) -> PackedLoss:
+    """The model as a loss to train: its blocks recompute what they did in the backward pass (half the memory or less
+    for a third more time), are compiled, and are spread over the processes, as asked.
+
+    Raises ConfigError where the model has no such blocks or cannot recompute.
+    """
+    loss = PackedLoss(model, bf16=bf16)
+    if gradient_checkpointing:
+        if not getattr(model, "supports_gradient_checkpointing", True):
+            raise ConfigError(
+                f"gradient_checkpointing=true, but {type(model).__name__} does not support it: leave it off"
+            )
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    if torch_compile:
+        for block in blocks_of(model):
+            block.compile()
+    if fsdp:
+        distributed.shard(loss, blocks_of(model), bf16=bf16)
+    return loss

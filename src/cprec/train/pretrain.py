@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     import numpy as np
 
     from cprec.data.ragged import Ragged
-    from cprec.text.mixture import Corpus, Group
+    from cprec.text.corpus import Corpus, Group
     from cprec.text.shards import Shards
     from cprec.text.stream import TokenStream
-    from cprec.train.training import Plan
+    from cprec.train.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,10 @@ class PretrainConfig(TrainingConfig):
 
 def pretrain(config: PretrainConfig) -> Path:
     """Continue a model's pre-training on the token shards of a data folder; returns the model folder."""
-    return _pretrain(config)
+    from cprec import distributed
+
+    with distributed.processes(config.ddp_timeout):
+        return _pretrain(config)
 
 
 def fork(config: PretrainConfig, stable: Path) -> Path:
@@ -100,7 +103,7 @@ def _pretrain(config: PretrainConfig, fork_of: Path | None = None) -> Path:
 
 def show_schedule(config: PretrainConfig) -> None:
     """Print what `pretrain` would do: steps and tokens of each phase, the mixture, the learning rate as a plot."""
-    from cprec.train.training import describe_plan, plot_schedule
+    from cprec.train.plan import describe_plan, plot_schedule
 
     plan = pretrain_plan(config, behaviour_and_more(config))
     describe_plan(config, plan, print)
@@ -116,8 +119,10 @@ def behaviour_and_more(config: PretrainConfig) -> list[Group]:
     """
     import numpy as np
 
+    from cprec import distributed
+    from cprec.text.corpus import Group, behaviour_groups
     from cprec.text.general_text import text_shards
-    from cprec.text.mixture import TEXT, Group, behaviour_groups
+    from cprec.text.mixture import TEXT
     from cprec.text.shards import open_shards
     from cprec.text.tokenizer import load_tokenizer
 
@@ -126,7 +131,11 @@ def behaviour_and_more(config: PretrainConfig) -> list[Group]:
     mixtures = [config.mixture, config.warmup_mixture, config.anneal_mixture]
     if any(mixture and mixture.text_share for mixture in mixtures) and config.replay:
         tokenizer = load_tokenizer(str(data / "tokenizer"))
-        text = text_shards(Path(config.output_dir) / "general_text", config.replay, tokenizer, config.max_length)
+
+        def make() -> str:
+            return text_shards(Path(config.output_dir) / "general_text", config.replay, tokenizer, config.max_length)
+
+        text = open_shards(Path(distributed.by_first(make)))
         groups.append(Group(TEXT, TEXT, text, np.arange(len(text))))
     if any(mixture and mixture.examples_share for mixture in mixtures):
         groups += _examples(data, groups)
@@ -137,7 +146,8 @@ def _examples(data: Path, groups: list[Group]) -> list[Group]:
     import numpy as np
     import pyarrow.compute as pc
 
-    from cprec.text.mixture import EXAMPLES, Group
+    from cprec.text.corpus import Group
+    from cprec.text.mixture import EXAMPLES
     from cprec.text.shards import open_shards
 
     users = pc.unique(_user_keys(groups[0].shards))
@@ -162,9 +172,10 @@ def _user_keys(shards: Shards) -> Any:
 
 def pretrain_plan(config: PretrainConfig, groups: list[Group]) -> Plan:
     """The batches and learning rates of a run: phases, their mixtures, the order of all documents."""
-    from cprec.text.mixture import Corpus, shares
+    from cprec.text.corpus import Corpus
+    from cprec.text.mixture import shares
     from cprec.text.stream import Phase, TokenStream
-    from cprec.train.training import ANNEALING, make_plan, split_phases
+    from cprec.train.plan import ANNEALING, make_plan, split_phases
 
     def of_phase(mixture: Mixture | None) -> np.ndarray | None:
         return None if mixture is None else shares(groups, mixture)
@@ -222,7 +233,7 @@ def _titles_only(config: PretrainConfig, corpus: Corpus) -> Callable[[np.ndarray
 
 def heldout_streams(heldout: Shards, config: TrainingConfig) -> dict[str, TokenStream]:
     """Held-out documents of users never trained on: one stream per domain for specific ones, one for mixed ones."""
-    from cprec.text.mixture import Corpus, behaviour_groups
+    from cprec.text.corpus import Corpus, behaviour_groups
     from cprec.text.stream import TokenStream, one_phase
 
     return {

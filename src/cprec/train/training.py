@@ -14,14 +14,10 @@ from cprec.errors import ConfigError
 from cprec.provenance import CONFIG_FILE, file_sha256, read_resolved, save_resolved, to_dict
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from cprec.text.stream import Phase, TokenStream
-    from cprec.train.schedule import Schedule
+    from cprec.text.stream import TokenStream
+    from cprec.train.plan import Plan
 
 DONE, LOG = "cprec.json", "log.jsonl"
-FEW_STEPS = 50
-"""Optimizer steps below which a run says that it can hardly learn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +76,16 @@ class TrainingConfig:
     """Warmup-stable-annealing; or without the annealing; a cosine over all that warm-up leaves; or the peak only."""
     schedule_unit: Literal["steps", "tokens"] = "steps"
     """What the learning rate follows: optimizer steps, or the tokens read by the end of each."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"] = "auto"
+    """How attention is computed; auto: as transformers chooses. All must keep packed documents apart on this model."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass: much less memory for about a third more time."""
+    torch_compile: bool = False
+    """Compile each block: faster steps after a first one of a minute or so."""
+    fsdp: bool = False
+    """Under torchrun, spread weights, gradients and optimizer over the processes; else each holds them whole."""
+    ddp_timeout: int = 1800
+    """Seconds that a process waits for the others before it gives up."""
     warmup_steps: float = 0.03
     """Warm-up: a fraction of all steps if below 1, else a number of steps."""
     anneal_steps: float = 0.15
@@ -108,7 +114,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         positive = (
             "learning_rate num_train_epochs max_length per_device_train_batch_size gradient_accumulation_steps "
-            "max_grad_norm save_steps save_total_limit logging_steps eval_steps"
+            "max_grad_norm save_steps save_total_limit logging_steps eval_steps ddp_timeout"
         )
         for name in positive.split():
             if not getattr(self, name) > 0:
@@ -124,88 +130,11 @@ class TrainingConfig:
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
 
-STABLE, WARMUP, ANNEALING = "stable", "warm-up", "annealing"
-_FREE = ("resume_from_checkpoint", "save_steps", "save_total_limit", "dry_run")
-"""Settings that may change between the starts of one run."""
-_SURE_FILL = 0.96
-"""Share of a row's positions that is surely filled: a phase given in steps is no longer than asked."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that a run will do: its batches and their learning rates. A pure function of settings and data."""
-
-    stream: TokenStream
-    schedule: Schedule
-
-    def steps_of(self, name: str) -> int:
-        """Optimizer steps of a phase of the stream; 0 where it has none of that name."""
-        steps = zip(self.stream.phases, self.stream.phase_steps, strict=True)
-        return sum(num for phase, num in steps if phase.name == name)
-
-
-def split_phases(
-    config: TrainingConfig,
-    num_tokens: int,
-    share: np.ndarray,
-    *,
-    warmup: np.ndarray | None = None,
-    annealing: np.ndarray | None = None,
-) -> list[Phase]:
-    """The phases of a run over `num_tokens`, each with the share of its tokens that each group has.
-
-    Annealing is a phase of its own, so that runs which differ in it alone read the same until it begins; so is warm-up
-    where it has a mixture of its own. Phases too short for a step are part of the others.
-    """
-    from cprec.text.stream import Phase
-
-    per_step = config.rows_per_step * config.max_length
-
-    def phase(name: str, setting: float, of_phase: np.ndarray) -> Phase:
-        if setting < 1:
-            return Phase(name=name, num_tokens=setting * num_tokens, share=of_phase)
-        return Phase(name=name, num_tokens=setting * per_step * _SURE_FILL, share=of_phase, num_steps=round(setting))
-
-    first = [] if warmup is None else [phase(WARMUP, config.warmup_steps, warmup)]
-    last = [phase(ANNEALING, config.anneal_steps, share if annealing is None else annealing)]
-    if config.lr_scheduler_type != "wsa":
-        last = []
-    rest = num_tokens - sum(part.num_tokens for part in [*first, *last])
-    stable = Phase(name=STABLE, num_tokens=max(rest, 0), share=share)
-    return [part for part in [*first, stable, *last] if part.num_tokens >= per_step] or [
-        Phase(name=STABLE, num_tokens=num_tokens, share=share)
-    ]
-
-
-def make_plan(config: TrainingConfig, stream: TokenStream) -> Plan:
-    """The learning rates that the settings ask for over the steps of a stream."""
-    from cprec.train.schedule import make_schedule
-
-    num_steps, steps = stream.num_steps, {}
-    for phase, of_phase in zip(stream.phases, stream.phase_steps, strict=True):
-        steps[phase.name] = of_phase
-    warmup = steps.get(WARMUP, _steps(config.warmup_steps, num_steps))
-    if 0 < config.warmup_steps < 1:
-        warmup = max(1, warmup)
-    anneal = steps.get(ANNEALING, _steps(config.anneal_steps, num_steps))
-    if config.anneal_steps < 1:
-        anneal = min(anneal, max(0, num_steps - warmup))
-    after = range(1, num_steps + 1) if config.schedule_unit == "steps" else stream.tokens_after()
-    schedule = make_schedule(
-        config.lr_scheduler_type,
-        after,  # type: ignore[arg-type]
-        config.learning_rate,
-        warmup_steps=warmup,
-        anneal_steps=anneal,
-        floor_ratio=config.min_lr_ratio,
-        shape=config.anneal_shape,
-    )
-    return Plan(stream, schedule)
-
-
-def _steps(setting: float, num_steps: int) -> int:
-    """A setting below 1 is a fraction of the steps; from 1 on, a number of steps."""
-    return round(setting * num_steps) if setting < 1 else round(setting)
+_FREE = (
+    *("resume_from_checkpoint", "save_steps", "save_total_limit", "dry_run"),
+    *("fsdp", "gradient_checkpointing", "torch_compile", "ddp_timeout"),
+)
+"""Settings that may change between the starts of one run: they do not decide what is learnt."""
 
 
 def finished(config: TrainingConfig, inputs: dict[str, str]) -> bool:
@@ -232,86 +161,15 @@ def finished(config: TrainingConfig, inputs: dict[str, str]) -> bool:
     return (output_dir / DONE).is_file()
 
 
-def _check_fork(stable: Path, plan: Plan) -> None:
-    """Raises ConfigError where a checkpoint is not what this plan has come to when its annealing begins."""
-    from cprec.train.checkpoint import TrainState, read_state
+def run_training(config: TrainingConfig, **work: Any) -> Path:
+    """Train as `train_here` does, together with the other processes where torchrun has started some."""
+    from cprec import distributed
 
-    start, state = plan.stream.num_steps - plan.steps_of(ANNEALING), TrainState()
-    for step in range(start):
-        state = state.advance(plan.stream.documents(step).tobytes(), 0, 0, 0)
-    found = read_state(stable)
-    if (found.step, found.consumed) != (start, state.consumed):
-        raise ConfigError(
-            f"{stable} (step {found.step:,}) is not the end of the stable phase of this plan (step {start:,}, the same "
-            "documents in the same order): fork with the settings and data of the run that saved it"
-        )
+    with distributed.processes(config.ddp_timeout):
+        return train_here(config, **work)
 
 
-def describe_plan(config: TrainingConfig, plan: Plan, tell: Callable[[str], None]) -> None:
-    """Say what will be done: tokens, steps, the mixture of each phase, learning rates."""
-    stream, wsa = plan.stream, plan.schedule.wsa
-    num_steps = stream.num_steps
-    tell(
-        f"{stream.num_tokens:,} tokens in {num_steps:,} steps of {config.rows_per_step * config.max_length:,} "
-        f"positions ({stream.fill:.1%} full)"
-    )
-    if stream.corpus.names != [""]:
-        describe_mixture(stream, tell)
-    unit = "tokens" if config.schedule_unit == "tokens" else "steps"
-    tell(
-        f"learning rate: {wsa.warmup:,} {unit} up to {wsa.peak:g}, {wsa.anneal_start - wsa.warmup:,} there, "
-        f"{wsa.anneal:,} {f'down to {wsa.floor:g} ({wsa.shape})' if wsa.anneal else 'of annealing'}"
-    )
-    if num_steps < FEW_STEPS:
-        tell(
-            f"note: {num_steps} optimizer steps are few to learn from: raise num_train_epochs, or lower "
-            "per_device_train_batch_size or max_length"
-        )
-
-
-def describe_mixture(stream: TokenStream, tell: Callable[[str], None]) -> None:
-    """Say how the tokens of each phase divide over domains and kinds, and how often each is repeated."""
-    total = stream.group_tokens.sum(0)
-    same = all((phase.share == stream.phases[0].share).all() for phase in stream.phases)
-    for number, group in enumerate(stream.corpus.groups):
-        share = f"{total[number] / stream.num_tokens:.1%}"
-        if not same:
-            of_phases = stream.group_tokens[:, number] / stream.group_tokens.sum(1)
-            named = zip(stream.phases, of_phases, strict=True)
-            share = ", ".join(f"{phase.name} {part:.1%}" for phase, part in named)
-        passes = total[number] / max(1, group.num_tokens)
-        tell(f"  {group.name}: {total[number]:,} tokens ({share}), {passes:.2f} passes over {group.num_tokens:,}")
-
-
-PLOT_COLUMNS, PLOT_ROWS = 72, 12
-
-
-def plot_schedule(plan: Plan) -> str:
-    """The learning rate over the run as text: a column is a stretch of steps, its height the rate in the middle."""
-    schedule, num_steps = plan.schedule, plan.stream.num_steps
-    columns = min(PLOT_COLUMNS, num_steps)
-    middle = [int((column + 0.5) * num_steps / columns) for column in range(columns)]
-    heights = [schedule(step) / schedule.wsa.peak * PLOT_ROWS for step in middle]
-    lines = []
-    for row in range(PLOT_ROWS, 0, -1):
-        full = (min(8, max(0, round(8 * (height - row + 1)))) for height in heights)
-        label = f"{schedule.wsa.peak * row / PLOT_ROWS:9.2e} " if row in (PLOT_ROWS, PLOT_ROWS // 2) else " " * 10
-        lines.append((label + "".join(" ▁▂▃▄▅▆▇█"[eighths] for eighths in full)).rstrip())
-    ends = f"step 0{f'{num_steps:,}':>{max(0, columns - 6)}}"
-    lines.append(" " * 10 + ends)
-    first = 0
-    for phase, steps in zip(plan.stream.phases, plan.stream.phase_steps, strict=True):
-        if steps:
-            last = first + steps - 1
-            lines.append(
-                f"{phase.name or 'training'}: steps {first:,} to {last:,}, learning rate {schedule(first):.3g} to "
-                f"{schedule(last):.3g}"
-            )
-        first += steps
-    return "\n".join(lines)
-
-
-def run_training(
+def train_here(
     config: TrainingConfig,
     *,
     make_plan: Callable[[], Plan],
@@ -340,8 +198,9 @@ def run_training(
     from cprec.text.tokenizer import load_tokenizer
     from cprec.train.checkpoint import newest_intact, remove_checkpoints
     from cprec.train.loop import perplexity, train
+    from cprec.train.loss import prepare_loss
+    from cprec.train.plan import ANNEALING, check_fork, describe_plan
 
-    distributed.single_process()
     output_dir, data = Path(config.output_dir), Path(config.data)
     trained_on = [*_shards_of(start_from or Path(config.model_name_or_path)), *trained_on]
     inputs = {
@@ -359,14 +218,15 @@ def run_training(
     stream, schedule = plan.stream, plan.schedule
     describe_plan(config, plan, say)
     if fork_of is not None:
-        _check_fork(fork_of, plan)
+        check_fork(fork_of, plan)
     if config.dry_run:
         return output_dir
     if config.resume_from_checkpoint == "never":
-        remove_checkpoints(output_dir, stable=True)
+        distributed.by_first(lambda: remove_checkpoints(output_dir, stable=True))
 
     device = distributed.pick_device()
     tokenizer = load_tokenizer(str(data / "tokenizer"))
+    attention = None if config.attn_implementation == "auto" else config.attn_implementation
     if config.model_name_or_path == TINY:
         model = tiny_model(
             len(tokenizer),
@@ -377,14 +237,22 @@ def run_training(
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             seed=config.seed,
+            attn_implementation=attention,
         ).to(device)
     else:
-        model = load_model(config.model_name_or_path, device=device)
+        model = load_model(config.model_name_or_path, device=device, attn_implementation=attention)
         _check_vocabulary(config, model, len(tokenizer))
     if config.lora_rank:
         model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
     check_isolation(model)
     bf16 = distributed.use_bf16(config.bf16, device)
+    loss = prepare_loss(
+        model,
+        bf16=bf16,
+        fsdp=config.fsdp,
+        gradient_checkpointing=config.gradient_checkpointing,
+        torch_compile=config.torch_compile,
+    )
 
     say(
         f"{num_parameters(model) / 1e6:.2f} M parameters on {distributed.describe(device)}, "
@@ -392,16 +260,16 @@ def run_training(
     )
 
     def validate() -> dict[str, float]:
-        return {name: perplexity(model, held_out, device, bf16) for name, held_out in validation.items()}
+        return {name: perplexity(loss, held_out, device, bf16) for name, held_out in validation.items()}
 
-    save_resolved(output_dir, config, inputs)
-    saved = newest_intact(output_dir) or fork_of
+    distributed.by_first(lambda: save_resolved(output_dir, config, inputs))
+    saved = distributed.by_first(lambda: newest_intact(output_dir)) or fork_of
     if saved:
         say(f"going on from {saved}")
     trunk_end = stream.num_steps - plan.steps_of(ANNEALING)
     is_trunk = about["stage"] == "pretrain" and fork_of is None and config.lr_scheduler_type != "cosine"
     state = train(
-        model,
+        loss,
         stream,
         schedule,
         output_dir=output_dir,
@@ -428,7 +296,7 @@ def run_training(
         "num_parameters": num_parameters(model),
     }
     _publish(output_dir, data, model, tokenizer, done)
-    remove_checkpoints(output_dir)
+    distributed.by_first(lambda: remove_checkpoints(output_dir))
     measured = [record["heldout"] for record in read_log(output_dir / LOG) if record.get("heldout")]
     last = ", ".join(f"{name} {value:.2f}" for name, value in measured[-1].items()) if measured else "not measured"
     say(f"{output_dir}: written. Held-out perplexity: {last}")
@@ -437,23 +305,28 @@ def run_training(
 
 def _publish(output_dir: Path, data: Path, model: Any, tokenizer: Any, done: dict[str, Any]) -> None:
     """Turn output_dir into a model folder: everything is written aside and moved in, `cprec.json` last."""
-    from cprec.train.checkpoint import write_folder
+    from cprec import distributed
+    from cprec.train.checkpoint import whole_weights, write_folder
 
+    weights = whole_weights(model)
     aside = output_dir / "model"
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
         shutil.copytree(data / "items", folder / "items")
         (folder / DONE).write_text(json.dumps(done, indent=1) + "\n")
 
-    write_folder(aside, write)
-    for path in sorted(aside.iterdir(), key=lambda path: path.name == DONE):
-        old = output_dir / path.name
-        if old.is_dir():
-            shutil.rmtree(old)
-        path.replace(old)
-    aside.rmdir()
+    def write_and_move() -> None:
+        write_folder(aside, write)
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == DONE):
+            old = output_dir / path.name
+            if old.is_dir():
+                shutil.rmtree(old)
+            path.replace(old)
+        aside.rmdir()
+
+    distributed.by_first(write_and_move)
 
 
 def read_done(folder: Path | str) -> dict[str, Any] | None:
@@ -478,7 +351,7 @@ def _shards_of(start: Path) -> list[str]:
     done = read_done(start)
     if done:
         return list(done["trained_on"])
-    if start.name.startswith(f"{STABLE}-"):
+    if start.name.startswith("stable-"):
         return read_resolved(start.parent)["inputs"]["trained_on"].split()
     return []
 
