@@ -93,7 +93,7 @@ VERBS = (
         "phase of a pre-training run, without training that phase again; compares them by held-out perplexity and by "
         "the same short fine-tuning. Writes RUN/forks/forks.html. Run again with more lengths, it reuses the branches.",
         "cprec.anneal:anneal",
-        "cprec anneal runs/amazon_small/pretrain lengths=5%,10%,20% shapes=1-sqrt,linear data=same,mixed_late",
+        "cprec anneal runs/demo/pretrain domain=books lengths=5%,10%,20% data=same,mixed_late",
     ),
     Verb(
         "finetune",
