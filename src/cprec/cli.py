@@ -406,11 +406,14 @@ def _verb_help(verb: Verb) -> str:
 
 def _recipes_help() -> str:
     from cprec.config import describe_recipe, recipes
+    from cprec.recipes.arms import ARMS
 
     lines = ["recipes:"]
     for name, recipe in sorted(recipes().items()):
         lines.append(f"  {describe_recipe(name, recipe)}")
         lines.append(_wrapped((recipe.__doc__ or "").strip().partition("\n")[0], "      "))
+    lines += ["", "arms, as arm=NAME: a recipe with one thing changed, in a folder of its own:"]
+    lines += [f"  {name:<13}{text}" for name, (text, _) in ARMS.items()]
     return "\n".join(lines)
 
 

@@ -171,9 +171,8 @@ def plot_schedule(plan: Plan) -> str:
     for phase, steps in zip(plan.stream.phases, plan.stream.phase_steps, strict=True):
         if steps:
             last = first + steps - 1
-            lines.append(
-                f"{phase.name or 'training'}: steps {first:,} to {last:,}, learning rate {schedule(first):.3g} to "
-                f"{schedule(last):.3g}"
-            )
+            name = phase.name if len(plan.stream.phases) > 1 else "training"
+            rates = f"learning rate {schedule(first):.3g} to {schedule(last):.3g}"
+            lines.append(f"{name}: steps {first:,} to {last:,}, {rates}")
         first += steps
     return "\n".join(lines)
