@@ -157,15 +157,7 @@ def finished(config: TrainingConfig, inputs: dict[str, str]) -> bool:
     return (output_dir / DONE).is_file()
 
 
-def run_training(config: TrainingConfig, **work: Any) -> Path:
-    """Train as `train_here` does, together with the other processes where torchrun has started some."""
-    from cprec import distributed
-
-    with distributed.processes(config.ddp_timeout):
-        return train_here(config, **work)
-
-
-def train_here(
+def run_training(
     config: TrainingConfig,
     *,
     train_shards: Shards,
@@ -191,6 +183,7 @@ def train_here(
     from cprec.train.loss import prepare_loss
     from cprec.train.schedule import WSA
 
+    distributed.join_processes(config.ddp_timeout)
     output_dir, data = Path(config.output_dir), Path(config.data)
     inputs = {"shards": train_shards.sha256, "base": weights_sha256(config.model_name_or_path)}
     if finished(config, inputs):
