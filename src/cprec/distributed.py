@@ -6,6 +6,8 @@ share of the rows of every step and holds the whole model, or with `shard` a par
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -28,15 +30,13 @@ BUCKET = 2**24
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def processes(timeout_seconds: float = 1800) -> Iterator[None]:
-    """Joins the processes that torchrun started, where it did, and leaves them at the end.
+def join_processes(timeout_seconds: float = 1800) -> None:
+    """Joins the processes that torchrun started, where it did and this one has not yet; it leaves them when it exits.
 
-    An exchange that takes longer than `timeout_seconds` fails: another process hangs or is lost. Nested calls join
-    once.
+    An exchange that takes longer than `timeout_seconds` fails: another process hangs or is lost. Raises TrainingError
+    where the others cannot be reached.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield
         return
     device = pick_device()
     if device.type == "cuda":
@@ -44,9 +44,12 @@ def processes(timeout_seconds: float = 1800) -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     with naming_lost_processes():
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-    try:
-        yield
-    finally:
+    atexit.register(_leave_processes)
+
+
+def _leave_processes() -> None:
+    gc.collect()  # sharded models still refer to the group and must not outlive it
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -161,15 +161,7 @@ def finished(config: TrainingConfig, inputs: dict[str, str]) -> bool:
     return (output_dir / DONE).is_file()
 
 
-def run_training(config: TrainingConfig, **work: Any) -> Path:
-    """Train as `train_here` does, together with the other processes where torchrun has started some."""
-    from cprec import distributed
-
-    with distributed.processes(config.ddp_timeout):
-        return train_here(config, **work)
-
-
-def train_here(
+def run_training(
     config: TrainingConfig,
     *,
     make_plan: Callable[[], Plan],
@@ -201,6 +193,7 @@ def train_here(
     from cprec.train.loss import prepare_loss
     from cprec.train.plan import ANNEALING, check_fork, describe_plan
 
+    distributed.join_processes(config.ddp_timeout)
     output_dir, data = Path(config.output_dir), Path(config.data)
     trained_on = [*_shards_of(start_from or Path(config.model_name_or_path)), *trained_on]
     inputs = {
