@@ -206,8 +206,12 @@ def read_shard_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def open_shards(folder: Path, *, verify: bool = True) -> Shards:
-    """Memory-map a shard folder.
+TRAINING = ("offset", "length", "num_events", "target_start")
+"""Columns of the index that training needs: numbers alone, for the index of a large log is large."""
+
+
+def open_shards(folder: Path, *, verify: bool = True, columns: Sequence[str] | None = None) -> Shards:
+    """Memory-map a shard folder; of the index, `columns` or all of it.
 
     Raises ShardError, naming the file, if one is missing, has another size, or (with `verify`) another hash.
     """
@@ -230,7 +234,7 @@ def open_shards(folder: Path, *, verify: bool = True) -> Shards:
                 f"{folder / name} is not the file that {MANIFEST} describes (SHA-256 differs): it was changed after it "
                 "was written; run `cprec prepare` again"
             )
-    documents = pq.read_table(folder / DOCUMENTS)
+    documents = pq.read_table(folder / DOCUMENTS, columns=None if columns is None else list(columns))
     if documents.num_rows != num_documents:
         raise ShardError(
             f"{folder / MANIFEST} says {num_documents:,} documents but {DOCUMENTS} has {documents.num_rows:,}: one of "

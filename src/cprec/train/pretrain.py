@@ -64,10 +64,7 @@ class PretrainConfig(TrainingConfig):
 
 def pretrain(config: PretrainConfig) -> Path:
     """Continue a model's pre-training on the token shards of a data folder; returns the model folder."""
-    from cprec import distributed
-
-    with distributed.processes(config.ddp_timeout):
-        return _pretrain(config)
+    return _pretrain(config)
 
 
 def fork(config: PretrainConfig, stable: Path) -> Path:
@@ -80,13 +77,15 @@ def fork(config: PretrainConfig, stable: Path) -> Path:
 
 
 def _pretrain(config: PretrainConfig, fork_of: Path | None = None) -> Path:
+    from cprec import distributed
     from cprec.text.mixture import EXAMPLES, TEXT
-    from cprec.text.shards import open_shards
+    from cprec.text.shards import TRAINING, open_shards
     from cprec.train.training import run_training
 
+    distributed.join_processes(config.ddp_timeout)  # general text is tokenised by one of them
     folder = Path(config.data) / "shards"
     groups = behaviour_and_more(config)
-    shards, heldout = groups[0].shards, open_shards(folder / "heldout")
+    shards, heldout = groups[0].shards, open_shards(folder / "heldout", columns=TRAINING)
     examples = sorted({group.shards.sha256 for group in groups if group.kind == EXAMPLES})
     text = sorted({group.shards.sha256 for group in groups if group.kind == TEXT})
     return run_training(
@@ -123,11 +122,11 @@ def behaviour_and_more(config: PretrainConfig) -> list[Group]:
     from cprec.text.corpus import Group, behaviour_groups
     from cprec.text.general_text import text_shards
     from cprec.text.mixture import TEXT
-    from cprec.text.shards import open_shards
+    from cprec.text.shards import TRAINING, open_shards
     from cprec.text.tokenizer import load_tokenizer
 
     data = Path(config.data)
-    groups = behaviour_groups(open_shards(data / "shards" / "train"))
+    groups = behaviour_groups(open_shards(data / "shards" / "train", columns=TRAINING))
     mixtures = [config.mixture, config.warmup_mixture, config.anneal_mixture]
     if any(mixture and mixture.text_share for mixture in mixtures) and config.replay:
         tokenizer = load_tokenizer(str(data / "tokenizer"))
@@ -148,26 +147,28 @@ def _examples(data: Path, groups: list[Group]) -> list[Group]:
 
     from cprec.text.corpus import Group
     from cprec.text.mixture import EXAMPLES
-    from cprec.text.shards import open_shards
+    from cprec.text.shards import TRAINING, open_shards
 
-    users = pc.unique(_user_keys(groups[0].shards))
+    users = pc.unique(_users(data / "shards" / "train"))
     found = []
     for domain in sorted({group.domain for group in groups if group.domain}):
         folder = data / "examples" / domain / "train"
         if folder.is_dir():
-            shards = open_shards(folder)
-            rows = np.flatnonzero(pc.is_in(_user_keys(shards), users).to_numpy(zero_copy_only=False))
+            rows = np.flatnonzero(pc.is_in(_users(folder), users).to_numpy(zero_copy_only=False))
+            shards = open_shards(folder, columns=TRAINING)
             if len(rows):
                 found.append(Group(f"{EXAMPLES} of {domain}", EXAMPLES, shards, rows, domain, targets_only=True))
     return found
 
 
-def _user_keys(shards: Shards) -> Any:
-    """(platform, user) of each document as one text."""
+def _users(folder: Path) -> Any:
+    """(platform, user) of each document of a shard folder as one text."""
     import pyarrow.compute as pc
 
-    columns = shards.documents
-    return pc.binary_join_element_wise(columns["platform"], columns["user_id"], "\x00")
+    from cprec.text.shards import open_shards
+
+    index = open_shards(folder, verify=False, columns=("platform", "user_id")).documents
+    return pc.binary_join_element_wise(index["platform"], index["user_id"], "\x00")
 
 
 def pretrain_plan(config: PretrainConfig, groups: list[Group]) -> Plan:
