@@ -1,6 +1,6 @@
 """Pre-training, beside transformers' Trainer and TRL's SFTTrainer: real tokens a second on the same documents.
 
-    python benchmarks/pretrain.py [--sizes 10m,50m] [--dtypes fp32,bf16] [--rounds 3] [--documents 640]
+    python benchmarks/pretrain.py [--sizes 10m,50m] [--dtypes fp32,bf16] [--rounds 3] [--documents 160]
 
 Each contestant makes a pass over the same generated documents (lengths as users' histories have, mean about 125, up to
 512) with the same model from the same weights and about 4,096 tokens an optimizer step; in turn, in one process.
@@ -15,9 +15,12 @@ too: tokens a second, share of the measured matmul rate, memory.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import io
 import logging
 import math
+import os
 import statistics
 import tempfile
 import time
@@ -162,11 +165,12 @@ def trainer(model: Any, rows: Ragged, folder: Path, bf16: bool) -> Callable[[], 
 
 def sft_trainer(model: Any, rows: Ragged, folder: Path, bf16: bool) -> Callable[[], None]:
     """TRL's SFTTrainer, packing by best fit."""
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
 
+    disable_progress_bars()
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "a": 2}, unk_token="a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
     settings = SFTConfig(
@@ -250,13 +254,14 @@ def compare(name: str, bf16: bool, rounds: int, num_documents: int, with_trl: bo
         names = ["ours", *(["ours, compiled"] if compiled else []), "Trainer, padded to the longest"]
         names += ["TRL, packed"] if with_trl else []
         warm = documents(2 * DOCUMENTS_A_STEP, size["vocab_size"])
-        trainer(copy.deepcopy(base), warm, folder, bf16)()
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer(copy.deepcopy(base), warm, folder, bf16)()
         times: dict[str, list[float]] = {each: [] for each in names}
         clock, of_ours = [0.0], 0.0
         for _ in range(rounds):
             for each in names:
                 work = start(each)
-                with clocked(clock if each == "ours" else [0.0]):
+                with clocked(clock if each == "ours" else [0.0]), contextlib.redirect_stdout(io.StringIO()):
                     spent = seconds(work)
                 times[each].append(spent)
                 of_ours += spent if each == "ours" else 0.0
@@ -266,9 +271,7 @@ def compare(name: str, bf16: bool, rounds: int, num_documents: int, with_trl: bo
             ratio = statistics.median(a / b for a, b in zip(times[each], times["ours"], strict=True))
             rate = num_tokens / statistics.median(times[each])
             print(f"  {each:<32}{rate:>8,.0f} tokens/s{'' if each == 'ours' else f'   ours {ratio:.2f}x as fast'}")
-        alone = statistics.median(
-            seconds(lambda: [stream.batch(step) for step in range(stream.num_steps)]) for _ in "12345"
-        )
+        alone = statistics.median(seconds(lambda: list(stream)) for _ in range(5))
         watch = Largest()
         with watch:
             PackedLoss(copy.deepcopy(base), bf16=bf16).of(stream.batch(0), torch.device("cpu")).backward()
@@ -324,9 +327,10 @@ def main() -> None:
     parser.add_argument("--sizes", default="10m,50m")
     parser.add_argument("--dtypes", default="fp32,bf16" if use_bf16("auto", pick_device()) else "fp32")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--documents", type=int, default=640)
+    parser.add_argument("--documents", type=int, default=160)
     parser.add_argument("--compiled", action="store_true")
     options = parser.parse_args()
+    os.environ["CPREC_PROGRESS"] = "off"
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     try:
