@@ -316,7 +316,7 @@ def on_gpu(row_tokens: int = 2048, num_rows: int = 16) -> None:
         flops = 6 * matrices + 12 * size["num_hidden_layers"] * width * context
         rate = len(rows.values) / spent
         print(
-            f"\n0.5 B Qwen3-style, rows of {row_tokens:,}, bf16{', compiled' if compiled else ''}: {rate:,.0f} tokens/s, "
+            f"\n0.5 B Qwen3-style, rows of {row_tokens:,}, bf16{', compiled' * compiled}: {rate:,.0f} tokens/s, "
             f"{flops * rate / peak:.1%} of the measured matmul rate ({peak / 1e12:.0f} TFLOP/s), "
             f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
         )
