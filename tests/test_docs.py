@@ -114,6 +114,29 @@ def test_the_readme_can_be_followed(
         assert [part for part in parts if not Path("runs/shop", name, part).exists()] == []
 
 
+def test_the_page_on_pretraining_can_be_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the shop of the README; the checkpoint that is continued has the number of its own steps."""
+    monkeypatch.chdir(tmp_path)
+    Path("shop.yaml").write_text(next(block.text for block in blocks(README, "yaml") if block.file == "shop.yaml"))
+    monkeypatch.setattr(sys, "argv", ["make_logs.py"])
+    runpy.run_path(str(ROOT / "examples" / "make_logs.py"), run_name="__main__")
+    assert cli.main(["prepare", "shop.yaml"]) == cli.main(["prepare", "demo"]) == 0
+    assert cli.main(["pretrain", "shop.yaml", "tiny.hidden_size=32"]) == 0
+    for block in blocks(ROOT / "docs" / "pretraining.md"):
+        if block.file:
+            stable = next(Path("runs/shop/pretrained").glob("stable-*")).name
+            Path(block.file).write_text(re.sub(r"stable-\d+", stable, block.text))
+            assert cli.main(["pretrain", block.file, "tiny.hidden_size=32"]) == 0
+        else:
+            for _, *arguments in commands(block):
+                short = ["num_train_epochs=0.2", "max_queries=20"] if arguments[0] == "anneal" else []
+                assert cli.main([*arguments, *short]) == 0, arguments
+    out, _ = capsys.readouterr()
+    assert "no annealing" in out and "20% 1-sqrt mixed_late" in out and "annealing: steps" in out
+
+
 def test_the_open_model_of_the_readme_changes_the_shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shown = {block.file: block.text for block in blocks(README, "yaml")}
@@ -148,8 +171,10 @@ def test_commands_exist(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         elif program == "cprec" and words[0] not in ("VERB", "--help"):
             verb, source, *settings = [*words, ""]
             assert verb in verbs, words
-            if verb in (*STAGES, "run") and source and not source.endswith("run.json"):
-                find_config(source, filter(None, settings), stage=None if verb == "run" else verb)  # or it raises
+            if verb in (*STAGES, "run", "schedule") and source and not source.endswith("run.json"):
+                find_config(
+                    source, filter(None, settings), stage={"run": None, "schedule": "pretrain"}.get(verb, verb)
+                )  # or
 
 
 @each_page

@@ -35,6 +35,8 @@ class Verb:
     function: str
     """`module:function`, called with the configuration (for audit and export, with the folder)."""
     example: str
+    stage: str = ""
+    """The stage whose configuration it takes, where that is not its own name."""
 
 
 VERBS = (
@@ -74,6 +76,24 @@ VERBS = (
         "last checkpoint.",
         "cprec.train.pretrain:pretrain",
         "cprec pretrain my_recipe.yaml learning_rate=3e-4",
+    ),
+    Verb(
+        "schedule",
+        "the plan of a pre-training run: phases, mixture, learning rate, as a plot",
+        "Shows what `cprec pretrain` with the same settings would do: steps and tokens of each phase, what is read in "
+        "it and how often, and the learning rate over the run. Needs the prepared data; trains nothing.",
+        "cprec.train.pretrain:show_schedule",
+        "cprec schedule my_recipe.yaml anneal_steps=0.2",
+        stage="pretrain",
+    ),
+    Verb(
+        "anneal",
+        "branches from the end of a run's stable phase, compared",
+        "Grows annealing branches of several lengths, shapes and data from the checkpoint at the end of the stable "
+        "phase of a pre-training run, without training that phase again; compares them by held-out perplexity and by "
+        "the same short fine-tuning. Writes RUN/forks/forks.html. Run again with more lengths, it reuses the branches.",
+        "cprec.anneal:anneal",
+        "cprec anneal runs/demo/pretrain domain=books lengths=5%,10%,20% data=same,mixed_late",
     ),
     Verb(
         "finetune",
@@ -180,7 +200,7 @@ def _brief_warnings(show: Callable[..., None]) -> Callable[..., None]:
 
 
 def _stage_of(verb: Verb) -> str | None:
-    return None if verb.name in ("run", "demo") else verb.name
+    return None if verb.name in ("run", "demo") else verb.stage or verb.name
 
 
 def _call_recipe(verb: Verb, options: argparse.Namespace) -> None:
@@ -204,6 +224,14 @@ def _call_recommend(verb: Verb, options: argparse.Namespace) -> None:
     from cprec import Recommender  # loads torch: only now that the settings are known to be right
 
     load_object(verb.function)(config, Recommender.from_pretrained(options.model))
+
+
+def _call_anneal(verb: Verb, options: argparse.Namespace) -> None:
+    from cprec.config import STAGE_CONFIGS
+    from cprec.settings import from_mapping, load_object, parse_overrides
+
+    settings = parse_overrides(options.settings) | {"run": options.run}
+    load_object(verb.function)(from_mapping(load_object(STAGE_CONFIGS["anneal"]), settings))
 
 
 def _call_audit(verb: Verb, options: argparse.Namespace) -> None:
@@ -283,6 +311,10 @@ def _parser() -> _Parser:
             command.add_argument("--input")
             command.add_argument("--output")
             command.set_defaults(call=_bound(_call_recommend, verb))
+        elif verb.name == "anneal":
+            command.add_argument("run")
+            command.add_argument("settings", nargs="*", default=[], metavar="key=value")
+            command.set_defaults(call=_bound(_call_anneal, verb))
         elif verb.name == "audit":
             command.add_argument("folder")
             command.set_defaults(call=_bound(_call_audit, verb))
@@ -337,6 +369,7 @@ _USAGE = {
         'cprec recommend MODEL --history "TITLE OR ID" ... [--domain DOMAIN] [--k K]\n'
         "       cprec recommend MODEL --input FILE --output FILE [--domain DOMAIN] [--k K]"
     ),
+    "anneal": "cprec anneal RUN [key=value ...]",
     "audit": "cprec audit FOLDER",
     "export": "cprec export FOLDER FORMAT [[--output] DIR] [--domain DOMAIN ...]",
 }
@@ -358,9 +391,13 @@ def _verb_help(verb: Verb) -> str:
             "  DIR       the folder to write, which must not be there; FOLDER-FORMAT where none is given\n"
             "  --domain  the domains to write; all where none is named"
         )
+    elif verb.name == "anneal":
+        parts += ["  RUN  the folder of a pre-training run", _settings_help("anneal", positional="run")]
     elif verb.name in ("run", "demo"):
         parts += [_recipes_help()] if verb.name == "run" else []
         parts.append(_stages_help())
+    elif verb.name == "schedule":
+        parts.append(_wrapped("Settings are those of cprec pretrain; cprec pretrain --help lists them."))
     else:
         parts.append(_settings_help(verb.name))
     parts.append(f"example: {verb.example}")
@@ -369,11 +406,14 @@ def _verb_help(verb: Verb) -> str:
 
 def _recipes_help() -> str:
     from cprec.config import describe_recipe, recipes
+    from cprec.recipes.arms import ARMS
 
     lines = ["recipes:"]
     for name, recipe in sorted(recipes().items()):
         lines.append(f"  {describe_recipe(name, recipe)}")
         lines.append(_wrapped((recipe.__doc__ or "").strip().partition("\n")[0], "      "))
+    lines += ["", "arms, as arm=NAME: a recipe with one thing changed, in a folder of its own:"]
+    lines += [f"  {name:<13}{text}" for name, (text, _) in ARMS.items()]
     return "\n".join(lines)
 
 
@@ -384,12 +424,12 @@ def _stages_help() -> str:
     )
 
 
-def _settings_help(stage: str) -> str:
+def _settings_help(stage: str, positional: str = "") -> str:
     from cprec.config import STAGE_CONFIGS
     from cprec.field_help import describe_fields
     from cprec.settings import load_object
 
-    rows = describe_fields(load_object(STAGE_CONFIGS[stage]))
+    rows = [row for row in describe_fields(load_object(STAGE_CONFIGS[stage])) if row.key != positional]
     needed = [row for row in rows if row.default is None and "." not in row.key]
     others = [row for row in rows if row not in needed]
     sections = (("needed, from the recipe or from you, as key=value:", needed), ("settings, as key=value:", others))

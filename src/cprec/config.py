@@ -84,6 +84,8 @@ def _build_recipe(name: str, settings: Settings) -> tuple[Recipe, Settings]:
         )
     recipe = known[name]
     parameters = inspect.signature(recipe).parameters
+    settings = Settings(settings)
+    arm = settings.pop("arm", None)
     arguments = {
         key: convert(value, _parameter_type(recipe, key), key) for key, value in settings.items() if key in parameters
     }
@@ -94,7 +96,14 @@ def _build_recipe(name: str, settings: Settings) -> tuple[Recipe, Settings]:
     ]
     if missing:
         raise ConfigError(f"{name} needs {' '.join(missing)}")
-    return recipe(**arguments), Settings({key: value for key, value in settings.items() if key not in parameters})
+    built = recipe(**arguments)
+    if arm is not None:
+        from cprec.recipes.arms import ARMS, with_arm
+
+        if arm not in ARMS:
+            raise ConfigError(f"there is no arm {arm!r}{did_you_mean(arm, ARMS) or '.'} Arms: {listed(ARMS)}")
+        built = with_arm(built, arm)
+    return built, Settings({key: value for key, value in settings.items() if key not in parameters})
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ STAGE_CONFIGS = {
     "pretrain": "cprec.train.pretrain:PretrainConfig",
     "finetune": "cprec.train.finetune:FinetuneConfig",
     "evaluate": "cprec.evaluate.evaluate:EvaluateConfig",
+    "anneal": "cprec.anneal:AnnealConfig",
     "recommend": "cprec.serve.recommend:RecommendConfig",
 }
 """Where each stage's configuration class lives: `module:class`."""

@@ -140,7 +140,6 @@ def _entrants(
     from cprec.baselines.random import RandomRecommender
     from cprec.baselines.transition_graph import TransitionGraphRecommender
     from cprec.evaluate.evaluate import Entrant
-    from cprec.train.training import read_done, weights_sha256
 
     baselines = (
         RandomRecommender(split.catalogue, config.seed),
@@ -148,23 +147,30 @@ def _entrants(
         TransitionGraphRecommender(split),
     )
     entrants = [Entrant(name=each.name, recommender=each, kind="baseline") for each in baselines]
-    for arm, folder in arms.items():
-        about = read_done(folder) or {}
-        entrants.append(
-            Entrant(
-                name=arm,
-                recommender=_ModelFolder(arm, folder, config.beam_width),
-                kind="model",
-                trained_on=tuple(about["trained_on"]),
-                identity=weights_sha256(folder),
-            )
-        )
+    entrants += model_entrants(config, arms)
     if synthetic is not None and synthetic.synthetic is not None:
         from cprec.data.sources.synthetic import OracleRecommender, SyntheticWorld
 
         oracle = OracleRecommender(SyntheticWorld(synthetic.synthetic))
         entrants.append(Entrant(name="oracle", recommender=oracle, kind="bound"))
     return entrants
+
+
+def model_entrants(config: EvaluateConfig, arms: dict[str, str]) -> list[Entrant]:
+    """Model folders, by the name they have in tables, as entrants of an evaluation."""
+    from cprec.evaluate.evaluate import Entrant
+    from cprec.train.training import read_done, weights_sha256
+
+    return [
+        Entrant(
+            name=arm,
+            recommender=_ModelFolder(arm, folder, config.beam_width),
+            kind="model",
+            trained_on=tuple((read_done(folder) or {})["trained_on"]),
+            identity=weights_sha256(folder),
+        )
+        for arm, folder in arms.items()
+    ]
 
 
 class _ModelFolder:

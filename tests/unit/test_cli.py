@@ -91,7 +91,11 @@ def fake_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     calls.clear()
     failures.clear()
     here = {name: f"{__name__}:FakeConfig" for name in STAGES}
-    monkeypatch.setattr(config, "STAGE_CONFIGS", {**here, "recommend": f"{__name__}:FakeRecommendConfig"})
+    monkeypatch.setattr(
+        config,
+        "STAGE_CONFIGS",
+        {**here, "recommend": f"{__name__}:FakeRecommendConfig", "anneal": f"{__name__}:FakeConfig"},
+    )
     monkeypatch.setattr(config, "recipes", lambda: {"fake": fake, "demo": demo})
     real = settings.load_object
     functions = {verb.function for verb in cli.VERBS}

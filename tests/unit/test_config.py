@@ -17,6 +17,7 @@ from cprec.config import describe_recipe, find_config, from_mapping, from_yaml, 
 from cprec.errors import ConfigError
 from cprec.field_help import describe_fields, field_docs, show_value
 from cprec.provenance import file_sha256, read_resolved, save_resolved, to_dict
+from cprec.recipes.arms import ARMS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -405,3 +406,50 @@ def test_reading_a_record_that_is_missing_or_broken(tmp_path: Path) -> None:
 def test_the_commit_is_none_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "site-packages" / "cprec" / "provenance.py"))
     assert provenance.git_commit() is None
+
+
+# ---- arms ------------------------------------------------------------------------------------------------------------
+
+CHANGED_BY_ARM = {
+    "no_mixed": {"mixture"},
+    "no_specific": {"mixture"},
+    "no_annealing": {"lr_scheduler_type"},
+    "no_warmup": {"warmup_steps"},
+    "cosine": {"lr_scheduler_type"},
+    "linear": {"anneal_shape"},
+    "items_only": {"loss"},
+    "mixed_late": {"mixture", "anneal_mixture"},
+    "sft_late": {"anneal_mixture"},
+    "tokens_10": {"num_train_epochs"},
+    "tokens_30": {"num_train_epochs"},
+    "interleaved": {"mixed_order"},
+    "shuffled": {"document_order"},
+}
+
+
+@pytest.mark.parametrize("arm", CHANGED_BY_ARM)
+def test_an_arm_changes_what_it_says_and_its_folders(arm: str) -> None:
+    plain, changed = find_config("demo"), find_config("demo", [f"arm={arm}"])
+
+    def differences(stage: str) -> set[str]:
+        before, after = (to_dict(getattr(recipe, stage)) for recipe in (plain, changed))
+        return {name for name in before if before[name] != after[name]}
+
+    folders = {"data", "output_dir"}
+    assert (differences("prepare") | differences("pretrain")) - folders == CHANGED_BY_ARM[arm]
+    assert differences("finetune") | differences("evaluate") <= folders
+    assert changed.pretrain.output_dir == f"runs/demo/arms/{arm}/pretrain"
+    own_data = arm in ("interleaved", "shuffled")
+    data = f"runs/demo/arms/{arm}/data" if own_data else "runs/demo/data"
+    assert {changed.prepare.output_dir, changed.pretrain.data, changed.finetune.data, changed.evaluate.data} == {data}
+
+
+def test_every_arm_is_tested() -> None:
+    assert set(ARMS) == set(CHANGED_BY_ARM)
+
+
+def test_an_arm_goes_with_other_settings_and_one_stage() -> None:
+    config = find_config("demo", ["arm=cosine", "learning_rate=1e-2"], stage="pretrain")
+    assert (config.lr_scheduler_type, config.learning_rate) == ("cosine", 1e-2)
+    with pytest.raises(ConfigError, match=r"there is no arm 'no_mix'; did you mean 'no_mixed'\? Arms: no_mixed, "):
+        find_config("demo", ["arm=no_mix"])

@@ -287,6 +287,11 @@ def html_of(
         *_models_section(report.get("models", {})),
         *(_run_section(group, members) for group, members in _groups(runs).items()),
     ]
+    return html_page(title, body)
+
+
+def html_page(title: str, body: Sequence[str]) -> str:
+    """A page of its own, light or dark as the reader's system, from escaped parts."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

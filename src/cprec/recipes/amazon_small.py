@@ -7,6 +7,7 @@ from pathlib import Path
 from cprec.data.sources.tables import TableSource
 from cprec.evaluate.evaluate import EvaluateConfig
 from cprec.recipe import Recipe
+from cprec.text.mixture import Mixture
 from cprec.text.prepare import PrepareConfig
 from cprec.train.finetune import FinetuneConfig
 from cprec.train.pretrain import PretrainConfig
@@ -64,7 +65,7 @@ def amazon_small(*, data: Path, output_dir: str = "runs/amazon_small") -> Recipe
             learning_rate=3e-3,
             num_train_epochs=3,
             warmup_steps=259,
-            mixed_share=0.1,  # they are few: at half of the tokens each would be read 29 times
+            mixture=Mixture(mixed_share=0.1),  # they are few: at half of the tokens each would be read 29 times
             anneal_steps=0.2,
             min_lr_ratio=0.05,
             max_length=256,

@@ -52,6 +52,7 @@ class DocumentRules:
     cuts: tuple[int, int] | None
     """First moments of validation and test of the whole log, with global-time."""
     mixed_order: str
+    document_order: str
     min_events: int
     max_events: int
     max_document_tokens: int
@@ -144,6 +145,8 @@ class _PartWriter:
                 documents, domain, user = _split_long(
                     encoder, kind, sequences.domain[rows], sequences.user[rows], events, rules.max_document_tokens
                 )
+                if name == "train" and rules.document_order == "shuffled":
+                    documents = shuffled(documents, rules.seed)
                 tokens, target = encoder.documents(kind, domain, documents)
                 parts.append(tokens)
                 columns.append(self._columns(kind, domain, user, documents.lengths, target))
@@ -261,6 +264,15 @@ def _split_long(
         lengths[second] = (events.lengths - first)[long]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         events, domain, user = Ragged(events.values, offsets), np.repeat(domain, halves), np.repeat(user, halves)
+
+
+def shuffled(rows: Ragged, seed: int) -> Ragged:
+    """Each row in an order that its values and the seed decide, wherever it stands."""
+    rank = np.random.default_rng(seed).permutation(1 << 16)
+    place = np.arange(len(rows.values)) - np.repeat(rows.offsets[:-1], rows.lengths)
+    salt = np.repeat(np.add.reduceat(np.r_[rows.values, 0], rows.offsets[:-1]), rows.lengths)
+    key = rank[(rows.values * 40503 + place * 9973 + salt * 31) & 0xFFFF]
+    return Ragged(rows.values[np.lexsort((key, rows.row_of))], rows.offsets)
 
 
 def queries_table(split: Split, queries: Queries, domain: str) -> pa.Table:

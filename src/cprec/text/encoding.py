@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,56 @@ if TYPE_CHECKING:
 def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
     """The smallest type of token ids that has room for a vocabulary; little-endian."""
     return np.dtype("<u2" if vocabulary_size <= 1 << 16 else "<u4")
+
+
+def encode_pieces(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The tokens of pieces, each on its own; what spells a special token ("<eos>") does not become one."""
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
+
+
+class TemplateMarks:
+    """Finds the template's fixed tokens in documents, so that a loss may leave them out."""
+
+    def __init__(self, tokenizer: Any, template: Template, domains: Sequence[str]) -> None:
+        line, next_, *tags = encode_pieces(
+            tokenizer, [template.line, template.next, *(template.tag(domain) for domain in domains)]
+        )
+        self._marks = [np.array(line), np.array(next_)]
+        self._tags = sorted(map(np.array, tags), key=len)
+        self._mixed_head = np.array(encode_pieces(tokenizer, [template.head(template.mixed_scope)])[0])
+
+    def in_titles(self, tokens: Ragged) -> np.ndarray:
+        """bool per token: whether it is of a title, or the end-of-sequence that closes the last one.
+
+        Not of titles are the head, what opens a line, and in mixed documents the tag before each title.
+        """
+        values, doc = tokens.values, tokens.offsets[:-1]
+        mixed = np.repeat(_begins_with(values, doc, self._mixed_head), tokens.lengths)
+        edge = np.zeros(len(values) + 1, dtype=np.int64)  # +1 where a part of the template begins, -1 where it ends
+        openings = [np.array([len(values)])]
+        for mark in self._marks:
+            at = np.flatnonzero(values == mark[0])
+            at = at[_begins_with(values, at, mark)]
+            end = at + len(mark)
+            width = np.zeros(len(at), dtype=np.int64)
+            for tag in self._tags:  # of several that fit the longest
+                width[_begins_with(values, end, tag)] = len(tag)
+            np.add.at(edge, at, 1)
+            np.add.at(edge, end + np.where(mixed[at], width, 0), -1)
+            openings.append(at)
+        first = np.sort(np.concatenate(openings))
+        head_end = np.minimum(first[np.searchsorted(first, doc)], tokens.offsets[1:])
+        np.add.at(edge, doc, 1)
+        np.add.at(edge, head_end, -1)
+        return np.cumsum(edge[:-1]) == 0
+
+
+def _begins_with(values: np.ndarray, starts: np.ndarray, pattern: np.ndarray) -> np.ndarray:
+    """bool per start: whether the pattern stands there."""
+    fits = starts + len(pattern) <= len(values)
+    for place, token in enumerate(pattern):
+        fits &= values[np.minimum(starts + place, len(values) - 1)] == token
+    return fits
 
 
 BATCH = 1 << 15
@@ -48,8 +99,7 @@ class PromptEncoder:
         self.vocabulary_size = len(tokenizer)
 
         def encode(texts: list[str]) -> list[list[int]]:
-            # A title that spells a special token ("<eos>") must not become one.
-            return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
+            return encode_pieces(tokenizer, texts)
 
         t, domains = self.template, list(catalogue.domains)
         parts = encode([t.line, t.next, t.head(t.mixed_scope)])

@@ -67,6 +67,9 @@ class PrepareConfig:
     """How mixed sequences order events of several domains: by time, which leaves out domains whose times are only an
     order; or interleaved, which spreads the events of those evenly among the user's others (no one knows when they
     happened)."""
+    document_order: Literal["time", "shuffled"] = "time"
+    """Events inside the documents to pre-train on: in time order, or shuffled, the arm that asks what order gives.
+    Held-out documents, examples and queries stay in time order."""
     min_events: int = 5
     """Shortest behaviour sequence to pre-train on."""
     max_events: int = 20
@@ -269,6 +272,7 @@ def _rules(config: PrepareConfig, folder: Path, catalogue: Catalogue) -> Any:
         split=config.split,
         cuts=cuts,
         mixed_order=config.mixed_order,
+        document_order=config.document_order,
         min_events=config.min_events,
         max_events=config.max_events,
         max_document_tokens=config.max_document_tokens,

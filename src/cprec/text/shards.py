@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cprec.data.ragged import Ragged
+from cprec.data.ragged import Ragged, gather
 from cprec.errors import ShardError
 from cprec.provenance import file_sha256
 from cprec.schema import KINDS
@@ -61,6 +61,10 @@ class Shards:
         offset, length = self.column("offset"), self.column("length")
         end = offset[-1:] + length[-1:] if len(offset) else np.zeros(1, dtype=np.int64)
         return Ragged(self.tokens, np.concatenate([offset, end]).astype(np.int64))
+
+    def take(self, documents: np.ndarray) -> Ragged:
+        """The tokens of some documents, given by row number, in one gather from the file."""
+        return gather(self.tokens, self.column("offset")[documents], self.column("length")[documents])
 
     @classmethod
     def concatenate(cls, pieces: Sequence[Shards], manifest: dict[str, Any]) -> Shards:
@@ -202,8 +206,12 @@ def read_shard_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def open_shards(folder: Path, *, verify: bool = True) -> Shards:
-    """Memory-map a shard folder.
+TRAINING = ("offset", "length", "num_events", "target_start")
+"""Columns of the index that training needs: numbers alone, for the index of a large log is large."""
+
+
+def open_shards(folder: Path, *, verify: bool = True, columns: Sequence[str] | None = None) -> Shards:
+    """Memory-map a shard folder; of the index, `columns` or all of it.
 
     Raises ShardError, naming the file, if one is missing, has another size, or (with `verify`) another hash.
     """
@@ -226,7 +234,7 @@ def open_shards(folder: Path, *, verify: bool = True) -> Shards:
                 f"{folder / name} is not the file that {MANIFEST} describes (SHA-256 differs): it was changed after it "
                 "was written; run `cprec prepare` again"
             )
-    documents = pq.read_table(folder / DOCUMENTS)
+    documents = pq.read_table(folder / DOCUMENTS, columns=None if columns is None else list(columns))
     if documents.num_rows != num_documents:
         raise ShardError(
             f"{folder / MANIFEST} says {num_documents:,} documents but {DOCUMENTS} has {documents.num_rows:,}: one of "

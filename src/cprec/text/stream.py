@@ -1,22 +1,21 @@
 """A deterministic mixture of documents as packed batches: which tokens step s trains on is a pure function of the plan.
 
-The whole order is fixed before the first step, from (documents, weights, seed) alone. So a run resumes at a step with
-no other state, another number of processes takes other rows of the same step, and weights change without tokenising
-again.
+The whole order is fixed before the first step, from (documents, phases, seed) alone. So a run resumes at a step with no
+other state, another number of processes takes other rows of the same step, weights change without tokenising again, and
+two plans whose first phases are the same read the same documents in them: that is what lets runs fork.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.errors import ConfigError
-from cprec.schema import MIXED
+from cprec.text.corpus import Corpus
 from cprec.text.packing import pack
-from cprec.text.shards import Shards
 
 IGNORE = -100
 """Marks a position that predicts nothing (the value that torch's cross-entropy ignores)."""
@@ -34,113 +33,169 @@ class Batch:
     num_tokens: int
     """Tokens of documents, padding left out."""
     documents: np.ndarray
-    """Row numbers in the shards' index of the documents in this batch, in order."""
+    """Their places in the corpus, in order."""
 
     @property
     def num_targets(self) -> int:
         return int((self.targets_RT != IGNORE).sum())
 
 
-def mixture_weights(shards: Shards, *, mixed_share: float, domain_temperature: float) -> tuple[np.ndarray, np.ndarray]:
-    """Groups of documents and the share of all tokens that each is to have.
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of training that reads one mixture."""
 
-    A group is one domain's specific documents, or all mixed ones. Mixed documents get `mixed_share`; the rest is
-    divided over domains in proportion to (events in the domain) ** `domain_temperature` (our reconstruction,
-    docs/papers.md: 1:1, 0.7). A kind without documents leaves its share to the other. Returns the group of each
-    document, int64[D], and the weights.
+    name: str
+    num_tokens: float
+    """About as many are read: what whole documents allow."""
+    share: np.ndarray
+    """Of the tokens, for each group of the corpus."""
+    num_steps: int = 0
+    """Optimizer steps to divide the rows over; 0, or fewer than the rows need: as many as they need."""
+
+
+def document_order(corpus: Corpus, phases: Sequence[Phase], seed: int, max_passes: float = 0) -> list[np.ndarray]:
+    """Documents of each phase in training order, each group holding its share at every moment.
+
+    A group's documents come in one shuffled pass after the other, and a phase goes on where the one before it stopped.
+    A document is read if its middle token lies within what its group is to have read by the end of the phase; it is
+    due when its group should have reached that token, and sorting by due time interleaves the groups evenly.
+    `max_passes` above 0 caps the passes over a group's documents in all phases together: what it may not read, the
+    others do. Returns int64 places in the corpus.
     """
-    mixed = shards.column("kind") == MIXED
-    names, group = np.unique(np.where(mixed, "", shards.column("domain")).astype(str), return_inverse=True)
-    events = np.bincount(group, weights=shards.column("num_events"), minlength=len(names))
-    is_mixed = np.zeros(len(names), dtype=bool)
-    is_mixed[group[mixed]] = True
-    share = mixed_share if mixed.any() and not mixed.all() else float(mixed.any())
-    weight = np.where(is_mixed, 0.0, events**domain_temperature)
-    if weight.sum() > 0:
-        weight *= (1 - share) / weight.sum()
-    weight[is_mixed] = share
-    return group, weight
+    members = np.split(np.arange(len(corpus)), np.cumsum([len(group.documents) for group in corpus.groups])[:-1])
+    size = np.array([group.num_tokens for group in corpus.groups], dtype=np.float64)
+    cap = max_passes * size if max_passes else np.full(len(members), np.inf)
+    asked, read = np.zeros(len(members)), np.zeros(len(members))  # tokens, in all phases so far
+    given = np.zeros(len(members), dtype=np.int64)  # documents
+    orders = []
+    for phase in phases:
+        share = np.where(size > 0, phase.share, 0.0)
+        tokens = within_caps(share, phase.num_tokens, cap - asked)
+        documents, due = [np.empty(0, dtype=np.int64)], [np.empty(0)]
+        for number in np.flatnonzero(tokens >= 1):
+            mine = members[number]
+            first = int(given[number]) // len(mine)
+            last = int((asked + tokens)[number] / size[number] + 1 - 1e-9)
+            passes = [
+                mine[np.random.default_rng([seed, int(number), each]).permutation(len(mine))]
+                for each in range(first, last)
+            ]
+            coming = np.concatenate(passes)[given[number] - first * len(mine) :]
+            lengths = corpus.lengths[coming]
+            middle = read[number] + np.cumsum(lengths) - lengths / 2 - asked[number]
+            limit = tokens[number] if given[number] else max(tokens[number], middle[0])  # one document at least
+            taken = int(np.searchsorted(middle, limit, side="right"))
+            documents.append(coming[:taken])
+            due.append(middle[:taken] / tokens[number])
+            read[number] += lengths[:taken].sum()
+            given[number] += taken
+        asked += tokens
+        orders.append(np.concatenate(documents)[np.argsort(np.concatenate(due), kind="stable")])
+    return orders
 
 
-def document_order(
-    lengths: np.ndarray, group: np.ndarray, weight: np.ndarray, num_tokens: int, seed: int
-) -> np.ndarray:
-    """Documents in training order, about `num_tokens` tokens in all, each group holding its share at every moment.
+def within_caps(share: np.ndarray, tokens: float, room: np.ndarray) -> np.ndarray:
+    """Tokens of each group: its share of `tokens`, but no more than its room; what is over goes to the others.
 
-    A group's documents come in one shuffled pass after the other. Each is due when its group should have reached its
-    middle token; sorting by due time interleaves the groups evenly. Returns int64 positions in `lengths`.
+    The others take it in proportion to their shares, as far as they have room; where no group has any, less is read
+    than was asked for.
+
+    >>> within_caps(np.array([0.5, 0.3, 0.2]), 100, np.array([20, 1000, 30])).tolist()
+    [20.0, 50.0, 30.0]
     """
-    order, due = [], []
-    for number in range(len(weight)):
-        members = np.flatnonzero(group == number)
-        wanted = weight[number] * num_tokens
-        if not len(members) or wanted < 1:
-            continue
-        size = int(lengths[members].sum())
-        passes = [
-            members[np.random.default_rng([seed, number, epoch]).permutation(len(members))]
-            for epoch in range(int(np.ceil(wanted / size - 1e-9)))
-        ]
-        documents = np.concatenate(passes)
-        middle = np.cumsum(lengths[documents]) - lengths[documents] / 2
-        keep = middle <= max(wanted, middle[0])  # one document at least
-        order.append(documents[keep])
-        due.append(middle[keep] / wanted)
-    if not order:
-        return np.empty(0, dtype=np.int64)
-    return np.concatenate(order)[np.argsort(np.concatenate(due), kind="stable")]
+    wanted = np.zeros(len(share))
+    open_ = share > 0
+    while open_.any():
+        left = tokens - wanted[~open_].sum()
+        wanted[open_] = left * share[open_] / share[open_].sum()
+        full = open_ & (wanted > room)
+        if not full.any():
+            break
+        wanted[full] = room[full]
+        open_ &= ~full
+    return wanted
 
 
 class TokenStream:
     """Batches of packed rows in a fixed order: `stream.batch(step)` needs no earlier step.
+
+    Each phase is packed on its own, and its rows are divided evenly over its steps, `rows_per_step` at most.
+    `is_target(documents, tokens)` says, per token, which the loss covers, beside what the corpus says.
 
     Raises ConfigError if a document does not fit a row or nothing is to be trained on.
     """
 
     def __init__(
         self,
-        shards: Shards,
+        corpus: Corpus,
+        phases: Sequence[Phase],
         *,
         rows_per_step: int,
         row_tokens: int,
-        num_tokens: int,
         seed: int,
-        group: np.ndarray | None = None,
-        weight: np.ndarray | None = None,
-        targets_only: bool = False,
+        max_passes: float = 0,
+        is_target: Callable[[np.ndarray, Ragged], np.ndarray] | None = None,
         pad_id: int = 0,
     ) -> None:
-        lengths = shards.column("length")
-        if group is None or weight is None:
-            group, weight = np.zeros(len(lengths), dtype=np.int64), np.ones(1)
-        order = document_order(lengths, group, weight, num_tokens, seed)
-        if not len(order):
-            raise ConfigError(f"no documents to train on: {len(lengths)} in the shards, num_tokens={num_tokens}")
-        rows = pack(lengths[order], row_tokens, seed)
-        self._rows = Ragged(order[rows.values], rows.offsets)
-        self._tokens = shards.rows
-        self._first_target = shards.column("target_start") if targets_only else np.ones(len(lengths), dtype=np.int64)
-        self.rows_per_step, self.row_tokens, self.pad_id = rows_per_step, row_tokens, pad_id
-        self.num_tokens = int(lengths[order].sum())
-        self.group_tokens = np.bincount(group[order], weights=lengths[order], minlength=len(weight)).astype(np.int64)
+        orders = document_order(corpus, phases, seed, max_passes)
+        if not sum(map(len, orders)):
+            wanted = sum(phase.num_tokens for phase in phases)
+            raise ConfigError(f"no documents to train on: {len(corpus)} in the shards, {wanted:,.0f} tokens asked for")
+        rows, sizes = [], []
+        for number, (phase, order) in enumerate(zip(phases, orders, strict=True)):
+            packed = pack(corpus.lengths[order], row_tokens, seed + number)
+            rows.append(Ragged(order[packed.values], packed.offsets))
+            num_steps = max(phase.num_steps, -(-len(packed) // rows_per_step)) if len(packed) else 0
+            num_steps = min(num_steps, len(packed))
+            sizes.append(np.diff(np.arange(num_steps + 1) * len(packed) // max(1, num_steps)))
+        self.corpus, self.phases = corpus, tuple(phases)
+        self.row_tokens, self.pad_id, self._is_target = row_tokens, pad_id, is_target
+        self._rows = Ragged.concatenate(rows)
+        self._first_row = offsets_of(np.concatenate(sizes))
+        self.phase_steps = [len(of_phase) for of_phase in sizes]
+        """Optimizer steps of each phase."""
+        self.group_tokens = np.stack(
+            [
+                np.bincount(corpus.group[order], weights=corpus.lengths[order], minlength=len(corpus.groups))
+                for order in orders
+            ]
+        ).astype(np.int64)
+        """Tokens that each phase reads of each group: int64[phases, groups]."""
+        self.num_tokens = int(self.group_tokens.sum())
 
     @property
     def num_steps(self) -> int:
-        return -(-len(self._rows) // self.rows_per_step)
+        return len(self._first_row) - 1
 
     @property
     def fill(self) -> float:
         """Share of the rows' positions that hold tokens of documents."""
         return self.num_tokens / (len(self._rows) * self.row_tokens)
 
+    def tokens_after(self) -> np.ndarray:
+        """Tokens read by the end of each step: int64[num_steps]."""
+        return offsets_of(self.corpus.lengths[self._rows.values])[self._rows.offsets[self._first_row[1:]]]
+
+    def mixture_until(self, step: int) -> dict[str, float]:
+        """The share of each group in the tokens of the steps before `step`, by name."""
+        documents = self._rows.values[: self._rows.offsets[self._first_row[step]]]
+        tokens = np.bincount(
+            self.corpus.group[documents], weights=self.corpus.lengths[documents], minlength=len(self.corpus.groups)
+        )
+        return dict(zip(self.corpus.names, (tokens / max(1, tokens.sum())).round(5).tolist(), strict=True))
+
+    def documents(self, step: int) -> np.ndarray:
+        """Places in the corpus of a step's documents, in order."""
+        return self._rows.take(np.arange(self._first_row[step], self._first_row[step + 1])).values
+
     def batch(self, step: int) -> Batch:
-        """The rows of a step; the last step may have fewer."""
-        rows = np.arange(step * self.rows_per_step, min((step + 1) * self.rows_per_step, len(self._rows)))
+        """The rows of a step."""
+        rows = np.arange(self._first_row[step], self._first_row[step + 1])
         taken = self._rows.take(rows)
         documents, rows_of = taken.values, np.repeat(np.arange(len(rows)), taken.lengths)
-        tokens = self._tokens.take(documents)
+        tokens, first_target = self.corpus.take(documents)
         lengths = tokens.lengths
-        start = offsets_of(lengths)[:-1]
+        start = tokens.offsets[:-1]
         row_start = start[taken.offsets[:-1]]  # tokens before each row's first document
         place = rows_of * self.row_tokens + start - row_start[rows_of]
         position = np.arange(len(tokens.values)) - np.repeat(start, lengths)
@@ -153,7 +208,9 @@ class TokenStream:
         positions[flat] = position
         self._number_padding(positions, rows_of, lengths, len(rows))
         targets = np.full(size, IGNORE, dtype=np.int64)
-        predicted = position >= np.maximum(1, np.repeat(self._first_target[documents], lengths))
+        predicted = position >= np.maximum(1, np.repeat(first_target, lengths))
+        if self._is_target is not None:
+            predicted &= self._is_target(documents, tokens)
         targets[flat[predicted] - 1] = tokens.values[predicted]
         shape = (len(rows), self.row_tokens)
         return Batch(
@@ -170,3 +227,8 @@ class TokenStream:
         row = np.arange(len(positions)) // self.row_tokens
         padding = column >= used[row]
         positions[padding] = (column - used[row])[padding]
+
+
+def one_phase(num_tokens: float, share: Sequence[float] = (1.0,)) -> list[Phase]:
+    """A plan of one phase; of a corpus of one group, all of it by default."""
+    return [Phase(name="", num_tokens=num_tokens, share=np.asarray(share, dtype=np.float64))]

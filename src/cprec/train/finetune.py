@@ -32,8 +32,10 @@ class FinetuneConfig(TrainingConfig):
 
 def finetune(config: FinetuneConfig) -> Path:
     """Fine-tune a model on the next-item examples of a domain; returns the model folder."""
+    from cprec.text.corpus import Corpus
     from cprec.text.shards import open_shards
-    from cprec.text.stream import TokenStream
+    from cprec.text.stream import TokenStream, one_phase
+    from cprec.train.plan import Plan, make_plan
     from cprec.train.training import run_training
 
     folder = Path(config.data) / "examples" / config.domain
@@ -45,28 +47,25 @@ def finetune(config: FinetuneConfig) -> Path:
         )
     train, validation = open_shards(folder / "train"), open_shards(folder / "validation")
 
-    def stream(shards: Shards, num_tokens: int, rows: int) -> TokenStream:
+    def stream(shards: Shards, num_tokens: float, rows: int) -> TokenStream:
         return TokenStream(
-            shards,
+            Corpus.of(shards, targets_only=True),
+            one_phase(num_tokens),
             rows_per_step=rows,
             row_tokens=config.max_length,
-            num_tokens=num_tokens,
             seed=config.seed,
-            targets_only=True,
         )
 
+    def plan() -> Plan:
+        num_tokens = round(config.num_train_epochs * train.manifest["num_tokens"])
+        return make_plan(config, stream(train, num_tokens, config.rows_per_step))
+
     held_out = min(config.eval_tokens, validation.manifest["num_tokens"])
-    measured = (
-        {f"{config.domain} (next item)": stream(validation, held_out, config.per_device_train_batch_size)}
-        if held_out
-        else {}
-    )
+    name = f"{config.domain} (next item)"
     return run_training(
         config,
-        train_shards=train,
-        make_stream=lambda: stream(
-            train, round(config.num_train_epochs * train.manifest["num_tokens"]), config.rows_per_step
-        ),
-        validation=measured,
+        make_plan=plan,
+        trained_on=[train.sha256],
+        validation={name: stream(validation, held_out, config.per_device_train_batch_size)} if held_out else {},
         about={"stage": "finetune", "domain": config.domain, **train.manifest["about"]},
     )

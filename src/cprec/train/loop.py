@@ -150,8 +150,9 @@ def train(
                     grad_norm=norm.item(),
                     tokens_per_second=state.num_tokens / max(state.seconds, 1e-9),
                     consumed=state.consumed,
+                    **({"mixture": stream.mixture_until(state.step)} if len(stream.corpus.groups) > 1 else {}),
                 )
-            if state.step % eval_steps == 0 or state.step == num_steps:
+            if state.step % eval_steps == 0 or state.step == num_steps or state.step in keep_at:
                 log.write(step=state.step, tokens=state.num_tokens, heldout=validate())
             if state.step in keep_at or (state.step < num_steps and (stopping or state.step % save_steps == 0)):
                 saved = save()

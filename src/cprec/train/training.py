@@ -14,12 +14,10 @@ from cprec.errors import ConfigError
 from cprec.provenance import CONFIG_FILE, file_sha256, read_resolved, save_resolved, to_dict
 
 if TYPE_CHECKING:
-    from cprec.text.shards import Shards
     from cprec.text.stream import TokenStream
+    from cprec.train.plan import Plan
 
 DONE, LOG = "cprec.json", "log.jsonl"
-FEW_STEPS = 50
-"""Optimizer steps below which a run says that it can hardly learn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +72,10 @@ class TrainingConfig:
     """Gradients are scaled down to this norm."""
     bf16: Literal["auto", "true", "false"] = "auto"
     """Compute in bf16 with fp32 weights; auto: where the machine has instructions for it."""
+    lr_scheduler_type: Literal["wsa", "constant_with_warmup", "cosine", "constant"] = "wsa"
+    """Warmup-stable-annealing; or without the annealing; a cosine over all that warm-up leaves; or the peak only."""
+    schedule_unit: Literal["steps", "tokens"] = "steps"
+    """What the learning rate follows: optimizer steps, or the tokens read by the end of each."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"] = "auto"
     """How attention is computed; auto: as transformers chooses. All must keep packed documents apart on this model."""
     gradient_checkpointing: bool = False
@@ -106,6 +108,8 @@ class TrainingConfig:
     """Held-out tokens measured per domain and kind, at most."""
     resume_from_checkpoint: Literal["auto", "never"] = "auto"
     """auto goes on from the newest checkpoint in output_dir; never starts again."""
+    dry_run: bool = False
+    """Show the plan (steps, tokens, mixture, learning rate) and train nothing."""
 
     def __post_init__(self) -> None:
         positive = (
@@ -127,7 +131,7 @@ class TrainingConfig:
 
 
 _FREE = (
-    *("resume_from_checkpoint", "save_steps", "save_total_limit"),
+    *("resume_from_checkpoint", "save_steps", "save_total_limit", "dry_run"),
     *("fsdp", "gradient_checkpointing", "torch_compile", "ddp_timeout"),
 )
 """Settings that may change between the starts of one run: they do not decide what is learnt."""
@@ -160,15 +164,21 @@ def finished(config: TrainingConfig, inputs: dict[str, str]) -> bool:
 def run_training(
     config: TrainingConfig,
     *,
-    train_shards: Shards,
-    make_stream: Callable[[], TokenStream],
+    make_plan: Callable[[], Plan],
+    trained_on: list[str],
     validation: dict[str, TokenStream],
     about: dict[str, Any],
+    inputs: dict[str, str] | None = None,
+    start_from: Path | None = None,
+    fork_of: Path | None = None,
 ) -> Path:
     """Set up model, schedule and loop, train, and write the finished model folder; returns it.
 
-    `validation` maps a name (a domain and kind) to held-out batches; `about` is what this stage adds to `cprec.json`.
-    A finished run of equal settings is reused; an interrupted one goes on from its newest checkpoint.
+    `trained_on` are the hashes of the shards that the plan reads, and `inputs` of what else it is made of. `validation`
+    maps a name (a domain and kind) to held-out batches; `about` is what this stage adds to `cprec.json`. Weights and
+    optimizer begin as in the checkpoint `start_from`, or the run goes on from the stable checkpoint `fork_of` of
+    another run with the same plan up to there. A finished run of equal settings is reused; an interrupted one goes on
+    from its newest checkpoint.
 
     A damaged checkpoint is named in a warning and the one before is used.
 
@@ -181,27 +191,32 @@ def run_training(
     from cprec.train.checkpoint import newest_intact, remove_checkpoints
     from cprec.train.loop import perplexity, train
     from cprec.train.loss import prepare_loss
-    from cprec.train.schedule import WSA
+    from cprec.train.plan import ANNEALING, check_fork, describe_plan
 
     distributed.join_processes(config.ddp_timeout)
     output_dir, data = Path(config.output_dir), Path(config.data)
-    inputs = {"shards": train_shards.sha256, "base": weights_sha256(config.model_name_or_path)}
-    if finished(config, inputs):
+    trained_on = [*_shards_of(start_from or Path(config.model_name_or_path)), *trained_on]
+    inputs = {
+        "trained_on": " ".join(trained_on),
+        "base": weights_sha256(config.model_name_or_path),
+        **(inputs or {}),
+    }
+    for name, folder in (("start", start_from), ("fork", fork_of)):
+        if folder is not None:
+            inputs[name] = weights_sha256(folder)
+    if finished(config, inputs) and not config.dry_run:
         say(f"{output_dir}: complete with these settings, reused")
+        return output_dir
+    plan = make_plan()
+    stream, schedule = plan.stream, plan.schedule
+    describe_plan(config, plan, say)
+    if fork_of is not None:
+        check_fork(fork_of, plan)
+    if config.dry_run:
         return output_dir
     if config.resume_from_checkpoint == "never":
         distributed.by_first(lambda: remove_checkpoints(output_dir, stable=True))
 
-    stream = make_stream()
-    num_steps = stream.num_steps
-    schedule = WSA.fractions(
-        num_steps,
-        config.learning_rate,
-        warmup=_fraction(config.warmup_steps, num_steps),
-        anneal=_fraction(config.anneal_steps, num_steps),
-        floor_ratio=config.min_lr_ratio,
-        shape=config.anneal_shape,
-    )
     device = distributed.pick_device()
     tokenizer = load_tokenizer(str(data / "tokenizer"))
     attention = None if config.attn_implementation == "auto" else config.attn_implementation
@@ -234,27 +249,18 @@ def run_training(
 
     say(
         f"{num_parameters(model) / 1e6:.2f} M parameters on {distributed.describe(device)}, "
-        f"{'bf16' if bf16 else 'fp32'}; {stream.num_tokens:,} tokens in {num_steps:,} steps of "
-        f"{config.rows_per_step * config.max_length:,} positions ({stream.fill:.1%} full)"
+        f"{'bf16' if bf16 else 'fp32'}"
     )
-    say(
-        f"learning rate: {schedule.warmup_steps} steps up to {schedule.peak:g}, {schedule.anneal_steps} annealing "
-        f"steps ({schedule.shape}) down to {schedule.floor:g}"
-    )
-
-    if num_steps < FEW_STEPS:
-        say(
-            f"note: {num_steps} optimizer steps are few to learn from: raise num_train_epochs, or lower "
-            "per_device_train_batch_size or max_length"
-        )
 
     def validate() -> dict[str, float]:
         return {name: perplexity(loss, held_out, device, bf16) for name, held_out in validation.items()}
 
     distributed.by_first(lambda: save_resolved(output_dir, config, inputs))
-    saved = distributed.by_first(lambda: newest_intact(output_dir))
+    saved = distributed.by_first(lambda: newest_intact(output_dir)) or fork_of
     if saved:
-        say(f"resuming from {saved}")
+        say(f"going on from {saved}")
+    trunk_end = stream.num_steps - plan.steps_of(ANNEALING)
+    is_trunk = about["stage"] == "pretrain" and fork_of is None and config.lr_scheduler_type != "cosine"
     state = train(
         loss,
         stream,
@@ -270,11 +276,13 @@ def run_training(
         eval_steps=config.eval_steps,
         validate=validate,
         resume_from=saved,
+        start_from=start_from,
+        keep_at=[trunk_end] if is_trunk else [],
         description=about["stage"],
     )
     done = {
         **about,
-        "trained_on": [*_base_shards(config.model_name_or_path), train_shards.sha256],
+        "trained_on": trained_on,
         "tokens": state.num_tokens,
         "consumed": state.consumed,
         "seconds": round(state.seconds, 1),
@@ -331,10 +339,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _base_shards(name_or_path: str) -> list[str]:
-    """The shards that a base model of ours was trained on."""
-    done = read_done(name_or_path)
-    return list(done["trained_on"]) if done else []
+def _shards_of(start: Path) -> list[str]:
+    """The shards that a model of ours, or the run whose stable checkpoint this is, was trained on."""
+    done = read_done(start)
+    if done:
+        return list(done["trained_on"])
+    if start.name.startswith("stable-"):
+        return read_resolved(start.parent)["inputs"]["trained_on"].split()
+    return []
 
 
 def weights_sha256(name_or_path: str | Path) -> str:
@@ -342,11 +354,6 @@ def weights_sha256(name_or_path: str | Path) -> str:
     files = sorted(Path(name_or_path).glob("*.safetensors"))
     parts = [file_sha256(path) for path in files] if files else [str(name_or_path)]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
-
-
-def _fraction(setting: float, num_steps: int) -> float:
-    """A setting below 1 is a fraction of the steps; from 1 on, a number of steps."""
-    return setting if setting < 1 else min(setting / num_steps, 1.0)
 
 
 def _check_vocabulary(config: TrainingConfig, model: Any, vocabulary_size: int) -> None:

@@ -380,6 +380,28 @@ def test_domains_that_only_have_an_order_are_told_of_and_may_be_interleaved(
     assert mixed("mixed") > mixed("time") > 0
 
 
+def test_shuffled_documents_hold_the_same_events(
+    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def documents(name: str, **changes: Any) -> dict[str, list[tuple[str, list[int]]]]:
+        folder = prepare(replace(config, output_dir=str(tmp_path / name), **changes))
+        opened = {part: open_shards(folder / "shards" / part) for part in ("train", "heldout")}
+        return {
+            part: [(str(shards.column("user_id")[row]), shards.rows[row].tolist()) for row in range(len(shards))]
+            for part, shards in opened.items()
+        }
+
+    plain, mixed = documents("time"), documents("shuffled", document_order="shuffled")
+    assert mixed["heldout"] == plain["heldout"]
+    assert [(user, sorted(tokens)) for user, tokens in mixed["train"]] == [
+        (user, sorted(tokens)) for user, tokens in plain["train"]
+    ], "the same titles under the same marks"
+    moved = sum(a != b for a, b in zip(plain["train"], mixed["train"], strict=True))
+    assert moved > 0.8 * len(plain["train"])
+    monkeypatch.setattr("cprec.data.build.PART_EVENTS", 100)
+    assert documents("parts", document_order="shuffled") == mixed, "whatever the parts"
+
+
 def test_unseen_users_are_asked_but_never_learnt_from(config: PrepareConfig, tmp_path: Path) -> None:
     folder = prepare(replace(config, split=SplitSpec(unseen_user_share=0.3), pretrain_domains=()))
     split = read_split(folder)

@@ -17,14 +17,15 @@ import torch
 from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
 from cprec.models import tiny_model
+from cprec.text.corpus import Corpus
 from cprec.text.encoding import PromptEncoder
 from cprec.text.prompts import Template
 from cprec.text.shards import Shards, open_shards, write_shards
-from cprec.text.stream import TokenStream
+from cprec.text.stream import TokenStream, one_phase
 from cprec.text.tokenizer import train_tokenizer
 from cprec.train.checkpoint import TrainState
 from cprec.train.loop import train
-from cprec.train.schedule import WSA
+from cprec.train.schedule import make_schedule
 
 DOMAINS = ("books", "games")
 ROW_TOKENS = 96
@@ -65,7 +66,9 @@ def data(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     random = np.random.default_rng(0)
 
-    def write(where: Path, kinds: tuple[str, ...], domains: tuple[str, ...], num_users: int) -> None:
+    def write(
+        where: Path, kinds: tuple[str, ...], domains: tuple[str, ...], num_users: int, first_user: int = 0
+    ) -> None:
         parts, columns = [], []
         for kind in kinds:
             domain = random.integers(0, 2, num_users) if len(domains) == 2 else np.full(num_users, 0)
@@ -81,6 +84,8 @@ def data(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
                     "kind": np.full(num_users, kind, dtype=object),
                     "num_events": np.full(num_users, 6),
                     "target_start": target_start,
+                    "platform": np.full(num_users, "shop", dtype=object),
+                    "user_id": np.array([f"u{first_user + n}" for n in range(num_users)], dtype=object),
                 }
             )
         merged = {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
@@ -88,7 +93,8 @@ def data(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     write(folder / "shards" / "train", ("specific", "mixed"), DOMAINS, 60)
     write(folder / "shards" / "heldout", ("specific", "mixed"), DOMAINS, 6)
-    write(folder / "examples" / "books" / "train", ("specific",), DOMAINS[:1], 40)
+    # Users 60 to 69 are in the examples and not in the shards.
+    write(folder / "examples" / "books" / "train", ("specific",), DOMAINS[:1], 40, first_user=30)
     write(folder / "examples" / "books" / "validation", ("specific",), DOMAINS[:1], 5)
     return folder
 
@@ -101,13 +107,10 @@ def shards(data: Path) -> Shards:
 @pytest.fixture
 def make_stream(shards: Shards) -> Callable[..., TokenStream]:
     def make(**changes: Any) -> TokenStream:
-        settings: dict[str, Any] = {
-            "rows_per_step": 4,
-            "row_tokens": ROW_TOKENS,
-            "num_tokens": shards.manifest["num_tokens"],
-            "seed": 0,
-        }
-        return TokenStream(shards, **settings | changes)
+        settings: dict[str, Any] = {"rows_per_step": 4, "row_tokens": ROW_TOKENS, "seed": 0}
+        corpus = Corpus.of(shards, targets_only=changes.pop("targets_only", False))
+        plan = one_phase(changes.pop("num_tokens", shards.manifest["num_tokens"]))
+        return TokenStream(corpus, plan, **settings | changes)
 
     return make
 
@@ -129,7 +132,16 @@ def run(
     def run(output_dir: Path, **changes: Any) -> tuple[TrainState, Any]:
         model = changes.pop("model", None) or make_model()
         stream = changes.pop("stream", None) or make_stream()
-        schedule = WSA.fractions(stream.num_steps, 1e-2, warmup=0.1, anneal=0.3, floor_ratio=0.1)
+        num_steps = stream.num_steps
+        schedule = make_schedule(
+            "wsa",
+            range(1, num_steps + 1),
+            1e-2,
+            warmup_steps=max(1, round(0.1 * num_steps)),
+            anneal_steps=round(0.3 * num_steps),
+            floor_ratio=0.1,
+            shape="1-sqrt",
+        )
         settings: dict[str, Any] = {
             "schedule": schedule,
             "output_dir": output_dir,

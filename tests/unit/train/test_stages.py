@@ -5,19 +5,25 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from cprec.errors import ConfigError, ShardError
+from cprec.errors import ConfigError, DataError, ShardError
 from cprec.provenance import to_dict
 from cprec.rank.llm import LLMRecommender
+from cprec.text.mixture import Mixture
+from cprec.text.shards import open_shards
+from cprec.text.tokenizer import load_tokenizer
 from cprec.train import training
-from cprec.train.checkpoint import checkpoints
+from cprec.train.checkpoint import checkpoints, read_state
 from cprec.train.finetune import FinetuneConfig, finetune
 from cprec.train.loop import LOG, read_log
-from cprec.train.pretrain import PretrainConfig, pretrain
+from cprec.train.pretrain import PretrainConfig, behaviour_and_more, fork, pretrain, pretrain_plan
 from cprec.train.training import DONE, TinyModel, read_done
 
 SOURCE = Path(__file__).parents[3] / "src"
@@ -124,7 +130,7 @@ import json, sys
 from cprec.config import from_mapping
 from cprec.train import checkpoint
 import torch
-from cprec.train.pretrain import PretrainConfig, pretrain
+from cprec.train.pretrain import PretrainConfig, behaviour_and_more, fork, pretrain, pretrain_plan
 
 torch.set_num_threads(1)
 config = from_mapping(PretrainConfig, json.loads(sys.argv[1]))
@@ -242,7 +248,7 @@ def test_rows_shorter_than_documents_are_refused(config: Callable[..., PretrainC
         ({"max_length": -1}, "max_length=-1 must be above 0"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1 must be 0 or more"),
         ({"min_lr_ratio": 1.5}, r"min_lr_ratio=1.5 must lie in 0..1"),
-        ({"mixed_share": 1.5}, r"mixed_share=1.5 must lie in 0..1"),
+        ({"max_passes": -1}, r"max_passes=-1 must be above 0, or 0 for no cap"),
     ],
 )
 def test_impossible_settings_are_refused(
@@ -276,3 +282,135 @@ def test_one_step_of_warm_up_is_one_step(config: Callable[..., PretrainConfig]) 
     folder = pretrain(config(warmup_steps=1, anneal_steps=0))
     rates = {line["learning_rate"] for line in read_log(folder / LOG) if "loss" in line}
     assert rates == {1e-2}
+
+
+# ---- mixtures, replay, masks -----------------------------------------------------------------------------------------
+
+
+def plan_of(config: PretrainConfig) -> Any:
+    return pretrain_plan(config, behaviour_and_more(config))
+
+
+def shares_of(plan: Any) -> dict[str, list[float]]:
+    """Of each phase, the share of each group."""
+    tokens = plan.stream.group_tokens / plan.stream.group_tokens.sum(1, keepdims=True)
+    return dict(zip(plan.stream.corpus.names, tokens.T.tolist(), strict=True))
+
+
+def test_phases_have_their_mixtures(config: Callable[..., PretrainConfig]) -> None:
+    plan = plan_of(
+        config(
+            num_train_epochs=20,
+            mixture=Mixture(mixed_share=0.2),
+            anneal_mixture=Mixture(mixed_share=0.8, examples_share=0.1),
+            anneal_steps=0.5,
+        )
+    )
+    assert [phase.name for phase in plan.stream.phases] == ["stable", "annealing"]
+    found = shares_of(plan)
+    assert found["mixed"] == pytest.approx([0.2, 0.72], abs=0.01)
+    assert found["examples of books"] == pytest.approx([0.0, 0.1], abs=0.01)
+    assert plan.schedule.wsa.anneal == plan.stream.phase_steps[1]
+    examples = plan.stream.corpus.groups[-1]
+    users = open_shards(Path(config().data) / "examples/books/train").column("user_id")[examples.documents]
+    assert set(users) == {f"u{n}" for n in range(30, 60)}, "of users who stand in the shards, and no others"
+
+
+def test_general_text_is_replayed_and_tokenised_once(config: Callable[..., PretrainConfig], tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"game {n} red " * n}) + "\n" for n in range(1, 60)))
+    pq.write_table(pa.table({"text": ["blue book", None, " "], "n": [1, 2, 3]}), tmp_path / "b.parquet")
+    (tmp_path / "c.txt").write_text("green " * 200)
+    files = tuple(str(tmp_path / name) for name in ("a.jsonl", "b.parquet", "c.txt"))
+    settings = {"replay": files, "num_train_epochs": 20}
+    plan = plan_of(config(mixture=Mixture(text_share=0.25), **settings))
+    assert shares_of(plan)["general text"] == pytest.approx([0.25, 0.25], abs=0.01)
+    made = sorted((tmp_path / "out" / "general_text").iterdir())
+    again = plan_of(config(mixture=Mixture(text_share=0.5), **settings))
+    assert sorted((tmp_path / "out" / "general_text").iterdir()) == made, "weights change without tokenising again"
+    assert shares_of(again)["general text"] == pytest.approx([0.5, 0.5], abs=0.01)
+    tokens = open_shards(made[0])
+    assert len(tokens) >= 61 and max(tokens.column("length")) <= 96
+    decoded = load_tokenizer(str(Path(config().data) / "tokenizer")).decode(tokens.rows[0])
+    assert decoded.startswith("game 1 red")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', r"a.jsonl line 2: no JSON object with a text"),
+        ("a.csv", b"text\nx\n", r"a.csv: general text is read from .jsonl, .parquet and .txt"),
+        ("a.txt", b" \n", r"a.txt has no text"),
+    ],
+)
+def test_what_is_no_general_text_is_refused(
+    config: Callable[..., PretrainConfig], tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((ConfigError, DataError), match=message):
+        behaviour_and_more(config(mixture=Mixture(text_share=0.1), replay=(str(tmp_path / name),)))
+
+
+def test_items_only_covers_titles_and_the_end(config: Callable[..., PretrainConfig]) -> None:
+    everything, titles = plan_of(config()), plan_of(config(loss="items_only"))
+    tokenizer = load_tokenizer(str(Path(config().data) / "tokenizer"))
+    found = set()
+    for step in range(3):
+        whole, masked = everything.stream.batch(step), titles.stream.batch(step)
+        assert (whole.input_ids_RT == masked.input_ids_RT).all()
+        documents = titles.stream.corpus.take(masked.documents)[0]
+        marks = titles.stream._is_target(masked.documents, documents)
+        for row in range(len(documents)):
+            inside = marks[documents.offsets[row] : documents.offsets[row + 1]]
+            text = tokenizer.decode(documents[row][inside])
+            lines = tokenizer.decode(documents[row]).replace("Next:", "-").split("\n-")[1:]
+            assert text == "".join(line.replace(" [books]", "").replace(" [games]", "") for line in lines)
+            found.add(text)
+        assert 0 < masked.num_targets == int(marks.sum()) < whole.num_targets
+    assert len(found) > 20
+
+
+def test_a_dry_run_says_what_it_would_do(
+    config: Callable[..., PretrainConfig], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pretrain(config(dry_run=True))
+    said = capfd.readouterr().err
+    assert "tokens in" in said and "mixed:" in said and "learning rate:" in said
+    assert not (tmp_path / "out").exists()
+
+
+# ---- forks -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_fork_of_equal_annealing_is_the_run_itself(config: Callable[..., PretrainConfig]) -> None:
+    whole = pretrain(config(anneal_steps=0.3))
+    stable = next(whole.glob("stable-*"))
+    branch = fork(config("branch", anneal_steps=0.3), stable)
+    assert weights(branch) == weights(whole)
+    assert read_done(branch)["consumed"] == read_done(whole)["consumed"]  # type: ignore[index]
+    assert min(losses(branch)) == int(stable.name.partition("-")[2]) + 1, "only the annealing was trained"
+
+
+def test_a_fork_may_end_otherwise_but_not_begin_otherwise(config: Callable[..., PretrainConfig]) -> None:
+    whole = pretrain(config(anneal_steps=0.3))
+    stable = next(whole.glob("stable-*"))
+    tokens = read_state(stable).num_tokens
+    longer = replace(
+        config("longer", anneal_steps=0.5, anneal_mixture=Mixture(mixed_share=0.8, examples_share=0.1)),
+        num_train_epochs=config().num_train_epochs * 0.7 / 0.5,
+    )
+    branch = fork(longer, stable)
+    assert read_done(branch)["tokens"] == pytest.approx(2 * tokens, rel=0.02)  # type: ignore[index]
+    assert len(read_done(branch)["trained_on"]) == 2, "the examples too"  # type: ignore[index]
+    with pytest.raises(ConfigError, match=r"is not the end of the stable phase of this plan"):
+        fork(config("other", anneal_steps=0.3, seed=1), stable)
+
+
+def test_a_stable_run_goes_on_with_more_data(config: Callable[..., PretrainConfig]) -> None:
+    whole = pretrain(config(anneal_steps=0.3))
+    stable = next(whole.glob("stable-*"))
+    more = pretrain(config("more", continue_from=str(stable), seed=1))
+    log, before = losses(more), losses(whole)
+    assert log[1] == pytest.approx(before[int(stable.name.partition("-")[2])], rel=0.3) and log[1] < 0.7 * before[1]
+    assert [line for line in read_log(more / LOG) if "learning_rate" in line][0]["learning_rate"] == 1e-2
+    about = read_done(more)
+    assert about is not None and len(about["trained_on"]) == 2

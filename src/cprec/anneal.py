@@ -1,0 +1,247 @@
+"""Anneal forks: many annealing branches from the end of one stable phase, compared in one table and one page.
+
+The stable phase costs most and is shared: a branch costs its own annealing only, and comes out as if the whole run had
+been made for it. Hägele et al. (2024) measure scaling so; the schedule is that of MiniCPM (Hu et al. 2024).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cprec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cprec.train.pretrain import PretrainConfig
+
+Data = Literal["same", "mixed_late", "sft_late"]
+FORKS = "forks"
+TRUNK = "no annealing"
+MIXED_LATE, SFT_LATE = 0.8, 0.1
+"""Share of mixed sequences in `mixed_late` (1:4), of examples in `sft_late` (our reconstruction, docs/papers.md)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnealConfig:
+    """Settings of anneal forks."""
+
+    run: str
+    """Folder of a pre-training run; its end-of-stable checkpoint is enough, it need not be finished."""
+    start: str = ""
+    """The stable checkpoint to branch from, as stable-1200; empty: the newest of the run."""
+    lengths: tuple[str, ...] = ("5%", "10%", "20%")
+    """Annealing of each branch, as a share of all its tokens (the shared ones included)."""
+    shapes: tuple[Literal["1-sqrt", "linear", "cosine", "exponential"], ...] = ("1-sqrt",)
+    """How the learning rate falls."""
+    data: tuple[Data, ...] = ("same",)
+    """What is read while it falls: the same mixture; mixed_late: four fifths of the behaviour tokens from mixed
+    sequences; sft_late: a tenth of all tokens from fine-tuning examples of the pre-training domains."""
+    domain: str = ""
+    """Domain of the fine-tuning that compares the branches; empty: the only one that has examples."""
+    num_train_epochs: float = 1.0
+    """Passes of that fine-tuning; 0 compares by held-out perplexity alone."""
+    learning_rate: float = 0.0
+    """Peak of that fine-tuning; 0: that of the run."""
+    max_queries: int = 1000
+    """Validation queries that the fine-tuned branches rank, a seeded sample; 0 ranks none."""
+    beam_width: int = 20
+    """Prefixes that the beam search keeps at each depth."""
+    output_dir: str = ""
+    """Where the branches and the comparison go; empty: RUN/forks."""
+
+    def __post_init__(self) -> None:
+        for length in self.lengths:
+            share_of(length)
+        if not (self.lengths and self.shapes and self.data):
+            raise ConfigError("lengths, shapes and data must each name one thing at least")
+        if self.num_train_epochs < 0 or self.learning_rate < 0 or self.max_queries < 0 or self.beam_width < 1:
+            raise ConfigError("num_train_epochs, learning_rate and max_queries must be 0 or more, beam_width 1 or more")
+
+
+def share_of(length: str) -> float:
+    """A length as a share.
+
+    >>> share_of("5%"), share_of("0.2")
+    (0.05, 0.2)
+    """
+    try:
+        share = float(length.strip().removesuffix("%")) / (100 if length.strip().endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise ConfigError(f"lengths: {length!r} is no share between 0 and 1; write 10% or 0.1")
+    return share
+
+
+def anneal(config: AnnealConfig) -> dict[str, Any]:
+    """Grow the branches, fine-tune each in the same short way, and compare; writes forks.json and forks.html.
+
+    What is complete is reused and what was interrupted resumed, so lengths may be added later. Raises ConfigError where
+    the folder holds no pre-training run with a stable checkpoint.
+    """
+    from cprec.config import from_mapping
+    from cprec.evaluate.forks import print_forks, write_forks
+    from cprec.progress import say
+    from cprec.provenance import read_resolved, save_resolved
+    from cprec.train.pretrain import PretrainConfig, fork
+
+    run = Path(config.run)
+    stable = _stable(run, config.start)
+    trunk = from_mapping(PretrainConfig, read_resolved(run)["config"])
+    if trunk.lr_scheduler_type != "wsa":  # it had no annealing: all of it is the trunk
+        trunk = replace(trunk, lr_scheduler_type="wsa", anneal_steps=0)
+    folder = Path(config.output_dir or run / FORKS)
+    domain = _domain(config, Path(trunk.data))
+    branches: dict[str, Path] = {}
+    plans = list(itertools.product(config.lengths, config.shapes, config.data))
+    for number, (length, shape, data) in enumerate(plans, start=1):
+        name = f"{100 * share_of(length):g}% {shape} {data}"
+        say(f"[{number}/{len(plans)}] branch: {name}")
+        branch = replace(
+            trunk,
+            output_dir=str(folder / name.replace("%", "").replace(" ", "-")),
+            branch_length=share_of(length),
+            anneal_shape=shape,
+            anneal_mixture=_mixture(trunk, data),
+            dry_run=False,
+        )
+        branches[name] = fork(branch, stable)
+    rows = {TRUNK: _trunk_row(run, stable)} | {name: _branch_row(path, stable) for name, path in branches.items()}
+    if config.num_train_epochs:
+        starts = {TRUNK: stable, **branches}
+        _fine_tune(config, trunk, domain, starts, folder, rows)
+    comparison = {"run": str(run), "start": stable.name, "domain": domain, "rows": rows}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_resolved(folder, config)
+    (folder / "forks.json").write_text(json.dumps(comparison, indent=1) + "\n")
+    write_forks(folder / "forks.html", comparison, {name: _log(path) for name, path in branches.items()}, _log(run))
+    print_forks(comparison)
+    say(f"wrote {folder / 'forks.json'} and {folder / 'forks.html'}")
+    return comparison
+
+
+def _stable(run: Path, name: str) -> Path:
+    from cprec.provenance import CONFIG_FILE
+    from cprec.train.checkpoint import damage, step_of
+
+    if not (run / CONFIG_FILE).is_file():
+        raise ConfigError(f"run={run}: no run of `cprec pretrain` is there (no {CONFIG_FILE})")
+    found = sorted((path for path in run.glob("stable-*") if path.name.split("-")[1].isdecimal()), key=step_of)
+    if name:
+        found = [path for path in found if path.name == name]
+    if not found:
+        raise ConfigError(
+            f"run={run} has no {name or 'stable-STEP'}: it is written at the end of the stable phase of pre-training"
+        )
+    reason = damage(found[-1])
+    if reason:
+        raise ConfigError(f"{found[-1]} is damaged ({reason}): name another one with start=stable-STEP")
+    return found[-1]
+
+
+def _domain(config: AnnealConfig, data: Path) -> str:
+    found = sorted(path.name for path in (data / "examples").glob("*") if path.is_dir())
+    if config.domain or not config.num_train_epochs:
+        return config.domain
+    if len(found) != 1:
+        raise ConfigError(f"domain: choose one to fine-tune on; {data} has examples of {', '.join(found) or 'none'}")
+    return found[0]
+
+
+def _mixture(trunk: PretrainConfig, data: Data) -> Any:
+    if data == "mixed_late":
+        return replace(trunk.mixture, mixed_share=MIXED_LATE)
+    if data == "sft_late":
+        return replace(trunk.mixture, examples_share=SFT_LATE)
+    return trunk.anneal_mixture
+
+
+def _log(run: Path) -> list[dict[str, Any]]:
+    from cprec.train.training import LOG, read_log
+
+    return read_log(run / LOG) if (run / LOG).is_file() else []
+
+
+def _trunk_row(run: Path, stable: Path) -> dict[str, Any]:
+    """The stable checkpoint as it is; its held-out perplexity was measured when it was saved."""
+    from cprec.train.checkpoint import read_state
+
+    state = read_state(stable)
+    heldout = [line["heldout"] for line in _log(run) if line.get("heldout") and line["step"] == state.step]
+    return {"tokens": 0, "seconds": 0.0, "total_tokens": state.num_tokens, "heldout": heldout[-1] if heldout else {}}
+
+
+def _branch_row(folder: Path, stable: Path) -> dict[str, Any]:
+    """What a branch cost, without what it shares, and where its held-out perplexity ended."""
+    from cprec.train.checkpoint import read_state
+    from cprec.train.training import read_done
+
+    done, state = read_done(folder) or {}, read_state(stable)
+    heldout = [line["heldout"] for line in _log(folder) if line.get("heldout")]
+    return {
+        "tokens": done["tokens"] - state.num_tokens,
+        "seconds": round(done["seconds"] - state.seconds, 1),
+        "total_tokens": done["tokens"],
+        "heldout": heldout[-1] if heldout else {},
+    }
+
+
+def _fine_tune(
+    config: AnnealConfig,
+    trunk: PretrainConfig,
+    domain: str,
+    starts: dict[str, Path],
+    folder: Path,
+    rows: dict[str, dict[str, Any]],
+) -> None:
+    """Fine-tune every branch alike; adds next-item perplexity and, from validation queries, ranking to its row."""
+    from cprec.progress import say
+    from cprec.train.finetune import FinetuneConfig, finetune
+
+    models: dict[str, str] = {}
+    for name, start in starts.items():
+        say(f"fine-tuning on {domain}: {name}")
+        output_dir = folder / "finetune" / name.replace("%", "").replace(" ", "-")
+        tuned = finetune(
+            FinetuneConfig(
+                data=trunk.data,
+                max_length=trunk.max_length,
+                per_device_train_batch_size=trunk.per_device_train_batch_size,
+                gradient_accumulation_steps=trunk.gradient_accumulation_steps,
+                bf16=trunk.bf16,
+                seed=trunk.seed,
+                domain=domain,
+                model_name_or_path=str(start),
+                output_dir=str(output_dir),
+                num_train_epochs=config.num_train_epochs,
+                learning_rate=config.learning_rate or trunk.learning_rate,
+            )
+        )
+        models[name] = str(tuned)
+        last = [line["heldout"] for line in _log(tuned) if line.get("heldout")]
+        rows[name]["next_item_perplexity"] = next(iter(last[-1].values())) if last else None
+    if config.max_queries:
+        ranked = _rank(config, trunk.data, domain, models, folder)
+        for name in models:
+            rows[name] |= {key: ranked["arms"][name][key] for key in ("ndcg@10", "recall@10")}
+        for difference in ranked["differences"]:
+            if difference["b"] == TRUNK:
+                rows[difference["a"]]["against_trunk"] = {key: difference[key] for key in ("mean", "low", "high")}
+
+
+def _rank(config: AnnealConfig, data: str, domain: str, models: dict[str, str], folder: Path) -> dict[str, Any]:
+    from cprec.data.dataset import read_split
+    from cprec.evaluate.evaluate import EvaluateConfig, evaluate
+    from cprec.run import model_entrants
+
+    settings = EvaluateConfig(
+        data=data,
+        output_dir=str(folder / "evaluate"),
+        part="validation",  # forks are chosen by these figures: the test queries stay untouched
+        max_queries=config.max_queries,
+        beam_width=config.beam_width,
+    )
+    return evaluate(settings, read_split(data), domain, model_entrants(settings, models))

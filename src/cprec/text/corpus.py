@@ -1,0 +1,106 @@
+"""What training reads: documents of several shard folders as one list, in groups that a mixture weighs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cprec.data.ragged import Ragged, offsets_of
+from cprec.schema import MIXED, SPECIFIC
+
+if TYPE_CHECKING:
+    from cprec.text.shards import Shards
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Documents that a mixture weighs together: one domain's specific ones, all mixed ones, or those of one source."""
+
+    name: str
+    """As `books (specific)`, `mixed`, `general text`, `examples of books`."""
+    kind: str
+    """specific, mixed, general text or examples."""
+    shards: Shards
+    documents: np.ndarray
+    """Their row numbers in the shards: int64[D]."""
+    domain: str = ""
+    """Of specific ones and examples."""
+    targets_only: bool = False
+    """Whether the loss covers the target's tokens alone."""
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return self.shards.column("length")[self.documents]
+
+    @cached_property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    @cached_property
+    def num_events(self) -> int:
+        return int(self.shards.column("num_events")[self.documents].sum())
+
+
+def behaviour_groups(shards: Shards) -> list[Group]:
+    """The groups of a shard folder of behaviour sequences: specific ones by domain, then mixed ones.
+
+    Read from the manifest's list of pieces (runs of documents of one domain and kind).
+    """
+    rows: dict[tuple[bool, str], list[np.ndarray]] = {}
+    start = 0
+    for piece in shards.manifest["pieces"]:
+        stop = start + piece["num_documents"]
+        mixed = piece["kind"] == MIXED
+        rows.setdefault((mixed, "" if mixed else piece["domain"]), []).append(np.arange(start, stop))
+        start = stop
+    return [
+        Group(MIXED, MIXED, shards, np.concatenate(parts))
+        if mixed
+        else Group(f"{domain} ({SPECIFIC})", SPECIFIC, shards, np.concatenate(parts), domain)
+        for (mixed, domain), parts in sorted(rows.items())
+    ]
+
+
+class Corpus:
+    """The documents of several groups as one list; suffix D = documents in all, the first group's first."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = tuple(groups)
+        self._starts = np.cumsum([0, *(len(group.documents) for group in groups)])
+        self.lengths = np.concatenate([np.empty(0, np.int64), *(group.lengths for group in groups)])
+        """int64[D]"""
+        self.group = np.repeat(np.arange(len(groups), dtype=np.int16), np.diff(self._starts))
+        """The place of each document's group: int16[D]."""
+
+    @classmethod
+    def of(cls, shards: Shards, *, targets_only: bool = False) -> Corpus:
+        """All documents of one shard folder as one group."""
+        return cls([Group("", "", shards, np.arange(len(shards)), targets_only=targets_only)])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def names(self) -> list[str]:
+        return [group.name for group in self.groups]
+
+    def take(self, documents: np.ndarray) -> tuple[Ragged, np.ndarray]:
+        """Tokens of some documents, int64, and the place of each one's first token that is a target: int64[len]."""
+        offsets = offsets_of(self.lengths[documents])
+        tokens = np.empty(offsets[-1], dtype=np.int64)
+        first_target = np.ones(len(documents), dtype=np.int64)
+        of = self.group[documents]
+        for number in np.unique(of):
+            group, mine = self.groups[number], np.flatnonzero(of == number)
+            rows = group.documents[documents[mine] - self._starts[number]]
+            found = group.shards.take(rows)
+            tokens[np.repeat(offsets[mine] - found.offsets[:-1], found.lengths) + np.arange(len(found.values))] = (
+                found.values
+            )
+            if group.targets_only:
+                first_target[mine] = group.shards.column("target_start")[rows]
+        return Ragged(tokens, offsets), first_target

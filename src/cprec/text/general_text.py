@@ -1,0 +1,113 @@
+"""General text (JSON lines, Parquet, plain files) as token shards, for replay beside behaviour sequences."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cprec.data.ragged import Ragged, offsets_of
+from cprec.errors import ConfigError, DataError, ShardError
+from cprec.progress import say, track
+from cprec.provenance import file_sha256
+from cprec.text.mixture import TEXT
+from cprec.text.shards import open_shards, write_shards
+
+BATCH = 256
+"""Texts that are tokenised at once."""
+
+
+def text_shards(folder: Path, files: Sequence[str], tokenizer: Any, max_tokens: int) -> str:
+    """The folder of token shards of some files' texts: made once, inside `folder`, named by what they are made from.
+
+    Each text ends with end-of-sequence; one of more than `max_tokens` tokens is cut into pieces of nearly equal length,
+    each a document. Raises ConfigError for a file of another kind, DataError for one without text.
+    """
+    paths = [Path(file) for file in files]
+    for path in paths:
+        if not path.is_file():
+            raise ConfigError(
+                f"replay={path}: no such file; give .jsonl, .parquet (with a column `text`) or .txt files"
+            )
+    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    made_from = [*map(file_sha256, paths), hashlib.sha256(vocabulary.encode()).hexdigest(), str(max_tokens)]
+    target = folder / hashlib.sha256(" ".join(made_from).encode()).hexdigest()[:16]
+    if target.is_dir():
+        try:
+            open_shards(target)
+            return str(target)
+        except ShardError:
+            say(f"{target}: damaged, made again")
+    documents: list[np.ndarray] = []
+    with track(None, "tokenising general text", "texts") as progress:
+        for path in paths:
+            before = len(documents)
+            for texts in _batches(path):
+                for ids in tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]:
+                    documents += _pieces(np.array([*ids, tokenizer.eos_token_id]), max_tokens)
+                progress.advance(len(texts))
+            if len(documents) == before:
+                raise DataError(f"{path} has no text")
+    lengths = np.array([len(piece) for piece in documents])
+    rows = Ragged(np.concatenate(documents), offsets_of(lengths))
+    columns = {
+        "domain": [""] * len(rows),
+        "kind": [TEXT] * len(rows),
+        "num_events": np.zeros(len(rows), dtype=np.int32),
+        "target_start": np.ones(len(rows), dtype=np.int64),
+    }
+    about = {"vocabulary_size": len(tokenizer), "files": [path.name for path in paths], "made_from": made_from}
+    write_shards(target, rows, columns, about)
+    return str(target)
+
+
+def _pieces(ids: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    return np.array_split(ids, -(-len(ids) // max_tokens))
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """The texts of a file: `text` of each JSON line or Parquet row, or the whole of a plain file; empty ones left out.
+
+    Raises ConfigError for another suffix, DataError, naming file and line, for a row without a text.
+    """
+    if path.suffix in (".jsonl", ".json", ".ndjson"):
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    text = json.loads(line)["text"]
+                    assert isinstance(text, str)
+                except (ValueError, KeyError, TypeError, AssertionError):
+                    raise DataError(f'{path} line {number}: no JSON object with a text, as {{"text": "..."}}') from None
+                if text.strip():
+                    yield text
+    elif path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        file = pq.ParquetFile(path)
+        if "text" not in file.schema_arrow.names:
+            raise DataError(f"{path} has no column text; it has {', '.join(file.schema_arrow.names)}")
+        for batch in file.iter_batches(BATCH, columns=["text"]):
+            yield from (text for text in batch["text"].to_pylist() if text and text.strip())
+    elif path.suffix == ".txt":
+        text = path.read_text(encoding="utf-8")
+        if text.strip():
+            yield text
+    else:
+        raise ConfigError(f"{path}: general text is read from .jsonl, .parquet and .txt")
+
+
+def _batches(path: Path) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for text in read_texts(path):
+        batch.append(text)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

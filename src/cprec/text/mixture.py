@@ -1,0 +1,91 @@
+"""The mixture: which share of the tokens each domain and kind has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cprec.errors import ConfigError
+from cprec.schema import MIXED, SPECIFIC
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cprec.text.corpus import Group
+
+TEXT, EXAMPLES = "general text", "examples"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Shares of the tokens that a phase of training reads; shards are made once, whatever these say."""
+
+    mixed_share: float = 0.5
+    """Of the behaviour sequences' tokens, the share of all-domain mixed ones; the rest is domain-specific (our
+    reconstruction: 1:1)."""
+    domain_temperature: float = 0.7
+    """Domains share the specific tokens in proportion to (number of events) ** this: 1 as they come, 0 all alike."""
+    domain_weights: Mapping[str, float] = field(default_factory=dict)
+    """Factors on what the temperature gives single domains: 2 doubles a domain's weight, 0 leaves it out."""
+    text_share: float = 0.0
+    """Share of all tokens from the general text in `replay`."""
+    examples_share: float = 0.0
+    """Share of all tokens from fine-tuning examples of the pre-training domains (loss on their targets only)."""
+
+    def __post_init__(self) -> None:
+        for name in ("mixed_share", "text_share", "examples_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must lie in 0..1")
+        if self.text_share + self.examples_share > 1:
+            raise ConfigError(
+                f"text_share={self.text_share} and examples_share={self.examples_share} are more than all tokens"
+            )
+        for domain, weight in self.domain_weights.items():
+            if not weight >= 0:
+                raise ConfigError(f"domain_weights.{domain}={weight} must be 0 or more")
+
+
+def shares(groups: Sequence[Group], mixture: Mixture) -> np.ndarray:
+    """The share of all tokens that each group is to have, float64[groups], summing to 1.
+
+    General text and examples get their shares; of the rest, mixed sequences get `mixed_share` and domains divide what
+    is left in proportion to (events in the domain) ** temperature, times their weight. A kind without documents leaves
+    its share to the others. Raises ConfigError for a weight of a domain that is not there, for a share of text or
+    examples that are not there, and where nothing is left to read.
+    """
+    import numpy as np
+
+    domains = [group.domain for group in groups if group.kind == SPECIFIC]
+    for domain in mixture.domain_weights:
+        if domain not in domains:
+            raise ConfigError(
+                f"domain_weights.{domain}: no such domain in the shards; there are {', '.join(domains) or 'none'}"
+            )
+    kind = np.array([group.kind for group in groups], dtype=object)
+    weight = np.zeros(len(groups))
+    for name, share, what in (
+        (TEXT, mixture.text_share, "name files of general text in `replay`"),
+        (EXAMPLES, mixture.examples_share, "prepare the data with a pre-training domain among target_domains"),
+    ):
+        if share and name not in kind:
+            raise ConfigError(f"the mixture asks for {share:.1%} {name}, but there are none: {what}")
+        tokens = np.array([group.num_tokens for group in groups]) * (kind == name)
+        weight += share * tokens / max(1, tokens.sum())
+    rest = 1 - weight.sum()
+    specific, mixed = kind == SPECIFIC, kind == MIXED
+    by_domain = np.array([_domain_weight(group, mixture) for group in groups]) * specific
+    of_mixed = mixture.mixed_share if by_domain.any() else 1.0
+    if not mixed.any():
+        of_mixed = 0.0
+    weight[mixed] = rest * of_mixed
+    if by_domain.any():
+        weight += rest * (1 - of_mixed) * by_domain / by_domain.sum()
+    if not weight.sum() > 0:
+        raise ConfigError("the mixture leaves nothing to read: every share or weight that has documents is 0")
+    return weight / weight.sum()
+
+
+def _domain_weight(group: Group, mixture: Mixture) -> float:
+    events = float(group.num_events)
+    return events**mixture.domain_temperature * mixture.domain_weights.get(group.domain, 1.0) if events else 0.0
