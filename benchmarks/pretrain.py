@@ -40,6 +40,7 @@ from cprec.distributed import pick_device, use_bf16
 from cprec.text.corpus import Corpus
 from cprec.text.shards import write_shards
 from cprec.text.stream import TokenStream, one_phase
+from cprec.train.attention import use_document_attention
 from cprec.train.loop import train
 from cprec.train.loss import PackedLoss, prepare_loss
 from cprec.train.schedule import make_schedule
@@ -97,6 +98,8 @@ def stream_of(rows: Ragged, folder: Path, vocabulary_size: int, row_tokens: int,
 def ours(model: Any, stream: TokenStream, folder: Path, bf16: bool, compiled: bool = False) -> None:
     """One pass by the loop itself, logging as it does."""
     num_steps = stream.num_steps
+    if not compiled and next(model.parameters()).device.type == "cpu":
+        use_document_attention(model)
     train(
         prepare_loss(model, bf16=bf16, torch_compile=compiled),
         stream,

@@ -77,7 +77,8 @@ class TrainingConfig:
     schedule_unit: Literal["steps", "tokens"] = "steps"
     """What the learning rate follows: optimizer steps, or the tokens read by the end of each."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"] = "auto"
-    """How attention is computed; auto: as transformers chooses. All must keep packed documents apart on this model."""
+    """How attention is computed; auto: as transformers chooses, but on a CPU (not compiled) inside documents only,
+    which is quicker. All must keep packed documents apart on this model."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: much less memory for about a third more time."""
     torch_compile: bool = False
@@ -188,6 +189,7 @@ def run_training(
     from cprec.models import TINY, add_lora, check_isolation, load_model, num_parameters, tiny_model
     from cprec.progress import say
     from cprec.text.tokenizer import load_tokenizer
+    from cprec.train.attention import use_document_attention
     from cprec.train.checkpoint import newest_intact, remove_checkpoints
     from cprec.train.loop import perplexity, train
     from cprec.train.loss import prepare_loss
@@ -235,6 +237,8 @@ def run_training(
     else:
         model = load_model(config.model_name_or_path, device=device, attn_implementation=attention)
         _check_vocabulary(config, model, len(tokenizer))
+    if config.attn_implementation == "auto" and device.type == "cpu" and not config.torch_compile:
+        use_document_attention(model)
     if config.lora_rank:
         model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
     check_isolation(model)

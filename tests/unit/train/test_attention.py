@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cprec.models import check_isolation, load_model, packed_hidden
+from cprec.train import attention
+from cprec.train.attention import DOCUMENTS, use_document_attention
+from cprec.train.loss import prepare_loss
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": {},
+    "llama": {"num_key_value_heads": 2},  # two heads share keys and values
+    "gemma3_text": {"num_key_value_heads": 1, "sliding_window": 4, "query_pre_attn_scalar": 16},
+    "mistral": {"sliding_window": 3},
+}
+
+
+def make(family: str, **changes: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+    config = AutoConfig.for_model(family, vocab_size=50, **size | {"num_key_value_heads": 4} | changes)
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def rows_of(*lengths: list[int]) -> torch.Tensor:
+    """Position ids of rows of documents of these lengths."""
+    return torch.tensor([[place for length in row for place in range(length)] for row in lengths])
+
+
+POSITIONS = rows_of([7, 33, 1, 23], [64], [31, 32, 1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("short", [512, 16])
+def test_it_equals_attention_with_masks(family: str, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states and gradients, with and without written-out weights, on documents of many lengths."""
+    monkeypatch.setattr(attention, "SHORT", short)
+    masked = make(family, **FAMILIES[family])
+    inside = copy.deepcopy(masked)
+    use_document_attention(inside)
+    ids = torch.randint(0, 50, POSITIONS.shape, generator=torch.Generator().manual_seed(2))
+    weight = torch.randn(32, generator=torch.Generator().manual_seed(3))
+    states = [packed_hidden(model, ids, POSITIONS) for model in (masked, inside)]
+    torch.testing.assert_close(states[1], states[0], rtol=1e-4, atol=1e-5)
+    for found in states:
+        (found @ weight).square().sum().backward()
+    for (name, expected), found in zip(masked.named_parameters(), inside.parameters(), strict=True):
+        assert (expected.grad is None) == (found.grad is None)
+        if expected.grad is not None:
+            torch.testing.assert_close(
+                found.grad, expected.grad, rtol=1e-3, atol=1e-4 * expected.grad.abs().max(), msg=name
+            )  # type: ignore[arg-type]
+
+
+def test_the_plain_attention_has_the_right_gradients() -> None:
+    torch.manual_seed(0)
+    states = [torch.randn(2, 2, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    # Scores are made in single precision.
+    assert torch.autograd.gradcheck(
+        lambda *qkv: attention._PlainAttention.apply(*qkv, hidden, 0.7), states, eps=1e-2, atol=1e-3, rtol=1e-2
+    )
+
+
+def test_documents_do_not_see_each_other_and_the_folder_does_not_know(tmp_path: Path) -> None:
+    model = make("qwen3")
+    use_document_attention(model)
+    check_isolation(model)
+    model.save_pretrained(tmp_path)
+    assert DOCUMENTS not in (tmp_path / "config.json").read_text()
+    assert load_model(tmp_path).config._attn_implementation == "sdpa"
+
+
+def test_gradient_checkpointing_recomputes_the_same() -> None:
+    ids = torch.randint(0, 50, POSITIONS.shape, generator=torch.Generator().manual_seed(2))
+    grads = []
+    for recompute in (False, True):
+        model = make("qwen3")
+        use_document_attention(model)
+        model.train()
+        prepare_loss(model, bf16=False, gradient_checkpointing=recompute)
+        packed_hidden(model, ids, POSITIONS).square().sum().backward()
+        grads.append(model.model.layers[0].self_attn.q_proj.weight.grad)
+    assert torch.equal(grads[0], grads[1])
