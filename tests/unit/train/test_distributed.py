@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,7 +210,7 @@ def test_two_processes_train_as_one(config: MakeConfig, processes: Any) -> None:
         assert (alone / "model.safetensors").stat().st_size == (
             Path(other.output_dir) / "model.safetensors"
         ).stat().st_size
-        assert not checkpoints(Path(other.output_dir))
+        assert not list(Path(other.output_dir).glob("checkpoint-*"))
 
 
 @pytest.mark.slow
@@ -292,3 +295,41 @@ def test_processes_on_other_data_are_refused(config: MakeConfig, processes: Any,
     for process in processes.start(2, script, as_json(mine), as_json(theirs)):
         _, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 1 and "do not read the same data or resume from the same checkpoint" in errors
+
+
+# Process 1 dies before step 7, the first time.
+DIES_ONCE = (
+    """
+import os, pathlib, signal, sys
+from cprec.text.stream import TokenStream
+
+batch, mark = TokenStream.batch, pathlib.Path(sys.argv[2])
+
+def die(self, step):
+    if step == 6 and os.environ["RANK"] == "1" and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return batch(self, step)
+
+TokenStream.batch = die
+"""
+    + PRETRAIN
+)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_processes_again_and_they_go_on(config: MakeConfig, tmp_path: Path) -> None:
+    alone, restarted = pretrain(config("alone")), config("restarted", fsdp=True)
+    (tmp_path / "train.py").write_text(DIES_ONCE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    result = subprocess.run(
+        [*command, str(tmp_path / "train.py"), as_json(restarted), str(tmp_path / "mark")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3] / "src"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE,
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "mark").exists()
+    assert f"going on from {restarted.output_dir}/checkpoint-5" in result.stderr
+    assert_same_run(alone, Path(restarted.output_dir))
