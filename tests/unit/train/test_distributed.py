@@ -322,9 +322,11 @@ def test_torchrun_starts_the_processes_again_and_they_go_on(config: MakeConfig, 
     alone, restarted = pretrain(config("alone")), config("restarted", fsdp=True)
     (tmp_path / "train.py").write_text(DIES_ONCE)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    source = str(Path(__file__).parents[3] / "src")
+    settings = {"PYTHONPATH": source, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     result = subprocess.run(
         [*command, str(tmp_path / "train.py"), as_json(restarted), str(tmp_path / "mark")],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3] / "src"), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **settings},
         capture_output=True,
         text=True,
         timeout=2 * PATIENCE,
