@@ -207,7 +207,9 @@ def test_what_processes_exchange(processes: Any) -> None:
 def test_two_processes_train_as_one(config: MakeConfig, processes: Any) -> None:
     alone = pretrain(config("alone"))
     others = [config("plain"), config("sharded", fsdp=True, gradient_checkpointing=True)]
-    processes.run(2, PRETRAIN, as_json(*others))
+    half = config("half", fsdp=True, bf16="true")  # shards are gathered in bf16, norms too
+    processes.run(2, PRETRAIN, as_json(*others, half))
+    assert curve(Path(half.output_dir), "loss") == pytest.approx(curve(alone, "loss"), rel=1e-2)
     for other in others:
         assert_same_run(alone, Path(other.output_dir))
         assert (alone / "model.safetensors").stat().st_size == (
