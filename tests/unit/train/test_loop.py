@@ -219,7 +219,7 @@ def test_a_signal_lets_the_step_finish_and_saves(
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run: Run, make_model: MakeModel, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"step 7: loss .* at learning rate .* checkpoint in .* are intact: resume"):
+    with pytest.raises(TrainingError, match=r"step 7: loss .* at learning rate .* checkpoint in .* are intact: go on"):
         run(tmp_path, schedule=lambda step: 1e-3 if step < 6 else 1e38)
     (checkpoint,) = checkpoints(tmp_path)
     model = make_model(seed=3)
