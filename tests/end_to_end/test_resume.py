@@ -13,8 +13,12 @@ from typing import Any
 
 import pytest
 
+from cprec.config import from_mapping
 from cprec.recipes.demo import demo
 from cprec.text.prepare import prepare
+from cprec.train import training
+from cprec.train.checkpoint import OPTIMIZER, checkpoints
+from cprec.train.pretrain import PretrainConfig, pretrain
 from cprec.train.training import LOG, read_done, read_log
 
 ROOT = Path(__file__).parents[2]
@@ -120,3 +124,24 @@ def test_a_run_killed_again_and_again_ends_as_one_that_never_was(
     ]
     assert without_times[0] == without_times[1]
     assert sorted(path.name for path in cut.iterdir()) == sorted(path.name for path in whole.iterdir())
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def start(name: str) -> Path:
+        return pretrain(from_mapping(PretrainConfig, {**settings, "output_dir": str(tmp_path / name)}))
+
+    whole = start("whole")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(training, "_publish", stop)
+        start("cut")
+    before, newest = checkpoints(tmp_path / "cut")[-2:]
+    optimizer = newest / OPTIMIZER
+    optimizer.write_bytes(optimizer.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match=rf"going on from {before}, .*{newest}: {OPTIMIZER} has .* bytes instead of"):
+        cut = start("cut")
+    assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

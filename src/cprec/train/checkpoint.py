@@ -210,6 +210,13 @@ def newest_intact(output_dir: Path) -> Path | None:
     return None
 
 
+def require_intact(folder: Path) -> None:
+    """Raises CheckpointError if a checkpoint that was chosen by hand is damaged."""
+    reason = damage(folder)
+    if reason is not None:
+        raise CheckpointError(f"{folder} is damaged ({reason}): begin from another checkpoint of its run")
+
+
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, in words, or None if they are those that were written."""
     try:

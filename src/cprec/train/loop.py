@@ -221,9 +221,10 @@ def split_rows(batch: Batch, parts: int, rank: int = 0, num_ranks: int = 1) -> l
 def _check_finite(step: int, loss: float, norm: float, learning_rate: float, output_dir: Path) -> None:
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise TrainingError(
-            f"step {step}: loss {loss:g}, gradient norm {norm:g} at learning rate {learning_rate:g} are "
-            f"not finite. The weights of the last checkpoint in {output_dir} are intact: resume with a lower "
-            "learning_rate"
+            f"step {step}: loss {loss:g}, gradient norm {norm:g} at learning rate {learning_rate:g} are not finite. The "
+            f"weights of the last checkpoint in {output_dir} are intact: go on from them with a lower learning_rate "
+            "(model_name_or_path=that checkpoint, another output_dir), or start the same command again if the machine "
+            "is to blame"
         )
 
 

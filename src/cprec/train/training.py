@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -190,7 +191,7 @@ def run_training(
     from cprec.progress import say
     from cprec.text.tokenizer import load_tokenizer
     from cprec.train.attention import use_document_attention
-    from cprec.train.checkpoint import newest_intact, remove_checkpoints
+    from cprec.train.checkpoint import newest_intact, remove_checkpoints, require_intact
     from cprec.train.loop import perplexity, train
     from cprec.train.loss import prepare_loss
     from cprec.train.plan import ANNEALING, check_fork, describe_plan
@@ -212,6 +213,8 @@ def run_training(
     plan = make_plan()
     stream, schedule = plan.stream, plan.schedule
     describe_plan(config, plan, say)
+    for folder in filter(None, (start_from, fork_of)):
+        distributed.by_first(partial(require_intact, folder))
     if fork_of is not None:
         check_fork(fork_of, plan)
     if config.dry_run:

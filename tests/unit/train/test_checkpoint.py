@@ -20,6 +20,7 @@ from cprec.train.checkpoint import (
     load_checkpoint,
     newest_intact,
     remove_checkpoints,
+    require_intact,
     save_checkpoint,
     write_folder,
 )
@@ -200,6 +201,15 @@ def test_no_intact_checkpoint_is_an_error_and_none_at_all_is_not(make_model: Mak
         change(save_checkpoint(tmp_path, TrainState(step=step), model, optimizer, keep=2) / OPTIMIZER, "flipped")
     with pytest.raises(CheckpointError, match=r"no checkpoint .* intact \(.*checkpoint-6.*checkpoint-3.*=never"):
         newest_intact(tmp_path)
+
+
+def test_a_damaged_checkpoint_chosen_by_hand_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    model, optimizer = trained(make_model())
+    folder = save_checkpoint(tmp_path, TrainState(step=3), model, optimizer, keep=1, kind="stable")
+    require_intact(folder)
+    change(folder / "model.safetensors", "flipped")
+    with pytest.raises(CheckpointError, match=r"stable-3 is damaged \(the SHA-256 of model.safetensors .*another"):
+        require_intact(folder)
 
 
 @pytest.mark.parametrize("listed", ["[]", "{}", '{"model.safetensors": 3}', '{"model.safetensors": {}}'])

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from cprec.errors import CheckpointError, TrainingError
 from cprec.text.shards import Shards
 from cprec.text.stream import IGNORE, TokenStream
-from cprec.train.checkpoint import TrainState, checkpoints, load_checkpoint
+from cprec.train.checkpoint import TrainState, checkpoints, load_checkpoint, newest_intact
 from cprec.train.loop import LOG, make_optimizer, perplexity, read_log, split_rows, summed_loss
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "loss_curve.json"
@@ -219,12 +219,15 @@ def test_a_signal_lets_the_step_finish_and_saves(
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run: Run, make_model: MakeModel, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"step 7: loss .* at learning rate .* checkpoint in .* are intact: resume"):
+    with pytest.raises(TrainingError, match=r"step 7: loss .* at learning rate .* checkpoint in .* are intact: go on"):
         run(tmp_path, schedule=lambda step: 1e-3 if step < 6 else 1e38)
     (checkpoint,) = checkpoints(tmp_path)
     model = make_model(seed=3)
     assert load_checkpoint(checkpoint, model, make_optimizer(model, weight_decay=0.1)).step == 5
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+    _, whole = run(tmp_path / "whole", schedule=lambda step: 1e-3)
+    _, resumed = run(tmp_path, schedule=lambda step: 1e-3, resume_from=newest_intact(tmp_path))
+    assert same_weights(whole, resumed)
 
 
 def test_the_end_of_the_stable_phase_is_kept(run: Run, make_model: MakeModel, tmp_path: Path) -> None:
@@ -265,8 +268,10 @@ def test_a_full_disk_leaves_the_older_checkpoint(
         run(tmp_path, eval_steps=8, logging_steps=1000, validate=fill_up)
     monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", LOG]
-    model = make_model(seed=3)
-    assert load_checkpoint(tmp_path / "checkpoint-5", model, make_optimizer(model, weight_decay=0.1)).step == 5
+    assert newest_intact(tmp_path) == tmp_path / "checkpoint-5"
+    _, whole = run(tmp_path / "whole")
+    _, resumed = run(tmp_path, resume_from=tmp_path / "checkpoint-5")
+    assert same_weights(whole, resumed)
 
 
 def test_a_full_disk_where_the_log_is_says_so(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
