@@ -10,7 +10,9 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -203,16 +205,17 @@ class _Trackio:
         trackio = import_module("trackio")
         # a run's name is its identity there: two runs of one name would be one
         name = _kept_id(output_dir, "trackio", step) or f"{run_name}-{os.urandom(3).hex()}"
-        self._run = trackio.init(
-            project=os.environ.get("TRACKIO_PROJECT", PROJECT), name=name, config=dict(config), resume="allow"
-        )
+        project = os.environ.get("TRACKIO_PROJECT", PROJECT)
+        with redirect_stdout(sys.stderr):  # it talks, and standard output is for results
+            self._run = trackio.init(project=project, name=name, config=dict(config), resume="allow")
         _keep_id(output_dir, "trackio", name)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        with redirect_stdout(sys.stderr):
+            self._run.finish()
 
 
 _PLACES: dict[str, Callable[[Path, str, Mapping[str, Any], int], Tracker]] = {
