@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,17 @@ import torch
 from torch import nn
 
 from cprec.errors import ConfigError
-from cprec.models import add_lora, check_isolation, load_model, num_parameters, tiny_model, trunk_and_head
+from cprec.models import (
+    add_lora,
+    blocks_of,
+    check_isolation,
+    load_model,
+    merge_adapters,
+    num_parameters,
+    packed_hidden,
+    tiny_model,
+    trunk_and_head,
+)
 
 IDS = torch.tensor([[5, 9, 3, 7]])
 
@@ -24,21 +35,67 @@ def with_adapters(seed: int = 0) -> Any:
     return add_lora(model, rank=2, alpha=4, seed=seed)
 
 
-def tiny_llama() -> Any:
+SHAPE: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+
+
+def tiny_llama(**changes: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=50,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            tie_word_embeddings=False,
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(**SHAPE | {"tie_word_embeddings": False} | changes))
+
+
+def tiny_smollm(**changes: Any) -> Any:
+    """A Llama with tied embeddings, as SmolLM2 is."""
+    return tiny_llama(tie_word_embeddings=True, **changes)
+
+
+def tiny_gemma(**changes: Any) -> Any:
+    """Gemma 3: sliding and full attention by turns, scaled and tied embeddings, norms that begin at zero."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    kinds = ["sliding_attention", "full_attention"]
+    return Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE | {"sliding_window": 3, "layer_types": kinds} | changes))
+
+
+def tiny_qwen3(**changes: Any) -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(Qwen3Config(**SHAPE | {"tie_word_embeddings": True} | changes))
+
+
+FAMILIES = [tiny_qwen3, tiny_llama, tiny_smollm, tiny_gemma]
+
+
+def train_two_steps(model: Any) -> None:
+    """Two steps on packed rows of two documents each."""
+    from cprec.train.loop import make_optimizer
+    from cprec.train.loss import PackedLoss
+
+    loss, optimizer = PackedLoss(model), make_optimizer(model, weight_decay=0.1)
+    ids = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]] * 2)
+    targets = torch.where(positions.roll(-1, 1) > 0, ids.roll(-1, 1), -100)
+    model.train()
+    for _ in range(2):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-2
+        (loss(ids, positions, targets) / 10).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -66,15 +123,23 @@ def test_tied_embeddings_are_counted_once() -> None:
     assert num_parameters(model) == by_hand
 
 
-@pytest.mark.parametrize("build", [tiny_qwen, tiny_llama])
-def test_a_saved_model_gives_the_same_logits(build: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("build", [tiny_qwen, *FAMILIES])
+def test_a_trained_and_saved_model_gives_the_same_logits_in_transformers_alone(
+    build: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     from transformers import AutoModelForCausalLM
 
     tiny_qwen()
     model = build()
+    before = logits(model)
+    train_two_steps(model)
+    assert (logits(model) - before).abs().max() > 1e-2
     model.save_pretrained(tmp_path)
     for loaded in (AutoModelForCausalLM.from_pretrained(tmp_path), load_model(tmp_path, device=torch.device("cpu"))):
+        assert type(loaded) is type(model)
         assert torch.equal(logits(model), logits(loaded))
+        tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+        assert tied == bool(model.config.tie_word_embeddings)
     assert capfd.readouterr().err == ""  # no bars across ours
 
 
@@ -134,6 +199,33 @@ def test_adapters_find_their_base_and_are_trained_further(tmp_path: Path) -> Non
         add_lora(loaded, rank=3, alpha=4)
 
 
+@pytest.mark.parametrize("build", FAMILIES)
+def test_merged_adapters_are_a_plain_model_with_the_same_logits(build: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    build().save_pretrained(tmp_path / "base")
+    model = add_lora(load_model(tmp_path / "base"), rank=2, alpha=4)
+    train_two_steps(model)
+    adapted, base = logits(model), logits(load_model(tmp_path / "base"))
+    assert (adapted - base).abs().max() > 1e-3
+    model.save_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(logits(load_model(tmp_path / "adapter")), adapted, rtol=0, atol=0)
+    merged = merge_adapters(load_model(tmp_path / "adapter"))
+    merged.save_pretrained(tmp_path / "merged")
+    assert not list((tmp_path / "merged").glob("adapter*"))
+    for name in ("merged", "base"):  # the base itself is as it was
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        expected = adapted if name == "merged" else base
+        torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)
+        tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+        assert tied == bool(loaded.config.tie_word_embeddings)
+
+
+def test_merging_what_has_no_adapters_changes_nothing() -> None:
+    model = tiny_qwen()
+    assert merge_adapters(model) is model
+
+
 def test_adapters_need_a_saved_base() -> None:
     with pytest.raises(ConfigError, match=r"lora_rank=2 needs a saved base model"):
         add_lora(tiny_qwen(), rank=2, alpha=4)
@@ -142,7 +234,7 @@ def test_adapters_need_a_saved_base() -> None:
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", [tiny_qwen, tiny_llama, with_adapters])
+@pytest.mark.parametrize("build", [tiny_qwen, with_adapters, *FAMILIES])
 def test_the_head_over_the_trunk_gives_the_logits(build: Any) -> None:
     model = build()
     trunk, head = trunk_and_head(model)
@@ -164,14 +256,92 @@ def test_heads_that_our_loss_would_get_wrong_are_refused() -> None:
             trunk_and_head(model)
 
 
+@pytest.mark.parametrize("build", [with_adapters, *FAMILIES])
+def test_blocks_are_the_layers(build: Any) -> None:
+    assert len(blocks_of(build())) == 2
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"has no list of blocks called `layers`.*fsdp=false and torch_compile=false"):
+        blocks_of(Leaky())
+
+
 # ---- isolation of packed documents -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", [tiny_qwen, tiny_llama, with_adapters])
+@pytest.mark.parametrize("build", [with_adapters, *FAMILIES])
 def test_packed_documents_are_isolated(build: Any) -> None:
     model = build().train()
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
     check_isolation(model)
-    assert model.training
+    assert model.training and torch.equal(torch.rand(2), expected)
+
+
+ATTENTION = [
+    "eager",
+    "sdpa",
+    pytest.param(
+        "flex_attention",
+        marks=[
+            pytest.mark.slow,  # it is compiled
+            pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's compiler warns of itself
+        ],
+    ),
+    pytest.param(
+        "flash_attention_2",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="needs flash-attn"),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("build", FAMILIES)
+def test_each_attention_implementation_isolates(build: Any, attention: str, tmp_path: Path) -> None:
+    if (build, attention) == (tiny_gemma, "flex_attention"):
+        pytest.skip("torch 2.13 makes C++ that does not compile for sliding windows on a CPU")
+    build(head_dim=16).save_pretrained(tmp_path)  # flex attention takes heads of 16 and more
+    device = torch.device("cuda" if attention.startswith("flash") else "cpu")
+    model = load_model(tmp_path, device=device, attn_implementation=attention)
+    assert model.config._attn_implementation == attention
+    check_isolation(model.to(torch.bfloat16) if attention.startswith("flash") else model)
+
+
+def test_dropout_does_not_look_like_a_leak() -> None:
+    model = tiny_llama(attention_dropout=0.5)
+    check_isolation(model)
+
+
+class Recording(nn.Module):
+    """A decoder that returns its input ids as hidden states, and keeps the shapes it was given."""
+
+    def __init__(self, attention: str) -> None:
+        super().__init__()
+        self.head = nn.Linear(1, 50, bias=False)
+        self.config = SimpleNamespace(_attn_implementation=attention)
+        self.shapes: list[tuple[int, ...]] = []
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def get_decoder(self) -> Any:
+        def trunk(input_ids: torch.Tensor, position_ids: torch.Tensor, use_cache: bool) -> Any:
+            assert input_ids.shape == position_ids.shape and not use_cache
+            self.shapes.append(tuple(input_ids.shape))
+            return SimpleNamespace(last_hidden_state=input_ids[..., None].float())
+
+        return trunk
+
+
+@pytest.mark.parametrize(("attention", "shape"), [("sdpa", (2, 3)), ("flash_attention_2", (1, 6))])
+def test_flash_attention_gets_all_rows_as_one(attention: str, shape: tuple[int, ...]) -> None:
+    model, ids = Recording(attention), torch.tensor([[5, 6, 7], [8, 9, 10]])
+    hidden = packed_hidden(model, ids, torch.tensor([[0, 1, 0], [0, 1, 2]]))
+    assert model.shapes == [shape] and torch.equal(hidden, ids[..., None].float())
 
 
 class Leaky(nn.Module):
@@ -187,12 +357,28 @@ class Leaky(nn.Module):
         return self.head
 
     def get_decoder(self) -> Any:
-        return lambda input_ids, **_: SimpleNamespace(last_hidden_state=self.embedding(input_ids).cumsum(1))
+        return lambda input_ids, **_: SimpleNamespace(last_hidden_state=self.mixed(self.embedding(input_ids)))
+
+    def mixed(self, embedded_RTD: torch.Tensor) -> torch.Tensor:
+        return embedded_RTD.cumsum(1)
 
 
-def test_a_model_whose_documents_see_each_other_is_refused() -> None:
+class LeakyInTraining(Leaky):
+    def mixed(self, embedded_RTD: torch.Tensor) -> torch.Tensor:
+        return embedded_RTD.cumsum(1) if self.training else embedded_RTD
+
+
+class LeakyInSeveralRows(Leaky):
+    """As attention that tells documents apart in a batch of one row only."""
+
+    def mixed(self, embedded_RTD: torch.Tensor) -> torch.Tensor:
+        return embedded_RTD.cumsum(1) if len(embedded_RTD) > 1 else embedded_RTD
+
+
+@pytest.mark.parametrize("leaky", [Leaky, LeakyInTraining, LeakyInSeveralRows])
+def test_a_model_whose_documents_see_each_other_is_refused(leaky: type[Leaky]) -> None:
     with pytest.raises(ConfigError, match=r"packed documents see each other in this model .* attention 'own'"):
-        check_isolation(Leaky())
+        check_isolation(leaky().eval())
 
 
 def test_a_model_that_is_not_finite_does_not_pass() -> None:

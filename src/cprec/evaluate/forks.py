@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,12 @@ def columns_of(comparison: Comparison) -> Columns:
 
 
 def perplexities_of(comparison: Comparison) -> Columns:
-    """Held-out perplexity at the end of each branch."""
+    """Held-out perplexity at the end of each branch, of each domain's specific documents and of mixed ones."""
     groups = dict.fromkeys(name for row in comparison["rows"].values() for name in row["heldout"])
-    return {name: lambda row, name=name: _shown(row["heldout"].get(name), "{:.3f}") for name in groups}  # type: ignore[misc]
+    return {
+        name.removesuffix(" (specific)"): lambda row, name=name: _shown(row["heldout"].get(name), "{:.3f}")  # type: ignore[misc]
+        for name in groups
+    }
 
 
 def _shown(value: Any, form: str) -> str:
@@ -90,50 +94,65 @@ def write_forks(
 
     `branches` and `trunk` are the records of training logs.
     """
-    title = escape(f"anneal forks of {comparison['run']}")
-    start = min((row["total_tokens"] for row in comparison["rows"].values()), default=0)
-    logs = {"run": [record for record in trunk if record["tokens"] <= start], **branches}
-    columns = columns_of(comparison) | {f"held out: {n}": cell for n, cell in perplexities_of(comparison).items()}
-    heads = "".join(f"<th>{escape(head)}</th>" for head in columns)
-    rows = "".join(
-        f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(cell(row))}</td>' for cell in columns.values())}</tr>"
-        for name, row in comparison["rows"].items()
-    )
+    rows = comparison["rows"]
+    start = min((row["total_tokens"] for row in rows.values()), default=0)
+    run = [record for record in trunk if record["tokens"] <= start]
+    # A branch begins where the run was when it was left.
+    last = {key: record[key] for record in run for key in ("learning_rate", "loss", "heldout") if key in record}
+    logs = {"run": run} | {name: [{"tokens": start, **last}, *log] for name, log in branches.items()}
     charts = {
-        "Learning rate": _chart(logs, "learning_rate"),
-        "Training loss (nats per target token)": _chart(logs, "loss"),
-        **{
-            f"Held-out perplexity: {group}": line_chart(
-                {
-                    name: thinned(
-                        [(r["tokens"], r["heldout"][group]) for r in records if group in r.get("heldout", {})]
-                    )
-                    for name, records in branches.items()
-                },
-                x_label="tokens",
-            )
-            for group in dict.fromkeys(g for row in comparison["rows"].values() for g in row["heldout"])
-        },
+        "Learning rate": _chart(logs, lambda record: record.get("learning_rate"), from_zero=True),
+        "Training loss (nats per target token)": _chart(logs, lambda record: record.get("loss")),
     }
+    for group in dict.fromkeys(name for row in rows.values() for name in row["heldout"]):
+        value = partial(_heldout, group)
+        charts[f"Held-out perplexity: {group}"] = _chart({"run": [], **{n: logs[n] for n in branches}}, value)
     figures = "".join(
         f"<figure><figcaption>{escape(caption)}</figcaption>{chart}</figure>"
         for caption, chart in charts.items()
         if chart
     )
+    title = escape(f"anneal forks of {comparison['run']}")
     body = [
         f"<h1>CPRec: {title}</h1>",
         f"<p>{escape(_explanation(comparison))}</p>",
-        f'<div class="scroll"><table class="metrics"><tr><th></th>{heads}</tr>{rows}</table></div>',
-        f'<section><div class="charts">{figures}</div></section>',
+        _html_table(f"Branches of {comparison['start']}", columns_of(comparison), rows),
+        _html_table("Held-out perplexity", perplexities_of(comparison), rows),
+        f'<section><h2>Curves</h2><div class="charts">{figures}</div></section>',
     ]
     temporary = path.with_name(path.name + ".incomplete")
     temporary.write_text(html_page(title, body), encoding="utf-8")
     temporary.replace(path)
 
 
-def _chart(logs: Mapping[str, Sequence[Mapping[str, Any]]], field: str) -> str:
+def _html_table(caption: str, columns: Columns, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    if not columns:
+        return ""
+    heads = "".join(f"<th>{escape(head)}</th>" for head in columns)
+    lines = "".join(
+        f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(cell(row))}</td>' for cell in columns.values())}</tr>"
+        for name, row in rows.items()
+    )
+    return (
+        f'<div class="scroll"><table class="metrics"><caption>{escape(caption)}</caption><tr><th></th>{heads}</tr>'
+        f"{lines}</table></div>"
+    )
+
+
+def _heldout(group: str, record: Mapping[str, Any]) -> float | None:
+    value: float | None = record.get("heldout", {}).get(group)
+    return value
+
+
+def _chart(
+    logs: Mapping[str, Sequence[Mapping[str, Any]]],
+    value: Callable[[Mapping[str, Any]], float | None],
+    *,
+    from_zero: bool = False,
+) -> str:
+    """A line for each log: what `value` finds in its records, over tokens."""
     lines = {
-        name: thinned([(record["tokens"], record[field]) for record in records if field in record])
+        name: thinned([(record["tokens"], found) for record in records if (found := value(record)) is not None])
         for name, records in logs.items()
     }
-    return line_chart(lines, x_label="tokens", from_zero=field == "learning_rate")
+    return line_chart(lines, x_label="tokens", from_zero=from_zero)

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -156,3 +160,49 @@ def run(
         return train(model, stream, **settings | changes), model
 
     return run
+
+
+class Processes:
+    """Processes of one training, as torchrun would start them; what is left of them is killed at the end."""
+
+    def __init__(self) -> None:
+        self._started: list[subprocess.Popen[str]] = []
+
+    def start(self, num: int, script: str, *arguments: str) -> list[subprocess.Popen[str]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        source = str(Path(__file__).parents[3] / "src")
+        shared = {"PYTHONPATH": source, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        mine = [
+            subprocess.Popen(
+                [sys.executable, "-c", script, *arguments],
+                env={**os.environ, **shared, "RANK": str(n), "LOCAL_RANK": str(n), "WORLD_SIZE": str(num)},
+                text=True,
+                **pipes,
+            )
+            for n in range(num)
+        ]
+        self._started += mine
+        return mine
+
+    def run(self, num: int, script: str, *arguments: str) -> list[str]:
+        """What each process printed; all must end well."""
+        mine = self.start(num, script, *arguments)
+        printed = [process.communicate(timeout=120) for process in mine]
+        for process, (_, errors) in zip(mine, printed, strict=True):
+            assert process.returncode == 0, errors
+        return [output for output, _ in printed]
+
+    def kill(self) -> None:
+        for process in self._started:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def processes() -> Iterator[Processes]:
+    started = Processes()
+    yield started
+    started.kill()

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from cprec.train.loss import CHUNK, linear_cross_entropy
+from cprec.errors import ConfigError
+from cprec.text.stream import IGNORE, TokenStream
+from cprec.train.loss import CHUNK, PackedLoss, as_loss, linear_cross_entropy, prepare_loss
 
 WIDTH, VOCABULARY = 16, 37
 
@@ -83,3 +89,70 @@ def test_no_targets_cost_nothing() -> None:
     loss = linear_cross_entropy(hidden[:0], weight, torch.empty(0, dtype=torch.int64), torch.float32)
     loss.backward()
     assert loss.item() == 0 and weight.grad is not None and not weight.grad.any()
+
+
+# ---- the loss of packed rows -----------------------------------------------------------------------------------------
+
+MakeStream = Callable[..., TokenStream]
+MakeModel = Callable[..., Any]
+CPU = torch.device("cpu")
+
+
+def loss_and_gradients(loss: PackedLoss, stream: TokenStream) -> tuple[float, list[torch.Tensor]]:
+    value = loss.train().of(stream.batch(0), CPU)
+    gradients = torch.autograd.grad(value / 100, [p for p in loss.parameters() if p.requires_grad])
+    return value.item(), list(gradients)
+
+
+def assert_same(one: tuple[float, list[torch.Tensor]], other: tuple[float, list[torch.Tensor]]) -> None:
+    assert other[0] == pytest.approx(one[0], rel=1e-5)
+    for before, after in zip(one[1], other[1], strict=True):
+        torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-5)
+
+
+def test_a_packed_loss_is_made_once(make_model: MakeModel) -> None:
+    loss = as_loss(make_model(), True)
+    assert loss.bf16 and as_loss(loss, False) is loss
+
+
+def test_rows_without_targets_have_no_loss_and_no_gradients(make_model: MakeModel, make_stream: MakeStream) -> None:
+    loss, batch = PackedLoss(make_model()), make_stream().batch(0)
+    batch.targets_RT.fill(IGNORE)
+    value = loss.of(batch, CPU)
+    value.backward()
+    assert value.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in loss.parameters())  # sums over processes need them all
+
+
+def test_recomputing_gives_the_same_loss_and_gradients(make_model: MakeModel, make_stream: MakeStream) -> None:
+    plain = loss_and_gradients(PackedLoss(make_model()), make_stream())
+    model = make_model()
+    loss = prepare_loss(model, bf16=False, gradient_checkpointing=True)
+    calls = []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    assert_same(plain, loss_and_gradients(loss, make_stream()))
+    assert len(calls) == 2  # forward, and once more in the backward pass
+
+
+def test_a_model_that_cannot_recompute_is_refused(make_model: MakeModel) -> None:
+    model = make_model()
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(ConfigError, match="gradient_checkpointing=true, but Qwen3ForCausalLM does not support it"):
+        prepare_loss(model, bf16=False, gradient_checkpointing=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiling_gives_the_same_loss_and_gradients(
+    make_model: MakeModel, make_stream: MakeStream, checkpointing: bool
+) -> None:
+    from torch._dynamo.utils import counters
+
+    plain = loss_and_gradients(PackedLoss(make_model()), make_stream())
+    counters.clear()
+    loss = prepare_loss(make_model(), bf16=False, torch_compile=True, gradient_checkpointing=checkpointing)
+    assert_same(plain, loss_and_gradients(loss, make_stream()))
+    assert counters["stats"]["unique_graphs"] > 0
+    assert {name.removeprefix("model.") for name in loss.state_dict()} == set(make_model().state_dict())
