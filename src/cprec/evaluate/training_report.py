@@ -151,11 +151,20 @@ def perplexity_rows(runs: Sequence[TrainingRun]) -> list[list[str]]:
         for name, points in {**run.heldout, GENERAL_TEXT: run.general_text}.items():
             values = [value for _, value in points]
             if values:
-                rows.append([run.name, name, *(f"{value:,.2f}" for value in (values[0], values[-1], min(values)))])
+                rows.append([run.name, name, *map(_perplexity, (values[0], values[-1], min(values)))])
     return rows
 
 
 _PERPLEXITY_HEADS = ("held out", "start", "end", "lowest")
+
+
+def _perplexity(value: float) -> str:
+    """Two places, or powers of ten where a model knows less than nothing.
+
+    >>> _perplexity(1234.5), _perplexity(1e304)
+    ('1,234.50', '1e+304')
+    """
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.3g}"
 
 
 def _shown(value: float, form: str) -> str:
@@ -286,7 +295,7 @@ def _mixture_table(run: TrainingRun) -> str:
     rows = []
     for name in dict.fromkeys([*run.asked, *read]):
         asked, found = float(run.asked.get(name, 0.0)), read.get(name, 0.0)
-        rows.append([name, f"{asked:.2%}", f"{found:.2%}", f"{100 * (found - asked):+.2f}"])
+        rows.append([name, f"{asked:.2%}", f"{found:.2%}", f"{round(100 * (found - asked), 2) + 0.0:+.2f}"])
     return _html_table("Mixture: shares of all tokens", ["", "asked", "read", "points more"], rows)
 
 
