@@ -17,6 +17,8 @@ DASHES = ("", "5 3", "1.5 2.5")
 """Past the eighth line colours start again, dashed."""
 
 Points = Sequence[tuple[float, float]]
+Band = tuple[str, float, float]
+"""A name, and the first and last x of what it names."""
 
 
 def interval_bar(mean: float, low: float, high: float, largest: float, colour: str) -> str:
@@ -30,11 +32,18 @@ def interval_bar(mean: float, low: float, high: float, largest: float, colour: s
     )
 
 
-def line_chart(lines: Mapping[str, Points], *, x_label: str, log_y: bool = False, from_zero: bool = False) -> str:
+def line_chart(
+    lines: Mapping[str, Points],
+    *,
+    x_label: str,
+    log_y: bool = False,
+    from_zero: bool = False,
+    bands: Sequence[Band] = (),
+) -> str:
     """Lines by name over one pair of axes, x in whole steps, with a legend of names below if there is more than one.
 
-    Points that are not finite are left out, and with a logarithmic axis those that are not above 0. Returns '' where
-    nothing is left to draw.
+    `bands` are stretches of x that are shaded, as far as the lines go. Points that are not finite are left out, and
+    with a logarithmic axis those that are not above 0. Returns '' where nothing is left to draw.
     """
     drawn = {name: _drawable(points, log_y) for name, points in lines.items()}
     drawn = {name: points for name, points in drawn.items() if points}
@@ -57,6 +66,13 @@ def line_chart(lines: Mapping[str, Points], *, x_label: str, log_y: bool = False
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - along * (HEIGHT - TOP - BOTTOM)
 
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(", ".join(drawn))}">']
+    for name, first, last in bands:
+        (left, _), (right, _) = (place(min(max(x, x_low), x_high), y_low) for x in (first, last))
+        if right > left:
+            parts.append(
+                f'<rect x="{left:.1f}" y="{TOP}" width="{right - left:.1f}" height="{HEIGHT - TOP - BOTTOM}" '
+                f'fill="var(--muted)" opacity="0.35"><title>{escape(name)}</title></rect>'
+            )
     for tick in y_ticks:
         _, y = place(x_low, tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')

@@ -428,7 +428,7 @@ def _groups(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[s
 def _run_section(group: str, members: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Curves of the runs of a group. Their logs hold one record per line; see `cprec.train.loop`."""
     perplexities = _perplexities(members)
-    drawn = _without_far_starts(perplexities)
+    drawn = without_far_starts(perplexities)
     charts = {
         "Learning rate": line_chart(_curves(members, "learning_rate"), x_label="step", from_zero=True),
         "Training loss (nats per target token)": line_chart(_curves(members, "loss"), x_label="step"),
@@ -467,7 +467,7 @@ def _perplexities(members: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[st
     return dict(lines)
 
 
-def _without_far_starts(lines: Mapping[str, Points]) -> dict[str, Points]:
+def without_far_starts(lines: Mapping[str, Points]) -> dict[str, Points]:
     """The lines without first points that are more than `FAR_START` times all that follow."""
     return {
         name: points[1:] if len(points) > 2 and points[0][1] > FAR_START * max(y for _, y in points[1:]) else points

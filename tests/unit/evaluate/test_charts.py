@@ -68,6 +68,19 @@ def test_bars_are_shares_of_the_largest() -> None:
     assert 'width="0.00%"' in interval_bar(0, 0, 0, 0, "bar")
 
 
+def test_bands_are_shaded_as_far_as_the_lines_go() -> None:
+    lines = {"a": [(100, 1.0), (300, 2.0)]}
+    bands = [("<warm-up>", 0, 150), ("annealing", 250, 999), ("before", 0, 100), ("after", 300, 400)]
+    chart = parsed(line_chart(lines, x_label="tokens", bands=bands))
+    first, second = chart.iter("rect")
+    ((left, _), (right, _)) = points_of(line_chart(lines, x_label="tokens"))[0]
+    width = right - left
+    assert float(first.attrib["x"]) == left and float(first.attrib["width"]) == pytest.approx(width / 4, abs=0.1)
+    assert float(second.attrib["x"]) == pytest.approx(left + 0.75 * width, abs=0.1)
+    assert float(second.attrib["x"]) + float(second.attrib["width"]) == pytest.approx(right, abs=0.1)
+    assert [title.text for title in chart.iter("title")] == ["<warm-up>", "annealing"]
+
+
 finite = st.floats(-1e6, 1e6, allow_nan=False)
 
 

@@ -1,0 +1,245 @@
+"""Where a run's numbers go beside its log: TensorBoard, Weights & Biases, MLflow, Trackio.
+
+Each is imported when it is asked for. A run that is resumed goes on as the same run there: TensorBoard drops the steps
+that are run again, the others are found by the id that `trackers.json` in the output folder keeps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from cprec import distributed
+from cprec.errors import ConfigError
+from cprec.progress import say
+
+IDS = "trackers.json"
+"""Ids of this run in the places that give runs one."""
+PROJECT = "cprec"
+"""What runs are filed under, unless WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME or TRACKIO_PROJECT says otherwise."""
+
+
+class Tracker(Protocol):
+    """A place that shows the numbers of a run."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """The values after a step, by name; a slash divides a name into a group and its member."""
+
+    def close(self) -> None:
+        """Send what has not been sent. Nothing may be logged afterwards."""
+
+
+def trackers(
+    report_to: str | Sequence[str], output_dir: Path, run_name: str, config: Mapping[str, Any], *, step: int = 0
+) -> Tracker:
+    """All places that `report_to` names, as one; in processes other than the first, none.
+
+    `report_to` is one or several (a sequence, or with commas) of tensorboard, wandb, mlflow and trackio; `none`; or
+    `auto`: TensorBoard where it is installed. `step` is the step that the run goes on from, 0 for a new one. `config`
+    is shown beside the run.
+
+    A place that fails later on is named in a warning and left out from then on: training does not stop for it.
+
+    Raises ConfigError for an unknown name, for one that is not installed, and where a run cannot be opened.
+    """
+    names = places(report_to)
+    if not distributed.is_first():
+        return _All({})
+    output_dir.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Tracker] = {}
+    for name in names:
+        try:
+            found[name] = _PLACES[name](output_dir, run_name, config, step)
+        except ImportError as error:
+            _All(found).close()
+            raise ConfigError(
+                f"report_to={name}, but {name} cannot be imported ({error}): pip install {name}, or leave it out "
+                "(report_to=none reports nowhere; log.jsonl is written always)"
+            ) from error
+        except Exception as error:  # whatever a service says when it is not reached or knows nobody
+            _All(found).close()
+            raise ConfigError(
+                f"report_to={name} could not open a run ({type(error).__name__}: {error}): log in there, or leave it "
+                "out (report_to=none reports nowhere; log.jsonl is written always)"
+            ) from error
+    return _All(found)
+
+
+def places(report_to: str | Sequence[str]) -> tuple[str, ...]:
+    """The names in a setting, in order, once each; `auto` and `none` resolved.
+
+    >>> places("wandb, mlflow"), places(("none",)), places("")
+    (('wandb', 'mlflow'), (), ())
+
+    Raises ConfigError for an unknown name, and for `auto` or `none` beside others.
+    """
+    words = report_to.split(",") if isinstance(report_to, str) else report_to
+    names = tuple(dict.fromkeys(word.strip() for word in words if word.strip()))
+    unknown = [name for name in names if name not in (*_PLACES, "auto", "none")]
+    if unknown or (len(names) > 1 and {"auto", "none"} & set(names)):
+        raise ConfigError(
+            f"report_to={','.join(names)}: give auto or none alone, or one or more of {', '.join(_PLACES)}"
+        )
+    if names == ("auto",):
+        return ("tensorboard",) if find_spec("tensorboard") else ()
+    return () if names == ("none",) else names
+
+
+def values_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a line of log.jsonl, by name, step left out; those of a group are called GROUP/NAME.
+
+    >>> values_of({"step": 5, "loss": 2.5, "heldout": {"mixed": 9.0, "books": float("nan")}, "consumed": "3fa0"})
+    {'loss': 2.5, 'heldout/mixed': 9.0}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}/{member}": of_member for member, of_member in value.items()}
+        elif name != "step":
+            flat[name] = value
+    return {
+        name: float(value)
+        for name, value in flat.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    }
+
+
+class _All:
+    """Several places as one."""
+
+    def __init__(self, members: dict[str, Tracker]) -> None:
+        self._members = members
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._each(lambda tracker: tracker.log(step, values))
+
+    def close(self) -> None:
+        self._each(lambda tracker: tracker.close())
+        self._members = {}
+
+    def _each(self, do: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._members.items()):
+            try:
+                do(tracker)
+            except Exception as error:
+                del self._members[name]
+                say(f"warning: {name} failed ({type(error).__name__}: {error}); nothing more is reported there")
+
+
+# ---- places ----------------------------------------------------------------------------------------------------------
+
+
+class _TensorBoard:
+    def __init__(self, output_dir: Path, run_name: str, config: Mapping[str, Any], step: int) -> None:
+        writer = import_module("torch.utils.tensorboard").SummaryWriter
+        # What the log keeps on resuming (steps up to `step`) TensorBoard keeps; a run begun anew hides what was there.
+        self._writer = writer(str(output_dir / "tensorboard"), purge_step=step + 1 if step else 0)
+        if step == 0:
+            self._writer.add_text("config", "\n".join(f"    {name}: {config[name]}" for name in config))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, output_dir: Path, run_name: str, config: Mapping[str, Any], step: int) -> None:
+        wandb = import_module("wandb")
+        kept = _kept_id(output_dir, "wandb", step)
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=run_name,
+            id=kept,
+            resume="allow" if kept else None,
+            config=dict(config),
+            dir=str(output_dir),
+        )
+        _keep_id(output_dir, "wandb", self._run.id)
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        # wandb's own steps may never go back, ours do where a run resumes: so it counts lines and draws over `step`
+        self._run.log({**values, "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _MLflow:
+    def __init__(self, output_dir: Path, run_name: str, config: Mapping[str, Any], step: int) -> None:
+        self._mlflow = mlflow = import_module("mlflow")
+        kept = _kept_id(output_dir, "mlflow", step)
+        if kept:
+            mlflow.start_run(run_id=kept)
+            return
+        mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
+        run = mlflow.start_run(run_name=run_name)
+        _keep_id(output_dir, "mlflow", run.info.run_id)
+        mlflow.log_params({name: str(value)[:500] for name, value in config.items()})  # the longest that MLflow takes
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        # MLflow refuses all other characters, the brackets of `books (specific)` among them
+        named = {re.sub(r"[^\w\-. /]", "", name): value for name, value in values.items()}
+        self._mlflow.log_metrics(named, step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+class _Trackio:
+    def __init__(self, output_dir: Path, run_name: str, config: Mapping[str, Any], step: int) -> None:
+        trackio = import_module("trackio")
+        # a run's name is its identity there: two runs of one name would be one
+        name = _kept_id(output_dir, "trackio", step) or f"{run_name}-{os.urandom(3).hex()}"
+        project = os.environ.get("TRACKIO_PROJECT", PROJECT)
+        with redirect_stdout(sys.stderr):  # it talks, and standard output is for results
+            self._run = trackio.init(project=project, name=name, config=dict(config), resume="allow")
+        _keep_id(output_dir, "trackio", name)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        with redirect_stdout(sys.stderr):
+            self._run.finish()
+
+
+_PLACES: dict[str, Callable[[Path, str, Mapping[str, Any], int], Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _Wandb,
+    "mlflow": _MLflow,
+    "trackio": _Trackio,
+}
+NAMES = tuple(_PLACES)
+"""What `report_to` may name, beside auto and none."""
+
+
+def _ids(output_dir: Path) -> dict[str, str]:
+    path = output_dir / IDS
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _kept_id(output_dir: Path, name: str, step: int) -> str | None:
+    """The id of the run to go on with; a run that begins anew gets a new one."""
+    return _ids(output_dir).get(name) if step else None
+
+
+def _keep_id(output_dir: Path, name: str, identity: str) -> None:
+    path = output_dir / IDS
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(_ids(output_dir) | {name: identity}) + "\n")
+    unfinished.replace(path)
