@@ -184,6 +184,11 @@ class TokenStream:
         )
         return dict(zip(self.corpus.names, (tokens / max(1, tokens.sum())).round(5).tolist(), strict=True))
 
+    def mixture_asked(self) -> dict[str, float]:
+        """The share of each group that the phases ask for in all, by name; caps on passes may leave less."""
+        asked = np.sum([phase.num_tokens * phase.share for phase in self.phases], axis=0)
+        return dict(zip(self.corpus.names, (asked / max(1.0, asked.sum())).round(5).tolist(), strict=True))
+
     def documents(self, step: int) -> np.ndarray:
         """Places in the corpus of a step's documents, in order."""
         return self._rows.take(np.arange(self._first_row[step], self._first_row[step + 1])).values

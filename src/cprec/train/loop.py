@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,8 @@ def train(
     description: str,
     start_from: Path | None = None,
     keep_at: Sequence[int] = (),
+    report: Callable[[Mapping[str, Any]], None] | None = None,
+    mfu: Callable[[float], float] | None = None,
 ) -> TrainState:
     """Train to the end of the stream, from a checkpoint if one is given; returns the final state.
 
@@ -87,8 +89,9 @@ def train(
 
     Every `logging_steps` steps a line goes to `log.jsonl`; every `eval_steps`, and at the end, `validate()` is logged
     as `heldout`; every `save_steps` a checkpoint is written. After the steps named in `keep_at` (the end of the stable
-    phase, say) it is called `stable-<step>` and stays. The first process alone writes. Ctrl-C and SIGTERM, in any
-    process, let the step finish, save, and raise KeyboardInterrupt in all.
+    phase, say) it is called `stable-<step>` and stays. `report` is called with every line of the log; `mfu` makes of
+    tokens a second the share of the machine's arithmetic that is used. The first process alone writes. Ctrl-C and
+    SIGTERM, in any process, let the step finish, save, and raise KeyboardInterrupt in all.
 
     Raises TrainingError if a loss or gradient norm is not finite, another process is lost or the log cannot be written,
     and CheckpointError if a checkpoint cannot be written. All leave the last checkpoint as it was.
@@ -99,12 +102,12 @@ def train(
     begin = resume_from or start_from
     found = load_checkpoint(begin, loss_of.model, optimizer) if begin else TrainState()
     state = found if resume_from else TrainState()
-    log = _Log(output_dir / LOG, state)
+    log = _Log(output_dir / LOG, state, report)
     loss_of.train()
     parameters = [p for p in loss_of.parameters() if p.requires_grad]
     sharded = distributed.is_sharded(loss_of)
     rank, num_ranks = distributed.rank(), distributed.num_ranks()
-    num_steps = stream.num_steps
+    num_steps, mixed = stream.num_steps, len(stream.corpus.groups) > 1
 
     def save() -> Path:
         kind: Kind = "stable" if state.step in keep_at else "checkpoint"
@@ -117,7 +120,9 @@ def train(
     ):
         _check_same_plan(stream, state)
         if state.step == 0:
-            log.write(step=0, tokens=0, heldout=validate())
+            log.write(
+                step=0, tokens=0, heldout=validate(), **({"mixture_asked": stream.mixture_asked()} if mixed else {})
+            )
         for step in range(state.step, num_steps):
             start = time.perf_counter()
             learning_rate = schedule(step)
@@ -140,7 +145,10 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             seconds = time.perf_counter() - start
             state = state.advance(batch.documents.tobytes(), batch.num_tokens, num_targets, seconds)
-            progress.advance(batch.num_tokens, loss=f"{loss:.3f}")
+            rate = state.num_tokens / max(state.seconds, 1e-9)
+            used = {"mfu": mfu(rate)} if mfu else {}
+            shown = {name: f"{value:.0%}" for name, value in used.items()}
+            progress.advance(batch.num_tokens, loss=f"{loss:.3f}", lr=f"{learning_rate:.2e}", **shown)
             if state.step % logging_steps == 0 or state.step in (1, num_steps):
                 log.write(
                     step=state.step,
@@ -148,9 +156,10 @@ def train(
                     loss=loss,
                     learning_rate=learning_rate,
                     grad_norm=norm.item(),
-                    tokens_per_second=state.num_tokens / max(state.seconds, 1e-9),
+                    tokens_per_second=rate,
                     consumed=state.consumed,
-                    **({"mixture": stream.mixture_until(state.step)} if len(stream.corpus.groups) > 1 else {}),
+                    **used,
+                    **({"mixture": stream.mixture_until(state.step)} if mixed else {}),
                 )
             if state.step % eval_steps == 0 or state.step == num_steps or state.step in keep_at:
                 log.write(step=state.step, tokens=state.num_tokens, heldout=validate())
@@ -221,9 +230,10 @@ def split_rows(batch: Batch, parts: int, rank: int = 0, num_ranks: int = 1) -> l
 def _check_finite(step: int, loss: float, norm: float, learning_rate: float, output_dir: Path) -> None:
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise TrainingError(
-            f"step {step}: loss {loss:g}, gradient norm {norm:g} at learning rate {learning_rate:g} are not finite. The "
-            f"weights of the last checkpoint in {output_dir} are intact: go on from them with a lower learning_rate "
-            "(model_name_or_path=that checkpoint, another output_dir), or start the same command again if the machine "
+            f"step {step}: loss {loss:g}, gradient norm {norm:g} at learning rate {learning_rate:g} are not finite. "
+            f"The weights of the last checkpoint in {output_dir} are intact: go on from them with a lower "
+            "learning_rate (model_name_or_path=that checkpoint, another output_dir), or start the same command again "
+            "if the machine "
             "is to blame"
         )
 
@@ -231,8 +241,8 @@ def _check_finite(step: int, loss: float, norm: float, learning_rate: float, out
 class _Log:
     """JSON lines of the first process; on resume the lines of steps that will be run again are dropped."""
 
-    def __init__(self, path: Path, state: TrainState) -> None:
-        self._path = path
+    def __init__(self, path: Path, state: TrainState, report: Callable[[Mapping[str, Any]], None] | None) -> None:
+        self._path, self._report = path, report
         if not distributed.is_first():
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -252,3 +262,5 @@ class _Log:
                 f"{self._path} could not be written ({error}): make room, then start the same command again to resume "
                 "from the last checkpoint"
             ) from error
+        if self._report:
+            self._report(fields)

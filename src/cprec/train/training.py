@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from cprec.provenance import CONFIG_FILE, file_sha256, read_resolved, save_resol
 
 if TYPE_CHECKING:
     from cprec.text.stream import TokenStream
+    from cprec.train.estimate import Estimate
     from cprec.train.plan import Plan
 
 DONE, LOG = "cprec.json", "log.jsonl"
@@ -110,8 +112,18 @@ class TrainingConfig:
     """Held-out tokens measured per domain and kind, at most."""
     resume_from_checkpoint: Literal["auto", "never"] = "auto"
     """auto goes on from the newest checkpoint in output_dir; never starts again."""
+    report_to: tuple[str, ...] = ("auto",)
+    """Where the numbers of the log go as well: tensorboard, wandb, mlflow, trackio; none; auto: TensorBoard where it is
+    installed."""
+    run_name: str = ""
+    """What they are filed under there; empty: the name of output_dir."""
+    general_text: str = "auto"
+    """A text whose perplexity is measured with the held-out sets, to see what training makes a model forget: a file
+    (.txt, or .jsonl or Parquet with a column `text`), none, or auto: one of our own, but none for `tiny`, which knows
+    nothing to forget."""
     dry_run: bool = False
-    """Show the plan (steps, tokens, mixture, learning rate) and train nothing."""
+    """Show the plan (steps, tokens, mixture, learning rate) and what it will take (memory, disk, time); train
+    nothing."""
 
     def __post_init__(self) -> None:
         positive = (
@@ -133,7 +145,7 @@ class TrainingConfig:
 
 
 _FREE = (
-    *("resume_from_checkpoint", "save_steps", "save_total_limit", "dry_run"),
+    *("resume_from_checkpoint", "save_steps", "save_total_limit", "dry_run", "report_to", "run_name"),
     *("fsdp", "gradient_checkpointing", "torch_compile", "ddp_timeout"),
 )
 """Settings that may change between the starts of one run: they do not decide what is learnt."""
@@ -187,14 +199,17 @@ def run_training(
     Raises CheckpointError if all are damaged: nothing is silently trained again.
     """
     from cprec import distributed
-    from cprec.models import TINY, add_lora, check_isolation, load_model, num_parameters, tiny_model
+    from cprec.models import check_isolation, load_model, num_parameters
     from cprec.progress import say
     from cprec.text.tokenizer import load_tokenizer
     from cprec.train.attention import use_document_attention
-    from cprec.train.checkpoint import newest_intact, remove_checkpoints, require_intact
+    from cprec.train.checkpoint import newest_intact, read_state, remove_checkpoints, require_intact
+    from cprec.train.estimate import matmul_peak, mfu
+    from cprec.train.forgetting import GENERAL_TEXT, general_text_batches
     from cprec.train.loop import perplexity, train
     from cprec.train.loss import prepare_loss
-    from cprec.train.plan import ANNEALING, check_fork, describe_plan
+    from cprec.train.plan import ANNEALING, FEW_STEPS, check_fork, describe_plan
+    from cprec.train.tracking import trackers, values_of
 
     distributed.join_processes(config.ddp_timeout)
     output_dir, data = Path(config.output_dir), Path(config.data)
@@ -217,35 +232,27 @@ def run_training(
         distributed.by_first(partial(require_intact, folder))
     if fork_of is not None:
         check_fork(fork_of, plan)
+    device = distributed.pick_device()
+    bf16 = distributed.use_bf16(config.bf16, device)
+    tokenizer = load_tokenizer(str(data / "tokenizer"))
+    text = _general_text(config)
+    if text is not None:
+        rows = config.per_device_train_batch_size
+        held_out = general_text_batches(tokenizer, config.max_length, text, rows_per_batch=rows)
+        validation = validation | {GENERAL_TEXT: held_out}
+    cost = partial(_cost, config, plan, tokenizer, bf16, sum(each.num_tokens for each in validation.values()))
     if config.dry_run:
+        say(str(cost(matmul_peak(device, bf16))))
         return output_dir
     if config.resume_from_checkpoint == "never":
         distributed.by_first(lambda: remove_checkpoints(output_dir, stable=True))
 
-    device = distributed.pick_device()
-    tokenizer = load_tokenizer(str(data / "tokenizer"))
     attention = None if config.attn_implementation == "auto" else config.attn_implementation
-    if config.model_name_or_path == TINY:
-        model = tiny_model(
-            len(tokenizer),
-            hidden_size=config.tiny.hidden_size,
-            num_hidden_layers=config.tiny.num_hidden_layers,
-            num_attention_heads=config.tiny.num_attention_heads,
-            max_position_embeddings=max(1024, config.max_length),
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            seed=config.seed,
-            attn_implementation=attention,
-        ).to(device)
-    else:
-        model = load_model(config.model_name_or_path, device=device, attn_implementation=attention)
-        _check_vocabulary(config, model, len(tokenizer))
-    if config.attn_implementation == "auto" and device.type == "cpu" and not config.torch_compile:
+    model = _make_model(config, tokenizer, partial(load_model, attn_implementation=attention)).to(device)
+    _check_vocabulary(config, model, len(tokenizer))
+    if attention is None and device.type == "cpu" and not config.torch_compile:
         use_document_attention(model)
-    if config.lora_rank:
-        model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
     check_isolation(model)
-    bf16 = distributed.use_bf16(config.bf16, device)
     loss = prepare_loss(
         model,
         bf16=bf16,
@@ -259,8 +266,15 @@ def run_training(
         f"{'bf16' if bf16 else 'fp32'}"
     )
 
+    used_share = None
+    if stream.num_steps >= FEW_STEPS:
+        found = cost(matmul_peak(device, bf16), _timed_rate(loss, stream, config, device))
+        say(str(found))
+        peak = found.peak * distributed.num_ranks()
+        used_share = partial(mfu, flops_per_token=found.flops_per_token, peak=peak)
+
     def validate() -> dict[str, float]:
-        return {name: perplexity(loss, held_out, device, bf16) for name, held_out in validation.items()}
+        return {name: perplexity(loss, each, device, bf16) for name, each in validation.items()}
 
     distributed.by_first(lambda: save_resolved(output_dir, config, inputs))
     saved = distributed.by_first(lambda: newest_intact(output_dir)) or fork_of
@@ -268,25 +282,35 @@ def run_training(
         say(f"going on from {saved}")
     trunk_end = stream.num_steps - plan.steps_of(ANNEALING)
     is_trunk = about["stage"] == "pretrain" and fork_of is None and config.lr_scheduler_type != "cosine"
-    state = train(
-        loss,
-        stream,
-        schedule,
-        output_dir=output_dir,
-        num_accumulation=config.gradient_accumulation_steps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        bf16=bf16,
-        save_steps=config.save_steps,
-        save_total_limit=config.save_total_limit,
-        logging_steps=config.logging_steps,
-        eval_steps=config.eval_steps,
-        validate=validate,
-        resume_from=saved,
-        start_from=start_from,
-        keep_at=[trunk_end] if is_trunk else [],
-        description=about["stage"],
+    places = trackers(
+        config.report_to,
+        output_dir,
+        config.run_name or output_dir.name,
+        to_dict(config),
+        step=read_state(saved).step if saved else 0,
     )
+    with closing(places):
+        state = train(
+            loss,
+            stream,
+            schedule,
+            output_dir=output_dir,
+            num_accumulation=config.gradient_accumulation_steps,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            bf16=bf16,
+            save_steps=config.save_steps,
+            save_total_limit=config.save_total_limit,
+            logging_steps=config.logging_steps,
+            eval_steps=config.eval_steps,
+            validate=validate,
+            resume_from=saved,
+            start_from=start_from,
+            keep_at=[trunk_end] if is_trunk else [],
+            report=lambda line: places.log(line["step"], values_of(line)),
+            mfu=used_share,
+            description=about["stage"],
+        )
     done = {
         **about,
         "trained_on": trained_on,
@@ -301,6 +325,95 @@ def run_training(
     last = ", ".join(f"{name} {value:.2f}" for name, value in measured[-1].items()) if measured else "not measured"
     say(f"{output_dir}: written. Held-out perplexity: {last}")
     return output_dir
+
+
+def _make_model(config: TrainingConfig, tokenizer: Any, load: Callable[[str], Any]) -> Any:
+    """The model that the settings name, by `load` where it is none of our own making, with its adapters."""
+    from cprec.models import TINY, add_lora, tiny_model
+
+    if config.model_name_or_path == TINY:
+        model = tiny_model(
+            len(tokenizer),
+            hidden_size=config.tiny.hidden_size,
+            num_hidden_layers=config.tiny.num_hidden_layers,
+            num_attention_heads=config.tiny.num_attention_heads,
+            max_position_embeddings=max(1024, config.max_length),
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            seed=config.seed,
+            attn_implementation=None if config.attn_implementation == "auto" else config.attn_implementation,
+        )
+    else:
+        model = load(config.model_name_or_path)
+    if config.lora_rank:
+        model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
+    return model
+
+
+def _general_text(config: TrainingConfig) -> str | None:
+    """The text of the forgetting meter: a file, '' for our own, or None: a model of our own knows nothing to forget."""
+    from cprec.models import TINY
+
+    if config.general_text != "auto":
+        return None if config.general_text == "none" else config.general_text
+    made_here = Path(config.data, CONFIG_FILE).is_file() and read_resolved(config.data)["config"]["tokenizer"] == TINY
+    return None if made_here or config.model_name_or_path == TINY else ""
+
+
+def _cost(
+    config: TrainingConfig,
+    plan: Plan,
+    tokenizer: Any,
+    bf16: bool,
+    heldout_tokens: int,
+    peak: float,
+    tokens_per_second: float = 0.0,
+) -> Estimate:
+    """What the run will take, of `tokens_per_second` where they were timed."""
+    from cprec import distributed
+    from cprec.train.estimate import estimate, unloaded_model, without_weights
+
+    stream, device = plan.stream, distributed.pick_device()
+    first = stream.batch(0)
+    output_dir = Path(config.output_dir).resolve()
+    there = next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())
+    return estimate(
+        without_weights(lambda: _make_model(config, tokenizer, unloaded_model)),
+        num_tokens=stream.num_tokens,
+        lengths=stream.corpus.lengths,
+        rows=config.per_device_train_batch_size,
+        row_tokens=config.max_length,
+        bf16=bf16,
+        peak=peak,
+        device_type=device.type,
+        target_share=first.num_targets / first.num_tokens,
+        gradient_checkpointing=config.gradient_checkpointing,
+        fsdp=config.fsdp,
+        num_processes=distributed.num_ranks(),
+        save_total_limit=config.save_total_limit,
+        num_stable=1,
+        heldout_tokens=heldout_tokens * (1 + stream.num_steps // config.eval_steps),
+        tokens_per_second=tokens_per_second,
+        free_memory=distributed.free_memory(device),
+        free_disk=shutil.disk_usage(there).free,
+    )
+
+
+def _timed_rate(loss: Any, stream: TokenStream, config: TrainingConfig, device: Any) -> float:
+    """Tokens a second of all processes in one micro-batch, forward and backward; leaves no gradients."""
+    from cprec import distributed
+    from cprec.train.estimate import seconds_of
+    from cprec.train.loop import split_rows
+
+    batch = stream.batch(0)
+    ranks = distributed.num_ranks()
+    parts = split_rows(batch, config.gradient_accumulation_steps, distributed.rank(), ranks)
+
+    # A number of times that no clock decides: processes that share a model work in step.
+    seconds = seconds_of(lambda: loss.of(parts[0], device).backward(), device, seconds=0)
+    loss.zero_grad(set_to_none=True)
+    share = len(parts[0].input_ids_RT) / len(batch.input_ids_RT)
+    return batch.num_tokens * share * ranks / seconds
 
 
 def _publish(output_dir: Path, data: Path, model: Any, tokenizer: Any, done: dict[str, Any]) -> None:
