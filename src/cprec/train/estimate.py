@@ -172,8 +172,9 @@ def timed_rate(
 ) -> float:
     """Tokens a second of `num_processes` that each train on micro-batches of `rows` rows, the best of some.
 
-    A forward and backward pass of the first rows is done once to warm up and then `repeats` times: equally often in each process, since sharded ones work in step. What
-    the optimizer and the exchange of gradients take is left out. Gradients are gone afterwards, weights as they were.
+    A forward and backward pass of the first rows is done once to warm up and then `repeats` times: equally often in
+    each process, since sharded ones work in step. What the optimizer and the exchange of gradients take is left out.
+    Gradients are gone afterwards, weights as they were.
     """
     first = stream.batch(0)
     arrays = (first.input_ids_RT[:rows], first.position_ids_RT[:rows], first.targets_RT[:rows])
