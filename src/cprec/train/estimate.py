@@ -7,21 +7,29 @@ autograd would keep for the backward pass is counted. So they hold for any decod
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from cprec.distributed import autocast
+from cprec import distributed
 from cprec.errors import ConfigError
+from cprec.machine import free_memory as free_memory_of_machine
 from cprec.models import _peft_warnings_off, blocks_of, packed_hidden, trunk_and_head
 from cprec.progress import format_seconds
-from cprec.train.loss import CHUNK
+from cprec.text.stream import Batch, TokenStream
+from cprec.train.loss import CHUNK, PackedLoss
+
+if TYPE_CHECKING:
+    from cprec.train.plan import Plan
+    from cprec.train.training import TrainingConfig
 
 FP32, BF16 = 4, 2
 """Bytes of a number."""
@@ -142,22 +150,54 @@ def matmul_peak(
     left, right = (torch.randn(size, size, device=device, generator=generator) for _ in range(2))
     if bf16:
         left, right = left.bfloat16(), right.bfloat16()
-    times = _times(lambda: torch.mm(left, right), device, seconds, clock)
+    times = _times(lambda: torch.mm(left, right), device, clock, seconds=seconds)
     return 2.0 * size**3 / min(times)
 
 
-def seconds_of(
-    work: Callable[[], object],
+@cache
+def peak_here(device: torch.device, bf16: bool) -> float:
+    """`matmul_peak`, measured once in a process."""
+    return matmul_peak(device, bf16)
+
+
+def timed_rate(
+    loss: PackedLoss,
+    stream: TokenStream,
     device: torch.device,
     *,
-    seconds: float = 1.0,
+    rows: int,
+    num_processes: int = 1,
+    repeats: int = 2,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """The median time of `work`, one forward and backward pass say, done once to warm up and then for `seconds`."""
-    return float(np.median(_times(work, device, seconds, clock)))
+    """Tokens a second of `num_processes` that each train on micro-batches of `rows` rows, the best of some.
+
+    A forward and backward pass of the first rows is done once to warm up and then `repeats` times: equally often in
+    each process, since sharded ones work in step. What the optimizer and the exchange of gradients take is left out.
+    Gradients are gone afterwards, weights as they were.
+    """
+    first = stream.batch(0)
+    arrays = (first.input_ids_RT[:rows], first.position_ids_RT[:rows], first.targets_RT[:rows])
+    batch = Batch(*arrays, num_tokens=round(stream.fill * arrays[0].size), documents=first.documents[:0])
+
+    def work() -> None:
+        loss.of(batch, device).backward()
+
+    seconds = min(_times(work, device, clock, repeats=repeats))
+    loss.zero_grad(set_to_none=True)
+    return num_processes * batch.num_tokens / seconds
 
 
-def _times(work: Callable[[], object], device: torch.device, seconds: float, clock: Callable[[], float]) -> list[float]:
+def _times(
+    work: Callable[[], object],
+    device: torch.device,
+    clock: Callable[[], float],
+    *,
+    repeats: int = 1,
+    seconds: float = 0.0,
+) -> list[float]:
+    """How long `work` took each time, `repeats` times or more until `seconds` are over, after one to warm up."""
+
     def finished() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -166,7 +206,7 @@ def _times(work: Callable[[], object], device: torch.device, seconds: float, clo
     work()
     times: list[float] = []
     before = start = finished()
-    while not times or before - start < seconds:
+    while len(times) < repeats or before - start < seconds:
         work()
         after = finished()
         times.append(after - before)
@@ -293,7 +333,7 @@ def _kept_for_backward(model: Any, rows: int, row_tokens: int, bf16: bool) -> _K
             first.fake_mode,
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-            autocast(first.device, bf16),
+            distributed.autocast(first.device, bf16),
         ):
             ids = torch.zeros(rows, row_tokens, dtype=torch.int64)
             packed_hidden(model, ids, ids)
@@ -351,6 +391,19 @@ class Estimate:
         """Model FLOPs utilisation: the share of the peak that the rate means; NaN where the peak is not known."""
         return mfu(self.tokens_per_second, self.flops_per_token, self.peak * self.num_processes)
 
+    def timed(self, tokens_per_second: float) -> Estimate:
+        """The same with a rate that was timed, of all processes together; see `timed_rate`."""
+        return replace(self, tokens_per_second=tokens_per_second, measured=True)
+
+    @property
+    def time_line(self) -> str:
+        """The last of the four lines."""
+        how = "timed on a micro-batch" if self.measured else "not timed: a guess"
+        if self.peak:
+            peak = _number(self.peak * self.num_processes)
+            how += f", {self.mfu:.0%} of the {peak}FLOP/s of matrix products here"
+        return f"time: about {format_seconds(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s ({how})"
+
     @property
     def warnings(self) -> list[str]:
         """What will not fit, and what would help."""
@@ -378,10 +431,6 @@ class Estimate:
             "gathered": self.memory.gathered,
         }
         each = f" in each of {self.num_processes} processes" if self.num_processes > 1 else ""
-        of_peak = ""
-        if self.peak:
-            of_peak = f", {self.mfu:.0%} of the {_number(self.peak * self.num_processes)}FLOP/s of matrix products here"
-        how = "timed on a micro-batch" if self.measured else "not timed: a guess"
         lines = [
             f"arithmetic: {self.num_trained / 1e6:,.2f} M of {self.num_parameters / 1e6:,.2f} M parameters are "
             f"trained; {_number(self.flops_per_token)}FLOP a token, attending to {self.context:,.0f} on average",
@@ -390,7 +439,7 @@ class Estimate:
             + ")",
             f"disk: up to {_bytes(self.disk_bytes)} ({self.num_checkpoints} checkpoints of "
             f"{_bytes(self.checkpoint_bytes)}, one of them being written, and the model, {_bytes(self.model_bytes)})",
-            f"time: about {format_seconds(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s ({how}{of_peak})",
+            self.time_line,
         ]
         return "\n".join([*lines, *self.warnings])
 
@@ -461,6 +510,49 @@ def estimate(
         free_memory=free_memory,
         free_disk=free_disk,
     )
+
+
+def estimate_plan(
+    config: TrainingConfig,
+    plan: Plan,
+    model: Any,
+    *,
+    device: torch.device,
+    bf16: bool,
+    heldout_tokens: int = 0,
+    num_stable: int = 0,
+) -> Estimate:
+    """What the plan takes with `model`, one that `without_weights` made, on this machine; the time is a guess.
+
+    `heldout_tokens` are read at each measurement of held-out perplexity; `num_stable` checkpoints stay for good.
+    """
+    stream, num_processes = plan.stream, distributed.num_ranks()
+    first = stream.batch(0)
+    on_cuda = device.type == "cuda"
+    return estimate(
+        model,
+        num_tokens=stream.num_tokens,
+        lengths=stream.corpus.lengths,
+        rows=min(config.per_device_train_batch_size, len(first.input_ids_RT)),
+        row_tokens=config.max_length,
+        bf16=bf16,
+        peak=peak_here(device, bf16),
+        device_type=device.type,
+        target_share=first.num_targets / first.num_tokens,
+        gradient_checkpointing=config.gradient_checkpointing,
+        fsdp=config.fsdp,
+        num_processes=num_processes,
+        save_total_limit=config.save_total_limit,
+        num_stable=num_stable,
+        heldout_tokens=heldout_tokens * (stream.num_steps // config.eval_steps + 2),  # at the start and the end, too
+        free_memory=torch.cuda.mem_get_info(device)[0] if on_cuda else free_memory_of_machine() // num_processes,
+        free_disk=shutil.disk_usage(_existing(Path(config.output_dir))).free,
+    )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, peak: float) -> float:

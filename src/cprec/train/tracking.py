@@ -18,7 +18,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from cprec import distributed
 from cprec.errors import ConfigError
 from cprec.progress import say
 
@@ -51,6 +50,8 @@ def trackers(
 
     Raises ConfigError for an unknown name, for one that is not installed, and where a run cannot be opened.
     """
+    from cprec import distributed
+
     names = places(report_to)
     if not distributed.is_first():
         return _All({})

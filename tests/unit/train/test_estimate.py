@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,25 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cprec.errors import ConfigError
 from cprec.models import add_lora, packed_hidden, tiny_model
+from cprec.text.stream import TokenStream
 from cprec.train import estimate as module
 from cprec.train.checkpoint import TrainState, save_checkpoint
 from cprec.train.estimate import (
     estimate,
+    estimate_plan,
     flops_per_token,
     matmul_peak,
     mean_context,
     memory_of,
     mfu,
-    seconds_of,
+    timed_rate,
     unloaded_model,
     without_weights,
 )
 from cprec.train.loop import make_optimizer
 from cprec.train.loss import PackedLoss
+from cprec.train.plan import make_plan
+from cprec.train.pretrain import PretrainConfig
 
 ROWS, ROW_TOKENS, VOCABULARY = 2, 64, 300
 CPU = torch.device("cpu")
@@ -202,11 +205,36 @@ def test_the_peak_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch
     assert matmul_peak(CPU, bf16=True, seconds=0.0) > 0
 
 
-def test_a_micro_batch_is_timed_after_it_was_done_once() -> None:
-    calls = count()
-    found = seconds_of(lambda: next(calls), CPU, seconds=2.0, clock=clock_of([0, 9.0, 0.4, 0.5, 0.6, 0.7]))
-    assert found == 9.0 and next(calls) == 2, "one to warm up, one that took all the time there was"
-    assert seconds_of(lambda: None, CPU, seconds=2.0, clock=clock_of([0, 0.4, 0.5, 0.6, 0.7])) == pytest.approx(0.55)
+def test_a_micro_batch_is_timed_once_warm_and_leaves_nothing(make_stream: Callable[..., TokenStream]) -> None:
+    stream = make_stream(rows_per_step=5)
+    model = make("qwen3", vocab_size=400)
+    before = [parameter.clone() for parameter in model.parameters()]
+    clock = clock_of([0, 0.5, 0.4, 9.0])
+    rate = timed_rate(PackedLoss(model), stream, CPU, rows=2, num_processes=3, clock=clock)
+    assert rate == pytest.approx(3 * 2 * 96 * stream.fill / 0.4, rel=0.01)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_plan_is_estimated_from_its_settings(
+    make_stream: Callable[..., TokenStream], data: Path, tmp_path: Path
+) -> None:
+    stream = make_stream(targets_only=True)
+    config = PretrainConfig(
+        data=str(data), output_dir=str(tmp_path / "a" / "b"), max_length=96, per_device_train_batch_size=4, eval_steps=3
+    )
+    plan = make_plan(config, stream)
+    model = without_weights(lambda: make("qwen3", vocab_size=400))
+    told = estimate_plan(config, plan, model, device=CPU, bf16=False, heldout_tokens=100, num_stable=1)
+    assert told.num_tokens == stream.num_tokens and not told.measured
+    assert told.heldout_tokens == 100 * (stream.num_steps // 3 + 2)
+    assert told.num_checkpoints == config.save_total_limit + 2
+    assert told.memory == memory_of(model, rows=4, row_tokens=96, bf16=False)
+    batch = stream.batch(0)
+    share = batch.num_targets / batch.num_tokens
+    assert share < 0.5 and told.flops_per_token == flops_per_token(model, told.context, share)
+    assert told.free_memory > 0 and told.free_disk > 0 and not (tmp_path / "a").exists()
+    assert told.timed(123.0).tokens_per_second == 123.0 and "123 tokens/s (timed" in told.timed(123.0).time_line
 
 
 @pytest.fixture
