@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import pytest
 
+from cprec import cli
+
 PACKAGE = Path(__file__).parents[1] / "src" / "cprec"
 
 BASE = frozenset({"errors", "schema", "recommender", "provenance", "progress", "machine"})
@@ -146,9 +148,6 @@ def loaded_by(*command: str) -> tuple[set[str], str, int]:
     return names, result.stdout + rest, result.returncode
 
 
-VERBS = ("demo", "run", "prepare", "pretrain", "finetune", "evaluate", "recommend", "audit", "export")
-
-
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
@@ -158,7 +157,7 @@ VERBS = ("demo", "run", "prepare", "pretrain", "finetune", "evaluate", "recommen
         ("run no_such_recipe", 2),
         ("run no_such_file.yaml", 2),
         ("prepare", 2),
-        *[(f"{verb} --help", 0) for verb in VERBS],
+        *[(f"{verb.name} --help", 0) for verb in cli.VERBS],
     ],
 )
 def test_the_command_line_is_light_until_a_stage_runs(arguments: str, code: int) -> None:

@@ -33,7 +33,7 @@ class Verb:
     text: str
     """What it reads, does and writes, for `cprec VERB --help`."""
     function: str
-    """`module:function`, called with the configuration (for audit and export, with the folder)."""
+    """`module:function`, called with the configuration (for audit, export and report, with the folder)."""
     example: str
     stage: str = ""
     """The stage whose configuration it takes, where that is not its own name."""
@@ -102,6 +102,15 @@ VERBS = (
         "model folder that `cprec recommend` and `Recommender.from_pretrained` open.",
         "cprec.train.finetune:finetune",
         "cprec finetune my_recipe.yaml seed=1",
+    ),
+    Verb(
+        "report",
+        "a page of how training went: loss, learning rate, held-out perplexity, mixture",
+        "Draws what the runs of `cprec pretrain` and `cprec finetune` in a folder have logged, those under way too: "
+        "loss, learning rate, speed, held-out perplexity of each domain, what was forgotten of general text, the "
+        "mixture that was read. Prints the last numbers and writes FOLDER/training.html.",
+        "cprec.report:training_report",
+        "cprec report runs/demo",
     ),
     Verb(
         "evaluate",
@@ -252,6 +261,12 @@ def _call_audit(verb: Verb, options: argparse.Namespace) -> None:
         raise LeakageError("\n  ".join([head, *lines]))
 
 
+def _call_report(verb: Verb, options: argparse.Namespace) -> None:
+    from cprec.settings import load_object
+
+    load_object(verb.function)(options.folder)
+
+
 def _call_export(verb: Verb, options: argparse.Namespace) -> None:
     from cprec.settings import load_object
 
@@ -318,6 +333,9 @@ def _parser() -> _Parser:
         elif verb.name == "audit":
             command.add_argument("folder")
             command.set_defaults(call=_bound(_call_audit, verb))
+        elif verb.name == "report":
+            command.add_argument("folder")
+            command.set_defaults(call=_bound(_call_report, verb))
         elif verb.name == "export":
             command.add_argument("folder")
             command.add_argument("format")
@@ -370,6 +388,7 @@ _USAGE = {
         "       cprec recommend MODEL --input FILE --output FILE [--domain DOMAIN] [--k K]"
     ),
     "anneal": "cprec anneal RUN [key=value ...]",
+    "report": "cprec report FOLDER",
     "audit": "cprec audit FOLDER",
     "export": "cprec export FOLDER FORMAT [[--output] DIR] [--domain DOMAIN ...]",
 }
@@ -380,6 +399,8 @@ def _verb_help(verb: Verb) -> str:
     parts = [f"usage: {usage}", _wrapped(verb.text)]
     if verb.name == "audit":
         parts.append("  FOLDER  a data folder that `cprec prepare` wrote, or the folder of a run")
+    elif verb.name == "report":
+        parts.append("  FOLDER  the output_dir of a run, or a folder above several, such as that of a recipe")
     elif verb.name == "export":
         parts.append(
             "  FOLDER    a data folder that `cprec prepare` wrote\n"

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cprec import machine
 from cprec.errors import CPRecError, TrainingError
 
 Precision = Literal["auto", "true", "false"]
@@ -198,13 +197,6 @@ def pick_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else torch.device("cuda")
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that training may take on a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return machine.free_memory()
 
 
 def describe(device: torch.device) -> str:

@@ -152,6 +152,11 @@ def test_audit_gets_a_folder(tmp_path: Path) -> None:
     assert calls == [(tmp_path,)]
 
 
+def test_report_gets_a_folder() -> None:
+    assert cli.main(["report", "runs/demo"]) == 0
+    assert calls == [("runs/demo",)]
+
+
 @pytest.mark.parametrize("words", ["data recbole out", "data recbole --output out", "--output out data recbole"])
 def test_export_gets_a_folder_a_format_and_where_to_write(words: str) -> None:
     assert cli.main(["export", *words.split(), "--domain", "books", "toys", "--domain", "films"]) == 0

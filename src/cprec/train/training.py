@@ -204,7 +204,7 @@ def run_training(
     from cprec.text.tokenizer import load_tokenizer
     from cprec.train.attention import use_document_attention
     from cprec.train.checkpoint import newest_intact, read_state, remove_checkpoints, require_intact
-    from cprec.train.estimate import matmul_peak, mfu
+    from cprec.train.estimate import estimate_plan, mfu, timed_rate, unloaded_model, without_weights
     from cprec.train.forgetting import GENERAL_TEXT, general_text_batches
     from cprec.train.loop import perplexity, train
     from cprec.train.loss import prepare_loss
@@ -240,9 +240,21 @@ def run_training(
         rows = config.per_device_train_batch_size
         held_out = general_text_batches(tokenizer, config.max_length, text, rows_per_batch=rows)
         validation = validation | {GENERAL_TEXT: held_out}
-    cost = partial(_cost, config, plan, tokenizer, bf16, sum(each.num_tokens for each in validation.values()))
+    is_trunk = about["stage"] == "pretrain" and fork_of is None and config.lr_scheduler_type != "cosine"
+
+    def will_take() -> Estimate:
+        return estimate_plan(
+            config,
+            plan,
+            without_weights(lambda: _make_model(config, tokenizer, unloaded_model)),
+            device=device,
+            bf16=bf16,
+            heldout_tokens=sum(each.num_tokens for each in validation.values()),
+            num_stable=int(is_trunk),
+        )
+
     if config.dry_run:
-        say(str(cost(matmul_peak(device, bf16))))
+        say(str(will_take()))
         return output_dir
     if config.resume_from_checkpoint == "never":
         distributed.by_first(lambda: remove_checkpoints(output_dir, stable=True))
@@ -268,9 +280,11 @@ def run_training(
 
     used_share = None
     if stream.num_steps >= FEW_STEPS:
-        found = cost(matmul_peak(device, bf16), _timed_rate(loss, stream, config, device))
+        rows = config.per_device_train_batch_size
+        rate = timed_rate(loss, stream, device, rows=rows, num_processes=distributed.num_ranks())
+        found = will_take().timed(rate)
         say(str(found))
-        peak = found.peak * distributed.num_ranks()
+        peak = found.peak * found.num_processes
         used_share = partial(mfu, flops_per_token=found.flops_per_token, peak=peak)
 
     def validate() -> dict[str, float]:
@@ -281,7 +295,6 @@ def run_training(
     if saved:
         say(f"going on from {saved}")
     trunk_end = stream.num_steps - plan.steps_of(ANNEALING)
-    is_trunk = about["stage"] == "pretrain" and fork_of is None and config.lr_scheduler_type != "cosine"
     places = trackers(
         config.report_to,
         output_dir,
@@ -358,62 +371,6 @@ def _general_text(config: TrainingConfig) -> str | None:
         return None if config.general_text == "none" else config.general_text
     made_here = Path(config.data, CONFIG_FILE).is_file() and read_resolved(config.data)["config"]["tokenizer"] == TINY
     return None if made_here or config.model_name_or_path == TINY else ""
-
-
-def _cost(
-    config: TrainingConfig,
-    plan: Plan,
-    tokenizer: Any,
-    bf16: bool,
-    heldout_tokens: int,
-    peak: float,
-    tokens_per_second: float = 0.0,
-) -> Estimate:
-    """What the run will take, of `tokens_per_second` where they were timed."""
-    from cprec import distributed
-    from cprec.train.estimate import estimate, unloaded_model, without_weights
-
-    stream, device = plan.stream, distributed.pick_device()
-    first = stream.batch(0)
-    output_dir = Path(config.output_dir).resolve()
-    there = next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())
-    return estimate(
-        without_weights(lambda: _make_model(config, tokenizer, unloaded_model)),
-        num_tokens=stream.num_tokens,
-        lengths=stream.corpus.lengths,
-        rows=config.per_device_train_batch_size,
-        row_tokens=config.max_length,
-        bf16=bf16,
-        peak=peak,
-        device_type=device.type,
-        target_share=first.num_targets / first.num_tokens,
-        gradient_checkpointing=config.gradient_checkpointing,
-        fsdp=config.fsdp,
-        num_processes=distributed.num_ranks(),
-        save_total_limit=config.save_total_limit,
-        num_stable=1,
-        heldout_tokens=heldout_tokens * (1 + stream.num_steps // config.eval_steps),
-        tokens_per_second=tokens_per_second,
-        free_memory=distributed.free_memory(device),
-        free_disk=shutil.disk_usage(there).free,
-    )
-
-
-def _timed_rate(loss: Any, stream: TokenStream, config: TrainingConfig, device: Any) -> float:
-    """Tokens a second of all processes in one micro-batch, forward and backward; leaves no gradients."""
-    from cprec import distributed
-    from cprec.train.estimate import seconds_of
-    from cprec.train.loop import split_rows
-
-    batch = stream.batch(0)
-    ranks = distributed.num_ranks()
-    parts = split_rows(batch, config.gradient_accumulation_steps, distributed.rank(), ranks)
-
-    # A number of times that no clock decides: processes that share a model work in step.
-    seconds = seconds_of(lambda: loss.of(parts[0], device).backward(), device, seconds=0)
-    loss.zero_grad(set_to_none=True)
-    share = len(parts[0].input_ids_RT) / len(batch.input_ids_RT)
-    return batch.num_tokens * share * ranks / seconds
 
 
 def _publish(output_dir: Path, data: Path, model: Any, tokenizer: Any, done: dict[str, Any]) -> None:
