@@ -10,6 +10,8 @@ import yaml
 
 from cprec import cli
 from cprec.data.dataset import read_manifest
+from cprec.text.mixture import Mixture
+from cprec.train.pretrain import PretrainConfig, behaviour_and_more, pretrain_plan
 
 DOMAINS = {
     # folder: platform, timestamps
@@ -61,3 +63,15 @@ def test_ten_domains_are_prepared_and_certified(real_data: Path, tmp_path: Path)
         lost = sum(step.get("removed", 0) for step in found["counts"])
         assert found["counts"][0]["events"] == found["num_events"] + lost
         assert found["counts"][0]["events"] == published[domain]["interactions"]
+
+    plan = PretrainConfig(
+        data=config["output_dir"],
+        output_dir=str(tmp_path / "run"),
+        num_train_epochs=2.0,
+        max_length=2048,
+        mixture=Mixture(mixed_share=0.4, domain_temperature=0.5),
+        anneal_mixture=Mixture(mixed_share=0.8),
+    )
+    stream = pretrain_plan(plan, behaviour_and_more(plan)).stream
+    assert stream.mixture_until(stream.num_steps) == pytest.approx(stream.mixture_asked(), abs=0.01)
+    assert stream.fill > 0.98

@@ -316,6 +316,16 @@ def test_phases_have_their_mixtures(config: Callable[..., PretrainConfig]) -> No
     assert set(users) == {f"u{n}" for n in range(30, 60)}, "of users who stand in the shards, and no others"
 
 
+def test_the_log_has_the_mixture_asked_for_and_the_one_that_was_read(config: Callable[..., PretrainConfig]) -> None:
+    folder = pretrain(config(num_train_epochs=12, mixture=Mixture(mixed_share=0.35, domain_weights={"books": 3.0})))
+    log = read_log(folder / LOG)
+    asked, found = log[0]["mixture_asked"], [line["mixture"] for line in log if "mixture" in line]
+    assert asked["mixed"] == pytest.approx(0.35) and asked["books (specific)"] > 1.5 * asked["games (specific)"]
+    assert found[-1] == pytest.approx(asked, abs=0.01)
+    for mixture in found[len(found) // 3 :]:  # not only in the end, up to how far packing moves documents
+        assert mixture == pytest.approx(asked, abs=0.03)
+
+
 def test_general_text_is_replayed_and_tokenised_once(config: Callable[..., PretrainConfig], tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"game {n} red " * n}) + "\n" for n in range(1, 60)))
     pq.write_table(pa.table({"text": ["blue book", None, " "], "n": [1, 2, 3]}), tmp_path / "b.parquet")
