@@ -222,7 +222,7 @@ def run_training(
     for name, folder in (("start", start_from), ("fork", fork_of)):
         if folder is not None:
             inputs[name] = weights_sha256(folder)
-    if finished(config, inputs) and not config.dry_run:
+    if not config.dry_run and finished(config, inputs):
         say(f"{output_dir}: complete with these settings, reused")
         return output_dir
     plan = make_plan()

@@ -385,7 +385,12 @@ def test_a_dry_run_says_what_it_would_do(
     pretrain(config(dry_run=True))
     said = capfd.readouterr().err
     assert "tokens in" in said and "mixed:" in said and "learning rate:" in said
+    assert "memory: about" in said and "time: about" in said
     assert not (tmp_path / "out").exists()
+    folder = pretrain(config(num_train_epochs=0.2))
+    made = weights(folder)
+    pretrain(config(learning_rate=1.0, dry_run=True))  # of other settings, too: nothing is written
+    assert weights(folder) == made
 
 
 # ---- forks -----------------------------------------------------------------------------------------------------------
