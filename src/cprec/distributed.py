@@ -176,10 +176,10 @@ def shard(module: nn.Module, blocks: Iterable[nn.Module], *, bf16: bool) -> None
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether `shard` spread this module."""
-    from torch.distributed.fsdp import FSDPModule
+    """Whether this module, or one around it, was spread by `shard`: each process holds a part of its weights."""
+    from torch.distributed.tensor import DTensor
 
-    return isinstance(module, FSDPModule)
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Checkpoints: written aside, flushed and renamed, so that a kill at any moment leaves the last complete one.
 
-A checkpoint holds whole tensors under the model's own names, whatever number of processes wrote it, so any number can
-read it. `files.json` has the size and SHA-256 of each of its files: what a disk or a copy has damaged since is noticed.
+A checkpoint is a model folder of whole tensors and the optimizer's state, which processes that each hold a part of it
+write part by part (torch.distributed.checkpoint). Whatever number of processes wrote it, any number can read it.
+`files.json` has the size and SHA-256 of each of its files: what a disk or a copy has damaged since is noticed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from cprec import distributed
 from cprec.errors import CheckpointError
 from cprec.provenance import file_sha256
 
-STATE, OPTIMIZER, FILES = "trainer_state.json", "optimizer.pt", "files.json"
+STATE, FILES = "trainer_state.json", "files.json"
+OPTIMIZER, OPTIMIZER_PARTS = "optimizer.pt", "optimizer"
+"""The optimizer's state: a file, or a folder that several processes wrote."""
 Kind = Literal["checkpoint", "stable"]
 """`checkpoint-<step>` makes room for newer ones; `stable-<step>`, kept for anneal forks, never does."""
 _NAME = re.compile(r"(checkpoint|stable)-(\d+)")
@@ -73,11 +76,16 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         if not _is_write_failure(error):
             raise
-        free = shutil.disk_usage(folder.parent).free if folder.parent.exists() else 0
-        raise CheckpointError(
-            f"{folder} could not be written ({error}); {free / 1e6:,.0f} MB are free there. Nothing incomplete was "
-            "left and earlier checkpoints are untouched: make room, then start the same command again to resume"
-        ) from error
+        raise _not_written(folder, error) from error
+
+
+def _not_written(folder: Path, reason: BaseException | str) -> CheckpointError:
+    place = next(path for path in folder.absolute().parents if path.exists())
+    free = shutil.disk_usage(place).free
+    return CheckpointError(
+        f"{folder} could not be written ({reason}); {free / 1e6:,.0f} MB are free there. Nothing incomplete was "
+        "left and earlier checkpoints are untouched: make room, then start the same command again to resume"
+    )
 
 
 def remove_folder(folder: Path) -> None:
@@ -121,14 +129,27 @@ def save_checkpoint(
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     weights = whole_weights(model)
-    moments = get_optimizer_state_dict(model, optimizer, options=_whole())
+    folder = output_dir / f"{kind}-{state.step}"
+    parts = output_dir / (OPTIMIZER_PARTS + ".incomplete")
+    if distributed.is_sharded(model):
+        _write_parts(parts, get_optimizer_state_dict(model, optimizer), of=folder)
+        moments = None
+    else:
+        moments = get_optimizer_state_dict(model, optimizer, options=_whole())
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder, state_dict=weights)
-        with open(folder / OPTIMIZER, "wb") as file:
-            torch.save(moments, file)
+        if moments is None:
+            parts.rename(folder / OPTIMIZER_PARTS)
+        else:
+            with open(folder / OPTIMIZER, "wb") as file:
+                torch.save(moments, file)
         (folder / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n")
-        written = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in folder.iterdir()}
+        written = {
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
         (folder / FILES).write_text(json.dumps(dict(sorted(written.items())), indent=1) + "\n")
 
     def write_and_make_room() -> Path:
@@ -140,8 +161,26 @@ def save_checkpoint(
             remove_folder(old)
         return folder
 
-    folder = output_dir / f"{kind}-{state.step}"
     return distributed.by_first(write_and_make_room)
+
+
+def _write_parts(folder: Path, moments: dict[str, Any], *, of: Path) -> None:
+    """Each process writes what it holds of the optimizer's state. Raises CheckpointError in all if one cannot, which
+    names the checkpoint that the folder is to be part `of`."""
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    def make_room() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+
+    distributed.by_first(make_room)
+    try:
+        save(moments, checkpoint_id=folder)
+    except CheckpointException as error:
+        distributed.by_first(lambda: shutil.rmtree(folder, ignore_errors=True))
+        failures = "; ".join(f"process {rank}: {found!r}" for rank, (found, _) in error.failures.items())
+        raise _not_written(of / OPTIMIZER_PARTS, failures) from error
 
 
 def whole_weights(model: Any) -> dict[str, torch.Tensor]:
@@ -164,6 +203,7 @@ def _whole(trained_only: bool = False) -> Any:
 
 def remove_checkpoints(output_dir: Path, *, stable: bool = False) -> None:
     """Remove the checkpoints of a run, those named `stable-` only if asked to, and what kills left of others."""
+    shutil.rmtree(output_dir / (OPTIMIZER_PARTS + ".incomplete"), ignore_errors=True)
     for path in output_dir.glob("*"):
         name = path.name.removesuffix(".incomplete").removesuffix(".discarded")
         match = _NAME.fullmatch(name)
@@ -229,7 +269,9 @@ def damage(folder: Path) -> str | None:
                 return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
             if file_sha256(path) != expected["sha256"]:
                 return f"the SHA-256 of {name} is not the one recorded when it was written"
-        return None if {STATE, OPTIMIZER} <= written.keys() else f"{FILES} does not list the files of a checkpoint"
+        if STATE in written and (OPTIMIZER in written or f"{OPTIMIZER_PARTS}/.metadata" in written):
+            return None
+        return f"{FILES} does not list the files of a checkpoint"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{FILES} cannot be read ({error!r})"
 
@@ -241,15 +283,15 @@ def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) 
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
     unreadable = (
         *(OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError),
-        *(UnpicklingError, SafetensorError),
+        *(UnpicklingError, SafetensorError, CheckpointException),
     )
     try:
         state = read_state(folder)
-        moments = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         weights: dict[str, Any] = {}
         for path in sorted(folder.glob("*.safetensors")):
             weights |= load_file(path)
@@ -261,13 +303,29 @@ def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) 
             raise ValueError(
                 f"weights missing {sorted(expected - weights.keys())}, unexpected {sorted(weights.keys() - known)}"
             )
-        set_optimizer_state_dict(model, optimizer, moments, options=_whole())
+        _load_moments(folder, model, optimizer)
         set_model_state_dict(model, weights, options=_whole())
     except unreadable as error:
         raise CheckpointError(
             f"{folder} cannot be read into this model ({error!r}): delete it to resume from the one before"
         ) from error
     return state
+
+
+def _load_moments(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Restore the optimizer from whole tensors or from parts, whichever the folder has, spread as the model is."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    if (folder / OPTIMIZER_PARTS).is_dir():
+        moments = get_optimizer_state_dict(model, optimizer)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")
+            load(moments, checkpoint_id=folder / OPTIMIZER_PARTS)
+        set_optimizer_state_dict(model, optimizer, moments)
+    else:
+        moments = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+        set_optimizer_state_dict(model, optimizer, moments, options=_whole())
 
 
 def read_state(folder: Path) -> TrainState:

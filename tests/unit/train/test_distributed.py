@@ -250,7 +250,14 @@ def test_another_number_of_processes_goes_on(
     for process in (first, second):
         _, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode not in (0, -signal.SIGTERM, -signal.SIGKILL) and "KeyboardInterrupt" in errors, errors
-    assert [path.name for path in checkpoints(Path(down.output_dir))] == ["checkpoint-5", "checkpoint-7"]
+    found = checkpoints(Path(down.output_dir))
+    assert [path.name for path in found] == ["checkpoint-5", "checkpoint-7"]
+    parts = sorted(found[0].glob("optimizer/*.distcp"))
+    assert len(parts) == (2 if fsdp else 0), "each process writes its part of the optimizer's state"
+    for part in parts[:1]:
+        assert damage(found[0]) is None
+        part.write_bytes(part.read_bytes()[:-1])
+        assert "optimizer/" in str(damage(found[0]))
     pretrain(down)
     assert_same_run(whole, Path(down.output_dir))
 
@@ -292,6 +299,22 @@ def test_a_lost_process_stops_the_others_and_leaves_the_run_resumable(
     assert checkpoint.name == "checkpoint-5" and damage(checkpoint) is None
     pretrain(cut)
     assert_same_run(whole, folder)
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_all_of_a_sharded_run_and_leaves_nothing_half_written(
+    config: MakeConfig, processes: Any
+) -> None:
+    small_disk = (
+        "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, 16_384))\n"
+    )
+    full = config("full", fsdp=True, report_to=("none",))
+    for process in processes.start(2, small_disk + PRETRAIN, as_json(full)):
+        _, errors = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 1 and "checkpoint-5/optimizer could not be written (process" in errors, errors
+        assert "make room, then start the same command again" in errors
+    assert not [path.name for path in Path(full.output_dir).iterdir() if path.is_dir()]
 
 
 @pytest.mark.slow
