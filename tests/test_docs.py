@@ -122,7 +122,8 @@ def test_the_page_on_pretraining_can_be_followed(
     Path("shop.yaml").write_text(next(block.text for block in blocks(README, "yaml") if block.file == "shop.yaml"))
     monkeypatch.setattr(sys, "argv", ["make_logs.py"])
     runpy.run_path(str(ROOT / "examples" / "make_logs.py"), run_name="__main__")
-    assert cli.main(["prepare", "shop.yaml"]) == cli.main(["prepare", "demo"]) == 0
+    small = ["prepare.synthetic.num_market_users=500", "prepare.k_core=2"]
+    assert cli.main(["prepare", "shop.yaml"]) == cli.main(["prepare", "demo", *small]) == 0
     assert cli.main(["pretrain", "shop.yaml", "tiny.hidden_size=32"]) == 0
     for block in blocks(ROOT / "docs" / "pretraining.md"):
         if block.file:

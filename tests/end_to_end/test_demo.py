@@ -6,9 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+
+from cprec.cli import main
 
 TINY = [
     "prepare.synthetic.num_market_users=200",
@@ -27,19 +31,36 @@ TINY = [
 ARMS = {"random", "popularity", "transition graph", "fine-tuning only", "CPRec-style", "oracle"}
 
 
-def cprec(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "CPREC_PROGRESS": "plain", "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-m", "cprec", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+Demo = tuple[Path, subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """By a process of its own, as people start it."""
     folder = tmp_path_factory.mktemp("demo")
-    return folder, cprec("demo", *TINY, cwd=folder)
+    environment = {**os.environ, "CPREC_PROGRESS": "plain"}
+    command = [sys.executable, "-m", "cprec", "demo", *TINY]
+    return folder, subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_demo_runs_and_reports_every_arm_with_intervals(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+class Answer(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def cprec(demo: Demo, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """The command line in this process, in the demo's folder: nothing is imported again."""
+    monkeypatch.chdir(demo[0])
+
+    def answer(*arguments: str) -> Answer:
+        return Answer(main(arguments), *capsys.readouterr())
+
+    return answer
+
+
+def test_demo_runs_and_reports_every_arm_with_intervals(demo: Demo) -> None:
     folder, result = demo
     assert result.returncode == 0, result.stderr
     report = json.loads((folder / "runs/demo/report.json").read_text())
@@ -57,26 +78,23 @@ def test_demo_runs_and_reports_every_arm_with_intervals(demo: tuple[Path, subpro
         assert word in result.stdout
 
 
-def test_second_demo_reuses_what_is_complete_and_says_so(
-    demo: tuple[Path, subprocess.CompletedProcess[str]],
-) -> None:
-    folder, first = demo
+def test_second_demo_reuses_what_is_complete_and_says_so(demo: Demo, cprec: Callable[..., Answer]) -> None:
+    folder, _ = demo
     before = json.loads((folder / "runs/demo/report.json").read_text())
-    again = cprec("demo", *TINY, cwd=folder)
+    again = cprec("demo", *TINY)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("reused") >= 6  # data, pre-training and four fine-tuned models, then the rankings
     assert json.loads((folder / "runs/demo/report.json").read_text()) == before
 
 
-def test_other_settings_in_the_same_folder_are_refused(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    folder, _ = demo
-    result = cprec("demo", *TINY, "pretrain.learning_rate=1e-3", cwd=folder)
+def test_other_settings_in_the_same_folder_are_refused(cprec: Callable[..., Answer]) -> None:
+    result = cprec("demo", *TINY, "pretrain.learning_rate=1e-3")
     assert result.returncode == 2
     assert "learning_rate was 0.003, now 0.001" in result.stderr
     assert "choose another output_dir or delete it" in result.stderr
 
 
-def test_recommend_by_title_and_by_unknown_title(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_recommend_by_title_and_by_unknown_title(demo: Demo, cprec: Callable[..., Answer]) -> None:
     folder, _ = demo
     model = "runs/demo/finetune/kitchen/cprec-style"
     items = json.loads((folder / "runs/demo/data/dataset.json").read_text())
@@ -84,19 +102,17 @@ def test_recommend_by_title_and_by_unknown_title(demo: tuple[Path, subprocess.Co
     import pyarrow.parquet as pq
 
     titles = pq.read_table(folder / "runs/demo/data/items/domain=kitchen")["title"].to_pylist()[:2]
-    result = cprec("recommend", model, "--history", *titles, "--k", "3", cwd=folder)
+    result = cprec("recommend", model, "--history", *titles, "--k", "3")
     assert result.returncode == 0, result.stderr
     assert len([line for line in result.stdout.splitlines() if line.strip()]) == 4  # a header and three items
     assert not any(title in result.stdout for title in titles)
-    unknown = cprec("recommend", model, "--history", "Solid Gold Teapot of Kings", cwd=folder)
+    unknown = cprec("recommend", model, "--history", "Solid Gold Teapot of Kings")
     assert unknown.returncode == 1 and "nearest" in unknown.stderr
-    many = cprec("recommend", model, "--history", titles[0], "--k", "1000", cwd=folder)
+    many = cprec("recommend", model, "--history", titles[0], "--k", "1000")
     assert many.returncode == 2 and "59 items outside this history" in many.stderr
 
 
-def test_a_model_without_a_covering_certificate_is_refused(
-    demo: tuple[Path, subprocess.CompletedProcess[str]],
-) -> None:
+def test_a_model_without_a_covering_certificate_is_refused(demo: Demo, cprec: Callable[..., Answer]) -> None:
     folder, _ = demo
     path = folder / "runs/demo/data/certificate.json"
     kept = path.read_text()
@@ -104,10 +120,10 @@ def test_a_model_without_a_covering_certificate_is_refused(
     certificate["artifacts"]["shards/train"] = "0" * 64
     try:
         path.write_text(json.dumps(certificate))
-        refused = cprec("demo", *TINY, cwd=folder)
+        refused = cprec("demo", *TINY)
         assert refused.returncode == 1
         assert "does not cover the data that CPRec-style was trained on" in refused.stderr
-        allowed = cprec("demo", *TINY, "evaluate.uncertified=true", cwd=folder)
+        allowed = cprec("demo", *TINY, "evaluate.uncertified=true")
         assert allowed.returncode == 0 and "uncertified" in allowed.stdout.lower()
     finally:
         path.write_text(kept)

@@ -129,7 +129,7 @@ def test_a_run_killed_again_and_again_ends_as_one_that_never_was(
 def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: Any) -> None:
+    def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     def start(name: str) -> Path:

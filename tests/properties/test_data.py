@@ -73,7 +73,7 @@ def some_events(draw: st.DrawFn) -> list[tuple[str, str, int]]:
     return [(generator.choice("abcdef"), generator.choice("wxyz"), generator.randrange(12)) for _ in range(size)]
 
 
-@settings(max_examples=10)  # each one starts an engine
+@settings(max_examples=5)  # each one starts an engine
 @given(some_events(), st.sampled_from([3, 5, 8, 2, 0]), st.sampled_from([3, 6, 0]))
 def test_rules_in_the_table_engine_equal_plain_python(
     rows: list[tuple[str, str, int]], least_user: int, least_item: int
@@ -221,7 +221,7 @@ def apply_pooled_rules(
             return kept
 
 
-@settings(max_examples=10)  # each one starts an engine
+@settings(max_examples=5)  # each one starts an engine
 @given(
     some_events(),
     some_events(),

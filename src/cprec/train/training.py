@@ -58,6 +58,8 @@ class TrainingConfig:
     """Rank of LoRA adapters on all linear layers; 0 trains all weights."""
     lora_alpha: int = 32
     """Scale of the LoRA update (alpha / rank)."""
+    lora_merge: bool = False
+    """Add the adapters into the weights of the finished model: a plain one, which no longer needs its base."""
     learning_rate: float = 1e-4
     """Peak learning rate (our reconstruction: 1e-4 up to 0.6 B parameters, 5e-5 for 1-3 B; small models from random
     weights want 1e-3 and more)."""
@@ -138,6 +140,10 @@ class TrainingConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more")
         if not 0 <= self.min_lr_ratio <= 1:
             raise ConfigError(f"min_lr_ratio={self.min_lr_ratio} must lie in 0..1")
+        if self.lora_merge and not self.lora_rank:
+            raise ConfigError(
+                "lora_merge=true has no adapters to merge with lora_rank=0: set lora_rank, or leave it out"
+            )
 
     @property
     def rows_per_step(self) -> int:
@@ -332,7 +338,7 @@ def run_training(
         "seconds": round(state.seconds, 1),
         "num_parameters": num_parameters(model),
     }
-    _publish(output_dir, data, model, tokenizer, done)
+    _publish(output_dir, data, model, tokenizer, done, merge=config.lora_merge)
     distributed.by_first(lambda: remove_checkpoints(output_dir))
     measured = [record["heldout"] for record in read_log(output_dir / LOG) if record.get("heldout")]
     last = ", ".join(f"{name} {value:.2f}" for name, value in measured[-1].items()) if measured else "not measured"
@@ -373,9 +379,10 @@ def _general_text(config: TrainingConfig) -> str | None:
     return None if made_here or config.model_name_or_path == TINY else ""
 
 
-def _publish(output_dir: Path, data: Path, model: Any, tokenizer: Any, done: dict[str, Any]) -> None:
+def _publish(output_dir: Path, data: Path, model: Any, tokenizer: Any, done: dict[str, Any], *, merge: bool) -> None:
     """Turn output_dir into a model folder: everything is written aside and moved in, `cprec.json` last."""
     from cprec import distributed
+    from cprec.models import load_model, merge_adapters
     from cprec.train.checkpoint import whole_weights, write_folder
 
     weights = whole_weights(model)
@@ -383,6 +390,11 @@ def _publish(output_dir: Path, data: Path, model: Any, tokenizer: Any, done: dic
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder, state_dict=weights)
+        if merge:
+            adapted = load_model(folder)
+            for path in list(folder.iterdir()):
+                path.unlink()
+            merge_adapters(adapted).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         shutil.copytree(data / "items", folder / "items")
         (folder / DONE).write_text(json.dumps(done, indent=1) + "\n")

@@ -228,7 +228,7 @@ def test_another_number_of_processes_goes_on(
 
     whole = pretrain(config("whole"))
 
-    def stop(*_: Any) -> None:
+    def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     up = config("up", fsdp=fsdp)  # one, then two

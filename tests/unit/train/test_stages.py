@@ -180,7 +180,7 @@ def test_a_killed_run_goes_on_as_if_never_stopped(config: Callable[..., Pretrain
 def test_an_interrupted_publication_is_made_up_for(
     config: Callable[..., PretrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
@@ -192,7 +192,7 @@ def test_an_interrupted_publication_is_made_up_for(
 
 def test_never_starts_again(config: Callable[..., PretrainConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(training, "_publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(training, "_publish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         pretrain(config())
     folder = pretrain(config(resume_from_checkpoint="never"))
     assert weights(folder) == weights(pretrain(config("whole")))
@@ -209,6 +209,23 @@ def test_adapters_are_trained_saved_and_found_again(
     assert (tuned / "adapter_model.safetensors").is_file() and not (tuned / "model.safetensors").exists()
     recommender = LLMRecommender.from_pretrained(tuned)
     assert len(recommender.recommend(["01", "02"], k=2)) == 2
+
+
+def test_merged_adapters_make_a_plain_model_that_ranks_the_same(
+    config: Callable[..., PretrainConfig], tune: Callable[..., FinetuneConfig]
+) -> None:
+    base = pretrain(config())
+    settings = {"model_name_or_path": str(base), "lora_rank": 2}
+    adapted, merged = finetune(tune("adapted", **settings)), finetune(tune("merged", lora_merge=True, **settings))
+    assert (merged / "model.safetensors").is_file() and not list(merged.glob("adapter*"))
+    one, other = (
+        LLMRecommender.from_pretrained(folder).recommend(["01", "02"], k=4, domain="books")
+        for folder in (adapted, merged)
+    )
+    assert [item.item_id for item in one] == [item.item_id for item in other]
+    assert [item.score for item in one] == pytest.approx([item.score for item in other], abs=1e-4)
+    with pytest.raises(ConfigError, match=r"lora_merge=true has no adapters to merge with lora_rank=0"):
+        tune(lora_merge=True)
 
 
 def test_adapters_need_a_base(config: Callable[..., PretrainConfig]) -> None:
