@@ -1,6 +1,7 @@
 # Every target sets up .venv first if it is missing or older than the files that define it.
 #   make demo      make and judge a recommender from a synthetic world
 #   make test      the quick tests      make test-all   all tests (those for a GPU or real data skip without them)
+#   make test-slow     those that `make test` leaves out
 #   make lint      format, lint, types  make bench      the measurements in benchmarks/
 #   make test-spark    both table engines give the same (installs PySpark; needs Java 17)
 # PYTHON=...       the Python to build .venv from (3.11 to 3.13)
@@ -8,7 +9,7 @@
 #                  Linux), or the one for your CUDA version; run `make clean-venv` before.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-spark lint format bench setup clean-venv
+.PHONY: help demo test test-slow test-all test-spark lint format bench setup clean-venv
 
 PYTHON ?=
 TORCH_INDEX ?=
@@ -27,8 +28,11 @@ test: $(READY)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist loadfile \
 	  -m "not slow and not gpu and not spark"
 
+test-slow: $(READY)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu and not spark"
+
 test-all: $(READY)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Spark is large, and most people do without it.
 test-spark: $(READY)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -221,7 +222,8 @@ def apply_pooled_rules(
             return kept
 
 
-@settings(max_examples=5)  # each one starts an engine
+@pytest.mark.slow
+@settings(max_examples=10)  # each one starts an engine
 @given(
     some_events(),
     some_events(),

@@ -298,7 +298,14 @@ UNSEEN_USERS: dict[str, Any] = {
 # ---- clean data ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, BY_TIME, UNSEEN_USERS], ids=["leave-one-out", "global-time", "last-n"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="leave-one-out"),
+        pytest.param(BY_TIME, id="global-time", marks=pytest.mark.slow),
+        pytest.param(UNSEEN_USERS, id="last-n", marks=pytest.mark.slow),
+    ],
+)
 def test_clean_data_are_clean_in_one_part_and_in_several(
     copy: Callable[..., Shop], prepared: Callable[..., Path], settings: dict[str, Any]
 ) -> None:

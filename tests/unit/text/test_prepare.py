@@ -153,6 +153,7 @@ def test_any_number_of_parts_gives_the_same_rows(
         assert json.loads((folder / "certificate.json").read_text())["clean"]
 
 
+@pytest.mark.slow
 def test_parts_without_a_user_change_nothing(
     config: PrepareConfig, tmp_path: Path, small_parts: Callable[[int], None]
 ) -> None:
@@ -166,7 +167,8 @@ def test_parts_without_a_user_change_nothing(
     assert json.loads((folder / "certificate.json").read_text())["clean"]
 
 
-@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [2, 3])
 def test_any_number_of_processes_gives_the_same_bytes(
     config: PrepareConfig, expected: Any, small_parts: Callable[[int], None], workers: int
 ) -> None:
@@ -311,6 +313,7 @@ def test_a_run_interrupted_anywhere_leaves_nothing_complete_and_goes_on(
     assert contents(tmp_path / "again") == expected(config)
 
 
+@pytest.mark.slow
 def test_settings_changed_after_an_error_are_followed(
     config: PrepareConfig, tmp_path: Path, expected: Any, small_parts: Callable[[int], None]
 ) -> None:
@@ -395,6 +398,7 @@ def test_domains_that_only_have_an_order_are_told_of_and_may_be_interleaved(
     assert mixed("mixed") > mixed("time") > 0
 
 
+@pytest.mark.slow
 def test_shuffled_documents_hold_the_same_events(
     config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

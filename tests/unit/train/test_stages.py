@@ -334,7 +334,7 @@ def test_phases_have_their_mixtures(config: Callable[..., PretrainConfig]) -> No
 
 
 def test_the_log_has_the_mixture_asked_for_and_the_one_that_was_read(config: Callable[..., PretrainConfig]) -> None:
-    folder = pretrain(config(num_train_epochs=12, mixture=Mixture(mixed_share=0.35, domain_weights={"books": 3.0})))
+    folder = pretrain(config(num_train_epochs=6, mixture=Mixture(mixed_share=0.35, domain_weights={"books": 3.0})))
     log = read_log(folder / LOG)
     asked, found = log[0]["mixture_asked"], [line["mixture"] for line in log if "mixture" in line]
     assert asked["mixed"] == pytest.approx(0.35) and asked["books (specific)"] > 1.5 * asked["games (specific)"]
