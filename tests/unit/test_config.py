@@ -424,6 +424,7 @@ CHANGED_BY_ARM = {
     "tokens_30": {"num_train_epochs"},
     "interleaved": {"mixed_order"},
     "shuffled": {"document_order"},
+    "title_brand_category": {"item_fields"},
 }
 
 
@@ -439,7 +440,7 @@ def test_an_arm_changes_what_it_says_and_its_folders(arm: str) -> None:
     assert (differences("prepare") | differences("pretrain")) - folders == CHANGED_BY_ARM[arm]
     assert differences("finetune") | differences("evaluate") <= folders
     assert changed.pretrain.output_dir == f"runs/demo/arms/{arm}/pretrain"
-    own_data = arm in ("interleaved", "shuffled")
+    own_data = arm in ("interleaved", "shuffled", "title_brand_category")
     data = f"runs/demo/arms/{arm}/data" if own_data else "runs/demo/data"
     assert {changed.prepare.output_dir, changed.pretrain.data, changed.finetune.data, changed.evaluate.data} == {data}
 

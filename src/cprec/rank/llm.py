@@ -187,7 +187,7 @@ class LLMRecommender:
             mine = [place for place, (name, _) in enumerate(names) if name == domain]
             rows[mine] = self.catalogue.find(domain, [names[place][1] for place in mine])
         history = Ragged(rows, offsets_of(np.array([len(events) for events in histories], dtype=np.int64)))
-        room = self._context - self._encoder.max_title_tokens - 1
+        room = self._context - self._encoder.max_item_tokens - 1
         return self._encoder.fit(self.history_kind, domains, history, room)
 
     def _read_part(self, query: RankingQuery) -> tuple[Item, ...]:

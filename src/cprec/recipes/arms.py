@@ -50,6 +50,10 @@ ARMS: dict[str, tuple[str, Callable[[Recipe], Recipe]]] = {
     "tokens_10": ("a tenth of the tokens", _tokens(0.1)),
     "tokens_30": ("three tenths of the tokens", _tokens(0.3)),
     "interleaved": ("mixed sequences interleaved, not by time", _prepare(mixed_order="interleave")),
+    "title_brand_category": (
+        "items as title, brand and categories",
+        _prepare(item_fields=("title", "brand", "categories")),
+    ),
     "shuffled": ("events of a document in any order", _prepare(document_order="shuffled")),
 }
 """Name -> what it is in a few words, and the change."""

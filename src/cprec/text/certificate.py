@@ -44,6 +44,7 @@ from cprec.provenance import CONFIG_FILE, file_sha256, read_resolved
 from cprec.schema import CONTEXT, MIXED, SPLITS, TEST, TRAIN, VALIDATION
 from cprec.text.documents import POPULARITY, ROW_GROUPS, read_queries_of_part
 from cprec.text.encoding import PromptEncoder
+from cprec.text.prompts import Template
 from cprec.text.shards import DOCUMENTS, DTYPES, TOKENS, Shards, read_piece, read_shard_manifest
 from cprec.text.tokenizer import TINY, load_tokenizer, train_on_titles
 from cprec.text.workers import num_workers, run_parts
@@ -371,7 +372,9 @@ def _check_tokenizer(folder: Path, catalogue: Catalogue, recorded: dict[str, Any
     """A tokenizer that was trained here is the one that the titles of the pre-training domains alone give."""
     if recorded["tokenizer"] != TINY:
         return []
-    again = train_on_titles(catalogue, _pretrained(recorded, catalogue), recorded["vocabulary_size"])
+    again = train_on_titles(
+        catalogue, _pretrained(recorded, catalogue), recorded["vocabulary_size"], _template(recorded)
+    )
     expected = json.loads(again.backend_tokenizer.to_str())
     written = json.loads(load_tokenizer(str(folder / "tokenizer")).backend_tokenizer.to_str())
     vocabulary, known = written["model"].pop("vocab"), expected["model"].pop("vocab")
@@ -398,7 +401,13 @@ def _pretrained(recorded: dict[str, Any], catalogue: Catalogue) -> tuple[str, ..
 
 def _encoder(folder: Path, catalogue: Catalogue, recorded: dict[str, Any]) -> PromptEncoder:
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
-    return PromptEncoder(tokenizer, catalogue, max_title_tokens=recorded["max_title_tokens"])
+    return PromptEncoder(
+        tokenizer, catalogue, max_title_tokens=recorded["max_title_tokens"], template=_template(recorded)
+    )
+
+
+def _template(recorded: dict[str, Any]) -> Template:
+    return Template(item_fields=recorded["item_fields"])
 
 
 @functools.lru_cache(maxsize=1)

@@ -6,17 +6,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from cprec.data.catalogue import Catalogue, clean_title
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.errors import ConfigError
 from cprec.schema import MIXED, SPECIFIC
 from cprec.text.prompts import Template
-
-if TYPE_CHECKING:
-    from cprec.data.catalogue import Catalogue
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
@@ -83,8 +81,9 @@ _SAVED = ("max_title_tokens", "eos_id", "vocabulary_size")
 class PromptEncoder:
     """Turns item rows of a catalogue into documents, prompts and titles of token ids.
 
-    `tokenizer` is a fast Hugging Face tokenizer with an end-of-sequence token; titles keep at most `max_title_tokens`
-    tokens. Raises ConfigError if the tokenizer has no end-of-sequence token.
+    `tokenizer` is a fast Hugging Face tokenizer with an end-of-sequence token; titles, and the other fields of items
+    that the template asks for, keep at most `max_title_tokens` tokens each. Raises ConfigError if the tokenizer has no
+    end-of-sequence token.
     """
 
     def __init__(
@@ -107,8 +106,13 @@ class PromptEncoder:
         tags = encode([t.tag(domain) for domain in domains])
         pieces = [Ragged.of(parts + [[self.eos_id]] + heads + tags)]
         for start in range(0, len(catalogue), BATCH):  # lists of Python numbers take much more room than arrays
-            titles = encode([t.title(title) for title in catalogue.title[start : start + BATCH]])
-            pieces.append(Ragged.of([ids[:max_title_tokens] for ids in titles]))
+            rows = slice(start, start + BATCH)
+            fields = [encode([t.title(title) for title in catalogue.title[rows]])]
+            for name in t.item_fields[1:]:
+                fields.append(encode([t.field(clean_title(text)) for text in getattr(catalogue, name)[rows]]))
+            pieces.append(
+                Ragged.of([[i for ids in item for i in ids[:max_title_tokens]] for item in zip(*fields, strict=True)])
+            )
         self._set_pieces(Ragged.concatenate(pieces))
 
     def _set_pieces(self, pieces: Ragged) -> None:
@@ -142,6 +146,11 @@ class PromptEncoder:
         return encoder
 
     @property
+    def max_item_tokens(self) -> int:
+        """The most tokens that an item can have."""
+        return self.max_title_tokens * len(self.template.item_fields)
+
+    @property
     def line_tokens(self) -> np.ndarray:
         """The tokens that open a line of the history; no title contains them (titles hold no newline)."""
         return self._pieces[self._line]
@@ -160,7 +169,7 @@ class PromptEncoder:
         return self._pieces[int(self._tags[domain])]
 
     def titles(self, rows: np.ndarray, *, end: bool = False) -> Ragged:
-        """Title tokens of catalogue rows, each closed by end-of-sequence if `end`."""
+        """Title tokens of catalogue rows, other fields in use included, each closed by end-of-sequence if `end`."""
         if not end:
             return self._pieces.take(self._titles + rows)
         pieces = np.stack([self._titles + rows, np.full(len(rows), self._eos)], axis=1).ravel()

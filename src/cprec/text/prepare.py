@@ -18,7 +18,8 @@ from cprec.data.sources.tables import TableSource
 from cprec.data.splits import SplitSpec
 from cprec.errors import ConfigError, DataError, LeakageError
 from cprec.provenance import CONFIG_FILE, file_sha256, read_resolved, save_resolved, to_dict
-from cprec.schema import MIXED, SPECIFIC, TEST, VALIDATION
+from cprec.schema import MIXED, SPECIFIC, TEST, TITLE, VALIDATION
+from cprec.text.prompts import Template
 
 if TYPE_CHECKING:
     from cprec.data.catalogue import Catalogue
@@ -63,6 +64,9 @@ class PrepareConfig:
     """Of the tiny tokenizer."""
     max_title_tokens: int = 32
     """Titles are cut to this many tokens; items whose cut titles are equal cannot be told apart."""
+    item_fields: tuple[str, ...] = (TITLE,)
+    """What stands for an item in every text: title, or title and brand or categories or both, each cut to
+    max_title_tokens; they tell items of equal titles apart."""
     mixed_order: Literal["time", "interleave"] = "time"
     """How mixed sequences order events of several domains: by time, which leaves out domains whose times are only an
     order; or interleaved, which spreads the events of those evenly among the user's others (no one knows when they
@@ -109,6 +113,7 @@ class PrepareConfig:
             )
         if not self.target_domains:
             raise ConfigError("target_domains is empty: name at least one domain to fine-tune and evaluate on")
+        self.template()
         if not 0 <= self.heldout_share < 1:
             raise ConfigError(f"heldout_share={self.heldout_share} must lie in 0..1")
         for name in ("max_title_tokens", "min_events", "max_events", "max_history", "max_document_tokens"):
@@ -123,6 +128,10 @@ class PrepareConfig:
             )
         if not 0 <= self.min_history <= self.max_history:
             raise ConfigError(f"min_history={self.min_history} must lie in 0..max_history={self.max_history}")
+
+    def template(self) -> Template:
+        """The template with the item fields that are asked for. Raises ConfigError for others than there are."""
+        return Template(item_fields=self.item_fields)
 
     def share(self) -> tuple[int, int]:
         """`partition` as numbers: (0, 1) where there is none."""
@@ -252,7 +261,8 @@ def _write_tables(config: PrepareConfig, folder: Path) -> None:
     _rules(config, folder, catalogue).save(folder)
     tokenizer = _tokenizer(config, catalogue)
     tokenizer.save_pretrained(folder / "tokenizer")
-    PromptEncoder(tokenizer, catalogue, max_title_tokens=config.max_title_tokens).save(folder / ENCODER)
+    encoder = PromptEncoder(tokenizer, catalogue, max_title_tokens=config.max_title_tokens, template=config.template())
+    encoder.save(folder / ENCODER)
     save_resolved(folder, replace(config, partition=None), _input_hashes(folder))
 
 
@@ -381,7 +391,7 @@ def _tokenizer(config: PrepareConfig, catalogue: Catalogue) -> Any:
 
     if config.tokenizer != TINY:
         return load_tokenizer(config.tokenizer)
-    return train_on_titles(catalogue, pretrain_domains(config, catalogue), config.vocabulary_size)
+    return train_on_titles(catalogue, pretrain_domains(config, catalogue), config.vocabulary_size, config.template())
 
 
 def pretrain_domains(config: PrepareConfig, catalogue: Catalogue) -> tuple[str, ...]:
@@ -390,10 +400,8 @@ def pretrain_domains(config: PrepareConfig, catalogue: Catalogue) -> tuple[str, 
 
 def _about(config: PrepareConfig, catalogue: Catalogue, folder: Path) -> dict[str, Any]:
     """What a model must know of the data that it was trained on: it travels from shard manifests to `cprec.json`."""
-    from cprec.text.prompts import Template
-
     return {
-        "template": asdict(Template()),
+        "template": asdict(config.template()),
         "max_title_tokens": config.max_title_tokens,
         "history": config.history,
         "max_history": config.max_history,

@@ -8,6 +8,8 @@ One unified template (CPRec, Ma et al. 2025, ask for one; the wording is ours, s
     - {line}
     Next: {line}<eos>
 
+A title may be followed by other fields of its item, as "{title}; {brand}; {categories}".
+
 A prompt is a sequence of *pieces* (a template part, a domain tag, a title). Each piece is tokenised once and on its
 own, so a title has the same tokens in every document, prompt and decoding trie. Pieces start with their own white
 space.
@@ -18,18 +20,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cprec.schema import KINDS, MIXED
+from cprec.errors import ConfigError
+from cprec.schema import BRAND, CATEGORIES, KINDS, MIXED, TITLE
+
+ITEM_FIELDS = (TITLE, BRAND, CATEGORIES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Template:
-    """The fixed parts of the unified template."""
+    """The fixed parts of the unified template. Raises ConfigError for item fields that are not in ITEM_FIELDS."""
 
     scope: str = "Domain:"
     history: str = "\nHistory:"
     line: str = "\n-"
     next: str = "\nNext:"
     mixed_scope: str = "multiple"
+    item_fields: tuple[str, ...] = (TITLE,)
+    """What stands for an item: its title, then what else it has."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "item_fields", tuple(self.item_fields))  # a list where it was read from a file
+        wrong = set(self.item_fields) - set(ITEM_FIELDS)
+        if self.item_fields[:1] != (TITLE,) or wrong or len(set(self.item_fields)) < len(self.item_fields):
+            raise ConfigError(
+                f"item_fields={', '.join(self.item_fields)}: begin with title, then brand or categories, each once"
+            )
 
     def head(self, scope: str) -> str:
         """Everything before the first line; `scope` is a domain's name or `mixed_scope`."""
@@ -43,6 +58,10 @@ class Template:
         """A title as a piece: with the space that separates it from the dash, the tag or `Next:`."""
         return f" {title}"
 
+    def field(self, text: str) -> str:
+        """Another field of an item as a piece after its title; nothing where the item has none."""
+        return f"; {text}" if text else ""
+
 
 def render(
     template: Template,
@@ -54,9 +73,9 @@ def render(
 ) -> str:
     """The text of a document (with a target) or of a prompt that asks for one (without).
 
-    `history` and `target` hold (domain, title) pairs, oldest first; `domain` is the scope of a specific sequence and
-    the domain asked for in a mixed prompt. Vectorised assembly (`encoding.PromptEncoder`) gives the tokens of this
-    text.
+    `history` and `target` hold (domain, title) pairs, oldest first; a title may have other fields of its item behind
+    it. `domain` is the scope of a specific sequence and the domain asked for in a mixed prompt. Vectorised assembly
+    (`encoding.PromptEncoder`) gives the tokens of this text.
 
     >>> print(render(Template(), "specific", "books", [("books", "Dune")], ("books", "Emma"), "<eos>"))
     Domain: books

@@ -9,6 +9,7 @@ from cprec.errors import ConfigError
 
 if TYPE_CHECKING:
     from cprec.data.catalogue import Catalogue
+    from cprec.text.prompts import Template
 
 TINY = "tiny"
 EOS = "<eos>"
@@ -46,13 +47,13 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int = 8192) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
 
 
-def train_on_titles(catalogue: Catalogue, domains: Sequence[str], vocabulary_size: int) -> Any:
-    """`train_tokenizer` on the titles of some domains and the fixed parts of the template, and on nothing else."""
+def train_on_titles(catalogue: Catalogue, domains: Sequence[str], vocabulary_size: int, template: Template) -> Any:
+    """`train_tokenizer` on the titles of some domains, the other item fields that the template asks for, and its fixed
+    parts, and on nothing else."""
     import numpy as np
 
-    from cprec.text.prompts import Template
+    from cprec.data.catalogue import clean_title
 
-    template = Template()
     rows = np.concatenate([catalogue.rows_of(domain) for domain in domains])
     fixed = [
         template.head(domain) + template.line + template.next + template.tag(domain) for domain in catalogue.domains
@@ -62,6 +63,11 @@ def train_on_titles(catalogue: Catalogue, domains: Sequence[str], vocabulary_siz
             *fixed * 100,
             template.head(template.mixed_scope),
             *(template.title(title) for title in catalogue.title[rows]),
+            *(
+                template.field(clean_title(text))
+                for name in template.item_fields[1:]
+                for text in getattr(catalogue, name)[rows]
+            ),
         ],
         vocabulary_size,
     )

@@ -20,11 +20,17 @@ ROUND = 32
 """Documents whose lengths, rounded up to a multiple of this, are equal are attended to together."""
 
 
-def use_document_attention(model: Any) -> None:
-    """Let a model attend by `document_attention`. Rows must then be packed and read without a cache."""
+def use_document_attention(model: Any, *, compiled: bool = False) -> None:
+    """Let a model attend by `document_attention`. Rows must then be packed and read without a cache.
+
+    Where blocks are `compiled`, what is around it is, and not itself: its shapes change with every batch. Blocks that
+    are recomputed in the backward pass as well must be compiled whole, which it prevents.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(DOCUMENTS, document_attention)
+    AttentionInterface.register(
+        DOCUMENTS, torch.compiler.disable(document_attention) if compiled else document_attention
+    )
     AttentionMaskInterface.register(DOCUMENTS, lambda *_, **__: None)
     model.set_attn_implementation(DOCUMENTS)
 

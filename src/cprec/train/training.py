@@ -82,8 +82,8 @@ class TrainingConfig:
     schedule_unit: Literal["steps", "tokens"] = "steps"
     """What the learning rate follows: optimizer steps, or the tokens read by the end of each."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"] = "auto"
-    """How attention is computed; auto: as transformers chooses, but on a CPU (not compiled) inside documents only,
-    which is quicker. All must keep packed documents apart on this model."""
+    """How attention is computed; auto: as transformers chooses, but on a CPU inside documents only, which is
+    quicker. All must keep packed documents apart on this model."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: much less memory for about a third more time."""
     torch_compile: bool = False
@@ -268,8 +268,9 @@ def run_training(
     attention = None if config.attn_implementation == "auto" else config.attn_implementation
     model = _make_model(config, tokenizer, partial(load_model, attn_implementation=attention)).to(device)
     _check_vocabulary(config, model, len(tokenizer))
-    if attention is None and device.type == "cpu" and not config.torch_compile:
-        use_document_attention(model)
+    recompiled = config.torch_compile and config.gradient_checkpointing
+    if attention is None and device.type == "cpu" and not recompiled:
+        use_document_attention(model, compiled=config.torch_compile)
     check_isolation(model)
     loss = prepare_loss(
         model,

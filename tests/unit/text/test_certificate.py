@@ -26,6 +26,7 @@ from cprec.schema import TEST, TRAIN, VALIDATION
 from cprec.text.certificate import CERTIFICATE, audit, violated
 from cprec.text.documents import POPULARITY, ROW_GROUPS
 from cprec.text.prepare import PrepareConfig, prepare
+from cprec.text.prompts import Template
 from cprec.text.shards import MANIFEST, TOKENS, join_shards, open_shards, write_shards
 from cprec.text.tokenizer import load_tokenizer, train_on_titles, train_tokenizer
 
@@ -660,9 +661,9 @@ def test_a_tokenizer_that_saw_more_is_found(shop: Shop, leak: str) -> None:
     documents = {name: shop.read(name) for name in ("shards/train", "shards/heldout", *names)}
     catalogue = shop.split.catalogue
     if leak == "titles of the unseen domain":
-        tokenizer = train_on_titles(catalogue, DOMAINS, 400)
+        tokenizer = train_on_titles(catalogue, DOMAINS, 400, Template())
     elif leak == "an added token":
-        tokenizer = train_on_titles(catalogue, DOMAINS[:2], 400)
+        tokenizer = train_on_titles(catalogue, DOMAINS[:2], 400, Template())
         tokenizer.add_tokens([" red book 3"])
     else:
         texts = [d.text.removesuffix("<eos>") for name in documents for d in documents[name]]

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
 from cprec.errors import ConfigError
 from cprec.text.encoding import PromptEncoder
-from cprec.text.prompts import Template
+from cprec.text.prompts import Template, render
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 BOOKS, GAMES = 0, 1
@@ -20,6 +21,10 @@ BOOKS, GAMES = 0, 1
 @pytest.fixture(scope="session")
 def encoder(tokenizer: Any, catalogue: Catalogue) -> PromptEncoder:
     return PromptEncoder(tokenizer, catalogue)
+
+
+def rows_of(ragged: Ragged) -> list[list[int]]:
+    return [ragged[row].tolist() for row in range(len(ragged))]
 
 
 def tokens_of(tokenizer: Any, text: str) -> list[int]:
@@ -88,6 +93,40 @@ def test_another_template_is_followed(tokenizer: Any, catalogue: Catalogue) -> N
     encoder = PromptEncoder(tokenizer, catalogue, template=template)
     document = encoder.documents("specific", np.array([BOOKS]), Ragged.of([[0, 2]]))[0][0]
     assert tokenizer.decode(document) == "Shop books bought | Dune then Émile<eos>"
+
+
+def test_other_fields_follow_the_title_each_cut_for_itself(tokenizer: Any, tmp_path: Path) -> None:
+    catalogue = Catalogue.from_tables(
+        {
+            "books": pa.table(
+                {
+                    "item_id": ["a", "b"],
+                    "title": ["Dune", "Dune"],
+                    "brand": ["Ace", None],
+                    "categories": ["Science\n&amp; Fiction", "Go"],
+                }
+            )
+        }
+    )
+    template = Template(item_fields=("title", "brand", "categories"))
+    encoder = PromptEncoder(tokenizer, catalogue, template=template)
+    whole = [" Dune; Ace; Science & Fiction", " Dune; Go"]
+    assert [tokenizer.decode(ids) for ids in rows_of(encoder.titles(np.arange(2)))] == whole
+    history = [("books", text.strip()) for text in whole]
+    document, _ = encoder.documents("specific", np.array([0]), Ragged.of([[0, 1]]))
+    text = render(template, "specific", "books", history[:1], history[1], "<eos>")
+    assert document[0].tolist() == tokens_of(tokenizer, text)
+
+    cut = PromptEncoder(tokenizer, catalogue, max_title_tokens=2, template=template)
+    parts = [[" Dune", "; Ace", "; Science & Fiction"], [" Dune", "; Go"]]
+    expected = [[i for part in item for i in tokens_of(tokenizer, part)[:2]] for item in parts]
+    assert rows_of(cut.titles(np.arange(2))) == expected
+    assert cut.max_item_tokens == 6 >= max(map(len, expected))
+    cut.save(tmp_path)
+    assert PromptEncoder.load(tmp_path, catalogue).template == template
+    for wrong in (("brand",), ("title", "price"), ("title", "brand", "brand"), ()):
+        with pytest.raises(ConfigError, match="begin with title, then brand or categories, each once"):
+            Template(item_fields=wrong)
 
 
 def test_token_counts_add_up(encoder: PromptEncoder) -> None:

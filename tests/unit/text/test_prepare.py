@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from cprec.text import documents
 from cprec.text.certificate import audit
 from cprec.text.prepare import PrepareConfig, prepare
 from cprec.text.shards import open_shards
+from cprec.text.tokenizer import load_tokenizer
 
 DAY = 86_400
 START = 1_406_073_600
@@ -419,6 +421,26 @@ def test_shuffled_documents_hold_the_same_events(
     assert moved > 0.8 * len(plain["train"])
     monkeypatch.setattr("cprec.data.build.PART_EVENTS", 100)
     assert documents("parts", document_order="shuffled") == mixed, "whatever the parts"
+
+
+def test_other_fields_of_items_are_in_every_text_and_certified(config: PrepareConfig, tmp_path: Path) -> None:
+    books = config.tables[0]
+    items = "".join(f"b{n},The book,house {n % 5},kind {n // 5}\n" for n in range(25))  # 25 items of one title
+    (tmp_path / "items.csv").write_text(f"item_id,title,brand,categories\n{items}")
+    config = replace(
+        config,
+        tables=(replace(books, items=str(tmp_path / "items.csv")),),
+        target_domains=("books",),
+        pretrain_domains=(),
+        item_fields=("title", "brand", "categories"),
+    )
+    folder = prepare(config)
+    assert json.loads((folder / "certificate.json").read_text())["clean"]
+    shards, tokenizer = open_shards(folder / "shards" / "train"), load_tokenizer(str(folder / "tokenizer"))
+    text = tokenizer.decode(shards.tokens)
+    shown = re.findall(r" The book; house \d; kind \d(?=\n|<eos>)", text)
+    assert len(shown) == text.count("The book") == shards.column("num_events").sum() and len(set(shown)) > 15
+    assert shards.manifest["about"]["template"]["item_fields"] == ["title", "brand", "categories"]
 
 
 def test_unseen_users_are_asked_but_never_learnt_from(config: PrepareConfig, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from cprec.errors import ConfigError
 from cprec.text.stream import IGNORE, TokenStream
+from cprec.train.attention import use_document_attention
 from cprec.train.loss import CHUNK, PackedLoss, as_loss, linear_cross_entropy, prepare_loss
 
 WIDTH, VOCABULARY = 16, 37
@@ -152,7 +153,10 @@ def test_compiling_gives_the_same_loss_and_gradients(
 
     plain = loss_and_gradients(PackedLoss(make_model()), make_stream())
     counters.clear()
-    loss = prepare_loss(make_model(), bf16=False, torch_compile=True, gradient_checkpointing=checkpointing)
+    model = make_model()
+    if not checkpointing:
+        use_document_attention(model, compiled=True)
+    loss = prepare_loss(model, bf16=False, torch_compile=True, gradient_checkpointing=checkpointing)
     assert_same(plain, loss_and_gradients(loss, make_stream()))
     assert counters["stats"]["unique_graphs"] > 0
     assert {name.removeprefix("model.") for name in loss.state_dict()} == set(make_model().state_dict())
