@@ -1,11 +1,13 @@
 """Pre-training, beside transformers' Trainer and TRL's SFTTrainer: real tokens a second on the same documents.
 
-    python benchmarks/pretrain.py [--sizes 10m,50m] [--dtypes fp32,bf16] [--rounds 3] [--documents 160]
+    python benchmarks/pretrain.py [--sizes 10m] [--dtypes fp32,bf16] [--rounds 3] [--documents 320]
+                                  [--variants compiled,masked]
 
 Each contestant makes a pass over the same generated documents (lengths as users' histories have, mean about 125, up to
 512) with the same model from the same weights and about 4,096 tokens an optimizer step; in turn, in one process.
 Padding is not counted. The Trainer pads to the longest of its batch, TRL packs into rows of 512 (best fit, as its
-`bfd`), ours packs into rows of 512. TRL is left out where it is not installed (`pip install trl datasets`).
+`bfd`), ours packs into rows of 512. TRL is left out where it is not installed (`pip install trl datasets`). Variants of
+ours: `compiled` blocks, once they are; `masked`, transformers' own attention over whole rows.
 
 Also: how full our rows are, what of a step is not forward, backward or optimizer, how fast the stream alone is, and the
 largest tensor that a step makes. On a CUDA device a Qwen3-style model of 0.5 B parameters in rows of 2,048 is measured
@@ -25,7 +27,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,10 +97,10 @@ def stream_of(rows: Ragged, folder: Path, vocabulary_size: int, row_tokens: int,
     return TokenStream(Corpus.of(shards), plan, rows_per_step=num_rows, row_tokens=row_tokens, seed=0)
 
 
-def prepared(model: Any, stream: TokenStream, bf16: bool, compiled: bool = False) -> PackedLoss:
+def prepared(model: Any, stream: TokenStream, bf16: bool, variant: str = "") -> PackedLoss:
     """The model as a stage prepares it; a compiled one has met every shape of batch once."""
-    device = next(model.parameters()).device
-    if device.type == "cpu":
+    device, compiled = next(model.parameters()).device, variant == "compiled"
+    if device.type == "cpu" and variant != "masked":
         use_document_attention(model, compiled=compiled)
     loss = prepare_loss(model, bf16=bf16, torch_compile=compiled)
     if compiled:
@@ -249,7 +251,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def compare(name: str, bf16: bool, rounds: int, num_documents: int, with_trl: bool, compiled: bool) -> None:
+def compare(name: str, bf16: bool, rounds: int, num_documents: int, with_trl: bool, variants: Sequence[str]) -> None:
     """One size in one number format: the table, then what concerns ours alone."""
     size = SIZES[name]
     rows = documents(num_documents, size["vocab_size"])
@@ -262,12 +264,12 @@ def compare(name: str, bf16: bool, rounds: int, num_documents: int, with_trl: bo
         def start(contestant: str) -> Callable[[], Any]:
             model, where = copy.deepcopy(base), Path(tempfile.mkdtemp(dir=folder))
             if contestant.startswith("ours"):
-                loss = prepared(model, stream, bf16, compiled=contestant.endswith("compiled"))
+                loss = prepared(model, stream, bf16, contestant.removeprefix("ours").removeprefix(", "))
                 return lambda: ours(loss, stream, where, bf16)
             make = {"Trainer, padded to the longest": trainer, "TRL, packed": sft_trainer}[contestant]
             return make(model, rows, where, bf16)
 
-        names = ["ours", *(["ours, compiled"] if compiled else []), "Trainer, padded to the longest"]
+        names = ["ours", *(f"ours, {variant}" for variant in variants), "Trainer, padded to the longest"]
         names += ["TRL, packed"] if with_trl else []
         warm = documents(2 * DOCUMENTS_A_STEP, size["vocab_size"])
         with contextlib.redirect_stdout(io.StringIO()):
@@ -320,11 +322,11 @@ def on_gpu(row_tokens: int = 2048, num_rows: int = 16) -> None:
     }
     rows = documents(6000, size["vocab_size"], row_tokens)
     peak = matmul_rate(device)
-    for compiled in (False, True):
+    for variant in ("", "compiled"):
         model = make_model(size, "qwen3").to(device)
         with tempfile.TemporaryDirectory() as temporary:
             stream = stream_of(rows, Path(temporary), size["vocab_size"], row_tokens, num_rows)
-            loss = prepared(model, stream, True, compiled)
+            loss = prepared(model, stream, True, variant)
             ours(loss, stream, Path(temporary) / "warm", True)
             torch.cuda.reset_peak_memory_stats()
             spent = seconds(lambda: ours(loss, stream, Path(temporary) / "run", True))  # noqa: B023
@@ -334,7 +336,7 @@ def on_gpu(row_tokens: int = 2048, num_rows: int = 16) -> None:
         flops = 6 * matrices + 12 * size["num_hidden_layers"] * width * context
         rate = len(rows.values) / spent
         print(
-            f"\n0.5 B Qwen3-style, rows of {row_tokens:,}, bf16{', compiled' * compiled}: {rate:,.0f} tokens/s, "
+            f"\n0.5 B Qwen3-style, rows of {row_tokens:,}, bf16{', ' * bool(variant)}{variant}: {rate:,.0f} tokens/s, "
             f"{flops * rate / peak:.1%} of the measured matmul rate ({peak / 1e12:.0f} TFLOP/s), "
             f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
         )
@@ -342,12 +344,15 @@ def on_gpu(row_tokens: int = 2048, num_rows: int = 16) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="10m,50m")
+    parser.add_argument("--sizes", default="10m", help="10m, 50m or both (the larger takes most of an hour)")
     parser.add_argument("--dtypes", default="fp32,bf16" if use_bf16("auto", pick_device()) else "fp32")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--documents", type=int, default=160)
-    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--documents", type=int, default=320)
+    parser.add_argument("--variants", default="")
     options = parser.parse_args()
+    variants = [variant for variant in options.variants.split(",") if variant]
+    if unknown := set(variants) - {"compiled", "masked"}:
+        parser.error(f"--variants: {', '.join(unknown)} is none of compiled, masked")
     os.environ["CPREC_PROGRESS"] = "off"
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -364,7 +369,7 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads, medians of {options.rounds} interleaved passes")
     for name in options.sizes.split(","):
         for dtype in options.dtypes.split(","):
-            compare(name, dtype == "bf16", options.rounds, options.documents, with_trl, options.compiled)
+            compare(name, dtype == "bf16", options.rounds, options.documents, with_trl, variants)
 
 
 if __name__ == "__main__":
