@@ -22,6 +22,22 @@ class RankingQuery:
     """Item ids of `domain` to rank; None ranks the full catalogue of the domain."""
     exclude: frozenset[str] = field(default_factory=frozenset)
     """Item ids of `domain` that must not be returned (the items already seen, say)."""
+    allow: frozenset[str] | None = None
+    """Item ids of `domain` that alone may be returned; None allows all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What is proven about a ranking of the full catalogue."""
+
+    gap: float
+    """By how much an item that was missed can at most beat the K-th in score; 0 if it is proven that there is none."""
+    expanded: int
+    """Prefixes of titles that the model read for it."""
+
+    @property
+    def exact(self) -> bool:
+        return self.gap == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +52,8 @@ class Ranking:
     query_id: str
     item_ids: tuple[str, ...]
     scores: tuple[float, ...]
+    certificate: Certificate | None = None
+    """None where nothing is proven, and where all items were scored."""
 
 
 @runtime_checkable

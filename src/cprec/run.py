@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cprec.errors import ConfigError
-from cprec.recommender import Ranking, RankingQuery, Recommender
+from cprec.recommender import Ranking, RankingQuery
 
 if TYPE_CHECKING:
     from cprec.data.splits import Split
     from cprec.evaluate.evaluate import Entrant, EvaluateConfig
+    from cprec.rank.llm import LLMRecommender, Mode
     from cprec.recipe import Recipe
     from cprec.text.prepare import PrepareConfig
 
@@ -161,32 +162,48 @@ def model_entrants(config: EvaluateConfig, arms: dict[str, str]) -> list[Entrant
     from cprec.evaluate.evaluate import Entrant
     from cprec.train.training import read_done, weights_sha256
 
-    return [
-        Entrant(
-            name=arm,
-            recommender=_ModelFolder(arm, folder, config.beam_width),
-            kind="model",
-            trained_on=tuple((read_done(folder) or {})["trained_on"]),
-            identity=weights_sha256(folder),
+    entrants = []
+    for arm, folder in arms.items():
+        model = _ModelFolder(arm, folder, config)
+        entrants.append(
+            Entrant(
+                name=arm,
+                recommender=model,
+                kind="model",
+                trained_on=tuple((read_done(folder) or {})["trained_on"]),
+                identity=weights_sha256(folder),
+                modes={"exact": _InMode(model, "exact"), "generate": _InMode(model, "generate")},
+            )
         )
-        for arm, folder in arms.items()
-    ]
+    return entrants
 
 
 class _ModelFolder:
     """A model folder as a recommender, opened when it is first asked: saved rankings need no model and no torch."""
 
-    def __init__(self, name: str, folder: str, beam_width: int) -> None:
-        self.name, self._folder, self._beam_width = name, folder, beam_width
+    def __init__(self, name: str, folder: str, config: EvaluateConfig) -> None:
+        self.name, self._folder, self._config = name, folder, config
 
     @cached_property
-    def _opened(self) -> Recommender:
+    def opened(self) -> LLMRecommender:
         from cprec.rank.llm import LLMRecommender
 
-        return LLMRecommender.from_pretrained(self._folder, name=self.name, beam_width=self._beam_width)
+        names = ("mode", "beam_width", "max_nodes", "score")
+        settings = {name: getattr(self._config, name) for name in names}
+        return LLMRecommender.from_pretrained(self._folder, name=self.name, **settings)
 
     def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
-        return self._opened.rank(queries, k)
+        return self.opened.rank(queries, k)
+
+
+class _InMode:
+    """The same model, which ranks in another mode."""
+
+    def __init__(self, model: _ModelFolder, mode: Mode) -> None:
+        self.name, self._model, self._mode = model.name, model, mode
+
+    def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
+        return self._model.opened.rank(queries, k, self._mode)
 
 
 def _examples(config: EvaluateConfig, split: Split, domain: str, arms: list[str]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cprec.data.ragged import Ragged
 from cprec.models import tiny_model
 from cprec.rank.attention import PromptTree
-from cprec.rank.decoding import beam_search
+from cprec.rank.decoding import search
 from cprec.rank.scoring import score_candidates
 from cprec.rank.trie import Trie
 
@@ -28,7 +28,7 @@ def prefixes_of(trie: Trie) -> list[tuple[int, ...]]:
     """The tokens that lead to each node."""
     prefixes: list[tuple[int, ...]] = [()]
     for node in range(1, trie.num_nodes):
-        prefixes.append((*prefixes[trie.parent[node]], int(trie.token[node])))
+        prefixes.append((*prefixes[int(trie.parent(np.array([node]))[0])], int(trie.token[node])))
     return prefixes
 
 
@@ -42,36 +42,55 @@ def test_the_trie_is_that_of_nested_dicts(names: list[list[int]]) -> None:
 
     trie = trie_of(names)
 
-    def check(node: int, level: dict[int, Any]) -> int:
+    prefixes = prefixes_of(trie)
+    ended = [(*name, EOS) for name in names]
+    items_below = {prefix: sum(name[: len(prefix)] == prefix for name in ended) for prefix in prefixes}
+
+    def check(node: int, level: dict[int, Any]) -> None:
         children = np.arange(trie.first_child[node], trie.first_child[node + 1])
         assert trie.token[children].tolist() == sorted(level)
-        assert (trie.parent[children] == node).all()
-        leaves = sum(check(int(child), level[int(trie.token[child])]) for child in children) if level else 1
-        assert trie.num_leaves[node] == leaves
-        return leaves
+        assert (trie.parent(children) == node).all()
+        here = items_below[prefixes[node]]
+        assert trie.num_items[node] == here
+        for child in children if level else ():
+            check(int(child), level[int(trie.token[child])])
 
     check(0, reference)
-    prefixes = prefixes_of(trie)
-    assert len(set(prefixes)) == trie.num_nodes == len(trie.items) == len(trie.first_child) - 1
+    assert len(set(prefixes)) == trie.num_nodes == len(trie.first_child) - 1
     for item, name in enumerate(names):
         assert prefixes[trie.leaf[item]] == (*name, EOS)
-        assert item in trie.items[trie.leaf[item]]
-    assert sorted(trie.items.values.tolist()) == list(range(len(names)))
+    leaves = np.unique(trie.leaf)
+    assert sorted(trie.items_at(leaves).values.tolist()) == list(range(len(names)))
+    assert [tuple(title) for title in map(list, (trie.titles(trie.leaf)[item] for item in range(len(names))))] == ended
     depths = [len(prefix) for prefix in prefixes]
     assert depths == sorted(depths)
 
 
-@given(titles, st.data())
-def test_dead_nodes_lead_to_excluded_items_only(names: list[list[int]], data: st.DataObject) -> None:
-    trie = trie_of(names)
-    excluded = data.draw(st.lists(st.integers(0, len(names) - 1), max_size=15))
-    prefixes = prefixes_of(trie)
-    dead = [
-        node
-        for node, prefix in enumerate(prefixes)
-        if all(item in excluded for item, name in enumerate(names) if (*name, EOS)[: len(prefix)] == prefix)
-    ]
-    assert trie.dead_nodes(np.array(excluded, dtype=np.int64)).tolist() == dead
+@given(titles, st.lists(st.tuples(st.sampled_from(["add", "withdraw", "put back"]), st.integers(0, 99)), max_size=6))
+def test_items_come_and_go_as_in_a_trie_built_anew(names: list[list[int]], changes: list[tuple[str, int]]) -> None:
+    trie, stock, first = trie_of(names), [True] * len(names), None
+    for what, number in changes:
+        if what == "add":
+            new = [names[number % len(names)][:1] + [2 + number % 3] * (number % 4)]
+            before = trie.leaf.copy()
+            trie.add(Ragged.of([[*name, EOS] for name in new]))
+            first = first or trie.roots[-1]
+            kept = before < first
+            assert (trie.leaf[: len(before)][kept] == before[kept]).all()  # nothing moves
+            names, stock = names + new, [*stock, True]
+        else:
+            item = number % len(names)
+            (trie.withdraw if what == "withdraw" else trie.put_back)(np.array([item]))
+            stock[item] = what == "put back"
+    assert trie.in_stock.tolist() == stock
+    for item, name in enumerate(names):
+        same = [other for other, text in enumerate(names) if text == name]
+        assert trie.leaf[item] == trie.find(np.array([*name, EOS]))
+        assert trie.items_at(trie.leaf[[item]]).values.tolist() == same
+        assert trie.num_items[trie.leaf[item]] == sum(stock[other] for other in same)
+    assert trie.num_items[trie.roots].sum() == sum(stock)
+    again = trie.only(np.ones(len(names), dtype=bool))
+    assert again.num_items.tolist() == trie.num_items.tolist()
 
 
 @cache
@@ -106,26 +125,29 @@ def expected_ranking(prompt: list[int], names: list[list[int]], excluded: set[in
     return out
 
 
-@settings(max_examples=25)
+@settings(max_examples=30)
 @given(
     titles,
     st.lists(st.lists(st.integers(2, 5), min_size=1, max_size=6), min_size=1, max_size=3),
     st.integers(1, 6),
+    st.sampled_from([(1, True), (3, True), (1000, False)]),
     st.data(),
 )
-def test_full_width_search_is_exact(
-    names: list[list[int]], prompts: list[list[int]], k: int, data: st.DataObject
+def test_exact_search_and_a_beam_of_full_width_find_what_teacher_forcing_finds(
+    names: list[list[int]], prompts: list[list[int]], k: int, how: tuple[int, bool], data: st.DataObject
 ) -> None:
+    width, exact = how
     one = st.sets(st.integers(0, len(names) - 1))
     excluded = data.draw(st.lists(one, min_size=len(prompts), max_size=len(prompts)))
     with torch.inference_mode():
         tree = PromptTree(model(), [np.array(prompt) for prompt in prompts])
         positions = [np.array(sorted(mine), dtype=np.int64) for mine in excluded]
-        found = beam_search(tree, trie_of(names), k=k, width=1000, excluded=positions)
+        found = search(tree, trie_of(names), k=k, width=width, exact=exact, excluded=positions)
         for prompt, mine, result in zip(prompts, excluded, found, strict=True):
             expected = expected_ranking(prompt, names, mine, k)
             got = result.items.tolist()
             at = 0
+            assert result.exact and result.gap == 0
             for group in expected:  # equal titles may come in any order
                 assert set(got[at : at + len(group)]) == group
                 at += len(group)
@@ -144,10 +166,13 @@ def test_a_narrow_search_returns_k_items_without_repeats(
     with torch.inference_mode():
         tree = PromptTree(model(), [np.array(prompt)])
         mine = np.array(sorted(excluded), dtype=np.int64)
-        (found,) = beam_search(tree, trie_of(names), k=k, width=k + more - 1, excluded=[mine])
+        (found,) = search(tree, trie_of(names), k=k, width=k + more - 1, exact=False, excluded=[mine])
         items = found.items.tolist()
         assert len(items) == len(set(items)) >= min(k, len(names) - len(excluded))
         assert not excluded & set(items)
+        missed = [item for item in range(len(names)) if item not in excluded and item not in items]
+        for item in missed:  # the bound holds for each of them
+            assert teacher_forced(prompt, names[item]) <= max(found.bound, found.kth) + 1e-3
         for item, score in zip(items, found.scores, strict=True):
             assert abs(score - teacher_forced(prompt, names[item])) < 1e-3
 

@@ -24,6 +24,10 @@ def rankings_of_scores(
         row = row.astype(float, copy=True)
         if query.exclude:
             row[catalogue.find(query.domain, sorted(query.exclude)) - first] = -np.inf
+        if query.allow is not None:
+            allowed = np.zeros(len(row), dtype=bool)
+            allowed[catalogue.find(query.domain, sorted(query.allow)) - first] = True
+            row[~allowed] = -np.inf
         if query.candidates is not None:
             chosen = catalogue.find(query.domain, query.candidates) - first
             order = chosen[np.lexsort((chosen, -row[chosen]))]

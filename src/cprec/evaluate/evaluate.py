@@ -6,7 +6,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
     from cprec.data.splits import Split
 
-FULL, SAMPLED = "full", "candidates"
+FULL, SAMPLED, GENERATED = "full", "candidates", "generate"
+SAMPLE = 100
+"""Queries whose exact lists a beam's are compared with."""
 BATCH = 256
 """Queries handed to a recommender at once."""
 
@@ -50,8 +52,19 @@ class EvaluateConfig:
     """Rank a seeded sample of at most this many queries a domain; 0 ranks all."""
     num_candidates: int = 20
     """Size of the frozen candidate sets: the target and uniform others."""
+    mode: Literal["auto", "exact", "beam"] = "auto"
+    """How models rank the full catalogue: `exact` proves that no better item is left; `auto` too, but for queries that
+    have read `max_nodes` prefixes; `beam` keeps `beam_width` prefixes at each depth. Tables say what was proven, and
+    of a beam what share of the exact lists it found."""
     beam_width: int = 20
-    """Prefixes that the models' beam search keeps at each depth."""
+    """Prefixes that a beam keeps at each depth; the exact search begins with one too."""
+    max_nodes: int = 2000
+    """Prefixes that `auto` reads for a query at most."""
+    score: Literal["sum", "mean", "corrected"] = "sum"
+    """Log-probability of a title: summed over its tokens, their mean, or the sum less what it is under an empty history
+    (`corrected` for popularity; over the full catalogue that puts what a beam found into another order)."""
+    generate: bool = False
+    """Also let models write the next title freely and look for it among the candidates."""
     uncertified: bool = False
     """Rank although a leakage certificate is missing or does not cover a model; every table then says so."""
     seed: int = 0
@@ -66,6 +79,13 @@ class EvaluateConfig:
             raise ConfigError(
                 f"max_queries={self.max_queries} and beam_width={self.beam_width} must not be below 0 and 1"
             )
+        if self.max_nodes < 1:
+            raise ConfigError(f"max_nodes={self.max_nodes} must be at least 1")
+        if self.score == "corrected" and self.mode == "exact":
+            raise ConfigError(
+                "score=corrected with mode=exact: a corrected score may rise along a title, so nothing can be proven; "
+                "choose mode=auto or mode=beam"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +99,8 @@ class Entrant:
     """Hashes of the token shards its model was trained on, one at least; a baseline learns from the split itself."""
     identity: str = ""
     """Changes when the recommender does, so that saved rankings are reused only where they are its own."""
+    modes: Mapping[str, Recommender] = field(default_factory=dict)
+    """The same model as it ranks in other modes: `exact`, `generate`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +136,8 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
     per_query: dict[str, np.ndarray] = {}
     for entrant in entrants:
         arm: dict[str, Any] = {"kind": entrant.kind, "num_queries": len(questions.queries)}
-        for protocol in (FULL, SAMPLED):
+        generates = (GENERATED,) if config.generate and GENERATED in entrant.modes else ()
+        for protocol in (FULL, SAMPLED, *generates):
             rankings, seconds = _rankings(config, entrant, questions, protocol)
             columns = metrics_of(rankings, questions, config.k)
             names = {"query_id": [query.query_id for query in questions.queries], "user_id": questions.user}
@@ -125,8 +148,18 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
                 name: _interval(values, config.seed) for name, values in columns.items() if "@" in name or name == "mrr"
             }
             if protocol == FULL:
-                arm |= {**means, "seconds": seconds}
+                arm |= {**means, "seconds": seconds, **proven(rankings, len(questions.queries))}
+                if config.mode == "beam" and "exact" in entrant.modes:
+                    arm["found_of_exact"] = _found_of_exact(config, entrant, questions, rankings)
                 per_query[entrant.name] = columns[f"ndcg@{config.k}"]
+            elif protocol == GENERATED:
+                valid = columns["num_valid"] > 0
+                arm[GENERATED] = {
+                    "valid_ratio": float(valid.mean()),
+                    "hr@1-all": means["recall@1"]["mean"],
+                    "hr@1-valid": float(columns["recall@1"][valid].mean()) if valid.any() else 0.0,
+                    "seconds": seconds,
+                }
             else:
                 arm[f"candidates{config.num_candidates}"] = {**means, "seconds": seconds}
         arms[entrant.name] = arm
@@ -165,12 +198,21 @@ def protocol_of(config: EvaluateConfig, split: Split, dataset: dict[str, Any]) -
         "ties in time": str(dataset.get("rules", {}).get("tie_order", "source")),
         "candidates": f"the domain's full catalogue; beside it {config.num_candidates} (target and uniform others)",
         "seen items": "left out of the full ranking" if config.exclude_seen else "may be recommended again",
-        "language models": f"beam search of width {config.beam_width} over the catalogue's titles; candidates by exact "
-        "log-likelihood",
+        "language models": f"{_MODES[config.mode].format(config=config)}; candidates by exact log-likelihood"
+        + {"sum": "", "mean": "; scores are means over tokens", "corrected": "; scores corrected for popularity"}[
+            config.score
+        ],
         "ties in score": "expected value over all orders",
         "statistics": "95 % bootstrap intervals over queries; differences are paired",
         "queries": f"at most {config.max_queries:,} a domain, sampled" if config.max_queries else "all",
     }
+
+
+_MODES = {
+    "exact": "exact search of the catalogue's titles, each list proven",
+    "auto": "exact search of the catalogue's titles; after {config.max_nodes:,} prefixes the best found",
+    "beam": "beam search of width {config.beam_width} over the catalogue's titles, not exact",
+}
 
 
 def check_certificate(config: EvaluateConfig, domain: str, entrants: Sequence[Entrant]) -> bool:
@@ -291,11 +333,48 @@ def metrics_of(rankings: pa.Table, questions: Questions, k: int) -> dict[str, np
     better = np.bincount(query[score > of_target[query]], minlength=len(found))
     tied = np.where(found, np.bincount(query[score == of_target[query]], minlength=len(found)), 0)
     columns: dict[str, np.ndarray] = {"num_better": better, "num_tied": tied}
+    columns["num_valid"] = np.bincount(query, minlength=len(found))
     for cut in (1, 5, k):
         columns[f"recall@{cut}"] = recall(better, tied, cut)
     for cut in (5, k):
         columns[f"ndcg@{cut}"] = ndcg(better, tied, cut)
     return columns | {"mrr": reciprocal_rank(better, tied)}
+
+
+def proven(rankings: pa.Table, num_queries: int) -> dict[str, Any]:
+    """What the certificates of an arm's rankings say, nothing where there are none: the share of queries whose list is
+    proven, the mean gap of the others, and prefixes read a query. A query without any item is proven."""
+    import numpy as np
+
+    if "gap" not in rankings.column_names:
+        return {}
+    first = rankings.filter(np.asarray(rankings["rank"]) == 1)
+    gap = first["gap"].to_numpy()
+    open_ = gap[~(gap == 0)]
+    return {
+        "proven": 1 - len(open_) / num_queries,
+        "mean_gap": float(open_.mean()) if len(open_) else 0.0,
+        "expanded": float(first["expanded"].to_numpy().sum()) / num_queries,
+    }
+
+
+def _found_of_exact(
+    config: EvaluateConfig, entrant: Entrant, questions: Questions, rankings: pa.Table
+) -> dict[str, Any]:
+    """The share of the exact top K that an arm's lists hold, on a sample of queries."""
+    import numpy as np
+
+    from cprec.progress import say
+
+    size = min(SAMPLE, len(questions.queries))
+    chosen = np.sort(np.random.default_rng(config.seed).permutation(len(questions.queries))[:size])
+    say(f"{questions.domain}: {entrant.name}, exact lists of {size} queries to compare with")
+    exact = entrant.modes["exact"].rank([questions.queries[number] for number in chosen], config.k)
+    lists: dict[str, set[str]] = {}
+    for query, item in zip(rankings["query_id"].to_pylist(), rankings["item_id"].to_pylist(), strict=True):
+        lists.setdefault(query, set()).add(item)
+    shares = [len(lists.get(r.query_id, set()) & set(r.item_ids)) / len(r.item_ids) for r in exact if r.item_ids]
+    return {"share": float(np.mean(shares)) if shares else 1.0, "num_queries": size}
 
 
 def rankings_path(config: EvaluateConfig, domain: str, arm: str, protocol: str) -> Path:
@@ -312,7 +391,8 @@ def _rankings(config: EvaluateConfig, entrant: Entrant, questions: Questions, pr
     from cprec.progress import say, track
 
     queries = questions.queries if protocol == FULL else questions.sampled
-    names = ("k", "exclude_seen", "max_queries", "seed", "num_candidates", "beam_width")
+    recommender = entrant.modes[GENERATED] if protocol == GENERATED else entrant.recommender
+    names = ("k", "exclude_seen", "max_queries", "seed", "num_candidates", "mode", "beam_width", "max_nodes", "score")
     asked: dict[str, Any] = {name: getattr(config, name) for name in names}
     asked |= {"questions": questions.sha256, "identity": entrant.identity}
     asked["data"] = file_sha256(Path(config.data) / "dataset.json")  # what baselines learn from
@@ -328,7 +408,7 @@ def _rankings(config: EvaluateConfig, entrant: Entrant, questions: Questions, pr
     with track(len(queries), f"{questions.domain}: {entrant.name}, {protocol}", unit="queries") as progress:
         for first in range(0, len(queries), BATCH):
             batch = queries[first : first + BATCH]
-            rankings += entrant.recommender.rank(batch, config.k)
+            rankings += recommender.rank(batch, config.k)
             progress.advance(len(batch))
     seconds = round(time.perf_counter() - start, 3)
     assert [ranking.query_id for ranking in rankings] == [query.query_id for query in queries]
@@ -347,6 +427,10 @@ def _rankings(config: EvaluateConfig, entrant: Entrant, questions: Questions, pr
             "score": pa.array([score for r in rankings for score in r.scores], pa.float64()),
         }
     )
+    if any(ranking.certificate is not None for ranking in rankings):
+        proofs = [r.certificate for r in rankings for _ in r.item_ids]
+        table = table.append_column("gap", pa.array([p.gap if p else None for p in proofs], pa.float64()))
+        table = table.append_column("expanded", pa.array([p.expanded if p else None for p in proofs], pa.int32()))
     _replace_table(table.replace_schema_metadata({"answers": key, "seconds": repr(seconds)}), path)
     return table, seconds
 

@@ -137,6 +137,30 @@ def _leading_metrics(cut: int) -> list[str]:
 # ---- terminal --------------------------------------------------------------------------------------------------------
 
 
+def ranking_lines(result: Mapping[str, Any]) -> list[str]:
+    """What is known of how exact each model's lists are, and what it wrote freely."""
+    lines = []
+    for name, arm in result["arms"].items():
+        if "proven" in arm:
+            line = f"{name}: {arm['proven']:.1%} of the lists proven exact"
+            if arm["proven"] < 1:
+                line += (
+                    f"; in the others a missed item could score up to {arm['mean_gap']:.2f} more than the last (mean)"
+                )
+            line += f"; {arm['expanded']:,.0f} prefixes read a query"
+            if "found_of_exact" in arm:
+                found = arm["found_of_exact"]
+                line += f"; {found['share']:.1%} of the exact lists found ({found['num_queries']} queries)"
+            lines.append(line)
+        if "generate" in arm:
+            free = arm["generate"]
+            lines.append(
+                f"{name}, writing freely: ValidRatio {free['valid_ratio']:.3f}, HR@1-all {free['hr@1-all']:.4f}, "
+                f"HR@1-valid {free['hr@1-valid']:.4f}"
+            )
+    return lines
+
+
 def print_report(
     report: Report,
     examples: Sequence[Mapping[str, Any]] = (),
@@ -178,6 +202,8 @@ def print_report(
         heading(domain_line(domain, result))
         for difference in result["differences"]:
             line(difference_line(difference), indent=2)
+        for text in ranking_lines(result):
+            line(text, "dim", 2)
     heading("How this was measured")
     for name, text in report["protocol"].items():
         line(f"{name}: {text}", "dim", 2)
@@ -324,6 +350,7 @@ def _domain_section(domain: str, result: Mapping[str, Any], report: Report) -> s
         _bars(f"Recall@1, {size} candidates", {n: sampled_of(arm)[1]["recall@1"] for n, arm in arms.items()}, arms),
     ]
     lines = "".join(f"<li>{escape(difference_line(difference))}</li>" for difference in result["differences"])
+    lines += "".join(f"<li>{escape(text)}</li>" for text in ranking_lines(result))
     compared = f"<ul>{lines}</ul>" if lines else ""
     warning = "" if result["certified"] else f'<p class="warning">{escape(UNCERTIFIED)}</p>'
     return (

@@ -1,77 +1,321 @@
-"""A decoder that reads each prompt once and then any tree of continuations, by an attention mask over one cache."""
+"""A decoder that reads each prompt once, and then any tree of continuations: no key or value is copied for a beam."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from cprec.distributed import autocast
 from cprec.models import trunk_and_head
+from cprec.rank.cache import PrefixCache
+
+PROMPT_TREE = "prompt_tree"
+"""The name under which transformers knows the attention."""
 
 
 class PromptTree:
-    """Prompts of several users and the continuations tried for each, in one growing cache.
+    """Prompts of several users and the continuations tried for each.
 
-    A continuation token attends to its user's prompt, its ancestors and itself. So a prompt's keys and values are
-    computed once and never copied for beams, and beams need no reordering of the cache.
-    Suffixes: U users, T prompt positions, N new nodes a user, S all nodes a user so far (new ones included), D width.
+    A node, which is one more token, attends to its user's prompt, its ancestors and itself. Prompts keep their keys and
+    values in one grid, nodes theirs in one flat buffer; a node knows the places of its ancestors there.
+    U users, T prompt positions (padded on the right), M new nodes, P longest path, H heads in G groups of h, D width.
     """
 
-    def __init__(self, model: Any, prompts: Sequence[np.ndarray], *, bf16: bool = False, pad_id: int = 0) -> None:
-        from transformers import DynamicCache
-
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[np.ndarray],
+        *,
+        bf16: bool = False,
+        pad_id: int = 0,
+        cache: PrefixCache | None = None,
+    ) -> None:
+        """Reads the prompts, of at least one token each; what `cache` knows of their beginnings is not read again."""
+        _register()
         self._trunk, self._head = trunk_and_head(model)
         self._device = next(model.parameters()).device
         self._bf16 = bf16
-        self._cache = DynamicCache()
+        self._keys: dict[int, torch.Tensor] = {}  # by layer: [U, G, T, D]
+        self._values: dict[int, torch.Tensor] = {}
+        self._nodes: dict[int, torch.Tensor] = {}  # by layer: [places, keys and values, G, D]
+        self._paths = torch.zeros(0, 1, dtype=torch.long, device=self._device)  # [nodes, P]: ancestors, then itself
+        self._depths = torch.zeros(0, dtype=torch.long, device=self._device)  # of each node, 0 right after the prompt
+        self.num_nodes = 0
+        self.num_read = 0
+        """Prompt tokens that were read, and not found in the cache."""
+        self._read(prompts, pad_id, cache)
+
+    def _read(self, prompts: Sequence[np.ndarray], pad_id: int, cache: PrefixCache | None) -> None:
         lengths = np.array([len(prompt) for prompt in prompts])
-        width = int(lengths.max())
-        ids_UT = np.full((len(prompts), width), pad_id, dtype=np.int64)  # padded on the left
+        known = [cache.find(prompt) if cache is not None else (0, None) for prompt in prompts]
+        start = np.array([length for length, _ in known])
+        new = lengths - start
+        self.num_read = int(new.sum())
+        ids = np.full((len(prompts), int(new.max())), pad_id, dtype=np.int64)
         for row, prompt in enumerate(prompts):
-            ids_UT[row, width - len(prompt) :] = prompt
-        self._length_U = torch.from_numpy(lengths).to(self._device)
-        at = torch.arange(width, device=self._device)
-        start_U = width - self._length_U
-        self._real_UT = at[None] >= start_U[:, None]
-        causal_TT = at[:, None] >= at[None]
-        itself_TT = at[:, None] == at[None]  # keeps the softmax of padding defined
-        visible = causal_TT & self._real_UT[:, None] | itself_TT
-        positions_UT = (at[None] - start_U[:, None]).clamp(min=0)
-        hidden = self._forward(torch.from_numpy(ids_UT).to(self._device), positions_UT, visible)
-        self.prompt_hidden_UD = hidden[:, -1]
+            ids[row, : new[row]] = prompt[start[row] :]
+        self._lengths = torch.from_numpy(lengths).to(self._device)
+        self._padded = bool((lengths != lengths.max()).any())
+        self._start = torch.from_numpy(start).to(self._device) if start.any() else None
+        if self._start is not None:
+            for row, (length, entry) in enumerate(known):
+                if entry is None:
+                    continue
+                for layer, (key, value) in enumerate(zip(*entry, strict=True)):
+                    if layer not in self._keys:
+                        shape = (len(prompts), key.shape[0], int((start + ids.shape[1]).max()), key.shape[2])
+                        self._keys[layer] = key.new_zeros(shape)
+                        self._values[layer] = key.new_zeros(shape)
+                    self._keys[layer][row, :, :length] = key[:, :length]
+                    self._values[layer][row, :, :length] = value[:, :length]
+        positions = torch.from_numpy(start[:, None] + np.arange(ids.shape[1])).to(self._device)
+        hidden = self._forward(torch.from_numpy(ids).to(self._device), positions)
+        rows = torch.arange(len(prompts), device=self._device)
+        self.prompt_hidden_UD = hidden[rows, torch.from_numpy(new - 1).to(self._device)]
+        if cache is not None:
+            for row, prompt in enumerate(prompts):
+                size = int(lengths[row])
+                keys = torch.stack([self._keys[layer][row, :, :size] for layer in sorted(self._keys)])
+                values = torch.stack([self._values[layer][row, :, :size] for layer in sorted(self._values)])
+                cache.put(prompt, keys, values)
 
-    def extend(self, tokens_UN: torch.Tensor, depth_UN: torch.Tensor, ancestors_UNS: torch.Tensor) -> torch.Tensor:
-        """Add nodes and return their hidden states [U, N, D].
+    def extend(self, tokens_M: torch.Tensor, users_M: torch.Tensor, parents_M: torch.Tensor) -> torch.Tensor:
+        """Add nodes, users ascending, and return their hidden states [M, D].
 
-        `depth_UN` is 0 for a token right after the prompt; `ancestors_UNS` says which nodes each new one sees, itself
-        included, in the order in which nodes were added.
+        Nodes are numbered in the order in which they were added. `parents_M` is -1 right after the prompt; a parent may
+        be one of the same call, before its child.
         """
-        prompt = self._real_UT[:, None].expand(-1, tokens_UN.shape[1], -1)
-        visible = torch.cat([prompt, ancestors_UNS], dim=2)
-        return self._forward(tokens_UN, self._length_U[:, None] + depth_UN, visible)
+        self._grow(parents_M)
+        self._users = users_M
+        self._place(users_M)
+        where = self._lengths[users_M] + self._new_depths
+        hidden = self._forward(tokens_M[None], where[None])[0]
+        self.num_nodes += len(tokens_M)
+        return hidden
+
+    def forget(self) -> None:
+        """Drops all nodes; the prompts stay."""
+        self._paths, self._depths, self.num_nodes = self._paths[:0], self._depths[:0], 0
+
+    @property
+    def num_users(self) -> int:
+        return len(self._lengths)
 
     @property
     def vocabulary_size(self) -> int:
         return int(self._head.weight.shape[0])
 
-    def log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of the next token: float32[..., V]."""
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of the next token: float32[..., V]."""
         with autocast(self._device, self._bf16):
-            logits = self._head(hidden)
-        return logits.float().log_softmax(-1)
+            return self._head(hidden).float()
 
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        dtype = torch.bfloat16 if self._bf16 else torch.float32
-        mask = torch.zeros(visible.shape, dtype=dtype, device=self._device)
-        mask.masked_fill_(~visible, torch.finfo(dtype).min)
-        with autocast(self._device, self._bf16):
-            return self._trunk(
-                input_ids=ids,
-                position_ids=positions,
-                attention_mask=mask[:, None],
-                past_key_values=self._cache,
-                use_cache=True,
-            ).last_hidden_state
+    # ---- where nodes are ---------------------------------------------------------------------------------------------
+
+    def _grow(self, parents: torch.Tensor) -> None:
+        """Paths of the new nodes: each its parent's, and itself."""
+        first, size = self.num_nodes, len(parents)
+        inside = parents >= first
+        known = torch.where(inside, -1, parents)
+        depth = torch.cat([self._depths, self._depths.new_zeros(size)])
+        depth[first:] = torch.where(known >= 0, depth[known.clamp(min=0)] + 1, 0)
+        generation = [torch.arange(size, device=parents.device)]
+        if bool(inside.any()):  # parents of this very call, generation by generation
+            generation = []
+            todo = torch.ones(size, dtype=torch.bool, device=parents.device)
+            done = torch.ones(first + size, dtype=torch.bool, device=parents.device)
+            done[first:] = False
+            while bool(todo.any()):
+                ready = todo & (~inside | done[parents.clamp(min=0)])
+                rows = ready.nonzero()[:, 0]
+                mine = parents[rows]
+                depth[first + rows] = torch.where(mine >= 0, depth[mine.clamp(min=0)] + 1, 0)
+                done[first + rows] = True
+                todo &= ~ready
+                generation.append(rows)
+        width = max(self._paths.shape[1], int(depth[first:].max()) + 1 if size else 1)
+        paths = self._paths.new_zeros(first + size, width)
+        paths[:first, : self._paths.shape[1]] = self._paths
+        for rows in generation:
+            mine = parents[rows]
+            paths[first + rows] = paths[mine.clamp(min=0)] * (mine >= 0)[:, None]
+            paths[first + rows, depth[first + rows]] = first + rows
+        self._paths, self._depths = paths, depth
+        self._new_depths = depth[first:]
+        width = int(self._new_depths.max()) + 1 if size else 1
+        self._new_paths = paths[first:, :width]
+        self._on_path = torch.arange(width, device=parents.device)[None] <= self._new_depths[:, None]  # [M, P]
+
+    def _place(self, users: torch.Tensor) -> None:
+        """Nodes of one user in one row of a grid, to meet its prompt in one product."""
+        counts = torch.bincount(users, minlength=self.num_users)
+        present = counts.nonzero()[:, 0]
+        self._present = None if len(present) == self.num_users else present
+        row = torch.repeat_interleave(torch.arange(len(present), device=users.device), counts[present])
+        widest = int(counts.max())
+        first = counts[present].cumsum(0) - counts[present]
+        column = torch.arange(len(users), device=users.device) - first[row]
+        if widest * len(present) == len(users):
+            self._grid = self._at = None  # the flat order is that of the grid already
+        else:
+            self._at = row * widest + column
+            self._grid = torch.zeros(len(present) * widest, dtype=torch.long, device=users.device)
+            self._grid[self._at] = torch.arange(len(users), device=users.device)
+        self._shape = len(present), widest
+        if self._padded:
+            lengths = self._lengths if self._present is None else self._lengths[present]
+            real = torch.arange(int(self._lengths.max()), device=users.device) < lengths[:, None]
+            self._hidden_UT = torch.zeros(real.shape, device=users.device).masked_fill_(~real, -torch.inf)
+
+    # ---- the forward pass --------------------------------------------------------------------------------------------
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        with _attending(self._trunk), autocast(self._device, self._bf16):
+            return self._trunk(input_ids=ids, position_ids=positions, use_cache=False, tree=self).last_hidden_state
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """Attention of prompts [U, H, T, D], or of new nodes [1, H, M, D] once these are read; heads come last but one
+        in what is returned."""
+        dtype = torch.bfloat16 if self._bf16 else query.dtype
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if self._new_nodes:
+            return self._attend_nodes(layer, query[0], key[0], value[0], scale, window)[None]
+        return self._attend_prompts(layer, query, key, value, scale, window).transpose(1, 2)
+
+    @property
+    def _new_nodes(self) -> bool:
+        return len(self._depths) > self.num_nodes
+
+    def _attend_prompts(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:
+        tokens = query.shape[2]
+        start = self._start
+        if start is None:
+            self._keys[layer], self._values[layer] = key, value
+        else:
+            rows = torch.arange(len(start), device=start.device)[:, None]
+            where = start[:, None] + torch.arange(tokens, device=start.device)
+            self._keys[layer][rows, :, where] = key.transpose(1, 2)
+            self._values[layer][rows, :, where] = value.transpose(1, 2)
+            key, value = self._keys[layer], self._values[layer]
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        if start is None and (window is None or tokens <= window):
+            return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+        at = torch.arange(tokens, device=query.device)
+        mine = at[None] if start is None else start[:, None] + at
+        other = torch.arange(key.shape[2], device=query.device)
+        sees = other <= mine[..., None]
+        if window is not None:
+            sees &= mine[..., None] - other < window
+        return scaled_dot_product_attention(query, key, value, attn_mask=sees[:, None], scale=scale)
+
+    def _attend_nodes(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """One softmax over the prompt, met user by user, and over the path, gathered node by node: [M, H, D]."""
+        heads, size, width = query.shape
+        num_groups = key.shape[0]
+        near = self._near(layer, key, value)  # [M, P, 2, G, D]
+        query = (query * scale).transpose(0, 1).reshape(size, num_groups, heads // num_groups, width)  # [M, G, h, D]
+        near_weight = torch.einsum("mghd,mpgd->mghp", query, near[:, :, 0])
+        near_weight = near_weight.masked_fill(~self._on_path[:, None, None], -torch.inf)
+        far_key, far_value = self._keys[layer], self._values[layer]
+        if self._present is not None:
+            far_key, far_value = far_key[self._present], far_value[self._present]
+        length = int(far_key.shape[2])
+        far_weight = self._to_grid(query) @ far_key.transpose(2, 3)  # [U, G, N h, T]
+        if self._padded:
+            far_weight = far_weight + self._hidden_UT[:, None, None, :length].to(far_weight.dtype)
+        if window is not None:
+            far_weight = self._windowed(far_weight, heads // num_groups, window)
+            ago = self._new_depths[:, None] - torch.arange(near.shape[1], device=query.device)
+            near_weight = near_weight.masked_fill((ago >= window)[:, None, None], -torch.inf)
+        weight = torch.cat([far_weight, self._to_grid(near_weight)], dim=3).softmax(-1, dtype=torch.float32)
+        weight = weight.to(query.dtype)
+        far = self._to_flat(weight[..., :length] @ far_value, heads // num_groups)
+        near_weight = self._to_flat(weight[..., length:], heads // num_groups)
+        return (far + torch.einsum("mghp,mpgd->mghd", near_weight, near[:, :, 1])).reshape(size, heads, width)
+
+    def _near(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Keys and values along the path of each new node, whose own are put into the buffer first."""
+        first, last = self.num_nodes, self.num_nodes + key.shape[1]
+        buffer = self._nodes.get(layer)
+        if buffer is None or len(buffer) < last:
+            larger = key.new_empty(max(last, 2 * first, 256), 2, key.shape[0], key.shape[2])
+            if buffer is not None:
+                larger[:first] = buffer[:first]
+            self._nodes[layer] = buffer = larger
+        buffer[first:last, 0] = key.transpose(0, 1)
+        buffer[first:last, 1] = value.transpose(0, 1)
+        return buffer[self._new_paths]
+
+    def _windowed(self, weight: torch.Tensor, heads: int, window: int) -> torch.Tensor:
+        """Prompt positions that a sliding window hides from nodes set to -inf."""
+        users, widest = self._shape
+        at = self._lengths[self._users] + self._new_depths
+        at = at if self._grid is None else at[self._grid]
+        hidden = at.view(users, widest)[:, :, None] - torch.arange(weight.shape[3], device=at.device) >= window
+        hidden = hidden[:, :, None].expand(-1, -1, heads, -1).reshape(users, 1, widest * heads, -1)
+        return weight.masked_fill(hidden, -torch.inf)
+
+    def _to_grid(self, flat: torch.Tensor) -> torch.Tensor:
+        """[M, G, h, X] to [U, G, N h, X]."""
+        users, widest = self._shape
+        grid = flat if self._grid is None else flat[self._grid]
+        _, groups, heads, width = flat.shape
+        return grid.view(users, widest, groups, heads, width).transpose(1, 2).reshape(users, groups, -1, width)
+
+    def _to_flat(self, grid: torch.Tensor, heads: int) -> torch.Tensor:
+        """[U, G, N h, X] to [M, G, h, X]."""
+        users, groups, _, width = grid.shape
+        flat = grid.view(users, groups, -1, heads, width).transpose(1, 2).reshape(-1, groups, heads, width)
+        return flat if self._at is None else flat[self._at]
+
+
+# ---- for transformers ------------------------------------------------------------------------------------------------
+
+
+def _attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    *,
+    tree: PromptTree,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """As transformers calls it; returns [batch, tokens, H, D] and no weights."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return tree.attend(module.layer_idx, query, key, value, scale, sliding_window), None
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(PROMPT_TREE, _attend)
+    AttentionMaskInterface.register(PROMPT_TREE, lambda *_, **__: None)
+
+
+@contextmanager
+def _attending(trunk: Any) -> Iterator[None]:
+    """The model attends by `PROMPT_TREE` for the time being."""
+    config = trunk.config
+    before = config._attn_implementation
+    config._attn_implementation = PROMPT_TREE
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

@@ -1,15 +1,26 @@
-"""Beam search over the trie of a catalogue's titles: every result is an item, no item comes twice."""
+"""Search of the trie of a catalogue's titles: best-first with a proof, or by a beam that says how far it may be off.
+
+A title's log-probability only falls as tokens are added. So a prefix whose own is below that of the K-th best title
+found leads to nothing better, and when no other prefix is left, the K titles are proven the best of the catalogue.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from cprec.errors import ConfigError
 from cprec.rank.attention import PromptTree
 from cprec.rank.trie import Trie
+
+AT_ONCE = 1 << 25
+"""Logits made at once."""
+ROUND = 64
+"""Prefixes of a user that a round of the exact search expands at most."""
 
 
 @dataclass(frozen=True)
@@ -17,109 +28,298 @@ class Found:
     """The items found for one user, best first: positions in the trie's titles, with log-probabilities."""
 
     items: np.ndarray
+    """int64; items of equal score by position."""
     scores: np.ndarray
+    """float64."""
+    kth: float
+    """Score of the K-th item; -inf where there are fewer than K."""
+    bound: float
+    """No item that was not found scores higher than this; -inf if nothing was left out."""
+    expanded: int
+    """Prefixes that the model read, the prompt not counted."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is proven that no other item belongs to the K best, or ties with the K-th."""
+        return self.bound < self.kth or self.bound == -np.inf
+
+    @property
+    def gap(self) -> float:
+        """By how much an item that was missed can at most beat the K-th that was found; 0 if exact."""
+        return 0.0 if self.exact else float(self.bound - self.kth)
 
 
-def beam_search(
-    tree: PromptTree, trie: Trie, *, k: int, width: int, excluded: Sequence[np.ndarray] | None = None
+@dataclass(frozen=True)
+class Prefixes:
+    """Prefixes that could be expanded, users ascending."""
+
+    user: torch.Tensor
+    node: torch.Tensor
+    parent: torch.Tensor
+    """Place in the tree of the prefix without its last token; -1 right after the prompt."""
+    score: torch.Tensor
+    """float64: log-probability."""
+    bound: torch.Tensor
+    """float64: no title below scores higher."""
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def take(self, chosen: torch.Tensor) -> Prefixes:
+        return Prefixes(*(column[chosen] for column in vars(self).values()))
+
+
+def search(
+    tree: PromptTree,
+    trie: Trie,
+    *,
+    k: int,
+    width: int,
+    exact: bool = True,
+    excluded: Sequence[np.ndarray] | None = None,
+    allowed: Sequence[np.ndarray | None] | None = None,
+    max_nodes: int | None = None,
+    seconds: float | None = None,
+    per_token: bool = False,
 ) -> list[Found]:
     """The `k` best items for each prompt of `tree`, by the log-probability of title and end of sequence.
 
-    At each depth the `width` best prefixes go on; every title that ends is kept, so completed titles take no beam. A
-    user's search ends when no prefix is as good as the k-th item, for a title's log-probability only falls. Items with
-    equal titles tie, and all of those tied with the k-th are returned. `excluded` holds item positions per user;
-    prefixes of nothing else are never entered. Width of at least the number of prefixes at any depth makes the search
-    exact.
+    First a beam: at each depth the `width` best prefixes go on, and every title that ends is kept, so completed titles
+    take no beam. With `exact` the prefixes that it left behind follow, the best first, up to `ROUND` a pass, until none
+    is as good as the K-th item; or until a user has read `max_nodes` prefixes or `seconds` are over, which leaves the
+    best found and the gap. `per_token` divides a title's log-probability by its number of tokens, the end included; a
+    prefix is then bounded by its log-probability over the longest title below it.
+
+    Items with equal titles tie, and all found that tie with the K-th are returned. `excluded` and `allowed` hold item
+    positions per user (None allows all); prefixes of nothing else are never entered. Raises ConfigError for a width or
+    `k` below 1.
     """
-    device = tree.prompt_hidden_UD.device
-    num_users = len(tree.prompt_hidden_UD)
-    dead = _dead_keys(trie, excluded, num_users)
-    first_child, token, num_items = trie.first_child, trie.token, trie.items.lengths
-    found = [Found(np.empty(0, dtype=np.int64), np.empty(0)) for _ in range(num_users)]
-    threshold = np.full(num_users, -np.inf)  # the k-th best complete score so far
-
-    nodes = np.zeros((num_users, 1), dtype=np.int64)
-    scores = np.zeros((num_users, 1))
-    hidden = tree.prompt_hidden_UD[:, None]
-    ancestors = torch.zeros(num_users, 1, 0, dtype=torch.bool, device=device)
-    depth = 0
-    while True:
-        # every child of every live prefix, with its score
-        counts = np.where(np.isfinite(scores), first_child[nodes + 1] - first_child[nodes], 0).ravel()
-        beam = np.repeat(np.arange(counts.size), counts)
-        child = first_child[nodes.ravel()][beam] + np.arange(len(beam)) - np.repeat(np.cumsum(counts) - counts, counts)
-        user = beam // nodes.shape[1]
-        if dead is not None:
-            alive = ~np.isin(user * trie.num_nodes + child, dead)
-            beam, child, user = beam[alive], child[alive], user[alive]
-        step = _gather(tree, hidden, beam, token[child])
-        score = scores.ravel()[beam] + step
-
-        ends = num_items[child] > 0
-        for number in np.unique(user[ends]):
-            mine = ends & (user == number)
-            ended = trie.items.take(child[mine])
-            new = Found(ended.values, np.repeat(score[mine], ended.lengths))
-            found[number] = _best(found[number], new, k, excluded[number] if excluded is not None else ())
-            if len(found[number].items) >= k:
-                threshold[number] = found[number].scores[k - 1]
-        going = ~ends & (score >= threshold[user])
-        beam, child, user, score = beam[going], child[going], user[going], score[going]
-        if not len(child):
-            return found
-
-        # the best `width` of each user, in a grid; empty places have score -inf
-        order = np.lexsort((child, -score, user))
-        place = np.arange(len(order)) - np.searchsorted(user[order], user[order])
-        order, place = order[place < width], place[place < width]
-        size = int(place.max()) + 1
-        shape = (num_users, size)
-        parent = np.zeros(shape, dtype=np.int64)
-        nodes, scores = np.zeros(shape, dtype=np.int64), np.full(shape, -np.inf)
-        row = user[order]
-        nodes[row, place], scores[row, place] = child[order], score[order]
-        parent[row, place] = beam[order] % ancestors.shape[1]
-
-        inherited = ancestors.gather(
-            1, torch.from_numpy(parent).to(device)[..., None].expand(-1, -1, ancestors.shape[2])
-        )
-        itself = torch.eye(size, dtype=torch.bool, device=device).expand(num_users, -1, -1)
-        ancestors = torch.cat([inherited, itself], dim=2)
-        tokens = torch.from_numpy(np.maximum(token[nodes], 0)).to(device)
-        hidden = tree.extend(tokens, torch.full(shape, depth, device=device), ancestors)
-        # nodes of the next block are numbered after all nodes so far
-        depth += 1
+    if k < 1 or width < 1:
+        raise ConfigError(f"k={k} and width={width} must be at least 1")
+    return _Search(tree, trie, k, excluded, allowed, max_nodes, seconds, per_token).run(width, exact)
 
 
-def _gather(tree: PromptTree, hidden_UND: torch.Tensor, beam: np.ndarray, token: np.ndarray) -> np.ndarray:
-    """Log-probabilities of (prefix, next token) pairs, float64; prefixes numbered over users and beams."""
-    out = np.empty(len(beam))
-    flat = hidden_UND.flatten(0, 1)
-    rows, inverse = np.unique(beam, return_inverse=True)
-    size = max(1, (1 << 25) // tree.vocabulary_size)
-    for start in range(0, len(rows), size):
-        chosen = rows[start : start + size]
-        logp = tree.log_probabilities(flat[torch.from_numpy(chosen).to(flat.device)])
-        mine = np.flatnonzero((inverse >= start) & (inverse < start + size))
-        index = torch.from_numpy(inverse[mine] - start).to(flat.device), torch.from_numpy(token[mine]).to(flat.device)
-        out[mine] = logp[index].double().cpu().numpy()
-    return out
+class _Search:
+    def __init__(
+        self,
+        tree: PromptTree,
+        trie: Trie,
+        k: int,
+        excluded: Sequence[np.ndarray] | None,
+        allowed: Sequence[np.ndarray | None] | None,
+        max_nodes: int | None,
+        seconds: float | None,
+        per_token: bool,
+    ) -> None:
+        self.tree, self.trie, self.k = tree, trie, k
+        self.device = tree.prompt_hidden_UD.device
+        self.users = tree.num_users
+        self.excluded, self.allowed = excluded, allowed
+        self.max_nodes = max_nodes
+        self.stop_at = None if seconds is None else time.monotonic() + seconds
+        self.token, self.first_child = trie.on(self.device, "token"), trie.on(self.device, "first_child")
+        self.reach = _Reach(trie, self.users, excluded, allowed, self.device)
+        self.longest = trie.on(self.device, "longest") if per_token else None
+        empty = torch.zeros(0, dtype=torch.long, device=self.device)
+        self.found = empty, empty, empty.double(), empty  # user, leaf, score, items
+        self.threshold = torch.full((self.users,), -torch.inf, dtype=torch.float64, device=self.device)
+        self.dropped = self.threshold.clone()  # best bound of what was not expanded and is kept no longer
+        self.expanded = torch.zeros(self.users, dtype=torch.long, device=self.device)
+
+    def run(self, width: int, exact: bool) -> list[Found]:
+        users = torch.arange(self.users, device=self.device).repeat_interleave(len(self.trie.roots))
+        roots = torch.from_numpy(np.tile(self.trie.roots, self.users)).to(self.device)
+        zero = torch.zeros(len(users), dtype=torch.float64, device=self.device)
+        start = Prefixes(users, roots, torch.full_like(users, -1), zero, zero)
+        start = start.take(self.reach.items(users, roots) > 0)
+        fresh = self._children(start, start.parent, self.tree.prompt_hidden_UD, start.user)
+        left: list[Prefixes] = []
+        while len(fresh):
+            chosen, rest = self._best(fresh, width)
+            left.append(rest)
+            if not exact:
+                self._drop(rest)
+            fresh = self._expand(chosen)
+        frontier = self._hopeful(_joined(left, self.users)) if exact and left else None
+        while frontier is not None and len(frontier):
+            chosen, rest = self._best(frontier, ROUND)
+            if not len(chosen):  # budgets are spent
+                self._drop(rest)
+                break
+            frontier = self._hopeful(_joined([rest, self._expand(chosen)], self.users))
+        return self._results()
+
+    # ---- one pass ----------------------------------------------------------------------------------------------------
+
+    def _expand(self, chosen: Prefixes) -> Prefixes:
+        """Let the model read prefixes; returns their children that may still matter, and keeps the titles that end."""
+        if not len(chosen):
+            return chosen
+        first = self.tree.num_nodes
+        hidden = self.tree.extend(self.token[chosen.node].long(), chosen.user, chosen.parent)
+        self.expanded += torch.bincount(chosen.user, minlength=self.users)
+        rows = torch.arange(len(chosen), device=self.device)
+        return self._children(chosen, first + rows, hidden, rows)
+
+    def _children(self, above: Prefixes, place: torch.Tensor, hidden: torch.Tensor, rows: torch.Tensor) -> Prefixes:
+        """Children of prefixes; `rows` says where in `hidden` [M, D] each one's state is, and `place` where in the
+        tree."""
+        if not len(above):
+            return above
+        pieces = []
+        size = max(1, AT_ONCE // self.tree.vocabulary_size)
+        for start in range(0, len(above), size):
+            mine = slice(start, start + size)
+            logits = self.tree.logits(hidden[rows[mine]])
+            total = logits.logsumexp(-1)
+            node = above.node[mine]
+            begin = self.first_child[node].long()
+            counts = self.first_child[node + 1] - begin
+            row = torch.repeat_interleave(torch.arange(len(node), device=self.device), counts)
+            child = begin[row] + torch.arange(len(row), device=self.device) - (counts.cumsum(0) - counts)[row]
+            user = above.user[mine][row]
+            items = self.reach.items(user, child)
+            alive = (items > 0).nonzero()[:, 0]
+            row, child, user, items = row[alive], child[alive], user[alive], items[alive]
+            token = self.token[child].long()
+            score = above.score[mine][row] + (logits[row, token] - total[row]).double()
+            bound = score if self.longest is None else score / self.longest[child]
+            ends = token == self.trie.end
+            if bool(ends.any()):
+                self._keep(user[ends], child[ends], bound[ends], items[ends])
+            alive = ~ends
+            pieces.append(Prefixes(user[alive], child[alive], place[mine][row[alive]], score[alive], bound[alive]))
+        return self._hopeful(_joined(pieces, self.users))
+
+    def _keep(self, user: torch.Tensor, leaf: torch.Tensor, score: torch.Tensor, items: torch.Tensor) -> None:
+        """Of all titles found, each user's `k` best items and what ties with the last; sets the thresholds."""
+        columns = [torch.cat(pair) for pair in zip(self.found, (user, leaf, score, items), strict=True)]
+        order = torch.argsort(columns[2], descending=True, stable=True)
+        order = order[torch.argsort(columns[0][order], stable=True)]
+        user, leaf, score, items = (column[order] for column in columns)
+        so_far = items.cumsum(0)
+        counts = torch.bincount(user, minlength=self.users)
+        first = counts.cumsum(0) - counts
+        before = so_far - items
+        so_far = so_far - before[first[user]]
+        last = (so_far >= self.k) & (so_far - items < self.k)  # the title with the K-th item
+        self.threshold[user[last]] = score[last]
+        kept = score >= self.threshold[user]
+        self.found = user[kept], leaf[kept], score[kept], items[kept]
+
+    # ---- what to expand ----------------------------------------------------------------------------------------------
+
+    def _best(self, prefixes: Prefixes, number: int) -> tuple[Prefixes, Prefixes]:
+        """Each user's best `number` prefixes, as far as budgets go, and the others."""
+        counts = torch.bincount(prefixes.user, minlength=self.users)
+        widest = int(counts.max())
+        wanted = torch.full_like(counts, number)
+        if self.max_nodes is not None:
+            wanted = torch.minimum(wanted, (self.max_nodes - self.expanded).clamp(min=0))
+        if self.stop_at is not None and time.monotonic() > self.stop_at:
+            wanted = torch.zeros_like(wanted)
+        chosen = torch.zeros(len(prefixes), dtype=torch.bool, device=self.device)
+        if widest > number or self.max_nodes is not None or self.stop_at is not None:
+            column = torch.arange(len(prefixes), device=self.device) - (counts.cumsum(0) - counts)[prefixes.user]
+            grid = torch.full((self.users, widest), -torch.inf, dtype=torch.float64, device=self.device)
+            grid[prefixes.user, column] = prefixes.bound
+            best = grid.topk(min(number, widest), dim=1).indices
+            real = torch.arange(best.shape[1], device=self.device) < torch.minimum(wanted, counts)[:, None]
+            chosen[((counts.cumsum(0) - counts)[:, None] + best)[real]] = True
+        else:
+            chosen[:] = True
+        return prefixes.take(chosen.nonzero()[:, 0]), prefixes.take((~chosen).nonzero()[:, 0])
+
+    def _hopeful(self, prefixes: Prefixes) -> Prefixes:
+        """Prefixes with a bound of at least the K-th score; the others are dropped."""
+        kept = prefixes.bound >= self.threshold[prefixes.user]
+        if bool(kept.all()):
+            return prefixes
+        self._drop(prefixes.take((~kept).nonzero()[:, 0]))
+        return prefixes.take(kept.nonzero()[:, 0])
+
+    def _drop(self, prefixes: Prefixes) -> None:
+        self.dropped.scatter_reduce_(0, prefixes.user, prefixes.bound, "amax")
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    def _results(self) -> list[Found]:
+        user, leaf, score, _ = (column.cpu().numpy() for column in self.found)
+        at = np.searchsorted(user, np.arange(self.users + 1))
+        threshold, dropped = self.threshold.cpu().numpy(), self.dropped.cpu().numpy()
+        expanded = self.expanded.cpu().numpy()
+        out = []
+        for number in range(self.users):
+            mine = slice(at[number], at[number + 1])
+            ended = self.trie.items_at(leaf[mine])
+            items, scores = ended.values.astype(np.int64), np.repeat(score[mine], ended.lengths)
+            kept = self.trie.in_stock[items]
+            if self.excluded is not None:
+                kept = kept & ~np.isin(items, self.excluded[number])
+            allowed = self.allowed[number] if self.allowed is not None else None
+            if allowed is not None:
+                kept = kept & np.isin(items, allowed)
+            items, scores = items[kept], scores[kept]
+            order = np.lexsort((items, -scores))
+            out.append(
+                Found(
+                    items=items[order],
+                    scores=scores[order],
+                    kth=float(threshold[number]),
+                    bound=float(dropped[number]),
+                    expanded=int(expanded[number]),
+                )
+            )
+        return out
 
 
-def _dead_keys(trie: Trie, excluded: Sequence[np.ndarray] | None, num_users: int) -> np.ndarray | None:
-    """user * num_nodes + node of every prefix that leads to excluded items only."""
-    if excluded is None:
-        return None
-    assert len(excluded) == num_users
-    keys = [user * trie.num_nodes + trie.dead_nodes(items) for user, items in enumerate(excluded) if len(items)]
-    return np.concatenate(keys) if keys else None
+class _Reach:
+    """How many items of a node a user may be given: those in stock, less the excluded ones, or the allowed ones."""
+
+    def __init__(
+        self,
+        trie: Trie,
+        users: int,
+        excluded: Sequence[np.ndarray] | None,
+        allowed: Sequence[np.ndarray | None] | None,
+        device: torch.device,
+    ) -> None:
+        self._num_items = trie.on(device, "num_items")
+        self._num_nodes = trie.num_nodes
+        listed = np.zeros(users, dtype=bool)
+        keys, counts = [], []
+        for user in range(users):
+            gone = np.unique(excluded[user]) if excluded is not None else np.empty(0, dtype=np.int64)
+            items = gone
+            allow = allowed[user] if allowed is not None else None
+            if allow is not None:
+                listed[user] = True
+                items = np.setdiff1d(allow, gone)
+            items = items[trie.in_stock[items]] if len(items) else items
+            if len(items):
+                nodes, below = trie.paths(items)
+                keys.append(user * trie.num_nodes + nodes)
+                counts.append(below)
+        self._keys = torch.from_numpy(np.concatenate(keys)).to(device) if keys else None
+        self._counts = torch.from_numpy(np.concatenate(counts)).to(device) if keys else None
+        self._listed = torch.from_numpy(listed).to(device) if listed.any() else None
+
+    def items(self, user: torch.Tensor, node: torch.Tensor) -> torch.Tensor:
+        """int64, of each pair."""
+        there = self._num_items[node].long()
+        counts = torch.zeros_like(there)
+        if self._keys is not None and self._counts is not None:
+            key = user * self._num_nodes + node
+            at = torch.searchsorted(self._keys, key).clamp(max=len(self._keys) - 1)
+            counts = torch.where(self._keys[at] == key, self._counts[at], counts)
+        if self._listed is None:
+            return there - counts
+        return torch.where(self._listed[user], counts, there - counts)
 
 
-def _best(found: Found, new: Found, k: int, excluded: np.ndarray | tuple[()]) -> Found:
-    """The `k` best items of both, and those tied with the k-th; items of equal score by position."""
-    left = ~np.isin(new.items, excluded)  # an excluded item may share its title with others
-    items = np.concatenate([found.items, new.items[left]])
-    scores = np.concatenate([found.scores, new.scores[left]])
-    order = np.lexsort((items, -scores))
-    order = order[: np.searchsorted(-scores[order], -scores[order[k - 1]], side="right")] if len(order) > k else order
-    return Found(items[order], scores[order])
+def _joined(pieces: Sequence[Prefixes], users: int) -> Prefixes:
+    """All prefixes, users ascending."""
+    if len(pieces) == 1:
+        return pieces[0]
+    together = Prefixes(*(torch.cat(columns) for columns in zip(*(vars(p).values() for p in pieces), strict=True)))
+    return together.take(torch.argsort(together.user, stable=True))

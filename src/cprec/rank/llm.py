@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,14 +18,19 @@ from cprec.data.ragged import Ragged, offsets_of
 from cprec.errors import ConfigError
 from cprec.models import load_model
 from cprec.rank.attention import PromptTree
-from cprec.rank.decoding import beam_search
+from cprec.rank.cache import PrefixCache
+from cprec.rank.decoding import Found, search
+from cprec.rank.generation import match, write
 from cprec.rank.scoring import score_candidates
 from cprec.rank.trie import Trie
-from cprec.recommender import Ranking, RankingQuery
+from cprec.recommender import Certificate, Ranking, RankingQuery
 from cprec.schema import SPECIFIC, Item
 from cprec.text.encoding import PromptEncoder
 from cprec.text.prompts import Template
 from cprec.text.tokenizer import load_tokenizer
+
+Mode = Literal["auto", "exact", "beam", "generate"]
+Score = Literal["sum", "mean", "corrected"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +40,28 @@ class Recommendation:
     item_id: str
     title: str
     score: float
-    """Log-probability of the title after the history; higher is better, comparable within one list."""
+    """Log-probability of the title after the history, unless the recommender was given another `score`; higher is
+    better, comparable within one list."""
 
 
 class LLMRecommender:
     """Ranks a catalogue by a language model's probability of each title after the history's prompt.
 
-    The full catalogue is ranked by beam search of `beam_width` over a trie of the domain's titles; candidate lists by
-    exact log-likelihood. Made by `from_pretrained` from a folder that `cprec pretrain` or `cprec finetune` wrote.
+    Made by `from_pretrained` from a folder that `cprec pretrain` or `cprec finetune` wrote. Candidate lists are ranked
+    by exact log-likelihood; the full catalogue over a trie of the domain's titles by `mode`:
+
+    - `exact`: search until no better item can be left, with a certificate;
+    - `auto`: the same, but a query that has read `max_nodes` prefixes gets the best found, and its certificate the gap;
+    - `beam`: the `beam_width` best prefixes of each depth; the certificate has the gap;
+    - `generate` (candidates only): the model writes freely, and what it writes is looked for among the candidates; a
+      ranking holds one item or none.
+
+    `score` is the summed log-probability of a title's tokens; their `mean`; or the sum less what it is under an empty
+    history (`corrected` for popularity), which is exact for candidates. Over the full catalogue a corrected score may
+    rise along a title, so no prefix bounds it: `exact` refuses it, and the others put the titles that a beam found by
+    sum into corrected order, with no certificate.
+
+    `cache_bytes` of memory keep what was read of prompts, for users who come back.
     """
 
     def __init__(
@@ -57,19 +76,36 @@ class LLMRecommender:
         max_title_tokens: int = 32,
         history: str = SPECIFIC,
         max_history: int = 10,
+        mode: Mode = "auto",
         beam_width: int = 20,
+        max_nodes: int = 2000,
+        seconds: float | None = None,
+        score: Score = "sum",
         batch_size: int = 32,
+        cache_bytes: int = 0,
         bf16: bool = False,
     ) -> None:
+        """`seconds` limits how long a batch of `batch_size` queries searches for more, in every mode."""
+        if mode in ("exact", "generate") and score == "corrected":
+            raise ConfigError(
+                f"score='corrected' with mode={mode!r}: a corrected score may rise along a title, so no prefix bounds "
+                "it and nothing can be proven; choose mode='beam', or score 'sum' or 'mean'"
+            )
         self.name = name
         self.domain = domain
         self.catalogue = catalogue
         self.history_kind = history
         self.max_history = max_history
+        self.mode = mode
         self.beam_width = beam_width
+        self.max_nodes = max_nodes
+        self.seconds = seconds
+        self.score = score
         self.batch_size = batch_size
         self._model = model.eval()
         self._bf16 = bf16
+        self._tokenizer = tokenizer
+        self._cache = PrefixCache(cache_bytes) if cache_bytes else None
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._encoder = PromptEncoder(tokenizer, catalogue, max_title_tokens=max_title_tokens, template=template)
         self._tries: dict[str, Trie] = {}
@@ -104,11 +140,15 @@ class LLMRecommender:
         model = load_model(folder, device=device)
         return cls(model, load_tokenizer(str(folder)), Catalogue.read(folder), **settings | options)
 
-    def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
-        """See `Recommender.rank`. Prompts of similar length share a batch.
+    def rank(self, queries: Sequence[RankingQuery], k: int, mode: Mode | None = None) -> list[Ranking]:
+        """See `Recommender.rank`. Prompts of similar length share a batch. `mode` takes the place of the recommender's.
 
-        Raises UnknownItemError for items that the catalogue does not have.
+        Raises UnknownItemError for items that the catalogue does not have, ConfigError for queries without candidates
+        in mode `generate`.
         """
+        mode = mode or self.mode
+        if mode == "generate" and any(query.candidates is None for query in queries):
+            raise ConfigError("mode='generate' ranks candidates: give each query some")
         prompts = self._prompts(queries)
         order = np.argsort(prompts.lengths, kind="stable")
         out: list[Ranking | None] = [None] * len(queries)
@@ -120,9 +160,15 @@ class LLMRecommender:
             for (domain, given), members in groups.items():
                 for start in range(0, len(members), self.batch_size):
                     batch = members[start : start + self.batch_size]
-                    tree = PromptTree(self._model, [prompts[n] for n in batch], bf16=self._bf16, pad_id=self._pad_id)
-                    rank = self._rank_candidates if given else self._rank_catalogue
-                    for number, ranking in zip(batch, rank(tree, domain, [queries[n] for n in batch], k), strict=True):
+                    tree = self._read([prompts[n] for n in batch])
+                    asked = [queries[n] for n in batch]
+                    if mode == "generate":
+                        rankings = self._generate(tree, domain, asked)
+                    elif given:
+                        rankings = self._rank_candidates(tree, domain, asked)
+                    else:
+                        rankings = self._rank_catalogue(tree, domain, asked, k, mode)
+                    for number, ranking in zip(batch, rankings, strict=True):
                         out[number] = ranking
         return [ranking for ranking in out if ranking is not None]
 
@@ -196,32 +242,106 @@ class LLMRecommender:
             return tuple(item for item in query.history if item.domain == query.domain)[-self.max_history :]
         return query.history[-self.max_history :]
 
-    def _trie(self, domain: str) -> Trie:
+    def _read(self, prompts: Sequence[np.ndarray]) -> PromptTree:
+        return PromptTree(self._model, prompts, bf16=self._bf16, pad_id=self._pad_id, cache=self._cache)
+
+    def trie(self, domain: str) -> Trie:
+        """The titles of a domain's items, in the order of the catalogue; built when first asked for.
+
+        Raises DataError if items have titles that cannot be ranked.
+        """
         if domain not in self._tries:
-            self._tries[domain] = Trie.build(self._encoder.titles(self.catalogue.rows_of(domain), end=True))
+            rows = self.catalogue.rows_of(domain)
+
+            def name(row: int) -> str:
+                return f"item {self.catalogue.item_id[rows[row]]!r} of {domain!r}"
+
+            self._tries[domain] = Trie.build(self._encoder.titles(rows, end=True), name)
         return self._tries[domain]
 
-    def _rank_catalogue(self, tree: PromptTree, domain: str, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
+    def _rank_catalogue(
+        self, tree: PromptTree, domain: str, queries: Sequence[RankingQuery], k: int, mode: Mode
+    ) -> list[Ranking]:
         rows = self.catalogue.rows_of(domain)
         first = int(rows[0])
-        excluded = [
-            self.catalogue.find(domain, sorted(query.exclude)) - first if query.exclude else np.empty(0, dtype=np.int64)
-            for query in queries
-        ]
-        found = beam_search(tree, self._trie(domain), k=k, width=max(self.beam_width, k), excluded=excluded)
+
+        def positions(items: frozenset[str]) -> np.ndarray:
+            return self.catalogue.find(domain, sorted(items)) - first if items else np.empty(0, dtype=np.int64)
+
+        corrected = self.score == "corrected"
+        found = search(
+            tree,
+            self.trie(domain),
+            k=max(k, self.beam_width) if corrected else k,
+            width=max(self.beam_width, k),
+            exact=mode != "beam" and not corrected,
+            excluded=[positions(query.exclude) for query in queries],
+            allowed=[None if query.allow is None else positions(query.allow) for query in queries],
+            max_nodes=self.max_nodes if mode == "auto" and not corrected else None,
+            seconds=self.seconds,
+            per_token=self.score == "mean",
+        )
+        if corrected:
+            found = self._corrected(found, domain, k)
         out = []
         for query, result in zip(queries, found, strict=True):
             ids = self.catalogue.item_id[rows[result.items]]
-            out.append(Ranking(query.query_id, tuple(map(str, ids)), tuple(map(float, result.scores))))
+            certificate = None if corrected else Certificate(gap=result.gap, expanded=result.expanded)
+            out.append(Ranking(query.query_id, tuple(map(str, ids)), tuple(map(float, result.scores)), certificate))
         return out
 
-    def _rank_candidates(self, tree: PromptTree, domain: str, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
-        rows = [self.catalogue.find(domain, list(query.candidates or ())) for query in queries]
-        scores = score_candidates(tree, [self._encoder.titles(mine, end=True) for mine in rows])
+    def _corrected(self, found: Sequence[Found], domain: str, k: int) -> list[Found]:
+        """What was found, by corrected score: the `k` best, and those tied with the last."""
+        first = int(self.catalogue.rows_of(domain)[0])
         out = []
-        for query, mine in zip(queries, scores, strict=True):
-            ids = np.array(query.candidates, dtype=object)
-            kept = np.array([item not in query.exclude for item in ids], dtype=bool)
-            order = np.lexsort((ids[kept].astype(str), -mine[kept]))
-            out.append(Ranking(query.query_id, tuple(map(str, ids[kept][order])), tuple(map(float, mine[kept][order]))))
+        for result in found:
+            scores = result.scores - self._without_history(domain, first + result.items)
+            order = np.lexsort((result.items, -scores))
+            if len(order) > k:
+                order = order[: np.searchsorted(-scores[order], -scores[order[k - 1]], side="right")]
+            out.append(replace(result, items=result.items[order], scores=scores[order]))
         return out
+
+    def _without_history(self, domain: str, rows: np.ndarray) -> np.ndarray:
+        """Log-probabilities of titles after the prompt of an empty history."""
+        prompt = self._prompts([RankingQuery(query_id="", domain=domain, history=())])[0]
+        (scores,) = score_candidates(self._read([prompt]), [self._encoder.titles(rows, end=True)])
+        return scores
+
+    def _rank_candidates(self, tree: PromptTree, domain: str, queries: Sequence[RankingQuery]) -> list[Ranking]:
+        rows = [self.catalogue.find(domain, list(query.candidates or ())) for query in queries]
+        titles = [self._encoder.titles(mine, end=True) for mine in rows]
+        out = []
+        for query, mine, text, score in zip(queries, rows, titles, score_candidates(tree, titles), strict=True):
+            if self.score == "mean":
+                score = score / text.lengths
+            elif self.score == "corrected":
+                score = score - self._without_history(domain, mine)
+            ids = np.array(query.candidates, dtype=object)
+            kept = np.array([_may(query, item) for item in ids], dtype=bool)
+            order = np.lexsort((ids[kept].astype(str), -score[kept]))
+            out.append(
+                Ranking(query.query_id, tuple(map(str, ids[kept][order])), tuple(map(float, score[kept][order])))
+            )
+        return out
+
+    def _generate(self, tree: PromptTree, domain: str, queries: Sequence[RankingQuery]) -> list[Ranking]:
+        written = write(tree, self.trie(domain).end, self._encoder.max_item_tokens)
+        out = []
+        for query, tokens in zip(queries, written, strict=True):
+            rows = self.catalogue.find(domain, list(query.candidates or ()))
+            # a title is compared as the model knows it, cut to its length
+            known = [self._tokenizer.decode(title) for title in _rows(self._encoder.titles(rows))]
+            said = match(self._tokenizer.decode(tokens), known)
+            item = None if said is None else (query.candidates or ())[said]
+            chosen = (item,) if item is not None and _may(query, item) else ()
+            out.append(Ranking(query.query_id, chosen, (1.0,) * len(chosen)))
+        return out
+
+
+def _may(query: RankingQuery, item: str) -> bool:
+    return item not in query.exclude and (query.allow is None or item in query.allow)
+
+
+def _rows(titles: Ragged) -> list[np.ndarray]:
+    return [titles[row] for row in range(len(titles))]

@@ -1,45 +1,100 @@
-"""Log-likelihood of each candidate's text: all candidates of a user in one forward pass after the prompt."""
+"""Exact log-likelihood of given titles: each prefix that titles share is read once, and many in one pass."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
-from cprec.data.ragged import Ragged
+from cprec.data.ragged import Ragged, offsets_of
 from cprec.rank.attention import PromptTree
+from cprec.rank.decoding import AT_ONCE
+from cprec.rank.trie import Trie, build_block, levels_of, sort_titles
+
+TITLES = 1024
+"""Titles of all users together whose prefixes are read in one pass."""
 
 
 def score_candidates(tree: PromptTree, candidates: Sequence[Ragged]) -> list[np.ndarray]:
     """Summed log-probability of each candidate's title tokens, the end of sequence included.
 
-    `candidates` holds, for each prompt of `tree`, its candidates' title tokens. The titles stand side by side after the
-    prompt and do not see each other. Returns float64[number of candidates] for each prompt.
+    `candidates` holds, for each prompt of `tree`, its candidates' title tokens, of one or more each. Returns
+    float64[number of candidates] for each prompt. The nodes of `tree` are dropped.
     """
-    device = tree.prompt_hidden_UD.device
-    total = np.array([len(titles.values) for titles in candidates])
-    width = max(int(total.max()), 1)
-    shape = (len(candidates), width)
-    tokens, depth = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    title = np.full(shape, -1, dtype=np.int64)
-    for row, titles in enumerate(candidates):
-        size = len(titles.values)
-        tokens[row, :size] = titles.values
-        title[row, :size] = titles.row_of
-        depth[row, :size] = np.arange(size) - np.repeat(titles.offsets[:-1], titles.lengths)
-    at = np.arange(width)
-    sees = (title[:, :, None] == title[:, None, :]) & (at[:, None] >= at[None])[None]
-    sees |= (at[:, None] == at[None])[None]
-    tokens_UN, depth_UN = torch.from_numpy(tokens).to(device), torch.from_numpy(depth).to(device)
-    hidden_UND = tree.extend(tokens_UN, depth_UN, torch.from_numpy(sees).to(device))
-    before = torch.cat([tree.prompt_hidden_UD[:, None], hidden_UND[:, :-1]], dim=1)
-    first = depth_UN == 0  # the first token of every title follows the prompt
-    before = torch.where(first[..., None], tree.prompt_hidden_UD[:, None], before)
-    out = []
-    for row, titles in enumerate(candidates):
-        size = len(titles.values)
-        logp = tree.log_probabilities(before[row, :size])
-        chosen = logp.gather(1, tokens_UN[row, :size, None])[:, 0].double().cpu().numpy()
-        out.append(np.bincount(titles.row_of, weights=chosen, minlength=len(titles)))
+    out = [np.empty(len(titles)) for titles in candidates]
+    users = np.repeat(np.arange(len(candidates)), [len(titles) for titles in candidates])
+    rows = np.concatenate([np.arange(len(titles)) for titles in candidates]) if len(users) else users
+    for start in range(0, len(users), TITLES):
+        mine = slice(start, start + TITLES)
+        for user, chosen, scores in _score(tree, candidates, users[mine], rows[mine]):
+            out[user][chosen] = scores
     return out
+
+
+def score_catalogue(tree: PromptTree, trie: Trie) -> np.ndarray:
+    """The log-probability of every title after every prompt: float64[users, number of items], items out of stock
+    included. In the order of the titles, so that what they share is nearly always read once."""
+    leaves, leaf_of = np.unique(trie.leaf, return_inverse=True)
+    titles = trie.titles(leaves)
+    order = sort_titles(titles)
+    scores = np.empty((tree.num_users, len(leaves)))
+    size = max(1, TITLES // tree.num_users)
+    for start in range(0, len(order), size):
+        mine = order[start : start + size]
+        scores[:, mine] = score_candidates(tree, [titles.take(mine)] * tree.num_users)
+    return scores[:, leaf_of]
+
+
+def _score(
+    tree: PromptTree, candidates: Sequence[Ragged], users: np.ndarray, rows: np.ndarray
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Log-probabilities of some users' candidates (users ascending) by one pass over the trie of each user's."""
+    device = tree.prompt_hidden_UD.device
+    present, first = np.unique(users, return_index=True)
+    blocks, leaves, chosen = [], [], np.split(rows, first[1:])
+    for user, mine in zip(present, chosen, strict=True):
+        block, leaf = build_block(candidates[user].take(mine))
+        blocks.append(block)
+        leaves.append(leaf)
+    root = offsets_of(np.array([len(block.token) for block in blocks]))
+    token = np.concatenate([block.token for block in blocks])
+    children = np.concatenate([np.diff(block.first_child) for block in blocks])
+    parent = np.concatenate(
+        [np.append(start, start + np.repeat(np.arange(len(b.token)), np.diff(b.first_child)))
+         for start, b in zip(root, blocks, strict=False)]
+    )  # fmt: skip
+    user = np.repeat(present, np.diff(root))
+    is_root = np.zeros(len(token), dtype=bool)
+    is_root[root[:-1]] = True
+    read = (children > 0) & ~is_root  # leaves are read by nobody
+    place = np.cumsum(read) - 1
+    place[is_root] = -1
+    tree.forget()
+    hidden = tree.prompt_hidden_UD[torch.from_numpy(present).to(device)]
+    if read.any():
+        new = tree.extend(
+            *(torch.from_numpy(a[read]).to(device) for a in (token.astype(np.int64), user, place[parent]))
+        )
+        hidden = torch.cat([hidden, new])
+    tree.forget()
+    inner = np.flatnonzero(children)  # with their children in the order of nodes
+    state = np.where(is_root, np.cumsum(is_root) - 1, len(present) + place)[inner]
+    child = np.flatnonzero(~is_root)
+    step = np.empty(len(child))
+    ends = np.cumsum(children[inner])
+    size = max(1, AT_ONCE // tree.vocabulary_size)
+    for start in range(0, len(inner), size):
+        logits = tree.logits(hidden[torch.from_numpy(state[start : start + size]).to(device)])
+        low, high = (ends[start - 1] if start else 0), ends[min(start + size, len(inner)) - 1]
+        row = np.repeat(np.arange(len(logits)), children[inner[start : start + size]])
+        at = torch.from_numpy(row).to(device), torch.from_numpy(token[child[low:high]].astype(np.int64)).to(device)
+        step[low:high] = (logits[at] - logits.logsumexp(-1)[at[0]]).double().cpu().numpy()
+    total = np.zeros(len(token))
+    total[child] = step
+    for number, (start, block, leaf) in enumerate(zip(root[:-1], blocks, leaves, strict=True)):
+        below = total[start : start + len(block.token)]
+        above = parent[start : start + len(block.token)] - start
+        for low, high in levels_of(block.first_child)[1:]:
+            below[low:high] += below[above[low:high]]
+        yield int(present[number]), chosen[number], below[leaf]

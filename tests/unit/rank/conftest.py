@@ -12,22 +12,35 @@ EOS = 1
 VOCABULARY = 320
 
 
-def sharpened(model: Any) -> Any:
+def sharpened(model: Any, factor: float = 8) -> Any:
     """Random weights give nearly uniform probabilities; larger ones make every wrong position or mask show."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                parameter *= 8
+                parameter *= factor
     return model.eval()
 
 
-@pytest.fixture(scope="session", params=["qwen3", "llama"])
+@pytest.fixture(scope="session", params=["qwen3", "llama", "gemma3"])
 def model(request: pytest.FixtureRequest) -> Any:
     if request.param == "qwen3":
         return sharpened(tiny_model(VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2))
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
+    if request.param == "gemma3":
+        gemma = Gemma3TextConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            sliding_window=5,  # shorter than prompts and titles
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        )
+        return sharpened(Gemma3ForCausalLM(gemma), 4)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=16,

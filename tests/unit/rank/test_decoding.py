@@ -9,7 +9,8 @@ import torch
 
 from cprec.data.ragged import Ragged
 from cprec.rank.attention import PromptTree
-from cprec.rank.decoding import Found, beam_search
+from cprec.rank.decoding import Found
+from cprec.rank.decoding import search as search_trie
 from cprec.rank.scoring import score_candidates
 from cprec.rank.trie import Trie
 
@@ -38,11 +39,11 @@ def no_gradients() -> Any:
 
 
 def search(
-    model: Any, prompts: list[list[int]], excluded: list[list[int]] | None = None, **settings: int
+    model: Any, prompts: list[list[int]], excluded: list[list[int]] | None = None, **settings: Any
 ) -> list[Found]:
     tree = PromptTree(model, [np.array(prompt) for prompt in prompts])
     gone = None if excluded is None else [np.array(mine, dtype=np.int64) for mine in excluded]
-    return beam_search(tree, Trie.build(Ragged.of(ENDED)), excluded=gone, **({"k": 4, "width": 99} | settings))
+    return search_trie(tree, Trie.build(Ragged.of(ENDED)), excluded=gone, **({"k": 4, "width": 3} | settings))
 
 
 def test_every_item_gets_its_exact_score(model: Any, teacher_forced: Score) -> None:

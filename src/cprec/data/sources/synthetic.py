@@ -286,6 +286,8 @@ class OracleRecommender:
         else:
             rows = np.flatnonzero(chance)
         rows = rows[[ids[row] not in query.exclude for row in rows]]
+        if query.allow is not None:
+            rows = rows[[ids[row] in query.allow for row in rows]]
         rows = rows[np.lexsort((rows, -chance[rows]))]
         if query.candidates is None and len(rows) > k:
             rows = rows[chance[rows] >= chance[rows[k - 1]]]

@@ -1,0 +1,45 @@
+"""What a model writes freely, matched to candidates, as LLaRA (Liao et al. 2024) and S-DPO (Chen et al. 2024) rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from cprec.rank.attention import PromptTree
+
+
+def write(tree: PromptTree, end: int, max_tokens: int) -> list[np.ndarray]:
+    """The likeliest next token, again and again, up to the token `end` (left out) or `max_tokens`: int64 tokens of each
+    user. Nothing keeps a model to the catalogue."""
+    device = tree.prompt_hidden_UD.device
+    out: list[list[int]] = [[] for _ in range(tree.num_users)]
+    users = torch.arange(tree.num_users, device=device)
+    parents, hidden = torch.full_like(users, -1), tree.prompt_hidden_UD
+    for _ in range(max_tokens):
+        tokens = tree.logits(hidden).argmax(-1)
+        going = tokens != end
+        users, parents, tokens = users[going], parents[going], tokens[going]
+        if not len(users):
+            break
+        for user, token in zip(users.tolist(), tokens.tolist(), strict=True):
+            out[user].append(token)
+        first = tree.num_nodes
+        hidden = tree.extend(tokens, users, parents)
+        parents = first + torch.arange(len(users), device=device)
+    return [np.array(tokens, dtype=np.int64) for tokens in out]
+
+
+def match(text: str, titles: Sequence[str]) -> int | None:
+    """The candidate that a text means: the one whose title it is, else the only one whose title occurs in it; None if
+    there is none or there are several. Case and outer spaces do not matter."""
+    said = text.strip().casefold()
+    names = [title.strip().casefold() for title in titles]
+    for found in (
+        [n for n, name in enumerate(names) if name == said],
+        [n for n, name in enumerate(names) if name in said],
+    ):
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
