@@ -57,7 +57,7 @@ class EvaluateConfig:
     have read `max_nodes` prefixes; `beam` keeps `beam_width` prefixes at each depth. Tables say what was proven, and
     of a beam what share of the exact lists it found."""
     beam_width: int = 20
-    """Prefixes that a beam keeps at each depth; the exact search begins with one too."""
+    """Prefixes that a beam keeps at each depth."""
     max_nodes: int = 2000
     """Prefixes that `auto` reads for a query at most."""
     score: Literal["sum", "mean", "corrected"] = "sum"

@@ -19,8 +19,6 @@ from cprec.rank.trie import Trie
 
 AT_ONCE = 1 << 25
 """Logits made at once."""
-ROUND = 64
-"""Prefixes of a user that a round of the exact search expands at most."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def search(
     """The `k` best items for each prompt of `tree`, by the log-probability of title and end of sequence.
 
     First a beam: at each depth the `width` best prefixes go on, and every title that ends is kept, so completed titles
-    take no beam. With `exact` the prefixes that it left behind follow, the best first, up to `ROUND` a pass, until none
+    take no beam. With `exact` the prefixes that it left behind follow, the best first, `width` a pass, until none
     is as good as the K-th item; or until a user has read `max_nodes` prefixes or `seconds` are over, which leaves the
     best found and the gap. `per_token` divides a title's log-probability by its number of tokens, the end included; a
     prefix is then bounded by its log-probability over the longest title below it.
@@ -142,7 +140,7 @@ class _Search:
             fresh = self._expand(chosen)
         frontier = self._hopeful(_joined(left, self.users)) if exact and left else None
         while frontier is not None and len(frontier):
-            chosen, rest = self._best(frontier, ROUND)
+            chosen, rest = self._best(frontier, width)
             if not len(chosen):  # budgets are spent
                 self._drop(rest)
                 break

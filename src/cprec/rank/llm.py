@@ -81,7 +81,7 @@ class LLMRecommender:
         max_nodes: int = 2000,
         seconds: float | None = None,
         score: Score = "sum",
-        batch_size: int = 32,
+        batch_size: int = 64,
         cache_bytes: int = 0,
         bf16: bool = False,
     ) -> None:
@@ -269,15 +269,16 @@ class LLMRecommender:
             return self.catalogue.find(domain, sorted(items)) - first if items else np.empty(0, dtype=np.int64)
 
         corrected = self.score == "corrected"
+        beam = mode == "beam" or corrected
         found = search(
             tree,
             self.trie(domain),
             k=max(k, self.beam_width) if corrected else k,
-            width=max(self.beam_width, k),
-            exact=mode != "beam" and not corrected,
+            width=max(self.beam_width, k) if beam else k,
+            exact=not beam,
             excluded=[positions(query.exclude) for query in queries],
             allowed=[None if query.allow is None else positions(query.allow) for query in queries],
-            max_nodes=self.max_nodes if mode == "auto" and not corrected else None,
+            max_nodes=self.max_nodes if mode == "auto" and not beam else None,
             seconds=self.seconds,
             per_token=self.score == "mean",
         )

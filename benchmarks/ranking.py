@@ -1,0 +1,347 @@
+"""Ranking a catalogue by a language model: beside transformers' `generate`, teacher forcing, and beams of our own.
+
+    python benchmarks/ranking.py decode --titles FILE [--items 4000,50000] [--prompts 64,256] [--users 8] [--rounds 3]
+    python benchmarks/ranking.py models --data FOLDER --model NAME=FOLDER ... [--domain D] [--queries 1000] [--k 10]
+    python benchmarks/ranking.py grow   --model FOLDER --domain D --data FOLDER [--items 1000,10000,100000]
+
+`decode`, a random model of 10 M parameters: the ten best of a beam of 10 by `generate` with a trie as
+`prefix_allowed_tokens_fn` and by ours (users a second, equal lists and scores, time to that of reading the prompts alone),
+one constraint step of each, the score of every title by our one pass to teacher forcing of each, and a user who comes
+back. FILE has one title a line; without it titles are generated. `models`, trained models on the test queries of a data
+folder: exact search and beams of 10, 20 and 50 on the same queries (metrics, time, prefixes read, share of the exact
+list). `grow`: prefixes read and time as the catalogue grows by generated titles, and as K does, trained and random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cprec.data.ragged import Ragged
+from cprec.rank.attention import PromptTree
+from cprec.rank.cache import PrefixCache
+from cprec.rank.decoding import search
+from cprec.rank.scoring import score_catalogue
+from cprec.rank.trie import Trie
+
+VOCABULARY, END, LONGEST = 8192, 1, 12
+
+
+def median_of(rounds: int, *runs: Callable[[], Any]) -> list[float]:
+    """Median seconds of each, in turn, after one run to warm up."""
+    for run in runs:
+        run()
+    seconds: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for times, run in zip(seconds, runs, strict=True):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times) for times in seconds]
+
+
+def read_titles(path: str | None) -> list[str]:
+    if path:
+        return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    random = np.random.default_rng(0)
+    words = [
+        "".join(chr(97 + letter) for letter in random.integers(0, 26, size)) for size in random.integers(3, 9, 3000)
+    ]
+    rank = 1 / np.arange(1, 3001)
+    return [" ".join(random.choice(words, random.integers(2, 7), p=rank / rank.sum())) for _ in range(4000)]
+
+
+def tokenized(titles: Sequence[str]) -> list[tuple[int, ...]]:
+    """Distinct titles of at most 12 tokens, each closed."""
+    from cprec.text.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(titles, VOCABULARY)
+    rows = tokenizer([" " + title for title in titles])["input_ids"]
+    return sorted({(*(token for token in row[:LONGEST] if token != END), END) for row in rows})
+
+
+def grown(titles: list[tuple[int, ...]], number: int, vocabulary: int) -> list[tuple[int, ...]]:
+    """Titles added until there are so many, which begin as known ones do, like sequels and variants."""
+    random = np.random.default_rng(0)
+    if len(titles) >= number:
+        return [titles[row] for row in np.sort(random.permutation(len(titles))[:number])]
+    known, base = set(titles), [title[:-1] for title in titles]
+    while len(known) < number:
+        title = base[random.integers(len(base))]
+        cut = random.integers(1, len(title) + 1)
+        rest = random.integers(2, vocabulary, random.integers(1, 6)).tolist()
+        known.add((*[*title[:cut], *rest][:LONGEST], END))
+    return sorted(known)
+
+
+# ---- beside transformers ---------------------------------------------------------------------------------------------
+
+
+def random_model() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=10,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=END,
+        pad_token_id=0,
+        initializer_range=0.08,  # probabilities as uneven as a trained model's
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+class DictTrie:
+    """The children of each prefix, as people write it for `prefix_allowed_tokens_fn`."""
+
+    def __init__(self, titles: Sequence[Sequence[int]]) -> None:
+        self._root: dict[int, Any] = {}
+        for title in titles:
+            node = self._root
+            for token in title:
+                node = node.setdefault(token, {})
+
+    def allowed(self, prefix: Sequence[int]) -> list[int]:
+        node = self._root
+        for token in prefix:
+            if token not in node:
+                return [0]
+            node = node[token]
+        return list(node) or [0]
+
+
+def decode(args: argparse.Namespace) -> None:
+    from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
+
+    model, titles = random_model(), tokenized(read_titles(args.titles))
+    beams, users = 10, args.users
+    print(
+        f"{torch.get_num_threads()} threads, {users} users, {beams} beams, medians of {args.rounds} interleaved rounds"
+    )
+    for number in map(int, args.items.split(",")):
+        some = grown(titles, number, VOCABULARY)
+        start = time.perf_counter()
+        trie = Trie.build(Ragged.of(some))
+        seconds = time.perf_counter() - start
+        nested = DictTrie(some)
+        print(f"\n{number:,} items, {trie.num_nodes:,} nodes, built at {number / seconds / 1e6:.2f} M items/s")
+        for length in map(int, args.prompts.split(",")):
+            ids = torch.randint(2, VOCABULARY, (users, length), generator=torch.Generator().manual_seed(1))
+            prompts = list(ids.numpy())
+            found: dict[str, Any] = {}
+
+            def theirs(ids: Any = ids, length: int = length, found: dict[str, Any] = found) -> None:
+                found["hf"] = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    num_beams=beams,
+                    num_return_sequences=beams,
+                    max_new_tokens=LONGEST + 2,
+                    do_sample=False,
+                    length_penalty=0.0,
+                    early_stopping="never",
+                    prefix_allowed_tokens_fn=lambda _, row: nested.allowed(row[length:].tolist()),
+                    return_dict_in_generate=True,
+                    output_scores=True,
+                )
+
+            def ours(prompts: Any = prompts, found: dict[str, Any] = found) -> None:
+                found["ours"] = search(PromptTree(model, prompts), trie, k=10, width=beams, exact=False)
+
+            hf, mine, prefill = median_of(args.rounds, theirs, ours, lambda prompts=prompts: PromptTree(model, prompts))
+            place = {title[:-1]: row for row, title in enumerate(some)}
+            rows = found["hf"].sequences[:, length:].view(users, beams, -1).tolist()
+            lists = [[place.get(tuple(t for t in row if t > 1), -1) for row in user] for user in rows]
+            scores = found["hf"].sequences_scores.view(users, beams).numpy()
+            same = sum(theirs == mine.items[:10].tolist() for theirs, mine in zip(lists, found["ours"], strict=True))
+            better = sum(f.scores[9] > s[9] + 1e-4 for f, s in zip(found["ours"], scores, strict=True))
+            worse = sum(f.scores[9] < s[9] - 1e-4 for f, s in zip(found["ours"], scores, strict=True))
+            error = max(np.abs(f.scores[:10] - s).max() for f, s in zip(found["ours"], scores, strict=True))
+            print(
+                f"  prompt {length}: generate {users / hf:.2f} users/s, ours {users / mine:.2f} ({hf / mine:.1f}x), "
+                f"{mine / prefill:.2f}x the prefill alone; lists equal for {same} of {users} users, ours better for "
+                f"{better} and worse for {worse}; largest score difference {error:.1e}"
+            )
+        rows = beams * users
+        ids = torch.randint(2, VOCABULARY, (users, 64), generator=torch.Generator().manual_seed(1))
+        nodes = torch.from_numpy(np.random.default_rng(0).integers(1, trie.first_child[1], rows))
+        first = trie.on(torch.device("cpu"), "token")[nodes].long()
+        logits = torch.randn(rows, VOCABULARY)
+        processor = PrefixConstrainedLogitsProcessor(lambda _, row: nested.allowed(row[64:].tolist()), beams)
+        ids = torch.cat([ids.repeat_interleave(beams, 0), first[:, None]], 1)
+        begin, token = trie.on(torch.device("cpu"), "first_child"), trie.on(torch.device("cpu"), "token")
+
+        def gather(nodes: Any = nodes, logits: Any = logits, begin: Any = begin, token: Any = token) -> Any:
+            low = begin[nodes].long()
+            counts = begin[nodes + 1] - low
+            row = torch.repeat_interleave(torch.arange(len(nodes)), counts)
+            child = low[row] + torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+            return logits[row, token[child].long()]
+
+        mask, step = median_of(20, lambda p=processor, i=ids, s=logits: p(i, s), gather)
+        print(
+            f"  one constraint step, {rows} rows: theirs {1e3 * mask:.2f} ms, ours {1e3 * step:.3f} ms ({mask / step:.0f}x)"
+        )
+    prompt = np.random.default_rng(0).integers(2, VOCABULARY, 256)
+    some = grown(titles, 4000, VOCABULARY)
+    trie = Trie.build(Ragged.of(some))
+    sample = [some[row] for row in np.linspace(0, len(some) - 1, 16).astype(int)]
+    batch = torch.zeros(16, 256 + LONGEST + 1, dtype=torch.long)
+    for row, title in enumerate(sample):
+        batch[row, : 256 + len(title)] = torch.tensor([*prompt, *title])
+    whole, naive = median_of(
+        1, lambda: score_catalogue(PromptTree(model, [prompt]), trie), lambda: model(batch).logits.log_softmax(-1)
+    )
+    naive *= len(some) / 16
+    print(
+        f"\nlog-probability of all {len(some):,} titles, prompt 256: {whole:.2f} s; each by teacher forcing {naive:.0f} s "
+        f"(from 16 of them): {naive / whole:.1f}x"
+    )
+    back = [np.random.default_rng(row).integers(2, VOCABULARY, 256) for row in range(users)]
+    cache = PrefixCache(1 << 30)
+    PromptTree(model, [row[:230] for row in back], cache=cache)
+    fresh, again = median_of(
+        args.rounds, lambda: PromptTree(model, back), lambda: PromptTree(model, back, cache=_copy(cache))
+    )
+    print(f"a user who comes back with 26 of 256 tokens new: prompts read {fresh / again:.1f}x as fast")
+
+
+def _copy(cache: PrefixCache) -> PrefixCache:
+    """A cache with the same entries, so that no round finds what the one before has put there."""
+    copy = PrefixCache(cache.max_bytes)
+    copy._entries, copy._owner = cache._entries.copy(), dict(cache._owner)
+    copy.num_bytes = cache.num_bytes
+    return copy
+
+
+# ---- trained models --------------------------------------------------------------------------------------------------
+
+
+def models(args: argparse.Namespace) -> None:
+    from cprec.data.dataset import read_split
+    from cprec.evaluate.evaluate import EvaluateConfig, read_questions
+    from cprec.evaluate.metrics import bootstrap_interval, ndcg, recall
+    from cprec.rank.llm import LLMRecommender
+
+    config = EvaluateConfig(data=args.data, output_dir="unused", max_queries=args.queries, k=args.k)
+    questions = read_questions(config, read_split(args.data), args.domain)
+    print(f"{args.domain}, {len(questions.queries):,} queries, K = {args.k}, {torch.get_num_threads()} threads")
+    for name, folder in (text.split("=", 1) for text in args.model):
+        print(f"\n{name}\n{'':10} NDCG   Recall  ms/query  prefixes  proven  of exact list  mean gap   NDCG less that of exact")
+        exact: dict[str, set[str]] = {}
+        true_gain = np.zeros(0)
+        for mode, width in (("exact", 0), ("beam", 10), ("beam", 20), ("beam", 50)):
+            recommender = LLMRecommender.from_pretrained(folder, mode=mode, beam_width=max(width, 1))
+            recommender.rank(questions.queries[:8], args.k)
+            start = time.perf_counter()
+            rankings = recommender.rank(questions.queries, args.k)
+            seconds = time.perf_counter() - start
+            better, tied = np.zeros(len(rankings), dtype=int), np.zeros(len(rankings), dtype=int)
+            for row, (ranking, target) in enumerate(zip(rankings, questions.target, strict=True)):
+                scores = np.array(ranking.scores)
+                if target in ranking.item_ids:
+                    mine = scores[ranking.item_ids.index(target)]
+                    better[row], tied[row] = (scores > mine).sum(), (scores == mine).sum()
+            gain = ndcg(better, tied, args.k)
+            if mode == "exact":
+                true_gain = gain
+                exact = {ranking.query_id: set(ranking.item_ids) for ranking in rankings}
+            share = np.mean([len(exact[r.query_id] & set(r.item_ids)) / len(exact[r.query_id]) for r in rankings])
+            proofs = [ranking.certificate for ranking in rankings]
+            print(
+                f"{mode if mode == 'exact' else f'beam {width}':9} {ndcg(better, tied, args.k).mean():7.4f} "
+                f"{recall(better, tied, args.k).mean():7.4f} {1e3 * seconds / len(rankings):8.1f} "
+                f"{np.mean([p.expanded for p in proofs]):9.0f} {np.mean([p.exact for p in proofs]):7.1%} "
+                f"{share:12.1%} {np.mean([p.gap for p in proofs]):10.2f}"
+                + "   {:+.4f} ({:+.4f} to {:+.4f})".format(*bootstrap_interval(gain - true_gain, seed=0))
+            )
+
+
+def grow(args: argparse.Namespace) -> None:
+    from cprec.data.dataset import read_split
+    from cprec.evaluate.evaluate import EvaluateConfig, read_questions
+    from cprec.models import tiny_model
+    from cprec.rank.llm import LLMRecommender
+
+    recommender = LLMRecommender.from_pretrained(args.model)
+    config = EvaluateConfig(data=args.data, output_dir="unused", max_queries=args.queries)
+    questions = read_questions(config, read_split(args.data), args.domain)
+    prompts = recommender._prompts(questions.queries)
+    trie = recommender.trie(args.domain)
+    rows = trie.titles(np.unique(trie.leaf))
+    titles = [tuple(rows[row].tolist()) for row in range(len(rows))]
+    trained = recommender._model
+    untrained = tiny_model(
+        trained.config.vocab_size, hidden_size=192, num_hidden_layers=3, num_attention_heads=4
+    ).eval()
+    print(f"{len(questions.queries)} users, {torch.get_num_threads()} threads; prefixes read and ms a user, exact")
+    for number in map(int, args.items.split(",")):
+        larger = Trie.build(Ragged.of(grown(titles, number, trained.config.vocab_size)))
+        for k in (1, 10, 50) if number == 10_000 else (10,):
+            for name, model in (("trained", trained), ("random", untrained)):
+                start, expanded = time.perf_counter(), []
+                if name == "random" and number > 10_000:
+                    continue
+                users = range(0, len(prompts), 16) if name == "trained" else range(0, 4, 4)
+                asked = 0
+                for first in users:
+                    batch = [
+                        prompts[row]
+                        for row in range(first, min(first + (16 if name == "trained" else 4), len(prompts)))
+                    ]
+                    asked += len(batch)
+                    with torch.inference_mode():
+                        found = search(PromptTree(model, batch), larger, k=k, width=k)
+                    expanded += [f.expanded for f in found]
+                seconds = (time.perf_counter() - start) / asked
+                print(
+                    f"{number:>9,} items, K = {k:2}, {name:7}: {np.mean(expanded):7.0f} prefixes of "
+                    f"{larger.num_nodes:,} (90 %: {np.quantile(expanded, 0.9):.0f}), {1e3 * seconds:.0f} ms",
+                    flush=True,
+                )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command")
+    one = commands.add_parser("decode")
+    one.set_defaults(call=decode)
+    two = commands.add_parser("models")
+    two.add_argument("--model", action="append", required=True)
+    two.add_argument("--k", type=int, default=10)
+    two.set_defaults(call=models)
+    three = commands.add_parser("grow")
+    three.add_argument("--model", required=True)
+    three.add_argument("--items", default="1000,10000,100000,1000000")
+    three.set_defaults(call=grow)
+    for command in (two, three):
+        command.add_argument("--data", required=True)
+        command.add_argument("--domain", default="scientific")
+        command.add_argument("--queries", type=int, default=1000 if command is two else 64)
+    for command in (one, parser):
+        command.add_argument("--titles")
+        command.add_argument("--items", default="4000,50000")
+        command.add_argument("--prompts", default="64,256")
+        command.add_argument("--users", type=int, default=8)
+        command.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    with torch.inference_mode():
+        getattr(args, "call", decode)(args)
+
+
+if __name__ == "__main__":
+    main()
