@@ -343,17 +343,17 @@ def metrics_of(rankings: pa.Table, questions: Questions, k: int) -> dict[str, np
 
 def proven(rankings: pa.Table, num_queries: int) -> dict[str, Any]:
     """What the certificates of an arm's rankings say, nothing where there are none: the share of queries whose list is
-    proven, the mean gap of the others, and prefixes read a query. A query without any item is proven."""
+    proven, the mean gap of the others, and prefixes read a query. A query without any item is not."""
     import numpy as np
 
     if "gap" not in rankings.column_names:
         return {}
     first = rankings.filter(np.asarray(rankings["rank"]) == 1)
     gap = first["gap"].to_numpy()
-    open_ = gap[~(gap == 0)]
+    wide = gap[(gap > 0) & np.isfinite(gap)]
     return {
-        "proven": 1 - len(open_) / num_queries,
-        "mean_gap": float(open_.mean()) if len(open_) else 0.0,
+        "proven": float((gap == 0).sum()) / num_queries,
+        "mean_gap": float(wide.mean()) if len(wide) else 0.0,
         "expanded": float(first["expanded"].to_numpy().sum()) / num_queries,
     }
 

@@ -199,6 +199,7 @@ class PromptTree:
         tokens = query.shape[2]
         start = self._start
         if start is None:
+            key, value = key.contiguous(), value.contiguous()  # products with nodes would copy them each time
             self._keys[layer], self._values[layer] = key, value
         else:
             rows = torch.arange(len(start), device=start.device)[:, None]

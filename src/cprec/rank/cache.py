@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 STEP = 16
-"""Beginnings are known at multiples of so many tokens, and at a prompt's full length."""
+"""Prompts are known by their beginnings of multiples of so many tokens; shorter ones in common are read again."""
 
 
 class PrefixCache:
@@ -35,12 +35,16 @@ class PrefixCache:
 
         The last token is always read, for its hidden state is what the titles follow.
         """
-        for length, name in reversed(_beginnings(prompt[:-1])):
-            entry = self._entries.get(self._owner.get(name, b""))
-            if entry is not None:
-                self._entries.move_to_end(self._owner[name])
+        for name in reversed(_beginnings(prompt[:-1])):
+            owner = self._owner.get(name)
+            if owner is not None:
+                self._entries.move_to_end(owner)
+                known, keys, values = self._entries[owner]
+                size = min(len(known), len(prompt) - 1)
+                differs = known[:size] != prompt[:size]
+                length = int(differs.argmax()) if differs.any() else size
                 self.hits += length
-                return length, entry[1:]
+                return length, (keys, values)
         return 0, None
 
     def put(self, prompt: np.ndarray, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -49,28 +53,28 @@ class PrefixCache:
         size = keys.nbytes + values.nbytes
         if not names or size > self.max_bytes:
             return
-        own = names[-1][1]
+        own = hashlib.blake2b(np.ascontiguousarray(prompt, dtype=np.int64).tobytes(), digest_size=16).digest()
         if own in self._entries:
             self._entries.move_to_end(own)
             return
         while self.num_bytes + size > self.max_bytes:
             gone, (old, *tensors) = self._entries.popitem(last=False)
             self.num_bytes -= sum(tensor.nbytes for tensor in tensors)
-            for _, name in _beginnings(old):
+            for name in _beginnings(old):
                 if self._owner.get(name) == gone:
                     del self._owner[name]
         self._entries[own] = (np.array(prompt), keys, values)
         self.num_bytes += size
-        for _, name in names:
+        for name in names:
             self._owner[name] = own
 
 
-def _beginnings(tokens: np.ndarray) -> list[tuple[int, bytes]]:
-    """Lengths and hashes of a prompt's beginnings, shortest first."""
+def _beginnings(tokens: np.ndarray) -> list[bytes]:
+    """Hashes of a prompt's beginnings, shortest first."""
     digest = hashlib.blake2b(digest_size=16)
     out = []
-    for start in range(0, len(tokens), STEP):
+    for start in range(0, len(tokens) - STEP + 1, STEP):
         piece = np.ascontiguousarray(tokens[start : start + STEP], dtype=np.int64)
         digest.update(piece.tobytes())
-        out.append((start + len(piece), digest.copy().digest()))
+        out.append(digest.copy().digest())
     return out

@@ -12,7 +12,7 @@ from cprec.rank.attention import PromptTree
 from cprec.rank.decoding import AT_ONCE
 from cprec.rank.trie import Trie, build_block, levels_of, sort_titles
 
-TITLES = 1024
+TITLES = 128
 """Titles of all users together whose prefixes are read in one pass."""
 
 

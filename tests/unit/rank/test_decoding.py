@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from cprec.data.ragged import Ragged
+from cprec.errors import ConfigError
 from cprec.rank.attention import PromptTree
+from cprec.rank.cache import PrefixCache
 from cprec.rank.decoding import Found
 from cprec.rank.decoding import search as search_trie
-from cprec.rank.scoring import score_candidates
+from cprec.rank.generation import match, write
+from cprec.rank.scoring import score_candidates, score_catalogue
 from cprec.rank.trie import Trie
 
 EOS = 1
@@ -113,3 +116,143 @@ def test_bf16_comes_close(model: Any, teacher_forced: Score) -> None:
     tree = PromptTree(model, [np.array(prompt) for prompt in PROMPTS], bf16=True)
     (scores, *_) = score_candidates(tree, [Ragged.of(ENDED)] * 3)
     assert scores.tolist() == pytest.approx([teacher_forced(PROMPTS[0], title) for title in ENDED], rel=0.1, abs=0.5)
+
+
+# ---- certificates, budgets, filters ----------------------------------------------------------------------------------
+
+
+def brute(teacher_forced: Score, prompt: list[int], items: list[int], k: int, per_token: bool = False) -> set[int]:
+    """The `k` best of some items, and those that tie with the last."""
+    scores = {i: teacher_forced(prompt, ENDED[i]) / (len(ENDED[i]) if per_token else 1) for i in items}
+    last = sorted(scores.values(), reverse=True)[: min(k, len(items))][-1]
+    return {item for item, score in scores.items() if score >= last - 1e-6}
+
+
+def test_what_was_left_unread_is_bounded(model: Any, teacher_forced: Score) -> None:
+    for width in (1, 2, 3):
+        for prompt, found in zip(PROMPTS, search(model, PROMPTS, k=2, width=width, exact=False), strict=True):
+            missed = [teacher_forced(prompt, ENDED[i]) for i in range(9) if i not in found.items]
+            assert found.kth == (found.scores[1] if len(found.items) > 1 else -np.inf)
+            assert max(missed) <= max(found.bound, found.kth) + 1e-4
+            assert found.gap == (0 if found.exact else found.bound - found.kth)
+            if found.exact:
+                assert set(found.items.tolist()) == brute(teacher_forced, prompt, list(range(9)), 2)
+
+
+def test_the_exact_search_reads_little_more_than_it_must(model: Any, teacher_forced: Score) -> None:
+    for prompt, found in zip(PROMPTS, search(model, PROMPTS, k=1, width=1), strict=True):
+        prefixes = {tuple(title[:length]) for title in ENDED for length in range(1, len(title))}
+        needed = 0
+        for prefix in prefixes:
+            needed += teacher_forced(prompt, list(prefix)) >= found.kth
+        assert needed <= found.expanded <= needed + max(map(len, ENDED))  # the beam that comes first may err
+
+
+def test_a_budget_gives_the_best_so_far_and_the_gap(model: Any) -> None:
+    whole = search(model, PROMPTS, k=3, width=1)
+    for budget in (0, 1, 3, 100):
+        for found, best in zip(search(model, PROMPTS, k=3, width=1, max_nodes=budget), whole, strict=True):
+            assert found.expanded <= budget
+            if found.exact:
+                assert found.items.tolist() == best.items.tolist()
+            else:
+                assert found.gap > 0 and best.scores[2] <= max(found.bound, found.kth) + 1e-4
+    assert all(not found.expanded for found in search(model, PROMPTS, k=3, seconds=0.0))
+
+
+def test_only_allowed_items_are_found(model: Any, teacher_forced: Score) -> None:
+    allowed = [np.array([0, 3, 7]), None, np.array([], dtype=np.int64)]
+    one, everything, nothing = search(model, PROMPTS, [[3], [], [1]], k=2, allowed=allowed)
+    assert set(one.items.tolist()) == {0, 7}
+    assert set(everything.items.tolist()) == brute(teacher_forced, PROMPTS[1], list(range(9)), 2)
+    assert nothing.items.tolist() == [] and nothing.exact
+
+
+def test_mean_scores_are_searched_exactly(model: Any, teacher_forced: Score) -> None:
+    for k in (1, 3, 5):
+        for prompt, found in zip(PROMPTS, search(model, PROMPTS, k=k, width=1, per_token=True), strict=True):
+            assert found.exact
+            assert set(found.items.tolist()) == brute(teacher_forced, prompt, list(range(9)), k, per_token=True)
+            expected = [teacher_forced(prompt, ENDED[item]) / len(ENDED[item]) for item in found.items]
+            assert found.scores.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_items_come_and_go_while_searching(model: Any, teacher_forced: Score) -> None:
+    trie = Trie.build(Ragged.of(ENDED[:5]))
+    tree = PromptTree(model, [np.array(PROMPTS[0])])
+
+    def items() -> set[int]:
+        tree.forget()
+        return set(search_trie(tree, trie, k=3, width=2)[0].items.tolist())
+
+    assert items() == brute(teacher_forced, PROMPTS[0], list(range(5)), 3)
+    trie.add(Ragged.of(ENDED[5:]))
+    assert items() == brute(teacher_forced, PROMPTS[0], list(range(9)), 3)
+    gone = sorted(items())[:2]
+    trie.withdraw(np.array(gone))
+    assert items() == brute(teacher_forced, PROMPTS[0], [i for i in range(9) if i not in gone], 3)
+    trie.put_back(np.array(gone))
+    assert items() == brute(teacher_forced, PROMPTS[0], list(range(9)), 3)
+
+
+def test_all_titles_at_once(model: Any, teacher_forced: Score, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cprec.rank.scoring.TITLES", 7)  # several blocks
+    trie = Trie.build(Ragged.of(ENDED))
+    scores = score_catalogue(PromptTree(model, [np.array(prompt) for prompt in PROMPTS]), trie)
+    for prompt, mine in zip(PROMPTS, scores, strict=True):
+        assert mine.tolist() == pytest.approx([teacher_forced(prompt, title) for title in ENDED], abs=1e-4)
+
+
+def test_nothing_to_search_for_is_refused(model: Any) -> None:
+    with pytest.raises(ConfigError, match="k=0 and width=3 must be at least 1"):
+        search(model, PROMPTS, k=0)
+
+
+# ---- the tree, the cache, free writing -------------------------------------------------------------------------------
+
+
+def test_a_known_beginning_is_not_read_again(model: Any, teacher_forced: Score) -> None:
+    cache = PrefixCache(1 << 20)
+    long = list(range(2, 42))
+    PromptTree(model, [np.array(long), np.array(PROMPTS[1])], cache=cache)
+    prompts = [[*long, 50, 51], [60, 61], long, [*long[:20], 70]]
+    tree = PromptTree(model, [np.array(prompt) for prompt in prompts], cache=cache)
+    assert tree.num_read == 2 + 2 + 1 + 1  # the last token always is
+    assert cache.hits == 40 + 39 + 20
+    for prompt, scores in zip(prompts, score_candidates(tree, [Ragged.of(ENDED)] * 4), strict=True):
+        assert scores.tolist() == pytest.approx([teacher_forced(prompt, title) for title in ENDED], abs=1e-4)
+
+
+def test_the_cache_keeps_within_its_bytes(model: Any) -> None:
+    one = PrefixCache(1 << 20)
+    PromptTree(model, [np.arange(2, 30)], cache=one)
+    small = PrefixCache(int(2.5 * one.num_bytes))
+    for start in range(2, 8):
+        PromptTree(model, [np.arange(start, start + 28)], cache=small)
+        assert small.num_bytes <= small.max_bytes
+    assert len(small) == 2
+    assert small.find(np.arange(7, 36))[0] == 28 and small.find(np.arange(2, 30))[0] == 0
+    PromptTree(model, [np.arange(2, 200)], cache=small)
+    assert len(small) == 2  # larger than all of it
+
+
+def test_free_writing_is_greedy(model: Any) -> None:
+    tree = PromptTree(model, [np.array(prompt) for prompt in PROMPTS])
+    for prompt, tokens in zip(PROMPTS, write(tree, EOS, 6), strict=True):
+        ids = [*prompt]
+        for _ in range(6):
+            best = int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+            if best == EOS:
+                break
+            ids.append(best)
+        assert tokens.tolist() == ids[len(prompt) :]
+
+
+def test_what_was_written_is_matched_to_one_candidate() -> None:
+    titles = ["Dune", "Dune Messiah", "Emma", "Emma"]
+    assert match(" dune messiah", titles) == 1
+    assert match("Dune ", titles) == 0
+    assert match("I would take Dune next", titles) == 0
+    assert match("Dune Messiah and then", titles) is None  # two titles occur
+    assert match("Emma", titles) is None  # two candidates have it
+    assert match("Ulysses", titles) is None

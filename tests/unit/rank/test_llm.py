@@ -139,6 +139,65 @@ def test_unknown_items_and_domains_are_named(make: Callable[..., LLMRecommender]
         make().rank([query("b0", domain="films")], 3)
 
 
+def test_certificates_tell_what_is_proven(make: Callable[..., LLMRecommender]) -> None:
+    asked = [query("b0"), query("b3", exclude=frozenset({"b1"}))]
+    exact = make(mode="exact").rank(asked, 2)
+    assert all(ranking.certificate and ranking.certificate.exact for ranking in exact)
+    for options in ({"mode": "beam", "beam_width": 1}, {"mode": "auto", "max_nodes": 1}):
+        for found, best in zip(make(**options).rank(asked, 2), exact, strict=True):
+            assert found.certificate is not None
+            if found.certificate.exact:
+                assert found.item_ids == best.item_ids
+            else:
+                kth = found.scores[1] if len(found.scores) > 1 else -1e9
+                assert found.certificate.gap == np.inf or best.scores[1] <= kth + found.certificate.gap + 1e-5
+    (given,) = make().rank([query("b0", candidates=("b1", "b2"))], 2)
+    assert given.certificate is None
+
+
+def test_allowed_items_alone_come_back(make: Callable[..., LLMRecommender]) -> None:
+    allow = frozenset({"b1", "b5", "b2"})
+    full, given = make().rank(
+        [query("b0", allow=allow), query("b0", allow=allow, candidates=("b0", "b1", "b5"), exclude=frozenset({"b5"}))],
+        6,
+    )
+    assert set(full.item_ids) == allow
+    assert given.item_ids == ("b1",)
+
+
+def test_scores_may_be_means_or_corrected(make: Callable[..., LLMRecommender], tokenizer: Any) -> None:
+    ids = tuple(f"b{row}" for row in range(6))
+    asked = [query("b0", "b3"), query("b0", "b3", candidates=ids)]
+    total, empty = (dict(zip(r.item_ids, r.scores, strict=True)) for r in make().rank([asked[0], query()], 6))
+    length = {f"b{row}": len(tokenizer(f" {title}")["input_ids"]) + 1 for row, title in enumerate(BOOKS)}
+    for ranking in make(score="mean").rank(asked, 6):
+        expected = {item: total[item] / length[item] for item in ids}
+        assert dict(zip(ranking.item_ids, ranking.scores, strict=True)) == pytest.approx(expected, abs=1e-4)
+        assert list(ranking.scores) == sorted(ranking.scores, reverse=True)
+    for ranking in make(score="corrected").rank(asked, 6):
+        expected = {item: total[item] - empty[item] for item in ids}
+        assert dict(zip(ranking.item_ids, ranking.scores, strict=True)) == pytest.approx(expected, abs=1e-4)
+        assert ranking.certificate is None
+    with pytest.raises(ConfigError, match="a corrected score may rise along a title, so no prefix bounds it"):
+        make(mode="exact", score="corrected")
+
+
+def test_generated_text_ranks_one_candidate_or_none(make: Callable[..., LLMRecommender]) -> None:
+    recommender = make(mode="generate")
+    (ranking,) = recommender.rank([query("b0", candidates=("b1", "b3"))], 5)
+    assert len(ranking.item_ids) <= 1
+    with pytest.raises(ConfigError, match="mode='generate' ranks candidates: give each query some"):
+        recommender.rank([query("b0")], 5)
+
+
+def test_users_who_come_back_get_the_same(make: Callable[..., LLMRecommender]) -> None:
+    cached, plain = make(cache_bytes=1 << 20), make()
+    for history in (("b0", "b1", "b3"), ("b0", "b1", "b3", "b5"), ("b0", "b1", "b3")):
+        (found,), (expected,) = cached.rank([query(*history)], 4), plain.rank([query(*history)], 4)
+        assert found.item_ids == expected.item_ids
+        assert found.scores == pytest.approx(expected.scores, abs=1e-4)
+
+
 # ---- recommending ----------------------------------------------------------------------------------------------------
 
 
