@@ -321,7 +321,7 @@ def grow(args: argparse.Namespace) -> None:
                     ]
                     asked += len(batch)
                     with torch.inference_mode():
-                        found = search(PromptTree(model, batch), larger, k=k, width=k)
+                        found = search(PromptTree(model, batch), larger, k=k, width=max(k, 8))
                     expanded += [f.expanded for f in found]
                 seconds = (time.perf_counter() - start) / asked
                 print(

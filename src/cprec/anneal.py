@@ -47,8 +47,6 @@ class AnnealConfig:
     """Peak of that fine-tuning; 0: that of the run."""
     max_queries: int = 1000
     """Validation queries that the fine-tuned branches rank, a seeded sample; 0 ranks none."""
-    beam_width: int = 20
-    """Prefixes that the beam search keeps at each depth."""
     output_dir: str = ""
     """Where the branches and the comparison go; empty: RUN/forks."""
 
@@ -57,8 +55,8 @@ class AnnealConfig:
             share_of(length)
         if not (self.lengths and self.shapes and self.data):
             raise ConfigError("lengths, shapes and data must each name one thing at least")
-        if self.num_train_epochs < 0 or self.learning_rate < 0 or self.max_queries < 0 or self.beam_width < 1:
-            raise ConfigError("num_train_epochs, learning_rate and max_queries must be 0 or more, beam_width 1 or more")
+        if self.num_train_epochs < 0 or self.learning_rate < 0 or self.max_queries < 0:
+            raise ConfigError("num_train_epochs, learning_rate and max_queries must be 0 or more")
 
 
 def share_of(length: str) -> float:
@@ -242,6 +240,5 @@ def _rank(config: AnnealConfig, data: str, domain: str, models: dict[str, str], 
         output_dir=str(folder / "evaluate"),
         part="validation",  # forks are chosen by these figures: the test queries stay untouched
         max_queries=config.max_queries,
-        beam_width=config.beam_width,
     )
     return evaluate(settings, read_split(data), domain, model_entrants(settings, models))

@@ -49,9 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_branches_are_compared(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = anneal(
-        AnnealConfig(run=str(run), lengths=("20%", "0.4"), data=("same", "sft_late"), max_queries=20, beam_width=5)
-    )
+    found = anneal(AnnealConfig(run=str(run), lengths=("20%", "0.4"), data=("same", "sft_late"), max_queries=20))
     names = [TRUNK, "20% 1-sqrt same", "20% 1-sqrt sft_late", "40% 1-sqrt same", "40% 1-sqrt sft_late"]
     assert list(found["rows"]) == names
     same, whole = run / "forks" / "20-1-sqrt-same", read_done(run)

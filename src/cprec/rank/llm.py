@@ -31,6 +31,8 @@ from cprec.text.tokenizer import load_tokenizer
 
 Mode = Literal["auto", "exact", "beam", "generate"]
 Score = Literal["sum", "mean", "corrected"]
+FIRST_BEAM = 8
+"""Prefixes of each depth that the exact search begins with, and reads at a time, or K if that is more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +276,7 @@ class LLMRecommender:
             tree,
             self.trie(domain),
             k=max(k, self.beam_width) if corrected else k,
-            width=max(self.beam_width, k) if beam else k,
+            width=max(self.beam_width if beam else FIRST_BEAM, k),
             exact=not beam,
             excluded=[positions(query.exclude) for query in queries],
             allowed=[None if query.allow is None else positions(query.allow) for query in queries],

@@ -85,5 +85,5 @@ def amazon_small(*, data: Path, output_dir: str = "runs/amazon_small") -> Recipe
             save_steps=500,
             eval_steps=100,
         ),
-        evaluate=EvaluateConfig(data=prepared, output_dir=output_dir, beam_width=50, max_queries=4000),
+        evaluate=EvaluateConfig(data=prepared, output_dir=output_dir, max_queries=4000),
     )
