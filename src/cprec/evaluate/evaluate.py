@@ -149,8 +149,9 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
             }
             if protocol == FULL:
                 arm |= {**means, "seconds": seconds, **proven(rankings, len(questions.queries))}
-                if config.mode == "beam" and "exact" in entrant.modes:
-                    arm["found_of_exact"] = _found_of_exact(config, entrant, questions, rankings)
+                found_of_exact = (rankings.schema.metadata or {}).get(b"found_of_exact")
+                if found_of_exact:
+                    arm["found_of_exact"] = json.loads(found_of_exact)
                 per_query[entrant.name] = columns[f"ndcg@{config.k}"]
             elif protocol == GENERATED:
                 valid = columns["num_valid"] > 0
@@ -431,7 +432,11 @@ def _rankings(config: EvaluateConfig, entrant: Entrant, questions: Questions, pr
         proofs = [r.certificate for r in rankings for _ in r.item_ids]
         table = table.append_column("gap", pa.array([p.gap if p else None for p in proofs], pa.float64()))
         table = table.append_column("expanded", pa.array([p.expanded if p else None for p in proofs], pa.int32()))
-    _replace_table(table.replace_schema_metadata({"answers": key, "seconds": repr(seconds)}), path)
+    about = {"answers": key, "seconds": repr(seconds)}
+    if protocol == FULL and config.mode == "beam" and "exact" in entrant.modes:
+        about["found_of_exact"] = json.dumps(_found_of_exact(config, entrant, questions, table))
+    table = table.replace_schema_metadata(about)
+    _replace_table(table, path)
     return table, seconds
 
 

@@ -32,7 +32,7 @@ from cprec.evaluate.evaluate import (
     rankings_path,
     read_questions,
 )
-from cprec.recommender import Ranking, RankingQuery, Recommender
+from cprec.recommender import Certificate, Ranking, RankingQuery, Recommender
 from cprec.text.prepare import PrepareConfig, prepare
 
 
@@ -216,6 +216,51 @@ def test_means_can_be_made_again_from_what_is_saved(config: EvaluateConfig, spli
         np.testing.assert_array_equal(full[name].to_numpy(), values)
         if "@" in name:
             assert values.mean() == result["arms"]["popularity"][name]["mean"]
+
+
+class Certified(Knowing):
+    """Every other list is proven; the others miss the target."""
+
+    def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
+        out = []
+        for number, ranking in enumerate(super().rank(queries, k)):
+            proof = Certificate(gap=0.0 if number % 2 else 0.5, expanded=7)
+            items = ranking.item_ids if number % 2 else (self._other[ranking.query_id],)
+            out.append(replace(ranking, item_ids=items, certificate=proof))
+        return out
+
+    def __init__(self, questions: Questions) -> None:
+        super().__init__(questions)
+        self._other = {
+            query.query_id: next(item for item in query.candidates or () if item != target)
+            for query, target in zip(questions.sampled, questions.target, strict=True)
+        }
+
+
+class Silent(Knowing):
+    """Writes a candidate for the first half of the queries, nothing for the others."""
+
+    def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
+        half = len(queries) // 2
+        return [r if n < half else replace(r, item_ids=(), scores=()) for n, r in enumerate(super().rank(queries, k))]
+
+
+def test_what_is_proven_and_what_a_beam_found_is_told(config: EvaluateConfig, split: Split, data: Path) -> None:
+    questions = read_questions(config, split, "books")
+    exact = Counting(Knowing(questions))
+    entrant = replace(model(Certified(questions), data), modes={"exact": exact, "generate": Silent(questions)})
+    beam = replace(config, mode="beam", generate=True)
+    arm = evaluate(beam, split, "books", [entrant])["arms"]["model"]
+    number = len(questions.queries)
+    assert arm["proven"] == (number // 2) / number
+    assert (arm["mean_gap"], arm["expanded"]) == (0.5, 7)
+    assert arm["found_of_exact"]["num_queries"] == min(100, number) == exact.asked
+    assert 0 < arm["found_of_exact"]["share"] < 1
+    free = arm["generate"]
+    assert free["valid_ratio"] == free["hr@1-all"] == (number // 2) / number
+    assert free["hr@1-valid"] == 1
+    assert evaluate(beam, split, "books", [entrant])["arms"]["model"] == arm
+    assert exact.asked == min(100, number)  # what is saved needs no model
 
 
 def test_metrics_from_rankings_count_ties_in_expectation(config: EvaluateConfig, split: Split) -> None:
