@@ -170,6 +170,15 @@ def test_rankings_are_of_the_domain_without_repeats_best_first(
             assert all(score == ranking.scores[k - 1] for score in ranking.scores[k:]), "only ties come on top of k"
 
 
+def test_honours_allow(recommender: Recommender, setting: Setting, asked: Sequence[RankingQuery]) -> None:
+    few = {domain: frozenset(setting.world.item_ids(domain)[3:9]) for domain in ("kitchen", "garden")}
+    allowing = [replace(query, allow=few[query.domain], exclude=frozenset()) for query in asked]
+    for query, ranking in zip(allowing, recommender.rank(allowing, 1000), strict=True):
+        assert set(ranking.item_ids) <= few[query.domain]
+        if query.candidates is None and recommender.name in ("random", "popularity", "llm"):  # others leave out
+            assert set(ranking.item_ids) == few[query.domain]
+
+
 def test_honours_exclude(recommender: Recommender, asked: Sequence[RankingQuery]) -> None:
     first = recommender.rank(asked, K)
     excluding = [
