@@ -24,6 +24,9 @@ class RankingQuery:
     """Item ids of `domain` that must not be returned (the items already seen, say)."""
     allow: frozenset[str] | None = None
     """Item ids of `domain` that alone may be returned; None allows all."""
+    uncounted: frozenset[str] = field(default_factory=frozenset)
+    """Item ids of `domain` that do not count towards the K best: those of them that score at least as the K-th of the
+    others are returned as well. With the items already seen here, one ranking says what it is with and without them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,8 @@ class Recommender(Protocol):
     def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
         """One ranking per query, in the order of the queries.
 
-        `k` bounds the length for the full catalogue (ties with the K-th item come on top of it); a query with
-        candidates gets all of them ranked, whatever `k`. A batch answers as single calls do.
+        `k` bounds the length for the full catalogue (ties with the K-th item, and the query's `uncounted` items that
+        reach its score, come on top of it); a query with candidates gets all of them ranked, whatever `k`. A batch
+        answers as single calls do.
         """
         ...

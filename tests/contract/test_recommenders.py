@@ -189,6 +189,23 @@ def test_honours_exclude(recommender: Recommender, asked: Sequence[RankingQuery]
         assert not set(ranking.item_ids) & query.exclude
 
 
+def test_uncounted_items_come_beside_the_k_best(recommender: Recommender, asked: Sequence[RankingQuery]) -> None:
+    """One ranking with the seen items uncounted holds both: the k best without them, and the k best of all."""
+    full = [query for query in asked if query.candidates is None and query.exclude]
+    both = recommender.rank([replace(q, exclude=frozenset(), uncounted=q.exclude) for q in full], K)
+    without = recommender.rank(full, K)
+    among_all = recommender.rank([replace(query, exclude=frozenset()) for query in full], K)
+    tolerance = 1e-4 if recommender.name == "llm" else 0.0
+    for query, ranking, left_out, kept in zip(full, both, without, among_all, strict=True):
+        pairs = list(zip(ranking.item_ids, ranking.scores, strict=True))
+        assert [score for item, score in pairs if item not in query.exclude] == pytest.approx(
+            left_out.scores, abs=tolerance
+        )
+        best = ranking.scores[: len(kept.scores)]
+        assert best == pytest.approx(kept.scores, abs=tolerance)
+        assert all(a >= b for a, b in itertools.pairwise(ranking.scores))
+
+
 def test_ranks_all_candidates_and_nothing_else(recommender: Recommender, asked: Sequence[RankingQuery]) -> None:
     given = [query for query in asked if query.candidates is not None]
     assert any(set(query.candidates or ()) & query.exclude for query in given)

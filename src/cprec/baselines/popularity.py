@@ -6,21 +6,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cprec.baselines.ranking import rankings_of_scores
+from cprec.baselines.ranking import ScoringRecommender
 from cprec.data.splits import Split
-from cprec.recommender import Ranking, RankingQuery
+from cprec.recommender import RankingQuery
 
 
-class PopularityRecommender:
+class PopularityRecommender(ScoringRecommender):
     """Ranks by the number of training events of each item; the history changes nothing."""
 
     name = "popularity"
 
     def __init__(self, split: Split) -> None:
-        self._catalogue = split.catalogue
+        self.catalogue = split.catalogue
         self._count = np.bincount(split.train.item, minlength=len(split.catalogue))
 
-    def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
-        """See `Recommender.rank`."""
-        scores = [self._count[self._catalogue.rows_of(query.domain)] for query in queries]
-        return rankings_of_scores(self._catalogue, queries, scores, k)
+    def scores(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
+        """See `ScoringRecommender.scores`."""
+        count_N = self._count[self.catalogue.rows_of(domain)]
+        return np.broadcast_to(count_N, (len(queries), len(count_N)))

@@ -1,42 +1,91 @@
-"""From scores over a domain to rankings, for baselines that score every item."""
+"""What baselines that score every item share: from scores over a domain's items to rankings."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
 
 from cprec.data.catalogue import Catalogue
+from cprec.data.ragged import Ragged, offsets_of
 from cprec.recommender import Ranking, RankingQuery
 
+BATCH = 256
+"""Queries whose scores exist at once."""
 
-def rankings_of_scores(
-    catalogue: Catalogue, queries: Sequence[RankingQuery], scores: Sequence[np.ndarray], k: int
-) -> list[Ranking]:
-    """One ranking per query from its scores over the items of its domain, in catalogue order.
 
-    Items scored minus infinity are not returned. Ties with the K-th item are kept; equal scores stand by item id.
+class ScoringRecommender(ABC):
+    """A recommender that scores every item of a domain: a subclass says how, `rank` does the rest.
+
+    Suffixes: Q queries, N items of the domain, in catalogue order.
     """
-    out = []
-    for query, row in zip(queries, scores, strict=True):
-        rows = catalogue.rows_of(query.domain)
-        first = int(rows[0])
-        row = row.astype(float, copy=True)
-        if query.exclude:
-            row[catalogue.find(query.domain, sorted(query.exclude)) - first] = -np.inf
-        if query.allow is not None:
-            allowed = np.zeros(len(row), dtype=bool)
-            allowed[catalogue.find(query.domain, sorted(query.allow)) - first] = True
-            row[~allowed] = -np.inf
+
+    name: str
+    catalogue: Catalogue
+    floor: float = -np.inf
+    """An item scored this or less has nothing that speaks for it: it is not returned from the full catalogue, and
+    stands last among candidates."""
+
+    @abstractmethod
+    def scores(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
+        """Scores of the domain's items for queries of that domain: float[Q, N], higher is better.
+
+        What a query leaves out, allows or offers as candidates is not its concern.
+        """
+
+    def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
+        """See `Recommender.rank`."""
+        out: list[Ranking | None] = [None] * len(queries)
+        for domain in dict.fromkeys(query.domain for query in queries):
+            members = [number for number, query in enumerate(queries) if query.domain == domain]
+            for start in range(0, len(members), BATCH):
+                chosen = members[start : start + BATCH]
+                asked = [queries[number] for number in chosen]
+                rows_QN = self.scores(domain, asked)
+                for number, query, row_N in zip(chosen, asked, rows_QN, strict=True):
+                    out[number] = self._ranking(query, row_N, k)
+        return [ranking for ranking in out if ranking is not None]
+
+    def histories(self, domain: str, queries: Sequence[RankingQuery]) -> Ragged:
+        """Each query's events in the domain, oldest first, as positions among the domain's items.
+
+        Raises UnknownItemError for items that the catalogue does not have.
+        """
+        items = [[item.item_id for item in query.history if item.domain == domain] for query in queries]
+        first = int(self.catalogue.rows_of(domain)[0])
+        found = self.catalogue.find(domain, [item for of_query in items for item in of_query]) - first
+        return Ragged(found, offsets_of(np.array([len(of_query) for of_query in items], dtype=np.int64)))
+
+    def _ranking(self, query: RankingQuery, score_N: np.ndarray, k: int) -> Ranking:
+        """Ties with the K-th item are kept; equal scores stand by item id."""
+        catalogue = self.catalogue
+        first = int(catalogue.rows_of(query.domain)[0])
+        score_N = score_N.astype(float, copy=True)
+
+        def positions(items: frozenset[str]) -> np.ndarray:
+            found: np.ndarray = catalogue.find(query.domain, sorted(items)) - first
+            return found
+
         if query.candidates is not None:
-            chosen = catalogue.find(query.domain, query.candidates) - first
-            order = chosen[np.lexsort((chosen, -row[chosen]))]
-            order = order[row[order] > -np.inf]
+            order = catalogue.find(query.domain, query.candidates) - first
+            score_N = np.maximum(score_N, self.floor)
         else:
-            size = min(k, len(row))
-            bound = np.partition(row, len(row) - size)[len(row) - size]
-            kept = np.flatnonzero((row >= bound) & (row > -np.inf))
-            order = kept[np.lexsort((kept, -row[kept]))]
+            score_N[score_N <= self.floor] = -np.inf
+        if query.exclude:
+            score_N[positions(query.exclude)] = -np.inf
+        if query.allow is not None:
+            barred = np.ones(len(score_N), dtype=bool)
+            barred[positions(query.allow)] = False
+            score_N[barred] = -np.inf
+        if query.candidates is None:
+            counted_N = score_N
+            if query.uncounted:
+                counted_N = score_N.copy()
+                counted_N[positions(query.uncounted)] = -np.inf
+            size = min(k, len(score_N))
+            order = np.flatnonzero(score_N >= np.partition(counted_N, len(counted_N) - size)[len(counted_N) - size])
+        order = order[score_N[order] > -np.inf]
+        order = order[np.lexsort((order, -score_N[order]))]
         ids = catalogue.item_id[first + order]
-        out.append(Ranking(query.query_id, tuple(map(str, ids)), tuple(row[order].tolist())))
-    return out
+        return Ranking(query.query_id, tuple(map(str, ids)), tuple(score_N[order].tolist()))

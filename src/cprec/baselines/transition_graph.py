@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import sparse
 
-from cprec.baselines.ranking import rankings_of_scores
+from cprec.baselines.ranking import ScoringRecommender
 from cprec.data.splits import Split
-from cprec.recommender import Ranking, RankingQuery
+from cprec.recommender import RankingQuery
 
 
-class TransitionGraphRecommender:
+class TransitionGraphRecommender(ScoringRecommender):
     """Scores an item by its links to the last events of the history.
 
         score(j) = sum over the last 20 events i of 0.7 ** age(i) * w(i, j) / sqrt(pop(i) * pop(j))
@@ -24,10 +24,11 @@ class TransitionGraphRecommender:
     """
 
     name = "transition graph"
+    floor = 0.0
     window, decay, last_events, backward = 5, 0.7, 20, 0.5
 
     def __init__(self, split: Split) -> None:
-        self._catalogue = split.catalogue
+        self.catalogue = split.catalogue
         log = split.train
         num_items = len(split.catalogue)
         domain = split.catalogue.domain[log.item]
@@ -44,18 +45,15 @@ class TransitionGraphRecommender:
         scale = sparse.diags_array(1 / np.sqrt(np.maximum(np.bincount(log.item, minlength=num_items), 1)))
         self._graph = sparse.csr_array(scale @ graph @ scale)
 
-    def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
-        """See `Recommender.rank`."""
-        rows, columns, values = [], [], []
-        for number, query in enumerate(queries):
-            recent = [item for item in query.history if item.domain == query.domain][: -self.last_events - 1 : -1]
-            rows += [number] * len(recent)
-            columns += self._catalogue.find(query.domain, [item.item_id for item in recent]).tolist()
-            values += [self.decay**age for age in range(len(recent))]
-        history = sparse.csr_array((values, (rows, columns)), (len(queries), len(self._catalogue)))
-        scores = sparse.csr_array(history @ self._graph)
-        dense = []
-        for number, query in enumerate(queries):
-            mine = scores[[number]].toarray()[0][self._catalogue.rows_of(query.domain)]
-            dense.append(mine if query.candidates is not None else np.where(mine > 0, mine, -np.inf))
-        return rankings_of_scores(self._catalogue, queries, dense, k)
+    def scores(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
+        """See `ScoringRecommender.scores`."""
+        history = self.histories(domain, queries)
+        ages = np.repeat(history.offsets[1:], history.lengths) - 1 - np.arange(len(history.values))
+        recent = ages < self.last_events
+        mine = self.catalogue.rows_of(domain)
+        walk = sparse.csr_array(
+            (self.decay ** ages[recent], (history.row_of[recent], mine[0] + history.values[recent])),
+            (len(queries), len(self.catalogue)),
+        )
+        scores: np.ndarray = sparse.csr_array(walk @ self._graph).toarray()[:, mine]
+        return scores

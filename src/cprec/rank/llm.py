@@ -278,7 +278,7 @@ class LLMRecommender:
             k=max(k, self.beam_width) if corrected else k,
             width=max(self.beam_width if beam else FIRST_BEAM, k),
             exact=not beam,
-            excluded=[positions(query.exclude) for query in queries],
+            excluded=[positions(query.exclude | query.uncounted) for query in queries],
             allowed=[None if query.allow is None else positions(query.allow) for query in queries],
             max_nodes=self.max_nodes if mode == "auto" and not beam else None,
             seconds=self.seconds,
@@ -286,11 +286,16 @@ class LLMRecommender:
         )
         if corrected:
             found = self._corrected(found, domain, k)
+        beside = [[item for item in sorted(query.uncounted) if _may(query, item)] for query in queries]
+        beside_scores = self._candidate_scores(tree, domain, beside) if any(beside) else [np.empty(0)] * len(queries)
         out = []
-        for query, result in zip(queries, found, strict=True):
-            ids = self.catalogue.item_id[rows[result.items]]
+        for query, result, more, more_scores in zip(queries, found, beside, beside_scores, strict=True):
+            reached = more_scores >= (result.scores[k - 1] if len(result.scores) >= k else -np.inf)
+            ids = np.append(self.catalogue.item_id[rows[result.items]], np.array(more, dtype=object)[reached])
+            scores = np.append(result.scores, more_scores[reached])
+            order = np.argsort(-scores, kind="stable")
             certificate = None if corrected else Certificate(gap=result.gap, expanded=result.expanded)
-            out.append(Ranking(query.query_id, tuple(map(str, ids)), tuple(map(float, result.scores)), certificate))
+            out.append(_ranking(query, ids[order], scores[order], certificate))
         return out
 
     def _corrected(self, found: Sequence[Found], domain: str, k: int) -> list[Found]:
@@ -312,21 +317,24 @@ class LLMRecommender:
         return scores
 
     def _rank_candidates(self, tree: PromptTree, domain: str, queries: Sequence[RankingQuery]) -> list[Ranking]:
-        rows = [self.catalogue.find(domain, list(query.candidates or ())) for query in queries]
-        titles = [self._encoder.titles(mine, end=True) for mine in rows]
+        given = [[item for item in query.candidates or () if _may(query, item)] for query in queries]
         out = []
-        for query, mine, text, score in zip(queries, rows, titles, score_candidates(tree, titles), strict=True):
-            if self.score == "mean":
-                score = score / text.lengths
-            elif self.score == "corrected":
-                score = score - self._without_history(domain, mine)
-            ids = np.array(query.candidates, dtype=object)
-            kept = np.array([_may(query, item) for item in ids], dtype=bool)
-            order = np.lexsort((ids[kept].astype(str), -score[kept]))
-            out.append(
-                Ranking(query.query_id, tuple(map(str, ids[kept][order])), tuple(map(float, score[kept][order])))
-            )
+        for query, items, scores in zip(queries, given, self._candidate_scores(tree, domain, given), strict=True):
+            ids = np.array(items, dtype=object)
+            order = np.lexsort((ids.astype(str), -scores))
+            out.append(_ranking(query, ids[order], scores[order]))
         return out
+
+    def _candidate_scores(self, tree: PromptTree, domain: str, items: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """The score of each item after its prompt: float64 for each prompt's items, in their order."""
+        rows = [self.catalogue.find(domain, mine) for mine in items]
+        titles = [self._encoder.titles(mine, end=True) for mine in rows]
+        scores = score_candidates(tree, titles)
+        if self.score == "mean":
+            return [score / text.lengths for score, text in zip(scores, titles, strict=True)]
+        if self.score == "corrected":
+            return [score - self._without_history(domain, mine) for score, mine in zip(scores, rows, strict=True)]
+        return scores
 
     def _generate(self, tree: PromptTree, domain: str, queries: Sequence[RankingQuery]) -> list[Ranking]:
         written = write(tree, self.trie(domain).end, self._encoder.max_item_tokens)
@@ -344,6 +352,12 @@ class LLMRecommender:
 
 def _may(query: RankingQuery, item: str) -> bool:
     return item not in query.exclude and (query.allow is None or item in query.allow)
+
+
+def _ranking(
+    query: RankingQuery, ids: np.ndarray, scores: np.ndarray, certificate: Certificate | None = None
+) -> Ranking:
+    return Ranking(query.query_id, tuple(map(str, ids)), tuple(map(float, scores)), certificate)
 
 
 def _rows(titles: Ragged) -> list[np.ndarray]:

@@ -289,8 +289,9 @@ class OracleRecommender:
         if query.allow is not None:
             rows = rows[[ids[row] in query.allow for row in rows]]
         rows = rows[np.lexsort((rows, -chance[rows]))]
-        if query.candidates is None and len(rows) > k:
-            rows = rows[chance[rows] >= chance[rows[k - 1]]]
+        counted = rows[[ids[row] not in query.uncounted for row in rows]] if query.uncounted else rows
+        if query.candidates is None and len(counted) > k:
+            rows = rows[chance[rows] >= chance[counted[k - 1]]]
         return Ranking(query.query_id, tuple(ids[rows]), tuple(chance[rows].tolist()))
 
     def _history(self, query: RankingQuery) -> tuple[str, tuple[Item, ...]]:
