@@ -449,7 +449,7 @@ def _replace_table(table: Any, path: Path) -> None:
 
 
 def _interval(values: np.ndarray, seed: int) -> dict[str, float]:
-    from cprec.evaluate.metrics import bootstrap_interval
+    from cprec.evaluate.statistics import bootstrap_interval
 
     mean, low, high = bootstrap_interval(values, seed=seed)
     return {"mean": mean, "low": low, "high": high}

@@ -1,0 +1,322 @@
+"""How sure a result is: intervals, paired tests on the same queries, several seeds, many comparisons at once.
+
+A value belongs to one query. Queries of one user are not independent: `groups` names the user of each query, and users
+are resampled, flipped and counted whole. Without it every query counts as its own user.
+Suffixes: Q queries, S seeds, G groups (users).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+
+import numpy as np
+
+MIN_QUERIES = 1000
+"""Queries below which no recommender is said to beat another, whatever the test."""
+ALPHA = 0.05
+"""The chance of a false claim in a whole table, after Holm's correction."""
+POWER = 0.8
+"""The chance of finding a difference of the size that is called detectable."""
+SAMPLES = 2000
+"""Bootstrap samples of an interval."""
+PERMUTATIONS = 9999
+"""Random sign flips of a permutation test; the smallest p value is 1 / (this + 1)."""
+CELLS = 4_000_000
+"""Numbers that are drawn at once, which bounds memory."""
+
+
+# ---- intervals -------------------------------------------------------------------------------------------------------
+
+
+def bootstrap_interval(
+    values_Q: np.ndarray,
+    *,
+    groups: Sequence[object] | np.ndarray | None = None,
+    samples: int = SAMPLES,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Mean over queries with a percentile bootstrap interval (Efron 1979): (mean, low, high).
+
+    With `groups` whole users are drawn, all queries of each (cluster bootstrap: Davison and Hinkley 1997, section 3.8).
+    Differences of two arms on the same queries are paired by passing their difference per query.
+
+    Raises ValueError without queries, for values that are not finite, or if `groups` has another length.
+
+    >>> bootstrap_interval(np.array([0.25, 0.25, 0.25]))
+    (0.25, 0.25, 0.25)
+    """
+    values = _checked(values_Q)
+    sums, sizes = _sums(values, groups)
+    generator = np.random.default_rng(seed)
+    means = np.empty(samples)
+    step = max(1, CELLS // len(sums))
+    for start in range(0, samples, step):
+        drawn = generator.integers(0, len(sums), (min(step, samples - start), len(sums)))
+        part = slice(start, start + len(drawn))
+        means[part] = sums[drawn].mean(axis=1) if groups is None else sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(values.mean()), float(low), float(high)
+
+
+def _checked(values: np.ndarray, dimensions: int = 1) -> np.ndarray:
+    """Values as floats. Raises ValueError where there are none, or not finite ones."""
+    checked = np.asarray(values, dtype=float)
+    if checked.ndim != dimensions:
+        raise ValueError(f"values of shape {checked.shape} must have {dimensions} dimension(s), queries last")
+    if not checked.size:
+        raise ValueError("no queries to average over")
+    if not np.isfinite(checked).all():
+        raise ValueError("values hold NaN or infinity: leave out queries that have no value")
+    return checked
+
+
+def _sums(values_Q: np.ndarray, groups: Sequence[object] | np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of the values and number of the queries of each group; every query is one where there are none."""
+    if groups is None:
+        return values_Q, np.ones(len(values_Q), dtype=np.int64)
+    labels = np.asarray(groups)
+    if len(labels) != len(values_Q):
+        raise ValueError(f"groups names {len(labels):,} users for {len(values_Q):,} queries: give one a query")
+    _, group = np.unique(labels, return_inverse=True)
+    return np.bincount(group, weights=values_Q), np.bincount(group)
+
+
+def _squared_error(values_Q: np.ndarray, groups: Sequence[object] | np.ndarray | None) -> tuple[float, float]:
+    """Squared standard error of the mean, and its degrees of freedom (groups less one).
+
+    The error of a ratio of sums over groups (Cochran 1977, section 6.4): the sample variance over the number of
+    queries where every query is its own group. With a single group nothing is known: infinite, with one degree.
+    """
+    sums, sizes = _sums(values_Q, groups)
+    if len(sums) < 2:
+        return math.inf, 1.0
+    residual = sums - sizes * values_Q.mean()
+    return float(residual @ residual * len(sums) / (len(sums) - 1) / sizes.sum() ** 2), len(sums) - 1.0
+
+
+# ---- several seeds ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedVariance:
+    """The mean over seeds and queries, and how far it would move with other users and with other seeds."""
+
+    mean: float
+    """Over all seeds and queries."""
+    low: float
+    """Lower end of the interval over both users and seeds."""
+    high: float
+    """Upper end of it."""
+    error_users: float
+    """Standard error from the users: these seeds, other users."""
+    error_seeds: float
+    """Standard error that the seeds add: these users, other seeds. 0 where seeds differ less than users explain."""
+    num_seeds: int
+    """Training runs, each with a seed of its own."""
+    num_queries: int
+    """Queries that every run answered."""
+
+
+def seed_variance(
+    values_SQ: np.ndarray, *, groups: Sequence[object] | np.ndarray | None = None, level: float = 0.95
+) -> SeedVariance:
+    """Split the error of a mean over seeds and queries into what users and what seeds bring.
+
+    Two-way random effects without replication: value = mean + seed + query + rest (the interaction). With mean squares
+    MS of S seeds and Q queries, the variance of the mean is (MS_query + MS_seed - MS_rest) / SQ. Its first term,
+    MS_query / SQ, is the squared error from users (it holds the rest, as resampling users would);
+    (MS_seed - MS_rest) / SQ is the squared error from seeds, 0 where negative. With `groups` the mean squares over
+    queries are those over whole users. The interval is Student's, with degrees of freedom by Satterthwaite (1946): with
+    few seeds it is wide, as it should be. Source: Searle, Casella and McCulloch (1992), chapter 4.
+
+    Raises ValueError for fewer than two seeds, which say nothing of seeds; use `bootstrap_interval` for one.
+
+    >>> both = seed_variance(np.array([[0.0, 0.0, 1.0, 1.0], [1.0, 1.0, 2.0, 2.0]]))  # seeds differ by 1 everywhere
+    >>> both.mean, round(both.error_users, 4), both.error_seeds
+    (1.0, 0.2887, 0.5)
+    """
+    values = _checked(values_SQ, 2)
+    if len(values) < 2:
+        raise ValueError(f"values of {len(values)} seed(s) tell no variance of seeds: give two runs at least")
+    of_users, freedom = _squared_error(values.mean(axis=0), groups)
+    of_seeds, terms = _seed_terms(values, groups)
+    low, high = _student_interval(float(values.mean()), of_users + of_seeds, [(of_users, freedom), *terms], level)
+    return SeedVariance(
+        mean=float(values.mean()),
+        low=low,
+        high=high,
+        error_users=math.sqrt(of_users),
+        error_seeds=math.sqrt(of_seeds),
+        num_seeds=values.shape[0],
+        num_queries=values.shape[1],
+    )
+
+
+Terms = list[tuple[float, float]]
+"""Parts of an estimated variance, signs aside, with their degrees of freedom."""
+
+
+def _seed_terms(values_SQ: np.ndarray, groups: Sequence[object] | np.ndarray | None) -> tuple[float, Terms]:
+    """Squared error of the mean from seeds, and the terms it was estimated from; nothing for a single seed."""
+    seeds = len(values_SQ)
+    if seeds < 2:
+        return 0.0, []
+    between = float(values_SQ.mean(axis=1).var(ddof=1)) / seeds
+    rest_SQ = values_SQ - values_SQ.mean(axis=0) - values_SQ.mean(axis=1, keepdims=True) + values_SQ.mean()
+    errors = [_squared_error(rest_Q, groups) for rest_Q in rest_SQ]
+    rest = sum(error for error, _ in errors) / (seeds * (seeds - 1))
+    if not between > rest:
+        return 0.0, []
+    return between - rest, [(between, seeds - 1.0), (rest, (seeds - 1) * errors[0][1])]
+
+
+def _freedom(squared_error: float, terms: Terms) -> float:
+    """Degrees of freedom of a variance that is a sum or difference of terms (Satterthwaite 1946)."""
+    spread = sum(term**2 / freedom for term, freedom in terms)
+    return squared_error**2 / spread if 0 < spread < math.inf else 1.0
+
+
+def _student_interval(mean: float, squared_error: float, terms: Terms, level: float) -> tuple[float, float]:
+    from scipy.special import stdtrit
+
+    half = float(stdtrit(_freedom(squared_error, terms), (1 + level) / 2)) * math.sqrt(squared_error)
+    return mean - half, mean + half
+
+
+# ---- two arms --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How far arm a is above arm b on the same queries, and whether that may be said aloud."""
+
+    mean: float
+    """Mean of a - b over queries."""
+    low: float
+    """Lower end of its 95 % interval."""
+    high: float
+    """Upper end of it."""
+    p_value: float
+    """Chance of a difference this large or larger, either way, if the arms were alike."""
+    p_adjusted: float
+    """The p value corrected for all comparisons of its table (`adjusted`); the same where it stands alone."""
+    num_queries: int
+    """Queries that both arms answered."""
+    detectable: float
+    """The smallest true difference that these queries find with 80 % power at a level of 5 %, before correction."""
+
+    @property
+    def claim(self) -> bool:
+        """Whether one arm may be said to beat the other: enough queries, and a corrected p value below 5 %."""
+        return self.num_queries >= MIN_QUERIES and self.p_adjusted < ALPHA
+
+
+def compare_pair(
+    values_a: np.ndarray,
+    values_b: np.ndarray,
+    *,
+    groups: Sequence[object] | np.ndarray | None = None,
+    seed: int = 0,
+) -> Comparison:
+    """Compare two arms on the same queries, in the same order: values of shape [Q], or [S, Q] for S training seeds.
+
+    **One seed each**: the interval of the difference is a bootstrap's, and p is that of a permutation test with random
+    sign flips (Fisher 1935; Noreen 1989): if the arms were alike, each user's difference could as well have the other
+    sign. p = (b + 1) / (m + 1) with b of m = 9,999 flips at least as far from 0 (Phipson and Smyth 2010). Both hold for
+    these two trained models on other users, not for the luck of training.
+
+    **Several seeds of an arm**: the difference is that of the means over seeds, its error that of users (of the paired
+    differences) and of the seeds of each arm together; interval and p are Student's (see `seed_variance`).
+
+    The detectable difference is (z_0.975 + z_0.8) = 2.80 standard errors (Cohen 1988).
+
+    Raises ValueError if the arms have different numbers of queries, none, or values that are not finite.
+
+    >>> alike = compare_pair(np.array([0.5, 0.0]), np.array([0.5, 0.0]))
+    >>> alike.mean, alike.p_value, alike.claim
+    (0.0, 1.0, False)
+    """
+    a, b = (_checked(np.atleast_2d(values), 2) for values in (values_a, values_b))
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"{a.shape[1]:,} and {b.shape[1]:,} queries: both arms must have answered the same ones")
+    difference = a.mean(axis=0) - b.mean(axis=0)
+    of_users, freedom = _squared_error(difference, groups)
+    (seeds_a, terms_a), (seeds_b, terms_b) = (_seed_terms(values, groups) for values in (a, b))
+    squared_error = of_users + seeds_a + seeds_b
+    mean = float(difference.mean())
+    if len(a) == len(b) == 1:
+        _, low, high = bootstrap_interval(difference, groups=groups, seed=seed)
+        p_value = _permutation_p(difference, groups, seed)
+    else:
+        terms = [(of_users, freedom), *terms_a, *terms_b]
+        low, high = _student_interval(mean, squared_error, terms, 0.95)
+        p_value = _student_p(mean, squared_error, terms)
+    normal = NormalDist()
+    return Comparison(
+        mean=mean,
+        low=low,
+        high=high,
+        p_value=p_value,
+        p_adjusted=p_value,
+        num_queries=len(difference),
+        detectable=(normal.inv_cdf(1 - ALPHA / 2) + normal.inv_cdf(POWER)) * math.sqrt(squared_error),
+    )
+
+
+def _permutation_p(difference_Q: np.ndarray, groups: Sequence[object] | np.ndarray | None, seed: int) -> float:
+    sums, _ = _sums(difference_Q, groups)
+    sums = sums[sums != 0]  # their sign does not matter, and they are most: misses of both arms
+    if not len(sums):
+        return 1.0
+    total = sums.sum()
+    least = abs(total) * (1 - 1e-9)  # flips that give the same sum in another order of addition are as far
+    generator = np.random.default_rng(seed)
+    step = max(1, CELLS // len(sums))
+    extreme = 0
+    for start in range(0, PERMUTATIONS, step):
+        rows = min(step, PERMUTATIONS - start)
+        bits = np.unpackbits(np.frombuffer(generator.bytes(-(-rows * len(sums) // 8)), dtype=np.uint8))
+        kept = bits[: rows * len(sums)].reshape(rows, len(sums)) @ sums
+        extreme += int((np.abs(2 * kept - total) >= least).sum())
+    return (extreme + 1) / (PERMUTATIONS + 1)
+
+
+def _student_p(mean: float, squared_error: float, terms: Terms) -> float:
+    from scipy.special import stdtr
+
+    if squared_error == 0:
+        return 1.0 if mean == 0 else 0.0
+    return float(2 * stdtr(_freedom(squared_error, terms), -abs(mean) / math.sqrt(squared_error)))
+
+
+# ---- many comparisons ------------------------------------------------------------------------------------------------
+
+
+def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """p values adjusted so that the chance of any false claim among all of them stays below the level (Holm 1979).
+
+    The i-th smallest of m is multiplied by m - i + 1, is at least the one before and at most 1. Order is kept.
+    Raises ValueError for numbers outside 0..1.
+
+    >>> holm([0.01, 0.04, 0.03]).tolist()
+    [0.03, 0.06, 0.06]
+    """
+    values = np.asarray(p_values, dtype=float)
+    wrong = values[~((values >= 0) & (values <= 1))]
+    if len(wrong):
+        raise ValueError(f"p value {wrong[0]} must lie in 0..1")
+    order = np.argsort(values, kind="stable")
+    raised = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
+    result = np.empty_like(values)
+    result[order] = np.minimum(raised, 1.0)
+    return result
+
+
+def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """The comparisons of one table with `p_adjusted` by Holm's correction over all of them."""
+    corrected = holm([comparison.p_value for comparison in comparisons])
+    return [replace(c, p_adjusted=float(p)) for c, p in zip(comparisons, corrected, strict=True)]
