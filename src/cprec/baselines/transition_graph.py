@@ -1,59 +1,145 @@
-"""A walk on the graph of item transitions: no training, no text, and hard to beat."""
+"""A walk on the graph of item transitions: no training, and hard to beat."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from scipy import sparse
 
+from cprec.baselines.domain import ages, check_domain
 from cprec.baselines.ranking import ScoringRecommender
+from cprec.baselines.search import Choice, Real, Whole
+from cprec.baselines.text import domain_titles, title_scores
 from cprec.data.splits import Split
+from cprec.errors import ConfigError
 from cprec.recommender import RankingQuery
 
 
-class TransitionGraphRecommender(ScoringRecommender):
-    """Scores an item by its links to the last events of the history.
+@dataclass(frozen=True, kw_only=True)
+class TransitionGraph:
+    """Links of the last events of the history to items, in one hop or two, and optionally the likeness of titles.
 
-        score(j) = sum over the last 20 events i of 0.7 ** age(i) * w(i, j) / sqrt(pop(i) * pop(j))
+        score(j) = sum over the last events i of decay ** age(i) * (g + second_hop * g g + text_weight * t)(i, j)
+        g(i, j)  = w(i, j) / sqrt(pop(i) * pop(j))
 
-    age is 0 for the last event. w(i, j) adds 1 / distance for each time that j follows i within 5 events of a user in
-    one domain in the training part, and half of it for each time that j precedes i; pop counts an item's training
-    events. Constants were set once and not tuned. Only items with a link are returned from the full catalogue; among
-    candidates the others tie at 0.
+    age is 0 for the last event. w(i, j) adds 1 / distance for each time that j follows i within `window` events of a
+    user in one domain in the training part, and `backward` of it for each time that j precedes i; pop counts an item's
+    training events, not its users. g g is the product of matrices; t(i, j) is the cosine of the titles' TF-IDF, with
+    the frequencies of words in the domain's catalogue (`title_vectors`).
+
+    One hop is near to the training-free heuristics that audits of next-item benchmarks rank by (2026); the constants
+    were set once and are tuned on nothing. Leave-one-out, full catalogue, seen items left out, its NDCG@10 is 0.0486 on
+    Amazon Beauty, 0.0224 on Sports and 0.0592 on Toys (0.0429, 0.0202 and 0.0531 where they stay in).
     """
 
-    name = "transition graph"
-    floor = 0.0
-    window, decay, last_events, backward = 5, 0.7, 20, 0.5
+    window: int = 5
+    """How far apart two events of a user may stand to be linked."""
+    decay: float = 0.7
+    """Weight of an event of the history relative to the one after it."""
+    last_events: int = 20
+    """Events of the history that the walk starts from."""
+    backward: float = 0.5
+    """Weight of a link from an item to the one before it, relative to one forward."""
+    second_hop: float = 0.0
+    """Weight of two hops relative to one; 0 goes one hop."""
+    text_weight: float = 0.0
+    """Weight of the likeness of titles relative to links; 0 reads no titles."""
 
-    def __init__(self, split: Split) -> None:
-        self.catalogue = split.catalogue
-        log = split.train
-        num_items = len(split.catalogue)
-        domain = split.catalogue.domain[log.item]
-        order = np.lexsort((np.arange(len(log.item)), domain, log.user))  # each user's domains apart, in time order
-        user, item, domain = log.user[order], log.item[order], domain[order]
-        graph = sparse.csr_array((num_items, num_items))
-        for distance in range(1, self.window + 1):
-            before, after = slice(None, -distance), slice(distance, None)
-            linked = (user[before] == user[after]) & (domain[before] == domain[after])
-            start, end = item[before][linked], item[after][linked]
-            weight = np.full(len(start), 1 / distance)
-            graph += sparse.csr_array((weight, (start, end)), (num_items, num_items))
-            graph += sparse.csr_array((self.backward * weight, (end, start)), (num_items, num_items))
-        scale = sparse.diags_array(1 / np.sqrt(np.maximum(np.bincount(log.item, minlength=num_items), 1)))
-        self._graph = sparse.csr_array(scale @ graph @ scale)
+    SEARCH: ClassVar[Mapping[str, Choice]] = {
+        "window": Whole(low=1, high=10),
+        "decay": Real(low=0.2, high=1),
+        "backward": Real(low=0, high=1),
+        "second_hop": Real(low=0, high=1),
+        "text_weight": Real(low=0, high=0.5),
+    }
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.last_events < 1:
+            raise ConfigError(f"window={self.window} and last_events={self.last_events} must be at least 1")
+        if not 0 < self.decay <= 1:
+            raise ConfigError(f"decay={self.decay} must lie above 0 and at most at 1")
+        for name in ("backward", "second_hop", "text_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must not be below 0")
+
+    def make(
+        self, split: Split, domain: str, *, seed: int = 0, folder: Path | None = None
+    ) -> TransitionGraphRecommender:
+        """See `Settings.make`; nothing is random and nothing kept."""
+        return TransitionGraphRecommender(split, self, (domain,))
+
+
+LAST_ITEM = TransitionGraph(last_events=1)
+"""Nothing but the last event: what is left to explain once it is known. 0.0430 on Beauty as above."""
+TWO_HOPS = TransitionGraph(second_hop=0.5)
+"""Reaches items that never stood near one of the history."""
+WITH_TITLES = TransitionGraph(text_weight=0.1)
+"""Links and the likeness of titles, which also reaches items without any training event."""
+
+
+class TransitionGraphRecommender(ScoringRecommender):
+    """Ranks by links to the last events of the history; see `TransitionGraph`.
+
+    Only items with a link (or a word in common, with titles) are returned from the full catalogue; among candidates
+    the others tie at 0.
+    """
+
+    floor = 0.0
+
+    def __init__(
+        self,
+        split: Split,
+        settings: TransitionGraph = TransitionGraph(),
+        domains: Sequence[str] | None = None,
+    ) -> None:
+        """For the given domains; None: for all of them."""
+        self.catalogue, self._settings = split.catalogue, settings
+        names = split.catalogue.domains if domains is None else tuple(domains)
+        self._graph = {domain: transitions(split, domain, settings.window, settings.backward) for domain in names}
+        self._titles = {domain: domain_titles(split, domain) for domain in names if settings.text_weight}
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Says in tables what differs from the plain walk."""
+        settings = self._settings
+        parts = ["last item"] if settings.last_events == 1 else []
+        parts += ["two hops"] if settings.second_hop else []
+        parts += ["titles"] if settings.text_weight else []
+        return ", ".join(["transition graph", *parts])
 
     def scores(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
-        """See `ScoringRecommender.scores`."""
-        history = self.histories(domain, queries)
-        ages = np.repeat(history.offsets[1:], history.lengths) - 1 - np.arange(len(history.values))
-        recent = ages < self.last_events
-        mine = self.catalogue.rows_of(domain)
-        walk = sparse.csr_array(
-            (self.decay ** ages[recent], (history.row_of[recent], mine[0] + history.values[recent])),
-            (len(queries), len(self.catalogue)),
+        """See `ScoringRecommender.scores`. Raises ConfigError for a domain that it was not made for."""
+        check_domain(self.name, tuple(self._graph), domain)
+        settings, graph, history = self._settings, self._graph[domain], self.histories(domain, queries)
+        age = ages(history)
+        recent = age < settings.last_events
+        start = sparse.csr_array(
+            (settings.decay ** age[recent], (history.row_of[recent], history.values[recent])),
+            (len(queries), graph.shape[0]),
         )
-        scores: np.ndarray = sparse.csr_array(walk @ self._graph).toarray()[:, mine]
+        reached = start @ graph
+        if settings.second_hop:
+            reached = reached + settings.second_hop * (reached @ graph)
+        scores: np.ndarray = reached.toarray()
+        if settings.text_weight:
+            scores += settings.text_weight * title_scores(start, self._titles[domain])
         return scores
+
+
+def transitions(split: Split, domain: str, window: int, backward: float) -> sparse.csr_array:
+    """The links g of a domain's items in the training part: csr[N, N]; see `TransitionGraph`."""
+    log, rows = split.train, split.catalogue.rows_of(domain)
+    mine = split.catalogue.domain[log.item] == split.catalogue.domain_index(domain)
+    user, item, size = log.user[mine], log.item[mine] - rows[0], len(rows)
+    graph = sparse.csr_array((size, size))
+    for distance in range(1, window + 1):
+        linked = user[:-distance] == user[distance:]
+        start, end = item[:-distance][linked], item[distance:][linked]
+        forward = sparse.csr_array((np.full(len(start), 1 / distance), (start, end)), (size, size))
+        graph = graph + forward + backward * forward.T
+    scale = sparse.diags_array(1 / np.sqrt(np.maximum(np.bincount(item, minlength=size), 1)))
+    return sparse.csr_array(scale @ graph @ scale)

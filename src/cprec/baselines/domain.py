@@ -1,0 +1,86 @@
+"""What baselines share that learn one domain: its training matrix, histories as vectors, and the check of the domain.
+
+Suffixes: U users, N items of the domain in catalogue order, Q queries.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import sparse
+
+from cprec.baselines.ranking import ScoringRecommender
+from cprec.data.ragged import Ragged
+from cprec.data.splits import Split
+from cprec.errors import ConfigError
+from cprec.recommender import RankingQuery
+
+
+class DomainRecommender(ScoringRecommender):
+    """A recommender that has learnt one domain: a subclass scores histories, whatever the query."""
+
+    domain: str
+
+    def __init__(self, split: Split, domain: str) -> None:
+        self.catalogue, self.domain = split.catalogue, domain
+
+    def scores(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
+        """See `ScoringRecommender.scores`. Raises ConfigError for another domain than its own."""
+        check_domain(self.name, (self.domain,), domain)
+        return self.history_scores(self.histories(domain, queries))
+
+    @abstractmethod
+    def history_scores(self, history: Ragged) -> np.ndarray:
+        """Scores of the domain's items for histories of positions among them, oldest first: float[Q, N]."""
+
+
+def check_domain(name: str, made_for: Sequence[str], asked: str) -> None:
+    """Raise ConfigError unless a recommender was made for the domain that it is asked about."""
+    if asked not in made_for:
+        raise ConfigError(
+            f"{name} was made for domain {', '.join(map(repr, made_for))} and is asked about {asked!r}: "
+            "make one for that domain"
+        )
+
+
+def training_matrix(split: Split, domain: str) -> sparse.csr_array:
+    """Who had what in the training part of a domain: float64[U, N] of ones, however often; users without are left out.
+
+    Raises ConfigError where the domain has no training event.
+    """
+    log, items = split.train, split.catalogue.rows_of(domain)
+    mine = split.catalogue.domain[log.item] == split.catalogue.domain_index(domain)
+    if not mine.any():
+        raise ConfigError(f"domain {domain!r} has no training event to learn from: choose another domain or split")
+    users, row = np.unique(log.user[mine], return_inverse=True)
+    column = log.item[mine] - items[0]
+    matrix = sparse.csr_array((np.ones(len(row)), (row, column)), (len(users), len(items)))
+    matrix.data[:] = 1  # events of one (user, item) were summed
+    return matrix
+
+
+def profiles(history: Ragged, num_items: int, decay: float = 1.0) -> sparse.csr_array:
+    """Histories as vectors: float64[Q, N], decay ** age for each item had, where the last event has age 0.
+
+    An item that was had several times counts once, at its latest event.
+
+    >>> profiles(Ragged.of([[2, 0, 2]]), 4, 0.5).toarray().tolist()
+    [[0.5, 0.0, 1.0, 0.0]]
+    """
+    row = history.row_of
+    key, latest = np.unique((row * num_items + history.values)[::-1], return_index=True)
+    weight = (decay ** ages(history).astype(float))[::-1][latest]
+    rows_and_columns = (key // num_items, key % num_items)
+    return sparse.csr_array((weight, rows_and_columns), (len(history), num_items))
+
+
+def ages(history: Ragged) -> np.ndarray:
+    """How many events of its row come after each value: int64[len(values)].
+
+    >>> ages(Ragged.of([[5, 6, 7], [5]])).tolist()
+    [2, 1, 0, 0]
+    """
+    age: np.ndarray = np.repeat(history.offsets[1:], history.lengths) - 1 - np.arange(len(history.values))
+    return age
