@@ -8,7 +8,7 @@ Suffixes: Q queries, S seeds, G groups (users).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
@@ -26,6 +26,8 @@ PERMUTATIONS = 9999
 """Random sign flips of a permutation test; the smallest p value is 1 / (this + 1)."""
 CELLS = 4_000_000
 """Numbers that are drawn at once, which bounds memory."""
+FEW = 8
+"""Values of this many queries each, on average, are drawn by how often they occur; metrics of ranks take few values."""
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------------
@@ -51,15 +53,25 @@ def bootstrap_interval(
     """
     values = _checked(values_Q)
     sums, sizes = _sums(values, groups)
+    distinct, times = np.unique(np.column_stack([sums, sizes]), axis=0, return_counts=True)
     generator = np.random.default_rng(seed)
     means = np.empty(samples)
-    step = max(1, CELLS // len(sums))
-    for start in range(0, samples, step):
-        drawn = generator.integers(0, len(sums), (min(step, samples - start), len(sums)))
-        part = slice(start, start + len(drawn))
-        means[part] = sums[drawn].mean(axis=1) if groups is None else sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    for part in _blocks(samples, len(sums)):
+        rows = part.stop - part.start
+        if FEW * len(times) < len(sums):  # draw how often each value occurs: the same chances, sooner
+            drawn_sums, drawn_sizes = (generator.multinomial(len(sums), times / len(sums), rows) @ distinct).T
+        else:
+            drawn = generator.integers(0, len(sums), (rows, len(sums)))
+            drawn_sums, drawn_sizes = sums[drawn].sum(axis=1), sizes[drawn].sum(axis=1)
+        means[part] = drawn_sums / drawn_sizes
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(values.mean()), float(low), float(high)
+
+
+def _blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of `rows` whose cells fit into memory."""
+    step = max(1, CELLS // columns)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def _checked(values: np.ndarray, dimensions: int = 1) -> np.ndarray:
@@ -269,19 +281,20 @@ def compare_pair(
 
 def _permutation_p(difference_Q: np.ndarray, groups: Sequence[object] | np.ndarray | None, seed: int) -> float:
     sums, _ = _sums(difference_Q, groups)
-    sums = sums[sums != 0]  # their sign does not matter, and they are most: misses of both arms
-    if not len(sums):
-        return 1.0
     total = sums.sum()
-    least = abs(total) * (1 - 1e-9)  # flips that give the same sum in another order of addition are as far
+    least = abs(total) * (1 - 1e-9) - 1e-9  # flips that give the same sum in another order of addition are as far
+    moving = np.abs(sums[sums != 0])  # the sign of a 0 does not matter, and most are: misses of both arms
+    distinct, times = np.unique(moving.round(12), return_counts=True)
     generator = np.random.default_rng(seed)
-    step = max(1, CELLS // len(sums))
     extreme = 0
-    for start in range(0, PERMUTATIONS, step):
-        rows = min(step, PERMUTATIONS - start)
-        bits = np.unpackbits(np.frombuffer(generator.bytes(-(-rows * len(sums) // 8)), dtype=np.uint8))
-        kept = bits[: rows * len(sums)].reshape(rows, len(sums)) @ sums
-        extreme += int((np.abs(2 * kept - total) >= least).sum())
+    for part in _blocks(PERMUTATIONS, max(len(moving), 1)):
+        rows = part.stop - part.start
+        if FEW * len(times) < len(moving):  # draw how many of each size are above 0: the same chances, sooner
+            above = generator.binomial(times, 0.5, (rows, len(times))) @ distinct
+        else:
+            bits = np.frombuffer(generator.bytes(-(-rows * len(moving) // 8)), dtype=np.uint8)
+            above = np.unpackbits(bits, count=rows * len(moving)).reshape(rows, len(moving)) @ moving
+        extreme += int((np.abs(2 * above - moving.sum()) >= least).sum())
     return (extreme + 1) / (PERMUTATIONS + 1)
 
 

@@ -176,3 +176,16 @@ def test_a_comparison_of_several_seeds_holds_their_error() -> None:
     same = compare_pair(np.ones((2, 4)), np.zeros((2, 4)))
     assert (same.low, same.high, same.p_value) == (1, 1, 0)
     assert compare_pair(np.ones((2, 4)), np.ones((3, 4))).p_value == 1
+
+
+@pytest.mark.parametrize("users", [None, 300])
+def test_drawing_values_by_how_often_they_occur_changes_no_chance(users, monkeypatch) -> None:
+    generator = np.random.default_rng(9)
+    a, b = generator.choice([0, 0, 0.5, 1], (2, 900))
+    groups = None if users is None else np.repeat(np.arange(users), 900 // users)
+    often = compare_pair(a, b, groups=groups)
+    monkeypatch.setattr(statistics, "FEW", 1000)  # each user is drawn for itself
+    singly = compare_pair(a, b, groups=groups)
+    assert often != singly
+    assert often.p_value == pytest.approx(singly.p_value, abs=0.02)
+    assert (often.low, often.high) == pytest.approx((singly.low, singly.high), abs=0.003)
