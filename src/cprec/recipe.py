@@ -33,10 +33,10 @@ class Recipe:
     """What the run shows, in one sentence."""
     prepare: PrepareConfig
     """From raw logs to token shards, examples and queries."""
-    pretrain: PretrainConfig
-    """Continual pre-training on the token shards."""
-    finetune: FinetuneConfig
-    """Fine-tuning on next-item examples of a domain."""
+    pretrain: PretrainConfig | None = None
+    """Continual pre-training on the token shards; None where nothing is pre-trained."""
+    finetune: FinetuneConfig | None = None
+    """Fine-tuning on next-item examples of a domain; None where the recipe trains no language model."""
     evaluate: EvaluateConfig
     """Ranking the held-out queries, and the numbers made from the rankings."""
 

@@ -24,6 +24,8 @@ class RankingQuery:
     """Item ids of `domain` that must not be returned (the items already seen, say)."""
     allow: frozenset[str] | None = None
     """Item ids of `domain` that alone may be returned; None allows all."""
+    user: str | None = None
+    """Who asks, as platform/user_id, for recommenders that know users by name; None where it is not known."""
     uncounted: frozenset[str] = field(default_factory=frozenset)
     """Item ids of `domain` that do not count towards the K best: those of them that score at least as the K-th of the
     others are returned as well. With the items already seen here, one ranking says what it is with and without them."""
@@ -63,7 +65,10 @@ class Ranking:
 class Recommender(Protocol):
     """Anything that ranks items for a history."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What it is called in tables."""
+        ...
 
     def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
         """One ranking per query, in the order of the queries.

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cprec.errors import ConfigError
-from cprec.recommender import Ranking, RankingQuery
+from cprec.recommender import Ranking, RankingQuery, Recommender
 
 if TYPE_CHECKING:
     from cprec.data.splits import Split
@@ -35,22 +35,38 @@ def run(recipe: Recipe) -> dict[str, Any]:
     from cprec.train.pretrain import pretrain
 
     targets = recipe.prepare.target_domains
-    stages = 3 + len(targets)
-    say(f"[1/{stages}] prepare: {recipe.description}")
+    pretraining, finetuning = recipe.pretrain, recipe.finetune
+    stages = 2 + bool(pretraining) + (len(targets) if finetuning else 0)
+    done = 1
+
+    def begin(what: str) -> None:
+        nonlocal done
+        say(f"[{done}/{stages}] {what}")
+        done += 1
+
+    begin(f"prepare: {recipe.description}")
     prepare(recipe.prepare)
-    say(f"[2/{stages}] pre-train on behaviour sequences")
-    pretrain(recipe.pretrain)
-    models: dict[str, dict[str, str]] = {}
-    for number, domain in enumerate(targets):
-        models[domain] = {}
-        for arm, base in ((FINETUNED, recipe.pretrain.model_name_or_path), (CPREC, recipe.pretrain.output_dir)):
-            say(f"[{3 + number}/{stages}] fine-tune on {domain}: {arm}")
-            folder = f"{recipe.finetune.output_dir}/{domain}/{arm.lower().replace(' ', '-')}"
-            finetune(replace(recipe.finetune, domain=domain, model_name_or_path=base, output_dir=folder))
-            models[domain][arm] = folder
-    say(f"[{stages}/{stages}] evaluate")
-    runs = {"pre-training": recipe.pretrain.output_dir}
-    runs |= {f"{domain}: {arm}": folder for domain in targets for arm, folder in models[domain].items()}
+    models: dict[str, dict[str, str]] = {domain: {} for domain in targets}
+    runs: dict[str, str] = {}
+    bases: dict[str, str] = {}
+    if finetuning:
+        bases[FINETUNED] = pretraining.model_name_or_path if pretraining else finetuning.model_name_or_path
+    if pretraining:
+        begin("pre-train on behaviour sequences")
+        pretrain(pretraining)
+        runs["pre-training"] = bases[CPREC] = pretraining.output_dir
+    for domain in targets:
+        if finetuning is None:
+            models[domain] = dict(bases)
+            continue
+        for arm, base in bases.items():
+            if arm == FINETUNED:
+                begin(f"fine-tune on {domain}")
+            say(f"{domain}: {arm}")
+            folder = f"{finetuning.output_dir}/{domain}/{arm.lower().replace(' ', '-')}"
+            finetune(replace(finetuning, domain=domain, model_name_or_path=base, output_dir=folder))
+            models[domain][arm] = runs[f"{domain}: {arm}"] = folder
+    begin("evaluate")
     return _report(recipe.evaluate, models, runs, title=recipe.name, synthetic=recipe.prepare)
 
 
@@ -99,7 +115,7 @@ def _report(
     pretrained = read_resolved(config.data)["config"]["pretrain_domains"] or split.catalogue.domains
     domains: dict[str, Any] = {}
     for domain, arms in models.items():
-        entrants = _entrants(config, split, arms, synthetic)
+        entrants = _entrants(config, split, domain, arms, synthetic)
         domains[domain] = {"unseen": domain not in pretrained, **evaluate(config, split, domain, entrants)}
     certificate = Path(config.data) / "certificate.json"
     properties = json.loads(certificate.read_text())["properties"] if certificate.is_file() else []
@@ -134,20 +150,13 @@ def _report(
 
 
 def _entrants(
-    config: EvaluateConfig, split: Split, arms: dict[str, str], synthetic: PrepareConfig | None
+    config: EvaluateConfig, split: Split, domain: str, arms: dict[str, str], synthetic: PrepareConfig | None
 ) -> list[Entrant]:
-    """Baselines always; then the models; then, in a synthetic world, the bound that its true probabilities give."""
-    from cprec.baselines.popularity import PopularityRecommender
-    from cprec.baselines.random import RandomRecommender
-    from cprec.baselines.transition_graph import TransitionGraphRecommender
+    """The baselines that are asked for; then the models; then, in a synthetic world, the bound that its true
+    probabilities give."""
     from cprec.evaluate.evaluate import Entrant
 
-    baselines = (
-        RandomRecommender(split.catalogue, config.seed),
-        PopularityRecommender(split),
-        TransitionGraphRecommender(split),
-    )
-    entrants = [Entrant(name=each.name, recommender=each, kind="baseline") for each in baselines]
+    entrants = baseline_entrants(config, split, domain)
     entrants += model_entrants(config, arms)
     if synthetic is not None and synthetic.synthetic is not None:
         from cprec.data.sources.synthetic import OracleRecommender, SyntheticWorld
@@ -155,6 +164,82 @@ def _entrants(
         oracle = OracleRecommender(SyntheticWorld(synthetic.synthetic))
         entrants.append(Entrant(name="oracle", recommender=oracle, kind="bound"))
     return entrants
+
+
+def baseline_entrants(config: EvaluateConfig, split: Split, domain: str) -> list[Entrant]:
+    """The baselines of an evaluation as entrants, each made when it is first asked; those that cannot be made of this
+    data are left out, with a note.
+
+    Raises ConfigError for names that are none.
+    """
+    from cprec.baselines.lineup import BASELINES, identity_of, is_trained, names_of
+    from cprec.evaluate.evaluate import Entrant
+    from cprec.progress import say
+
+    tuned = _tuned(config, domain)
+    entrants = []
+    for name in names_of(config.baselines):
+        if reason := BASELINES[name].unfit(split, domain):
+            say(f"{domain}: {name} is left out: {reason}")
+            continue
+        for seed in config.seeds if is_trained(name) else config.seeds[:1]:
+            shown = f"{name} (seed {seed})" if len(config.seeds) > 1 and is_trained(name) else name
+            baseline = _Baseline(shown, name, config, split, domain, seed, tuned.get(name))
+            identity = f"{identity_of(name)} seed {seed} {json.dumps(tuned.get(name), sort_keys=True)}"
+            entrants.append(
+                Entrant(
+                    name=shown,
+                    recommender=baseline,
+                    kind="baseline",
+                    identity=identity,
+                    open=partial(getattr, baseline, "made"),
+                    cost=baseline.cost,
+                )
+            )
+    return entrants
+
+
+def _tuned(config: EvaluateConfig, domain: str) -> dict[str, dict[str, Any]]:
+    """The settings that tuning has found for a domain, by baseline."""
+    if not config.tuned:
+        return {}
+    path = Path(config.tuned)
+    if not path.is_file():
+        raise ConfigError(f"tuned={config.tuned!r} does not exist: make it with `cprec tune`")
+    return {name: found["settings"] for name, found in json.loads(path.read_text()).get(domain, {}).items()}
+
+
+class _Baseline:
+    """A baseline that is made, trained perhaps, when it is first asked: saved rankings need none."""
+
+    def __init__(
+        self,
+        shown: str,
+        name: str,
+        config: EvaluateConfig,
+        split: Split,
+        domain: str,
+        seed: int,
+        tuned: dict[str, Any] | None,
+    ) -> None:
+        self.name, self._name, self._config, self._split = shown, name, config, split
+        self._domain, self._seed, self._tuned = domain, seed, tuned
+
+    @cached_property
+    def made(self) -> Recommender:
+        from cprec.baselines.lineup import settings_of
+
+        slug = self.name.lower().replace(" ", "-").replace("(", "").replace(")", "").replace(",", "")
+        folder = Path(self._config.output_dir) / "baselines" / self._domain / slug
+        settings = settings_of(self._name, self._tuned)
+        return settings.make(self._split, self._domain, seed=self._seed, folder=folder)
+
+    def cost(self) -> dict[str, float]:
+        names = {"num_parameters": "num_parameters", "seconds": "train_seconds"}
+        return {shown: getattr(self.made, name) for name, shown in names.items() if hasattr(self.made, name)}
+
+    def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
+        return self.made.rank(queries, k)
 
 
 def model_entrants(config: EvaluateConfig, arms: dict[str, str]) -> list[Entrant]:
@@ -173,9 +258,19 @@ def model_entrants(config: EvaluateConfig, arms: dict[str, str]) -> list[Entrant
                 trained_on=tuple((read_done(folder) or {})["trained_on"]),
                 identity=weights_sha256(folder),
                 modes={"exact": _InMode(model, "exact"), "generate": _InMode(model, "generate")},
+                open=partial(getattr, model, "opened"),
+                cost=partial(_model_cost, folder),
             )
         )
     return entrants
+
+
+def _model_cost(folder: str) -> dict[str, float]:
+    from cprec.train.training import read_done
+
+    about = read_done(folder) or {}
+    names = {"num_parameters": "num_parameters", "seconds": "train_seconds"}
+    return {shown: about[name] for name, shown in names.items() if name in about}
 
 
 class _ModelFolder:
@@ -210,7 +305,8 @@ def _examples(config: EvaluateConfig, split: Split, domain: str, arms: list[str]
     """A few users of a domain with what each model recommends them, from the saved rankings."""
     import pyarrow.parquet as pq
 
-    from cprec.evaluate.evaluate import FULL, rankings_path, read_questions
+    from cprec.evaluate.evaluate import rankings_path
+    from cprec.evaluate.questions import FULL, read_questions
 
     questions = read_questions(config, split, domain)
     catalogue = split.catalogue
@@ -223,6 +319,8 @@ def _examples(config: EvaluateConfig, split: Split, domain: str, arms: list[str]
     for arm in arms:
         table = pq.read_table(rankings_path(config, domain, arm, FULL), filters=[("query_id", "in", shown)])
         for row in table.to_pylist():
+            if row["seen"] and config.exclude_seen:
+                continue
             lists[row["query_id"]].setdefault(arm, []).append((title(domain, row["item_id"]), row["score"]))
     return [
         {

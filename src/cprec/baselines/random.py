@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from cprec.baselines.ranking import ScoringRecommender
+from cprec.baselines.search import Choice
 from cprec.data.catalogue import Catalogue
+from cprec.data.splits import Split
 from cprec.recommender import RankingQuery
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random:
+    """A random order: there is nothing to set."""
+
+    SEARCH: ClassVar[Mapping[str, Choice]] = {}
+
+    def make(self, split: Split, domain: str, *, seed: int = 0, folder: Path | None = None) -> RandomRecommender:
+        """See `Settings.make`."""
+        return RandomRecommender(split.catalogue, seed)
 
 
 class RandomRecommender(ScoringRecommender):

@@ -1,4 +1,7 @@
-"""Candidate sets of the second protocol: the target and uniform others, drawn once per query and frozen to disk."""
+"""Candidate sets of the second protocol: the target and others, drawn once per query and frozen to disk.
+
+The others are drawn uniformly, or by popularity: the chance of an item is its share of the domain's training events.
+"""
 
 from __future__ import annotations
 
@@ -12,36 +15,55 @@ import pyarrow.parquet as pq
 
 from cprec.errors import ConfigError
 
+UNIFORM, POPULARITY = "uniform", "popularity"
 MAX_TRIES = 50
 
 
 def draw_candidates(
-    query_id: str, target: int, taken: np.ndarray, titles: Sequence[str], size: int, seed: int
+    query_id: str,
+    target: int,
+    taken: np.ndarray,
+    titles: Sequence[str],
+    size: int,
+    seed: int,
+    weights: np.ndarray | None = None,
 ) -> np.ndarray:
     """`size` item positions, the target among them, in random order.
 
-    The others are uniform over the items outside `taken` (the user's whole history), none with a title that equals,
-    contains or is contained in another's (after lower-casing): such answers could not be told apart in text. The draw
-    is seeded by (seed, query id), never by the target, so that co-candidates say nothing about it.
+    The others are outside `taken` (the user's whole history), none with a title that equals, contains or is contained
+    in another's (after lower-casing): such answers could not be told apart in text. They are uniform over these items,
+    or drawn by `weights`, one for each item (0: never drawn). The draw is seeded by (seed, query id), never by the
+    target, so that co-candidates say nothing about it.
 
     Raises ConfigError if the items outside the history are too few.
     """
     digest = hashlib.sha256(f"{seed}/{query_id}".encode()).digest()
     generator = np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
     excluded = np.union1d(taken, [target])
-    if len(titles) - len(excluded) < size - 1:
+    drawable = len(titles) - len(excluded)
+    if weights is not None:
+        drawable = int(np.count_nonzero(weights) - np.count_nonzero(weights[excluded]))
+    if drawable < size - 1:
+        what = "items are" if weights is None else "items with training events are"
         raise ConfigError(
-            f"num_candidates={size} but only {len(titles) - len(excluded)} items are outside the history of query "
-            f"{query_id!r}: lower it or use the full catalogue only"
+            f"num_candidates={size} but only {drawable} {what} outside the history of query {query_id!r}: lower it or "
+            "use the full catalogue only"
         )
-    chosen, names = [target], [titles[target].lower()]
+    upto = None if weights is None else np.cumsum(weights, dtype=float)
+    forbidden, chosen, names = set(excluded.tolist()), [target], [titles[target].lower()]
     for _ in range(MAX_TRIES):
-        for item in generator.integers(0, len(titles), 4 * size):
+        drawn = (
+            generator.integers(0, len(titles), 4 * size)
+            if upto is None
+            else np.searchsorted(upto, generator.random(4 * size) * upto[-1], side="right")
+        )
+        for item in drawn.tolist():
             name = titles[item].lower()
-            if item in excluded or item in chosen or any(name in other or other in name for other in names):
+            if item in forbidden or any(name in other or other in name for other in names):
                 continue
-            chosen.append(int(item))
+            chosen.append(item)
             names.append(name)
+            forbidden.add(item)
             if len(chosen) == size:
                 return generator.permutation(np.array(chosen))
     raise ConfigError(

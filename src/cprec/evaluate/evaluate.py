@@ -6,23 +6,22 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cprec.errors import ConfigError, CPRecError, DataError, LeakageError
 from cprec.provenance import file_sha256
-from cprec.recommender import Ranking, RankingQuery, Recommender
-from cprec.schema import Item
+from cprec.recommender import Ranking, Recommender
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
     from cprec.data.splits import Split
+    from cprec.evaluate.questions import Questions
 
-FULL, SAMPLED, GENERATED = "full", "candidates", "generate"
 SAMPLE = 100
 """Queries whose exact lists a beam's are compared with."""
 BATCH = 256
@@ -37,6 +36,12 @@ class EvaluateConfig:
     """Data folder that `cprec prepare` wrote."""
     output_dir: str
     """Where rankings, metrics and the report go."""
+    baselines: tuple[str, ...] = ("random", "popularity", "transition graph")
+    """Baselines to rank beside the models, by name; `all`: every one there is (docs/evaluation.md)."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds to train each trained baseline with; of several, each is a row of its own."""
+    tuned: str = ""
+    """A file that `cprec tune` wrote: its settings take the place of the baselines' defaults."""
     models: dict[str, str] = field(default_factory=dict)
     """Model folders to rank with, by the name they have in tables. A folder fine-tuned on a domain ranks that domain
     only; a pre-trained one ranks all."""
@@ -47,11 +52,12 @@ class EvaluateConfig:
     k: int = 10
     """Length of the rankings of the full catalogue; metrics are cut at 5 and at this."""
     exclude_seen: bool = True
-    """Leave out the items of the query's history."""
+    """Leave out the items of the query's history in the main table. Results with them and without come from the same
+    scores, and both are in the report."""
     max_queries: int = 0
     """Rank a seeded sample of at most this many queries a domain; 0 ranks all."""
     num_candidates: int = 20
-    """Size of the frozen candidate sets: the target and uniform others."""
+    """Size of the frozen candidate sets: the target and others, drawn uniformly, and by popularity."""
     mode: Literal["auto", "exact", "beam"] = "auto"
     """How models rank the full catalogue: `exact` proves that no better item is left; `auto` too, but for queries that
     have read `max_nodes` prefixes; `beam` keeps `beam_width` prefixes at each depth. Tables say what was proven, and
@@ -71,6 +77,8 @@ class EvaluateConfig:
     """Decides candidates, the sample of queries, the random baseline and bootstrap samples."""
 
     def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds={self.seeds}: give one or more, all different")
         if self.k < 5:
             raise ConfigError(f"k={self.k} must be at least 5")
         if self.num_candidates < 2:
@@ -101,94 +109,125 @@ class Entrant:
     """Changes when the recommender does, so that saved rankings are reused only where they are its own."""
     modes: Mapping[str, Recommender] = field(default_factory=dict)
     """The same model as it ranks in other modes: `exact`, `generate`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Questions:
-    """The queries of a domain with their answers, in one order."""
-
-    domain: str
-    queries: list[RankingQuery]
-    sampled: list[RankingQuery]
-    """The same queries with their candidates, which nothing is left out of."""
-    target: list[str]
-    user: list[str]
-    sha256: str
-    """Of the files of queries and candidates."""
+    open: Callable[[], object] = dict
+    """Makes it ready, before ranking is timed: reads a model, trains a baseline."""
+    cost: Callable[[], Mapping[str, float]] = dict
+    """What it took, once it has ranked: num_parameters and train_seconds, where there are any."""
 
 
 def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequence[Entrant]) -> dict[str, Any]:
     """Rank the queries of a domain with every entrant; returns the domain's part of the report.
 
-    Rankings go to `DOMAIN/ARM.PROTOCOL.parquet` and metrics of each query to `DOMAIN/metrics.parquet`; every mean is
-    made from these. An arm whose saved rankings answer the same questions is not run again.
+    Rankings go to `DOMAIN/ARM.PROTOCOL.parquet`, queries with their slices to `DOMAIN/queries.parquet`, metrics of each
+    query to `DOMAIN/metrics.parquet`, and what they depend on to `DOMAIN/protocol.json`; every mean is made from these.
+    An arm whose saved rankings answer the same questions is not run again.
 
     Raises LeakageError if the certificate is missing, not clean, or does not cover an entrant's shards or the queries.
     """
     import pyarrow as pa
 
+    from cprec.data.titles import title_vectors
+    from cprec.evaluate.questions import FULL, FULL_WITH_SEEN, GENERATED, NEW_ITEMS, SAMPLED, read_questions
+    from cprec.evaluate.tables import Lists, means_of, metrics_of, paired, sliced
+
     certified = check_certificate(config, domain, entrants)
     questions = read_questions(config, split, domain)
     folder = Path(config.output_dir) / domain
     folder.mkdir(parents=True, exist_ok=True)
+    _replace_table(questions.table(), folder / "queries.parquet")
+    _write_protocol(config, split, questions, certified, folder / "protocol.json")
+    main, other = (FULL, FULL_WITH_SEEN) if config.exclude_seen else (FULL_WITH_SEEN, FULL)
+    mine = split.catalogue.rows_of(domain)
+    lists = Lists.of(split, domain, title_vectors([str(title) for title in split.catalogue.title[mine]]))
+    num_queries = len(questions.queries)
     arms: dict[str, Any] = {}
     tables: list[Any] = []
     per_query: dict[str, np.ndarray] = {}
+
+    def judged(arm: str, protocol: str, rankings: pa.Table) -> dict[str, np.ndarray]:
+        columns = metrics_of(rankings, questions, config.k, protocol)
+        asked = questions.of(protocol)
+        users = dict(zip((query.query_id for query in questions.queries), questions.user, strict=True))
+        constants = {"domain": domain, "arm": arm, "protocol": protocol}
+        names = {
+            "query_id": [query.query_id for query in asked],
+            "user_id": [users[query.query_id] for query in asked],
+            **{name: [value] * len(asked) for name, value in constants.items()},
+        }
+        tables.append(pa.table({**names, **columns}))
+        return columns
+
     for entrant in entrants:
-        arm: dict[str, Any] = {"kind": entrant.kind, "num_queries": len(questions.queries)}
-        generates = (GENERATED,) if config.generate and GENERATED in entrant.modes else ()
-        for protocol in (FULL, SAMPLED, *generates):
+        rankings, seconds = _rankings(config, entrant, questions, FULL)
+        columns = judged(entrant.name, main, rankings)
+        per_query[entrant.name] = columns[f"ndcg@{config.k}"]
+        arm = {
+            "kind": entrant.kind,
+            "num_queries": num_queries,
+            **means_of(columns, questions.user, config.seed),
+            "seconds": seconds,
+            "cost": {**_cost(rankings), "milliseconds_per_query": 1000 * seconds / max(1, num_queries)},
+            **proven(rankings, num_queries),
+            "seen_kept" if config.exclude_seen else "seen_left_out": means_of(
+                judged(entrant.name, other, rankings), questions.user, config.seed
+            ),
+            "lists": lists.measures(rankings, config.k, exclude_seen=config.exclude_seen),
+            "slices": sliced(columns, questions, config.k, config.seed),
+        }
+        found_of_exact = (rankings.schema.metadata or {}).get(b"found_of_exact")
+        if found_of_exact:
+            arm["found_of_exact"] = json.loads(found_of_exact)
+        for how, protocol in SAMPLED.items():
             rankings, seconds = _rankings(config, entrant, questions, protocol)
-            columns = metrics_of(rankings, questions, config.k)
-            names = {"query_id": [query.query_id for query in questions.queries], "user_id": questions.user}
-            constants = {"domain": domain, "arm": entrant.name, "protocol": protocol}
-            repeated = {name: [value] * len(questions.queries) for name, value in constants.items()}
-            tables.append(pa.table({**names, **repeated, **columns}))
-            means = {
-                name: _interval(values, config.seed) for name, values in columns.items() if "@" in name or name == "mrr"
+            means = means_of(judged(entrant.name, protocol, rankings), questions.user, config.seed)
+            suffix = "" if protocol == SAMPLED["uniform"] else f"_{how}"
+            arm[f"candidates{config.num_candidates}{suffix}"] = {**means, "seconds": seconds}
+        if asked := questions.of(NEW_ITEMS):
+            rankings, seconds = _rankings(config, entrant, questions, NEW_ITEMS)
+            columns = judged(entrant.name, NEW_ITEMS, rankings)
+            means = means_of(columns, None, config.seed)
+            arm[NEW_ITEMS] = {**means, "num_queries": len(asked), "num_items": len(questions.new_items)}
+        if config.generate and GENERATED in entrant.modes:
+            rankings, seconds = _rankings(config, entrant, questions, GENERATED)
+            columns = judged(entrant.name, GENERATED, rankings)
+            valid = columns["num_valid"] > 0
+            arm[GENERATED] = {
+                "valid_ratio": float(valid.mean()),
+                "hr@1-all": float(columns["recall@1"].mean()),
+                "hr@1-valid": float(columns["recall@1"][valid].mean()) if valid.any() else 0.0,
+                "seconds": seconds,
             }
-            if protocol == FULL:
-                arm |= {**means, "seconds": seconds, **proven(rankings, len(questions.queries))}
-                found_of_exact = (rankings.schema.metadata or {}).get(b"found_of_exact")
-                if found_of_exact:
-                    arm["found_of_exact"] = json.loads(found_of_exact)
-                per_query[entrant.name] = columns[f"ndcg@{config.k}"]
-            elif protocol == GENERATED:
-                valid = columns["num_valid"] > 0
-                arm[GENERATED] = {
-                    "valid_ratio": float(valid.mean()),
-                    "hr@1-all": means["recall@1"]["mean"],
-                    "hr@1-valid": float(columns["recall@1"][valid].mean()) if valid.any() else 0.0,
-                    "seconds": seconds,
-                }
-            else:
-                arm[f"candidates{config.num_candidates}"] = {**means, "seconds": seconds}
         arms[entrant.name] = arm
     _replace_table(pa.concat_tables(tables), folder / "metrics.parquet")
-    models = [entrant.name for entrant in entrants if entrant.kind == "model"]
-    rivals = [entrant.name for entrant in entrants if entrant.kind != "bound" and entrant.name != "random"]
-    pairs = [
-        (a, b)
-        for a in reversed(models)
-        for b in rivals
-        if a != b and (b not in models or models.index(b) < models.index(a))
-    ]
     return {
-        "num_items": len(split.catalogue.rows_of(domain)),
-        "num_queries": len(questions.queries),
+        "num_items": len(mine),
+        "num_queries": num_queries,
         "certified": certified,
         "arms": arms,
-        "differences": [
-            {
-                "a": a,
-                "b": b,
-                "metric": f"ndcg@{config.k}",
-                **_interval(per_query[a] - per_query[b], config.seed),
-                "num_queries": len(questions.queries),
-            }
-            for a, b in pairs
-        ],
+        "differences": paired(entrants, per_query, questions.user, f"ndcg@{config.k}", config.seed),
     }
+
+
+def _write_protocol(config: EvaluateConfig, split: Split, questions: Questions, certified: bool, path: Path) -> None:
+    """What the numbers of a domain depend on, for programs: `cprec compare` refuses what differs in any of it."""
+    dataset = json.loads((Path(config.data) / "dataset.json").read_text())
+    protocol = {
+        "domain": questions.domain,
+        "split": ", ".join(f"{name} {value}" for name, value in asdict(split.spec).items() if value is not None),
+        "tie_order": dataset.get("rules", {}).get("tie_order", "source"),
+        "part": config.part,
+        "num_queries": len(questions.queries),
+        **{f"{name}_sha256": value for name, value in questions.sha256.items()},
+        "num_candidates": config.num_candidates,
+        "seen": "left out" if config.exclude_seen else "may be recommended",
+        "catalogue_sha256": split.catalogue.digest(),
+        "num_items": len(split.catalogue.rows_of(questions.domain)),
+        "k": config.k,
+        "certificate": "clean" if certified else "uncertified",
+    }
+    temporary = path.with_name(path.name + ".incomplete")
+    temporary.write_text(json.dumps(protocol, indent=1) + "\n")
+    temporary.replace(path)
 
 
 def protocol_of(config: EvaluateConfig, split: Split, dataset: dict[str, Any]) -> dict[str, str]:
@@ -197,14 +236,17 @@ def protocol_of(config: EvaluateConfig, split: Split, dataset: dict[str, Any]) -
     return {
         "split": f"{spec}; {config.part} events are asked for",
         "ties in time": str(dataset.get("rules", {}).get("tie_order", "source")),
-        "candidates": f"the domain's full catalogue; beside it {config.num_candidates} (target and uniform others)",
-        "seen items": "left out of the full ranking" if config.exclude_seen else "may be recommended again",
+        "candidates": f"the domain's full catalogue; beside it {config.num_candidates}, the target and others, drawn "
+        "uniformly or by popularity and frozen",
+        "seen items": ("left out" if config.exclude_seen else "may be recommended again")
+        + " in the main table; the other way, from the same scores, beside it",
         "language models": f"{_MODES[config.mode].format(config=config)}; candidates by exact log-likelihood"
         + {"sum": "", "mean": "; scores are means over tokens", "corrected": "; scores corrected for popularity"}[
             config.score
         ],
         "ties in score": "expected value over all orders",
-        "statistics": "95 % bootstrap intervals over queries; differences are paired",
+        "statistics": "95 % bootstrap intervals over users; differences are paired, with sign-flip permutation tests, "
+        "corrected by Holm within a domain; no claim under 1,000 queries",
         "queries": f"at most {config.max_queries:,} a domain, sampled" if config.max_queries else "all",
     }
 
@@ -254,94 +296,6 @@ def check_certificate(config: EvaluateConfig, domain: str, entrants: Sequence[En
     return problem is None
 
 
-def read_questions(config: EvaluateConfig, split: Split, domain: str) -> Questions:
-    """The queries of a domain and their candidate sets, which are drawn and frozen on first use."""
-    import hashlib
-
-    import numpy as np
-    import pyarrow.parquet as pq
-
-    from cprec.evaluate.candidates import draw_candidates, read_candidates, write_candidates
-    from cprec.progress import track
-
-    folder = Path(config.data) / "queries" / domain
-    path = folder / f"{config.part}.parquet"
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist: name {domain!r} in target_domains of `cprec prepare`")
-    frozen = folder / f"candidates{config.num_candidates}_{config.part}_seed{config.seed}.parquet"
-    rows = pq.read_table(path).to_pylist()
-    if not frozen.is_file():
-        mine = split.catalogue.rows_of(domain)
-        titles = [str(title) for title in split.catalogue.title[mine]]
-        log = split.interactions
-        of_domain = split.catalogue.domain[log.item] == split.catalogue.domain_index(domain)
-        had: dict[tuple[str, str], list[int]] = {}
-        for user, item in zip(log.user[of_domain], log.item[of_domain] - mine[0], strict=True):
-            key = (str(log.platforms[log.user_platform[user]]), str(log.user_id[user]))
-            had.setdefault(key, []).append(int(item))
-        target = split.catalogue.find(domain, [row["target"] for row in rows]) - mine[0]
-        sets = []
-        with track(len(rows), f"{domain}: candidate sets", unit="queries") as progress:
-            for row, position in zip(rows, target, strict=True):
-                taken = np.array(had[row["platform"], row["user_id"]])
-                drawn = draw_candidates(
-                    row["query_id"], int(position), taken, titles, config.num_candidates, config.seed
-                )
-                sets.append([str(item) for item in split.catalogue.item_id[mine[0] + drawn]])
-                progress.advance()
-        write_candidates(frozen, [row["query_id"] for row in rows], sets)
-    candidates = read_candidates(frozen)
-    if candidates.keys() != {row["query_id"] for row in rows}:
-        raise DataError(f"{frozen} holds candidates of other queries than {path}: delete it, and it is drawn anew")
-    if config.max_queries and config.max_queries < len(rows):
-        chosen = np.sort(np.random.default_rng(config.seed).permutation(len(rows))[: config.max_queries])
-        rows = [rows[number] for number in chosen]
-    queries, sampled = [], []
-    for row in rows:
-        history = tuple(Item(d, i) for d, i in zip(row["history_domain"], row["history_item"], strict=True))
-        seen = frozenset(item.item_id for item in history if item.domain == domain)
-        exclude = seen if config.exclude_seen else frozenset()
-        queries.append(RankingQuery(query_id=row["query_id"], domain=domain, history=history, exclude=exclude))
-        sampled.append(
-            RankingQuery(
-                query_id=row["query_id"], domain=domain, history=history, candidates=candidates[row["query_id"]]
-            )
-        )
-    return Questions(
-        domain=domain,
-        queries=queries,
-        sampled=sampled,
-        target=[row["target"] for row in rows],
-        user=[row["user_id"] for row in rows],
-        sha256=hashlib.sha256((file_sha256(path) + file_sha256(frozen)).encode()).hexdigest(),
-    )
-
-
-def metrics_of(rankings: pa.Table, questions: Questions, k: int) -> dict[str, np.ndarray]:
-    """Metrics of each query from saved rankings: neither the model nor torch is needed."""
-    import numpy as np
-
-    from cprec.evaluate.metrics import ndcg, recall, reciprocal_rank
-
-    row_of = {query.query_id: row for row, query in enumerate(questions.queries)}
-    query = np.array([row_of[name] for name in rankings["query_id"].to_pylist()], dtype=np.int64)
-    score = rankings["score"].to_numpy()
-    targets = np.array(questions.target, dtype=object)
-    hit = rankings["item_id"].to_numpy() == targets[query]
-    of_target = np.full(len(questions.queries), np.nan)
-    of_target[query[hit]] = score[hit]
-    found = ~np.isnan(of_target)
-    better = np.bincount(query[score > of_target[query]], minlength=len(found))
-    tied = np.where(found, np.bincount(query[score == of_target[query]], minlength=len(found)), 0)
-    columns: dict[str, np.ndarray] = {"num_better": better, "num_tied": tied}
-    columns["num_valid"] = np.bincount(query, minlength=len(found))
-    for cut in (1, 5, k):
-        columns[f"recall@{cut}"] = recall(better, tied, cut)
-    for cut in (5, k):
-        columns[f"ndcg@{cut}"] = ndcg(better, tied, cut)
-    return columns | {"mrr": reciprocal_rank(better, tied)}
-
-
 def proven(rankings: pa.Table, num_queries: int) -> dict[str, Any]:
     """What the certificates of an arm's rankings say, nothing where there are none: the share of queries whose list is
     proven, the mean gap of the others, and prefixes read a query. A query without any item is not."""
@@ -384,16 +338,21 @@ def rankings_path(config: EvaluateConfig, domain: str, arm: str, protocol: str) 
     return Path(config.output_dir) / domain / f"{name}.{protocol}.parquet"
 
 
+def _cost(rankings: pa.Table) -> dict[str, float]:
+    cost: dict[str, float] = json.loads((rankings.schema.metadata or {}).get(b"cost", b"{}"))
+    return cost
+
+
 def _rankings(config: EvaluateConfig, entrant: Entrant, questions: Questions, protocol: str) -> tuple[Any, float]:
     """The rankings of an arm, saved or made now, and the seconds that they took to make."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from cprec.evaluate.questions import FULL, GENERATED
     from cprec.progress import say, track
 
-    queries = questions.queries if protocol == FULL else questions.sampled
+    queries = questions.of(protocol)
     recommender = entrant.modes[GENERATED] if protocol == GENERATED else entrant.recommender
-    names = ("k", "exclude_seen", "max_queries", "seed", "num_candidates", "mode", "beam_width", "max_nodes", "score")
+    names = ("k", "max_queries", "seed", "num_candidates", "mode", "beam_width", "max_nodes", "score")
     asked: dict[str, Any] = {name: getattr(config, name) for name in names}
     asked |= {"questions": questions.sha256, "identity": entrant.identity}
     asked["data"] = file_sha256(Path(config.data) / "dataset.json")  # what baselines learn from
@@ -404,6 +363,7 @@ def _rankings(config: EvaluateConfig, entrant: Entrant, questions: Questions, pr
         if known.get(b"answers", b"").decode() == key:
             say(f"{path}: answers the same questions, reused")
             return pq.read_table(path), float(known[b"seconds"])
+    entrant.open()
     start = time.perf_counter()
     rankings: list[Ranking] = []
     with track(len(queries), f"{questions.domain}: {entrant.name}, {protocol}", unit="queries") as progress:
@@ -416,28 +376,44 @@ def _rankings(config: EvaluateConfig, entrant: Entrant, questions: Questions, pr
     broken = next((r.query_id for r in rankings if not all(map(math.isfinite, r.scores))), None)
     if broken is not None:
         raise CPRecError(f"{entrant.name} gave query {broken!r} a score that is not finite: its model is broken")
-    lengths = [len(ranking.item_ids) for ranking in rankings]
-    pairs = list(zip(rankings, questions.user, lengths, strict=True))
-    table = pa.table(
-        {
-            "query_id": pa.array([r.query_id for r, _, n in pairs for _ in range(n)], pa.string()),
-            "user_id": pa.array([user for _, user, n in pairs for _ in range(n)], pa.string()),
-            "domain": pa.array([questions.domain] * sum(lengths), pa.string()),
-            "rank": pa.array([rank for n in lengths for rank in range(1, n + 1)], pa.int32()),
-            "item_id": pa.array([item for r in rankings for item in r.item_ids], pa.string()),
-            "score": pa.array([score for r in rankings for score in r.scores], pa.float64()),
-        }
-    )
-    if any(ranking.certificate is not None for ranking in rankings):
-        proofs = [r.certificate for r in rankings for _ in r.item_ids]
-        table = table.append_column("gap", pa.array([p.gap if p else None for p in proofs], pa.float64()))
-        table = table.append_column("expanded", pa.array([p.expanded if p else None for p in proofs], pa.int32()))
-    about = {"answers": key, "seconds": repr(seconds)}
+    table = _as_table(rankings, questions, protocol)
+    about = {"answers": key, "seconds": repr(seconds), "cost": json.dumps(dict(entrant.cost()))}
     if protocol == FULL and config.mode == "beam" and "exact" in entrant.modes:
         about["found_of_exact"] = json.dumps(_found_of_exact(config, entrant, questions, table))
     table = table.replace_schema_metadata(about)
     _replace_table(table, path)
     return table, seconds
+
+
+def _as_table(rankings: Sequence[Ranking], questions: Questions, protocol: str) -> pa.Table:
+    """Rankings as they are saved: one row for each listed item, best first; `seen` says whether the history has it."""
+    import numpy as np
+    import pyarrow as pa
+
+    from cprec.evaluate.questions import FULL
+
+    lengths = np.array([len(ranking.item_ids) for ranking in rankings], dtype=np.int64)
+    users = dict(zip((query.query_id for query in questions.queries), questions.user, strict=True))
+
+    def repeated(values: Sequence[Any], kind: Any) -> pa.Array:
+        return pa.array(values, kind).take(pa.array(np.repeat(np.arange(len(lengths)), lengths)))
+
+    columns = {
+        "query_id": repeated([ranking.query_id for ranking in rankings], pa.string()),
+        "user_id": repeated([users[ranking.query_id] for ranking in rankings], pa.string()),
+        "domain": repeated([questions.domain] * len(rankings), pa.string()),
+        "rank": pa.array([rank for n in lengths.tolist() for rank in range(1, n + 1)], pa.int32()),
+        "item_id": pa.array([item for ranking in rankings for item in ranking.item_ids], pa.string()),
+        "score": pa.array([score for ranking in rankings for score in ranking.scores], pa.float64()),
+    }
+    if protocol == FULL:
+        pairs = zip(rankings, questions.queries, strict=True)
+        columns["seen"] = pa.array([i in query.uncounted for r, query in pairs for i in r.item_ids], pa.bool_())
+    if any(ranking.certificate is not None for ranking in rankings):
+        proofs = [ranking.certificate for ranking in rankings]
+        columns["gap"] = repeated([p.gap if p else None for p in proofs], pa.float64())
+        columns["expanded"] = repeated([p.expanded if p else None for p in proofs], pa.int32())
+    return pa.table(columns)
 
 
 def _replace_table(table: Any, path: Path) -> None:
@@ -446,10 +422,3 @@ def _replace_table(table: Any, path: Path) -> None:
     temporary = path.with_name(path.name + ".incomplete")
     pq.write_table(table, temporary, compression="zstd")
     temporary.replace(path)
-
-
-def _interval(values: np.ndarray, seed: int) -> dict[str, float]:
-    from cprec.evaluate.statistics import bootstrap_interval
-
-    mean, low, high = bootstrap_interval(values, seed=seed)
-    return {"mean": mean, "low": low, "high": high}

@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 from cprec.recipe import Recipe
 from cprec.recipes.amazon_small import amazon_small
+from cprec.recipes.baselines import baselines
 from cprec.recipes.demo import demo
 
-RECIPES: dict[str, Callable[..., Recipe]] = {"demo": demo, "amazon_small": amazon_small}
+RECIPES: dict[str, Callable[..., Recipe]] = {"demo": demo, "amazon_small": amazon_small, "baselines": baselines}
 """Name on the command line -> the function that makes the recipe."""

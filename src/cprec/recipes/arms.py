@@ -11,23 +11,32 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
+from cprec.errors import ConfigError
 from cprec.recipe import Recipe
 
 
+def _stage(recipe: Recipe, name: str) -> Any:
+    """A training stage of the recipe. Raises ConfigError where it has none, so that no arm can change it."""
+    stage = getattr(recipe, name)
+    if stage is None:
+        raise ConfigError(f"the recipe {recipe.name} has no stage {name}, so it has no arms")
+    return stage
+
+
 def _pretrain(**changes: Any) -> Callable[[Recipe], Recipe]:
-    return lambda recipe: replace(recipe, pretrain=replace(recipe.pretrain, **changes))
+    return lambda recipe: replace(recipe, pretrain=replace(_stage(recipe, "pretrain"), **changes))
 
 
 def _mixture(**changes: Any) -> Callable[[Recipe], Recipe]:
-    return lambda recipe: _pretrain(mixture=replace(recipe.pretrain.mixture, **changes))(recipe)
+    return lambda recipe: _pretrain(mixture=replace(_stage(recipe, "pretrain").mixture, **changes))(recipe)
 
 
 def _annealing(**changes: Any) -> Callable[[Recipe], Recipe]:
-    return lambda recipe: _pretrain(anneal_mixture=replace(recipe.pretrain.mixture, **changes))(recipe)
+    return lambda recipe: _pretrain(anneal_mixture=replace(_stage(recipe, "pretrain").mixture, **changes))(recipe)
 
 
 def _tokens(share: float) -> Callable[[Recipe], Recipe]:
-    return lambda recipe: _pretrain(num_train_epochs=share * recipe.pretrain.num_train_epochs)(recipe)
+    return lambda recipe: _pretrain(num_train_epochs=share * _stage(recipe, "pretrain").num_train_epochs)(recipe)
 
 
 def _prepare(**changes: Any) -> Callable[[Recipe], Recipe]:
@@ -69,7 +78,7 @@ def with_arm(recipe: Recipe, name: str) -> Recipe:
         name=f"{recipe.name}, {name}",
         description=f"{recipe.description} Arm {name}: {ARMS[name][0]}.",
         prepare=replace(changed.prepare, output_dir=data),
-        pretrain=replace(changed.pretrain, data=data, output_dir=str(root / "pretrain")),
-        finetune=replace(changed.finetune, data=data, output_dir=str(root / "finetune")),
+        pretrain=replace(_stage(changed, "pretrain"), data=data, output_dir=str(root / "pretrain")),
+        finetune=replace(_stage(changed, "finetune"), data=data, output_dir=str(root / "finetune")),
         evaluate=replace(changed.evaluate, data=data, output_dir=str(root)),
     )

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,10 +18,32 @@ import torch
 from cprec import distributed
 from cprec.errors import TrainingError
 from cprec.progress import say, track
-from cprec.text.stream import IGNORE, Batch, TokenStream
+from cprec.text.stream import IGNORE, Batch
 from cprec.train.checkpoint import Kind, TrainState, load_checkpoint, save_checkpoint
 from cprec.train.loss import as_loss
 from cprec.train.training import LOG, read_log
+
+
+class Stream(Protocol):
+    """What is trained on: batches, each a pure function of its step."""
+
+    @property
+    def num_steps(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all steps."""
+        ...
+
+    def batch(self, step: int) -> Batch: ...
+
+    def mixture_asked(self) -> Mapping[str, float]:
+        """The share of each group, by name; of what is no mixture, one or none."""
+        ...
+
+    def mixture_until(self, step: int) -> Mapping[str, float]:
+        """The shares in the steps before `step`."""
+        ...
 
 
 def make_optimizer(model: torch.nn.Module, *, weight_decay: float) -> torch.optim.AdamW:
@@ -60,7 +82,7 @@ def perplexity(model: Any, batches: Iterable[Batch], device: torch.device, bf16:
 
 def train(
     model: Any,
-    stream: TokenStream,
+    stream: Stream,
     schedule: Callable[[int], float],
     *,
     output_dir: Path,
@@ -72,7 +94,7 @@ def train(
     save_total_limit: int,
     logging_steps: int,
     eval_steps: int,
-    validate: Callable[[], dict[str, float]],
+    validate: Callable[[], Mapping[str, Any]],
     resume_from: Path | None,
     description: str,
     start_from: Path | None = None,
@@ -82,13 +104,14 @@ def train(
 ) -> TrainState:
     """Train to the end of the stream, from a checkpoint if one is given; returns the final state.
 
-    `model` is a causal language model or its PackedLoss. Each stream batch is one optimizer step. Its rows are shared
-    out over the processes and cut into `num_accumulation` micro-batches in all; its loss is the sum over all targets
-    divided by their number, so accumulation and processes change nothing but memory and time. `resume_from` restores
-    weights, optimizer and state; without it `start_from` restores weights and optimizer alone.
+    `model` is a causal language model, its PackedLoss, or any module with a `model` and its summed loss `of` a batch.
+    Each stream batch is one optimizer step. Its rows are shared out over the processes and cut into `num_accumulation`
+    micro-batches in all; its loss is the sum over all targets divided by their number, so accumulation and processes
+    change nothing but memory and time. `resume_from` restores weights, optimizer and state; without it `start_from`
+    restores weights and optimizer alone.
 
-    Every `logging_steps` steps a line goes to `log.jsonl`; every `eval_steps`, and at the end, `validate()` is logged
-    as `heldout`; every `save_steps` a checkpoint is written. After the steps named in `keep_at` (the end of the stable
+    Every `logging_steps` steps a line goes to `log.jsonl`; every `eval_steps`, and at the end, what `validate()`
+    measures; every `save_steps` a checkpoint is written. After the steps named in `keep_at` (the end of the stable
     phase, say) it is called `stable-<step>` and stays. `report` is called with every line of the log; `mfu` makes of
     tokens a second the share of the machine's arithmetic that is used. The first process alone writes. Ctrl-C and
     SIGTERM, in any process, let the step finish, save, and raise KeyboardInterrupt in all.
@@ -107,7 +130,8 @@ def train(
     parameters = [p for p in loss_of.parameters() if p.requires_grad]
     sharded = distributed.is_sharded(loss_of)
     rank, num_ranks = distributed.rank(), distributed.num_ranks()
-    num_steps, mixed = stream.num_steps, len(stream.corpus.groups) > 1
+    num_steps, asked = stream.num_steps, stream.mixture_asked()
+    mixed = len(asked) > 1
 
     def save() -> Path:
         kind: Kind = "stable" if state.step in keep_at else "checkpoint"
@@ -120,9 +144,7 @@ def train(
     ):
         _check_same_plan(stream, state)
         if state.step == 0:
-            log.write(
-                step=0, tokens=0, heldout=validate(), **({"mixture_asked": stream.mixture_asked()} if mixed else {})
-            )
+            log.write(step=0, tokens=0, **validate(), **({"mixture_asked": asked} if mixed else {}))
         for step in range(state.step, num_steps):
             start = time.perf_counter()
             learning_rate = schedule(step)
@@ -162,7 +184,7 @@ def train(
                     **({"mixture": stream.mixture_until(state.step)} if mixed else {}),
                 )
             if state.step % eval_steps == 0 or state.step == num_steps or state.step in keep_at:
-                log.write(step=state.step, tokens=state.num_tokens, heldout=validate())
+                log.write(step=state.step, tokens=state.num_tokens, **validate())
             if state.step in keep_at or (state.step < num_steps and (stopping or state.step % save_steps == 0)):
                 saved = save()
                 if stopping and state.step < num_steps:
@@ -171,7 +193,7 @@ def train(
     return state
 
 
-def _check_same_plan(stream: TokenStream, state: TrainState) -> None:
+def _check_same_plan(stream: Stream, state: TrainState) -> None:
     """Raises TrainingError where processes would train on different data or from different checkpoints."""
     first = stream.batch(0).documents.tolist() if stream.num_steps else []
     if not distributed.all_equal(repr((stream.num_steps, stream.num_tokens, first, state.step, state.consumed))):

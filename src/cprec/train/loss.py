@@ -104,9 +104,9 @@ class PackedLoss(nn.Module):
         return self(ids, positions, targets)
 
 
-def as_loss(model: Any, bf16: bool) -> PackedLoss:
-    """The model as its loss; one that is a PackedLoss already stays as it is."""
-    return model if isinstance(model, PackedLoss) else PackedLoss(model, bf16=bf16)
+def as_loss(model: Any, bf16: bool) -> Any:
+    """The model as its loss; what is one already (it has `of`, as PackedLoss) stays as it is."""
+    return model if hasattr(model, "of") else PackedLoss(model, bf16=bf16)
 
 
 def prepare_loss(

@@ -294,8 +294,8 @@ def run_training(
         peak = found.peak * found.num_processes
         used_share = partial(mfu, flops_per_token=found.flops_per_token, peak=peak)
 
-    def validate() -> dict[str, float]:
-        return {name: perplexity(loss, each, device, bf16) for name, each in validation.items()}
+    def validate() -> dict[str, Any]:
+        return {"heldout": {name: perplexity(loss, each, device, bf16) for name, each in validation.items()}}
 
     distributed.by_first(lambda: save_resolved(output_dir, config, inputs))
     saved = distributed.by_first(lambda: newest_intact(output_dir)) or fork_of

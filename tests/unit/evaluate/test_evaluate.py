@@ -19,19 +19,9 @@ from cprec.data.dataset import read_manifest, read_split
 from cprec.data.sources.synthetic import SyntheticConfig
 from cprec.data.splits import Split
 from cprec.errors import ConfigError, CPRecError, DataError, LeakageError
-from cprec.evaluate.evaluate import (
-    FULL,
-    SAMPLED,
-    Entrant,
-    EvaluateConfig,
-    Questions,
-    check_certificate,
-    evaluate,
-    metrics_of,
-    protocol_of,
-    rankings_path,
-    read_questions,
-)
+from cprec.evaluate.evaluate import Entrant, EvaluateConfig, check_certificate, evaluate, protocol_of, rankings_path
+from cprec.evaluate.questions import FULL, FULL_WITH_SEEN, NEW_ITEMS, SAMPLED, Questions, read_questions
+from cprec.evaluate.tables import metrics_of
 from cprec.recommender import Certificate, Ranking, RankingQuery, Recommender
 from cprec.text.prepare import PrepareConfig, prepare
 
@@ -108,9 +98,10 @@ def model(recommender: Recommender, data: Path, name: str = "model") -> Entrant:
 # ---- questions -------------------------------------------------------------------------------------------------------
 
 
-def test_queries_ask_for_the_last_event_and_leave_out_all_that_came_before(
-    config: EvaluateConfig, split: Split
-) -> None:
+UNIFORM = SAMPLED["uniform"]
+
+
+def test_queries_ask_for_the_last_event_and_know_all_that_came_before(config: EvaluateConfig, split: Split) -> None:
     questions = read_questions(config, split, "books")
     log, catalogue = split.interactions, split.catalogue
     books = catalogue.domain_index("books")
@@ -120,34 +111,33 @@ def test_queries_ask_for_the_last_event_and_leave_out_all_that_came_before(
         mine = log.item[(log.user == row) & (catalogue.domain[log.item] == books)]
         ids = [str(item) for item in catalogue.item_id[mine]]
         assert target == ids[-1]
-        assert query.exclude == set(ids[:-1])
+        assert query.uncounted == set(ids[:-1]) and not query.exclude
+        assert query.user == f"library/{user}"
         assert query.candidates is None
-
-
-def test_seen_items_may_be_recommended_again_if_asked(config: EvaluateConfig, split: Split) -> None:
-    questions = read_questions(replace(config, exclude_seen=False), split, "books")
-    assert not any(query.exclude for query in questions.queries)
 
 
 def test_candidates_are_the_target_and_items_outside_the_history_frozen_to_disk(
     config: EvaluateConfig, split: Split, data: Path
 ) -> None:
     questions = read_questions(config, split, "books")
-    for query, full, target in zip(questions.sampled, questions.queries, questions.target, strict=True):
-        assert query.candidates is not None and len(set(query.candidates)) == 20
-        assert target in query.candidates and not set(query.candidates) & full.exclude
-    (frozen,) = (data / "queries/books").glob("candidates*")
+    for protocol in SAMPLED.values():
+        for query, full, target in zip(questions.of(protocol), questions.queries, questions.target, strict=True):
+            assert query.candidates is not None and len(set(query.candidates)) == 20
+            assert target in query.candidates and not set(query.candidates) & (full.uncounted - {target})
+    frozen = data / "queries/books/candidates20_test_seed0.parquet"
     before = frozen.read_bytes()
     again = read_questions(config, split, "books")
-    assert again == questions and frozen.read_bytes() == before
+    assert (
+        again.candidates == questions.candidates and again.sha256 == questions.sha256 and frozen.read_bytes() == before
+    )
     other = read_questions(replace(config, seed=1), split, "books")
-    assert [q.candidates for q in other.sampled] != [q.candidates for q in questions.sampled]
+    assert other.candidates["uniform"] != questions.candidates["uniform"]
     assert frozen.read_bytes() == before
 
 
 def test_candidates_of_other_queries_are_refused(config: EvaluateConfig, split: Split, data: Path) -> None:
     read_questions(config, split, "books")
-    (frozen,) = (data / "queries/books").glob("candidates*")
+    frozen = data / "queries/books/candidates20_popularity_test_seed0.parquet"
     pq.write_table(pq.read_table(frozen).slice(1), frozen)
     with pytest.raises(DataError, match="holds candidates of other queries"):
         read_questions(config, split, "books")
@@ -208,9 +198,9 @@ def test_means_can_be_made_again_from_what_is_saved(config: EvaluateConfig, spli
     result = evaluate(config, split, "books", [baseline(PopularityRecommender(split))])
     questions = read_questions(config, split, "books")
     rankings = pq.read_table(rankings_path(config, "books", "popularity", FULL))
-    assert rankings.column_names == ["query_id", "user_id", "domain", "rank", "item_id", "score"]
+    assert rankings.column_names == ["query_id", "user_id", "domain", "rank", "item_id", "score", "seen"]
     metrics = pq.read_table(Path(config.output_dir) / "books" / "metrics.parquet")
-    assert metrics.num_rows == 2 * len(questions.queries)
+    assert set(metrics["protocol"].to_pylist()) - {NEW_ITEMS} == {FULL, FULL_WITH_SEEN, *SAMPLED.values()}
     full = metrics.filter(pa.compute.equal(metrics["protocol"], FULL))
     for name, values in metrics_of(rankings, questions, config.k).items():
         np.testing.assert_array_equal(full[name].to_numpy(), values)
@@ -233,7 +223,7 @@ class Certified(Knowing):
         super().__init__(questions)
         self._other = {
             query.query_id: next(item for item in query.candidates or () if item != target)
-            for query, target in zip(questions.sampled, questions.target, strict=True)
+            for query, target in zip(questions.of(UNIFORM), questions.target, strict=True)
         }
 
 
@@ -273,6 +263,7 @@ def test_metrics_from_rankings_count_ties_in_expectation(config: EvaluateConfig,
             "query_id": [first, first, first, second, second, third],
             "item_id": [others[0], a, others[1], others[0], b, others[0]],
             "score": [3.0, 2.0, 2.0, 3.0, 2.0, 9.0],
+            "seen": [False] * 6,
         }
     )
     columns = metrics_of(rankings, questions, 10)
@@ -288,23 +279,26 @@ def test_saved_rankings_are_reused_only_for_the_same_question_and_recommender(
     entrant = model(counting, data)
     first = evaluate(config, split, "books", [entrant])
     asked = counting.asked
-    assert asked == 2 * first["num_queries"]
+    every = len(read_questions(config, split, "books").of(NEW_ITEMS)) + 3 * first["num_queries"]
+    assert asked == every  # the full catalogue once, with and without seen items; two sets of candidates; new items
     assert evaluate(config, split, "books", [entrant]) == first
     assert counting.asked == asked
     for changed, other in (
         (config, replace(entrant, identity="2")),
         (replace(config, k=11), replace(entrant, identity="2")),
-        (replace(config, exclude_seen=False), entrant),
         (replace(config, seed=4), entrant),
     ):
         before = counting.asked
         evaluate(changed, split, "books", [other])
-        assert counting.asked == before + 2 * first["num_queries"]
+        assert counting.asked == before + every
+    before = counting.asked
+    evaluate(replace(config, seed=4, exclude_seen=False), split, "books", [other])
+    assert counting.asked == before, "seen items are in the saved rankings: nothing is ranked again"
     manifest = data / "dataset.json"
     manifest.write_text(manifest.read_text() + "\n")
     before = counting.asked
     evaluate(replace(config, seed=4), split, "books", [entrant])
-    assert counting.asked == before + 2 * first["num_queries"]
+    assert counting.asked == before + every
 
 
 def test_an_interrupted_arm_leaves_nothing_and_finished_ones_stay(config: EvaluateConfig, split: Split) -> None:
@@ -316,10 +310,9 @@ def test_an_interrupted_arm_leaves_nothing_and_finished_ones_stay(config: Evalua
     with pytest.raises(KeyboardInterrupt):
         evaluate(config, split, "books", [baseline(popular), baseline(Stopping(popular), "stopping")])
     asked = popular.asked
-    assert {path.name for path in (Path(config.output_dir) / "books").iterdir()} == {
-        f"counting.{FULL}.parquet",
-        f"counting.{SAMPLED}.parquet",
-    }
+    written = {path.name for path in (Path(config.output_dir) / "books").iterdir()}
+    assert {f"counting.{FULL}.parquet", *(f"counting.{name}.parquet" for name in SAMPLED.values())} <= written
+    assert not any(name.startswith(("stopping", "metrics")) for name in written)
     evaluate(config, split, "books", [baseline(popular)])
     assert popular.asked == asked
 
@@ -398,5 +391,5 @@ def test_impossible_settings_are_refused(setting: dict[str, int], message: str) 
 def test_the_protocol_says_what_numbers_depend_on(config: EvaluateConfig, split: Split, data: Path) -> None:
     lines = protocol_of(replace(config, exclude_seen=False, max_queries=50), split, read_manifest(data))
     assert "leave-one-out" in lines["split"]
-    assert lines["seen items"] == "may be recommended again"
+    assert lines["seen items"].startswith("may be recommended again in the main table")
     assert "at most 50 a domain" in lines["queries"]

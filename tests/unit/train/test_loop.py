@@ -123,7 +123,9 @@ def test_the_loss_curve_is_the_golden_one(run: Run, make_stream: MakeStream, sha
 
 def test_the_log_tells_of_steps_and_held_out_measurements(run: Run, make_stream: MakeStream, tmp_path: Path) -> None:
     stream, measured = make_stream(), iter(range(100))
-    state, _ = run(tmp_path, stream=stream, logging_steps=4, eval_steps=6, validate=lambda: {"books": next(measured)})
+    state, _ = run(
+        tmp_path, stream=stream, logging_steps=4, eval_steps=6, validate=lambda: {"heldout": {"books": next(measured)}}
+    )
     log = read_log(tmp_path / LOG)
     last = stream.num_steps
     assert state.step == last
@@ -142,12 +144,12 @@ def test_the_log_tells_of_steps_and_held_out_measurements(run: Run, make_stream:
 
 
 def test_resuming_drops_what_will_be_run_again(run: Run, tmp_path: Path) -> None:
-    run(tmp_path, eval_steps=3, validate=lambda: {"books": 1.0})
+    run(tmp_path, eval_steps=3, validate=lambda: {"heldout": {"books": 1.0}})
     before = (tmp_path / LOG).read_text()
     first = checkpoints(tmp_path)[0]
     with open(tmp_path / LOG, "a") as file:
         file.write('{"step": 99, "los')  # a kill while a line was written
-    run(tmp_path, eval_steps=3, validate=lambda: {"books": 1.0}, resume_from=first)
+    run(tmp_path, eval_steps=3, validate=lambda: {"heldout": {"books": 1.0}}, resume_from=first)
 
     def without_times(text: str) -> list[dict[str, Any]]:
         return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in text.splitlines()]

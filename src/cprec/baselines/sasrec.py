@@ -1,0 +1,125 @@
+"""SASRec: self-attention over the latest items of a history (Kang and McAuley 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cprec.baselines.search import Choice, Whole
+from cprec.baselines.sequential import ItemModel, TrainedBaseline, TrainingLog
+from cprec.errors import ConfigError
+from cprec.text.stream import IGNORE
+
+MASK = 1
+"""How far the number of the mask lies above that of the padding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SASRec(TrainedBaseline):
+    """Settings of SASRec; the defaults are ours, tuned on validation queries (docs/results.md)."""
+
+    num_blocks: int = 2
+    """Transformer blocks."""
+    num_heads: int = 2
+    """Heads; must divide hidden_size."""
+
+    SEARCH: ClassVar[Mapping[str, Choice]] = {
+        **TrainedBaseline.SEARCH,
+        "num_blocks": Whole(low=1, high=3),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}")
+
+    def build(self, log: TrainingLog) -> ItemModel:
+        """See `TrainedBaseline.build`."""
+        return SelfAttention(self, log.num_items, causal=True)
+
+
+SAMPLED = SASRec(objective="sampled_softmax", num_negatives=2048)
+"""Against 2,048 negatives that the targets of a step share: nearly as good as all items, and quicker where these are
+many."""
+
+PUBLISHED = SASRec(
+    objective="bce", num_negatives=1, hidden_size=50, num_heads=1, batch_size=128, num_epochs=200, anneal=0.0
+)
+"""SASRec as first published, for sparse data: binary cross-entropy against one negative, 50 dimensions, one head,
+dropout 0.5, no annealing. Negatives may be items of the user's history (there they are drawn outside it); blocks
+normalise before, not after, and nothing is dropped out inside attention."""
+
+
+class SelfAttention(ItemModel):
+    """Blocks of self-attention over item and position vectors; causal, or over the whole row where padding is hidden.
+
+    Suffixes: R rows, T positions, D width, H heads, N targets, V items. Item number V pads, V + MASK masks.
+    """
+
+    def __init__(self, settings: SASRec, num_items: int, *, causal: bool) -> None:
+        super().__init__()
+        size = settings.hidden_size
+        self.num_items, self.causal = num_items, causal
+        self.item = nn.Embedding(num_items + 1 + MASK, size)
+        self.position = nn.Embedding(settings.max_length + 1, size)
+        self.blocks = nn.ModuleList([Block(settings, causal) for _ in range(settings.num_blocks)])
+        self.norm = nn.LayerNorm(size)
+        self.dropout = nn.Dropout(settings.dropout)
+        for table in (self.item, self.position):
+            nn.init.normal_(table.weight, std=size**-0.5 if table is self.item else 0.02)
+
+    def hidden(self, input_ids_RT: torch.Tensor) -> torch.Tensor:
+        """What each position has read: RTD. A causal one needs no mask, since padding comes after what is read."""
+        hidden_RTD = self.dropout(self.item(input_ids_RT) + self.position.weight[: input_ids_RT.shape[1]])
+        mask_R11T = None if self.causal else (input_ids_RT != self.num_items)[:, None, None]
+        for block in self.blocks:
+            hidden_RTD = block(hidden_RTD, mask_R11T)
+        normed: torch.Tensor = self.norm(hidden_RTD)
+        return normed
+
+    def forward(
+        self, input_ids_RT: torch.Tensor, targets_RT: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `ItemModel.forward`."""
+        at_N = (targets_RT.flatten() != IGNORE).nonzero().squeeze(1)
+        hidden_RTD = self.hidden(input_ids_RT)
+        return hidden_RTD.flatten(0, 1)[at_N], targets_RT.flatten()[at_N], self.items()
+
+    def encode(self, input_ids_RT: torch.Tensor, lengths_R: torch.Tensor, users_R: torch.Tensor) -> torch.Tensor:
+        """See `ItemModel.encode`: what the last event has read."""
+        rows_R = torch.arange(len(lengths_R), device=lengths_R.device)
+        return self.hidden(input_ids_RT)[rows_R, (lengths_R - 1).clamp(min=0)]
+
+    def items(self) -> torch.Tensor:
+        """See `ItemModel.items`: the vectors that items have as input."""
+        return self.item.weight[: self.num_items]
+
+
+class Block(nn.Module):
+    """Attention, then two linear layers with a GELU between, each after a norm and added to its input."""
+
+    def __init__(self, settings: SASRec, causal: bool) -> None:
+        super().__init__()
+        size = settings.hidden_size
+        self.num_heads, self.causal = settings.num_heads, causal
+        self.norm_attention, self.norm_linear = nn.LayerNorm(size), nn.LayerNorm(size)
+        self.query_key_value, self.output = nn.Linear(size, 3 * size), nn.Linear(size, size)
+        self.wider, self.narrower = nn.Linear(size, 4 * size), nn.Linear(4 * size, size)
+        self.dropout = nn.Dropout(settings.dropout)
+
+    def forward(self, hidden_RTD: torch.Tensor, mask_R11T: torch.Tensor | None) -> torch.Tensor:
+        rows, length, size = hidden_RTD.shape
+        parts = self.query_key_value(self.norm_attention(hidden_RTD)).view(rows, length, 3, self.num_heads, -1)
+        query_RHTD, key_RHTD, value_RHTD = parts.permute(2, 0, 3, 1, 4)
+        read = F.scaled_dot_product_attention(
+            query_RHTD, key_RHTD, value_RHTD, attn_mask=mask_R11T, is_causal=self.causal
+        )
+        hidden_RTD = hidden_RTD + self.dropout(self.output(read.transpose(1, 2).reshape(rows, length, size)))
+        wide = F.gelu(self.wider(self.norm_linear(hidden_RTD)))
+        out: torch.Tensor = hidden_RTD + self.dropout(self.narrower(wide))
+        return out

@@ -1,0 +1,98 @@
+"""Slices: groups of queries whose results are also told apart, each decided by the training part and the query alone.
+
+A query is in one group of each slice. Suffix Q: queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cprec.evaluate.metrics import head
+from cprec.schema import TRAIN
+
+if TYPE_CHECKING:
+    from cprec.data.splits import Split
+
+NEW, COLD, TAIL, HEAD = "new", "cold", "tail", "head"
+COLD_EVENTS = 4
+"""Training events up to which an item is cold: too few for collaborative models to learn much of it."""
+LENGTHS = (5, 10, 20)
+"""Upper ends of the groups of history length."""
+ABOUT = {
+    "target": f"training events of the target: none (new), up to {COLD_EVENTS} (cold), the most popular 20 % of items "
+    "(head), the rest (tail)",
+    "first seen": "when the target first occurred in training: thirds of the training span",
+    "history": "events of the query's history",
+    "user activity": "training events of the user in all domains of the platform: thirds of the queries",
+    "repeat": "whether the target is in the history",
+}
+"""Slice -> what it is, for people; slices that tell nothing (one group only, or no real times) are left out."""
+
+
+def slices_of(
+    split: Split, domain: str, users: Sequence[str], targets: np.ndarray, lengths: np.ndarray, repeats: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Slice -> the group of each query: object[Q] of str.
+
+    `users` are platform/user_id, `targets` catalogue rows, `lengths` events of the history, `repeats` whether the
+    target is among them.
+    """
+    log, mine = split.interactions, split.catalogue.rows_of(domain)
+    trained = split.events(TRAIN)
+    count_N = np.bincount(log.item[trained], minlength=len(split.catalogue))[mine]
+    target_Q = targets - mine[0]
+    in_head = head(count_N)[target_Q]
+    events_Q = count_N[target_Q]
+    found = {
+        "target": np.select([events_Q == 0, events_Q <= COLD_EVENTS, in_head], [NEW, COLD, HEAD], default=TAIL).astype(
+            object
+        )
+    }
+    if split.domains[domain].has_times:
+        of_domain = trained & (split.catalogue.domain[log.item] == split.catalogue.domain_index(domain))
+        first_N = np.full(len(mine), np.iinfo(np.int64).max)
+        np.minimum.at(first_N, log.item[of_domain] - mine[0], log.timestamp[of_domain])
+        edges = np.quantile(log.timestamp[of_domain], [0, 1]) if of_domain.any() else np.zeros(2)
+        thirds = edges[0] + (edges[1] - edges[0]) * np.array([1, 2]) / 3
+        names = np.array(["first third", "middle third", "last third"], dtype=object)
+        when = names[np.searchsorted(thirds, first_N[target_Q])]
+        found["first seen"] = np.where(events_Q == 0, "never", when)
+    bounds = [0, *LENGTHS]
+    spans = [f"{low + 1}-{high}" for low, high in zip(bounds, LENGTHS, strict=False)] + [f"over {LENGTHS[-1]}"]
+    found["history"] = np.where(lengths == 0, "none", np.array(spans, dtype=object)[np.searchsorted(LENGTHS, lengths)])
+    row_of = {
+        f"{log.platforms[platform]}/{user}": row
+        for row, (platform, user) in enumerate(zip(log.user_platform, log.user_id, strict=True))
+    }
+    activity = np.bincount(log.user[trained], minlength=len(log.user_id))
+    activity_Q = activity[np.array([row_of[user] for user in users], dtype=np.int64)]
+    found["user activity"] = _thirds(activity_Q)
+    found["repeat"] = np.where(repeats, "repeat", "new to the user").astype(object)
+    return {name: groups for name, groups in found.items() if len(set(groups)) > 1}
+
+
+def _thirds(value_Q: np.ndarray) -> np.ndarray:
+    """Groups of nearly equal size by value, named by their smallest and largest."""
+    edges = np.unique(np.quantile(value_Q, [1 / 3, 2 / 3])) if len(value_Q) else np.empty(0)
+    group_Q = np.searchsorted(edges, value_Q)
+    names = {}
+    for group in np.unique(group_Q):
+        inside = value_Q[group_Q == group]
+        names[group] = f"{inside.min()}-{inside.max()}" if inside.min() < inside.max() else f"{inside.min()}"
+    return np.array([names[group] for group in group_Q], dtype=object)
+
+
+def ordered(slices: Mapping[str, np.ndarray], name: str) -> list[str]:
+    """The groups of a slice in their natural order."""
+    known = [NEW, COLD, TAIL, HEAD, "never", "first third", "middle third", "last third", "repeat", "new to the user"]
+
+    def place(group: str) -> tuple[float, str]:
+        if group in known:
+            return known.index(group), group
+        number = group.removeprefix("over ").partition("-")[0]
+        return (float(number) + group.startswith("over ") if number.isdecimal() else -1.0), group
+
+    return sorted(set(slices[name]), key=place)

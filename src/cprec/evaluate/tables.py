@@ -1,0 +1,165 @@
+"""From saved rankings to numbers: metrics of every query, means with intervals, slices, lists, paired differences.
+
+Neither the model nor torch is needed. Suffix Q: queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cprec.evaluate import metrics
+from cprec.evaluate.questions import FULL
+from cprec.evaluate.slices import ordered
+from cprec.evaluate.statistics import adjusted, bootstrap_interval, compare_pair
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from scipy.sparse import csr_array
+
+    from cprec.data.splits import Split
+    from cprec.evaluate.evaluate import Entrant
+    from cprec.evaluate.questions import Questions
+
+
+def metrics_of(rankings: pa.Table, questions: Questions, k: int, protocol: str = FULL) -> dict[str, np.ndarray]:
+    """Metrics of each query from saved rankings; `full` leaves out what is marked as seen."""
+    import pyarrow.compute as pc
+
+    asked = questions.of(protocol)
+    if protocol == FULL:
+        rankings = rankings.filter(pc.invert(rankings["seen"]))
+    query, item = _places(rankings, [query.query_id for query in asked])
+    answers = dict(zip((query.query_id for query in questions.queries), questions.target, strict=True))
+    targets = np.array([answers[query.query_id] for query in asked], dtype=object)
+    score = rankings["score"].to_numpy()
+    hit = item == targets[query]
+    of_target = np.full(len(asked), np.nan)
+    of_target[query[hit]] = score[hit]
+    found = ~np.isnan(of_target)
+    better = np.bincount(query[score > of_target[query]], minlength=len(found))
+    tied = np.where(found, np.bincount(query[score == of_target[query]], minlength=len(found)), 0)
+    columns: dict[str, np.ndarray] = {"num_better": better, "num_tied": tied}
+    columns["num_valid"] = np.bincount(query, minlength=len(found))
+    for cut in sorted({1, 5, k}):
+        columns[f"recall@{cut}"] = metrics.recall(better, tied, cut)
+    for cut in sorted({5, k}):
+        columns[f"ndcg@{cut}"] = metrics.ndcg(better, tied, cut)
+    columns[f"precision@{k}"] = metrics.precision(better, tied, k)
+    columns[f"map@{k}"] = metrics.average_precision(better, tied, k)
+    return columns | {"mrr": metrics.reciprocal_rank(better, tied)}
+
+
+def _places(rankings: pa.Table, query_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The number of the query of each row, and its item: int64[N], object[N] of str."""
+    row_of = {name: row for row, name in enumerate(query_ids)}
+    query = np.array([row_of[name] for name in rankings["query_id"].to_pylist()], dtype=np.int64)
+    return query, rankings["item_id"].to_numpy(zero_copy_only=False)
+
+
+def means_of(columns: Mapping[str, np.ndarray], users: Sequence[str] | None, seed: int) -> dict[str, dict[str, float]]:
+    """Mean of each metric with its interval: `mean`, `low`, `high`. Queries of one of the `users` go together."""
+    shown = [name for name in columns if "@" in name or name == "mrr"]
+    return {name: interval(columns[name], users, seed) for name in shown}
+
+
+def interval(values_Q: np.ndarray, users: Sequence[str] | None, seed: int) -> dict[str, float]:
+    """A mean with its 95 % bootstrap interval."""
+    mean, low, high = bootstrap_interval(values_Q, groups=_groups(users), seed=seed)
+    return {"mean": mean, "low": low, "high": high}
+
+
+def _groups(users: Sequence[str] | None) -> Sequence[str] | None:
+    """The users, where one of them has several queries."""
+    return users if users is not None and len(set(users)) < len(users) else None
+
+
+def sliced(columns: Mapping[str, np.ndarray], questions: Questions, k: int, seed: int) -> dict[str, Any]:
+    """NDCG@K and Recall@K in each group of each slice, with the number of its queries."""
+    out: dict[str, Any] = {}
+    for name, group_Q in questions.slices.items():
+        out[name] = {}
+        for group in ordered(questions.slices, name):
+            inside = group_Q == group
+            users = [user for user, mine in zip(questions.user, inside, strict=True) if mine]
+            cells = {metric: interval(columns[metric][inside], users, seed) for metric in (f"ndcg@{k}", f"recall@{k}")}
+            out[name][group] = {"num_queries": int(inside.sum()), **cells}
+    return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lists:
+    """What is known of a domain's items to judge lists of them by. Suffix N: items of the domain."""
+
+    row_of: Mapping[str, int]
+    count_N: np.ndarray
+    """Training users of each item."""
+    num_users: int
+    titles: csr_array
+    """TF-IDF vectors of titles."""
+
+    @classmethod
+    def of(cls, split: Split, domain: str, titles: csr_array) -> Lists:
+        mine, log = split.catalogue.rows_of(domain), split.train
+        chosen = split.catalogue.domain[log.item] == split.catalogue.domain_index(domain)
+        pairs = np.unique(np.stack([log.user[chosen], log.item[chosen] - mine[0]]), axis=1)
+        return cls(
+            row_of={str(item): row for row, item in enumerate(split.catalogue.item_id[mine])},
+            count_N=np.bincount(pairs[1], minlength=len(mine)),
+            num_users=max(1, len(np.unique(pairs[0]))),
+            titles=titles,
+        )
+
+    def measures(self, rankings: pa.Table, k: int, *, exclude_seen: bool) -> dict[str, float]:
+        """Coverage, Gini index, novelty in bits, tail share and diversity of the first K of each list."""
+        import pyarrow.compute as pc
+
+        if exclude_seen:
+            rankings = rankings.filter(pc.invert(rankings["seen"]))
+        query_ids = rankings["query_id"].to_pylist()
+        number = {name: row for row, name in enumerate(dict.fromkeys(query_ids))}
+        list_of = np.array([number[name] for name in query_ids], dtype=np.int64)
+        item = np.array([self.row_of[name] for name in rankings["item_id"].to_pylist()], dtype=np.int64)
+        kept = metrics.first_k(list_of, k)
+        list_of, item, size = list_of[kept], item[kept], len(number)
+        if not size:
+            return {}
+        return {
+            "coverage": metrics.coverage(item, len(self.count_N)),
+            "gini": metrics.gini(np.bincount(item, minlength=len(self.count_N))),
+            "novelty": _mean(metrics.novelty(list_of, item, size, self.count_N, self.num_users)),
+            "tail_share": _mean(metrics.tail_share(list_of, item, size, self.count_N)),
+            "diversity": _mean(metrics.intra_list_diversity(list_of, item, size, self.titles)),
+        }
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else 0.0
+
+
+def paired(
+    entrants: Sequence[Entrant], per_query: Mapping[str, np.ndarray], users: Sequence[str], metric: str, seed: int
+) -> list[dict[str, Any]]:
+    """Differences on the same queries: each model to the baselines and the models before it; where there are no models,
+    the best baseline to the others. p values are corrected for their number; bounds and random are left out."""
+    models = [entrant.name for entrant in entrants if entrant.kind == "model"]
+    rivals = [entrant.name for entrant in entrants if entrant.kind != "bound" and entrant.name != "random"]
+    pairs = [
+        (a, b)
+        for a in reversed(models)
+        for b in rivals
+        if a != b and (b not in models or models.index(b) < models.index(a))
+    ]
+    if not models and rivals:
+        best = max(rivals, key=lambda name: float(per_query[name].mean()))
+        pairs = [(best, rival) for rival in rivals if rival != best]
+    groups = _groups(users)
+    found = [compare_pair(per_query[a], per_query[b], groups=groups, seed=seed) for a, b in pairs]
+    return [
+        {"a": a, "b": b, "metric": metric, **asdict(line), "claim": line.claim}
+        for (a, b), line in zip(pairs, adjusted(found), strict=True)
+    ]
