@@ -106,7 +106,7 @@ def _report(
     """Evaluate every arm and baseline on every domain, then write and print the report."""
     from cprec.data.dataset import read_manifest, read_split
     from cprec.evaluate.evaluate import evaluate, protocol_of
-    from cprec.evaluate.report import print_report, write_html
+    from cprec.evaluate.report import latex_table, markdown_table, print_report, write_html
     from cprec.progress import say
     from cprec.provenance import read_resolved, save_resolved
     from cprec.train.training import LOG, read_done, read_log
@@ -144,8 +144,10 @@ def _report(
     temporary.replace(folder / "report.json")
     logs = {name: read_log(Path(path) / LOG) for name, path in runs.items()}
     write_html(folder / "report.html", report, logs, examples)
+    for name, table_of in (("tables.md", markdown_table), ("tables.tex", latex_table)):
+        (folder / name).write_text("\n".join(table_of(report, domain) for domain in domains))
     print_report(report, examples[:NUM_EXAMPLES])
-    say(f"wrote {folder / 'report.json'} and {folder / 'report.html'}")
+    say(f"wrote {folder / 'report.json'}, report.html, tables.md and tables.tex")
     return report
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from cprec.evaluate.charts import Points, interval_bar, line_chart, thinned
+from cprec.evaluate.details import details_of
+from cprec.evaluate.statistics import ALPHA, MIN_QUERIES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
 UNCERTIFIED = "UNCERTIFIED: no clean leakage certificate covers these results. They may rest on held-out events."
 SHOWN_HISTORY = 8
 """Latest events of an example's history that are shown."""
-MIN_QUERIES = 1000
-"""Queries below which no recommender is said to beat another, whatever the interval."""
 FAR_START = 10
 """A perplexity at the start this many times all later ones is left out of the curves, which it would flatten."""
 
@@ -47,7 +47,8 @@ def domain_line(domain: str, result: Mapping[str, Any]) -> str:
 
 
 def difference_line(difference: Mapping[str, Any]) -> str:
-    """A paired comparison as a sentence, which claims a winner only if `MIN_QUERIES` were asked and 0 lies outside.
+    """A paired comparison as a sentence, which claims a winner only if `MIN_QUERIES` were asked, 0 lies outside the
+    interval and, where several were compared, the corrected p value is below 5 %.
 
     >>> line = {"a": "new", "b": "old", "metric": "ndcg@10", "mean": 0.02, "low": 0.01, "high": 0.03}
     >>> difference_line({**line, "num_queries": 1000})
@@ -56,11 +57,17 @@ def difference_line(difference: Mapping[str, Any]) -> str:
     'new against old: no difference shown, +0.0200 NDCG@10 [-0.0100, +0.0300] (1,000 queries)'
     >>> difference_line({**line, "num_queries": 999})
     'new against old: no claim under 1,000 queries, +0.0200 NDCG@10 [+0.0100, +0.0300] (999 queries)'
+    >>> difference_line({**line, "num_queries": 2000, "p_adjusted": 0.002, "detectable": 0.014})
+    'new beats old by 0.0200 NDCG@10 [0.0100, 0.0300] (2,000 queries, p 0.0020, could find 0.0140)'
     """
     a, b, mean, low, high = (difference[name] for name in ("a", "b", "mean", "low", "high"))
-    metric, queries = metric_name(difference["metric"]), f"({difference['num_queries']:,} queries)"
+    metric, p_value = metric_name(difference["metric"]), difference.get("p_adjusted", 0.0)
+    tested = f", p {p_value:.4f}, could find {difference['detectable']:.4f}" if "detectable" in difference else ""
+    queries = f"({difference['num_queries']:,} queries{tested})"
     if difference["num_queries"] < MIN_QUERIES:
         verdict = f"no claim under {MIN_QUERIES:,} queries"
+    elif p_value >= ALPHA:
+        verdict = "no difference shown"
     elif low > 0:
         return f"{a} beats {b} by {mean:.4f} {metric} [{low:.4f}, {high:.4f}] {queries}"
     elif high < 0:
@@ -77,7 +84,7 @@ def metric_name(name: str) -> str:
     ('NDCG@10', 'Recall@5', 'MRR')
     """
     metric, _, cut = name.partition("@")
-    written = {"ndcg": "NDCG", "recall": "Recall", "mrr": "MRR"}[metric]
+    written = {"ndcg": "NDCG", "recall": "Recall", "mrr": "MRR", "precision": "Precision", "map": "MAP"}[metric]
     return f"{written}@{cut}" if cut else written
 
 
@@ -127,6 +134,36 @@ def markdown_table(report: Report, domain: str) -> str:
     pool = "full catalogue unless another pool is named, 95 % intervals in brackets"
     warning = "" if result["certified"] else f" {UNCERTIFIED}"
     return f"{table}\n\n{domain_line(domain, result)}; {pool}.{warning}\n"
+
+
+def latex_table(report: Report, domain: str) -> str:
+    """The table of a domain in LaTeX (booktabs), intervals as small print; the best arm's row is bold.
+
+    Raises ValueError if the report has no such domain.
+    """
+    if domain not in report["domains"]:
+        raise ValueError(f"domain={domain!r} is not in this report: it has {', '.join(report['domains'])}")
+    result, cut = report["domains"][domain], cut_of(report)
+    best, metrics = _best(result["arms"], f"ndcg@{cut}"), _leading_metrics(cut)
+    head = " & ".join(["", *(_latex(metric_name(metric)) for metric in metrics)])
+    rows = []
+    for name, arm in result["arms"].items():
+        cells = [f"{arm[m]['mean']:.4f} {{\\scriptsize [{arm[m]['low']:.4f}, {arm[m]['high']:.4f}]}}" for m in metrics]
+        label = f"\\textbf{{{_latex(name)}}}" if name == best else _latex(name)
+        rows.append(" & ".join([label, *cells]) + r" \\")
+    caption = _latex(f"{domain_line(domain, result)}; full catalogue, 95 % intervals")
+    warning = "" if result["certified"] else f"% {UNCERTIFIED}\n"
+    body = "\n".join(rows)
+    return (
+        f"{warning}\\begin{{table}}\n\\caption{{{caption}}}\n\\begin{{tabular}}{{l{'r' * len(metrics)}}}\n\\toprule\n"
+        f"{head} \\\\\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}\n\\end{{table}}\n"
+    )
+
+
+def _latex(text: str) -> str:
+    for special in "\\&%$#_{}":
+        text = text.replace(special, r"\textbackslash " if special == "\\" else "\\" + special)
+    return text
 
 
 def _leading_metrics(cut: int) -> list[str]:
@@ -349,6 +386,7 @@ def _domain_section(domain: str, result: Mapping[str, Any], report: Report) -> s
         _bars(f"Recall@{cut}, full catalogue", {name: arm[f"recall@{cut}"] for name, arm in arms.items()}, arms),
         _bars(f"Recall@1, {size} candidates", {n: sampled_of(arm)[1]["recall@1"] for n, arm in arms.items()}, arms),
     ]
+    sampled = _sampled_arms(arms)
     lines = "".join(f"<li>{escape(difference_line(difference))}</li>" for difference in result["differences"])
     lines += "".join(f"<li>{escape(text)}</li>" for text in ranking_lines(result))
     compared = f"<ul>{lines}</ul>" if lines else ""
@@ -357,8 +395,8 @@ def _domain_section(domain: str, result: Mapping[str, Any], report: Report) -> s
         f"<section><h2>{escape(domain_line(domain, result))}</h2>{warning}{compared}"
         f'<div class="charts">{"".join(charts)}</div>'
         f"<details open><summary>All metrics</summary>{_metric_table('Full catalogue', arms, _full_metrics(arms))}"
-        f"{_metric_table(f'{size} candidates', _sampled_arms(arms), _full_metrics(_sampled_arms(arms)))}</details>"
-        "</section>"
+        f"{_metric_table(f'{size} candidates, the others uniform', sampled, _full_metrics(sampled))}"
+        f"{details_of(arms, cut)}</details></section>"
     )
 
 
