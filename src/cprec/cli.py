@@ -251,6 +251,13 @@ def _call_audit(verb: Verb, options: argparse.Namespace) -> None:
     folder = Path(options.folder)
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; give one that `cprec prepare` wrote")
+    chosen = {"domains": options.domain, "models": options.model, "max_queries": options.max_queries}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    if options.shortcuts:
+        load_object("cprec.shortcuts:audit_shortcuts")(folder, **given)
+        return
+    if given:
+        raise ConfigError("--domain, --model and --max-queries go with --shortcuts")
     certificate = load_object(verb.function)(folder)
     if not certificate["clean"]:
         from cprec.text.certificate import CERTIFICATE, violated
@@ -332,6 +339,10 @@ def _parser() -> _Parser:
             command.set_defaults(call=_bound(_call_anneal, verb))
         elif verb.name == "audit":
             command.add_argument("folder")
+            command.add_argument("--shortcuts", action="store_true")
+            command.add_argument("--domain", nargs="+", action="extend")
+            command.add_argument("--model", nargs="+", action="extend")
+            command.add_argument("--max-queries", type=int)
             command.set_defaults(call=_bound(_call_audit, verb))
         elif verb.name == "report":
             command.add_argument("folder")
@@ -389,7 +400,10 @@ _USAGE = {
     ),
     "anneal": "cprec anneal RUN [key=value ...]",
     "report": "cprec report FOLDER",
-    "audit": "cprec audit FOLDER",
+    "audit": (
+        "cprec audit FOLDER\n"
+        "       cprec audit FOLDER --shortcuts [--domain DOMAIN ...] [--model MODEL ...] [--max-queries N]"
+    ),
     "export": "cprec export FOLDER FORMAT [[--output] DIR] [--domain DOMAIN ...]",
 }
 
@@ -398,7 +412,15 @@ def _verb_help(verb: Verb) -> str:
     usage = _USAGE.get(verb.name, f"cprec {verb.name} RECIPE_OR_YAML [key=value ...]")
     parts = [f"usage: {usage}", _wrapped(verb.text)]
     if verb.name == "audit":
-        parts.append("  FOLDER  a data folder that `cprec prepare` wrote, or the folder of a run")
+        parts.append(
+            "  FOLDER         a data folder that `cprec prepare` wrote, or the folder of a run\n"
+            "  --shortcuts    measure instead what the data can and cannot show: how many targets a rule finds\n"
+            "                 that learns nothing, what history and order are worth, what ties and repeats\n"
+            "                 decide; writes shortcuts.html and shortcuts.json into the data folder\n"
+            "  --domain       the domains to measure; all with test events where none is named\n"
+            "  --model        what to ask beside the transition graph: folders of models, baselines by name\n"
+            "  --max-queries  queries of a domain that similarity and models are measured on, 2000 if not given"
+        )
     elif verb.name == "report":
         parts.append("  FOLDER  the output_dir of a run, or a folder above several, such as that of a recipe")
     elif verb.name == "export":

@@ -152,6 +152,17 @@ def test_audit_gets_a_folder(tmp_path: Path) -> None:
     assert calls == [(tmp_path,)]
 
 
+def test_audit_of_shortcuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("cprec.shortcuts.audit_shortcuts", lambda folder, **chosen: asked.append((folder, chosen)))
+    assert cli.main(["audit", str(tmp_path), "--shortcuts"]) == 0
+    words = ["--domain", "books", "toys", "--model", "a", "--model", "b", "--max-queries", "50"]
+    assert cli.main(["audit", "--shortcuts", str(tmp_path), *words]) == 0
+    assert asked[0] == (tmp_path, {})
+    assert asked[1] == (tmp_path, {"domains": ["books", "toys"], "models": ["a", "b"], "max_queries": 50})
+    assert not calls
+
+
 def test_report_gets_a_folder() -> None:
     assert cli.main(["report", "runs/demo"]) == 0
     assert calls == [("runs/demo",)]
@@ -183,6 +194,8 @@ def test_export_names_its_folder_itself() -> None:
         ("recommend model --k many", "k=many: expected a whole number"),
         ("audit no/such/folder", "no/such/folder is not a folder"),
         ("audit . x", "x: more than cprec audit takes; see cprec audit --help"),
+        ("audit . --model a", "--domain, --model and --max-queries go with --shortcuts"),
+        ("audit . --shortcuts --max-queries few", "argument --max-queries: invalid int value: 'few'"),
         ("export data", "the following arguments are required: format; see cprec export --help"),
         ("export data text a b", "b: more than cprec export takes; see cprec export --help"),
         ("export data text a --output b", "two folders to write: a and b; give one"),

@@ -1,0 +1,94 @@
+"""`cprec audit --shortcuts`: what a prepared data set can and cannot show, measured before anything is trained."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cprec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cprec.evaluate.shortcuts import ShortcutAudit
+    from cprec.recommender import Recommender
+
+GRAPH = "transition graph"
+PAGE, RECORD = "shortcuts.html", "shortcuts.json"
+
+
+def audit_shortcuts(
+    folder: Path | str,
+    domains: Sequence[str] = (),
+    models: Sequence[str] = (),
+    max_queries: int = 2000,
+) -> list[ShortcutAudit]:
+    """Write `shortcuts.html` and `shortcuts.json` into a data folder and print the table; returns what was measured.
+
+    The folder is one that `cprec prepare` wrote, or that of a run, whose data folder is `data`. Every domain with test
+    queries is measured where none is named. The transition graph is always asked what it needs of a history; beside it
+    `models`: baselines by name, which learn from the training part now (one that is trained by gradient steps keeps its
+    weights below `shortcuts/` and is reused), and folders of CPRec. A model of one domain is asked there only.
+    `max_queries` bounds the queries of a domain that similarity and models are measured on.
+
+    Raises ConfigError for a folder, domain or model that is not there.
+    """
+    from cprec.baselines.lineup import BASELINES, settings_of
+    from cprec.data.dataset import read_split
+    from cprec.evaluate.shortcut_report import print_shortcuts, write_shortcuts
+    from cprec.evaluate.shortcuts import shortcut_audit
+    from cprec.progress import say
+    from cprec.schema import TEST
+
+    folder = _data_folder(Path(folder))
+    split = read_split(folder)
+    unknown = [domain for domain in domains if domain not in split.catalogue.domains]
+    if unknown:
+        raise ConfigError(f"domain {unknown[0]!r} is not in {folder}: it has {', '.join(split.catalogue.domains)}")
+    tested = set(split.catalogue.domain[split.interactions.item[split.events(TEST)]].tolist())
+    asked = domains or [name for number, name in enumerate(split.catalogue.domains) if number in tested]
+    if not asked:
+        raise ConfigError(f"{folder} has no test event in any domain: there is nothing to audit")
+    baselines = [GRAPH, *(model for model in models if model in BASELINES and model != GRAPH)]
+    opened = {model: _open(model) for model in models if model not in BASELINES}
+    audits = []
+    for domain in asked:
+        recommenders: dict[str, Recommender] = {}
+        for name in baselines:
+            if reason := BASELINES[name].unfit(split, domain):
+                say(f"{domain}: without {name}: {reason}")
+            else:
+                weights = folder / "shortcuts" / re.sub("[^a-z0-9]+", "-", name.lower()) / domain
+                recommenders[name] = settings_of(name).make(split, domain, folder=weights)
+        for name, (trained_on, model) in opened.items():
+            if trained_on in (None, domain):
+                recommenders[name] = model
+        audits.append(shortcut_audit(split, domain, recommenders, max_queries=max_queries))
+    title = folder.resolve().parent.name if folder.name == "data" else folder.resolve().name
+    write_shortcuts(folder / PAGE, folder / RECORD, title, audits)
+    print_shortcuts(audits)
+    say(f"wrote {folder / PAGE} and {folder / RECORD}")
+    return audits
+
+
+def _data_folder(folder: Path) -> Path:
+    for found in (folder, folder / "data"):
+        if (found / "dataset.json").is_file():
+            return found
+    raise ConfigError(f"{folder} is no data folder: give one that `cprec prepare` wrote")
+
+
+def _open(model: str) -> tuple[str | None, Recommender]:
+    """The domain that a model folder was fine-tuned on, None for every domain, and its recommender."""
+    from cprec.baselines.lineup import BASELINES
+    from cprec.train.training import read_done
+
+    about = read_done(model)
+    if about is None:
+        raise ConfigError(
+            f"model {model!r} is neither a folder with a finished model of CPRec nor a baseline; these are "
+            f"{', '.join(BASELINES)}"
+        )
+    from cprec import Recommender as Opened  # loads torch
+
+    return about.get("domain"), Opened.from_pretrained(model)
