@@ -23,7 +23,7 @@ POWER = 0.8
 SAMPLES = 2000
 """Bootstrap samples of an interval."""
 PERMUTATIONS = 9999
-"""Random sign flips of a permutation test; the smallest p value is 1 / (this + 1)."""
+"""Random sign flips of a permutation test, unless told otherwise; the smallest p value is 1 / (this + 1)."""
 CELLS = 4_000_000
 """Numbers that are drawn at once, which bounds memory."""
 FEW = 8
@@ -226,20 +226,25 @@ class Comparison:
         """Whether one arm may be said to beat the other: enough queries, and a corrected p value below 5 %."""
         return self.num_queries >= MIN_QUERIES and self.p_adjusted < ALPHA
 
+    def reversed(self) -> Comparison:
+        """The same comparison told from the other arm: b - a."""
+        return replace(self, mean=-self.mean, low=-self.high, high=-self.low)
+
 
 def compare_pair(
     values_a: np.ndarray,
     values_b: np.ndarray,
     *,
     groups: Sequence[object] | np.ndarray | None = None,
+    permutations: int = PERMUTATIONS,
     seed: int = 0,
 ) -> Comparison:
     """Compare two arms on the same queries, in the same order: values of shape [Q], or [S, Q] for S training seeds.
 
     **One seed each**: the interval of the difference is a bootstrap's, and p is that of a permutation test with random
     sign flips (Fisher 1935; Noreen 1989): if the arms were alike, each user's difference could as well have the other
-    sign. p = (b + 1) / (m + 1) with b of m = 9,999 flips at least as far from 0 (Phipson and Smyth 2010). Both hold for
-    these two trained models on other users, not for the luck of training.
+    sign. p = (b + 1) / (m + 1) with b of m `permutations` at least as far from 0 (Phipson and Smyth 2010), so it is
+    never below 1 / (m + 1). Both hold for these two trained models on other users, not for the luck of training.
 
     **Several seeds of an arm**: the difference is that of the means over seeds, its error that of users (of the paired
     differences) and of the seeds of each arm together; interval and p are Student's (see `seed_variance`).
@@ -262,7 +267,7 @@ def compare_pair(
     mean = float(difference.mean())
     if len(a) == len(b) == 1:
         _, low, high = bootstrap_interval(difference, groups=groups, seed=seed)
-        p_value = _permutation_p(difference, groups, seed)
+        p_value = _permutation_p(difference, groups, permutations, seed)
     else:
         terms = [(of_users, freedom), *terms_a, *terms_b]
         low, high = _student_interval(mean, squared_error, terms, 0.95)
@@ -279,7 +284,9 @@ def compare_pair(
     )
 
 
-def _permutation_p(difference_Q: np.ndarray, groups: Sequence[object] | np.ndarray | None, seed: int) -> float:
+def _permutation_p(
+    difference_Q: np.ndarray, groups: Sequence[object] | np.ndarray | None, permutations: int, seed: int
+) -> float:
     sums, _ = _sums(difference_Q, groups)
     total = sums.sum()
     least = abs(total) * (1 - 1e-9) - 1e-9  # flips that give the same sum in another order of addition are as far
@@ -287,7 +294,7 @@ def _permutation_p(difference_Q: np.ndarray, groups: Sequence[object] | np.ndarr
     distinct, times = np.unique(moving.round(12), return_counts=True)
     generator = np.random.default_rng(seed)
     extreme = 0
-    for part in _blocks(PERMUTATIONS, max(len(moving), 1)):
+    for part in _blocks(permutations, max(len(moving), 1)):
         rows = part.stop - part.start
         if FEW * len(times) < len(moving):  # draw how many of each size are above 0: the same chances, sooner
             above = generator.binomial(times, 0.5, (rows, len(times))) @ distinct
@@ -295,7 +302,7 @@ def _permutation_p(difference_Q: np.ndarray, groups: Sequence[object] | np.ndarr
             bits = np.frombuffer(generator.bytes(-(-rows * len(moving) // 8)), dtype=np.uint8)
             above = np.unpackbits(bits, count=rows * len(moving)).reshape(rows, len(moving)) @ moving
         extreme += int((np.abs(2 * above - moving.sum()) >= least).sum())
-    return (extreme + 1) / (PERMUTATIONS + 1)
+    return (extreme + 1) / (permutations + 1)
 
 
 def _student_p(mean: float, squared_error: float, terms: Terms) -> float:

@@ -51,7 +51,8 @@ def test_five_equal_differences_have_the_p_value_of_a_sign_test() -> None:
     comparison = compare_pair(np.full(5, 0.7), np.full(5, 0.2))
     assert comparison.mean == pytest.approx(0.5)
     assert comparison.p_value == pytest.approx(2 / 32, abs=0.01)  # all five signs alike: two of 32 ways
-    assert compare_pair(np.full(5, 0.2), np.full(5, 0.7)).mean == pytest.approx(-0.5)
+    assert compare_pair(np.full(5, 0.2), np.full(5, 0.7)) == comparison.reversed()
+    assert comparison.reversed().mean == pytest.approx(-0.5) and comparison.reversed().reversed() == comparison
     clustered = compare_pair(np.full(5, 0.7), np.full(5, 0.2), groups=["u"] * 5)
     assert clustered.p_value == 1 and clustered.detectable == math.inf  # one user shows nothing
 
@@ -87,11 +88,11 @@ def test_what_could_be_detected_worked_by_hand() -> None:
     assert comparison.detectable == pytest.approx((1.95996 + 0.84162) / math.sqrt(3), abs=1e-4)
 
 
-def test_a_difference_of_the_detectable_size_is_found_four_times_in_five(monkeypatch) -> None:
-    monkeypatch.setattr(statistics, "PERMUTATIONS", 999)
+def test_a_difference_of_the_detectable_size_is_found_four_times_in_five() -> None:
     generator = np.random.default_rng(4)
-    size = compare_pair(generator.normal(0, 1, 100_000), np.zeros(100_000)).detectable * math.sqrt(1000)  # for 100
-    found = sum(compare_pair(generator.normal(size, 1, 100), np.zeros(100), seed=n).p_value < 0.05 for n in range(150))
+    size = compare_pair(generator.normal(0, 1, 10_000), np.zeros(10_000), permutations=99).detectable * 10  # for 100
+    tests = (compare_pair(generator.normal(size, 1, 100), np.zeros(100), permutations=999) for _ in range(150))
+    found = sum(test.p_value < 0.05 for test in tests)
     assert 105 <= found <= 135  # binomial(150, 0.8) is in this range but for one time in 400
 
 

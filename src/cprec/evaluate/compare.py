@@ -1,0 +1,291 @@
+"""Stage: evaluation folders -> one table and one plot, if their runs were asked the same.
+
+A run is a folder that `cprec evaluate` wrote. For each domain `protocol.json` holds what its numbers depend on and
+`metrics.parquet` the metrics of every query; every mean, interval and test here is made from these.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from cprec.errors import ConfigError, DataError
+from cprec.evaluate.comparison_report import Estimate, Row, Table, html_of, in_words, key_in_words, print_tables
+from cprec.evaluate.statistics import PERMUTATIONS, adjusted, bootstrap_interval, compare_pair, seed_variance
+from cprec.progress import say
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SEED = re.compile(r"(?P<base>.+) \(seed (?P<seed>\d+)\)")
+"""Arms that differ only in this suffix are one model, trained several times."""
+
+
+# ---- stage -----------------------------------------------------------------------------------------------------------
+
+
+def compare(
+    folders: Sequence[str | Path],
+    *,
+    domains: Sequence[str] = (),
+    metric: str | None = None,
+    protocol: str | None = None,
+    force: bool = False,
+    output: str | Path = "compare.html",
+    file: TextIO | None = None,
+) -> list[Table]:
+    """Compare the arms of evaluation folders: print a table a domain, and write them with a plot to `output`.
+
+    `domains` are those that every folder has if none is named. `metric` is NDCG at the K of the runs if None, and
+    `protocol` (a key of `PROTOCOLS`) the one of their main table. Arms are tested in pairs on the same queries, queries
+    of one user together, with Holm's correction over all pairs of a table. `file` is standard output if None.
+
+    Raises ConfigError if a folder, domain, metric or protocol is not there, and, listing every difference, if the runs
+    were not asked the same; with `force` runs that were asked differently stand in separate tables. Raises DataError
+    for files that are no evaluation, and for arms that answered other queries than their protocol says.
+    """
+    runs = _named(folders)
+    groups: list[tuple[str, Mapping[str, Any], list[str]]] = []
+    differences: list[str] = []
+    for domain in _domains(runs, domains):
+        settings = {name: _settings(path / domain) for name, path in runs.items()}
+        differences += [f"{domain}: {line}" for line in protocol_differences(settings)]
+        alike: dict[str, list[str]] = {}
+        for name, values in settings.items():
+            alike.setdefault(_canonical(values), []).append(name)
+        groups += [(domain, settings[names[0]], names) for names in alike.values()]
+    if differences and not force:
+        raise ConfigError(
+            "these runs were not asked the same, so their numbers cannot stand in one table:\n  "
+            + "\n  ".join(differences)
+            + "\nEvaluate them alike, or add --force to see them in separate tables."
+        )
+    tables = [
+        _table(domain, {name: runs[name] / domain for name in names}, settings, metric, protocol)
+        for domain, settings, names in groups
+    ]
+    print_tables(tables, file)
+    _write(Path(output), html_of(tables))
+    return tables
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".incomplete")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def protocol_differences(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each setting that is not the same in all runs, with the value of each.
+
+    >>> protocol_differences({"old": {"k": 10, "part": "test"}, "new": {"k": 20, "part": "test"}})
+    ['K is 10 in old, 20 in new']
+    """
+    lines = []
+    for key in dict.fromkeys(key for values in settings.values() for key in values):
+        holders: dict[str, list[str]] = {}
+        for name, values in settings.items():
+            holders.setdefault(_canonical(values.get(key)), []).append(name)
+        told = [f"{in_words(key, settings[names[0]].get(key))} in {' and '.join(names)}" for names in holders.values()]
+        if len(told) > 1:
+            lines.append(f"{key_in_words(key)} is {', '.join(told)}")
+    return lines
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _named(folders: Sequence[str | Path]) -> dict[str, Path]:
+    """Folders by short name: the last part of the path where that tells them apart, else the whole path."""
+    paths = [Path(folder) for folder in folders]
+    if not paths:
+        raise ConfigError("no folder to compare: name those that `cprec evaluate` wrote")
+    for path in paths:
+        if not path.is_dir():
+            raise ConfigError(f"{path} is no folder: name one that `cprec evaluate` wrote")
+    resolved = [path.resolve() for path in paths]
+    twice = next((path for path, full in zip(paths, resolved, strict=True) if resolved.count(full) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{twice} is named twice: name each folder once")
+    short = [full.name for full in resolved]
+    return {name if short.count(name) == 1 else str(path): path for name, path in zip(short, paths, strict=True)}
+
+
+def _domains(runs: Mapping[str, Path], wanted: Sequence[str]) -> list[str]:
+    """The domains to compare: those wanted, else those that every run has."""
+    found = {
+        name: sorted(
+            file.parent.name for file in path.glob("*/protocol.json") if (file.parent / "metrics.parquet").is_file()
+        )
+        for name, path in runs.items()
+    }
+    for name, has in found.items():
+        if not has:
+            raise ConfigError(f"{runs[name]} holds no evaluation: name a folder that `cprec evaluate` wrote")
+        missing = [domain for domain in wanted if domain not in has]
+        if missing:
+            raise ConfigError(f"domain={missing[0]!r} is not in {runs[name]}, which has {', '.join(has)}")
+    if wanted:
+        return list(dict.fromkeys(wanted))
+    shared = [domain for domain in next(iter(found.values())) if all(domain in has for has in found.values())]
+    if not shared:
+        listed = "; ".join(f"{name} has {', '.join(has)}" for name, has in found.items())
+        raise ConfigError(f"these runs share no domain: {listed}")
+    others = sorted({domain for has in found.values() for domain in has} - set(shared))
+    if others:
+        say(f"not in every run, so not compared: {', '.join(others)}")
+    return shared
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "protocol.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict) or not isinstance(settings.get("k"), int):
+        raise DataError(f"{path} is no protocol of an evaluation: run `cprec evaluate` anew")
+    return settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Arm:
+    """An arm's metrics: a row a seed, a column a query, in the order of query ids."""
+
+    query_id: list[str]
+    user_id: list[str]
+    bound: bool
+    values_SQ: Mapping[str, np.ndarray]
+
+
+def _read(folder: Path, protocol: str, metrics: Sequence[str]) -> dict[str, _Arm]:
+    """The arms of a run by name, seeds of one model together. Of the metrics those that are there, the first must."""
+    import numpy as np
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    path = folder / "metrics.parquet"
+    names = pq.read_schema(path).names
+    lacking = {"query_id", "user_id", "arm", "protocol"} - set(names)
+    if lacking:
+        raise DataError(f"{path} has no column {min(lacking)!r}: run `cprec evaluate` anew")
+    offered = [name for name in names if "@" in name or name == "mrr"]
+    if metrics[0] not in offered:
+        raise ConfigError(f"metric={metrics[0]} is not in {path}, which has {', '.join(offered)}")
+    kept = list(dict.fromkeys(name for name in metrics if name in offered))
+    rows = pq.read_table(path, columns=["query_id", "user_id", "arm", "protocol", *kept, *{"kind"} & set(names)])
+    asked = rows.filter(pc.equal(rows["protocol"], protocol)).sort_by("query_id")
+    if not asked.num_rows:
+        there = ", ".join(sorted(pc.unique(rows["protocol"]).to_pylist()))
+        raise ConfigError(f"protocol={protocol} is not in {path}, which has {there}")
+    tables = {name: asked.filter(pc.equal(asked["arm"], name)) for name in pc.unique(asked["arm"]).to_pylist()}
+    models: dict[tuple[str, bool], list[str]] = {}
+    for name in tables:
+        match = SEED.fullmatch(name)
+        models.setdefault((match["base"] if match else name, match is not None), []).append(name)
+    arms = {}
+    for (model, _), members in models.items():
+        first = tables[members[0]]
+        query_id = first["query_id"].to_pylist()
+        other = next((name for name in members if tables[name]["query_id"].to_pylist() != query_id), None)
+        if other is not None:
+            raise DataError(f"{path}: {members[0]} and {other} answered different queries: run `cprec evaluate` anew")
+        arms[f"{model} ({len(members)} seeds)" if len(members) > 1 else members[0]] = _Arm(
+            query_id=query_id,
+            user_id=first["user_id"].to_pylist(),
+            bound="kind" in first.column_names and first["kind"][0].as_py() == "bound",
+            values_SQ={m: np.stack([tables[name][m].to_numpy() for name in members]) for m in kept},
+        )
+    return arms
+
+
+def _arms(runs: Mapping[str, Path], protocol: str, metrics: Sequence[str]) -> dict[str, _Arm]:
+    """The arms of all runs, each once: its run stands in front of a name that has other numbers in another run."""
+    import numpy as np
+
+    read = {run: _read(folder, protocol, metrics) for run, folder in runs.items()}
+    arms: dict[str, _Arm] = {}
+    for name in dict.fromkeys(name for of_run in read.values() for name in of_run):
+        holders = {run: of_run[name] for run, of_run in read.items() if name in of_run}
+        first = next(iter(holders.values()))
+        same = all(
+            arm.query_id == first.query_id
+            and arm.values_SQ.keys() == first.values_SQ.keys()
+            and all(np.array_equal(values, first.values_SQ[metric]) for metric, values in arm.values_SQ.items())
+            for arm in holders.values()
+        )
+        arms |= {name: first} if same else {f"{run}: {name}": arm for run, arm in holders.items()}
+    (known, first), *others = arms.items()
+    for name, arm in others:
+        if arm.query_id != first.query_id:
+            raise DataError(
+                f"{known} and {name} answered different queries, though their protocols are the same: a file of "
+                f"{' or '.join(map(str, runs.values()))} was changed; run `cprec evaluate` anew"
+            )
+    return arms
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+def _table(
+    domain: str, runs: Mapping[str, Path], settings: Mapping[str, Any], metric: str | None, protocol: str | None
+) -> Table:
+    """The table of runs that were asked the same."""
+    k = settings["k"]
+    protocol = protocol or ("full_with_seen" if settings.get("seen") == "may be recommended" else "full")
+    arms = _arms(runs, protocol, [metric or f"ndcg@{k}", f"ndcg@{k}", f"recall@{k}", "ndcg@5", "mrr"])
+    first = next(iter(arms.values()))
+    metrics = [name for name in first.values_SQ if all(name in arm.values_SQ for arm in arms.values())]
+    users = first.user_id if len(set(first.user_id)) < len(first.user_id) else None
+    means = {name: float(arm.values_SQ[metrics[0]].mean()) for name, arm in arms.items()}
+    order = sorted(arms, key=lambda name: -means[name])
+    rivals = [name for name in order if not arms[name].bound]
+    pairs = list(combinations(rivals, 2))
+    permutations = max(PERMUTATIONS, 100 * len(pairs))  # else no p value could stay small when all are corrected for
+    tests = [
+        compare_pair(
+            arms[a].values_SQ[metrics[0]], arms[b].values_SQ[metrics[0]], groups=users, permutations=permutations
+        )
+        for a, b in pairs
+    ]
+    comparisons = dict(zip(pairs, adjusted(tests), strict=True))
+    against_best = {b: test.reversed() for (a, b), test in comparisons.items() if a == rivals[0]}
+    rows = [
+        Row(
+            name=name,
+            num_seeds=len(arms[name].values_SQ[metrics[0]]),
+            bound=arms[name].bound,
+            estimates={m: _estimate(arms[name].values_SQ[m], users) for m in metrics},
+            against_best=against_best.get(name),
+        )
+        for name in order
+    ]
+    return Table(
+        domain=domain,
+        runs=tuple(runs),
+        protocol=protocol,
+        settings=settings,
+        num_queries=len(first.query_id),
+        rows=tuple(rows),
+        comparisons=comparisons,
+    )
+
+
+def _estimate(values_SQ: np.ndarray, users: Sequence[str] | None) -> Estimate:
+    if len(values_SQ) == 1:
+        mean, low, high = bootstrap_interval(values_SQ[0], groups=users)
+        return Estimate(mean=mean, low=low, high=high)
+    both = seed_variance(values_SQ, groups=users)
+    return Estimate(
+        mean=both.mean, low=both.low, high=both.high, error_users=both.error_users, error_seeds=both.error_seeds
+    )
