@@ -45,29 +45,29 @@ BASELINES: Mapping[str, Baseline] = {
         settings="popularity:RecentPopularity", about="the same, of the latest events", needs_times=True
     ),
     "titles": Baseline(settings="text:TitleSimilarity", about="titles like the last ones; learns nothing"),
-    "transition graph, last item": Baseline(
+    "transition graph (last item)": Baseline(
         settings="transition_graph:LAST_ITEM", about="what followed the last item in training"
     ),
     "transition graph": Baseline(settings="transition_graph:TransitionGraph", about="the last 20 items, decayed"),
-    "transition graph, two hops": Baseline(settings="transition_graph:TWO_HOPS", about="and what follows those"),
-    "transition graph, titles": Baseline(settings="transition_graph:WITH_TITLES", about="with likeness of titles"),
+    "transition graph (two hops)": Baseline(settings="transition_graph:TWO_HOPS", about="and what follows those"),
+    "transition graph (titles)": Baseline(settings="transition_graph:WITH_TITLES", about="with likeness of titles"),
     "ItemKNN": Baseline(settings="item_knn:ItemKNN", about="items that users had as well"),
-    "ItemKNN, as published": Baseline(settings="item_knn:PUBLISHED", about="Deshpande and Karypis 2004"),
+    "ItemKNN (published)": Baseline(settings="item_knn:PUBLISHED", about="Deshpande and Karypis 2004"),
     "EASE": Baseline(settings="ease:EASE", about="a linear autoencoder"),
-    "EASE, as published": Baseline(settings="ease:PUBLISHED", about="Steck 2019"),
+    "EASE (published)": Baseline(settings="ease:PUBLISHED", about="Steck 2019"),
     "iALS": Baseline(settings="ials:IALS", about="matrix factorisation by least squares"),
-    "iALS, as published": Baseline(settings="ials:PUBLISHED", about="Hu, Koren and Volinsky 2008"),
+    "iALS (published)": Baseline(settings="ials:PUBLISHED", about="Hu, Koren and Volinsky 2008"),
     "LightGCN": Baseline(settings="lightgcn:LightGCN", about="vectors smoothed over the graph", trained=True),
-    "LightGCN, as published": Baseline(settings="lightgcn:PUBLISHED", about="He et al. 2020", trained=True),
+    "LightGCN (published)": Baseline(settings="lightgcn:PUBLISHED", about="He et al. 2020", trained=True),
     "GRU4Rec": Baseline(settings="gru4rec:GRU4Rec", about="a recurrent network", trained=True),
-    "GRU4Rec, as published": Baseline(
+    "GRU4Rec (published)": Baseline(
         settings="gru4rec:PUBLISHED", about="Hidasi and Karatzoglou 2018, BPR-max", trained=True
     ),
     "BERT4Rec": Baseline(settings="bert4rec:BERT4Rec", about="fills in masked items", trained=True),
-    "BERT4Rec, as published": Baseline(settings="bert4rec:PUBLISHED", about="Sun et al. 2019", trained=True),
+    "BERT4Rec (published)": Baseline(settings="bert4rec:PUBLISHED", about="Sun et al. 2019", trained=True),
     "SASRec": Baseline(settings="sasrec:SASRec", about="causal self-attention, softmax over all items", trained=True),
-    "SASRec, sampled softmax": Baseline(settings="sasrec:SAMPLED", about="against many shared negatives", trained=True),
-    "SASRec, as published": Baseline(
+    "SASRec (sampled softmax)": Baseline(settings="sasrec:SAMPLED", about="against many shared negatives", trained=True),
+    "SASRec (published)": Baseline(
         settings="sasrec:PUBLISHED", about="Kang and McAuley 2018, one negative", trained=True
     ),
 }

@@ -15,6 +15,8 @@ from cprec.baselines.sequential import ItemModel, TrainedBaseline, TrainingLog
 from cprec.errors import ConfigError
 from cprec.text.stream import IGNORE
 
+INITIAL = 0.02
+"""Standard deviation of vectors before training."""
 MASK = 1
 """How far the number of the mask lies above that of the padding."""
 
@@ -71,11 +73,12 @@ class SelfAttention(ItemModel):
         self.norm = nn.LayerNorm(size)
         self.dropout = nn.Dropout(settings.dropout)
         for table in (self.item, self.position):
-            nn.init.normal_(table.weight, std=size**-0.5 if table is self.item else 0.02)
+            nn.init.normal_(table.weight, std=INITIAL)
 
     def hidden(self, input_ids_RT: torch.Tensor) -> torch.Tensor:
         """What each position has read: RTD. A causal one needs no mask, since padding comes after what is read."""
-        hidden_RTD = self.dropout(self.item(input_ids_RT) + self.position.weight[: input_ids_RT.shape[1]])
+        scale = self.item.embedding_dim**0.5  # as Kang and McAuley have it; so scores begin small and inputs do not
+        hidden_RTD = self.dropout(self.item(input_ids_RT) * scale + self.position.weight[: input_ids_RT.shape[1]])
         mask_R11T = None if self.causal else (input_ids_RT != self.num_items)[:, None, None]
         for block in self.blocks:
             hidden_RTD = block(hidden_RTD, mask_R11T)
@@ -109,7 +112,7 @@ class Block(nn.Module):
         self.num_heads, self.causal = settings.num_heads, causal
         self.norm_attention, self.norm_linear = nn.LayerNorm(size), nn.LayerNorm(size)
         self.query_key_value, self.output = nn.Linear(size, 3 * size), nn.Linear(size, size)
-        self.wider, self.narrower = nn.Linear(size, 4 * size), nn.Linear(4 * size, size)
+        self.first, self.second = nn.Linear(size, size), nn.Linear(size, size)
         self.dropout = nn.Dropout(settings.dropout)
 
     def forward(self, hidden_RTD: torch.Tensor, mask_R11T: torch.Tensor | None) -> torch.Tensor:
@@ -120,6 +123,6 @@ class Block(nn.Module):
             query_RHTD, key_RHTD, value_RHTD, attn_mask=mask_R11T, is_causal=self.causal
         )
         hidden_RTD = hidden_RTD + self.dropout(self.output(read.transpose(1, 2).reshape(rows, length, size)))
-        wide = F.gelu(self.wider(self.norm_linear(hidden_RTD)))
-        out: torch.Tensor = hidden_RTD + self.dropout(self.narrower(wide))
+        active_RTD = F.gelu(self.first(self.norm_linear(hidden_RTD)))
+        out: torch.Tensor = hidden_RTD + self.dropout(self.second(active_RTD))
         return out
