@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from cprec.errors import ConfigError
 
 if TYPE_CHECKING:
+    from cprec.data.splits import Split
     from cprec.evaluate.shortcuts import ShortcutAudit
     from cprec.recommender import Recommender
 
@@ -34,14 +35,14 @@ def audit_shortcuts(
     Raises ConfigError for a folder, domain or model that is not there.
     """
     from cprec.baselines.lineup import BASELINES, settings_of
-    from cprec.data.dataset import read_split
+    from cprec.data.dataset import read_manifest, read_split
     from cprec.evaluate.shortcut_report import print_shortcuts, write_shortcuts
     from cprec.evaluate.shortcuts import shortcut_audit
     from cprec.progress import say
     from cprec.schema import TEST
 
     folder = _data_folder(Path(folder))
-    split = read_split(folder)
+    split, tie_order = read_split(folder), read_manifest(folder)["rules"]["tie_order"]
     unknown = [domain for domain in domains if domain not in split.catalogue.domains]
     if unknown:
         raise ConfigError(f"domain {unknown[0]!r} is not in {folder}: it has {', '.join(split.catalogue.domains)}")
@@ -63,9 +64,9 @@ def audit_shortcuts(
         for name, (trained_on, model) in opened.items():
             if trained_on in (None, domain):
                 recommenders[name] = model
-        audits.append(shortcut_audit(split, domain, recommenders, max_queries=max_queries))
+        audits.append(shortcut_audit(split, domain, recommenders, max_queries=max_queries, tie_order=tie_order))
     title = folder.resolve().parent.name if folder.name == "data" else folder.resolve().name
-    write_shortcuts(folder / PAGE, folder / RECORD, title, audits)
+    write_shortcuts(folder / PAGE, folder / RECORD, title, audits, _protocol(folder, split, tie_order, max_queries))
     print_shortcuts(audits)
     say(f"wrote {folder / PAGE} and {folder / RECORD}")
     return audits
@@ -76,6 +77,24 @@ def _data_folder(folder: Path) -> Path:
         if (found / "dataset.json").is_file():
             return found
     raise ConfigError(f"{folder} is no data folder: give one that `cprec prepare` wrote")
+
+
+def _protocol(folder: Path, split: Split, tie_order: str, max_queries: int) -> dict[str, str]:
+    """What every number depends on, for people."""
+    from cprec.provenance import file_sha256, git_commit, versions
+
+    commit = git_commit()
+    code = f"CPRec {versions()['cprec']}" + (f", commit {commit['id'][:10]}" if commit else "")
+    return {
+        "learnt from": "training events of the domain; graphs, popularity and shared users know no held-out event",
+        "asked for": f"every test event ({split.spec.method}) with a history in the domain, which is shown whole",
+        "ties in time": f"{tie_order} order",
+        "sample": f"similarity and models on at most {max_queries:,} queries a domain, drawn with seed 0",
+        "seen items": "those of the whole history are left out of every ranking, whatever part of it is shown",
+        "intervals": "95 % bootstrap intervals over users; shares of NDCG are paired",
+        "data": f"dataset.json {file_sha256(folder / 'dataset.json')[:12]}",
+        "code": code + (", with changes" if commit and commit["modified"] else ""),
+    }
 
 
 def _open(model: str) -> tuple[str | None, Recommender]:

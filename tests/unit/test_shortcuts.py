@@ -57,7 +57,8 @@ def test_every_domain_with_test_events_is_measured(run: Path, capsys: pytest.Cap
     last, backwards = model.shares["last 1"], model.shares["reversed"]
     assert last is not None and last.mean == pytest.approx(1)
     assert backwards is not None and backwards.mean < 1
-    assert json.loads((run / "data" / RECORD).read_text())["domains"].keys() == {"ring"}
+    record = json.loads((run / "data" / RECORD).read_text())
+    assert record["domains"].keys() == {"ring"} and record["protocol"]["ties in time"] == "source order"
     assert f"shortcuts in {run.name}" in (run / "data" / PAGE).read_text()
     out, err = capsys.readouterr()
     assert "ring" in out and f"wrote {run / 'data' / PAGE}" in err
@@ -84,3 +85,40 @@ def test_what_is_not_there_is_refused(run: Path, tmp_path: Path) -> None:
         ConfigError, match="is neither a folder with a finished model of CPRec nor a baseline; these are random"
     ):
         audit_shortcuts(run / "data", models=[str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_published_figures(real_data: Path, tmp_path: Path) -> None:
+    """Figures of docs/shortcuts.md, from data without any rule applied."""
+    times = {"amazon18_scientific": "order", "amazon18_giftcards": "seconds"}
+    config = PrepareConfig(
+        output_dir=str(tmp_path / "data"),
+        tables=tuple(
+            TableSource(
+                domain=domain,
+                platform="amazon",
+                interactions=str(real_data / domain / "interactions.parquet"),
+                items=str(real_data / domain / "items.parquet"),
+                columns={"order": "position"},
+                timestamps=timestamps,  # type: ignore[arg-type]
+            )
+            for domain, timestamps in times.items()
+        ),
+        target_domains=tuple(times),
+        k_core=0,
+        deduplicate=False,
+        drop_consecutive_repeats=False,
+        min_events=3,
+        min_history=1,
+        workers=1,
+    )
+    prepare(config)
+    cards, scientific = audit_shortcuts(tmp_path / "data")
+    assert (cards.num_queries, scientific.num_queries) == (458, 8442)
+    assert cards.targets.tied == pytest.approx(0.635, abs=5e-4) and scientific.targets.tied is None
+    assert cards.reach["one step"].targets == pytest.approx(0.312, abs=5e-4)
+    reach = scientific.reach
+    assert reach["one step"].targets == pytest.approx(0.088, abs=5e-4)
+    assert reach["one step backward"].targets == pytest.approx(0.088, abs=5e-4)
+    assert reach["two steps"].targets == pytest.approx(0.248, abs=5e-4)
+    assert scientific.dependence[0].ndcg.mean == pytest.approx(0.0818, abs=5e-5)

@@ -111,11 +111,14 @@ def _on_ties(audit: ShortcutAudit) -> list[Finding]:
         ]
     if tied < SOME:
         return []
+    decided = f"{tied:.0%} of the targets are decided by the order of events of equal time"
+    if audit.tie_order == "shuffle":
+        return [Finding(CARE, f"{decided}, which was drawn: their order shows nothing of the users")]
     return [
         Finding(
             CANNOT if tied >= MUCH else CARE,
-            f"{tied:.0%} of the targets are decided by the order of events of equal time, which is the file's and "
-            "not the user's: what depends on order may be an artefact; prepare with tie_order=shuffle too and compare",
+            f"{decided}, which is the file's and not the user's: what depends on order may be an artefact; prepare "
+            "with tie_order=shuffle too and compare",
         )
     ]
 
@@ -211,7 +214,7 @@ def _on_dependence(audit: ShortcutAudit, model: Dependence) -> list[Finding]:
             )
         )
     elif shuffled is not None and shuffled.high < 1:
-        tied = (audit.targets.tied or 0) >= MUCH
+        tied = (audit.targets.tied or 0) >= MUCH and audit.tie_order != "shuffle"
         found.append(
             Finding(
                 CARE if tied else CAN,
@@ -373,21 +376,28 @@ def print_shortcuts(audits: Sequence[ShortcutAudit], file: TextIO | None = None)
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def write_shortcuts(page: Path, record: Path, title: str, audits: Sequence[ShortcutAudit]) -> None:
-    """Write the HTML page, which needs nothing beside it, and the numbers as JSON; each appears whole or not at all."""
+def write_shortcuts(
+    page: Path, record: Path, title: str, audits: Sequence[ShortcutAudit], protocol: Mapping[str, str]
+) -> None:
+    """Write the HTML page, which needs nothing beside it, and the numbers as JSON; each appears whole or not at all.
+
+    `protocol` says what every number depends on, for people.
+    """
     numbers = {
         audit.domain: {**asdict(audit), "findings": [asdict(finding) for finding in findings(audit)]}
         for audit in audits
     }
-    text = json.dumps({"domains": numbers}, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    for path, content in ((record, text), (page, shortcut_page(title, audits))):
+    told = {"protocol": dict(protocol), "domains": numbers}
+    text = json.dumps(told, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    for path, content in ((record, text), (page, shortcut_page(title, audits, protocol))):
         temporary = path.with_name(path.name + ".incomplete")
         temporary.write_text(content, encoding="utf-8")
         temporary.replace(path)
 
 
-def shortcut_page(title: str, audits: Sequence[ShortcutAudit]) -> str:
-    """The text of the page: one table, then the findings and plots of each domain."""
+def shortcut_page(title: str, audits: Sequence[ShortcutAudit], protocol: Mapping[str, str]) -> str:
+    """The text of the page: one table, how it was measured, then the findings and plots of each domain."""
+    how = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in protocol.items())
     terms = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in reading(audits).items())
     about = f"<details><summary>What the columns are</summary><dl>{terms}</dl></details>"
     body = [
@@ -395,6 +405,7 @@ def shortcut_page(title: str, audits: Sequence[ShortcutAudit]) -> str:
         "<p>How much of what is asked could be found without learning what users want: read this before a claim that a "
         "recommender beats another on these data. Everything is learnt from the training part.</p>",
         f"<section>{_table(audits)}{about}</section>",
+        f'<section class="box"><h2>How this was measured</h2><dl>{how}</dl></section>',
         *map(_section, audits),
     ]
     return html_page(escape(f"shortcuts in {title}"), body)

@@ -148,6 +148,8 @@ class ShortcutAudit:
     sample: int
     """Queries that similarity and models were measured on."""
     seed: int
+    tie_order: str
+    """How events of equal time were put in order: source, item_id or shuffle."""
     median_history: float
     longer: dict[int, float]
     """Share of queries with a history of more than so many events."""
@@ -167,11 +169,12 @@ def shortcut_audit(
     *,
     max_queries: int = 2000,
     seed: int = 0,
+    tie_order: str = "source",
 ) -> ShortcutAudit:
     """Measure the shortcuts of a domain on its test queries, and what models, by name, make of parts of histories.
 
     Histories are what the user did in the domain before, the whole of it. Similarity and models are measured on a
-    sample of at most `max_queries` queries drawn by `seed`, the rest on all.
+    sample of at most `max_queries` queries drawn by `seed`, the rest on all. `tie_order` is that of the data's rules.
 
     Raises ConfigError where the domain has no test query with a history, or `max_queries` is below 1.
     """
@@ -214,6 +217,7 @@ def shortcut_audit(
         num_queries=len(queries),
         sample=len(chosen),
         seed=seed,
+        tie_order=tie_order,
         median_history=float(np.median(lengths)),
         longer={size: float((lengths > size).mean()) for size in (1, 2, 5)},
         targets=targets_of(split, domain, history, target_Q, count_N),

@@ -227,6 +227,7 @@ GOOD = ShortcutAudit(
     num_queries=5000,
     sample=2000,
     seed=0,
+    tie_order="source",
     median_history=20.0,
     longer={1: 1.0, 2: 1.0, 5: 0.75},
     targets=Targets(cold=0.0, repeated=0.0, repeat_last=0.0, popular_10=0.01, popular_percent=0.01, tied=0.01),
@@ -308,6 +309,13 @@ def test_findings(audit: ShortcutAudit, kind: str, start: str) -> None:
     assert any(text.startswith(start) for text in told(audit)[kind]), told(audit)
 
 
+def test_ties_that_were_drawn_are_no_artefact_of_the_file() -> None:
+    drawn = told(replace(GOOD, tie_order="shuffle", targets=replace(GOOD.targets, tied=0.43)))
+    assert drawn[CANNOT] == []
+    assert any("which was drawn" in text for text in drawn[CARE])
+    assert "a <walk>: order counts, shuffled histories give 50% [40, 60] of the NDCG@10" in drawn[CAN]
+
+
 def test_findings_of_reach() -> None:
     def reached(name: str, targets: float, popular: float) -> list[str]:
         reach = GOOD.reach | {name: Reach(targets=targets, catalogue=0.1, popular=popular)}
@@ -343,14 +351,17 @@ def test_the_terminal_gets_domains_side_by_side_as_they_fit() -> None:
 
 def test_the_page_is_whole_and_well_formed(tmp_path: Path) -> None:
     page, record = tmp_path / "page.html", tmp_path / "record.json"
-    write_shortcuts(page, record, "a & b", [GOOD, with_share("last 1", None)])
+    protocol = {"ties in time": "<source> order"}
+    write_shortcuts(page, record, "a & b", [GOOD, with_share("last 1", None)], protocol)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "record.json"]
     text = page.read_text()
-    assert text == shortcut_page("a & b", [GOOD, with_share("last 1", None)])
+    assert text == shortcut_page("a & b", [GOOD, with_share("last 1", None)], protocol)
     assert "a &lt;walk&gt;" in text and "<walk>" not in text and "shortcuts in a &amp; b" in text
     for svg in re.findall(r"<svg.*?</svg>", text, re.S):
         ElementTree.fromstring(svg)
     assert "http" not in text and "<script" not in text
+    assert "<dd>&lt;source&gt; order</dd>" in text
+    assert json.loads(record.read_text())["protocol"] == protocol
     numbers = json.loads(record.read_text())["domains"]["books"]
     assert numbers["reach"]["two steps"]["targets"] == 0.3
     assert numbers["dependence"][0]["shares"]["last 1"] is None
