@@ -19,6 +19,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -247,13 +248,16 @@ def _copy(cache: PrefixCache) -> PrefixCache:
 
 def models(args: argparse.Namespace) -> None:
     from cprec.data.dataset import read_split
-    from cprec.evaluate.evaluate import EvaluateConfig, read_questions
-    from cprec.evaluate.metrics import bootstrap_interval, ndcg, recall
+    from cprec.evaluate.evaluate import EvaluateConfig
+    from cprec.evaluate.metrics import ndcg, recall
+    from cprec.evaluate.questions import read_questions
+    from cprec.evaluate.statistics import bootstrap_interval
     from cprec.rank.llm import LLMRecommender
 
     config = EvaluateConfig(data=args.data, output_dir="unused", max_queries=args.queries, k=args.k)
     questions = read_questions(config, read_split(args.data), args.domain)
-    print(f"{args.domain}, {len(questions.queries):,} queries, K = {args.k}, {torch.get_num_threads()} threads")
+    queries = [replace(query, exclude=query.uncounted, uncounted=frozenset()) for query in questions.queries]
+    print(f"{args.domain}, {len(queries):,} queries, K = {args.k}, {torch.get_num_threads()} threads")
     for name, folder in (text.split("=", 1) for text in args.model):
         print(
             f"\n{name}\n{'':10} NDCG   Recall  ms/query  prefixes  proven  of exact list  mean gap   NDCG less exact's"
@@ -262,9 +266,9 @@ def models(args: argparse.Namespace) -> None:
         true_gain = np.zeros(0)
         for mode, width in (("exact", 0), ("beam", 10), ("beam", 20), ("beam", 50)):
             recommender = LLMRecommender.from_pretrained(folder, mode=mode, beam_width=max(width, 1))
-            recommender.rank(questions.queries[:8], args.k)
+            recommender.rank(queries[:8], args.k)
             start = time.perf_counter()
-            rankings = recommender.rank(questions.queries, args.k)
+            rankings = recommender.rank(queries, args.k)
             seconds = time.perf_counter() - start
             better, tied = np.zeros(len(rankings), dtype=int), np.zeros(len(rankings), dtype=int)
             for row, (ranking, target) in enumerate(zip(rankings, questions.target, strict=True)):
@@ -289,7 +293,8 @@ def models(args: argparse.Namespace) -> None:
 
 def grow(args: argparse.Namespace) -> None:
     from cprec.data.dataset import read_split
-    from cprec.evaluate.evaluate import EvaluateConfig, read_questions
+    from cprec.evaluate.evaluate import EvaluateConfig
+    from cprec.evaluate.questions import read_questions
     from cprec.models import tiny_model
     from cprec.rank.llm import LLMRecommender
 

@@ -122,6 +122,17 @@ VERBS = (
         "cprec evaluate my_recipe.yaml",
     ),
     Verb(
+        "compare",
+        "evaluation folders side by side: one table and one plot",
+        "Puts the arms of folders that `cprec evaluate` or `cprec run` wrote into one table a domain, with intervals, "
+        "tests on the same queries corrected for their number, and the smallest difference that so many queries could "
+        "show; and draws them on one page. Refuses runs that were asked differently (split, queries, candidates, seen "
+        "items, catalogue, K, certificate) and names what differs. Arms named `NAME (seed N)` are one arm, with the "
+        "errors of users and seeds apart. Needs no model.",
+        "cprec.evaluate.compare:compare",
+        "cprec compare runs/demo runs/demo2 --domain books",
+    ),
+    Verb(
         "recommend",
         "histories in (command line or file), titles with scores out",
         "Recommends next items for one history on the command line, or for every history of a file.",
@@ -268,6 +279,14 @@ def _call_audit(verb: Verb, options: argparse.Namespace) -> None:
         raise LeakageError("\n  ".join([head, *lines]))
 
 
+def _call_compare(verb: Verb, options: argparse.Namespace) -> None:
+    from cprec.settings import load_object
+
+    chosen = {name: getattr(options, name) for name in ("metric", "protocol", "output")}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    load_object(verb.function)(options.folders, domains=tuple(options.domain or ()), force=options.force, **given)
+
+
 def _call_report(verb: Verb, options: argparse.Namespace) -> None:
     from cprec.settings import load_object
 
@@ -344,6 +363,14 @@ def _parser() -> _Parser:
             command.add_argument("--model", nargs="+", action="extend")
             command.add_argument("--max-queries", type=int)
             command.set_defaults(call=_bound(_call_audit, verb))
+        elif verb.name == "compare":
+            command.add_argument("folders", nargs="+")
+            command.add_argument("--domain", nargs="+", action="extend")
+            command.add_argument("--metric")
+            command.add_argument("--protocol")
+            command.add_argument("--output")
+            command.add_argument("--force", action="store_true")
+            command.set_defaults(call=_bound(_call_compare, verb))
         elif verb.name == "report":
             command.add_argument("folder")
             command.set_defaults(call=_bound(_call_report, verb))
@@ -400,6 +427,10 @@ _USAGE = {
     ),
     "anneal": "cprec anneal RUN [key=value ...]",
     "report": "cprec report FOLDER",
+    "compare": (
+        "cprec compare FOLDER ... [--domain DOMAIN ...] [--metric METRIC] [--protocol PROTOCOL]\n"
+        "                     [--output FILE] [--force]"
+    ),
     "audit": (
         "cprec audit FOLDER\n"
         "       cprec audit FOLDER --shortcuts [--domain DOMAIN ...] [--model MODEL ...] [--max-queries N]"
@@ -420,6 +451,16 @@ def _verb_help(verb: Verb) -> str:
             "  --domain       the domains to measure; all with test events where none is named\n"
             "  --model        what to ask beside the transition graph: folders of models, baselines by name\n"
             "  --max-queries  queries of a domain that similarity and models are measured on, 2000 if not given"
+        )
+    elif verb.name == "compare":
+        parts.append(
+            "  FOLDER      output_dir of an evaluation or of a recipe's run\n"
+            "  --domain    the domains to compare; all that every folder has where none is named\n"
+            "  --metric    what to compare by, as recall@5; NDCG at the runs' K if not given\n"
+            "  --protocol  full, full_with_seen, candidates_uniform, candidates_popularity or new_items; that of\n"
+            "              the runs' main table if not given\n"
+            "  --output    the page to write, compare.html if not given\n"
+            "  --force     show runs that were asked differently, in separate tables"
         )
     elif verb.name == "report":
         parts.append("  FOLDER  the output_dir of a run, or a folder above several, such as that of a recipe")

@@ -116,7 +116,8 @@ def _report(
     domains: dict[str, Any] = {}
     for domain, arms in models.items():
         entrants = _entrants(config, split, domain, arms, synthetic)
-        domains[domain] = {"unseen": domain not in pretrained, **evaluate(config, split, domain, entrants)}
+        unseen = domain not in pretrained if arms else None
+        domains[domain] = {"unseen": unseen, **evaluate(config, split, domain, entrants)}
     certificate = Path(config.data) / "certificate.json"
     properties = json.loads(certificate.read_text())["properties"] if certificate.is_file() else []
     finished = {name: read_done(folder) or {} for name, folder in runs.items()}

@@ -36,7 +36,7 @@ def details_of(arms: Arms, cut: int) -> str:
         _lists(arms),
         _cost(arms),
     ]
-    return "".join(parts)
+    return f'<div class="tables">{"".join(parts)}</div>'
 
 
 def _popular(arms: Arms) -> dict[str, str]:
@@ -58,7 +58,7 @@ def _new_items(arms: Arms, cut: int) -> str:
     about = next(iter(having.values()))
     caption = (
         f"New items: the {about['num_queries']:,} queries whose target never occurs in training, ranked among the "
-        f"{about['num_items']:,} items that do not. An arm that knows items by their events alone is left with ties."
+        f"{about['num_items']:,} items that do not. An arm that knows items by their events alone names none, or all as ties."
     )
     metrics = (f"ndcg@{cut}", f"recall@{cut}")
     rows = {arm: [_interval(values[metric]) for metric in metrics] for arm, values in having.items()}

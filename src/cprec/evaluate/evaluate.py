@@ -144,11 +144,11 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
     tables: list[Any] = []
     per_query: dict[str, np.ndarray] = {}
 
-    def judged(arm: str, protocol: str, rankings: pa.Table) -> dict[str, np.ndarray]:
+    def judged(entrant: Entrant, protocol: str, rankings: pa.Table) -> dict[str, np.ndarray]:
         columns = metrics_of(rankings, questions, config.k, protocol)
         asked = questions.of(protocol)
         users = dict(zip((query.query_id for query in questions.queries), questions.user, strict=True))
-        constants = {"domain": domain, "arm": arm, "protocol": protocol}
+        constants = {"domain": domain, "arm": entrant.name, "kind": entrant.kind, "protocol": protocol}
         names = {
             "query_id": [query.query_id for query in asked],
             "user_id": [users[query.query_id] for query in asked],
@@ -159,7 +159,7 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
 
     for entrant in entrants:
         rankings, seconds = _rankings(config, entrant, questions, FULL)
-        columns = judged(entrant.name, main, rankings)
+        columns = judged(entrant, main, rankings)
         per_query[entrant.name] = columns[f"ndcg@{config.k}"]
         arm = {
             "kind": entrant.kind,
@@ -169,7 +169,7 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
             "cost": {**_cost(rankings), "milliseconds_per_query": 1000 * seconds / max(1, num_queries)},
             **proven(rankings, num_queries),
             "seen_kept" if config.exclude_seen else "seen_left_out": means_of(
-                judged(entrant.name, other, rankings), questions.user, config.seed
+                judged(entrant, other, rankings), questions.user, config.seed
             ),
             "lists": lists.measures(rankings, config.k, exclude_seen=config.exclude_seen),
             "slices": sliced(columns, questions, config.k, config.seed),
@@ -179,17 +179,17 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
             arm["found_of_exact"] = json.loads(found_of_exact)
         for how, protocol in SAMPLED.items():
             rankings, seconds = _rankings(config, entrant, questions, protocol)
-            means = means_of(judged(entrant.name, protocol, rankings), questions.user, config.seed)
+            means = means_of(judged(entrant, protocol, rankings), questions.user, config.seed)
             suffix = "" if protocol == SAMPLED["uniform"] else f"_{how}"
             arm[f"candidates{config.num_candidates}{suffix}"] = {**means, "seconds": seconds}
         if asked := questions.of(NEW_ITEMS):
             rankings, seconds = _rankings(config, entrant, questions, NEW_ITEMS)
-            columns = judged(entrant.name, NEW_ITEMS, rankings)
+            columns = judged(entrant, NEW_ITEMS, rankings)
             means = means_of(columns, None, config.seed)
             arm[NEW_ITEMS] = {**means, "num_queries": len(asked), "num_items": len(questions.new_items)}
         if config.generate and GENERATED in entrant.modes:
             rankings, seconds = _rankings(config, entrant, questions, GENERATED)
-            columns = judged(entrant.name, GENERATED, rankings)
+            columns = judged(entrant, GENERATED, rankings)
             valid = columns["num_valid"] > 0
             arm[GENERATED] = {
                 "valid_ratio": float(valid.mean()),
@@ -213,7 +213,7 @@ def _write_protocol(config: EvaluateConfig, split: Split, questions: Questions, 
     dataset = json.loads((Path(config.data) / "dataset.json").read_text())
     protocol = {
         "domain": questions.domain,
-        "split": ", ".join(f"{name} {value}" for name, value in asdict(split.spec).items() if value is not None),
+        "split": ", ".join(f"{name} {value}" for name, value in asdict(split.spec).items() if value),
         "tie_order": dataset.get("rules", {}).get("tie_order", "source"),
         "part": config.part,
         "num_queries": len(questions.queries),
@@ -232,7 +232,7 @@ def _write_protocol(config: EvaluateConfig, split: Split, questions: Questions, 
 
 def protocol_of(config: EvaluateConfig, split: Split, dataset: dict[str, Any]) -> dict[str, str]:
     """What every number depends on, for people."""
-    spec = ", ".join(f"{name} {value}" for name, value in asdict(split.spec).items() if value is not None)
+    spec = ", ".join(f"{name} {value}" for name, value in asdict(split.spec).items() if value)
     return {
         "split": f"{spec}; {config.part} events are asked for",
         "ties in time": str(dataset.get("rules", {}).get("tie_order", "source")),

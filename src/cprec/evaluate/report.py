@@ -41,9 +41,9 @@ def sampled_of(arm: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]]:
 
 
 def domain_line(domain: str, result: Mapping[str, Any]) -> str:
-    """One line on a domain: whether pre-training saw it, items, queries."""
-    seen = "unseen in pre-training" if result["unseen"] else "seen in pre-training"
-    return f"{domain}: {seen}, {result['num_items']:,} items, {result['num_queries']:,} queries"
+    """One line on a domain: whether pre-training saw it (None: nothing was pre-trained), items, queries."""
+    seen = {True: "unseen in pre-training, ", False: "seen in pre-training, ", None: ""}[result["unseen"]]
+    return f"{domain}: {seen}{result['num_items']:,} items, {result['num_queries']:,} queries"
 
 
 def difference_line(difference: Mapping[str, Any]) -> str:
@@ -297,7 +297,8 @@ def _table(report: Report, columns: Mapping[str, bool]) -> Table:
     for position, (domain, result) in enumerate(report["domains"].items()):
         if position:
             table.add_row()
-        table.add_row(Text(f"{domain} ({'unseen' if result['unseen'] else 'seen'})", style="bold"))
+        seen = {True: " (unseen)", False: " (seen)", None: ""}[result["unseen"]]
+        table.add_row(Text(f"{domain}{seen}", style="bold"))
         best = _best(result["arms"], f"ndcg@{cut_of(report)}")
         for name, arm in result["arms"].items():
             metrics = {**arm, "sampled": sampled_of(arm)[1]["recall@1"]}
@@ -591,6 +592,8 @@ th { text-align: left; font-weight: 500; }
 .bars td:last-child { width: 3.4rem; text-align: right; }
 .bar { display: block; overflow: visible; }
 .scroll { overflow-x: auto; }
+.tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem 2rem; }
+.tables > * { min-width: 0; } .tables caption { max-width: 34rem; white-space: normal; }
 .metrics td, .metrics th { padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--edge); white-space: nowrap; }
 .metrics th:first-child { position: sticky; left: 0; background: var(--page); }
 .metrics td { text-align: right; } .metrics tr:first-child th { text-align: right; font-weight: 600; }
