@@ -151,12 +151,9 @@ def _graph(log: TrainingLog) -> tuple[torch.Tensor, ...]:
     of_users = sparse.diags_array(degree_U**-0.5) @ counts @ sparse.diags_array(degree_V**-0.5)
 
     def as_tensor(matrix: Any) -> torch.Tensor:
-        csr = sparse.csr_array(matrix)
-        return torch.sparse_csr_tensor(
-            torch.from_numpy(csr.indptr.astype(np.int64)),
-            torch.from_numpy(csr.indices.astype(np.int64)),
-            torch.from_numpy(csr.data.astype(np.float32)),
-            csr.shape,
-        )
+        coo = sparse.coo_array(matrix)
+        places = torch.from_numpy(np.stack(coo.coords).astype(np.int64))
+        values = torch.from_numpy(coo.data.astype(np.float32))
+        return torch.sparse_coo_tensor(places, values, coo.shape, check_invariants=True).coalesce()
 
     return as_tensor(of_users), as_tensor(of_users.T)

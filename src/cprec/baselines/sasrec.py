@@ -76,10 +76,14 @@ class SelfAttention(ItemModel):
             nn.init.normal_(table.weight, std=INITIAL)
 
     def hidden(self, input_ids_RT: torch.Tensor) -> torch.Tensor:
-        """What each position has read: RTD. A causal one needs no mask, since padding comes after what is read."""
+        """What each position has read: RTD. Positions are counted from a row's last item back, as padding on the left
+        has it. A causal one needs no mask, since padding comes after what is read."""
+        visible_RT = input_ids_RT != self.num_items
+        place_T = torch.arange(input_ids_RT.shape[1], device=input_ids_RT.device)
+        position_RT = (visible_RT.sum(1, keepdim=True) - 1 - place_T).clamp(min=0)
         scale = self.item.embedding_dim**0.5  # as Kang and McAuley have it; so scores begin small and inputs do not
-        hidden_RTD = self.dropout(self.item(input_ids_RT) * scale + self.position.weight[: input_ids_RT.shape[1]])
-        mask_R11T = None if self.causal else (input_ids_RT != self.num_items)[:, None, None]
+        hidden_RTD = self.dropout(self.item(input_ids_RT) * scale + self.position(position_RT))
+        mask_R11T = None if self.causal else visible_RT[:, None, None]
         for block in self.blocks:
             hidden_RTD = block(hidden_RTD, mask_R11T)
         normed: torch.Tensor = self.norm(hidden_RTD)

@@ -248,8 +248,9 @@ class WindowStream(BatchStream):
         """See `BatchStream.batch`."""
         members = self.members(step)
         rows, lengths = padded(self._windows.take(members), self._pad)
-        targets = np.where(np.arange(1, rows.shape[1]) < lengths[:, None], rows[:, 1:], IGNORE)
-        inputs = np.ascontiguousarray(rows[:, :-1])
+        has_next = np.arange(1, rows.shape[1]) < lengths[:, None]
+        targets = np.where(has_next, rows[:, 1:], IGNORE)
+        inputs = np.where(has_next, rows[:, :-1], self._pad)
         return Batch(inputs, np.zeros_like(inputs), targets, int((lengths - 1).sum()), members)
 
 
