@@ -55,13 +55,14 @@ class RecentPopularity:
 
     Theirs counts up to the moment of each query; here it is up to the end of the training part for all of them, which
     with leave-one-out lies after many targets, as it does for everything that is trained. Events of one time count
-    together. Items without a recent event tie at 0.
+    together. Items without a recent event tie at 0. Defaults lie between the best of 25 trials on the validation
+    queries of Amazon Beauty (0.16 of the span) and of MovieLens 100K (0.24 of it).
     """
 
-    share: float = 0.1
+    share: float = 0.2
     """How much of the domain's training part counts, the latest; above 0, 1 counts all."""
-    of: Literal["events", "span"] = "events"
-    """events: that share of the training events; span: of the time from the first to the last of them."""
+    of: Literal["events", "span"] = "span"
+    """span: that share of the time from the first to the last training event; events: of the events themselves."""
 
     SEARCH: ClassVar[Mapping[str, Choice]] = {
         "share": Real(low=0.002, high=1, log=True),

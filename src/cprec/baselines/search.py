@@ -47,11 +47,23 @@ class OneOf:
 Choice = Real | Whole | OneOf
 
 
+def can_be(choice: Choice, value: object) -> bool:
+    """Whether a value is among those that tuning may choose.
+
+    >>> can_be(Real(low=0.1, high=1), 0), can_be(OneOf(values=("a", "b")), "b")
+    (False, True)
+    """
+    if isinstance(choice, OneOf):
+        return value in choice.values
+    return isinstance(value, (int, float)) and choice.low <= value <= choice.high
+
+
 class Settings(Protocol):
     """The settings of a baseline: a frozen dataclass that makes its recommender."""
 
     SEARCH: ClassVar[Mapping[str, Choice]]
-    """What tuning may choose, by the name of the field; empty where there is nothing to tune."""
+    """What tuning may choose, by the name of the field; empty where there is nothing to tune. A field whose value lies
+    outside its range is part of what the baseline is, and stays as it is."""
 
     def make(self, split: Split, domain: str, *, seed: int = 0, folder: Path | None = None) -> ScoringRecommender:
         """A recommender for a domain, which has learnt from the training part of the split only.

@@ -1,9 +1,8 @@
-"""Titles as vectors of words, and the baseline that knows nothing else: what reads like the last events."""
+"""The likeness of titles, and the baseline that knows nothing else: what reads like the last events."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,30 +14,8 @@ from cprec.baselines.domain import DomainRecommender, profiles
 from cprec.baselines.search import Choice, Real
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
+from cprec.data.titles import title_vectors
 from cprec.errors import ConfigError
-
-_WORD = re.compile(r"\w+")
-
-
-def title_vectors(titles: Sequence[str]) -> sparse.csr_array:
-    """TF-IDF vectors of titles, of length one: csr[N, words]; a title without a word that tells it apart is zero.
-
-    A word of n titles out of N weighs ln(N / n) each time it occurs (Salton and Buckley 1988, "tfc"); words are runs
-    of letters and digits, upper and lower case alike.
-
-    >>> vectors = title_vectors(["Red shoe", "red hat", "shoe shoe"])
-    >>> (vectors @ vectors.T).toarray().round(3).tolist()
-    [[1.0, 0.245, 0.707], [0.245, 1.0, 0.0], [0.707, 0.0, 1.0]]
-    """
-    words = [_WORD.findall(title.casefold()) for title in titles]
-    number = {word: place for place, word in enumerate(dict.fromkeys(word for title in words for word in title))}
-    column = np.array([number[word] for title in words for word in title], dtype=np.int64)
-    row = np.repeat(np.arange(len(words)), [len(title) for title in words])
-    counts = sparse.csr_array((np.ones(len(row)), (row, column)), (len(words), len(number)))
-    titles_with = np.bincount(counts.indices, minlength=len(number))
-    weighted = sparse.csr_array(counts @ sparse.diags_array(np.log(len(words) / titles_with)))
-    length = np.sqrt(weighted.multiply(weighted).sum(axis=1))
-    return sparse.csr_array(sparse.diags_array(1 / np.where(length > 0, length, 1)) @ weighted)
 
 
 def domain_titles(split: Split, domain: str) -> sparse.csr_array:

@@ -53,9 +53,10 @@ class TransitionGraph:
         "window": Whole(low=1, high=10),
         "decay": Real(low=0.2, high=1),
         "backward": Real(low=0, high=1),
-        "second_hop": Real(low=0, high=1),
-        "text_weight": Real(low=0, high=0.5),
+        "second_hop": Real(low=0.05, high=5, log=True),
+        "text_weight": Real(low=0.01, high=1, log=True),
     }
+    """A walk of one hop, or one that reads no titles, stays so: 0 lies outside those ranges."""
 
     def __post_init__(self) -> None:
         if self.window < 1 or self.last_events < 1:
@@ -109,7 +110,7 @@ class TransitionGraphRecommender(ScoringRecommender):
         parts = ["last item"] if settings.last_events == 1 else []
         parts += ["two hops"] if settings.second_hop else []
         parts += ["titles"] if settings.text_weight else []
-        return ", ".join(["transition graph", *parts])
+        return "transition graph" + (f" ({', '.join(parts)})" if parts else "")
 
     def scores(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
         """See `ScoringRecommender.scores`. Raises ConfigError for a domain that it was not made for."""

@@ -9,22 +9,25 @@ import numpy as np
 import pytest
 
 from cprec.baselines.popularity import PopularityRecommender
-from cprec.baselines.transition_graph import TransitionGraphRecommender
+from cprec.baselines.text import TitleSimilarity
+from cprec.baselines.transition_graph import TransitionGraph, TransitionGraphRecommender
 from cprec.data.catalogue import Catalogue
 from cprec.data.interactions import Interactions
 from cprec.data.splits import Split, SplitSpec
+from cprec.errors import ConfigError
 from cprec.evaluate.metrics import ndcg, recall
 from cprec.recommender import RankingQuery, Recommender
 from cprec.schema import DomainInfo, Item
 
 
-def make_split(events: list[tuple[int, int]], domain_of_item: list[int]) -> Split:
+def make_split(events: list[tuple[int, int]], domain_of_item: list[int], titles: list[str] | None = None) -> Split:
     """All events train; (user, item) pairs in order."""
     names = ("a", "b")[: max(domain_of_item) + 1]
     size = len(domain_of_item)
     text = np.array([f"i{n}" for n in range(size)], dtype=object)
     blank = np.array([""] * size, dtype=object)
-    catalogue = Catalogue(names, np.array(domain_of_item, dtype=np.int16), text, text, blank, blank)
+    title = text if titles is None else np.array(titles, dtype=object)
+    catalogue = Catalogue(names, np.array(domain_of_item, dtype=np.int16), text, title, blank, blank)
     user = np.array([u for u, _ in events])
     log = Interactions(
         platforms=("p",),
@@ -82,11 +85,57 @@ def test_only_linked_items_are_returned_but_all_candidates_are() -> None:
     assert ranking.item_ids == ("i1", "i2", "i3") and ranking.scores[1:] == (0.0, 0.0)
 
 
-def test_popularity_keeps_ties_with_the_last() -> None:
-    split = make_split([(0, 0), (0, 0), (0, 1), (0, 2), (0, 3)], [0] * 5)
-    ranking = PopularityRecommender(split).rank([RankingQuery("q", "a", ())], 2)[0]
-    assert ranking.item_ids == ("i0", "i1", "i2", "i3")
-    assert ranking.scores == (2.0, 1.0, 1.0, 1.0)
+def scores_of(settings: TransitionGraph | TitleSimilarity, split: Split, history: list[int]) -> np.ndarray:
+    query = RankingQuery("q", "a", tuple(Item("a", f"i{item}") for item in history))
+    return settings.make(split, "a").scores("a", [query])[0]
+
+
+def test_two_hops_add_what_follows_from_the_first() -> None:
+    """0 -> 1 -> 2 in two users' logs: g(0, 1) = 1 / sqrt(1 * 2), g(1, 2) the same, so g g (0, 2) = 1 / 2."""
+    split = make_split([(0, 0), (0, 1), (1, 1), (1, 2)], [0, 0, 0])
+    one = TransitionGraph(backward=0.0)
+    link = 1 / math.sqrt(2)
+    assert scores_of(one, split, [0]) == pytest.approx([0, link, 0])
+    assert scores_of(TransitionGraph(backward=0.0, second_hop=0.4), split, [0]) == pytest.approx([0, link, 0.4 / 2])
+
+
+def test_settings_decide_the_walk() -> None:
+    """A user's log 0 1 2: within one event 0 -> 1 -> 2, and half of it back."""
+    split = make_split([(0, 0), (0, 1), (0, 2)], [0, 0, 0])
+    near = TransitionGraph(window=1, decay=0.5)
+    assert scores_of(near, split, [0]) == pytest.approx([0, 1, 0])
+    assert scores_of(near, split, [0, 1]) == pytest.approx([0.5, 0.5, 1])
+    assert scores_of(TransitionGraph(window=1, decay=0.5, last_events=1), split, [0, 1]) == pytest.approx([0.5, 0, 1])
+    assert scores_of(TransitionGraph(window=2, decay=0.5), split, [0]) == pytest.approx([0, 1, 1 / 2])
+
+
+def test_titles_reach_items_that_nobody_had() -> None:
+    """'red', in two titles of four, weighs ln 2 and all else ln 4: t(0, 3) = ln2^2 / (ln2^2 + ln4^2) = 1/5."""
+    titles = ["red shoe", "hat", "scarf", "Red glove"]
+    split = make_split([(0, 0), (0, 1)], [0] * 4, titles)
+    assert scores_of(TitleSimilarity(decay=0.5), split, [0, 1]) == pytest.approx([0.5, 1, 0, 0.5 / 5])
+    assert scores_of(TransitionGraph(text_weight=0.3), split, [0]) == pytest.approx([0.3, 1, 0, 0.3 / 5])
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        (TransitionGraph(), "transition graph"),
+        (TransitionGraph(last_events=1), "transition graph (last item)"),
+        (TransitionGraph(second_hop=0.5, text_weight=0.1), "transition graph (two hops, titles)"),
+    ],
+)
+def test_the_name_says_what_differs(settings: TransitionGraph, name: str) -> None:
+    assert settings.make(make_split([(0, 0), (0, 1)], [0, 0]), "a").name == name
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"window": 0}, "window=0"), ({"decay": 0.0}, "decay=0.0"), ({"text_weight": -1.0}, "text_weight=-1.0")],
+)
+def test_settings_that_mean_nothing_are_refused(wrong: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TransitionGraph(**wrong)
 
 
 @pytest.mark.real_data
