@@ -46,7 +46,17 @@ class BERT4Rec(SASRec):
         return ids, lengths + 1
 
 
-PUBLISHED = BERT4Rec(hidden_size=64, mask_share=0.2, last_share=0.0, dropout=0.1, learning_rate=1e-4, num_epochs=200)
+PUBLISHED = BERT4Rec(
+    hidden_size=64,
+    mask_share=0.2,
+    last_share=0.0,
+    dropout=0.1,
+    learning_rate=1e-4,
+    batch_size=256,
+    num_epochs=200,
+    anneal=0.0,
+    patience=3,
+)
 """BERT4Rec as first published: 64 dimensions, two layers and heads, a fifth of the items masked, learning rate 1e-4;
 200 passes over every row. Blocks normalise before, not after, and the vectors of items have no bias at the output."""
 

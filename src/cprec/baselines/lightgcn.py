@@ -48,7 +48,14 @@ class LightGCN(TrainedBaseline):
 
 
 PUBLISHED = LightGCN(
-    objective="bpr", num_negatives=1, num_layers=3, learning_rate=1e-3, batch_size=2048, num_epochs=200, anneal=0.0
+    objective="bpr",
+    num_negatives=1,
+    num_layers=3,
+    learning_rate=1e-3,
+    batch_size=2048,
+    num_epochs=200,
+    anneal=0.0,
+    patience=3,
 )
 """LightGCN as first published: pairs with one negative (BPR), three layers, learning rate 1e-3, batches of 2,048. It
 lacks the penalty on the vectors' squares and has 200 passes for 1,000; negatives may be items of the user."""

@@ -31,12 +31,14 @@ from cprec.data.ragged import Ragged, offsets_of
 from cprec.data.splits import Split
 from cprec.errors import ConfigError
 from cprec.evaluate.metrics import ndcg
+from cprec.progress import say
 from cprec.recommender import RankingQuery
 from cprec.schema import VALIDATION
 from cprec.text.stream import IGNORE, Batch
 from cprec.train.checkpoint import newest_intact, remove_checkpoints
 from cprec.train.loop import train
 from cprec.train.schedule import WSA
+from cprec.train.training import LOG, read_log
 
 POOL = 32
 """Batches among which windows are sorted by length: enough that a batch holds hardly any padding."""
@@ -44,6 +46,14 @@ VALIDATION_QUERIES = 4000
 """Validation queries, a seeded sample at most, that decide which weights are kept."""
 ENCODE_BATCH = 512
 """Histories encoded at once."""
+SCORES = 1 << 20
+"""Scores counted at once: as many as stay in the cache."""
+ITEM_BLOCK = 1024
+"""Items of a product on a CPU: with all of a large catalogue it takes twice as long."""
+
+
+class _Enough(Exception):
+    """Training has not become better for long enough."""
 
 
 class ItemModel(nn.Module, ABC):
@@ -106,16 +116,18 @@ class TrainedBaseline(ABC):
     """Width of the items' vectors."""
     dropout: float = 0.5
     """Share of activations left out in training."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     """Peak learning rate of AdamW (0.9, 0.95)."""
     weight_decay: float = 0.0
     """AdamW's decay of matrices."""
-    batch_size: int = 256
+    batch_size: int = 128
     """Windows of an optimizer step."""
     num_epochs: float = 30
     """Passes over the training windows."""
     anneal: float = 0.3
     """Share of the steps at the end over which the learning rate falls to zero, linearly."""
+    patience: int = 0
+    """Validations (there are 15 in a run) without a better one after which training stops; 0: it goes to the end."""
 
     SEARCH: ClassVar[Mapping[str, Choice]] = {
         "hidden_size": OneOf(values=(64, 128)),
@@ -330,10 +342,23 @@ class TrainedRecommender(ScoringRecommender):
     @torch.inference_mode()
     def score_histories(self, histories: Ragged, users: np.ndarray) -> torch.Tensor:
         """Scores of all items after histories of item numbers, of users by row of the training log: float32[Q, V]."""
+        return self._products(self._encoded(histories, users))
+
+    def _encoded(self, histories: Ragged, users: np.ndarray) -> torch.Tensor:
+        """Representations of histories: QD."""
         ids, lengths = self._settings.history(histories, len(self._items_VD))
         device = self._items_VD.device
-        hidden_QD = self._model.encode(*(torch.from_numpy(each).to(device) for each in (ids, lengths, users)))
-        return hidden_QD @ self._items_VD.T
+        return self._model.encode(*(torch.from_numpy(each).to(device) for each in (ids, lengths, users)))
+
+    def _products(self, hidden_QD: torch.Tensor, out_QV: torch.Tensor | None = None) -> torch.Tensor:
+        """Scores of all items: QV."""
+        if out_QV is None:
+            out_QV = hidden_QD.new_empty(len(hidden_QD), len(self._items_VD))
+        block = ITEM_BLOCK if out_QV.device.type == "cpu" else max(1, len(self._items_VD))
+        for start in range(0, len(self._items_VD), block):
+            items_BD = self._items_VD[start : start + block]
+            torch.mm(hidden_QD, items_BD.T, out=out_QV[:, start : start + block])
+        return out_QV
 
     def target_ranks(
         self, histories: Ragged, targets: np.ndarray, *, users: Sequence[str], exclude_seen: bool
@@ -346,18 +371,26 @@ class TrainedRecommender(ScoringRecommender):
         better = np.empty(len(targets), dtype=np.int64)
         tied = np.empty(len(targets), dtype=np.int64)
         order = np.argsort(np.minimum(histories.lengths, self._settings.max_length), kind="stable")
-        for start in range(0, len(order), ENCODE_BATCH):
-            chosen = order[start : start + ENCODE_BATCH]
-            asked = histories.take(chosen)
-            with torch.inference_mode():
-                scores_QV = self.score_histories(asked, rows[chosen])
-                target_Q1 = torch.from_numpy(targets[chosen]).to(scores_QV.device)[:, None]
-                score_Q1 = scores_QV.gather(1, target_Q1)
-                if exclude_seen:
-                    scores_QV[torch.from_numpy(asked.row_of), torch.from_numpy(asked.values)] = -torch.inf
-                    scores_QV.scatter_(1, target_Q1, score_Q1)
-                better[chosen] = (scores_QV > score_Q1).sum(1).cpu().numpy()
-                tied[chosen] = (scores_QV == score_Q1).sum(1).cpu().numpy()
+        num_items, device = len(self._items_VD), self._items_VD.device
+        num_rows = max(1, SCORES // num_items)
+        with torch.inference_mode():
+            room = torch.empty(2, min(num_rows, len(order)), num_items, device=device)  # used again and again
+            for start in range(0, len(order), ENCODE_BATCH):
+                batch = order[start : start + ENCODE_BATCH]
+                hidden_QD = self._encoded(histories.take(batch), rows[batch])
+                for hidden_CD, first in zip(hidden_QD.split(num_rows), range(0, len(batch), num_rows), strict=True):
+                    chosen = batch[first : first + num_rows]
+                    scores_CV, marks_CV = room[:, : len(chosen)]
+                    self._products(hidden_CD, scores_CV)
+                    target_C1 = torch.from_numpy(targets[chosen]).to(device)[:, None]
+                    score_C1 = scores_CV.gather(1, target_C1)
+                    if exclude_seen:
+                        asked = histories.take(chosen)
+                        scores_CV[torch.from_numpy(asked.row_of), torch.from_numpy(asked.values)] = -torch.inf
+                        scores_CV.scatter_(1, target_C1, score_C1)
+                    # Ones and zeros as floats are added up many times as fast as truth values.
+                    better[chosen] = torch.gt(scores_CV, score_C1, out=marks_CV).sum(1).cpu().numpy()
+                    tied[chosen] = torch.eq(scores_CV, score_C1, out=marks_CV).sum(1).cpu().numpy()
         return better, tied
 
 
@@ -375,7 +408,6 @@ def _trained(settings: TrainedBaseline, split: Split, domain: str, seed: int, fo
         raise ConfigError(
             f"{folder} holds a baseline of other {', '.join(changed)}: delete it or choose another folder"
         )
-    best = (known or {}).get("best", -1.0)
     seconds = (known or {}).get("seconds")
     if seconds is None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -387,16 +419,16 @@ def _trained(settings: TrainedBaseline, split: Split, domain: str, seed: int, fo
         askers = user_names(split.interactions, queries.user[chosen])
 
         def validate() -> dict[str, Any]:
-            nonlocal best
             recommender = TrainedRecommender(name, settings, model, split.catalogue, domain, users, 0.0)
             ranks = recommender.target_ranks(histories, targets, users=askers, exclude_seen=True)
             value = float(ndcg(*ranks, 10).mean())
             model.train()
-            if value > best:
-                best = value
+            earlier = _validations(folder)
+            if value > max(earlier, default=-1.0):
                 save_file(model.state_dict(), folder / "best.incomplete")
                 (folder / "best.incomplete").replace(weights)
-                _write(record, {"made_from": made_from, "best": best})
+            elif settings.patience and len(earlier) - int(np.argmax(earlier)) >= settings.patience:
+                raise _Enough
             return {"validation": {"ndcg@10": value}}
 
         stream = settings.stream(log, seed)
@@ -407,28 +439,40 @@ def _trained(settings: TrainedBaseline, split: Split, domain: str, seed: int, fo
             anneal=round(settings.anneal * stream.num_steps),
             shape="linear",
         )
-        state = train(
-            ItemLoss(model, settings.objective, settings.num_negatives, distributed.use_bf16("auto", device)),
-            stream,
-            lambda step: schedule.after(step + 1),
-            output_dir=folder,
-            num_accumulation=1,
-            weight_decay=settings.weight_decay,
-            max_grad_norm=5.0,
-            bf16=False,
-            save_steps=max(1, stream.num_steps // 4),
-            save_total_limit=1,
-            logging_steps=max(1, stream.num_steps // 100),
-            eval_steps=max(1, stream.num_steps // 15),
-            validate=validate,
-            resume_from=newest_intact(folder),
-            description=f"{domain}: training {name}",
-        )
-        seconds = round(state.seconds, 3)
-        _write(record, {"made_from": made_from, "best": best, "seconds": seconds})
+        _write(record, {"made_from": made_from})
+        try:
+            train(
+                ItemLoss(model, settings.objective, settings.num_negatives, distributed.use_bf16("auto", device)),
+                stream,
+                lambda step: schedule.after(step + 1),
+                output_dir=folder,
+                num_accumulation=1,
+                weight_decay=settings.weight_decay,
+                max_grad_norm=5.0,
+                bf16=False,
+                save_steps=max(1, stream.num_steps // 4),
+                save_total_limit=1,
+                logging_steps=max(1, stream.num_steps // 100),
+                eval_steps=max(1, stream.num_steps // 15),
+                validate=validate,
+                resume_from=newest_intact(folder),
+                description=f"{domain}: training {name}",
+            )
+        except _Enough:
+            say(f"{domain}: {name} has not become better for {settings.patience} validations")
+        last = [line for line in read_log(folder / LOG) if "loss" in line][-1]
+        seconds = round(last["tokens"] / last["tokens_per_second"], 3)
+        _write(record, {"made_from": made_from, "best": max(_validations(folder)), "seconds": seconds})
         remove_checkpoints(folder)
     model.load_state_dict(load_file(weights, device=str(device)))
     return TrainedRecommender(name, settings, model, split.catalogue, domain, users, seconds)
+
+
+def _validations(folder: Path) -> list[float]:
+    """What the validations of a run have measured so far."""
+    path = folder / LOG
+    lines = read_log(path) if path.is_file() else []
+    return [line["validation"]["ndcg@10"] for line in lines if "validation" in line]
 
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:
