@@ -3,13 +3,14 @@
 #   make test      the quick tests      make test-all   all tests (those for a GPU or real data skip without them)
 #   make test-slow     those that `make test` leaves out
 #   make lint      format, lint, types  make bench      the measurements in benchmarks/
+#   make test-oracles  our metrics against ranx, ir-measures and RecTools (installs them)
 #   make test-spark    both table engines give the same (installs PySpark; needs Java 17)
 # PYTHON=...       the Python to build .venv from (3.11 to 3.13)
 # TORCH_INDEX=...  an index beside the usual one to take PyTorch from: PyTorch's own for CPU builds (much smaller on
 #                  Linux), or the one for your CUDA version; run `make clean-venv` before.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all test-spark lint format bench setup clean-venv
+.PHONY: help demo test test-slow test-all test-oracles test-spark lint format bench setup clean-venv
 
 PYTHON ?=
 TORCH_INDEX ?=
@@ -31,8 +32,14 @@ test: $(READY)
 test-slow: $(READY)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu and not spark"
 
-test-all: $(READY)
+test-all: test-oracles
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# RecTools asks for older numpy and pandas than ours; its metrics work with these.
+test-oracles: $(READY)
+	@$(BIN)/python -c 'import ranx, ir_measures, rectools' 2>/dev/null || { echo "Installing ranx, ir-measures and RecTools." >&2; \
+	  $(PIP) --editable '.[dev,oracles]'; $(PIP) --no-deps rectools==0.19.0; }
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/unit/evaluate/test_metric_oracles.py
 
 # Spark is large, and most people do without it.
 test-spark: $(READY)
