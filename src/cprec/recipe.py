@@ -18,6 +18,7 @@ STAGE_CONFIGS = {
     "finetune": "cprec.train.finetune:FinetuneConfig",
     "evaluate": "cprec.evaluate.evaluate:EvaluateConfig",
     "anneal": "cprec.anneal:AnnealConfig",
+    "tune": "cprec.baselines.tune:TuneConfig",
     "recommend": "cprec.serve.recommend:RecommendConfig",
 }
 """Where each stage's configuration class lives: `module:class`."""

@@ -94,7 +94,12 @@ def fake_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         config,
         "STAGE_CONFIGS",
-        {**here, "recommend": f"{__name__}:FakeRecommendConfig", "anneal": f"{__name__}:FakeConfig"},
+        {
+            **here,
+            "recommend": f"{__name__}:FakeRecommendConfig",
+            "anneal": f"{__name__}:FakeConfig",
+            "tune": f"{__name__}:FakeConfig",
+        },
     )
     monkeypatch.setattr(config, "recipes", lambda: {"fake": fake, "demo": demo})
     real = settings.load_object
