@@ -129,7 +129,7 @@ VERBS = (
         "evaluate.tuned=FILE reads. Interrupted, the same command goes on with the next baseline. Needs the extra "
         "cprec[tune].",
         "cprec.baselines.tune:tune",
-        "cprec tune runs/demo/data output=runs/demo/tuned.json domains=books baselines=ItemKNN,EASE trials=10",
+        "cprec tune runs/demo/data output=runs/demo/tuned.json domains=books trials=10",
     ),
     Verb(
         "compare",
