@@ -17,6 +17,8 @@ from cprec.text.stream import IGNORE
 
 INITIAL = 0.02
 """Standard deviation of vectors before training."""
+ENCODE_POSITIONS = 4096
+"""Positions of histories that are encoded at once."""
 MASK = 1
 """How far the number of the mask lies above that of the padding."""
 
@@ -50,7 +52,15 @@ SAMPLED = SASRec(objective="sampled_softmax", num_negatives=2048)
 many."""
 
 PUBLISHED = SASRec(
-    objective="bce", num_negatives=1, hidden_size=50, num_heads=1, batch_size=128, num_epochs=200, anneal=0.0
+    objective="bce",
+    num_negatives=1,
+    hidden_size=50,
+    num_heads=1,
+    batch_size=128,
+    learning_rate=1e-3,
+    num_epochs=200,
+    anneal=0.0,
+    patience=3,
 )
 """SASRec as first published, for sparse data: binary cross-entropy against one negative, 50 dimensions, one head,
 dropout 0.5, no annealing. Negatives may be items of the user's history (there they are drawn outside it); blocks
@@ -75,15 +85,19 @@ class SelfAttention(ItemModel):
         for table in (self.item, self.position):
             nn.init.normal_(table.weight, std=INITIAL)
 
-    def hidden(self, input_ids_RT: torch.Tensor) -> torch.Tensor:
-        """What each position has read: RTD. Positions are counted from a row's last item back, as padding on the left
-        has it. A causal one needs no mask, since padding comes after what is read."""
+    def inputs(self, input_ids_RT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the first block reads, RTD, and what may be read of it, R11T. Positions are counted from a row's last
+        item back, as padding on the left has it. A causal one needs no mask, since padding comes after what is read."""
         visible_RT = input_ids_RT != self.num_items
         place_T = torch.arange(input_ids_RT.shape[1], device=input_ids_RT.device)
         position_RT = (visible_RT.sum(1, keepdim=True) - 1 - place_T).clamp(min=0)
         scale = self.item.embedding_dim**0.5  # as Kang and McAuley have it; so scores begin small and inputs do not
         hidden_RTD = self.dropout(self.item(input_ids_RT) * scale + self.position(position_RT))
-        mask_R11T = None if self.causal else visible_RT[:, None, None]
+        return hidden_RTD, None if self.causal else visible_RT[:, None, None]
+
+    def hidden(self, input_ids_RT: torch.Tensor) -> torch.Tensor:
+        """What each position has read: RTD."""
+        hidden_RTD, mask_R11T = self.inputs(input_ids_RT)
         for block in self.blocks:
             hidden_RTD = block(hidden_RTD, mask_R11T)
         normed: torch.Tensor = self.norm(hidden_RTD)
@@ -98,9 +112,21 @@ class SelfAttention(ItemModel):
         return hidden_RTD.flatten(0, 1)[at_N], targets_RT.flatten()[at_N], self.items()
 
     def encode(self, input_ids_RT: torch.Tensor, lengths_R: torch.Tensor, users_R: torch.Tensor) -> torch.Tensor:
-        """See `ItemModel.encode`: what the last event has read."""
-        rows_R = torch.arange(len(lengths_R), device=lengths_R.device)
-        return self.hidden(input_ids_RT)[rows_R, (lengths_R - 1).clamp(min=0)]
+        """See `ItemModel.encode`: what the last event has read. As many rows at once as stay in the cache."""
+        num_rows = max(1, ENCODE_POSITIONS // input_ids_RT.shape[1])
+        parts = zip(input_ids_RT.split(num_rows), (lengths_R - 1).clamp(min=0).split(num_rows), strict=True)
+        return torch.cat([self._at(ids_RT, last_R) for ids_RT, last_R in parts])
+
+    def _at(self, input_ids_RT: torch.Tensor, place_R: torch.Tensor) -> torch.Tensor:
+        """What one place of each row has read: RD."""
+        hidden_RTD, mask_R11T = self.inputs(input_ids_RT)
+        for block in self.blocks[:-1]:
+            hidden_RTD = block(hidden_RTD, mask_R11T)
+        if self.causal:
+            before_RT = torch.arange(input_ids_RT.shape[1], device=place_R.device) <= place_R[:, None]
+            mask_R11T = before_RT[:, None, None]
+        normed: torch.Tensor = self.norm(self.blocks[-1].at(hidden_RTD, place_R, mask_R11T))
+        return normed
 
     def items(self) -> torch.Tensor:
         """See `ItemModel.items`: the vectors that items have as input."""
@@ -126,7 +152,24 @@ class Block(nn.Module):
         read = F.scaled_dot_product_attention(
             query_RHTD, key_RHTD, value_RHTD, attn_mask=mask_R11T, is_causal=self.causal
         )
-        hidden_RTD = hidden_RTD + self.dropout(self.output(read.transpose(1, 2).reshape(rows, length, size)))
-        active_RTD = F.gelu(self.first(self.norm_linear(hidden_RTD)))
-        out: torch.Tensor = hidden_RTD + self.dropout(self.second(active_RTD))
+        return self._rest(hidden_RTD, read.transpose(1, 2).reshape(rows, length, size))
+
+    def at(self, hidden_RTD: torch.Tensor, place_R: torch.Tensor, mask_R11T: torch.Tensor) -> torch.Tensor:
+        """The block's output at one place of each row, which reads what the mask shows it: RD."""
+        rows, length, size = hidden_RTD.shape
+        normed_RTD, every_R = self.norm_attention(hidden_RTD), torch.arange(rows, device=place_R.device)
+        weight, bias = self.query_key_value.weight, self.query_key_value.bias
+        query_RHD1 = F.linear(normed_RTD[every_R, place_R], weight[:size], bias[:size]).view(
+            rows, self.num_heads, -1, 1
+        )
+        parts = F.linear(normed_RTD, weight[size:], bias[size:]).view(rows, length, 2, self.num_heads, -1)
+        key_RHTD, value_RHTD = parts.permute(2, 0, 3, 1, 4)
+        score_RH1T = (key_RHTD @ query_RHD1).transpose(2, 3) * query_RHD1.shape[2] ** -0.5
+        read_RH1D = score_RH1T.masked_fill(~mask_R11T, -torch.inf).softmax(-1) @ value_RHTD
+        return self._rest(hidden_RTD[every_R, place_R], read_RH1D.reshape(rows, size))
+
+    def _rest(self, hidden: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+        """What follows attention, at any positions."""
+        hidden = hidden + self.dropout(self.output(read))
+        out: torch.Tensor = hidden + self.dropout(self.second(F.gelu(self.first(self.norm_linear(hidden)))))
         return out
