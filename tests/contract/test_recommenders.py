@@ -326,6 +326,7 @@ def test_what_is_held_out_changes_nothing(name: str, setting: Setting, asked: Se
 def test_baselines_beat_chance_and_the_oracle_beats_all(made: dict[str, Recommender], setting: Setting) -> None:
     quality = {name: mean_ndcg(recommender, setting) for name, recommender in made.items()}
     assert len(setting.queries) > 300
-    for name in set(quality) - {"random", "llm", "titles"}:  # one is not trained, and titles of this world say nothing
-        assert quality[name] > quality["random"] + 0.015, name
+    hopeless = {"random", "llm", "recent popularity"}  # not trained; or fed on what little trains late in this world
+    for name in set(quality) - hopeless:
+        assert quality[name] > quality["random"] + 0.02, name
     assert quality["oracle"] > max(value for name, value in quality.items() if name != "oracle") + 0.1

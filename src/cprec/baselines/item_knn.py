@@ -27,14 +27,16 @@ class ItemKNN:
         score(j) = sum over items i of the history of decay ** age(i) * s(i, j)
         s(i, j)  = both(i, j) / (sqrt(users(i) * users(j)) + shrinkage), for the j most similar to i
 
-    Deviations: shrinkage, as is usual since; and `decay`, for histories that are sequences.
+    Deviations: shrinkage, as is usual since; and `decay`, for histories that are sequences. Defaults lie between the
+    best of 25 trials on the validation queries of Amazon Beauty (210 neighbours, shrinkage 31, decay 0.40) and of
+    MovieLens 100K (30, 2.6, 0.61).
     """
 
     neighbours: int = 100
     """Most similar items that each item keeps; those tied with the last of them are kept too."""
     shrinkage: float = 10.0
     """Added to the denominator, so that what few users had is less similar; in users."""
-    decay: float = 0.7
+    decay: float = 0.5
     """Weight of an event of the history relative to the one after it; 1 weighs all alike."""
 
     SEARCH: ClassVar[Mapping[str, Choice]] = {

@@ -29,10 +29,11 @@ class TitleSimilarity:
 
         score(j) = sum over items i of the history of decay ** age(i) * cosine(i, j), over TF-IDF of title words
 
-    The frequencies of words are those of the domain's catalogue.
+    The frequencies of words are those of the domain's catalogue. The default decay lies between the best of 25 trials
+    on the validation queries of Amazon Beauty (0.75) and of MovieLens 100K (0.97).
     """
 
-    decay: float = 0.7
+    decay: float = 0.8
     """Weight of an event of the history relative to the one after it; 1 weighs all alike."""
 
     SEARCH: ClassVar[Mapping[str, Choice]] = {"decay": Real(low=0.1, high=1)}

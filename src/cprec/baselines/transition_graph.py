@@ -77,9 +77,11 @@ class TransitionGraph:
 LAST_ITEM = TransitionGraph(last_events=1)
 """Nothing but the last event: what is left to explain once it is known. 0.0430 on Beauty as above."""
 TWO_HOPS = TransitionGraph(second_hop=0.5)
-"""Reaches items that never stood near one of the history."""
-WITH_TITLES = TransitionGraph(text_weight=0.1)
-"""Links and the likeness of titles, which also reaches items without any training event."""
+"""Reaches items that never stood near one of the history. The weight lies between the best of 25 trials on the
+validation queries of Amazon Beauty (1.8) and of MovieLens 100K (0.28)."""
+WITH_TITLES = TransitionGraph(text_weight=0.2)
+"""Links and the likeness of titles, which also reaches items without any training event. The weight lies between the
+best of 25 trials on the validation queries of Amazon Beauty (0.21) and of MovieLens 100K (0.18)."""
 
 
 class TransitionGraphRecommender(ScoringRecommender):

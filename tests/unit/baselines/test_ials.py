@@ -38,7 +38,9 @@ def one_by_one(other: np.ndarray, weights: np.ndarray, settings: IALS) -> np.nda
 
 
 @pytest.mark.parametrize("cells", [1, 500, 10**6])
-def test_rows_solve_their_normal_equations_however_they_are_batched(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_solve_their_normal_equations_however_they_are_batched(
+    cells: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ials, "CELLS", cells)
     other = np.random.default_rng(1).normal(0, 0.5, (15, 6))
     weights = random_pairs(20, 15)
