@@ -210,7 +210,10 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
 
 def _write_protocol(config: EvaluateConfig, split: Split, questions: Questions, certified: bool, path: Path) -> None:
     """What the numbers of a domain depend on, for programs: `cprec compare` refuses what differs in any of it."""
+    import hashlib
+
     dataset = json.loads((Path(config.data) / "dataset.json").read_text())
+    items = "\n".join(map(str, split.catalogue.item_id[split.catalogue.rows_of(questions.domain)]))
     protocol = {
         "domain": questions.domain,
         "split": ", ".join(f"{name} {value}" for name, value in asdict(split.spec).items() if value),
@@ -220,7 +223,7 @@ def _write_protocol(config: EvaluateConfig, split: Split, questions: Questions, 
         **{f"{name}_sha256": value for name, value in questions.sha256.items()},
         "num_candidates": config.num_candidates,
         "seen": "left out" if config.exclude_seen else "may be recommended",
-        "catalogue_sha256": split.catalogue.digest(),
+        "catalogue_sha256": hashlib.sha256(items.encode()).hexdigest(),
         "num_items": len(split.catalogue.rows_of(questions.domain)),
         "k": config.k,
         "certificate": "clean" if certified else "uncertified",
