@@ -91,7 +91,7 @@ def _protocol(folder: Path, split: Split, tie_order: str, max_queries: int) -> d
         "ties in time": f"{tie_order} order",
         "sample": f"similarity and models on at most {max_queries:,} queries a domain, drawn with seed 0",
         "seen items": "those of the whole history are left out of every ranking, whatever part of it is shown",
-        "intervals": "95 % bootstrap intervals over users; shares of NDCG are paired",
+        "intervals": "95% bootstrap intervals over users; shares of NDCG are paired",
         "data": f"dataset.json {file_sha256(folder / 'dataset.json')[:12]}",
         "code": code + (", with changes" if commit and commit["modified"] else ""),
     }

@@ -321,8 +321,8 @@ def reading(audits: Sequence[ShortcutAudit]) -> dict[str, str]:
     if model:
         about |= {
             METRIC: f"of the {model}, full catalogue without seen items",
-            "last 1": f"per cent of that {METRIC} when only the last event is shown, with 95 % interval",
-            SHUFFLED: f"per cent of that {METRIC} when histories are shuffled, with 95 % interval",
+            "last 1": f"per cent of that {METRIC} when only the last event is shown, with 95% interval",
+            SHUFFLED: f"per cent of that {METRIC} when histories are shuffled, with 95% interval",
         }
     return about
 
@@ -438,10 +438,7 @@ def _section(audit: ShortcutAudit) -> str:
             for each in audit.dependence
         ),
     ]
-    lines = "".join(
-        f'<li><b class="{finding.kind.split()[-1]}">{finding.kind}</b>: {escape(finding.text)}</li>'
-        for finding in findings(audit)
-    )
+    lines = "".join(f"<li><b>{finding.kind}</b>: {escape(finding.text)}</li>" for finding in findings(audit))
     return (
         f"<section><h2>{escape(audit.domain)}: {audit.num_queries:,} queries, {audit.num_items:,} items</h2>"
         f'<ul>{lines}</ul><div class="charts">{"".join(figures)}</div>'
