@@ -15,6 +15,9 @@ from cprec.text.stream import IGNORE, Batch
 CHUNK = 256
 """Positions whose logits exist at once. Small chunks stay in the cache (benchmarks/loss.py: 2.5x over plain logits)."""
 
+BLOCK = 1024
+"""Entries of the vocabulary in one product in fp32 on a CPU: with all of a large one it takes up to twice as long."""
+
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients chunk by chunk, the gradients already in the forward pass, where the logits are at hand.
@@ -30,22 +33,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
+        block_size = BLOCK if hidden.device.type == "cpu" and dtype == torch.float32 else max(1, len(weight))
+        blocks = [slice(start, start + block_size) for start in range(0, len(weight), block_size)]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        # All chunks share the memory of the first: fresh memory costs a CPU page faults.
+        size = min(CHUNK, len(hidden)), len(weight)
+        logits_room, share_room = hidden.new_empty(size), hidden.new_empty(size, dtype=torch.float32)
+        grad_room = share_room if dtype == torch.float32 else logits_room
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
             hidden_CD, target_C1 = hidden[rows], target_N[rows, None]
-            logits_CV = (hidden_CD @ weight.T).float()
-            correct = logits_CV.gather(1, target_C1)
-            largest = logits_CV.amax(1, keepdim=True)
-            share_CV = logits_CV.sub_(largest).exp_()
-            total = share_CV.sum(1, keepdim=True)
-            loss += (total.log() + (largest - correct)).sum()
-            share_CV.div_(total).scatter_add_(1, target_C1, correct.new_full(correct.shape, -1.0))
-            grad_logits = share_CV.to(dtype)
+            logits_CV, share_CV, grad_CV = (room[: len(hidden_CD)] for room in (logits_room, share_room, grad_room))
+            for block in blocks:
+                torch.matmul(hidden_CD, weight[block].T, out=logits_CV[:, block])
+            correct = logits_CV.gather(1, target_C1).float()
+            largest = logits_CV.amax(1, keepdim=True).float()
+            torch.softmax(logits_CV, 1, dtype=torch.float32, out=share_CV)
+            # The largest share is 1 / sum(exp(logits - largest)), at least 1 / V.
+            loss += (largest - correct - share_CV.amax(1, keepdim=True).log()).sum()
+            share_CV.scatter_add_(1, target_C1, correct.new_full(correct.shape, -1.0))
+            grad_CV.copy_(share_CV)
             if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden_CD
+                torch.mm(grad_CV, weight, out=grad_hidden[rows])
+            if grad_weight is not None and dtype == torch.float32:
+                for block in blocks:
+                    grad_weight[block].addmm_(grad_CV[:, block].T, hidden_CD)
+            elif grad_weight is not None:
+                grad_weight += grad_CV.T @ hidden_CD
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
         return loss
