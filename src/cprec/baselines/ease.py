@@ -32,12 +32,13 @@ class EASE:
     X says which user had which item in the training part. Deviation: `decay`, for histories that are sequences; the
     fit itself knows no order. It holds one matrix of items by items (those without a training event, which score 0,
     take no place in it): 4 or 8 bytes times their number squared, so 0.6 or 1.2 GB for 12,000 of them; the time to
-    make it grows with the cube.
+    make it grows with the cube. Defaults lie between the best of nine settings on the validation queries of Amazon
+    Beauty (100, decay 0.6) and of 25 trials on those of MovieLens 100K (1,470, decay 0.62).
     """
 
     regularisation: float = 200.0
     """Added to the diagonal, in users: the larger, the more users must agree."""
-    decay: float = 0.7
+    decay: float = 0.6
     """Weight of an event of the history relative to the one after it; 1 weighs all alike."""
     precision: Literal["float32", "float64"] = "float32"
     """Numbers of the matrix. float32 halves memory and time."""

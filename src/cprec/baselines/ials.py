@@ -33,14 +33,15 @@ class IALS:
 
     Users, then items are solved exactly, in turns. A query's vector is folded in: it solves the same equation for its
     history, so that histories are served that were not trained on. Deviation: `decay` weighs the events of that
-    history.
+    history. Defaults lie between the best of four trials on the validation queries of Amazon Beauty (77 factors, 0.015,
+    0.030, decay 0.91) and of three on those of MovieLens 100K (100, 0.022, 0.085, 0.64): few, so tune it for a table.
     """
 
-    factors: int = 128
+    factors: int = 96
     """Length of a vector."""
-    regularisation: float = 0.01
+    regularisation: float = 0.02
     """Weight of the squared lengths."""
-    unobserved_weight: float = 0.1
+    unobserved_weight: float = 0.05
     """Weight of all pairs, relative to those that are; 1 / alpha of Hu et al."""
     regularisation_exponent: float = 1.0
     """How the weight grows with how often a user or item occurs; 0: all alike, as Hu et al."""
@@ -48,7 +49,7 @@ class IALS:
     """Turns of users and items."""
     initial_deviation: float = 0.1
     """Standard deviation of the length of an item's first vector."""
-    decay: float = 0.7
+    decay: float = 0.8
     """Weight of an event of the history relative to the one after it; 1 weighs all alike."""
 
     SEARCH: ClassVar[Mapping[str, Choice]] = {
