@@ -124,8 +124,8 @@ VERBS = (
     Verb(
         "tune",
         "settings of the baselines by validation queries, the same budget for each",
-        "Tries settings of every baseline in every domain of a data folder (Optuna's TPE sampler), as many trials and as "
-        "much time for each, and writes those with the best NDCG@10 on validation queries to a file that "
+        "Tries settings of every baseline in every domain of a data folder (Optuna's TPE sampler), as many trials and "
+        "as much time for each, and writes those with the best NDCG@10 on validation queries to a file that "
         "evaluate.tuned=FILE reads. Interrupted, the same command goes on with the next baseline. Needs the extra "
         "cprec[tune].",
         "cprec.baselines.tune:tune",
@@ -148,6 +148,16 @@ VERBS = (
         "Recommends next items for one history on the command line, or for every history of a file.",
         "cprec.serve.recommend:recommend",
         'cprec recommend runs/demo/finetune/books/cprec-style --history "a title" "the next" --k 5',
+    ),
+    Verb(
+        "serve",
+        "a model folder to an HTTP service, with a page to try it",
+        "Answers requests for recommendations, scores and explanations over HTTP, in batches and within deadlines: "
+        "what cannot be ranked exactly in time comes from a beam or a baseline, and says so. Items can be added and "
+        "withdrawn while it runs. Listens on this machine alone unless told otherwise; / is a page to try it, /docs "
+        "describes the interface. Several model folders of one catalogue can be asked by name.",
+        "cprec.serve.serve:serve",
+        "cprec serve runs/demo/finetune/books/cprec-style port=8080",
     ),
     Verb(
         "audit",
@@ -254,6 +264,86 @@ def _call_recommend(verb: Verb, options: argparse.Namespace) -> None:
     from cprec import Recommender  # loads torch: only now that the settings are known to be right
 
     load_object(verb.function)(config, Recommender.from_pretrained(options.model))
+
+
+def _call_serve(verb: Verb, options: argparse.Namespace) -> None:
+    from cprec.settings import Settings, parse_overrides
+
+    models = [word for word in options.models if "=" not in word]
+    settings = parse_overrides(word for word in options.models if "=" in word)
+    _serve(verb, Settings({**settings, "models": models}))
+
+
+def _call_demo(verb: Verb, options: argparse.Namespace) -> None:
+    from cprec.config import find_config
+    from cprec.run import CPREC, FINETUNED
+    from cprec.settings import Settings
+
+    _call_recipe(verb, options)
+    if options.serve:
+        recipe = find_config(options.source, options.settings)
+        folder = f"{recipe.finetune.output_dir}/{recipe.prepare.target_domains[0]}"
+        models = [f"{folder}/{arm.lower().replace(' ', '-')}" for arm in (CPREC, FINETUNED)]
+        state = f"{recipe.evaluate.output_dir}/serve"
+        settings = {"models": models, "data": recipe.prepare.output_dir, "state": state}
+        _serve(next(verb for verb in VERBS if verb.name == "serve"), Settings(settings))
+
+
+def _serve(verb: Verb, settings: Any) -> None:
+    """Open the models and what stands in for them, and hand them to the service."""
+    from cprec.config import STAGE_CONFIGS
+    from cprec.settings import from_mapping, load_object
+
+    config = from_mapping(load_object(STAGE_CONFIGS["serve"]), settings)
+    config.check()
+
+    from cprec import Recommender  # loads torch: only now that the settings are known to be right
+
+    names = [folder.rstrip("/").rpartition("/")[2] for folder in config.models]
+    if len(set(names)) < len(names):
+        names = list(config.models)
+    engines = [
+        Recommender.from_pretrained(
+            folder,
+            name=name,
+            beam_width=config.beam_width,
+            max_nodes=config.max_nodes,
+            batch_size=config.max_batch,
+            cache_bytes=int(config.cache_mb * (1 << 20)),
+        )
+        for folder, name in zip(config.models, names, strict=True)
+    ]
+    digest = engines[0].catalogue.digest()
+    for folder, engine in zip(config.models, engines, strict=True):
+        if engine.catalogue.digest() != digest:
+            raise ConfigError(f"{folder} has another catalogue than {config.models[0]}: serve them by themselves")
+    load_object(verb.function)(config, engines, _stand_ins(config, digest))
+
+
+def _stand_ins(config: Any, digest: str) -> list[Any]:
+    """The baselines that answer where the model has no time; none where the data of the model is not here."""
+    from pathlib import Path
+
+    from cprec.baselines.popularity import PopularityRecommender
+    from cprec.baselines.transition_graph import TransitionGraphRecommender
+    from cprec.data.dataset import read_split
+    from cprec.progress import say
+    from cprec.provenance import read_resolved
+
+    without = "no list stands in for a model that is late; give data=FOLDER, the folder that it was made from"
+    data = config.data
+    if data is None:
+        data = read_resolved(config.models[0])["config"].get("data")
+        if data is None or not Path(data).is_dir():
+            say(f"{data} is not here: {without}")
+            return []
+    split = read_split(data)
+    if split.catalogue.digest() != digest:
+        if config.data is not None:
+            raise ConfigError(f"data={data!r} has another catalogue than {config.models[0]}: {without}")
+        say(f"{data} has another catalogue than {config.models[0]}: {without}")
+        return []
+    return [TransitionGraphRecommender(split), PopularityRecommender(split)]
 
 
 def _call_anneal(verb: Verb, options: argparse.Namespace) -> None:
@@ -403,9 +493,13 @@ def _parser() -> _Parser:
             command.add_argument("--output", dest="output_option")
             command.add_argument("--domain", nargs="+", action="extend")
             command.set_defaults(call=_bound(_call_export, verb))
+        elif verb.name == "serve":
+            command.add_argument("models", nargs="+", metavar="MODEL")
+            command.set_defaults(call=_bound(_call_serve, verb))
         elif verb.name == "demo":
             command.add_argument("settings", nargs="*", default=[], metavar="key=value")
-            command.set_defaults(call=_bound(_call_recipe, verb), source="demo")
+            command.add_argument("--serve", action="store_true")
+            command.set_defaults(call=_bound(_call_demo, verb), source="demo")
         else:
             command.add_argument("source", metavar="RECIPE_OR_YAML")
             command.add_argument("settings", nargs="*", default=[], metavar="key=value")
@@ -442,7 +536,8 @@ change, a YAML file with every setting, or the run.json of an earlier run.
 
 
 _USAGE = {
-    "demo": "cprec demo [key=value ...]",
+    "demo": "cprec demo [--serve] [key=value ...]",
+    "serve": "cprec serve MODEL ... [key=value ...]",
     "recommend": (
         'cprec recommend MODEL --history "TITLE OR ID" ... [--domain DOMAIN] [--k K]\n'
         "       cprec recommend MODEL --input FILE --output FILE [--domain DOMAIN] [--k K]"
@@ -502,8 +597,14 @@ def _verb_help(verb: Verb) -> str:
         parts += ["  RUN  the folder of a pre-training run", _settings_help("anneal", positional="run")]
     elif verb.name == "tune":
         parts += ["  DATA  a data folder that `cprec prepare` wrote", _settings_help("tune", positional="data")]
+    elif verb.name == "serve":
+        parts += [
+            "  MODEL  a model folder; several must have one catalogue",
+            _settings_help("serve", positional="models"),
+        ]
     elif verb.name in ("run", "demo"):
-        parts += [_recipes_help()] if verb.name == "run" else []
+        own = _recipes_help() if verb.name == "run" else "  --serve  when all is done, serve the models just made"
+        parts.append(own)
         parts.append(_stages_help())
     elif verb.name == "schedule":
         parts.append(_wrapped("Settings are those of cprec pretrain; cprec pretrain --help lists them."))

@@ -20,6 +20,7 @@ STAGE_CONFIGS = {
     "anneal": "cprec.anneal:AnnealConfig",
     "tune": "cprec.baselines.tune:TuneConfig",
     "recommend": "cprec.serve.recommend:RecommendConfig",
+    "serve": "cprec.serve.serve:ServeConfig",
 }
 """Where each stage's configuration class lives: `module:class`."""
 

@@ -6,6 +6,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,15 +44,35 @@ class FakeRecommendConfig:
     """Beams."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FakeServeConfig:
+    """Settings of serve."""
+
+    models: tuple[str, ...]
+    data: str | None = None
+    port: int = 8080
+    """Port."""
+
+    beam_width, max_nodes, max_batch, cache_mb = 20, 100, 8, 0
+
+    def check(self) -> None:
+        if self.port == 1:
+            raise ConfigError("port=1: not here")
+
+
 class FakeRecommender:
     """Stands for a model."""
 
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
+    def __init__(self, folder: str, name: str) -> None:
+        self.folder, self.name = folder, name
+        self.catalogue = self
+
+    def digest(self) -> str:
+        return "other" if "other" in self.folder else "same"
 
     @classmethod
-    def from_pretrained(cls, folder: str) -> FakeRecommender:
-        return cls(folder)
+    def from_pretrained(cls, folder: str, name: str = "", **_: Any) -> FakeRecommender:
+        return cls(folder, name)
 
 
 calls: list[tuple[Any, ...]] = []
@@ -99,6 +120,7 @@ def fake_stages(monkeypatch: pytest.MonkeyPatch) -> None:
             "recommend": f"{__name__}:FakeRecommendConfig",
             "anneal": f"{__name__}:FakeConfig",
             "tune": f"{__name__}:FakeConfig",
+            "serve": f"{__name__}:FakeServeConfig",
         },
     )
     monkeypatch.setattr(config, "recipes", lambda: {"fake": fake, "demo": demo})
@@ -150,6 +172,41 @@ def test_recommend_for_a_history_on_the_command_line() -> None:
 def test_recommend_for_a_file() -> None:
     assert cli.main(["recommend", "model", "--input", "in.csv", "--output", "out.parquet"]) == 0
     assert calls[0][0] == FakeRecommendConfig(model="model", input="in.csv", output="out.parquet")
+
+
+def test_serve_gets_the_models_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a/x", "a/y", "b/x", "other/z"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "run.json").write_text('{"config": {"data": "nowhere"}}')
+    ax, ay, bx, other = (f"{tmp_path}/{name}" for name in ("a/x", "a/y", "b/x", "other/z"))
+    assert cli.main(["serve", ax, f"{ay}/", "port=9"]) == 0
+    assert cli.main(["serve", ax, "port=9", bx]) == 0
+    (config, engines, baselines), (_, namesakes, _) = calls
+    assert config == FakeServeConfig(models=(ax, f"{ay}/"), port=9)
+    assert [engine.name for engine in engines] == ["x", "y"] and baselines == []
+    assert [engine.name for engine in namesakes] == [ax, bx]
+    assert "nowhere is not here: no list stands in" in capsys.readouterr().err
+    assert cli.main(["serve", ax, other]) == 2
+    assert "has another catalogue than" in capsys.readouterr().err
+    assert cli.main(["serve", ax, "port=1"]) == 2
+    assert len(calls) == 2
+
+
+def test_demo_may_end_in_a_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Any] = []
+    monkeypatch.setattr(cli, "_serve", lambda verb, settings: served.append((verb.name, dict(settings))))
+    monkeypatch.setattr(config, "find_config", lambda *_, **__: demo_recipe)
+    part = SimpleNamespace
+    demo_recipe = part(
+        finetune=part(output_dir="runs/f"),
+        prepare=part(output_dir="runs/data", target_domains=("kitchen", "books")),
+        evaluate=part(output_dir="runs"),
+    )
+    assert cli.main(["demo"]) == 0 and not served
+    assert cli.main(["demo", "--serve"]) == 0
+    models = ["runs/f/kitchen/cprec-style", "runs/f/kitchen/fine-tuning-only"]
+    assert served == [("serve", {"models": models, "data": "runs/data", "state": "runs/serve"})]
+    assert calls == [(demo_recipe,), (demo_recipe,)]
 
 
 def test_audit_gets_a_folder(tmp_path: Path) -> None:

@@ -112,9 +112,16 @@ class Catalogue:
 
     def row_of(self, domain: str, text: str) -> int | None:
         """The row of an item by id, else by title as `find_titles` knows it; None where there is neither."""
-        index = self.domain_index(domain)
-        row = self._row_of_id[index].get(text)
-        return row if row is not None else self._row_of_title[index].get(clean_title(text).casefold())
+        row = self.row_of_id(domain, text)
+        return row if row is not None else self.row_of_title(domain, text)
+
+    def row_of_id(self, domain: str, item_id: str) -> int | None:
+        """The row of an item of a domain; None where there is none."""
+        return self._row_of_id[self.domain_index(domain)].get(item_id)
+
+    def row_of_title(self, domain: str, title: str) -> int | None:
+        """The row of an item by title, as `find_titles` knows it; None where there is none."""
+        return self._row_of_title[self.domain_index(domain)].get(clean_title(title).casefold())
 
     def _look_up(self, domain: str, keys: list[str], known: dict[str, int], what: str, near: _Near) -> np.ndarray:
         missing = list(dict.fromkeys(key for key in keys if key not in known))

@@ -75,6 +75,10 @@ class PromptTree:
                     self._values[layer][row, :, :length] = value[:, :length]
         positions = torch.from_numpy(start[:, None] + np.arange(ids.shape[1])).to(self._device)
         hidden = self._forward(torch.from_numpy(ids).to(self._device), positions)
+        if self._start is not None:  # known beginnings before new ends of other lengths leave room behind all prompts
+            longest = int(lengths.max())
+            for grids in (self._keys, self._values):
+                grids.update({layer: grid[:, :, :longest].contiguous() for layer, grid in grids.items()})
         rows = torch.arange(len(prompts), device=self._device)
         self.prompt_hidden_UD = hidden[rows, torch.from_numpy(new - 1).to(self._device)]
         if cache is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -111,6 +113,8 @@ class LLMRecommender:
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._encoder = PromptEncoder(tokenizer, catalogue, max_title_tokens=max_title_tokens, template=template)
         self._tries: dict[str, Trie] = {}
+        self.withdrawn: Mapping[str, frozenset[str]] = {}
+        """Item ids by domain that histories may name and full rankings never return; see `with_items`."""
         self._context = int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
 
     @classmethod
@@ -142,13 +146,19 @@ class LLMRecommender:
         model = load_model(folder, device=device)
         return cls(model, load_tokenizer(str(folder)), Catalogue.read(folder), **settings | options)
 
-    def rank(self, queries: Sequence[RankingQuery], k: int, mode: Mode | None = None) -> list[Ranking]:
+    def rank(
+        self, queries: Sequence[RankingQuery], k: int, mode: Mode | None = None, seconds: float | None = None
+    ) -> list[Ranking]:
         """See `Recommender.rank`. Prompts of similar length share a batch. `mode` takes the place of the recommender's.
+
+        After `seconds` from the call nothing more is searched for, and each list is the best found so far, shorter than
+        `k` perhaps, with its gap. Prompts are read and candidates are scored however long it takes.
 
         Raises UnknownItemError for items that the catalogue does not have, ConfigError for queries without candidates
         in mode `generate`.
         """
         mode = mode or self.mode
+        stop_at = None if seconds is None else time.monotonic() + seconds
         if mode == "generate" and any(query.candidates is None for query in queries):
             raise ConfigError("mode='generate' ranks candidates: give each query some")
         prompts = self._prompts(queries)
@@ -169,7 +179,7 @@ class LLMRecommender:
                     elif given:
                         rankings = self._rank_candidates(tree, domain, asked)
                     else:
-                        rankings = self._rank_catalogue(tree, domain, asked, k, mode)
+                        rankings = self._rank_catalogue(tree, domain, asked, k, mode, stop_at)
                     for number, ranking in zip(batch, rankings, strict=True):
                         out[number] = ranking
         return [ranking for ranking in out if ranking is not None]
@@ -258,18 +268,73 @@ class LLMRecommender:
             def name(row: int) -> str:
                 return f"item {self.catalogue.item_id[rows[row]]!r} of {domain!r}"
 
-            self._tries[domain] = Trie.build(self._encoder.titles(rows, end=True), name)
+            trie = Trie.build(self._encoder.titles(rows, end=True), name)
+            if self.withdrawn.get(domain):
+                trie.withdraw(self._positions(domain, self.withdrawn[domain]))
+            self._tries[domain] = trie
         return self._tries[domain]
 
+    def with_items(self, catalogue: Catalogue, withdrawn: Mapping[str, frozenset[str]]) -> LLMRecommender:
+        """The same model over another catalogue of the same domains, less the items `withdrawn` (ids by domain).
+
+        What a withdrawn item adds to a history is still read; only full rankings leave it out. This recommender goes on
+        as it was, so a ranking under way is not disturbed. The two share the model and what was read of prompts; titles
+        that did not change are not tokenised again, and tries of domains that did not change are shared.
+
+        Raises ConfigError for other domains, UnknownItemError for withdrawn items that the catalogue does not have,
+        DataError for titles that cannot be ranked.
+        """
+        if catalogue.domains != self.catalogue.domains:
+            raise ConfigError(
+                f"the domains {', '.join(catalogue.domains)} are not those of this recommender, "
+                f"{', '.join(self.catalogue.domains)}: items come and go, domains stay"
+            )
+        out = copy.copy(self)
+        out.catalogue, out.withdrawn = catalogue, {domain: ids for domain, ids in withdrawn.items() if ids}
+        out._encoder = self._encoder.with_catalogue(self._tokenizer, catalogue)
+        out._tries = {}
+        for domain, trie in self._tries.items():
+            before, after = self.catalogue.rows_of(domain), catalogue.rows_of(domain)
+            if not np.array_equal(self.catalogue.item_id[before], catalogue.item_id[after]):
+                continue
+            if not self._encoder.same_titles(before, out._encoder, after):
+                continue
+            gone, was_gone = (r.withdrawn.get(domain, frozenset()) for r in (out, self))
+            out._tries[domain] = trie = copy.copy(trie)  # what changes in it is replaced, never written into
+            trie.put_back(out._positions(domain, was_gone - gone))
+            trie.withdraw(out._positions(domain, gone - was_gone))
+        for domain in self._tries:
+            out.trie(domain)
+        return out
+
+    def _positions(self, domain: str, items: frozenset[str]) -> np.ndarray:
+        """Where items stand among those of their domain."""
+        if not items:
+            return np.empty(0, dtype=np.int64)
+        positions: np.ndarray = self.catalogue.find(domain, sorted(items)) - int(self.catalogue.rows_of(domain)[0])
+        return positions
+
+    def shown(self, query: RankingQuery) -> tuple[Item, ...]:
+        """The events of a query's history that its prompt shows: the latest, as many as were trained on and fit."""
+        read = self._read_part(query)
+        fits = self._histories([query], np.array([self.catalogue.domain_index(query.domain)]))[0]
+        return read[len(read) - len(fits) :]
+
+    @property
+    def cache(self) -> PrefixCache | None:
+        """What is kept of prompts; None where `cache_bytes` is 0."""
+        return self._cache
+
     def _rank_catalogue(
-        self, tree: PromptTree, domain: str, queries: Sequence[RankingQuery], k: int, mode: Mode
+        self,
+        tree: PromptTree,
+        domain: str,
+        queries: Sequence[RankingQuery],
+        k: int,
+        mode: Mode,
+        stop_at: float | None,
     ) -> list[Ranking]:
         rows = self.catalogue.rows_of(domain)
-        first = int(rows[0])
-
-        def positions(items: frozenset[str]) -> np.ndarray:
-            return self.catalogue.find(domain, sorted(items)) - first if items else np.empty(0, dtype=np.int64)
-
         corrected = self.score == "corrected"
         beam = mode == "beam" or corrected
         found = search(
@@ -278,10 +343,10 @@ class LLMRecommender:
             k=max(k, self.beam_width) if corrected else k,
             width=max(self.beam_width if beam else FIRST_BEAM, k),
             exact=not beam,
-            excluded=[positions(query.exclude | query.uncounted) for query in queries],
-            allowed=[None if query.allow is None else positions(query.allow) for query in queries],
+            excluded=[self._positions(domain, query.exclude | query.uncounted) for query in queries],
+            allowed=[None if query.allow is None else self._positions(domain, query.allow) for query in queries],
             max_nodes=self.max_nodes if mode == "auto" and not beam else None,
-            seconds=self.seconds,
+            seconds=self.seconds if stop_at is None else max(0.0, stop_at - time.monotonic()),
             per_token=self.score == "mean",
         )
         if corrected:

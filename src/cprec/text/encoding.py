@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from cprec.data.catalogue import Catalogue, clean_title
 from cprec.data.ragged import Ragged, offsets_of
@@ -104,16 +106,48 @@ class PromptEncoder:
         parts = encode([t.line, t.next, t.head(t.mixed_scope)])
         heads = encode([t.head(domain) for domain in domains])
         tags = encode([t.tag(domain) for domain in domains])
-        pieces = [Ragged.of(parts + [[self.eos_id]] + heads + tags)]
-        for start in range(0, len(catalogue), BATCH):  # lists of Python numbers take much more room than arrays
-            rows = slice(start, start + BATCH)
-            fields = [encode([t.title(title) for title in catalogue.title[rows]])]
+        frame = Ragged.of(parts + [[self.eos_id]] + heads + tags)
+        self._set_pieces(Ragged.concatenate([frame, self._encode_items(tokenizer, np.arange(len(catalogue)))]))
+
+    def _encode_items(self, tokenizer: Any, rows: np.ndarray) -> Ragged:
+        """The title of each catalogue row, with the other fields that the template asks for."""
+        t, catalogue, most = self.template, self.catalogue, self.max_title_tokens
+        pieces = [Ragged.of([])]
+        for start in range(0, len(rows), BATCH):  # lists of Python numbers take much more room than arrays
+            mine = rows[start : start + BATCH]
+            fields = [encode_pieces(tokenizer, [t.title(title) for title in catalogue.title[mine]])]
             for name in t.item_fields[1:]:
-                fields.append(encode([t.field(clean_title(text)) for text in getattr(catalogue, name)[rows]]))
-            pieces.append(
-                Ragged.of([[i for ids in item for i in ids[:max_title_tokens]] for item in zip(*fields, strict=True)])
-            )
-        self._set_pieces(Ragged.concatenate(pieces))
+                texts = [t.field(clean_title(text)) for text in getattr(catalogue, name)[mine]]
+                fields.append(encode_pieces(tokenizer, texts))
+            pieces.append(Ragged.of([[i for ids in item for i in ids[:most]] for item in zip(*fields, strict=True)]))
+        return Ragged.concatenate(pieces)
+
+    def with_catalogue(self, tokenizer: Any, catalogue: Catalogue) -> PromptEncoder:
+        """The same for another catalogue of the same domains; items that did not change are not tokenised again."""
+        assert catalogue.domains == self.catalogue.domains
+        out = copy.copy(self)
+        out.catalogue = catalogue
+        before = [self.catalogue.arrow_ids(domain) for domain in catalogue.domains]
+        known = np.concatenate(
+            [
+                pc.fill_null(pc.index_in(catalogue.arrow_ids(domain), ids), -1).to_numpy().astype(np.int64)
+                for domain, ids in zip(catalogue.domains, before, strict=True)
+            ]
+        )
+        known[known >= 0] += offsets_of(np.array([len(ids) for ids in before]))[catalogue.domain[known >= 0]]
+        same = known >= 0
+        for name in self.template.item_fields:
+            same[same] = getattr(catalogue, name)[same] == getattr(self.catalogue, name)[known[same]]
+        new = out._encode_items(tokenizer, np.flatnonzero(~same))
+        place = np.where(same, self._titles + known, len(self._pieces) + np.cumsum(~same) - 1)
+        every = Ragged.concatenate([self._pieces, new])
+        out._set_pieces(every.take(np.concatenate([np.arange(self._titles), place])))
+        return out
+
+    def same_titles(self, rows: np.ndarray, other: PromptEncoder, other_rows: np.ndarray) -> bool:
+        """Whether rows of two catalogues have the same tokens, one by one."""
+        mine, theirs = self.titles(rows), other.titles(other_rows)
+        return np.array_equal(mine.offsets, theirs.offsets) and np.array_equal(mine.values, theirs.values)
 
     def _set_pieces(self, pieces: Ragged) -> None:
         """Number the pieces: three parts of the template and the end, then the heads, the tags and the titles."""

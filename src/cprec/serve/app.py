@@ -1,0 +1,307 @@
+"""The HTTP interface: routes, and the gate before them (token, body, time); no thought of its own."""
+
+# The annotations of the routes are read by FastAPI, which looks for names where they are defined: they are evaluated.
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from cprec import __version__
+from cprec.serve import messages as m
+from cprec.serve.service import HUNG_UP, Refused, Service
+
+log = logging.getLogger("cprec.serve")
+
+PAGE = Path(__file__).with_name("page.html")
+OPEN = frozenset({"/", "/health", "/ready"})
+"""What may be read without a token: the page, which holds no data, and whether the service is well."""
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_HISTORY_EXAMPLE = ["books-01", "Elwood Bold Merry Novel"]
+_ONE = {"history": _HISTORY_EXAMPLE, "k": 5}
+_FILTERED = {
+    "history": [{"item_id": "books-01"}, {"title": "Elwood Bold Merry Novel", "domain": "books"}],
+    "k": 3,
+    "deny": ["books-02"],
+    "mode": "exact",
+    "deadline_ms": 500,
+}
+RECOMMEND_EXAMPLES: dict[str, Any] = {
+    "one": {"summary": "One user, ids and titles mixed", "value": _ONE},
+    "filtered": {"summary": "Filters, a mode and a deadline", "value": _FILTERED},
+    "many": {"summary": "Several users", "value": {"requests": [_ONE, _FILTERED]}},
+}
+SCORE_EXAMPLES: dict[str, Any] = {
+    "score": {"value": {"history": _HISTORY_EXAMPLE, "candidates": ["books-02", "books-03"]}}
+}
+EXPLAIN_EXAMPLES: dict[str, Any] = {"explain": {"value": {"history": _HISTORY_EXAMPLE, "item_id": "books-02"}}}
+ITEM_EXAMPLES: dict[str, Any] = {
+    "new": {"value": {"items": [{"item_id": "books-new", "domain": "books", "title": "Whitby Quiet Mystery"}]}}
+}
+
+
+def make_app(
+    service: Service, *, token: str | None = None, max_body_mb: float = 4.0, body_seconds: float = 10.0
+) -> Any:
+    """The ASGI application of a service; closing it closes the service.
+
+    With `token`, all but the page and the health checks ask for it. A body larger than `max_body_mb` is refused with
+    413, one that is not there after `body_seconds` with 408.
+    """
+    from fastapi import Body, FastAPI, Query, Request, Response
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+    from starlette.exceptions import HTTPException
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.close)
+
+    problems: dict[int | str, dict[str, Any]] = {
+        401: {"model": m.Problem, "description": "The token is missing or wrong"},
+        408: {"model": m.Problem, "description": "The body took too long"},
+        413: {"model": m.Problem, "description": "The body is too large"},
+        415: {"model": m.Problem, "description": "The body is not JSON"},
+        422: {"model": m.Problem, "description": "A field is wrong, or names what is not in the catalogue"},
+        503: {"model": m.Problem, "description": "Overload, or no time: try again after `Retry-After` seconds"},
+    }
+    app = FastAPI(
+        title="CPRec",
+        version=__version__,
+        description="Next-item recommendations by a language model over the titles of a catalogue.",
+        lifespan=lifespan,
+        responses=problems,
+    )
+
+    def problem(status: int, error: str, unknown: list[str], headers: dict[str, str] | None = None) -> JSONResponse:
+        body = {"error": _sendable(error), "unknown": [_sendable(text) for text in unknown]}
+        return JSONResponse(body, status_code=status, headers=headers)
+
+    @app.exception_handler(Refused)
+    async def _refused(_: Request, error: Refused) -> JSONResponse:
+        headers = None if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+        return problem(error.status, str(error), error.unknown, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        found = [".".join(map(str, each["loc"])) + ": " + each["msg"] for each in error.errors()]
+        more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+        return problem(422, "; ".join(found[:5]) + more, [])
+
+    @app.exception_handler(HTTPException)
+    async def _http(_: Request, error: HTTPException) -> JSONResponse:
+        return problem(error.status_code, str(error.detail), [], dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def _broken(_: Request, error: Exception) -> JSONResponse:
+        return problem(500, "a mistake of the service; its log says more", [])
+
+    @app.post("/v1/recommend", response_model=m.RecommendResponse | m.RecommendResponses)
+    async def recommend(
+        request: Request,
+        body: Annotated[m.RecommendRequests | m.RecommendRequest, Body(openapi_examples=RECOMMEND_EXAMPLES)],
+    ) -> Any:
+        """The next items for one history or for several, by the deadline, and how each list was made."""
+        several = isinstance(body, m.RecommendRequests)
+        requests = body.requests if isinstance(body, m.RecommendRequests) else [body]
+        lists = await service.recommend(requests, _hung_up(request.receive))
+        return m.RecommendResponses(responses=lists) if several else lists[0]
+
+    @app.post("/v1/baselines")
+    async def baselines(
+        body: Annotated[m.RecommendRequest, Body(openapi_examples={"one": RECOMMEND_EXAMPLES["one"]})],
+    ) -> m.BaselinesResponse:
+        """What the baselines recommend for the same history; `mode`, `deadline_ms` are not read."""
+        return await service.baselines(body)
+
+    @app.post("/v1/score")
+    async def score(
+        request: Request, body: Annotated[m.ScoreRequest, Body(openapi_examples=SCORE_EXAMPLES)]
+    ) -> m.ScoreResponse:
+        """The score of each candidate after a history, in the order of the candidates."""
+        return await service.score(body, _hung_up(request.receive))
+
+    @app.post("/v1/explain")
+    async def explain(
+        request: Request, body: Annotated[m.ExplainRequest, Body(openapi_examples=EXPLAIN_EXAMPLES)]
+    ) -> m.ExplainResponse:
+        """What each event of a history, and the events of each domain together, add to the score of an item."""
+        return await service.explain(body, _hung_up(request.receive))
+
+    @app.get("/v1/items")
+    async def find_items(
+        query: Annotated[str, Query(description="words of the title, or an id", max_length=m.MAX_TEXT)] = "",
+        domain: Annotated[str | None, Query(description="by default all domains")] = None,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    ) -> m.FoundItems:
+        """Items in stock whose title has all words of the query, upper and lower case alike, or whose id it is."""
+        return await service.find(query, domain, limit)
+
+    changes: dict[int | str, dict[str, Any]] = {
+        409: {"model": m.Problem, "description": "The service has no folder for changes"},
+        507: {"model": m.Problem, "description": "The disk cannot take the change, which was not made"},
+    }
+
+    @app.put("/v1/items", responses=changes)
+    async def put_items(body: Annotated[m.NewItems, Body(openapi_examples=ITEM_EXAMPLES)]) -> m.Changed:
+        """Add items, change their text, or put back what was withdrawn: in effect and on disk with the answer."""
+        return await service.put_items(body.items)
+
+    @app.delete("/v1/items", responses=changes)
+    async def withdraw_items(
+        item_id: Annotated[list[str], Query(description="the items, each as item_id=ID", min_length=1)],
+        domain: Annotated[str | None, Query(description="by default the one that the model was made for")] = None,
+    ) -> m.Changed:
+        """Withdraw items: they are recommended no more, with the answer; histories may go on naming them."""
+        return await service.withdraw_items(domain, item_id)
+
+    @app.get("/v1/about")
+    async def about() -> m.About:
+        """The models, domains and baselines that are served."""
+        return service.about()
+
+    @app.get("/health", response_class=PlainTextResponse)
+    async def health() -> Response:
+        """200 while the engine answers; 503 once it fails every time, and a restart may help."""
+        healthy = service.is_healthy
+        return PlainTextResponse("ok\n" if healthy else "the engine fails\n", status_code=200 if healthy else 503)
+
+    @app.get("/ready", response_class=PlainTextResponse)
+    async def ready() -> Response:
+        """200 while requests are taken; 503 while the service shuts down or is not healthy."""
+        is_ready = service.is_healthy and not service.closing
+        return PlainTextResponse("ready\n" if is_ready else "not ready\n", status_code=200 if is_ready else 503)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Metrics in the text format of Prometheus."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        if not PAGE.is_file():
+            return PlainTextResponse("This installation has no page; the interface is described at /docs\n", 404)
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+
+    return Gate(app, service, token=token, max_bytes=int(max_body_mb * (1 << 20)), body_seconds=body_seconds)
+
+
+class Gate:
+    """Before every route: the token, the whole body within its limits, and the time that all takes."""
+
+    def __init__(self, app: App, service: Service, *, token: str | None, max_bytes: int, body_seconds: float) -> None:
+        self._app, self._service, self._token = app, service, token
+        self._max_bytes, self._body_seconds = max_bytes, body_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, status = time.monotonic(), HUNG_UP
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            if self._token is not None and scope["path"] not in OPEN and not self._has_token(scope):
+                await _refuse(
+                    noting, 401, "send the header Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"}
+                )
+                return
+            try:
+                body = await asyncio.wait_for(self._body(scope, receive), self._body_seconds)
+            except TimeoutError:
+                await _refuse(noting, 408, f"the body was not there after {self._body_seconds:g} s", _CLOSE)
+            except _TooLarge:
+                most = self._max_bytes / (1 << 20)
+                await _refuse(noting, 413, f"the body is larger than {most:g} MiB: send less at once", _CLOSE)
+            else:
+                if body is not None:
+                    await self._app(scope, _replayed(body, receive), noting)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self._service.metrics.request(scope["method"], route, status, time.monotonic() - began)
+
+    def _has_token(self, scope: Scope) -> bool:
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        assert self._token is not None
+        return hmac.compare_digest(given, f"Bearer {self._token}".encode())
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The whole body; None where the client hung up before."""
+        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if length.isdigit() and int(length) > self._max_bytes:
+            raise _TooLarge
+        chunks, size = [], 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
+            if size > self._max_bytes:
+                raise _TooLarge
+            if not message.get("more_body", False):
+                return b"".join(chunks)
+
+
+class _TooLarge(Exception):
+    pass
+
+
+_CLOSE = {"connection": "close"}
+"""What is left of such a body is not read."""
+
+
+async def _refuse(send: Send, status: int, error: str, headers: dict[str, str]) -> None:
+    import json
+
+    body = json.dumps({"error": error, "unknown": []}).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **headers}
+    pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": pairs})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """Gives the body once, then what else comes."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _hung_up(receive: Receive) -> Callable[[], Awaitable[None]]:
+    """Returns when the client is gone."""
+
+    async def wait() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    return wait
+
+
+def _sendable(text: str) -> str:
+    """Text that UTF-8 can say: JSON can name half a character, which it then shows escaped."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,0 +1,176 @@
+"""Micro-batching: who waits while the engine is busy is answered together, in one thread that calls the engine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from cprec.recommender import Ranking, RankingQuery
+from cprec.serve.engine import Engine
+
+
+class Overloaded(Exception):
+    """The queue is full; nothing was queued."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(f"the service is overloaded: try again in {retry_after} s")
+        self.retry_after = retry_after
+        """Seconds after which to try again."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What an engine is asked to do; jobs that ask alike share a batch."""
+
+    engine: Engine
+    domain: str
+    k: int
+    mode: str | None = None
+    """exact, auto or beam; None for candidates."""
+    deadline_ms: float = 0.0
+    """Jobs with other deadlines go by themselves: the most hurried one of a batch decides for all."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an engine said to the queries of a job."""
+
+    rankings: list[Ranking]
+    timed_out: bool
+    """The time was over when the engine answered: lists that are not proven might have been better, or longer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Queries that are answered together, by a deadline."""
+
+    ask: Ask
+    queries: Sequence[RankingQuery]
+    """Of one domain; with candidates or without."""
+    deadline: float
+    """By the clock of the batcher, in seconds."""
+    future: Future[Answer] = field(default_factory=Future)
+
+
+def is_whole(ranking: Ranking, k: int) -> bool:
+    """Whether a list has `k` items, or all that there are."""
+    return len(ranking.item_ids) >= k or ranking.certificate is None or ranking.certificate.exact
+
+
+class Batcher:
+    """A queue of bounded length before the engines.
+
+    There is no waiting for a batch to fill: the oldest job and those that ask alike go as soon as the thread is free. A
+    batch has half of the time that its oldest job has left, so that what arrives meanwhile has time too. Where that was
+    too little for whole lists, the next batches are half as large, and grow again one by one.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_batch: int,
+        max_queue: int,
+        clock: Callable[[], float] = time.monotonic,
+        observe: Callable[[int, float], None] = lambda size, seconds: None,
+    ) -> None:
+        """`max_batch` and `max_queue` count queries; `observe` gets the size and the seconds of each batch."""
+        self._clock, self._observe = clock, observe
+        self._max_batch, self._max_queue = max_batch, max_queue
+        self._limit = max_batch
+        self._jobs: deque[Job] = deque()
+        self._waiting = 0
+        self._changed = threading.Condition()
+        self._closed = False
+        self._seconds = 1.0  # of the last batch
+        self.failures = 0
+        """Calls of an engine that failed, one after the other; 0 after one that did not."""
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Queries in the queue."""
+        return self._waiting
+
+    @property
+    def limit(self) -> int:
+        """Queries that a batch may have now."""
+        return self._limit
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue jobs, all or none; cancelling a job's future takes it out again, unless it is being answered.
+
+        Raises Overloaded where the queue is full, or closed. More than it holds is taken when it is empty.
+        """
+        size = sum(len(job.queries) for job in jobs)
+        with self._changed:
+            if self._closed or (self._waiting and self._waiting + size > self._max_queue):
+                raise Overloaded(max(1, round(self._seconds * (1 + self._waiting / self._limit))))
+            self._jobs.extend(jobs)
+            self._waiting += size
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Take no more jobs, answer those that wait, and return when that is done."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (batch := self._next()) is not None:
+            if batch:
+                self._answer(batch)
+
+    def _next(self) -> list[Job] | None:
+        """The oldest job and those that ask alike, as many as fit, less those cancelled; None once closed and empty."""
+        with self._changed:
+            while not self._jobs:
+                if self._closed:
+                    return None
+                self._changed.wait()
+            batch: list[Job] = []
+            left: deque[Job] = deque()
+            size, ask = 0, self._jobs[0].ask
+            for job in self._jobs:
+                if job.ask == ask and (not batch or size + len(job.queries) <= self._limit):
+                    batch.append(job)
+                    size += len(job.queries)
+                else:
+                    left.append(job)
+            self._jobs = left
+            self._waiting -= size
+        return [job for job in batch if job.future.set_running_or_notify_cancel()]
+
+    def _answer(self, batch: list[Job]) -> None:
+        ask, queries = batch[0].ask, [query for job in batch for query in job.queries]
+        began = self._clock()
+        seconds = max(0.0, (batch[0].deadline - began) / 2)
+        try:
+            rankings = ask.engine.rank(queries, ask.k, ask.mode, seconds)
+            if len(rankings) != len(queries):
+                raise RuntimeError(f"{ask.engine.name} gave {len(rankings)} answers to {len(queries)} queries")
+        except Exception as error:
+            if len(batch) > 1:  # one of them may be to blame: the others are answered
+                for job in batch:
+                    self._answer([job])
+                return
+            self.failures += 1
+            batch[0].future.set_exception(error)
+            return
+        self.failures = 0
+        self._seconds = self._clock() - began
+        self._observe(len(queries), self._seconds)
+        timed_out = self._seconds >= seconds
+        if timed_out and not all(is_whole(ranking, ask.k) for ranking in rankings):
+            self._limit = max(1, min(self._limit, len(queries)) // 2)
+        else:
+            self._limit = min(self._max_batch, self._limit + 1)
+        at = 0
+        for job in batch:
+            job.future.set_result(Answer(rankings[at : at + len(job.queries)], timed_out))
+            at += len(job.queries)

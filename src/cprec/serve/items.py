@@ -1,0 +1,181 @@
+"""Items that came and went since the model was made: a file of changes that survives a kill at any moment.
+
+    STATE/items.log      one change a line: a checksum, a space, JSON
+
+Each checksum covers its line and the one before, so a line that was changed, lost or moved shows. A change is written
+and flushed to disk before it counts. A kill while it is written leaves a last line without an end: it never counted,
+and is cut off. Anything else that does not fit is damage, which is refused and left as it is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cprec.data.catalogue import Catalogue
+from cprec.errors import ConfigError, DataError
+
+FILE = "items.log"
+_FIRST = "cprec items 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredItem:
+    """An item that differs from the model folder's catalogue: it is new, has other text, or was withdrawn."""
+
+    domain: str
+    item_id: str
+    title: str
+    """Cleaned, not empty."""
+    brand: str = ""
+    categories: str = ""
+    withdrawn: bool = False
+    """It is in the catalogue and never recommended."""
+
+
+class ItemStore:
+    """The changes of items in a folder, which one process has to itself; None keeps none, and takes none."""
+
+    def __init__(self, folder: str | Path | None) -> None:
+        """Raises ConfigError where another process has the folder, DataError where the file is damaged."""
+        self.items: dict[tuple[str, str], StoredItem] = {}
+        """By domain and item id, as the last change left them."""
+        self._file: int | None = None
+        self._digest = _FIRST
+        self._size = 0
+        if folder is None:
+            return
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.path = Path(folder) / FILE
+        created = not self.path.exists()
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.close()
+            raise ConfigError(
+                f"state={str(folder)!r} belongs to another process that serves: give each process a folder of its own"
+            ) from None
+        if created:
+            _flush_folder(Path(folder))
+        try:
+            self._read()
+        except DataError:
+            self.close()
+            raise
+
+    @property
+    def is_open(self) -> bool:
+        """Whether changes can be stored."""
+        return self._file is not None
+
+    def append(self, changes: Sequence[StoredItem]) -> None:
+        """Store changes, all or none: they are on disk when this returns. Raises OSError where they cannot be."""
+        if self._file is None:
+            raise ConfigError("there is no folder for changes of items: start with state=FOLDER")
+        digest, lines = self._digest, []
+        for change in changes:
+            text = json.dumps(asdict(change), ensure_ascii=True, separators=(",", ":"))
+            digest = _checksum(digest, text)
+            lines.append(f"{digest} {text}\n")
+        data = "".join(lines).encode()
+        try:
+            written = 0
+            while written < len(data):
+                written += os.write(self._file, data[written:])
+            os.fsync(self._file)
+        except OSError:  # a full disk: what is there of it goes again, for it was not promised
+            os.ftruncate(self._file, self._size)
+            raise
+        self._digest = digest
+        self._size += len(data)
+        self._keep(changes)
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _keep(self, changes: Iterable[StoredItem]) -> None:
+        self.items.update({(change.domain, change.item_id): change for change in changes})
+
+    def _read(self) -> None:
+        assert self._file is not None
+        data = self.path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        for number, line in enumerate(data[:end].split(b"\n")[:-1], 1):
+            checksum, _, text = line.decode("ascii", "replace").partition(" ")
+            expected = _checksum(self._digest, text)
+            if checksum != expected:
+                raise DataError(
+                    f"{self.path}, line {number}: the checksum is {checksum[:40]!r} where it must be {expected!r}; the "
+                    "file was damaged or edited. Restore it from a copy, or move it away to begin with the model's "
+                    "items alone; it was not changed"
+                )
+            self._keep([StoredItem(**json.loads(text))])
+            self._digest = expected
+        if end < len(data):
+            os.ftruncate(self._file, end)
+            os.fsync(self._file)
+        self._size = end
+
+
+def _checksum(before: str, text: str) -> str:
+    return hashlib.sha256(f"{before} {text}".encode()).hexdigest()[:16]
+
+
+def _flush_folder(folder: Path) -> None:
+    """A new file's name is on disk only when its folder is."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def with_items(catalogue: Catalogue, items: Sequence[StoredItem]) -> Catalogue:
+    """A catalogue with new items, and with the text of those that it has replaced. The rows stay sorted."""
+    columns = {name: getattr(catalogue, name).copy() for name in ("title", "brand", "categories")}
+    new: dict[tuple[int, str], StoredItem] = {}
+    for item in items:
+        row = catalogue.row_of_id(item.domain, item.item_id)
+        if row is None:
+            new[catalogue.domain_index(item.domain), item.item_id] = item
+        else:
+            for name, column in columns.items():
+                column[row] = getattr(item, name)
+    keys = sorted(new)
+    at = np.empty(len(keys), dtype=np.int64)
+    for number, (index, item_id) in enumerate(keys):
+        rows = catalogue.rows_of(catalogue.domains[index])
+        at[number] = rows[0] + np.searchsorted(catalogue.item_id[rows], item_id)
+
+    def grown(column: np.ndarray, values: list[object]) -> np.ndarray:
+        filled = np.empty(len(values), dtype=column.dtype)
+        filled[:] = values
+        return np.insert(column, at, filled)
+
+    text = {name: grown(column, [getattr(new[key], name) for key in keys]) for name, column in columns.items()}
+    return Catalogue(
+        domains=catalogue.domains,
+        domain=grown(catalogue.domain, [index for index, _ in keys]),
+        item_id=grown(catalogue.item_id, [item_id for _, item_id in keys]),
+        **text,
+    )
+
+
+def withdrawn_of(items: Iterable[StoredItem]) -> Mapping[str, frozenset[str]]:
+    """The ids of withdrawn items, by domain."""
+    out: dict[str, set[str]] = {}
+    for item in items:
+        if item.withdrawn:
+            out.setdefault(item.domain, set()).add(item.item_id)
+    return {domain: frozenset(ids) for domain, ids in out.items()}

@@ -1,0 +1,142 @@
+"""A small catalogue, an engine whose answers are known, and a service on a loopback port."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pyarrow as pa
+import pytest
+import uvicorn
+
+from cprec.data.catalogue import Catalogue
+from cprec.recommender import Certificate, Ranking, RankingQuery
+from cprec.schema import Item
+from cprec.serve.app import make_app
+from cprec.serve.engine import CacheCounts
+from cprec.serve.service import Service
+
+BOOKS = ("Dune", "Dune Messiah", "Emma", "War & Peace", "Ulysses", "1984", "b1")
+GAMES = ("Go", "Chess", "Go deluxe", "Ludo")
+
+
+@pytest.fixture(scope="session")
+def catalogue() -> Catalogue:
+    def table(prefix: str, titles: tuple[str, ...]) -> pa.Table:
+        return pa.table({"item_id": [f"{prefix}{row}" for row in range(len(titles))], "title": titles})
+
+    return Catalogue.from_tables({"books": table("b", BOOKS), "games": table("g", GAMES)})
+
+
+class FakeEngine:
+    """Scores an item by its place in the catalogue, less a tenth of each event before: the first items are best."""
+
+    def __init__(self, catalogue: Catalogue, name: str = "fake", domain: str | None = "books") -> None:
+        self.name, self.domain, self.catalogue = name, domain, catalogue
+        self.withdrawn: Mapping[str, frozenset[str]] = {}
+        self.max_history = 3
+        self.cache: CacheCounts | None = None
+        self.proven = True
+        self.calls: list[list[RankingQuery]] = []
+        """The queries of each batch, of all engines made from this one."""
+        self.before: list[Callable[[Sequence[RankingQuery], float | None], None]] = []
+        """What happens when the engine is called: it may wait, or raise."""
+
+    def rank(
+        self, queries: Sequence[RankingQuery], k: int, mode: Any = None, seconds: float | None = None
+    ) -> list[Ranking]:
+        self.calls.append(list(queries))
+        for act in self.before:
+            act(queries, seconds)
+        out = []
+        for query in queries:
+            ids = [str(self.catalogue.item_id[row]) for row in self.catalogue.rows_of(query.domain)]
+            gone = query.exclude | self.withdrawn.get(query.domain, frozenset())
+            chosen = [
+                name
+                for name in (ids if query.candidates is None else query.candidates)
+                if query.candidates is not None or (name not in gone and (query.allow is None or name in query.allow))
+            ]
+            score = {
+                name: -float(ids.index(name)) - sum(self.weight(item) for item in query.history) for name in chosen
+            }
+            chosen.sort(key=lambda name: -score[name])
+            chosen = chosen if query.candidates is not None else chosen[:k]
+            certificate = Certificate(gap=0 if self.proven else 1, expanded=len(ids))
+            out.append(Ranking("", tuple(chosen), tuple(score[name] for name in chosen), certificate))
+        return out
+
+    def weight(self, item: Item) -> float:
+        return 0.1 * (1 + int(item.item_id[1:])) if item.item_id[1:].isdigit() else 0.0
+
+    def shown(self, query: RankingQuery) -> tuple[Item, ...]:
+        return query.history[-self.max_history :]
+
+    def with_items(self, catalogue: Catalogue, withdrawn: Mapping[str, frozenset[str]]) -> FakeEngine:
+        out = copy.copy(self)
+        out.catalogue, out.withdrawn = catalogue, withdrawn
+        return out
+
+
+class LastFirst:
+    """A baseline: the last item of the domain is the best."""
+
+    def __init__(self, catalogue: Catalogue, name: str = "last first", most: int = 100) -> None:
+        self.name, self.catalogue, self.most = name, catalogue, most
+
+    def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
+        out = []
+        for query in queries:
+            self.catalogue.find(query.domain, [i.item_id for i in query.history if i.domain == query.domain])
+            self.catalogue.find(query.domain, query.exclude)
+            ids = [str(self.catalogue.item_id[row]) for row in reversed(self.catalogue.rows_of(query.domain))]
+            kept = [i for i in ids if i not in query.exclude and (query.allow is None or i in query.allow)]
+            kept = kept[: min(k, self.most)]
+            out.append(Ranking("", tuple(kept), tuple(-float(place) for place in range(len(kept)))))
+        return out
+
+
+@pytest.fixture
+def engine(catalogue: Catalogue) -> FakeEngine:
+    return FakeEngine(catalogue)
+
+
+@contextmanager
+def running(service: Service, **options: Any) -> Iterator[httpx.Client]:
+    """A client of the service, which listens on a free loopback port meanwhile."""
+    config = uvicorn.Config(make_app(service, **options), port=0, log_config=None, lifespan="on")
+    server = uvicorn.Server(config)
+    socket = config.bind_socket()
+    socket.listen()
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
+    thread.start()
+    try:
+        with httpx.Client(
+            base_url=f"http://127.0.0.1:{socket.getsockname()[1]}", timeout=60, trust_env=False
+        ) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()
+        socket.close()
+
+
+@pytest.fixture
+def client(engine: FakeEngine) -> Iterator[httpx.Client]:
+    with running(Service([engine], [LastFirst(engine.catalogue)])) as client:
+        yield client
+
+
+@pytest.fixture
+def served() -> Callable[..., Any]:
+    """`with served(service, **options) as client`: the service on a loopback port."""
+    return running
+
+
+@pytest.fixture
+def last_first(catalogue: Catalogue) -> LastFirst:
+    return LastFirst(catalogue)
