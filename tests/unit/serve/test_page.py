@@ -6,6 +6,7 @@ CPREC_SCREENSHOTS=FOLDER keeps the pictures that `test_pictures` makes; those of
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
 import os
@@ -22,6 +23,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 import cprec
+from cprec.serve import messages
+from cprec.serve.service import Service as Serving
 
 PAGE = Path(cprec.__file__).parent / "serve" / "page.html"
 
@@ -103,6 +106,7 @@ class Service:
         return {"model": self.models[0], "models": self.models, "domains": domains, "default_domain": "kitchen"} | {
             "baselines": list(LISTS),
             "max_history": 12,
+            "version": "1",
         }
 
     def items(self, query: dict[str, str]) -> Any:
@@ -133,7 +137,8 @@ class Service:
         domains = [{"domain": name, "effect": DOMAIN_EFFECTS[name]} for name in {e["domain"]: 0 for e in events}]
         item_id = body["item_id"]
         answer = {"item_id": item_id, "title": self.titles[item_id], "score": -1.42}
-        return answer | {"events": events, "domains": domains}
+        told = {"num_events_read": len(events), "milliseconds": 30.5, "domain": body["domain"], "model": self.models[0]}
+        return answer | told | {"events": events, "domains": domains}
 
     def baselines(self, body: Any) -> Any:
         return {"lists": [{"name": name, "items": self.listed(items[: body["k"]])} for name, items in LISTS.items()]}
@@ -215,9 +220,9 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def new_page(browser: Any, service: Service) -> Iterator[Callable[..., Any]]:
     """Opens the page in a fresh browser session. In the end nothing may have broken, and nothing left the service."""
-    contexts, broken, requested = [], [], []
+    contexts, broken, requested, addresses = [], [], [], set()
 
-    def open_page(hash: str = "", **options: Any) -> Any:
+    def open_page(hash: str = "", address: str = service.address, **options: Any) -> Any:
         context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
         context.set_default_timeout(20_000)
         contexts.append(context)
@@ -225,14 +230,15 @@ def new_page(browser: Any, service: Service) -> Iterator[Callable[..., Any]]:
         page.on("pageerror", lambda error: broken.append(str(error)))
         page.on("console", lambda line: broken.append(line.text) if "Content Security" in line.text else None)
         page.on("request", lambda request: requested.append(request.url))
-        page.goto(service.address + hash)
+        addresses.add(address)
+        page.goto(address + hash)
         return page
 
     yield open_page
     for context in contexts:
         context.close()
     assert not broken
-    assert all(url.startswith((service.address, "data:")) for url in requested)
+    assert all(url.startswith((*addresses, "data:")) for url in requested)
 
 
 def texts(page: Any, selector: str) -> list[str]:
@@ -311,6 +317,7 @@ def test_a_history_is_put_together_by_keyboard(new_page: Any, service: Service) 
     assert service.bodies("recommend") == [{"history": wanted, "domain": "kitchen", "k": 10, "exclude_seen": True}]
 
 
+@pytest.mark.slow
 def test_events_move_and_go_and_the_focus_stays_near(new_page: Any) -> None:
     page = new_page(LINK)
     ranked(page)
@@ -327,6 +334,7 @@ def test_events_move_and_go_and_the_focus_stays_near(new_page: Any) -> None:
     assert events(page) == [] and page.is_hidden("#answer") and page.is_visible("#no-events")
 
 
+@pytest.mark.slow
 def test_a_late_answer_to_an_earlier_search_is_not_shown(new_page: Any, service: Service) -> None:
     page = new_page()
     page.wait_for_function("!document.getElementById('query').disabled")
@@ -339,6 +347,7 @@ def test_a_late_answer_to_an_earlier_search_is_not_shown(new_page: Any, service:
     assert texts(page, "#found-list .title") == []
 
 
+@pytest.mark.slow
 def test_an_example_is_drawn_from_several_domains_and_ranked(new_page: Any) -> None:
     page = new_page()
     page.click("#example")
@@ -348,6 +357,7 @@ def test_an_example_is_drawn_from_several_domains_and_ranked(new_page: Any) -> N
     assert set(events(page)) <= set(TITLES.values())
 
 
+@pytest.mark.slow
 def test_events_that_the_model_does_not_read_are_marked(new_page: Any) -> None:
     page = new_page("#history=" + ",".join(["books:b-01"] * 12))
     ranked(page)
@@ -385,6 +395,7 @@ def test_the_list_has_scores_mode_timing_and_the_baselines_beside_it(new_page: A
     assert page.is_hidden("#outdated")
 
 
+@pytest.mark.slow
 def test_a_stand_in_is_called_one(new_page: Any, service: Service) -> None:
     service.recommended = {
         "mode": "transition graph",
@@ -418,6 +429,7 @@ def test_why_shows_what_each_event_and_domain_did(new_page: Any, service: Servic
     assert page.locator(".why").count() == 0 and button.get_attribute("aria-expanded") == "false"
 
 
+@pytest.mark.slow
 def test_many_events_are_shown_in_two_steps(new_page: Any) -> None:
     page = new_page("#history=" + ",".join(f"kitchen:k-{number:02}" for number in range(1, 11)))
     ranked(page)
@@ -426,6 +438,7 @@ def test_many_events_are_shown_in_two_steps(new_page: Any) -> None:
     assert page.locator(".effects").first.locator("li").count() == 10
 
 
+@pytest.mark.slow
 def test_two_models_rank_the_same_history_side_by_side(new_page: Any, service: Service) -> None:
     service.models = ["CPRec-style", "fine-tuning only"]
     page = new_page(LINK)
@@ -444,6 +457,7 @@ def test_two_models_rank_the_same_history_side_by_side(new_page: Any, service: S
     assert service.bodies("explain")[0]["model"] == "fine-tuning only"
 
 
+@pytest.mark.slow
 def test_a_recommended_item_can_join_the_history(new_page: Any) -> None:
     page = new_page(LINK)
     ranked(page)
@@ -455,6 +469,7 @@ def test_a_recommended_item_can_join_the_history(new_page: Any) -> None:
 # ---- the address -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_address_holds_the_question(new_page: Any, service: Service) -> None:
     page = new_page(LINK + "&mode=beam&seen=in")
     ranked(page)
@@ -470,12 +485,14 @@ def test_the_address_holds_the_question(new_page: Any, service: Service) -> None
     assert len(service.bodies("items")) == num_searches  # the tab remembers titles
     page.evaluate("location.hash = 'domain=books&k=2&history=garden:g-03'")
     page.locator("#lists-heading", has_text="Next in books").wait_for()
+    page.locator("#events", has_text=TITLES["g-03"]).wait_for()
     assert events(page) == [TITLES["g-03"]]
 
 
 @pytest.mark.parametrize(
     "hash", ["#", "#domain=none&k=-3&mode=x&history=", "#k=1e9&history=%E0%A4%A,x", "#&&=&history"]
 )
+@pytest.mark.slow
 def test_a_broken_address_opens_the_page_all_the_same(new_page: Any, hash: str) -> None:
     page = new_page(hash)
     page.wait_for_function("!document.getElementById('query').disabled")
@@ -502,17 +519,17 @@ def test_titles_are_text_and_never_markup(new_page: Any, service: Service) -> No
 @pytest.mark.parametrize(
     "answer",
     [
-        {"error": {"message": "2 items are not known", "unknown": ["k-09", "g-01"]}},
         {"detail": {"message": "2 items are not known", "unknown": ["k-09", "g-01"]}},
         {"error": "2 items are not known", "unknown": ["k-09", "g-01"]},
         {
             "error": {
-                "message": "?",
+                "message": "2 items are not known",
                 "unknown": [{"item_id": i, "domain": d} for d, i in HISTORY if i in ("k-09", "g-01")],
             }
         },
     ],
 )
+@pytest.mark.slow
 def test_unknown_items_are_named_and_can_be_taken_out(new_page: Any, service: Service, answer: Any) -> None:
     service.failures["recommend"] = [(422, {}, answer)]
     page = new_page(LINK)
@@ -525,6 +542,7 @@ def test_unknown_items_are_named_and_can_be_taken_out(new_page: Any, service: Se
     assert len(events(page)) == 3 and page.locator(".trouble").count() == 0
 
 
+@pytest.mark.slow
 def test_what_the_service_refuses_is_said_in_its_words(new_page: Any, service: Service) -> None:
     service.failures["recommend"] = [
         (422, {}, {"detail": [{"loc": ["body", "k"], "msg": "must be at most 50"}]}),
@@ -584,6 +602,7 @@ def test_a_token_is_asked_for_kept_in_the_tab_and_forgotten(new_page: Any, servi
     page.locator("#token-dialog").wait_for()
 
 
+@pytest.mark.slow
 def test_a_service_that_cannot_be_reached_is_tried_again(new_page: Any, service: Service) -> None:
     service.failures["about"] = [(503, {}, {})]
     page = new_page()
@@ -599,6 +618,7 @@ def test_a_service_that_cannot_be_reached_is_tried_again(new_page: Any, service:
     page.locator("#found-list li").first.wait_for()
 
 
+@pytest.mark.slow
 def test_trouble_with_a_part_leaves_the_rest(new_page: Any, service: Service) -> None:
     service.models = ["CPRec-style", "fine-tuning only"]
     busy = (503, {"Retry-After": "0"}, {"error": {"message": "no time"}})
@@ -613,6 +633,7 @@ def test_trouble_with_a_part_leaves_the_rest(new_page: Any, service: Service) ->
     page.locator("#baseline-lists .ranked").first.wait_for()
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_asked_for_before_the_service_is(new_page: Any, service: Service) -> None:
     page = new_page()
     page.click("#rank")
@@ -625,6 +646,70 @@ def test_what_is_missing_is_asked_for_before_the_service_is(new_page: Any, servi
         page.click("#rank")
         assert page.is_visible("#k-hint") and page.evaluate("document.activeElement.id") == "k"
     assert service.bodies("recommend") == []
+
+
+# ---- the service itself ----------------------------------------------------------------------------------------------
+
+
+def test_the_stand_in_speaks_as_the_service_does(service: Service) -> None:
+    def fields(kind: type) -> set[str]:
+        return {each.name for each in dataclasses.fields(kind)}
+
+    ask = {"history": [{"item_id": i, "domain": d} for d, i in HISTORY], "domain": "kitchen"}
+    full = {**ask, "k": 6, "exclude_seen": True, "mode": "beam", "model": "CPRec-style"}
+    messages.RecommendRequest(**full)
+    messages.ExplainRequest(**ask, item_id="k-02", model="CPRec-style")
+    found, listed = service.items({"limit": "5"}), service.recommend(full)
+    why, beside = service.explain({**ask, "item_id": "k-02"}), service.baselines(full)
+    for answer, kind in (
+        (service.about(None), messages.About),
+        (service.about(None)["domains"][0], messages.DomainSize),
+        (found, messages.FoundItems),
+        (found["items"][0], messages.FoundItem),
+        (listed, messages.RecommendResponse),
+        (listed["items"][0], messages.ScoredItem),
+        (why, messages.ExplainResponse),
+        (why["events"][0], messages.EventEffect),
+        (why["domains"][0], messages.DomainEffect),
+        (beside, messages.BaselinesResponse),
+        (beside["lists"][0], messages.BaselineList),
+        ({"error": "", "unknown": []}, messages.Problem),
+    ):
+        assert set(answer) == fields(kind), kind
+
+
+def test_the_page_and_the_service_understand_each_other(
+    new_page: Any, served: Callable[..., Any], engine: Any, last_first: Any
+) -> None:
+    with served(Serving([engine], [last_first]), token="sesame") as client:
+        page = new_page(address=f"{client.base_url}/")
+        page.locator("#token-dialog").wait_for()
+        page.keyboard.type("sesame")
+        page.keyboard.press("Enter")
+        page.wait_for_function("!document.getElementById('query').disabled")
+        for words in ("dune mess", "lud"):
+            fill(page, words)
+            page.keyboard.press("Enter")
+        assert events(page) == ["Dune Messiah", "Ludo"]
+        page.keyboard.press("Control+Enter")
+        assert ranked(page)[:2] == ["Dune", "Emma"]
+        assert texts(page, "#lists .facts span")[:2] == ["exact", "proven"]
+        page.locator("#baseline-lists .ranked").first.wait_for()
+        assert texts(page, "#baseline-lists h3") == ["last first"]
+        page.get_by_role("button", name="Why Emma").click()
+        page.locator(".effects").nth(1).wait_for()
+        assert texts(page, ".effects .title") == ["Ludo", "Dune Messiah"]
+        page.reload()
+        assert ranked(page)[:2] == ["Dune", "Emma"]
+        page.evaluate("location.hash = 'domain=books&history=books:b0,games:none,games:g2'")
+        page.locator(".trouble", has_text="does not know").wait_for()
+        assert texts(page, ".trouble li") == ["none"]
+        page.click("text=Take them out of the history")
+        page.locator("#events", has_text="Go deluxe").wait_for()
+        assert ranked(page)[0] == "Dune Messiah" and events(page) == ["Dune", "Go deluxe"]
+        page.click("#clear")
+        page.click("#example")
+        assert ranked(page) and len(events(page)) == 5
 
 
 # ---- how it looks ----------------------------------------------------------------------------------------------------
@@ -651,6 +736,7 @@ CONTRASTS = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.slow
 def test_all_text_can_be_read_in_both_schemes(new_page: Any, service: Service, scheme: str) -> None:
     service.recommended = {"degraded": True}
     service.failures["baselines"] = [(500, {}, {"detail": "no baselines"})]
@@ -668,6 +754,7 @@ def test_all_text_can_be_read_in_both_schemes(new_page: Any, service: Service, s
 
 
 @pytest.mark.parametrize("width", [320, 390, 700, 1000])
+@pytest.mark.slow
 def test_nothing_is_wider_than_the_screen_and_fingers_find_the_buttons(
     new_page: Any, service: Service, width: int
 ) -> None:
@@ -689,6 +776,7 @@ def test_nothing_is_wider_than_the_screen_and_fingers_find_the_buttons(
     assert small == []
 
 
+@pytest.mark.slow
 def test_every_control_has_a_name_and_nothing_turns_where_motion_is_unwanted(new_page: Any) -> None:
     page = new_page(LINK, reduced_motion="reduce")
     ranked(page)
@@ -711,20 +799,36 @@ def test_pictures(new_page: Any, service: Service, tmp_path: Path) -> None:
     folder = Path(os.environ.get("CPREC_SCREENSHOTS") or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
 
-    def picture(name: str, width: int, height: int, models: int, whole: bool = True, **options: Any) -> None:
+    def picture(name: str, width: int, models: int, whole: bool = True, **options: Any) -> None:
         service.models = ["CPRec-style", "fine-tuning only"][:models]
-        page = new_page(LINK, viewport={"width": width, "height": height}, **options)
+        page = new_page(LINK.replace("k=6", "k=4"), viewport={"width": width, "height": 844}, **options)
         ranked(page)
         page.locator("#baseline-lists .ranked").first.wait_for()
         page.locator("#events", has_text=TITLES["k-01"]).wait_for()
         page.get_by_role("button", name="Why Bamboo tea strainer").first.click()
         page.locator(".effects").first.wait_for()
-        page.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
+        top = "0" if whole else "document.getElementById('results').offsetTop - 8"
+        page.evaluate(f"document.activeElement.blur(); window.scrollTo(0, {top})")
         page.mouse.move(0, 0)
         page.screenshot(path=folder / f"{name}.png", full_page=whole, animations="disabled")
 
-    picture("serve", 1180, 900, 1)
-    picture("serve-dark", 1180, 900, 1, color_scheme="dark")
-    picture("serve-two", 1280, 900, 2)
-    picture("serve-phone", 390, 844, 1)
-    picture("serve-phone-dark", 390, 844, 2, color_scheme="dark")
+    picture("serve", 1180, 1)
+    picture("serve-dark", 1180, 1, color_scheme="dark")
+    picture("serve-two", 1280, 2)
+    picture("serve-phone", 390, 1, whole=False, device_scale_factor=2, is_mobile=True, has_touch=True)
+    picture("serve-phone-dark", 390, 2, color_scheme="dark")
+
+    page = new_page(viewport={"width": 390, "height": 844}, device_scale_factor=2)
+    page.wait_for_function("!document.getElementById('query').disabled")
+    page.screenshot(path=folder / "first.png")
+    fill(page, "tea")
+    page.screenshot(path=folder / "search.png")
+    page.keyboard.press("Enter")
+    service.failures["recommend"] = [(503, {"Retry-After": "30"}, {"error": "64 requests wait already", "unknown": []})]
+    page.click("#rank")
+    page.locator(".trouble").wait_for()
+    page.screenshot(path=folder / "busy.png", full_page=True)
+    service.token = "sesame"
+    page.click("#rank")
+    page.locator("#token-dialog").wait_for()
+    page.screenshot(path=folder / "token.png")
