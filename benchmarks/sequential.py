@@ -266,7 +266,9 @@ def show_speed(title: str, runs: dict[str, list[dict[str, Any]]]) -> None:
     for program, mine in runs.items():
         targets, users = (statistics.median(rates(run)[which] for run in mine) for which in (0, 1))
         step = statistics.median(1e3 * run["seconds"] / run["steps"] for run in mine)
-        cells = ["".join(f"{ratio(mine, runs[peer], which):>11.1f}x" for peer in peers) for which in (0, 1)]
+        beside = peers if program in OURS else []
+        cells = ["".join(f"{ratio(mine, runs[peer], which):>11.1f}x" for peer in beside) for which in (0, 1)]
+        cells[0] = cells[0].ljust(12 * len(peers))
         print(f"  {program:<12}{step:>9,.0f}{targets:>12,.0f}{cells[0]}{users:>12,.0f}{cells[1]}", flush=True)
 
 
@@ -283,7 +285,7 @@ def show_quality(title: str, runs: dict[str, list[dict[str, Any]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with amazon18_games and movielens_100k")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0: only what --quality asks for")
     parser.add_argument("--seconds", type=float, default=8, help="CPU seconds of training that are timed in each run")
     parser.add_argument("--only", default=",".join(SPEED), help="data set and length, each")
     parser.add_argument("--without", default="", help="peers to leave out")
@@ -301,6 +303,9 @@ def main() -> None:
     peers = [peer for peer in PEERS if peer not in args.without.split(",")]
     python = {peer: interpreter(peer, args.peers.absolute()) for peer in peers}
     programs = [*OURS, *peers]
+    for peer in peers:
+        print(f"{peer}: {', '.join(PEERS[peer])}")
+    print("ours computes the products of training in fp32 or bf16, as named; ranking is in fp32", flush=True)
     wanted = [each.split(":") for each in args.only.split(",") if each]
     if args.quality:
         wanted += [["ml100k", "50"]]
@@ -309,7 +314,7 @@ def main() -> None:
         about = {name: write(name, args.data, folder) for name in dict.fromkeys(name for name, _ in wanted)}
         for name, length in wanted:
             settings = {**DIMENSIONS, "max_length": int(length), "seconds": args.seconds, "unseen": False}
-            if name != "ml100k":
+            if args.rounds and name != "ml100k":
                 runs: dict[str, list[dict[str, Any]]] = {program: [] for program in programs}
                 for _ in range(args.rounds):
                     for program in programs:

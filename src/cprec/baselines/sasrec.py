@@ -122,10 +122,11 @@ class SelfAttention(ItemModel):
         hidden_RTD, mask_R11T = self.inputs(input_ids_RT)
         for block in self.blocks[:-1]:
             hidden_RTD = block(hidden_RTD, mask_R11T)
-        if self.causal:
-            before_RT = torch.arange(input_ids_RT.shape[1], device=place_R.device) <= place_R[:, None]
-            mask_R11T = before_RT[:, None, None]
-        normed: torch.Tensor = self.norm(self.blocks[-1].at(hidden_RTD, place_R, mask_R11T))
+        if mask_R11T is None:  # a place reads itself and those before it
+            mask_R11T = (torch.arange(input_ids_RT.shape[1], device=place_R.device) <= place_R[:, None])[:, None, None]
+        last = self.blocks[-1]
+        assert isinstance(last, Block)
+        normed: torch.Tensor = self.norm(last.at(hidden_RTD, place_R, mask_R11T))
         return normed
 
     def items(self) -> torch.Tensor:

@@ -15,7 +15,7 @@ from cprec.baselines.bert4rec import BERT4Rec, MaskedStream
 from cprec.baselines.gru4rec import GRU4Rec
 from cprec.baselines.lightgcn import LightGCN, Smoothed
 from cprec.baselines.objectives import objective_loss
-from cprec.baselines.sasrec import MASK, SASRec
+from cprec.baselines.sasrec import MASK, SASRec, SelfAttention
 from cprec.baselines.sequential import (
     BatchStream,
     TrainedBaseline,
@@ -230,7 +230,21 @@ def test_a_kill_in_training_changes_nothing(split: Split, tmp_path: Path, monkey
     )
 
 
-def test_ranks_are_counted_as_sorting_would(split: Split) -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_history_is_encoded_as_its_last_position_is_read(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = SelfAttention(SASRec(hidden_size=16, max_length=9, num_blocks=2), NUM_ITEMS, causal=causal).eval()
+    lengths = torch.tensor([0, 1, 4, 9, 9] if causal else [1, 1, 4, 9, 9])
+    rows = torch.randint(NUM_ITEMS, (5, 9)).masked_fill(torch.arange(9) >= lengths[:, None], NUM_ITEMS)
+    expected = model.hidden(rows)[torch.arange(5), (lengths - 1).clamp(min=0)]
+    for positions in (1, 20, 4096):
+        monkeypatch.setattr("cprec.baselines.sasrec.ENCODE_POSITIONS", positions)
+        torch.testing.assert_close(model.encode(rows, lengths, torch.full((5,), -1)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_ranks_are_counted_as_sorting_would(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cprec.baselines.sequential.SCORES", 3 * NUM_ITEMS)
+    monkeypatch.setattr("cprec.baselines.sequential.ITEM_BLOCK", 5)
     recommender = replace(MODELS[0], num_epochs=1).make(split, "ring")
     histories, targets, users = asked(split)
     scores = recommender.score_histories(histories, np.full(len(histories), -1)).numpy()

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from cprec.errors import ConfigError
 from cprec.text.stream import IGNORE, TokenStream
 from cprec.train.attention import use_document_attention
-from cprec.train.loss import CHUNK, PackedLoss, as_loss, linear_cross_entropy, prepare_loss
+from cprec.train.loss import BLOCK, CHUNK, PackedLoss, as_loss, linear_cross_entropy, prepare_loss
 
 WIDTH, VOCABULARY = 16, 37
 
@@ -23,8 +23,10 @@ def problem(num: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor,
     return hidden, weight, torch.randint(VOCABULARY, (num,), generator=random)
 
 
+@pytest.mark.parametrize("block", [10, BLOCK])
 @pytest.mark.parametrize("num", [1, 7, CHUNK, 2 * CHUNK + 5])
-def test_values_and_gradients_are_those_of_torch(num: int) -> None:
+def test_values_and_gradients_are_those_of_torch(num: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cprec.train.loss.BLOCK", block)
     hidden, weight, target = problem(num)
     loss = linear_cross_entropy(hidden, weight, target, torch.float32)
     mine = torch.autograd.grad(0.25 * loss, [hidden, weight])
