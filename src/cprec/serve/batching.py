@@ -108,6 +108,9 @@ class Batcher:
         """
         size = sum(len(job.queries) for job in jobs)
         with self._changed:
+            if self._waiting + size > self._max_queue:  # those whose client has gone, or has a list, make room
+                self._jobs = deque(job for job in self._jobs if not job.future.cancelled())
+                self._waiting = sum(len(job.queries) for job in self._jobs)
             if self._closed or (self._waiting and self._waiting + size > self._max_queue):
                 raise Overloaded(max(1, round(self._seconds * (1 + self._waiting / self._limit))))
             self._jobs.extend(jobs)

@@ -223,6 +223,20 @@ def test_a_known_beginning_is_not_read_again(model: Any, teacher_forced: Score) 
         assert scores.tolist() == pytest.approx([teacher_forced(prompt, title) for title in ENDED], abs=1e-4)
 
 
+@pytest.mark.parametrize("other", [[7, 3, 9], [*range(40, 67)]])
+def test_continuations_of_known_and_new_prompts_in_one_batch(model: Any, teacher_forced: Any, other: list[int]) -> None:
+    """The known beginning (16) and the longest new end (27) are longer together than any prompt."""
+    known = list(range(2, 29))
+    cache = PrefixCache(1 << 20)
+    PromptTree(model, [np.array(known)], cache=cache)
+    prompts = [known, other, list(range(70, 97))]
+    tree = PromptTree(model, [np.array(prompt) for prompt in prompts], cache=cache)
+    title = [11, 12, EOS]
+    scores = score_candidates(tree, [Ragged.of([title])] * 3)
+    expected = [teacher_forced(prompt, title) for prompt in prompts]
+    assert np.concatenate(scores).tolist() == pytest.approx(expected, abs=1e-4)
+
+
 def test_the_cache_keeps_within_its_bytes(model: Any) -> None:
     one = PrefixCache(1 << 20)
     PromptTree(model, [np.arange(2, 30)], cache=one)

@@ -114,15 +114,37 @@ def running(service: Service, **options: Any) -> Iterator[httpx.Client]:
     socket.listen()
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
     thread.start()
-    try:
-        with httpx.Client(
-            base_url=f"http://127.0.0.1:{socket.getsockname()[1]}", timeout=60, trust_env=False
-        ) as client:
+    url = f"http://127.0.0.1:{socket.getsockname()[1]}"
+    with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
+        try:
             yield client
-    finally:
-        server.should_exit = True
-        thread.join()
-        socket.close()
+        finally:  # the client goes last: what it has asked is answered
+            server.should_exit = True
+            thread.join()
+            socket.close()
+
+
+class Held:
+    """Makes an engine busy until it is released."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.entered, self.released = threading.Semaphore(0), threading.Semaphore(0)
+        self.seconds: list[float | None] = []
+        engine.before.append(self)
+
+    def __call__(self, _: Sequence[RankingQuery], seconds: float | None) -> None:
+        self.seconds.append(seconds)
+        self.entered.release()
+        assert self.released.acquire(timeout=60)
+
+    def wait(self) -> None:
+        """Until the engine is called."""
+        assert self.entered.acquire(timeout=60)
+
+
+@pytest.fixture
+def hold() -> type[Held]:
+    return Held
 
 
 @pytest.fixture
@@ -140,3 +162,10 @@ def served() -> Callable[..., Any]:
 @pytest.fixture
 def last_first(catalogue: Catalogue) -> LastFirst:
     return LastFirst(catalogue)
+
+
+@pytest.fixture(scope="session")
+def shared(catalogue: Catalogue) -> Iterator[httpx.Client]:
+    """A service for requests that leave nothing behind."""
+    with running(Service([FakeEngine(catalogue)], [LastFirst(catalogue)])) as client:
+        yield client
