@@ -169,3 +169,9 @@ def shared(catalogue: Catalogue) -> Iterator[httpx.Client]:
     """A service for requests that leave nothing behind."""
     with running(Service([FakeEngine(catalogue)], [LastFirst(catalogue)])) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def session_service(catalogue: Catalogue) -> Callable[..., Any]:
+    """`with session_service(store) as client`: for tests that share one."""
+    return lambda store: running(Service([FakeEngine(catalogue)], [LastFirst(catalogue)], store))
