@@ -43,6 +43,7 @@ class ScoringRecommender(ABC):
                 chosen = members[start : start + BATCH]
                 asked = [queries[number] for number in chosen]
                 rows_QN = self.scores(domain, asked)
+                rows_QN = rows_QN if rows_QN.dtype.kind == "f" else rows_QN.astype(float)
                 for number, query, row_N in zip(chosen, asked, rows_QN, strict=True):
                     out[number] = self._ranking(query, row_N, k)
         return [ranking for ranking in out if ranking is not None]
@@ -61,31 +62,33 @@ class ScoringRecommender(ABC):
         """Ties with the K-th item are kept; equal scores stand by item id."""
         catalogue = self.catalogue
         first = int(catalogue.rows_of(query.domain)[0])
-        score_N = score_N.astype(float, copy=True)
 
         def positions(items: frozenset[str]) -> np.ndarray:
-            found: np.ndarray = catalogue.find(query.domain, sorted(items)) - first
+            found: np.ndarray = catalogue.find(query.domain, items) - first
             return found
 
+        barred = positions(query.exclude)
         if query.candidates is not None:
             order = catalogue.find(query.domain, query.candidates) - first
-            score_N = np.maximum(score_N, self.floor)
+            score = np.maximum(score_N[order], self.floor)
         else:
-            score_N[score_N <= self.floor] = -np.inf
-        if query.exclude:
-            score_N[positions(query.exclude)] = -np.inf
-        if query.allow is not None:
-            barred = np.ones(len(score_N), dtype=bool)
-            barred[positions(query.allow)] = False
-            score_N[barred] = -np.inf
-        if query.candidates is None:
-            counted_N = score_N
-            if query.uncounted:
-                counted_N = score_N.copy()
-                counted_N[positions(query.uncounted)] = -np.inf
+            counted_N = score_N.copy()
+            counted_N[barred] = -np.inf
+            counted_N[positions(query.uncounted)] = -np.inf
+            if query.allow is not None:
+                allowed = positions(query.allow)
+                kept, counted_N = counted_N[allowed], np.full_like(counted_N, -np.inf)
+                counted_N[allowed] = kept
             size = min(k, len(score_N))
-            order = np.flatnonzero(score_N >= np.partition(counted_N, len(counted_N) - size)[len(counted_N) - size])
-        order = order[score_N[order] > -np.inf]
-        order = order[np.lexsort((order, -score_N[order]))]
-        ids = catalogue.item_id[first + order]
-        return Ranking(query.query_id, tuple(map(str, ids)), tuple(score_N[order].tolist()))
+            bound = np.partition(counted_N, len(counted_N) - size)[len(counted_N) - size]
+            order = np.flatnonzero((score_N >= bound) & (score_N > self.floor))
+            score = score_N[order]
+        kept = score > -np.inf
+        if len(barred):
+            kept &= ~np.isin(order, barred)
+        if query.allow is not None:
+            kept &= np.isin(order, positions(query.allow))
+        order, score = order[kept], score[kept].astype(float)
+        best = np.lexsort((order, -score))
+        ids = catalogue.item_id[first + order[best]].tolist()
+        return Ranking(query.query_id, tuple(ids), tuple(score[best].tolist()))
