@@ -24,7 +24,7 @@ BLOCK = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class EASE:
-    """EASE, the linear autoencoder whose items do not explain themselves (Steck 2019, equations 4 to 8).
+    """EASE, the linear autoencoder whose items do not explain themselves (Steck 2019, equation 8).
 
         score(j) = sum over items i of the history of decay ** age(i) * B(i, j)
         B(i, j)  = -P(i, j) / P(j, j) off the diagonal, 0 on it, with P = inverse(X'X + regularisation I)

@@ -25,7 +25,7 @@ CELLS = 16_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class IALS:
-    """iALS (Hu, Koren and Volinsky 2008) with the loss and the scaling of Rendle et al. (2022, equations 1 to 6).
+    """iALS (Hu, Koren and Volinsky 2008) with the loss and the scaling of Rendle et al. (2022).
 
         sum over (u, i) that are: (1 - w_u h_i)^2  +  unobserved_weight * sum over all (u, i): (w_u h_i)^2
         + regularisation * sum over u: (items(u) + unobserved_weight * N) ** regularisation_exponent * |w_u|^2

@@ -22,7 +22,7 @@ BLOCK = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class ItemKNN:
-    """Item-based nearest neighbours by cosine (Sarwar et al. 2001; Deshpande and Karypis 2004, section 4).
+    """Item-based nearest neighbours by cosine (Sarwar et al. 2001; Deshpande and Karypis 2004).
 
         score(j) = sum over items i of the history of decay ** age(i) * s(i, j)
         s(i, j)  = both(i, j) / (sqrt(users(i) * users(j)) + shrinkage), for the j most similar to i
