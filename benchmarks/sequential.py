@@ -272,14 +272,10 @@ def show_speed(title: str, runs: dict[str, list[dict[str, Any]]]) -> None:
         print(f"  {program:<12}{step:>9,.0f}{targets:>12,.0f}{cells[0]}{users:>12,.0f}{cells[1]}", flush=True)
 
 
-def show_quality(title: str, runs: dict[str, list[dict[str, Any]]]) -> None:
-    print(f"\n{title}\n  {'':<12}{'NDCG@10':>9}{'seen out':>10}{'targets':>13}{'CPU s':>8}")
-    for program, mine in runs.items():
-        for run in mine:
-            unseen = "" if run["ndcg_unseen"] is None else f"{run['ndcg_unseen']:.4f}"
-            print(
-                f"  {program:<12}{run['ndcg']:>9.4f}{unseen:>10}{run['targets']:>13,}{run['seconds']:>8.0f}", flush=True
-            )
+def show_quality(program: str, run: dict[str, Any]) -> None:
+    """A line of the table, as soon as it is known."""
+    unseen = "" if run["ndcg_unseen"] is None else f"{run['ndcg_unseen']:.4f}"
+    print(f"  {program:<12}{run['ndcg']:>9.4f}{unseen:>10}{run['targets']:>13,}{run['seconds']:>8.0f}", flush=True)
 
 
 def main() -> None:
@@ -322,8 +318,10 @@ def main() -> None:
                 show_speed(f"{about[name]}; L={length}, {args.rounds} rounds", runs)
             if args.quality and name in FOLDERS:
                 settings |= {"seconds": args.quality, "num_warm": 0, "unseen": True}
-                found = {program: [measured(program, python, folder, name, settings)] for program in programs}
-                show_quality(f"{about[name]}; after {args.quality:.0f} CPU s of training, L={length}", found)
+                print(f"\n{about[name]}; after {args.quality:.0f} CPU s of training, L={length}")
+                print(f"  {'':<12}{'NDCG@10':>9}{'seen out':>10}{'targets':>13}{'CPU s':>8}")
+                for program in programs:
+                    show_quality(program, measured(program, python, folder, name, settings))
 
 
 if __name__ == "__main__":
