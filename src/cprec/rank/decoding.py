@@ -7,7 +7,7 @@ found leads to nothing better, and when no other prefix is left, the K titles ar
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,15 +78,17 @@ def search(
     allowed: Sequence[np.ndarray | None] | None = None,
     max_nodes: int | None = None,
     seconds: float | None = None,
+    stop: Callable[[], bool] | None = None,
     per_token: bool = False,
 ) -> list[Found]:
     """The `k` best items for each prompt of `tree`, by the log-probability of title and end of sequence.
 
     First a beam: at each depth the `width` best prefixes go on, and every title that ends is kept, so completed titles
     take no beam. With `exact` the prefixes that it left behind follow, the best first, `width` a pass, until none
-    is as good as the K-th item; or until a user has read `max_nodes` prefixes or `seconds` are over, which leaves the
-    best found and the gap. `per_token` divides a title's log-probability by its number of tokens, the end included; a
-    prefix is then bounded by its log-probability over the longest title below it.
+    is as good as the K-th item; or until a user has read `max_nodes` prefixes, `seconds` are over, or `stop()`, which
+    is asked before each pass, is true; that leaves the best found and the gap. The beam is not stopped by time: lists
+    are whole. `per_token` divides a title's log-probability by its number of tokens, the end included; a prefix is then
+    bounded by its log-probability over the longest title below it.
 
     Items with equal titles tie, and all found that tie with the K-th are returned. `excluded` and `allowed` hold item
     positions per user (None allows all); prefixes of nothing else are never entered. Raises ConfigError for a width or
@@ -94,7 +96,7 @@ def search(
     """
     if k < 1 or width < 1:
         raise ConfigError(f"k={k} and width={width} must be at least 1")
-    return _Search(tree, trie, k, excluded, allowed, max_nodes, seconds, per_token).run(width, exact)
+    return _Search(tree, trie, k, excluded, allowed, max_nodes, seconds, stop, per_token).run(width, exact)
 
 
 class _Search:
@@ -107,6 +109,7 @@ class _Search:
         allowed: Sequence[np.ndarray | None] | None,
         max_nodes: int | None,
         seconds: float | None,
+        stop: Callable[[], bool] | None,
         per_token: bool,
     ) -> None:
         self.tree, self.trie, self.k = tree, trie, k
@@ -114,7 +117,9 @@ class _Search:
         self.users = tree.num_users
         self.excluded, self.allowed = excluded, allowed
         self.max_nodes = max_nodes
-        self.stop_at = None if seconds is None else time.monotonic() + seconds
+        stop_at = None if seconds is None else time.monotonic() + seconds
+        self.timed = stop_at is not None or stop is not None
+        self.stop = lambda: (stop_at is not None and time.monotonic() > stop_at) or (stop is not None and stop())
         self.token, self.first_child = trie.on(self.device, "token"), trie.on(self.device, "first_child")
         self.reach = _Reach(trie, self.users, excluded, allowed, self.device)
         self.longest = trie.on(self.device, "longest") if per_token else None
@@ -133,7 +138,7 @@ class _Search:
         fresh = self._children(start, start.parent, self.tree.prompt_hidden_UD, start.user)
         left: list[Prefixes] = []
         while len(fresh):
-            chosen, rest = self._best(fresh, width)
+            chosen, rest = self._best(fresh, width, timed=False)
             left.append(rest)
             if not exact:
                 self._drop(rest)
@@ -207,17 +212,17 @@ class _Search:
 
     # ---- what to expand ----------------------------------------------------------------------------------------------
 
-    def _best(self, prefixes: Prefixes, number: int) -> tuple[Prefixes, Prefixes]:
-        """Each user's best `number` prefixes, as far as budgets go, and the others."""
+    def _best(self, prefixes: Prefixes, number: int, timed: bool = True) -> tuple[Prefixes, Prefixes]:
+        """Each user's best `number` prefixes, as far as budgets go (that of time if `timed`), and the others."""
         counts = torch.bincount(prefixes.user, minlength=self.users)
         widest = int(counts.max())
         wanted = torch.full_like(counts, number)
         if self.max_nodes is not None:
             wanted = torch.minimum(wanted, (self.max_nodes - self.expanded).clamp(min=0))
-        if self.stop_at is not None and time.monotonic() > self.stop_at:
+        if timed and self.timed and self.stop():
             wanted = torch.zeros_like(wanted)
         chosen = torch.zeros(len(prefixes), dtype=torch.bool, device=self.device)
-        if widest > number or self.max_nodes is not None or self.stop_at is not None:
+        if widest > number or self.max_nodes is not None or self.timed:
             column = torch.arange(len(prefixes), device=self.device) - (counts.cumsum(0) - counts)[prefixes.user]
             grid = torch.full((self.users, widest), -torch.inf, dtype=torch.float64, device=self.device)
             grid[prefixes.user, column] = prefixes.bound

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -89,7 +88,7 @@ class LLMRecommender:
         cache_bytes: int = 0,
         bf16: bool = False,
     ) -> None:
-        """`seconds` limits how long a batch of `batch_size` queries searches for more, in every mode."""
+        """`seconds` limits how long a batch of `batch_size` queries searches for more than a beam has found."""
         if mode in ("exact", "generate") and score == "corrected":
             raise ConfigError(
                 f"score='corrected' with mode={mode!r}: a corrected score may rise along a title, so no prefix bounds "
@@ -147,18 +146,21 @@ class LLMRecommender:
         return cls(model, load_tokenizer(str(folder)), Catalogue.read(folder), **settings | options)
 
     def rank(
-        self, queries: Sequence[RankingQuery], k: int, mode: Mode | None = None, seconds: float | None = None
+        self,
+        queries: Sequence[RankingQuery],
+        k: int,
+        mode: Mode | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> list[Ranking]:
         """See `Recommender.rank`. Prompts of similar length share a batch. `mode` takes the place of the recommender's.
 
-        After `seconds` from the call nothing more is searched for, and each list is the best found so far, shorter than
-        `k` perhaps, with its gap. Prompts are read and candidates are scored however long it takes.
+        Once `stop()` is true, no more is searched for than a beam has found, and lists that are not proven have their
+        gap. Reading prompts, the beam and scoring candidates take the time that they take.
 
         Raises UnknownItemError for items that the catalogue does not have, ConfigError for queries without candidates
         in mode `generate`.
         """
         mode = mode or self.mode
-        stop_at = None if seconds is None else time.monotonic() + seconds
         if mode == "generate" and any(query.candidates is None for query in queries):
             raise ConfigError("mode='generate' ranks candidates: give each query some")
         prompts = self._prompts(queries)
@@ -179,7 +181,7 @@ class LLMRecommender:
                     elif given:
                         rankings = self._rank_candidates(tree, domain, asked)
                     else:
-                        rankings = self._rank_catalogue(tree, domain, asked, k, mode, stop_at)
+                        rankings = self._rank_catalogue(tree, domain, asked, k, mode, stop)
                     for number, ranking in zip(batch, rankings, strict=True):
                         out[number] = ranking
         return [ranking for ranking in out if ranking is not None]
@@ -332,7 +334,7 @@ class LLMRecommender:
         queries: Sequence[RankingQuery],
         k: int,
         mode: Mode,
-        stop_at: float | None,
+        stop: Callable[[], bool] | None,
     ) -> list[Ranking]:
         rows = self.catalogue.rows_of(domain)
         corrected = self.score == "corrected"
@@ -346,7 +348,8 @@ class LLMRecommender:
             excluded=[self._positions(domain, query.exclude | query.uncounted) for query in queries],
             allowed=[None if query.allow is None else self._positions(domain, query.allow) for query in queries],
             max_nodes=self.max_nodes if mode == "auto" and not beam else None,
-            seconds=self.seconds if stop_at is None else max(0.0, stop_at - time.monotonic()),
+            seconds=self.seconds,
+            stop=stop,
             per_token=self.score == "mean",
         )
         if corrected:

@@ -40,8 +40,8 @@ class Answer:
     """What an engine said to the queries of a job."""
 
     rankings: list[Ranking]
-    timed_out: bool
-    """The time was over when the engine answered: lists that are not proven might have been better, or longer."""
+    stopped: bool
+    """The engine was told to stop: with more time, lists that are not proven might have been better."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,25 +62,27 @@ def is_whole(ranking: Ranking, k: int) -> bool:
 
 
 class Batcher:
-    """A queue of bounded length before the engines.
+    """A queue before the engines that is never longer than what can be answered in time.
 
-    There is no waiting for a batch to fill: the oldest job and those that ask alike go as soon as the thread is free. A
-    batch has half of the time that its oldest job has left, so that what arrives meanwhile has time too. Where that was
-    too little for whole lists, the next batches are half as large, and grow again one by one.
+    There is no waiting for a batch to fill: the oldest job and those that ask alike go as soon as the thread is free.
+    The queue takes no more than one batch, which should take `max_seconds`, half a deadline, at most: who comes as a
+    batch begins waits for it, goes with the next, and is in time. So lists are searched on for two thirds of the time
+    that the oldest job has left, or for one third where others wait. After a full batch that took longer, batches and
+    the queue are smaller by a quarter, down to an eighth; after other batches they are larger by one query.
     """
 
     def __init__(
         self,
         *,
         max_batch: int,
-        max_queue: int,
+        max_seconds: float,
         clock: Callable[[], float] = time.monotonic,
         observe: Callable[[int, float], None] = lambda size, seconds: None,
     ) -> None:
-        """`max_batch` and `max_queue` count queries; `observe` gets the size and the seconds of each batch."""
+        """`max_batch` is in queries; `observe` gets the size and the seconds of each batch."""
         self._clock, self._observe = clock, observe
-        self._max_batch, self._max_queue = max_batch, max_queue
-        self._limit = max_batch
+        self._max_batch = self._limit = max_batch
+        self._max_seconds = max_seconds
         self._jobs: deque[Job] = deque()
         self._waiting = 0
         self._changed = threading.Condition()
@@ -98,7 +100,7 @@ class Batcher:
 
     @property
     def limit(self) -> int:
-        """Queries that a batch may have now."""
+        """Queries that a batch, and the queue, may have now."""
         return self._limit
 
     def submit(self, jobs: Sequence[Job]) -> None:
@@ -108,11 +110,11 @@ class Batcher:
         """
         size = sum(len(job.queries) for job in jobs)
         with self._changed:
-            if self._waiting + size > self._max_queue:  # those whose client has gone, or has a list, make room
+            if self._waiting + size > self._limit:  # those whose client has gone, or has a list, make room
                 self._jobs = deque(job for job in self._jobs if not job.future.cancelled())
                 self._waiting = sum(len(job.queries) for job in self._jobs)
-            if self._closed or (self._waiting and self._waiting + size > self._max_queue):
-                raise Overloaded(max(1, round(self._seconds * (1 + self._waiting / self._limit))))
+            if self._closed or (self._waiting and self._waiting + size > self._limit):
+                raise Overloaded(max(1, round(2 * self._seconds)))
             self._jobs.extend(jobs)
             self._waiting += size
             self._changed.notify()
@@ -152,9 +154,17 @@ class Batcher:
     def _answer(self, batch: list[Job]) -> None:
         ask, queries = batch[0].ask, [query for job in batch for query in job.queries]
         began = self._clock()
-        seconds = max(0.0, (batch[0].deadline - began) / 2)
+        third = max(0.0, (batch[0].deadline - began) / 3)
+        stopped = False
+
+        def stop() -> bool:
+            nonlocal stopped
+            spent = self._clock() - began
+            stopped = stopped or spent >= 2 * third or (spent >= third and self._waiting > 0)
+            return stopped
+
         try:
-            rankings = ask.engine.rank(queries, ask.k, ask.mode, seconds)
+            rankings = ask.engine.rank(queries, ask.k, ask.mode, stop)
             if len(rankings) != len(queries):
                 raise RuntimeError(f"{ask.engine.name} gave {len(rankings)} answers to {len(queries)} queries")
         except Exception as error:
@@ -168,12 +178,11 @@ class Batcher:
         self.failures = 0
         self._seconds = self._clock() - began
         self._observe(len(queries), self._seconds)
-        timed_out = self._seconds >= seconds
-        if timed_out and not all(is_whole(ranking, ask.k) for ranking in rankings):
-            self._limit = max(1, min(self._limit, len(queries)) // 2)
+        if ask.mode is not None and self._seconds > self._max_seconds and len(queries) >= self._limit:
+            self._limit = max(1, self._max_batch // 8, 3 * self._limit // 4)
         else:
             self._limit = min(self._max_batch, self._limit + 1)
         at = 0
         for job in batch:
-            job.future.set_result(Answer(rankings[at : at + len(job.queries)], timed_out))
+            job.future.set_result(Answer(rankings[at : at + len(job.queries)], stopped))
             at += len(job.queries)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from cprec.data.catalogue import Catalogue
@@ -56,9 +56,13 @@ class Engine(Protocol):
         ...
 
     def rank(
-        self, queries: Sequence[RankingQuery], k: int, mode: Any = None, seconds: float | None = None
+        self,
+        queries: Sequence[RankingQuery],
+        k: int,
+        mode: Any = None,
+        stop: Callable[[], bool] | None = None,
     ) -> list[Ranking]:
-        """As `Recommender.rank`, in mode exact, auto or beam; the best found when `seconds` are over, with its gap."""
+        """As `Recommender.rank`, in mode exact, auto or beam. Once `stop()` is true, the best found, with its gap."""
         ...
 
     def shown(self, query: RankingQuery) -> tuple[Item, ...]:

@@ -43,9 +43,8 @@ class ServeConfig:
     """Milliseconds until a list must be there where the request does not say; what is not exact by then comes from
     a beam, or from a baseline, and says so."""
     max_batch: int = 32
-    """Users that the model answers together at most."""
-    max_queue: int = 64
-    """Users that may wait; others get 503 and a time to come back."""
+    """Users that the model answers together at most, and that may wait; fewer where that many take longer than half of
+    the deadline. Others get 503 and a time to come back."""
     cache_mb: float = 256.0
     """Memory for what was read of prompts, in MiB, for users who come back; 0 keeps nothing. Each model has its own."""
     beam_width: int = 20
@@ -60,7 +59,7 @@ class ServeConfig:
             raise ConfigError("models is empty: give at least one model folder")
         if not 0 <= self.port < 1 << 16:
             raise ConfigError(f"port={self.port} must lie from 0 to 65535")
-        for name in ("deadline_ms", "max_batch", "max_queue", "beam_width", "max_nodes", "max_body_mb"):
+        for name in ("deadline_ms", "max_batch", "beam_width", "max_nodes", "max_body_mb"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
         if self.cache_mb < 0:
@@ -107,7 +106,6 @@ def serve(config: ServeConfig, engines: Sequence[Engine], baselines: Sequence[Ba
             ItemStore(config.state),
             deadline_ms=config.deadline_ms,
             max_batch=config.max_batch,
-            max_queue=config.max_queue,
         )
         app = make_app(service, token=config.token, max_body_mb=config.max_body_mb)
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -82,7 +82,6 @@ class Service:
         *,
         deadline_ms: float = 1000.0,
         max_batch: int = 32,
-        max_queue: int = 64,
         metrics: Metrics | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -106,9 +105,13 @@ class Service:
         for engine in self._engines.values():  # builds what is built once, before anybody waits for it
             for domain in engine.catalogue.domains:
                 engine.rank([RankingQuery(query_id="", domain=domain, history=())], 1, "beam")
-        self._batcher = Batcher(max_batch=max_batch, max_queue=max_queue, clock=clock, observe=self.metrics.batch)
+        self._batcher = Batcher(
+            max_batch=max_batch, max_seconds=deadline_ms / 2000, clock=clock, observe=self.metrics.batch
+        )
         self.metrics.gauge("cprec_queue_queries", "Queries that wait for an engine", lambda: self._batcher.waiting)
-        self.metrics.gauge("cprec_batch_limit", "Queries that a batch may have now", lambda: self._batcher.limit)
+        self.metrics.gauge(
+            "cprec_batch_limit", "Queries that a batch, and the queue, may have now", lambda: self._batcher.limit
+        )
         caches = [engine.cache for engine in engines if engine.cache is not None]
         for name, about, field in (
             ("cprec_cache_bytes", "Memory of kept prompts", "num_bytes"),
@@ -182,7 +185,7 @@ class Service:
         except Exception as error:
             self._failed(error)
         else:
-            ranking, late = answer.rankings[0], answer.timed_out
+            ranking, late = answer.rankings[0], answer.stopped
         if ranking is not None:
             proven = ranking.certificate is not None and ranking.certificate.exact
             if proven or is_whole(ranking, k) or (ranking.item_ids and not self._baselines):

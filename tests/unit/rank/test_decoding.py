@@ -157,7 +157,10 @@ def test_a_budget_gives_the_best_so_far_and_the_gap(model: Any) -> None:
                 assert found.items.tolist() == best.items.tolist()
             else:
                 assert found.gap > 0 and best.scores[2] <= max(found.bound, found.kth) + 1e-4
-    assert all(not found.expanded for found in search(model, PROMPTS, k=3, seconds=0.0))
+    beam = search(model, PROMPTS, k=3, width=4, exact=False)
+    for limit in ({"seconds": 0.0}, {"stop": lambda: True}):
+        stopped = search(model, PROMPTS, k=3, width=4, **limit)
+        assert [found.items.tolist() for found in stopped] == [found.items.tolist() for found in beam]
 
 
 def test_only_allowed_items_are_found(model: Any, teacher_forced: Score) -> None:

@@ -43,15 +43,15 @@ class FakeEngine:
         self.proven = True
         self.calls: list[list[RankingQuery]] = []
         """The queries of each batch, of all engines made from this one."""
-        self.before: list[Callable[[Sequence[RankingQuery], float | None], None]] = []
+        self.before: list[Callable[[Sequence[RankingQuery], Callable[[], bool] | None], None]] = []
         """What happens when the engine is called: it may wait, or raise."""
 
     def rank(
-        self, queries: Sequence[RankingQuery], k: int, mode: Any = None, seconds: float | None = None
+        self, queries: Sequence[RankingQuery], k: int, mode: Any = None, stop: Callable[[], bool] | None = None
     ) -> list[Ranking]:
         self.calls.append(list(queries))
         for act in self.before:
-            act(queries, seconds)
+            act(queries, stop)
         out = []
         for query in queries:
             ids = [str(self.catalogue.item_id[row]) for row in self.catalogue.rows_of(query.domain)]
@@ -129,11 +129,9 @@ class Held:
 
     def __init__(self, engine: FakeEngine) -> None:
         self.entered, self.released = threading.Semaphore(0), threading.Semaphore(0)
-        self.seconds: list[float | None] = []
         engine.before.append(self)
 
-    def __call__(self, _: Sequence[RankingQuery], seconds: float | None) -> None:
-        self.seconds.append(seconds)
+    def __call__(self, *_: Any) -> None:
         self.entered.release()
         assert self.released.acquire(timeout=60)
 
@@ -149,7 +147,7 @@ def hold() -> type[Held]:
 
 @pytest.fixture
 def client(engine: FakeEngine) -> Iterator[httpx.Client]:
-    with running(Service([engine], [LastFirst(engine.catalogue)])) as client:
+    with running(Service([engine], [LastFirst(engine.catalogue)], deadline_ms=60_000)) as client:
         yield client
 
 
@@ -167,11 +165,11 @@ def last_first(catalogue: Catalogue) -> LastFirst:
 @pytest.fixture(scope="session")
 def shared(catalogue: Catalogue) -> Iterator[httpx.Client]:
     """A service for requests that leave nothing behind."""
-    with running(Service([FakeEngine(catalogue)], [LastFirst(catalogue)])) as client:
+    with running(Service([FakeEngine(catalogue)], [LastFirst(catalogue)], deadline_ms=60_000)) as client:
         yield client
 
 
 @pytest.fixture(scope="session")
 def session_service(catalogue: Catalogue) -> Callable[..., Any]:
     """`with session_service(store) as client`: for tests that share one."""
-    return lambda store: running(Service([FakeEngine(catalogue)], [LastFirst(catalogue)], store))
+    return lambda store: running(Service([FakeEngine(catalogue)], [LastFirst(catalogue)], store, deadline_ms=60_000))

@@ -75,7 +75,7 @@ def test_several_requests_are_answered_in_their_order(engine: Any, client: httpx
 
 def test_models_are_asked_by_name(engine: Any, last_first: Any, served: Served) -> None:
     other = type(engine)(engine.catalogue, "other", "games")
-    with served(Service([engine, other], [last_first])) as client:
+    with served(Service([engine, other], [last_first], deadline_ms=60_000)) as client:
         assert asked(client, "b0", k=1).json()["model"] == "fake"
         answer = asked(client, "b0", k=1, model="other").json()
         assert (answer["model"], answer["domain"]) == ("other", "games")
@@ -138,16 +138,16 @@ def test_a_busy_engine_leaves_the_answer_to_a_baseline(engine: Any, hold: Any, c
 def test_a_short_list_is_no_list(engine: Any, last_first: Any, served: Served) -> None:
     engine.proven = False
     longer, shorter = last_first, type(last_first)(engine.catalogue, "shorter", most=1)
-    with served(Service([engine], [shorter, longer])) as client:
+    with served(Service([engine], [shorter, longer], deadline_ms=60_000)) as client:
         answer = asked(client, "b0", k=8).json()  # seven books: the fake never has eight, and does not prove it
         assert answer["mode"] == "last first" and answer["degraded"] and len(answer["items"]) == 6
-    with served(Service([engine])) as client:
+    with served(Service([engine], deadline_ms=60_000)) as client:
         answer = asked(client, "b0", k=8).json()  # nothing stands in: better than nothing
         assert answer["mode"] == "beam" and not answer["proven"] and len(answer["items"]) == 6
 
 
 def test_overload_is_refused_at_once(engine: Any, hold: Any, served: Served) -> None:
-    service = Service([engine], max_batch=1, max_queue=2, deadline_ms=60_000)
+    service = Service([engine], max_batch=2, deadline_ms=60_000)
     with served(service) as client, ThreadPoolExecutor(4) as pool:
         held = hold(engine)
         taken = [pool.submit(asked, client, "b0", k=1)]
@@ -211,7 +211,7 @@ def test_a_client_that_hangs_up_costs_nothing(engine: Any, hold: Any, served: Se
 
 def test_a_slow_client_holds_up_nobody(engine: Any, served: Served) -> None:
     with (
-        served(Service([engine]), body_seconds=0.3) as client,
+        served(Service([engine], deadline_ms=60_000), body_seconds=0.3) as client,
         socket.create_connection((client.base_url.host, client.base_url.port)) as slow,
     ):
         slow.sendall(b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
@@ -243,7 +243,7 @@ def put(client: httpx.Client, *items: dict[str, str]) -> httpx.Response:
 
 
 def test_items_come_and_go_at_once_and_for_good(engine: Any, last_first: Any, served: Served, tmp_path: Path) -> None:
-    with served(Service([engine], [last_first], ItemStore(tmp_path))) as client:
+    with served(Service([engine], [last_first], ItemStore(tmp_path), deadline_ms=60_000)) as client:
         assert put(client, {"item_id": "a0", "title": "Aurora &amp; Co"}).json() == {
             "changed": 1,
             "in_stock": {"books": 8},
@@ -258,7 +258,9 @@ def test_items_come_and_go_at_once_and_for_good(engine: Any, last_first: Any, se
         assert [item["item_id"] for item in found["items"]] == ["b6", "b5", "b4", "b3", "b0"]
         put(client, {"item_id": "b2", "title": "Emma, again"}, {"item_id": "b3", "title": "War"})
         assert ids(client.get("/v1/items", params={"query": "emma"})) == ["b2"]
-    with served(Service([engine], [last_first], ItemStore(tmp_path))) as client:  # the engine of the model folder
+    with served(
+        Service([engine], [last_first], ItemStore(tmp_path), deadline_ms=60_000)
+    ) as client:  # the engine of the model folder
         answer = asked(client, "b0", k=3)
         assert ids(answer) == ["a0", "b2", "b3"]
         assert [item["title"] for item in answer.json()["items"]] == ["Aurora & Co", "Emma, again", "War"]
@@ -266,7 +268,7 @@ def test_items_come_and_go_at_once_and_for_good(engine: Any, last_first: Any, se
 
 
 def test_a_change_is_made_whole_or_not_at_all(engine: Any, served: Served, tmp_path: Path) -> None:
-    with served(Service([engine], store=ItemStore(tmp_path))) as client:
+    with served(Service([engine], store=ItemStore(tmp_path), deadline_ms=60_000)) as client:
         wrong: list[tuple[dict[str, str], str]] = [
             ({"item_id": "x", "title": " <b></b> ..."}, "nothing is left of the title"),
             ({"item_id": "x\ny", "title": "X"}, "control characters"),
@@ -319,14 +321,14 @@ def test_items_are_found_by_words_and_by_id(shared: httpx.Client) -> None:
 
 
 def test_a_token_is_asked_for(engine: Any, served: Served) -> None:
-    with served(Service([engine]), token="se-cret") as client:
+    with served(Service([engine], deadline_ms=60_000), token="se-cret") as client:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "se-cret"}):
             refused = client.post("/v1/recommend", json={"history": []}, headers=headers)
             assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer"
             assert client.get("/metrics", headers=headers).status_code == 401
         client.headers["Authorization"] = "Bearer se-cret"
         assert ids(asked(client, "b0", k=1)) == ["b1"]
-    with served(Service([engine]), token="se-cret") as client:
+    with served(Service([engine], deadline_ms=60_000), token="se-cret") as client:
         assert client.get("/health").status_code == client.get("/ready").status_code == 200
 
 

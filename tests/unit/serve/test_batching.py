@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -30,7 +30,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def batcher(clock: Clock) -> Iterator[Batcher]:
-    batcher = Batcher(max_batch=4, max_queue=6, clock=clock)
+    batcher = Batcher(max_batch=4, max_seconds=0.5, clock=clock)
     yield batcher
     batcher.close()
 
@@ -58,17 +58,31 @@ def test_what_waits_goes_together(engine: Any, batcher: Batcher, hold: Any) -> N
     assert [answer.rankings[0].scores[0] for answer in answers] == pytest.approx([-0.1, -0.2, -0.3, -0.4, -0.5])
 
 
-def test_a_batch_has_half_of_the_time_of_its_oldest_job(engine: Any, batcher: Batcher, clock: Clock, hold: Any) -> None:
+def test_the_search_goes_on_for_two_thirds_of_the_time_or_one_where_others_wait(
+    engine: Any, batcher: Batcher, clock: Clock, hold: Any
+) -> None:
+    told: list[list[bool]] = []
+
+    def search(_: Any, stop: Callable[[], bool]) -> None:
+        began, asked = clock.now, []
+        for share in (0.3, 0.4, 0.6, 0.7, 0.1):
+            clock.now = began + share
+            asked.append(stop())
+        told.append(asked)
+
+    engine.before.append(search)
+    alone = job(engine, deadline=clock.now + 1)
+    batcher.submit([alone])
+    assert alone.future.result(WAIT).stopped
     held = hold(engine)
-    first, second, late = job(engine), job(engine, deadline=102.0), job(engine, deadline=101.5)
+    engine.before.reverse()  # the other one is there before it searches
+    first, second = job(engine, deadline=clock.now + 1), job(engine, deadline=clock.now + 1)
     batcher.submit([first])
     held.wait()
-    batcher.submit([second, late])
-    clock.now = 101.0
+    batcher.submit([second])
     held.released.release(2)
-    assert first.future.result(WAIT).timed_out
-    assert not late.future.result(WAIT).timed_out
-    assert held.seconds == [pytest.approx(0.5), pytest.approx(0.5)]
+    assert first.future.result(WAIT).stopped
+    assert told[:2] == [[False, False, False, True, True], [False, True, True, True, True]]
 
 
 def test_a_full_queue_refuses_all_of_a_submission(engine: Any, batcher: Batcher, hold: Any) -> None:
@@ -97,7 +111,7 @@ def test_a_cancelled_job_costs_nothing(engine: Any, batcher: Batcher, hold: Any)
 def test_only_the_job_to_blame_fails(engine: Any, batcher: Batcher, hold: Any) -> None:
     held = hold(engine)
 
-    def refuse(queries: Sequence[RankingQuery], _: float | None) -> None:
+    def refuse(queries: Sequence[RankingQuery], _: Any) -> None:
         if any(item.item_id == "b6" for query in queries for item in query.history):
             raise RuntimeError("poison")
 
@@ -120,26 +134,32 @@ def test_an_engine_that_loses_an_answer_is_not_believed(engine: Any, batcher: Ba
     assert batcher.failures == 1
 
 
-def test_batches_shrink_where_lists_are_cut_short_and_grow_again(engine: Any, batcher: Batcher, clock: Clock) -> None:
-    engine.proven = False
-    short = [job(engine, k=50) for _ in range(4)]  # more than the catalogue has: lists are short
+def test_batches_and_the_queue_shrink_where_they_take_too_long_and_grow_again(engine: Any, clock: Clock) -> None:
+    took = 0.6
 
-    def slow(_: Sequence[RankingQuery], seconds: float | None) -> None:
-        clock.now += seconds or 0
+    def slow(*_: Any) -> None:
+        clock.now += took
 
     engine.before.append(slow)
-    batcher.submit(short)
-    assert all(each.future.result(WAIT).timed_out for each in short)
-    assert batcher.limit == 2
-    engine.before.clear()
-    one = job(engine, deadline=clock.now + 1)
-    batcher.submit([one])
-    one.future.result(WAIT)
-    assert batcher.limit == 3
+    batcher = Batcher(max_batch=16, max_seconds=0.5, clock=clock)
+
+    def after(number: int, mode: str | None = "auto") -> int:
+        job = Job(Ask(engine, "books", 1, mode), [RankingQuery("", "books", ())] * number, 1000.0)
+        batcher.submit([job])
+        job.future.result(WAIT)
+        return batcher.limit
+
+    assert [after(16), after(12), after(9)] == [12, 9, 6]
+    assert after(1) == 7  # one alone does not say that there were too many
+    assert after(50, mode=None) == 8  # scores may take longer
+    assert [after(8), after(6), after(4), after(3), after(2)] == [6, 4, 3, 2, 2]
+    took = 0.4
+    assert [after(2) for _ in range(15)] == [*range(3, 17), 16]
+    batcher.close()
 
 
 def test_closing_answers_what_waits(engine: Any, clock: Clock, hold: Any) -> None:
-    batcher = Batcher(max_batch=1, max_queue=10, clock=clock)
+    batcher = Batcher(max_batch=1, max_seconds=0.5, clock=clock)
     held = hold(engine)
     jobs = [job(engine) for _ in range(4)]
     batcher.submit(jobs)
