@@ -66,7 +66,9 @@ BASELINES: Mapping[str, Baseline] = {
     "BERT4Rec": Baseline(settings="bert4rec:BERT4Rec", about="fills in masked items", trained=True),
     "BERT4Rec (published)": Baseline(settings="bert4rec:PUBLISHED", about="Sun et al. 2019", trained=True),
     "SASRec": Baseline(settings="sasrec:SASRec", about="causal self-attention, softmax over all items", trained=True),
-    "SASRec (sampled softmax)": Baseline(settings="sasrec:SAMPLED", about="against many shared negatives", trained=True),
+    "SASRec (sampled softmax)": Baseline(
+        settings="sasrec:SAMPLED", about="against many shared negatives", trained=True
+    ),
     "SASRec (published)": Baseline(
         settings="sasrec:PUBLISHED", about="Kang and McAuley 2018, one negative", trained=True
     ),

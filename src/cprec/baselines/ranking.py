@@ -79,8 +79,7 @@ class ScoringRecommender(ABC):
                 allowed = positions(query.allow)
                 kept, counted_N = counted_N[allowed], np.full_like(counted_N, -np.inf)
                 counted_N[allowed] = kept
-            size = min(k, len(score_N))
-            bound = np.partition(counted_N, len(counted_N) - size)[len(counted_N) - size]
+            bound = kth_largest(counted_N, min(k, len(counted_N)))
             order = np.flatnonzero((score_N >= bound) & (score_N > self.floor))
             score = score_N[order]
         kept = score > -np.inf
@@ -92,3 +91,18 @@ class ScoringRecommender(ABC):
         best = np.lexsort((order, -score))
         ids = catalogue.item_id[first + order[best]].tolist()
         return Ranking(query.query_id, tuple(ids), tuple(score[best].tolist()))
+
+
+def kth_largest(values: np.ndarray, k: int) -> float:
+    """The K-th largest of some numbers, of which equal ones count apart.
+
+    The K-th largest of the maxima of blocks is no larger than it, so only what reaches that is sorted: much quicker
+    than a partition where most numbers are equal, as scores of sparse graphs are.
+
+    >>> kth_largest(np.array([0.0, 3.0, 1.0, 3.0]), 2), kth_largest(np.array([0.0, 3.0, 1.0, 3.0]), 3)
+    (3.0, 1.0)
+    """
+    starts = np.arange(0, len(values), max(1, len(values) // (8 * k)))
+    bound = np.sort(np.maximum.reduceat(values, starts))[-k]
+    reached = values[values >= bound]
+    return float(np.sort(reached)[len(reached) - k])
