@@ -23,6 +23,7 @@ class LightGCN(TrainedBaseline):
 
     objective: Objective = "sampled_softmax"
     num_negatives: int = 2048
+    hidden_size: int = 64
     dropout: float = 0.0
     learning_rate: float = 5e-3
     batch_size: int = 4096

@@ -112,7 +112,7 @@ class TrainedBaseline(ABC):
     max_length: int = 50
     """Events of a history that are read, the latest ones; longer training sequences are cut into windows of as many
     targets."""
-    hidden_size: int = 64
+    hidden_size: int = 128
     """Width of the items' vectors."""
     dropout: float = 0.5
     """Share of activations left out in training."""
@@ -122,15 +122,15 @@ class TrainedBaseline(ABC):
     """AdamW's decay of matrices."""
     batch_size: int = 128
     """Windows of an optimizer step."""
-    num_epochs: float = 30
+    num_epochs: float = 20
     """Passes over the training windows."""
-    anneal: float = 0.3
+    anneal: float = 0.4
     """Share of the steps at the end over which the learning rate falls to zero, linearly."""
     patience: int = 0
     """Validations (there are 15 in a run) without a better one after which training stops; 0: it goes to the end."""
 
     SEARCH: ClassVar[Mapping[str, Choice]] = {
-        "hidden_size": OneOf(values=(64, 128)),
+        "hidden_size": OneOf(values=(64, 128, 256)),
         "dropout": Real(low=0.1, high=0.7),
         "learning_rate": Real(low=3e-4, high=3e-3, log=True),
         "weight_decay": OneOf(values=(0.0, 0.01, 0.1)),

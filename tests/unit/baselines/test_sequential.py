@@ -37,11 +37,11 @@ from cprec.text.stream import IGNORE
 NUM_ITEMS = 12
 """The world is a ring: after item n comes item n + 1, round and round, from a start of each user's own."""
 
-SMALL = {"hidden_size": 16, "dropout": 0.0, "learning_rate": 1e-2, "batch_size": 16, "num_epochs": 12}
+SMALL = {"hidden_size": 16, "dropout": 0.0, "learning_rate": 1e-2, "batch_size": 16, "num_epochs": 12, "anneal": 0.3}
 MODELS: list[TrainedBaseline] = [
-    SASRec(**SMALL, num_blocks=1),  # type: ignore[arg-type]
+    SASRec(**SMALL, num_blocks=1, num_heads=2),  # type: ignore[arg-type]
     GRU4Rec(**SMALL),  # type: ignore[arg-type]
-    BERT4Rec(**{**SMALL, "num_epochs": 40}, num_blocks=1),  # type: ignore[arg-type]
+    BERT4Rec(**{**SMALL, "num_epochs": 40}, num_blocks=1, objective="softmax", num_negatives=0),  # type: ignore[arg-type]
 ]
 
 
@@ -167,7 +167,7 @@ def test_objectives_against_negatives_are_what_their_formulas_say(
         ({"objective": "hinge"}, "objective='hinge': expected softmax"),
         ({"num_negatives": 5}, "num_negatives=5 with objective=softmax: softmax ranks all items"),
         ({"objective": "bce"}, "num_negatives=0 with objective=bce: give 1 or more"),
-        ({"num_heads": 3}, "hidden_size=64 must be a multiple of num_heads=3"),
+        ({"num_heads": 3}, "hidden_size=256 must be a multiple of num_heads=3"),
         ({"dropout": 1.0}, "dropout=1.0 must lie in 0..1"),
         ({"batch_size": 0}, "batch_size=0 must be above 0"),
     ],
