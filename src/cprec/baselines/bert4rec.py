@@ -16,8 +16,8 @@ from cprec.text.stream import IGNORE, Batch
 
 @dataclass(frozen=True, kw_only=True)
 class BERT4Rec(SASRec):
-    """Settings of BERT4Rec; the defaults are ours. Few items of a row are masked at a time, so that it needs more epochs
-    than SASRec (Petrov and Macdonald 2022); sampled negatives make these cheap."""
+    """Settings of BERT4Rec; the defaults are ours. Few items of a row are masked at a time, so that it needs more
+    epochs than SASRec (Petrov and Macdonald 2022); sampled negatives make these cheap."""
 
     objective: Objective = "sampled_softmax"
     num_negatives: int = 1024
