@@ -56,7 +56,7 @@ BASELINES: Mapping[str, Baseline] = {
     "EASE": Baseline(settings="ease:EASE", about="a linear autoencoder"),
     "EASE (published)": Baseline(settings="ease:PUBLISHED", about="Steck 2019"),
     "iALS": Baseline(settings="ials:IALS", about="matrix factorisation by least squares"),
-    "iALS (published)": Baseline(settings="ials:PUBLISHED", about="Hu, Koren and Volinsky 2008"),
+    "iALS (published)": Baseline(settings="ials:PUBLISHED", about="Rendle et al. 2022, for MovieLens"),
     "LightGCN": Baseline(settings="lightgcn:LightGCN", about="vectors smoothed over the graph", trained=True),
     "LightGCN (published)": Baseline(settings="lightgcn:PUBLISHED", about="He et al. 2020", trained=True),
     "GRU4Rec": Baseline(settings="gru4rec:GRU4Rec", about="a recurrent network", trained=True),
@@ -99,7 +99,7 @@ def settings_of(name: str, changed: Mapping[str, Any] | None = None) -> Settings
 def identity_of(name: str) -> str:
     """Changes when a baseline's code does: a hash of its module and of those it is made on."""
     baseline = BASELINES[name]
-    modules = ["ranking", "domain", "lineup", baseline.settings.partition(":")[0]]
+    modules = ["ranking", "domain", "text", baseline.settings.partition(":")[0]]
     if baseline.trained:
         modules += ["sequential", "objectives"]
     folder = Path(__file__).parent

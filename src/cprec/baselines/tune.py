@@ -43,15 +43,12 @@ class TuneConfig:
     """Time after which a baseline starts no further trial in a domain; the first is always made."""
     max_queries: int = 2000
     """Validation queries of a domain, a seeded sample; 0: all of them."""
-    max_history: int = 10
-    """Latest events of a history that are shown: as many as when the data was prepared."""
     seed: int = 0
     """Decides the sample of queries, the settings tried and what is random in learning."""
 
     def __post_init__(self) -> None:
-        for name in ("trials", "max_history"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.trials < 1:
+            raise ConfigError(f"trials={self.trials} must be at least 1")
         if not self.seconds > 0:
             raise ConfigError(f"seconds={self.seconds} must be above 0")
         if self.max_queries < 0:
@@ -84,13 +81,13 @@ def tune(config: TuneConfig, baselines: Mapping[str, Settings] | None = None) ->
         }
     split = read_split(config.data)
     domains = config.domains or split.catalogue.domains
-    asked = {name: getattr(config, name) for name in ("trials", "seconds", "max_queries", "max_history", "seed")} | {
+    asked = {name: getattr(config, name) for name in ("trials", "seconds", "max_queries", "seed")} | {
         "data": file_sha256(Path(config.data, "dataset.json"))
     }
     results = read_results(config.output)
     with track(len(domains) * len(baselines) * config.trials, "tuning", unit="trials") as progress:
         for domain in domains:
-            questions = validation_queries(split, domain, config.max_queries, config.max_history, config.seed)
+            questions = validation_queries(split, domain, config.max_queries, config.seed)
             for name, settings in baselines.items():
                 before = progress.completed
                 if results.get(domain, {}).get(name, {}).get("asked") != asked:
@@ -146,10 +143,8 @@ def search(
     }
 
 
-def validation_queries(
-    split: Split, domain: str, max_queries: int, max_history: int, seed: int
-) -> tuple[list[RankingQuery], list[str]]:
-    """Validation queries of a domain, items of the history left out, and their targets.
+def validation_queries(split: Split, domain: str, max_queries: int, seed: int) -> tuple[list[RankingQuery], list[str]]:
+    """Validation queries of a domain with their whole history, whose items are left out, and their targets.
 
     Raises ConfigError where there are none.
     """
@@ -158,7 +153,7 @@ def validation_queries(
     from cprec.recommender import RankingQuery
     from cprec.schema import VALIDATION, Item
 
-    asked = split.queries(domain, VALIDATION, max_history=max_history)
+    asked = split.queries(domain, VALIDATION, max_history=max(1, len(split.interactions)))
     if not len(asked):
         raise ConfigError(f"domain {domain!r} has no validation query to tune on: choose another domain or split")
     chosen = np.arange(len(asked))

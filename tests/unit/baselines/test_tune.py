@@ -160,13 +160,13 @@ def test_queries_are_of_validation_and_a_seeded_sample(data: Path) -> None:
     from cprec.data.dataset import read_split
 
     split = read_split(data)
-    queries, targets = validation_queries(split, "kitchen", 0, 3, 0)
+    queries, targets = validation_queries(split, "kitchen", 0, 0)
     assert len(queries) == len(targets) > 40
-    assert all("/validation" in query.query_id and 1 <= len(query.history) <= 3 for query in queries)
+    assert all("/validation" in query.query_id and query.history for query in queries)
     assert all(query.exclude == {item.item_id for item in query.history} for query in queries)
-    some, of_some = validation_queries(split, "kitchen", 10, 3, 0)
-    assert len(some) == 10 and some == validation_queries(split, "kitchen", 10, 3, 0)[0]
-    assert some != validation_queries(split, "kitchen", 10, 3, 1)[0]
+    some, of_some = validation_queries(split, "kitchen", 10, 0)
+    assert len(some) == 10 and some == validation_queries(split, "kitchen", 10, 0)[0]
+    assert some != validation_queries(split, "kitchen", 10, 1)[0]
     target_of = dict(zip([query.query_id for query in queries], targets, strict=True))
     assert [target_of[query.query_id] for query in some] == of_some
 
