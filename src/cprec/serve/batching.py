@@ -67,8 +67,8 @@ class Batcher:
     There is no waiting for a batch to fill: the oldest job and those that ask alike go as soon as the thread is free.
     The queue takes no more than one batch, which should take `max_seconds`, half a deadline, at most: who comes as a
     batch begins waits for it, goes with the next, and is in time. So lists are searched on for two thirds of the time
-    that the oldest job has left, or for one third where others wait. After a full batch that took longer, batches and
-    the queue are smaller by a quarter, down to an eighth; after other batches they are larger by one query.
+    that the oldest job has left, or for one third where others wait. After a batch that took longer, batches and the
+    queue are smaller than it by a quarter, down to an eighth of `max_batch`; after others they are larger by one query.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class Batcher:
         """`max_batch` is in queries; `observe` gets the size and the seconds of each batch."""
         self._clock, self._observe = clock, observe
         self._max_batch = self._limit = max_batch
+        self._least = max(1, max_batch // 8)  # what fewer take is what one takes
         self._max_seconds = max_seconds
         self._jobs: deque[Job] = deque()
         self._waiting = 0
@@ -178,10 +179,10 @@ class Batcher:
         self.failures = 0
         self._seconds = self._clock() - began
         self._observe(len(queries), self._seconds)
-        if ask.mode is not None and self._seconds > self._max_seconds and len(queries) >= self._limit:
-            self._limit = max(1, self._max_batch // 8, 3 * self._limit // 4)
-        else:
+        if ask.mode is None or self._seconds <= self._max_seconds:
             self._limit = min(self._max_batch, self._limit + 1)
+        elif len(queries) > self._least:
+            self._limit = max(self._least, 3 * len(queries) // 4)
         at = 0
         for job in batch:
             job.future.set_result(Answer(rankings[at : at + len(job.queries)], stopped))

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,9 @@ TOKEN = "CPREC_TOKEN"
 """The environment variable with the token: a command line can be read by everybody on the machine."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MAX_CONNECTIONS = 1_000
+SWITCH_SECONDS = 0.0005
+"""After which the engine's thread lets that of the connections go on: with Python's 5 ms a busy engine holds up each
+step of each request by so much."""
 GRACE_SECONDS = 30
 """What requests under way may take once the service shuts down."""
 
@@ -99,6 +103,7 @@ def serve(config: ServeConfig, engines: Sequence[Engine], baselines: Sequence[Ba
     from cprec.serve.items import ItemStore
     from cprec.serve.service import Service
 
+    sys.setswitchinterval(SWITCH_SECONDS)
     with _listening(config.host, config.port) as listener:
         service = Service(
             engines,
