@@ -197,32 +197,53 @@ class LLMRecommender:
 
         Raises UnknownItemError for texts that are neither id nor title, ValueError if `k` exceeds the items there are.
         """
+        return self.recommend_many([history], k, domain=domain, exclude_seen=exclude_seen)[0]
+
+    def recommend_many(
+        self,
+        histories: Sequence[Sequence[str | Item]],
+        k: int = 10,
+        *,
+        domain: str | None = None,
+        exclude_seen: bool = True,
+    ) -> list[list[Recommendation]]:
+        """As `recommend` for each history, in batches."""
         domain = domain or self.domain
         if domain is None or domain not in self.catalogue.domains:
             raise ConfigError(f"domain={domain!r}: name one of {', '.join(self.catalogue.domains)}")
+        queries = [self._query(history, k, domain, exclude_seen) for history in histories]
+        out = []
+        for ranking in self.rank(queries, k):
+            rows = self.catalogue.find(domain, list(ranking.item_ids[:k]))
+            out.append(
+                [
+                    Recommendation(item_id=i, title=str(self.catalogue.title[row]), score=s)
+                    for i, row, s in zip(ranking.item_ids, rows, ranking.scores, strict=False)
+                ]
+            )
+        return out
+
+    def _query(self, history: Sequence[str | Item], k: int, domain: str, exclude_seen: bool) -> RankingQuery:
+        """The query of a history, with warnings of what is not read; raises as `recommend` does."""
         items = tuple(event if isinstance(event, Item) else self._find(event, domain) for event in history)
         exclude = frozenset(item.item_id for item in items if item.domain == domain) if exclude_seen else frozenset()
-        available = len(self.catalogue.rows_of(domain)) - len(exclude)
+        gone = self.withdrawn.get(domain, frozenset())
+        available = len(self.catalogue.rows_of(domain)) - len(exclude | gone)
         if not 1 <= k <= available:
             raise ValueError(
                 f"k={k}: domain {domain!r} has {available} items outside this history; choose 1 to {available}"
             )
         query = RankingQuery(query_id="", domain=domain, history=items, exclude=exclude)
-        read = len(self._histories([query], np.array([self.catalogue.domain_index(domain)]))[0])
+        read = len(self.shown(query))
         if items and not read:
-            warnings.warn(f"no event of the history is of domain {domain!r}: the ranking ignores it", stacklevel=2)
+            warnings.warn(f"no event of the history is of domain {domain!r}: the ranking ignores it", stacklevel=4)
         elif read < len(self._read_part(query)):
             warnings.warn(
                 f"the history has {len(items)} events, and the model's context of {self._context:,} tokens holds the "
                 f"latest {read}",
-                stacklevel=2,
+                stacklevel=4,
             )
-        ranking = self.rank([query], k)[0]
-        rows = self.catalogue.find(domain, list(ranking.item_ids[:k]))
-        return [
-            Recommendation(item_id=i, title=str(self.catalogue.title[row]), score=s)
-            for i, row, s in zip(ranking.item_ids, rows, ranking.scores, strict=False)
-        ]
+        return query
 
     def _find(self, text: str, domain: str) -> Item:
         """An item by id or title, of the target domain first."""
