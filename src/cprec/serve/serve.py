@@ -24,6 +24,9 @@ MAX_CONNECTIONS = 1_000
 SWITCH_SECONDS = 0.0005
 """After which the engine's thread lets that of the connections go on: with Python's 5 ms a busy engine holds up each
 step of each request by so much."""
+IDLE_SECONDS = 75
+"""After which a connection that is not used is closed: longer than proxies keep theirs, so that they never use a closed
+one."""
 GRACE_SECONDS = 30
 """What requests under way may take once the service shuts down."""
 
@@ -122,6 +125,7 @@ def serve(config: ServeConfig, engines: Sequence[Engine], baselines: Sequence[Ba
                 server_header=False,
                 lifespan="on",
                 limit_concurrency=MAX_CONNECTIONS,
+                timeout_keep_alive=IDLE_SECONDS,
                 timeout_graceful_shutdown=GRACE_SECONDS,
             )
         )
