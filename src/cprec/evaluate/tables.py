@@ -122,8 +122,8 @@ class Lists:
         query_ids = rankings["query_id"].to_pylist()
         number = {name: row for row, name in enumerate(dict.fromkeys(query_ids))}
         list_of = np.array([number[name] for name in query_ids], dtype=np.int64)
-        item = np.array([self.row_of[name] for name in rankings["item_id"].to_pylist()], dtype=np.int64)
-        kept = metrics.first_k(list_of, k)
+        item = np.array([self.row_of.get(name, -1) for name in rankings["item_id"].to_pylist()], dtype=np.int64)
+        kept = metrics.first_k(list_of, k) & (item >= 0)  # an oracle may name what the data left out
         list_of, item, size = list_of[kept], item[kept], len(number)
         if not size:
             return {}
