@@ -6,6 +6,7 @@ commands, with fewer steps.
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import importlib.util
 import json
@@ -13,9 +14,11 @@ import re
 import runpy
 import shlex
 import sys
+from functools import partialmethod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import pytest
 
 from cprec import cli
@@ -74,7 +77,12 @@ def follow(block: Block, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
         exec(compile(block.text, "README.md", "exec"), names)
     elif block.language == "bash":
         for program, *arguments in commands(block):
-            if program == "cprec":
+            if program == "cprec" and arguments[0] == "serve":
+                monkeypatch.setattr("uvicorn.Server.run", partialmethod(ask_the_service, block))
+                assert cli.main([*arguments, "port=0"]) == 0
+            elif program == "curl":
+                continue  # was asked while the service ran
+            elif program == "cprec":
                 short = SHORT if arguments[0] in (*STAGES, "run") else []
                 assert cli.main([*arguments, *short]) == 0, arguments
             elif program == "python":
@@ -84,6 +92,20 @@ def follow(block: Block, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
                 assert program in ("make", "source"), f"what is {program}?"
     else:
         raise AssertionError(f"a block of {block.language} without a file says nothing to do")
+
+
+def ask_the_service(server: Any, block: Block, sockets: Any) -> None:
+    """In place of serving: ask the application what the block asks by curl."""
+
+    async def ask() -> None:
+        transport = httpx.ASGITransport(app=server.config.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8080") as client:
+            for _, url, option, body in (words for words in commands(block) if words[0] == "curl"):
+                assert option == "--json"
+                answer = await client.post(url, json=json.loads(body))
+                assert answer.status_code == 200 and len(answer.json()["items"]) == json.loads(body)["k"]
+
+    asyncio.run(ask())
 
 
 def test_the_readme_can_be_followed(
