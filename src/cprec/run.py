@@ -6,7 +6,9 @@ Every stage reuses what is complete and resumes what is not, so the same command
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -179,9 +181,10 @@ def baseline_entrants(config: EvaluateConfig, split: Split, domain: str) -> list
     from cprec.evaluate.evaluate import Entrant
     from cprec.progress import say
 
-    tuned = _tuned(config, domain)
+    names = names_of(config.baselines)
+    tuned = _tuned(config, domain, names)
     entrants = []
-    for name in names_of(config.baselines):
+    for name in names:
         if reason := BASELINES[name].unfit(split, domain):
             say(f"{domain}: {name} is left out: {reason}")
             continue
@@ -202,14 +205,27 @@ def baseline_entrants(config: EvaluateConfig, split: Split, domain: str) -> list
     return entrants
 
 
-def _tuned(config: EvaluateConfig, domain: str) -> dict[str, dict[str, Any]]:
-    """The settings that tuning has found for a domain, by baseline."""
+def _tuned(config: EvaluateConfig, domain: str, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The settings that tuning has found for a domain, by baseline; those set as published stay as they are.
+
+    Raises ConfigError for a file that is none, or of other data.
+    """
+    from cprec.baselines.tune import read_results
+    from cprec.progress import say
+    from cprec.provenance import file_sha256
+
     if not config.tuned:
         return {}
-    path = Path(config.tuned)
-    if not path.is_file():
+    if not Path(config.tuned).is_file():
         raise ConfigError(f"tuned={config.tuned!r} does not exist: make it with `cprec tune`")
-    return {name: found["settings"] for name, found in json.loads(path.read_text()).get(domain, {}).items()}
+    found = read_results(config.tuned).get(domain, {})
+    data = file_sha256(Path(config.data) / "dataset.json")
+    if any(entry["asked"]["data"] != data for entry in found.values()):
+        raise ConfigError(f"tuned={config.tuned!r} was found on other data than {config.data}: tune on that folder")
+    wanted = [name for name in names if not name.endswith("(published)")]
+    if missing := [name for name in wanted if name not in found]:
+        say(f"{domain}: {config.tuned} has no settings of {', '.join(missing)}, which keep their defaults")
+    return {name: found[name]["settings"] for name in wanted if "settings" in found.get(name, {})}
 
 
 class _Baseline:
@@ -232,9 +248,10 @@ class _Baseline:
     def made(self) -> Recommender:
         from cprec.baselines.lineup import settings_of
 
-        slug = self.name.lower().replace(" ", "-").replace("(", "").replace(")", "").replace(",", "")
-        folder = Path(self._config.output_dir) / "baselines" / self._domain / slug
         settings = settings_of(self._name, self._tuned)
+        made_of = hashlib.sha256(f"{settings} {self._seed}".encode()).hexdigest()[:8]  # other settings train elsewhere
+        name = re.sub("[^a-z0-9]+", "-", self._name.lower()).strip("-")
+        folder = Path(self._config.output_dir) / "baselines" / self._domain / f"{name}-{made_of}"
         return settings.make(self._split, self._domain, seed=self._seed, folder=folder)
 
     def cost(self) -> dict[str, float]:

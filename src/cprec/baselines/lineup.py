@@ -99,9 +99,9 @@ def settings_of(name: str, changed: Mapping[str, Any] | None = None) -> Settings
 def identity_of(name: str) -> str:
     """Changes when a baseline's code does: a hash of its module and of those it is made on."""
     baseline = BASELINES[name]
-    modules = ["ranking", "domain", "text", baseline.settings.partition(":")[0]]
+    modules = ["ranking", "domain", "text", "../data/titles", baseline.settings.partition(":")[0]]
     if baseline.trained:
-        modules += ["sequential", "objectives"]
+        modules += ["sequential", "objectives", "sasrec"]  # whose blocks BERT4Rec has
     folder = Path(__file__).parent
     return hashlib.sha256(b"".join((folder / f"{module}.py").read_bytes() for module in modules)).hexdigest()[:16]
 

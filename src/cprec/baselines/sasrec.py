@@ -43,6 +43,8 @@ class SASRec(TrainedBaseline):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.num_blocks < 1:
+            raise ConfigError(f"num_blocks={self.num_blocks} must be at least 1")
         if self.hidden_size % self.num_heads:
             raise ConfigError(f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}")
 

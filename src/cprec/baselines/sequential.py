@@ -365,7 +365,8 @@ class TrainedRecommender(ScoringRecommender):
     ) -> tuple[np.ndarray, np.ndarray]:
         """How many items score above each target, and how many as high, itself included: int64[Q] each.
 
-        Counted in the scores of the full catalogue, without sorting them; the target counts even where it was seen.
+        Counted in the scores of the full catalogue, without sorting them. A target that is left out, because the
+        history has it, is tied with nothing (0): a miss.
         """
         rows = np.array([self._users.get(user, -1) for user in users], dtype=np.int64)
         better = np.empty(len(targets), dtype=np.int64)
@@ -391,6 +392,8 @@ class TrainedRecommender(ScoringRecommender):
                     # Ones and zeros as floats are added up many times as fast as truth values.
                     better[chosen] = torch.gt(scores_CV, score_C1, out=marks_CV).sum(1).cpu().numpy()
                     tied[chosen] = torch.eq(scores_CV, score_C1, out=marks_CV).sum(1).cpu().numpy()
+        if exclude_seen:
+            tied[histories.row_of[histories.values == targets[histories.row_of]]] = 0
         return better, tied
 
 
@@ -412,6 +415,8 @@ def _trained(settings: TrainedBaseline, split: Split, domain: str, seed: int, fo
     if seconds is None:
         folder.mkdir(parents=True, exist_ok=True)
         queries = split.queries(domain, VALIDATION, max_history=max(settings.max_length, 1000))
+        if not len(queries):
+            raise ConfigError(f"domain {domain!r} has no validation event to choose the weights of {name} by")
         chosen = np.sort(np.random.default_rng(seed).permutation(len(queries))[:VALIDATION_QUERIES])
         first = int(split.catalogue.rows_of(domain)[0])
         asked = queries.history.take(chosen)
@@ -456,6 +461,7 @@ def _trained(settings: TrainedBaseline, split: Split, domain: str, seed: int, fo
                 eval_steps=max(1, stream.num_steps // 15),
                 validate=validate,
                 resume_from=newest_intact(folder),
+                seed=seed,
                 description=f"{domain}: training {name}",
             )
         except _Enough:

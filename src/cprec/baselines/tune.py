@@ -85,6 +85,10 @@ def tune(config: TuneConfig, baselines: Mapping[str, Settings] | None = None) ->
         "data": file_sha256(Path(config.data, "dataset.json"))
     }
     results = read_results(config.output)
+    if unknown := sorted(set(domains) - set(split.catalogue.domains)):
+        raise ConfigError(
+            f"domains: there is no {unknown[0]!r}; {config.data} has {', '.join(split.catalogue.domains)}"
+        )
     with track(len(domains) * len(baselines) * config.trials, "tuning", unit="trials") as progress:
         for domain in domains:
             questions = validation_queries(split, domain, config.max_queries, config.seed)
@@ -159,12 +163,14 @@ def validation_queries(split: Split, domain: str, max_queries: int, seed: int) -
     chosen = np.arange(len(asked))
     if 0 < max_queries < len(asked):
         chosen = np.sort(np.random.default_rng(seed).permutation(len(asked))[:max_queries])
-    ids = split.catalogue.item_id
+    ids, log = split.catalogue.item_id, split.interactions
     queries = []
     for number in chosen.tolist():
         history = tuple(Item(domain, str(ids[row])) for row in asked.history[number])
         seen = frozenset(item.item_id for item in history)
-        queries.append(RankingQuery(str(asked.query_id[number]), domain, history, exclude=seen))
+        row = asked.user[number]
+        user = f"{log.platforms[log.user_platform[row]]}/{log.user_id[row]}"
+        queries.append(RankingQuery(str(asked.query_id[number]), domain, history, exclude=seen, user=user))
     return queries, [str(ids[row]) for row in asked.target[chosen]]
 
 

@@ -58,8 +58,8 @@ def _new_items(arms: Arms, cut: int) -> str:
     about = next(iter(having.values()))
     caption = (
         f"New items: the {about['num_queries']:,} queries whose target never occurs in training, ranked among the "
-        f"{about['num_items']:,} items that do not. An arm that knows items by their events alone names none, or all "
-        "as ties."
+        f"{about['num_items']:,} items that do not. An arm that knows items by their events alone names none, or "
+        "ranks them by nothing it has learnt."
     )
     metrics = (f"ndcg@{cut}", f"recall@{cut}")
     rows = {arm: [_interval(values[metric]) for metric in metrics] for arm, values in having.items()}

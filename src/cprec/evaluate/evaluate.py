@@ -26,6 +26,7 @@ SAMPLE = 100
 """Queries whose exact lists a beam's are compared with."""
 BATCH = 256
 """Queries handed to a recommender at once."""
+FLATTERED = "validation events chose the weights of trained baselines, and tuned settings, and so flatter them"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +130,7 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
     from cprec.data.titles import title_vectors
     from cprec.evaluate.questions import FULL, FULL_WITH_SEEN, GENERATED, NEW_ITEMS, SAMPLED, read_questions
     from cprec.evaluate.tables import Lists, means_of, metrics_of, paired, sliced
+    from cprec.progress import say
 
     certified = check_certificate(config, domain, entrants)
     questions = read_questions(config, split, domain)
@@ -157,8 +159,15 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
         tables.append(pa.table({**names, **columns}))
         return columns
 
+    _check_names(entrants)
     for entrant in entrants:
-        rankings, seconds = _rankings(config, entrant, questions, FULL)
+        try:
+            rankings, seconds = _rankings(config, entrant, questions, FULL)
+        except ConfigError as error:
+            if entrant.kind != "baseline":
+                raise
+            say(f"{domain}: {entrant.name} is left out: {error}")
+            continue
         columns = judged(entrant, main, rankings)
         per_query[entrant.name] = columns[f"ndcg@{config.k}"]
         arm = {
@@ -178,6 +187,8 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
         if found_of_exact:
             arm["found_of_exact"] = json.loads(found_of_exact)
         for how, protocol in SAMPLED.items():
+            if how not in questions.candidates:
+                continue
             rankings, seconds = _rankings(config, entrant, questions, protocol)
             means = means_of(judged(entrant, protocol, rankings), questions.user, config.seed)
             suffix = "" if protocol == SAMPLED["uniform"] else f"_{how}"
@@ -185,7 +196,8 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
         if asked := questions.of(NEW_ITEMS):
             rankings, seconds = _rankings(config, entrant, questions, NEW_ITEMS)
             columns = judged(entrant, NEW_ITEMS, rankings)
-            means = means_of(columns, None, config.seed)
+            users = dict(zip((query.query_id for query in questions.queries), questions.user, strict=True))
+            means = means_of(columns, [users[query.query_id] for query in asked], config.seed)
             arm[NEW_ITEMS] = {**means, "num_queries": len(asked), "num_items": len(questions.new_items)}
         if config.generate and GENERATED in entrant.modes:
             rankings, seconds = _rankings(config, entrant, questions, GENERATED)
@@ -204,8 +216,19 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
         "num_queries": num_queries,
         "certified": certified,
         "arms": arms,
-        "differences": paired(entrants, per_query, questions.user, f"ndcg@{config.k}", config.seed),
+        "differences": paired(
+            [e for e in entrants if e.name in arms], per_query, questions.user, f"ndcg@{config.k}", config.seed
+        ),
     }
+
+
+def _check_names(entrants: Sequence[Entrant]) -> None:
+    """Raises ConfigError where two arms have one name, or names that are alike in files."""
+    slugs: dict[str, str] = {}
+    for entrant in entrants:
+        other = slugs.setdefault(_slug(entrant.name), entrant.name)
+        if other is not entrant.name:
+            raise ConfigError(f"two arms are called {other!r} and {entrant.name!r}: give the model another name")
 
 
 def _write_protocol(config: EvaluateConfig, split: Split, questions: Questions, certified: bool, path: Path) -> None:
@@ -251,6 +274,8 @@ def protocol_of(config: EvaluateConfig, split: Split, dataset: dict[str, Any]) -
         "statistics": "95 % bootstrap intervals over users; differences are paired, with sign-flip permutation tests, "
         "corrected by Holm within a domain; no claim under 1,000 queries",
         "queries": f"at most {config.max_queries:,} a domain, sampled" if config.max_queries else "all",
+        **({"warning": FLATTERED} if config.part == "validation" else {}),
+        **({"baselines": f"settings found by tuning ({config.tuned}) where it has some"} if config.tuned else {}),
     }
 
 
@@ -319,7 +344,7 @@ def proven(rankings: pa.Table, num_queries: int) -> dict[str, Any]:
 def _found_of_exact(
     config: EvaluateConfig, entrant: Entrant, questions: Questions, rankings: pa.Table
 ) -> dict[str, Any]:
-    """The share of the exact top K that an arm's lists hold, on a sample of queries."""
+    """The share of the exact top K, seen items aside, that an arm's lists hold, on a sample of queries."""
     import numpy as np
 
     from cprec.progress import say
@@ -331,14 +356,18 @@ def _found_of_exact(
     lists: dict[str, set[str]] = {}
     for query, item in zip(rankings["query_id"].to_pylist(), rankings["item_id"].to_pylist(), strict=True):
         lists.setdefault(query, set()).add(item)
-    shares = [len(lists.get(r.query_id, set()) & set(r.item_ids)) / len(r.item_ids) for r in exact if r.item_ids]
+    best = [set(r.item_ids) - questions.queries[number].uncounted for number, r in zip(chosen, exact, strict=True)]
+    shares = [len(lists.get(r.query_id, set()) & mine) / len(mine) for r, mine in zip(exact, best, strict=True) if mine]
     return {"share": float(np.mean(shares)) if shares else 1.0, "num_queries": size}
 
 
 def rankings_path(config: EvaluateConfig, domain: str, arm: str, protocol: str) -> Path:
     """Where an arm's rankings of a domain are saved."""
-    name = re.sub("[^a-z0-9]+", "-", arm.lower()).strip("-")
-    return Path(config.output_dir) / domain / f"{name}.{protocol}.parquet"
+    return Path(config.output_dir) / domain / f"{_slug(arm)}.{protocol}.parquet"
+
+
+def _slug(arm: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", arm.lower()).strip("-")
 
 
 def _cost(rankings: pa.Table) -> dict[str, float]:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from cprec.errors import ConfigError, DataError
 from cprec.evaluate.candidates import POPULARITY, UNIFORM, draw_candidates, read_candidates, write_candidates
 from cprec.evaluate.slices import slices_of
+from cprec.progress import say, track
 from cprec.provenance import file_sha256
 from cprec.recommender import RankingQuery
 from cprec.schema import TRAIN, Item
@@ -45,7 +46,7 @@ class Questions:
     new_items: frozenset[str] = frozenset()
     """Items of the domain that never occur in training."""
     sha256: Mapping[str, str] = field(default_factory=dict)
-    """Hashes of queries and answers as asked, and of each file of candidates."""
+    """Hashes of queries, histories and answers as asked, and of each file of candidates."""
 
     def of(self, protocol: str) -> list[RankingQuery]:
         """The queries as a protocol asks them: all of them, but those for new items alone where these are ranked."""
@@ -79,7 +80,11 @@ def read_questions(config: EvaluateConfig, split: Split, domain: str) -> Questio
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: name {domain!r} in target_domains of `cprec prepare`")
     rows = pq.read_table(path).to_pylist()
-    files = {how: _frozen(config, split, domain, rows, how) for how in (UNIFORM, POPULARITY)}
+    files = {UNIFORM: _frozen(config, split, domain, rows, UNIFORM)}
+    try:
+        files[POPULARITY] = _frozen(config, split, domain, rows, POPULARITY)
+    except ConfigError as error:  # few trained items: the domain is evaluated all the same
+        say(f"{domain}: no candidates by popularity: {error}")
     if config.max_queries and config.max_queries < len(rows):
         chosen = np.sort(np.random.default_rng(config.seed).permutation(len(rows))[: config.max_queries])
         rows = [rows[number] for number in chosen]
@@ -95,7 +100,10 @@ def read_questions(config: EvaluateConfig, split: Split, domain: str) -> Questio
     target = [row["target"] for row in rows]
     mine = split.catalogue.rows_of(domain)
     is_new = np.bincount(split.interactions.item[split.events(TRAIN)], minlength=len(split.catalogue))[mine] == 0
-    asked = "\n".join(f"{query.query_id}\t{item}" for query, item in zip(queries, target, strict=True))
+    asked = "\n".join(
+        f"{query.query_id}\t{item}\t{' '.join(f'{event.domain}/{event.item_id}' for event in query.history)}"
+        for query, item in zip(queries, target, strict=True)
+    )
     return Questions(
         domain=domain,
         queries=queries,
@@ -120,8 +128,6 @@ def read_questions(config: EvaluateConfig, split: Split, domain: str) -> Questio
 
 def _frozen(config: EvaluateConfig, split: Split, domain: str, rows: Sequence[Mapping[str, Any]], how: str) -> Path:
     """The file with the candidates of all queries of a domain, drawn if it is not there."""
-    from cprec.progress import track
-
     drawn_by = "" if how == UNIFORM else f"_{how}"
     name = f"candidates{config.num_candidates}{drawn_by}_{config.part}_seed{config.seed}.parquet"
     frozen = Path(config.data) / "queries" / domain / name
@@ -149,7 +155,9 @@ def _frozen(config: EvaluateConfig, split: Split, domain: str, rows: Sequence[Ma
                 sets.append([str(item) for item in split.catalogue.item_id[mine[0] + drawn]])
                 progress.advance()
         write_candidates(frozen, [row["query_id"] for row in rows], sets)
-    known = pq.read_table(frozen, columns=["query_id"])["query_id"].to_pylist()
-    if set(known) != {row["query_id"] for row in rows}:
+    known = read_candidates(frozen)
+    if known.keys() != {row["query_id"] for row in rows} or any(
+        row["target"] not in known[row["query_id"]] for row in rows
+    ):
         raise DataError(f"{frozen} holds candidates of other queries than those asked: delete it, and it is drawn anew")
     return frozen

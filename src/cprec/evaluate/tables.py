@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -145,7 +146,7 @@ def paired(
     entrants: Sequence[Entrant], per_query: Mapping[str, np.ndarray], users: Sequence[str], metric: str, seed: int
 ) -> list[dict[str, Any]]:
     """Differences on the same queries: each model to the baselines and the models before it; where there are no models,
-    the best baseline to the others. p values are corrected for their number; bounds and random are left out."""
+    the best baseline to the others. p values are corrected over all pairs of arms; bounds and random are left out."""
     models = [entrant.name for entrant in entrants if entrant.kind == "model"]
     rivals = [entrant.name for entrant in entrants if entrant.kind != "bound" and entrant.name != "random"]
     pairs = [
@@ -158,8 +159,10 @@ def paired(
         best = max(rivals, key=lambda name: float(per_query[name].mean()))
         pairs = [(best, rival) for rival in rivals if rival != best]
     groups = _groups(users)
-    found = [compare_pair(per_query[a], per_query[b], groups=groups, seed=seed) for a, b in pairs]
+    # The best was picked from the same data, so that all pairs count in the correction.
+    every = [*pairs, *(pair for pair in combinations(rivals, 2) if pair not in pairs and pair[::-1] not in pairs)]
+    found = [compare_pair(per_query[a], per_query[b], groups=groups, seed=seed) for a, b in every]
     return [
         {"a": a, "b": b, "metric": metric, **asdict(line), "claim": line.claim}
-        for (a, b), line in zip(pairs, adjusted(found), strict=True)
+        for (a, b), line in zip(pairs, adjusted(found), strict=False)
     ]

@@ -375,7 +375,8 @@ class LLMRecommender:
         )
         if corrected:
             found = self._corrected(found, domain, k)
-        beside = [[item for item in sorted(query.uncounted) if _may(query, item)] for query in queries]
+        gone = self.withdrawn.get(domain, frozenset())
+        beside = [[item for item in sorted(query.uncounted - gone) if _may(query, item)] for query in queries]
         beside_scores = self._candidate_scores(tree, domain, beside) if any(beside) else [np.empty(0)] * len(queries)
         out = []
         for query, result, more, more_scores in zip(queries, found, beside, beside_scores, strict=True):

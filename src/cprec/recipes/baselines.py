@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cprec.data.sources.tables import TableSource
+from cprec.errors import ConfigError
 from cprec.evaluate.evaluate import EvaluateConfig
 from cprec.recipe import Recipe
 from cprec.recipes.amazon_small import FOLDERS as AMAZON
@@ -18,6 +19,8 @@ FOLDERS = {**AMAZON, "movielens": "movielens_100k"}
 def baselines(*, data: Path, output_dir: str = "runs/baselines", domains: str = ",".join(FOLDERS)) -> Recipe:
     """Beauty, Sports, Toys, Games, Scientific and MovieLens-100K, leave-one-out in the published order of ties."""
     names = tuple(name.strip() for name in domains.split(","))
+    if unknown := [name for name in names if name not in FOLDERS]:
+        raise ConfigError(f"domains: there is no {unknown[0]!r}; there are {', '.join(FOLDERS)}")
 
     def source(domain: str) -> TableSource:
         folder = Path(data) / FOLDERS[domain]

@@ -98,6 +98,7 @@ def train(
     resume_from: Path | None,
     description: str,
     start_from: Path | None = None,
+    seed: int = 0,
     keep_at: Sequence[int] = (),
     report: Callable[[Mapping[str, Any]], None] | None = None,
     mfu: Callable[[float], float] | None = None,
@@ -108,7 +109,7 @@ def train(
     Each stream batch is one optimizer step. Its rows are shared out over the processes and cut into `num_accumulation`
     micro-batches in all; its loss is the sum over all targets divided by their number, so accumulation and processes
     change nothing but memory and time. `resume_from` restores weights, optimizer and state; without it `start_from`
-    restores weights and optimizer alone.
+    restores weights and optimizer alone. `seed` decides what is random inside a step (dropout, negatives).
 
     Every `logging_steps` steps a line goes to `log.jsonl`; every `eval_steps`, and at the end, what `validate()`
     measures; every `save_steps` a checkpoint is written. After the steps named in `keep_at` (the end of the stable
@@ -150,7 +151,7 @@ def train(
             learning_rate = schedule(step)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-            torch.manual_seed(step + (rank << 32))  # dropout, where a model has any, depends on step and rank alone
+            torch.manual_seed(step + (rank << 32) + (seed << 48))  # dropout and the like depend on these alone
             batch = stream.batch(step)
             num_targets = batch.num_targets  # of all processes: each of them knows the whole step
             summed = torch.zeros((), device=device)
