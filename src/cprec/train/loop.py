@@ -151,7 +151,7 @@ def train(
             learning_rate = schedule(step)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-            torch.manual_seed(step + (rank << 32) + (seed << 48))  # dropout and the like depend on these alone
+            torch.manual_seed(step_seed(seed, step, rank))  # dropout and the like depend on these alone
             batch = stream.batch(step)
             num_targets = batch.num_targets  # of all processes: each of them knows the whole step
             summed = torch.zeros((), device=device)
@@ -192,6 +192,15 @@ def train(
                     say(f"stopped after step {state.step:,} of {num_steps:,}, saved as {saved}")
                     raise KeyboardInterrupt
     return state
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """What torch is seeded with in a step of a run, by one process: a number that torch takes, whatever the seed.
+
+    >>> step_seed(0, 7), step_seed(0, 7, rank=1) == 7 + 2**32, 0 <= step_seed(10**30, 7) < 2**63
+    (7, True, True)
+    """
+    return (step + (rank << 32) + seed * 0x9E3779B97F4A7C15) % 2**63  # an odd number spreads seeds over all bits
 
 
 def _check_same_plan(stream: Stream, state: TrainState) -> None:

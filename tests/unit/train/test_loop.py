@@ -18,7 +18,7 @@ from cprec.errors import CheckpointError, TrainingError
 from cprec.text.shards import Shards
 from cprec.text.stream import IGNORE, TokenStream
 from cprec.train.checkpoint import TrainState, checkpoints, load_checkpoint, newest_intact
-from cprec.train.loop import LOG, make_optimizer, perplexity, read_log, split_rows, summed_loss
+from cprec.train.loop import LOG, make_optimizer, perplexity, read_log, split_rows, step_seed, summed_loss
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "loss_curve.json"
 CPU = torch.device("cpu")
@@ -301,3 +301,10 @@ def test_a_write_that_the_system_refuses_is_a_checkpoint_error(run: Run, tmp_pat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", LOG]
+
+
+def test_steps_of_other_seeds_and_processes_are_seeded_otherwise() -> None:
+    seeds = {step_seed(seed, step, rank) for seed in (0, 1, 65_536, 2**62) for step in (0, 1) for rank in (0, 1)}
+    assert len(seeds) == 16
+    for seed in seeds:
+        torch.manual_seed(seed)  # takes every one
