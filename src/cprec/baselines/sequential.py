@@ -194,7 +194,10 @@ class TrainingLog:
 
     def digest(self) -> str:
         """SHA-256 of what there is to learn from."""
-        content = (self.sequences.values.tobytes(), self.sequences.offsets.tobytes(), str(self.num_items).encode())
+        content = (
+            *(self.sequences.values.tobytes(), self.sequences.offsets.tobytes()),
+            *(str(self.num_items).encode(), "\n".join(self.users).encode()),
+        )
         return hashlib.sha256(b"".join(content)).hexdigest()
 
 
@@ -401,7 +404,11 @@ def _trained(settings: TrainedBaseline, split: Split, domain: str, seed: int, fo
     name, log = type(settings).__name__, TrainingLog.of(split, domain)
     users = {user: row for row, user in enumerate(log.users)}
     device = distributed.pick_device()
-    made_from = {"baseline": name, "settings": asdict(settings), "domain": domain, "seed": seed, "data": log.digest()}
+    histories, targets, askers = _validation_queries(settings, split, domain, seed)
+    made_from = {
+        **{"baseline": name, "settings": asdict(settings), "domain": domain, "seed": seed, "data": log.digest()},
+        "validation": hashlib.sha256(histories.values.tobytes() + targets.tobytes()).hexdigest(),
+    }
     torch.manual_seed(seed)
     model = settings.build(log).to(device)
     record, weights = folder / "baseline.json", folder / "best.safetensors"
@@ -414,14 +421,6 @@ def _trained(settings: TrainedBaseline, split: Split, domain: str, seed: int, fo
     seconds = (known or {}).get("seconds")
     if seconds is None:
         folder.mkdir(parents=True, exist_ok=True)
-        queries = split.queries(domain, VALIDATION, max_history=max(settings.max_length, 1000))
-        if not len(queries):
-            raise ConfigError(f"domain {domain!r} has no validation event to choose the weights of {name} by")
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(queries))[:VALIDATION_QUERIES])
-        first = int(split.catalogue.rows_of(domain)[0])
-        asked = queries.history.take(chosen)
-        histories, targets = Ragged(asked.values - first, asked.offsets), queries.target[chosen] - first
-        askers = user_names(split.interactions, queries.user[chosen])
 
         def validate() -> dict[str, Any]:
             recommender = TrainedRecommender(name, settings, model, split.catalogue, domain, users, 0.0)
@@ -472,6 +471,21 @@ def _trained(settings: TrainedBaseline, split: Split, domain: str, seed: int, fo
         remove_checkpoints(folder)
     model.load_state_dict(load_file(weights, device=str(device)))
     return TrainedRecommender(name, settings, model, split.catalogue, domain, users, seconds)
+
+
+def _validation_queries(
+    settings: TrainedBaseline, split: Split, domain: str, seed: int
+) -> tuple[Ragged, np.ndarray, list[str]]:
+    """Histories, targets and users of the queries that choose the weights: a seeded sample. Raises ConfigError where
+    there are none."""
+    queries = split.queries(domain, VALIDATION, max_history=max(settings.max_length, 1000))
+    if not len(queries):
+        raise ConfigError(f"domain {domain!r} has no validation event to choose the weights of a baseline by")
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(queries))[:VALIDATION_QUERIES])
+    first = int(split.catalogue.rows_of(domain)[0])
+    asked = queries.history.take(chosen)
+    users = user_names(split.interactions, queries.user[chosen])
+    return Ragged(asked.values - first, asked.offsets), queries.target[chosen] - first, users
 
 
 def _validations(folder: Path) -> list[float]:
