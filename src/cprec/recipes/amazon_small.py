@@ -29,27 +29,27 @@ SIZE = TinyModel(hidden_size=192, num_hidden_layers=3, num_attention_heads=6)
 """2.9 M parameters with 8,192 tokens: what two cores train to a flat held-out perplexity (docs/experiments.md)."""
 
 
+def source(folder: Path, domain: str, platform: str) -> TableSource:
+    """A domain's folder with items.parquet and interactions.parquet, ties in the order that the source has."""
+    return TableSource(
+        domain=domain,
+        platform=platform,
+        interactions=str(folder / "interactions.parquet"),
+        items=str(folder / "items.parquet"),
+        columns={"order": "position"},
+        timestamps="order" if domain in ORDER_ONLY else "seconds",
+    )
+
+
 def amazon_small(*, data: Path, output_dir: str = "runs/amazon_small") -> Recipe:
     """Beauty, Sports, Toys and Games (5-core reviews) to pre-train on; Scientific, unseen, to recommend in."""
-
-    def source(domain: str) -> TableSource:
-        folder = Path(data) / FOLDERS[domain]
-        return TableSource(
-            domain=domain,
-            platform="amazon",
-            interactions=str(folder / "interactions.parquet"),
-            items=str(folder / "items.parquet"),
-            columns={"order": "position"},
-            timestamps="order" if domain in ORDER_ONLY else "seconds",
-        )
-
     prepared = f"{output_dir}/data"
     return Recipe(
         name="amazon_small",
         description="what pre-training on four Amazon domains gives an unseen fifth",
         prepare=PrepareConfig(
             output_dir=prepared,
-            tables=tuple(source(domain) for domain in FOLDERS),
+            tables=tuple(source(Path(data) / folder, domain, "amazon") for domain, folder in FOLDERS.items()),
             pretrain_domains=("beauty", "sports", "toys", "games"),
             target_domains=("scientific",),
             k_core=0,  # the files are 5-core already

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cprec.data.sources.tables import TableSource
 from cprec.errors import ConfigError
 from cprec.evaluate.evaluate import EvaluateConfig
 from cprec.recipe import Recipe
 from cprec.recipes.amazon_small import FOLDERS as AMAZON
-from cprec.recipes.amazon_small import ORDER_ONLY
+from cprec.recipes.amazon_small import source
 from cprec.text.prepare import PrepareConfig
 
 FOLDERS = {**AMAZON, "movielens": "movielens_100k"}
 """Domain -> the folder with its items.parquet and interactions.parquet."""
+PLATFORMS = {"movielens": "movielens"}
+"""Domains whose users are other people than Amazon's."""
 
 
 def baselines(*, data: Path, output_dir: str = "runs/baselines", domains: str = ",".join(FOLDERS)) -> Recipe:
@@ -22,24 +23,13 @@ def baselines(*, data: Path, output_dir: str = "runs/baselines", domains: str = 
     if unknown := [name for name in names if name not in FOLDERS]:
         raise ConfigError(f"domains: there is no {unknown[0]!r}; there are {', '.join(FOLDERS)}")
 
-    def source(domain: str) -> TableSource:
-        folder = Path(data) / FOLDERS[domain]
-        return TableSource(
-            domain=domain,
-            platform="movielens" if domain == "movielens" else "amazon",
-            interactions=str(folder / "interactions.parquet"),
-            items=str(folder / "items.parquet"),
-            columns={"order": "position"},
-            timestamps="order" if domain in ORDER_ONLY else "seconds",
-        )
-
     prepared = f"{output_dir}/data"
     return Recipe(
         name="baselines",
         description="what baselines reach under one protocol",
         prepare=PrepareConfig(
             output_dir=prepared,
-            tables=tuple(source(domain) for domain in names),
+            tables=tuple(source(Path(data) / FOLDERS[name], name, PLATFORMS.get(name, "amazon")) for name in names),
             target_domains=names,
             k_core=0,  # the files are 5-core already
             drop_consecutive_repeats=False,  # as the published splits
