@@ -577,7 +577,7 @@ def _verb_help(verb: Verb) -> str:
             "  --metric    what to compare by, as recall@5; NDCG at the runs' K if not given\n"
             "  --protocol  full, full_with_seen, candidates_uniform, candidates_popularity or new_items; that of\n"
             "              the runs' main table if not given\n"
-            "  --output    the page to write, compare.html if not given\n"
+            "  --output    the page to write, or the tables alone (.md, .tex); compare.html if not given\n"
             "  --force     show runs that were asked differently, in separate tables"
         )
     elif verb.name == "report":

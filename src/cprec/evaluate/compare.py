@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from cprec.errors import ConfigError, DataError
-from cprec.evaluate.comparison_report import Estimate, Row, Table, html_of, in_words, key_in_words, print_tables
+from cprec.evaluate.comparison_report import (
+    Estimate,
+    Row,
+    Table,
+    html_of,
+    in_words,
+    key_in_words,
+    latex_table,
+    markdown_table,
+    print_tables,
+)
 from cprec.evaluate.statistics import PERMUTATIONS, adjusted, bootstrap_interval, compare_pair, seed_variance
 from cprec.progress import say
 
@@ -39,7 +49,8 @@ def compare(
     output: str | Path = "compare.html",
     file: TextIO | None = None,
 ) -> list[Table]:
-    """Compare the arms of evaluation folders: print a table a domain, and write them with a plot to `output`.
+    """Compare the arms of evaluation folders: print a table a domain, and write them with a plot to `output`; where its
+    name ends in .md or .tex, the tables alone.
 
     `domains` are those that every folder has if none is named. `metric` is NDCG at the K of the runs if None, and
     `protocol` (a key of `PROTOCOLS`) the one of their main table. Arms are tested in pairs on the same queries, queries
@@ -70,7 +81,8 @@ def compare(
         for domain, settings, names in groups
     ]
     print_tables(tables, file)
-    _write(Path(output), html_of(tables))
+    table_of = {".md": markdown_table, ".tex": latex_table}.get(Path(output).suffix)
+    _write(Path(output), "\n".join(map(table_of, tables)) if table_of else html_of(tables))
     return tables
 
 

@@ -287,6 +287,12 @@ def test_a_terminal_gets_the_columns_that_fit(table: Table) -> None:
     assert "\x1b" not in text
 
 
+@pytest.mark.parametrize(("name", "form"), [("t.md", markdown_table), ("t.tex", latex_table)])
+def test_the_tables_alone_are_written_by_the_name_of_the_file(name: str, form: Any, tmp_path: Path) -> None:
+    tables, _ = run(write(tmp_path / "a", {"x": first_in(0.3), "y": first_in(0.2)}), output=tmp_path / name)
+    assert (tmp_path / name).read_text() == form(tables[0])
+
+
 def test_tables_for_papers(table: Table) -> None:
     lines = markdown_table(table).splitlines()
     assert lines[0] == "| | NDCG@10 | Recall@10 | NDCG@5 | MRR | less the best | p |"
