@@ -138,7 +138,11 @@ def _report(
             for name, about in finished.items()
         },
     }
-    examples = [example for domain, arms in models.items() for example in _examples(config, split, domain, list(arms))]
+    examples = [
+        example
+        for domain, arms in models.items()
+        for example in _examples(config, split, domain, list(arms) or _best_baseline(domains[domain], config.k))
+    ]
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     save_resolved(folder, config)
@@ -321,8 +325,14 @@ class _InMode:
         return self._model.opened.rank(queries, k, self._mode)
 
 
+def _best_baseline(result: dict[str, Any], k: int) -> list[str]:
+    """The arm to show examples of where there is no model."""
+    found = {name: arm[f"ndcg@{k}"]["mean"] for name, arm in result["arms"].items() if arm["kind"] == "baseline"}
+    return [max(found, key=lambda name: found[name])] if found else []
+
+
 def _examples(config: EvaluateConfig, split: Split, domain: str, arms: list[str]) -> list[dict[str, Any]]:
-    """A few users of a domain with what each model recommends them, from the saved rankings."""
+    """A few users of a domain with what each of some arms recommends them, from the saved rankings."""
     import pyarrow.parquet as pq
 
     from cprec.evaluate.evaluate import rankings_path

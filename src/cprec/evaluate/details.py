@@ -81,7 +81,7 @@ def _slices(arms: Arms, cut: int) -> list[str]:
 def _lists(arms: Arms) -> str:
     having = {arm: values["lists"] for arm, values in arms.items() if values.get("lists")}
     heads = [name.replace("_", " ") for name in LISTS]
-    rows = {arm: [f"{lists[name]:.3f}" for name in LISTS] for arm, lists in having.items()}
+    rows = {arm: [f"{lists[name]:.3f}" if name in lists else "" for name in LISTS] for arm, lists in having.items()}
     caption = "Lists: " + "; ".join(f"{name.replace('_', ' ')}, {about}" for name, about in LISTS.items())
     return _table(caption, heads, rows)
 

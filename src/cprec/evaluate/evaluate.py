@@ -128,6 +128,7 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
     import pyarrow as pa
 
     from cprec.data.titles import title_vectors
+    from cprec.evaluate.metrics import valid_ratio
     from cprec.evaluate.questions import FULL, FULL_WITH_SEEN, GENERATED, NEW_ITEMS, SAMPLED, read_questions
     from cprec.evaluate.tables import Lists, means_of, metrics_of, paired, sliced
     from cprec.progress import say
@@ -204,7 +205,7 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
             columns = judged(entrant, GENERATED, rankings)
             valid = columns["num_valid"] > 0
             arm[GENERATED] = {
-                "valid_ratio": float(valid.mean()),
+                "valid_ratio": valid_ratio(columns["num_valid"]),
                 "hr@1-all": float(columns["recall@1"].mean()),
                 "hr@1-valid": float(columns["recall@1"][valid].mean()) if valid.any() else 0.0,
                 "seconds": seconds,

@@ -115,7 +115,8 @@ class Lists:
         )
 
     def measures(self, rankings: pa.Table, k: int, *, exclude_seen: bool) -> dict[str, float]:
-        """Coverage, Gini index, novelty in bits, tail share and diversity of the first K of each list."""
+        """Coverage, Gini index, novelty in bits, tail share and diversity of the first K of each list, means over the
+        lists that have a value; what no list has (diversity, where all hold one item) is left out."""
         import pyarrow.compute as pc
 
         if exclude_seen:
@@ -128,18 +129,16 @@ class Lists:
         list_of, item, size = list_of[kept], item[kept], len(number)
         if not size:
             return {}
+        means = {
+            "novelty": metrics.novelty(list_of, item, size, self.count_N, self.num_users),
+            "tail_share": metrics.tail_share(list_of, item, size, self.count_N),
+            "diversity": metrics.intra_list_diversity(list_of, item, size, self.titles),
+        }
         return {
             "coverage": metrics.coverage(item, len(self.count_N)),
             "gini": metrics.gini(np.bincount(item, minlength=len(self.count_N))),
-            "novelty": _mean(metrics.novelty(list_of, item, size, self.count_N, self.num_users)),
-            "tail_share": _mean(metrics.tail_share(list_of, item, size, self.count_N)),
-            "diversity": _mean(metrics.intra_list_diversity(list_of, item, size, self.titles)),
+            **{name: float(np.nanmean(values)) for name, values in means.items() if not np.isnan(values).all()},
         }
-
-
-def _mean(values: np.ndarray) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else 0.0
 
 
 def paired(

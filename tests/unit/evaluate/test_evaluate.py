@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from cprec.evaluate.evaluate import Entrant, EvaluateConfig, check_certificate, 
 from cprec.evaluate.questions import FULL, FULL_WITH_SEEN, NEW_ITEMS, SAMPLED, Questions, read_questions
 from cprec.evaluate.tables import metrics_of
 from cprec.recommender import Certificate, Ranking, RankingQuery, Recommender
+from cprec.run import evaluate_models
 from cprec.text.prepare import PrepareConfig, prepare
 
 
@@ -315,6 +318,48 @@ def test_an_interrupted_arm_leaves_nothing_and_finished_ones_stay(config: Evalua
     assert not any(name.startswith(("stopping", "metrics")) for name in written)
     evaluate(config, split, "books", [baseline(popular)])
     assert popular.asked == asked
+
+
+def test_saved_rankings_are_scored_again_without_torch_and_examples_show_the_best_baseline(
+    config: EvaluateConfig,
+) -> None:
+    """Baselines alone, a trained one among them; then the same in a process that must not load torch."""
+    settings = {"data": config.data, "output_dir": config.output_dir, "baselines": ("popularity", "ItemKNN", "SASRec")}
+    first = evaluate_models(EvaluateConfig(**settings))
+    assert first["domains"]["books"]["arms"]["SASRec"]["cost"]["num_parameters"] > 10_000
+    again = (
+        "import sys\n"
+        "from cprec.evaluate.evaluate import EvaluateConfig\n"
+        "from cprec.run import evaluate_models\n"
+        f"evaluate_models(EvaluateConfig(**{settings!r}))\n"
+        "assert not {'torch', 'ibis', 'transformers'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((Path(config.output_dir) / "report.json").read_text()) == json.loads(json.dumps(first))
+    arms = first["domains"]["books"]["arms"]
+    best = max(arms, key=lambda name: arms[name]["ndcg@10"]["mean"])
+    assert f"{best} recommends:" in done.stdout
+
+
+def test_a_baseline_that_cannot_be_made_is_left_out_by_name(
+    config: EvaluateConfig, split: Split, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large() -> None:
+        raise ConfigError("too many items")
+
+    entrants = [
+        baseline(PopularityRecommender(split)),
+        replace(baseline(RandomRecommender(split.catalogue)), open=too_large),
+    ]
+    assert list(evaluate(config, split, "books", entrants)["arms"]) == ["popularity"]
+    assert "random is left out: too many items" in capsys.readouterr().err
+
+
+def test_two_arms_of_one_name_are_refused(config: EvaluateConfig, split: Split) -> None:
+    entrants = [baseline(PopularityRecommender(split)), baseline(PopularityRecommender(split), "Popularity")]
+    with pytest.raises(ConfigError, match="two arms are called 'popularity' and 'Popularity'"):
+        evaluate(config, split, "books", entrants)
 
 
 def test_a_score_that_is_not_finite_is_named(config: EvaluateConfig, split: Split) -> None:
