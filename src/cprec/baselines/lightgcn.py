@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from cprec.baselines.objectives import Objective
 from cprec.baselines.search import Choice, OneOf, Real, Whole
@@ -76,17 +77,29 @@ class PairStream(BatchStream):
         return Batch(users, np.zeros_like(users), items, len(pairs), pairs)
 
 
+class Neighbours(NamedTuple):
+    """Rows of a constant sparse matrix one after the other: their columns, where each row begins, and the weights."""
+
+    column_N: torch.Tensor
+    start_R: torch.Tensor
+    weight_N: torch.Tensor
+
+    def sums(self, vectors_VD: torch.Tensor) -> torch.Tensor:
+        """The weighted sum of each row's vectors: RD. Many times as fast as torch's sparse products on a CPU."""
+        return F.embedding_bag(self.column_N, vectors_VD, self.start_R, mode="sum", per_sample_weights=self.weight_N)
+
+
 class _Smooth(torch.autograd.Function):
-    """A constant sparse matrix times vectors; the gradient is its transpose times theirs."""
+    """The weighted sums of neighbours' vectors; the gradient is the same sum over those that one is a neighbour of."""
 
     @staticmethod
-    def forward(ctx: Any, vectors: torch.Tensor, matrix: torch.Tensor, transposed: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, vectors: torch.Tensor, matrix: Neighbours, transposed: Neighbours) -> torch.Tensor:
         ctx.transposed = transposed
-        return matrix @ vectors
+        return matrix.sums(vectors)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return ctx.transposed @ grads[0], None, None
+        return ctx.transposed.sums(grads[0].contiguous()), None, None
 
 
 class Smoothed(ItemModel):
@@ -109,8 +122,10 @@ class Smoothed(ItemModel):
 
     def layers(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Vectors of users and items after 0, 1, ... smoothing steps: UD, VD."""
-        if self._graph[0].device != self.user.weight.device:
-            self._graph = tuple(each.to(self.user.weight.device) for each in self._graph)
+        device = self.user.weight.device
+        if self._graph[0].weight_N.device != device:
+            of_users, of_items = (Neighbours(*(each.to(device) for each in matrix)) for matrix in self._graph)
+            self._graph = of_users, of_items
         of_users, of_items = self._graph
         user_UD, item_VD = self.user.weight, self.item.weight
         yield user_UD, item_VD
@@ -126,13 +141,13 @@ class Smoothed(ItemModel):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `ItemModel.forward`; an input is the row of a user."""
         users, items = zip(*self.layers(), strict=True)
-        user_UD, item_VD = torch.stack(users).mean(0), torch.stack(items).mean(0)
+        user_UD, item_VD = _mean(users), _mean(items)
         return user_UD[input_ids_RT[:, 0]], targets_RT[:, 0], item_VD
 
     def encode(self, input_ids_RT: torch.Tensor, lengths_R: torch.Tensor, users_R: torch.Tensor) -> torch.Tensor:
         """See `ItemModel.encode`."""
         layers = list(self.layers())
-        out_RD = torch.stack([user_UD for user_UD, _ in layers]).mean(0)[users_R.clamp(min=0)]
+        out_RD = _mean([user_UD for user_UD, _ in layers])[users_R.clamp(min=0)]
         unknown_R = users_R < 0
         if unknown_R.any():
             ids_RT = input_ids_RT[unknown_R]
@@ -146,10 +161,15 @@ class Smoothed(ItemModel):
 
     def items(self) -> torch.Tensor:
         """See `ItemModel.items`."""
-        return torch.stack([item_VD for _, item_VD in self.layers()]).mean(0)
+        return _mean([item_VD for _, item_VD in self.layers()])
 
 
-def _graph(log: TrainingLog) -> tuple[torch.Tensor, ...]:
+def _mean(layers: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Added one by one: stacking them first takes several times as long, forwards and backwards."""
+    return sum(layers[1:], layers[0]) / len(layers)
+
+
+def _graph(log: TrainingLog) -> tuple[Neighbours, Neighbours]:
     """Users by items and its transpose, each event 1 / sqrt(degree of its user * degree of its item)."""
     from scipy import sparse
 
@@ -158,10 +178,9 @@ def _graph(log: TrainingLog) -> tuple[torch.Tensor, ...]:
     degree_U, degree_V = np.maximum(counts.sum(1), 1), np.maximum(counts.sum(0), 1)
     of_users = sparse.diags_array(degree_U**-0.5) @ counts @ sparse.diags_array(degree_V**-0.5)
 
-    def as_tensor(matrix: Any) -> torch.Tensor:
-        coo = sparse.coo_array(matrix)
-        places = torch.from_numpy(np.stack(coo.coords).astype(np.int64))
-        values = torch.from_numpy(coo.data.astype(np.float32))
-        return torch.sparse_coo_tensor(places, values, coo.shape, check_invariants=True).coalesce()
+    def as_neighbours(matrix: Any) -> Neighbours:
+        rows = sparse.csr_array(matrix)
+        columns, starts = (torch.from_numpy(each.astype(np.int32)) for each in (rows.indices, rows.indptr[:-1]))
+        return Neighbours(columns, starts, torch.from_numpy(rows.data.astype(np.float32)))
 
-    return as_tensor(of_users), as_tensor(of_users.T)
+    return as_neighbours(of_users), as_neighbours(of_users.T)

@@ -161,6 +161,27 @@ def test_objectives_against_negatives_are_what_their_formulas_say(
     assert found.item() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 256])
+def test_gradients_of_sampled_softmax_are_those_of_its_formula(
+    chunk: int, scored: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cprec.baselines.objectives.CHUNK", chunk)
+    hidden, weight = (each.double().requires_grad_() for each in scored[:2])
+    target = scored[2]
+    torch.manual_seed(5)
+    loss = objective_loss("sampled_softmax", hidden, weight, target, num_negatives=6, dtype=torch.float64) * 3
+    torch.manual_seed(5)
+    drawn = torch.randint(9, (6,))
+    scores = torch.cat([weight[target].mul(hidden).sum(1)[:, None], hidden @ weight[drawn].T], 1)
+    hit = F.pad(drawn == target[:, None], (1, 0))
+    assert hit.any(), "a target is among the negatives"
+    expected = F.cross_entropy(scores.masked_fill(hit, -torch.inf), torch.zeros_like(target), reduction="sum") * 3
+    torch.testing.assert_close(loss, expected)
+    got = torch.autograd.grad(loss, (hidden, weight))
+    for found, wanted in zip(got, torch.autograd.grad(expected, (hidden, weight)), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
