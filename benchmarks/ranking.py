@@ -305,7 +305,7 @@ def grow(args: argparse.Namespace) -> None:
     trie = recommender.trie(args.domain)
     rows = trie.titles(np.unique(trie.leaf))
     titles = [tuple(rows[row].tolist()) for row in range(len(rows))]
-    trained = recommender._model
+    trained = recommender.reader.model
     untrained = tiny_model(
         trained.config.vocab_size, hidden_size=192, num_hidden_layers=3, num_attention_heads=4
     ).eval()

@@ -306,6 +306,8 @@ def _serve(verb: Verb, settings: Any) -> None:
         Recommender.from_pretrained(
             folder,
             name=name,
+            engine=config.engine,
+            engine_options={"gpu_memory_utilization": 0.9 / len(config.models)} if config.engine == "vllm" else {},
             beam_width=config.beam_width,
             max_nodes=config.max_nodes,
             batch_size=config.max_batch,

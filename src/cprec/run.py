@@ -204,6 +204,7 @@ def baseline_entrants(config: EvaluateConfig, split: Split, domain: str) -> list
                     identity=identity,
                     open=partial(getattr, baseline, "made"),
                     cost=baseline.cost,
+                    close=baseline.close,
                 )
             )
     return entrants
@@ -258,6 +259,9 @@ class _Baseline:
         folder = Path(self._config.output_dir) / "baselines" / self._domain / f"{name}-{made_of}"
         return settings.make(self._split, self._domain, seed=self._seed, folder=folder)
 
+    def close(self) -> None:
+        self.__dict__.pop("made", None)
+
     def cost(self) -> dict[str, float]:
         names = {"num_parameters": "num_parameters", "seconds": "train_seconds"}
         return {shown: getattr(self.made, name) for name, shown in names.items() if hasattr(self.made, name)}
@@ -284,6 +288,7 @@ def model_entrants(config: EvaluateConfig, arms: dict[str, str]) -> list[Entrant
                 modes={"exact": _InMode(model, "exact"), "generate": _InMode(model, "generate")},
                 open=partial(getattr, model, "opened"),
                 cost=partial(_model_cost, folder),
+                close=model.close,
             )
         )
     return entrants
@@ -310,6 +315,9 @@ class _ModelFolder:
         names = ("mode", "beam_width", "max_nodes", "score")
         settings = {name: getattr(self._config, name) for name in names}
         return LLMRecommender.from_pretrained(self._folder, name=self.name, **settings)
+
+    def close(self) -> None:
+        self.__dict__.pop("opened", None)
 
     def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
         return self.opened.rank(queries, k)

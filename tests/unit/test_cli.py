@@ -53,7 +53,7 @@ class FakeServeConfig:
     port: int = 8080
     """Port."""
 
-    beam_width, max_nodes, max_batch, cache_mb = 20, 100, 8, 0
+    engine, beam_width, max_nodes, max_batch, cache_mb = "transformers", 20, 100, 8, 0
 
     def check(self) -> None:
         if self.port == 1:

@@ -114,6 +114,8 @@ class Entrant:
     """Makes it ready, before ranking is timed: reads a model, trains a baseline."""
     cost: Callable[[], Mapping[str, float]] = dict
     """What it took, once it has ranked: num_parameters and train_seconds, where there are any."""
+    close: Callable[[], object] = dict
+    """Lets go of what `open` made, once all queries are ranked."""
 
 
 def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequence[Entrant]) -> dict[str, Any]:
@@ -211,6 +213,7 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
                 "seconds": seconds,
             }
         arms[entrant.name] = arm
+        entrant.close()
     _replace_table(pa.concat_tables(tables), folder / "metrics.parquet")
     return {
         "num_items": len(mine),

@@ -16,6 +16,8 @@ from cprec.rank.cache import PrefixCache
 
 PROMPT_TREE = "prompt_tree"
 """The name under which transformers knows the attention."""
+LOGITS = 1 << 25
+"""Logits made at once."""
 
 
 class PromptTree:
@@ -110,9 +112,23 @@ class PromptTree:
     def num_users(self) -> int:
         return len(self._lengths)
 
-    @property
-    def vocabulary_size(self) -> int:
-        return int(self._head.weight.shape[0])
+    def log_probs(self, hidden_MD: torch.Tensor, row_N: torch.Tensor, token_N: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of tokens, each the next one after a state, whose rows ascend: float64[N]."""
+        size = max(1, LOGITS // int(self._head.weight.shape[0]))
+        starts = torch.arange(0, len(hidden_MD) + size, size, device=row_N.device)
+        ends = torch.searchsorted(row_N, starts).tolist()
+        pieces = [row_N.new_empty(0, dtype=torch.float64)]
+        for start, low, high in zip(starts.tolist(), ends, ends[1:], strict=False):
+            if low == high:
+                continue
+            logits = self.logits(hidden_MD[start : start + size])
+            row = row_N[low:high] - start
+            pieces.append((logits[row, token_N[low:high]] - logits.logsumexp(-1)[row]).double())
+        return torch.cat(pieces)
+
+    def likeliest(self, hidden_MD: torch.Tensor) -> torch.Tensor:
+        """The likeliest next token after each state: int64[M]."""
+        return self.logits(hidden_MD).argmax(-1)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of the next token: float32[..., V]."""

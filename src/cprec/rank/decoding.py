@@ -14,11 +14,8 @@ import numpy as np
 import torch
 
 from cprec.errors import ConfigError
-from cprec.rank.attention import PromptTree
+from cprec.rank.reading import Tree
 from cprec.rank.trie import Trie
-
-AT_ONCE = 1 << 25
-"""Logits made at once."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class Prefixes:
 
 
 def search(
-    tree: PromptTree,
+    tree: Tree,
     trie: Trie,
     *,
     k: int,
@@ -102,7 +99,7 @@ def search(
 class _Search:
     def __init__(
         self,
-        tree: PromptTree,
+        tree: Tree,
         trie: Trie,
         k: int,
         excluded: Sequence[np.ndarray] | None,
@@ -169,30 +166,21 @@ class _Search:
         tree."""
         if not len(above):
             return above
-        pieces = []
-        size = max(1, AT_ONCE // self.tree.vocabulary_size)
-        for start in range(0, len(above), size):
-            mine = slice(start, start + size)
-            logits = self.tree.logits(hidden[rows[mine]])
-            total = logits.logsumexp(-1)
-            node = above.node[mine]
-            begin = self.first_child[node].long()
-            counts = self.first_child[node + 1] - begin
-            row = torch.repeat_interleave(torch.arange(len(node), device=self.device), counts)
-            child = begin[row] + torch.arange(len(row), device=self.device) - (counts.cumsum(0) - counts)[row]
-            user = above.user[mine][row]
-            items = self.reach.items(user, child)
-            alive = (items > 0).nonzero()[:, 0]
-            row, child, user, items = row[alive], child[alive], user[alive], items[alive]
-            token = self.token[child].long()
-            score = above.score[mine][row] + (logits[row, token] - total[row]).double()
-            bound = score if self.longest is None else score / self.longest[child]
-            ends = token == self.trie.end
-            if bool(ends.any()):
-                self._keep(user[ends], child[ends], bound[ends], items[ends])
-            alive = ~ends
-            pieces.append(Prefixes(user[alive], child[alive], place[mine][row[alive]], score[alive], bound[alive]))
-        return self._hopeful(_joined(pieces, self.users))
+        begin = self.first_child[above.node].long()
+        counts = self.first_child[above.node + 1] - begin
+        row = torch.repeat_interleave(torch.arange(len(above), device=self.device), counts)
+        child = begin[row] + torch.arange(len(row), device=self.device) - (counts.cumsum(0) - counts)[row]
+        items = self.reach.items(above.user[row], child)
+        alive = (items > 0).nonzero()[:, 0]
+        row, child, items = row[alive], child[alive], items[alive]
+        user, token = above.user[row], self.token[child].long()
+        score = above.score[row] + self.tree.log_probs(hidden[rows], row, token)
+        bound = score if self.longest is None else score / self.longest[child]
+        ends = token == self.trie.end
+        if bool(ends.any()):
+            self._keep(user[ends], child[ends], bound[ends], items[ends])
+        alive = ~ends
+        return self._hopeful(Prefixes(user[alive], child[alive], place[row[alive]], score[alive], bound[alive]))
 
     def _keep(self, user: torch.Tensor, leaf: torch.Tensor, score: torch.Tensor, items: torch.Tensor) -> None:
         """Of all titles found, each user's `k` best items and what ties with the last; sets the thresholds."""

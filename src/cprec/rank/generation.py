@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from cprec.rank.attention import PromptTree
+from cprec.rank.reading import Tree
 
 
-def write(tree: PromptTree, end: int, max_tokens: int) -> list[np.ndarray]:
+def write(tree: Tree, end: int, max_tokens: int) -> list[np.ndarray]:
     """The likeliest next token, again and again, up to the token `end` (left out) or `max_tokens`: int64 tokens of each
     user. Nothing keeps a model to the catalogue."""
     device = tree.prompt_hidden_UD.device
@@ -18,7 +18,7 @@ def write(tree: PromptTree, end: int, max_tokens: int) -> list[np.ndarray]:
     users = torch.arange(tree.num_users, device=device)
     parents, hidden = torch.full_like(users, -1), tree.prompt_hidden_UD
     for _ in range(max_tokens):
-        tokens = tree.logits(hidden).argmax(-1)
+        tokens = tree.likeliest(hidden)
         going = tokens != end
         users, parents, tokens = users[going], parents[going], tokens[going]
         if not len(users):

@@ -18,10 +18,10 @@ from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.errors import ConfigError
 from cprec.models import load_model
-from cprec.rank.attention import PromptTree
 from cprec.rank.cache import PrefixCache
 from cprec.rank.decoding import Found, search
 from cprec.rank.generation import match, write
+from cprec.rank.reading import ModelReader, Reader, Tree
 from cprec.rank.scoring import score_candidates
 from cprec.rank.trie import Trie
 from cprec.recommender import Certificate, Ranking, RankingQuery
@@ -88,7 +88,8 @@ class LLMRecommender:
         cache_bytes: int = 0,
         bf16: bool = False,
     ) -> None:
-        """`seconds` limits how long a batch of `batch_size` queries searches for more than a beam has found."""
+        """`model` is a causal language model of transformers, or a `Reader`, which has its own cache and precision.
+        `seconds` limits how long a batch of `batch_size` queries searches for more than a beam has found."""
         if mode in ("exact", "generate") and score == "corrected":
             raise ConfigError(
                 f"score='corrected' with mode={mode!r}: a corrected score may rise along a title, so no prefix bounds "
@@ -105,22 +106,29 @@ class LLMRecommender:
         self.seconds = seconds
         self.score = score
         self.batch_size = batch_size
-        self._model = model.eval()
-        self._bf16 = bf16
         self._tokenizer = tokenizer
-        self._cache = PrefixCache(cache_bytes) if cache_bytes else None
-        self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.reader: Reader = (
+            model if hasattr(model, "read") else ModelReader(model, bf16=bf16, pad_id=pad_id, cache_bytes=cache_bytes)
+        )
         self._encoder = PromptEncoder(tokenizer, catalogue, max_title_tokens=max_title_tokens, template=template)
         self._tries: dict[str, Trie] = {}
         self.withdrawn: Mapping[str, frozenset[str]] = {}
         """Item ids by domain that histories may name and full rankings never return; see `with_items`."""
-        self._context = int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **options: Any) -> LLMRecommender:
-        """The recommender of a model folder; `options` are those of the constructor (`beam_width=50`, say).
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        engine: Literal["transformers", "vllm"] = "transformers",
+        engine_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> LLMRecommender:
+        """The recommender of a model folder, read by `engine`; `options` are those of the constructor (`beam_width=50`,
+        say), `engine_options` those of `vllm.LLM`.
 
-        Raises ConfigError if the folder holds no finished model of CPRec.
+        Raises ConfigError if the folder holds no finished model of CPRec, or the engine is not there.
         """
         folder = Path(folder)
         if not (folder / "cprec.json").is_file():
@@ -142,7 +150,14 @@ class LLMRecommender:
             "bf16": distributed.use_bf16("auto", device) if device.type == "cuda" else False,
             "name": folder.name,
         }
-        model = load_model(folder, device=device)
+        model: Any
+        if engine == "vllm":
+            from cprec.rank.vllm import VLLMReader
+
+            dtype = "bfloat16" if settings["bf16"] else "float32"
+            model = VLLMReader.open(folder, **{"dtype": dtype, **(engine_options or {})})
+        else:
+            model = load_model(folder, device=device)
         return cls(model, load_tokenizer(str(folder)), Catalogue.read(folder), **settings | options)
 
     def rank(
@@ -174,7 +189,7 @@ class LLMRecommender:
             for (domain, given), members in groups.items():
                 for start in range(0, len(members), self.batch_size):
                     batch = members[start : start + self.batch_size]
-                    tree = self._read([prompts[n] for n in batch])
+                    tree = self.reader.read([prompts[n] for n in batch])
                     asked = [queries[n] for n in batch]
                     if mode == "generate":
                         rankings = self._generate(tree, domain, asked)
@@ -239,8 +254,8 @@ class LLMRecommender:
             warnings.warn(f"no event of the history is of domain {domain!r}: the ranking ignores it", stacklevel=4)
         elif read < len(self._read_part(query)):
             warnings.warn(
-                f"the history has {len(items)} events, and the model's context of {self._context:,} tokens holds the "
-                f"latest {read}",
+                f"the history has {len(items)} events, and the model's context of {self.reader.context:,} tokens holds "
+                f"the latest {read}",
                 stacklevel=4,
             )
         return query
@@ -268,7 +283,7 @@ class LLMRecommender:
             mine = [place for place, (name, _) in enumerate(names) if name == domain]
             rows[mine] = self.catalogue.find(domain, [names[place][1] for place in mine])
         history = Ragged(rows, offsets_of(np.array([len(events) for events in histories], dtype=np.int64)))
-        room = self._context - self._encoder.max_item_tokens - 1
+        room = self.reader.context - self._encoder.max_item_tokens - 1
         return self._encoder.fit(self.history_kind, domains, history, room)
 
     def _read_part(self, query: RankingQuery) -> tuple[Item, ...]:
@@ -276,9 +291,6 @@ class LLMRecommender:
         if self.history_kind == SPECIFIC:
             return tuple(item for item in query.history if item.domain == query.domain)[-self.max_history :]
         return query.history[-self.max_history :]
-
-    def _read(self, prompts: Sequence[np.ndarray]) -> PromptTree:
-        return PromptTree(self._model, prompts, bf16=self._bf16, pad_id=self._pad_id, cache=self._cache)
 
     def trie(self, domain: str) -> Trie:
         """The titles of a domain's items, in the order of the catalogue; built when first asked for.
@@ -345,12 +357,12 @@ class LLMRecommender:
 
     @property
     def cache(self) -> PrefixCache | None:
-        """What is kept of prompts; None where `cache_bytes` is 0."""
-        return self._cache
+        """What is kept of prompts; None where nothing is."""
+        return self.reader.cache
 
     def _rank_catalogue(
         self,
-        tree: PromptTree,
+        tree: Tree,
         domain: str,
         queries: Sequence[RankingQuery],
         k: int,
@@ -403,10 +415,10 @@ class LLMRecommender:
     def _without_history(self, domain: str, rows: np.ndarray) -> np.ndarray:
         """Log-probabilities of titles after the prompt of an empty history."""
         prompt = self._prompts([RankingQuery(query_id="", domain=domain, history=())])[0]
-        (scores,) = score_candidates(self._read([prompt]), [self._encoder.titles(rows, end=True)])
+        (scores,) = score_candidates(self.reader.read([prompt]), [self._encoder.titles(rows, end=True)])
         return scores
 
-    def _rank_candidates(self, tree: PromptTree, domain: str, queries: Sequence[RankingQuery]) -> list[Ranking]:
+    def _rank_candidates(self, tree: Tree, domain: str, queries: Sequence[RankingQuery]) -> list[Ranking]:
         given = [[item for item in query.candidates or () if _may(query, item)] for query in queries]
         out = []
         for query, items, scores in zip(queries, given, self._candidate_scores(tree, domain, given), strict=True):
@@ -415,7 +427,7 @@ class LLMRecommender:
             out.append(_ranking(query, ids[order], scores[order]))
         return out
 
-    def _candidate_scores(self, tree: PromptTree, domain: str, items: Sequence[Sequence[str]]) -> list[np.ndarray]:
+    def _candidate_scores(self, tree: Tree, domain: str, items: Sequence[Sequence[str]]) -> list[np.ndarray]:
         """The score of each item after its prompt: float64 for each prompt's items, in their order."""
         rows = [self.catalogue.find(domain, mine) for mine in items]
         titles = [self._encoder.titles(mine, end=True) for mine in rows]
@@ -426,7 +438,7 @@ class LLMRecommender:
             return [score - self._without_history(domain, mine) for score, mine in zip(scores, rows, strict=True)]
         return scores
 
-    def _generate(self, tree: PromptTree, domain: str, queries: Sequence[RankingQuery]) -> list[Ranking]:
+    def _generate(self, tree: Tree, domain: str, queries: Sequence[RankingQuery]) -> list[Ranking]:
         written = write(tree, self.trie(domain).end, self._encoder.max_item_tokens)
         out = []
         for query, tokens in zip(queries, written, strict=True):

@@ -8,15 +8,14 @@ import numpy as np
 import torch
 
 from cprec.data.ragged import Ragged, offsets_of
-from cprec.rank.attention import PromptTree
-from cprec.rank.decoding import AT_ONCE
+from cprec.rank.reading import Tree
 from cprec.rank.trie import Trie, build_block, levels_of, sort_titles
 
 TITLES = 128
 """Titles of all users together whose prefixes are read in one pass."""
 
 
-def score_candidates(tree: PromptTree, candidates: Sequence[Ragged]) -> list[np.ndarray]:
+def score_candidates(tree: Tree, candidates: Sequence[Ragged]) -> list[np.ndarray]:
     """Summed log-probability of each candidate's title tokens, the end of sequence included.
 
     `candidates` holds, for each prompt of `tree`, its candidates' title tokens, of one or more each. Returns
@@ -32,7 +31,7 @@ def score_candidates(tree: PromptTree, candidates: Sequence[Ragged]) -> list[np.
     return out
 
 
-def score_catalogue(tree: PromptTree, trie: Trie) -> np.ndarray:
+def score_catalogue(tree: Tree, trie: Trie) -> np.ndarray:
     """The log-probability of every title after every prompt: float64[users, number of items], items out of stock
     included. In the order of the titles, so that what they share is nearly always read once."""
     leaves, leaf_of = np.unique(trie.leaf, return_inverse=True)
@@ -47,7 +46,7 @@ def score_catalogue(tree: PromptTree, trie: Trie) -> np.ndarray:
 
 
 def _score(
-    tree: PromptTree, candidates: Sequence[Ragged], users: np.ndarray, rows: np.ndarray
+    tree: Tree, candidates: Sequence[Ragged], users: np.ndarray, rows: np.ndarray
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Log-probabilities of some users' candidates (users ascending) by one pass over the trie of each user's."""
     device = tree.prompt_hidden_UD.device
@@ -77,19 +76,14 @@ def _score(
             *(torch.from_numpy(a[read]).to(device) for a in (token.astype(np.int64), user, place[parent]))
         )
         hidden = torch.cat([hidden, new])
-    tree.forget()
     inner = np.flatnonzero(children)  # with their children in the order of nodes
     state = np.where(is_root, np.cumsum(is_root) - 1, len(present) + place)[inner]
     child = np.flatnonzero(~is_root)
-    step = np.empty(len(child))
-    ends = np.cumsum(children[inner])
-    size = max(1, AT_ONCE // tree.vocabulary_size)
-    for start in range(0, len(inner), size):
-        logits = tree.logits(hidden[torch.from_numpy(state[start : start + size]).to(device)])
-        low, high = (ends[start - 1] if start else 0), ends[min(start + size, len(inner)) - 1]
-        row = np.repeat(np.arange(len(logits)), children[inner[start : start + size]])
-        at = torch.from_numpy(row).to(device), torch.from_numpy(token[child[low:high]].astype(np.int64)).to(device)
-        step[low:high] = (logits[at] - logits.logsumexp(-1)[at[0]]).double().cpu().numpy()
+    row = np.repeat(np.arange(len(inner)), children[inner])
+    states = hidden[torch.from_numpy(state).to(device)]
+    at = (torch.from_numpy(each).to(device) for each in (row, token[child].astype(np.int64)))
+    step = tree.log_probs(states, *at).cpu().numpy()
+    tree.forget()
     total = np.zeros(len(token))
     total[child] = step
     for number, (start, block, leaf) in enumerate(zip(root[:-1], blocks, leaves, strict=True)):

@@ -9,7 +9,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cprec.errors import ConfigError
 from cprec.progress import say
@@ -37,6 +37,9 @@ class ServeConfig:
 
     models: tuple[str, ...]
     """Model folders that `cprec finetune` or `cprec pretrain` wrote; the first answers where a request names none."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What reads for the models: transformers in this process, or vLLM, an extra for machines with a GPU. Lists are the
+    same up to rounding."""
     data: str | None = None
     """Data folder that the models were made from, for the baselines that answer when the model has no time; where it is
     none, the one that the first model folder names, if it is there."""
@@ -53,7 +56,8 @@ class ServeConfig:
     """Users that the model answers together at most, and that may wait; fewer where that many take longer than half of
     the deadline. Others get 503 and a time to come back."""
     cache_mb: float = 256.0
-    """Memory for what was read of prompts, in MiB, for users who come back; 0 keeps nothing. Each model has its own."""
+    """Memory for what was read of prompts, in MiB, for users who come back; 0 keeps nothing. Each model has its own;
+    vLLM has a cache of its own kind, which this leaves alone."""
     beam_width: int = 20
     """Prefixes that mode beam keeps of each depth."""
     max_nodes: int = 2000

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -340,6 +342,22 @@ def test_saved_rankings_are_scored_again_without_torch_and_examples_show_the_bes
     arms = first["domains"]["books"]["arms"]
     best = max(arms, key=lambda name: arms[name]["ndcg@10"]["mean"])
     assert f"{best} recommends:" in done.stdout
+
+
+def test_what_an_arm_opened_is_let_go_before_the_next_is_opened(
+    config: EvaluateConfig, split: Split, data: Path
+) -> None:
+    happened: list[str] = []
+    entrants = [
+        replace(
+            baseline(Counting(PopularityRecommender(split)), name),
+            open=partial(happened.append, f"open {name}"),
+            close=partial(happened.append, f"close {name}"),
+        )
+        for name in ("one", "two")
+    ]
+    evaluate(config, split, "books", entrants)
+    assert [event for event, _ in groupby(happened)] == ["open one", "close one", "open two", "close two"]
 
 
 def test_a_baseline_that_cannot_be_made_is_left_out_by_name(

@@ -1,0 +1,75 @@
+"""Who reads prompts and titles for a recommender: a model in this process, or an engine behind the same interface."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from cprec.rank.attention import PromptTree
+from cprec.rank.cache import PrefixCache
+
+
+class Tree(Protocol):
+    """Prompts of several users and the continuations tried for each, which are its nodes.
+
+    U users, M nodes or states, N tokens. A state stands for what has been read up to a node; what is in it is the
+    tree's own affair.
+    """
+
+    prompt_hidden_UD: torch.Tensor
+    """The states of the prompts."""
+    num_nodes: int
+
+    @property
+    def num_users(self) -> int: ...
+
+    def extend(self, tokens_M: torch.Tensor, users_M: torch.Tensor, parents_M: torch.Tensor) -> torch.Tensor:
+        """Add nodes, users ascending, and return their states.
+
+        Nodes are numbered in the order in which they were added. `parents_M` is -1 right after the prompt; a parent may
+        be one of the same call, before its child.
+        """
+        ...
+
+    def forget(self) -> None:
+        """Drops all nodes, and their states; the prompts stay."""
+        ...
+
+    def log_probs(self, hidden_MD: torch.Tensor, row_N: torch.Tensor, token_N: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of tokens, each the next one after a state, whose rows ascend: float64[N]."""
+        ...
+
+    def likeliest(self, hidden_MD: torch.Tensor) -> torch.Tensor:
+        """The likeliest next token after each state: int64[M]."""
+        ...
+
+
+class Reader(Protocol):
+    """Reads prompts."""
+
+    context: int
+    """Tokens that a prompt and a title may have together."""
+    cache: PrefixCache | None
+    """What is kept of prompts in this process; None where nothing is."""
+
+    def read(self, prompts: Sequence[np.ndarray]) -> Tree:
+        """The tree of prompts, of at least one token each."""
+        ...
+
+
+class ModelReader:
+    """A causal language model of transformers in this process."""
+
+    def __init__(self, model: Any, *, bf16: bool = False, pad_id: int = 0, cache_bytes: int = 0) -> None:
+        """`cache_bytes` of memory keep what was read of prompts."""
+        self.model = model.eval()
+        self.context = int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
+        self.cache = PrefixCache(cache_bytes) if cache_bytes else None
+        self._bf16, self._pad_id = bf16, pad_id
+
+    def read(self, prompts: Sequence[np.ndarray]) -> PromptTree:
+        """See `Reader.read`."""
+        return PromptTree(self.model, prompts, bf16=self._bf16, pad_id=self._pad_id, cache=self.cache)

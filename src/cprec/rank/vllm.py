@@ -1,0 +1,134 @@
+"""Prompts and titles read by vLLM, behind the interface that the model in this process has.
+
+A node of the tree is no more than its tokens here. What comes after some nodes is asked in one call of the engine, a
+request each, which makes one token: the trie is the request's logits processor (`vllm_processor`), so what comes back
+are the log-probabilities of the node's children. vLLM's prefix cache keeps what requests share, so a prompt is read
+once. Searching the trie, budgets and certificates are those of `decoding`, whoever reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cprec.errors import ConfigError
+
+PROCESSOR = "cprec.rank.vllm_processor:ChildrenOnly"
+"""Where the engine's process finds the processor."""
+
+
+class VLLMReader:
+    """A vLLM engine as a `Reader`. It keeps its own cache of prompts."""
+
+    cache = None
+
+    def __init__(self, engine: Any, context: int) -> None:
+        """`engine` is a `vllm.LLM` made with the options that `open` gives."""
+        self.engine, self.context = engine, context
+
+    @classmethod
+    def open(cls, folder: str | Path, **options: Any) -> VLLMReader:
+        """The engine of a model folder; `options` are those of `vllm.LLM` (`gpu_memory_utilization=0.5`, say).
+
+        Raises ConfigError where vLLM is not installed or too old, and for folders of adapters.
+        """
+        folder = Path(folder)
+        if (folder / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"{folder} holds a LoRA adapter: merge it for vLLM (fine-tune with lora_merge=true, which writes whole "
+                "weights)"
+            )
+        try:
+            from vllm import LLM
+
+            from cprec.rank import vllm_processor  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(
+                f"{error}: engine='vllm' needs vLLM 0.32 or later; pip install 'cprec[vllm]' on a machine with a GPU, "
+                "or choose engine='transformers'"
+            ) from None
+        config = json.loads((folder / "config.json").read_text())
+        context = int(config.get("max_position_embeddings") or 0)
+        settings: dict[str, Any] = {
+            "model": str(folder),
+            "logits_processors": [PROCESSOR],
+            "logprobs_mode": "processed_logits",  # what the processor made of them: log-probabilities
+            "max_logprobs": -1,  # a node has as many children as it has
+            "enable_prefix_caching": True,
+            **({"max_model_len": context} if context else {}),
+        }
+        return cls(LLM(**settings | options), context or 1 << 30)
+
+    def read(self, prompts: Sequence[np.ndarray]) -> VLLMTree:
+        """See `Reader.read`; the engine reads prompts when it is first asked what comes after them."""
+        return VLLMTree(self.engine, prompts)
+
+
+class VLLMTree:
+    """See `Tree`. The state of user u's prompt is u - U, that of a node its number: int64[M, 1]."""
+
+    def __init__(self, engine: Any, prompts: Sequence[np.ndarray]) -> None:
+        self._engine = engine
+        self._prompts = [prompt.tolist() for prompt in prompts]
+        self._texts: list[list[int]] = []
+        """Of each node: its prompt and the tokens up to itself."""
+        self.prompt_hidden_UD = torch.arange(-len(prompts), 0)[:, None]
+
+    @property
+    def num_users(self) -> int:
+        return len(self._prompts)
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self._texts)
+
+    def extend(self, tokens_M: torch.Tensor, users_M: torch.Tensor, parents_M: torch.Tensor) -> torch.Tensor:
+        """See `Tree.extend`; nothing is read yet."""
+        first = self.num_nodes
+        for token, user, parent in zip(tokens_M.tolist(), users_M.tolist(), parents_M.tolist(), strict=True):
+            self._texts.append([*(self._prompts[user] if parent < 0 else self._texts[parent]), token])
+        return torch.arange(first, self.num_nodes)[:, None]
+
+    def forget(self) -> None:
+        """See `Tree.forget`."""
+        self._texts.clear()
+
+    def log_probs(self, hidden_MD: torch.Tensor, row_N: torch.Tensor, token_N: torch.Tensor) -> torch.Tensor:
+        """See `Tree.log_probs`."""
+        from cprec.rank.vllm_processor import CHILDREN
+
+        rows, counts = torch.unique_consecutive(row_N, return_counts=True)
+        asked = [tokens.tolist() for tokens in token_N.split(counts.tolist())]
+        options = [{"logprobs": len(tokens), "extra_args": {CHILDREN: tokens}} for tokens in asked]
+        found = self._ask(hidden_MD[rows], options)
+        values = [
+            each.logprobs[0][token].logprob for each, tokens in zip(found, asked, strict=True) for token in tokens
+        ]
+        return torch.tensor(values, dtype=torch.float64)
+
+    def likeliest(self, hidden_MD: torch.Tensor) -> torch.Tensor:
+        """See `Tree.likeliest`."""
+        found = self._ask(hidden_MD, [{}] * len(hidden_MD))
+        return torch.tensor([each.token_ids[0] for each in found], dtype=torch.long)
+
+    def _ask(self, hidden_MD: torch.Tensor, options: Sequence[dict[str, Any]]) -> list[Any]:
+        """One token after each state, and what the engine says of it."""
+        from vllm import SamplingParams
+
+        if not options:
+            return []
+        texts = [
+            self._texts[state] if state >= 0 else self._prompts[state + self.num_users]
+            for state in hidden_MD[:, 0].tolist()
+        ]
+        outputs = self._engine.generate(
+            [{"prompt_token_ids": text} for text in texts],
+            [SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **each) for each in options],
+            use_tqdm=False,
+        )
+        return [output.outputs[0] for output in outputs]
