@@ -7,7 +7,7 @@ import hmac
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,9 @@ log = logging.getLogger("cprec.serve")
 PAGE = Path(__file__).with_name("page.html")
 OPEN = frozenset({"/", "/health", "/ready"})
 """What may be read without a token: the page, which holds no data, and whether the service is well."""
+
+DISCARDED = 16
+"""Of a body that is too large, so many times what is allowed is still read, and thrown away."""
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -51,12 +54,17 @@ ITEM_EXAMPLES: dict[str, Any] = {
 
 
 def make_app(
-    service: Service, *, token: str | None = None, max_body_mb: float = 4.0, body_seconds: float = 10.0
+    service: Service,
+    *,
+    token: str | None = None,
+    max_body_mb: float = 4.0,
+    body_seconds: float = 10.0,
+    max_requests: int = 1_000,
 ) -> Any:
     """The ASGI application of a service; closing it closes the service.
 
     With `token`, all but the page and the health checks ask for it. A body larger than `max_body_mb` is refused with
-    413, one that is not there after `body_seconds` with 408.
+    413, one that is not there after `body_seconds` with 408; requests beyond `max_requests` at one time with 503.
     """
     from fastapi import Body, FastAPI, Query, Request, Response
     from fastapi.exceptions import RequestValidationError
@@ -192,17 +200,22 @@ def make_app(
     async def page() -> Response:
         if not PAGE.is_file():
             return PlainTextResponse("This installation has no page; the interface is described at /docs\n", 404)
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+        headers = {"content-security-policy": "frame-ancestors 'none'"}  # which no <meta> can say; it has the rest
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
 
-    return Gate(app, service, token=token, max_bytes=int(max_body_mb * (1 << 20)), body_seconds=body_seconds)
+    max_bytes = int(max_body_mb * (1 << 20))
+    return Gate(app, service, token=token, max_bytes=max_bytes, body_seconds=body_seconds, max_requests=max_requests)
 
 
 class Gate:
-    """Before every route: the token, the whole body within its limits, and the time that all takes."""
+    """Before every route: room, the token, the whole body within its limits, and the time that all takes."""
 
-    def __init__(self, app: App, service: Service, *, token: str | None, max_bytes: int, body_seconds: float) -> None:
+    def __init__(
+        self, app: App, service: Service, *, token: str | None, max_bytes: int, body_seconds: float, max_requests: int
+    ) -> None:
         self._app, self._service, self._token = app, service, token
         self._max_bytes, self._body_seconds = max_bytes, body_seconds
+        self._room = max_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -217,7 +230,12 @@ class Gate:
                 status = message["status"]
             await send(message)
 
+        self._room -= 1
         try:
+            if self._room < 0 and scope["path"] not in OPEN:
+                self._service.metrics.shed()
+                await _refuse(noting, 503, "too many requests at one time", {"retry-after": "1"})
+                return
             if self._token is not None and scope["path"] not in OPEN and not self._has_token(scope):
                 await _refuse(
                     noting, 401, "send the header Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"}
@@ -229,11 +247,13 @@ class Gate:
                 await _refuse(noting, 408, f"the body was not there after {self._body_seconds:g} s", _CLOSE)
             except _TooLarge:
                 most = self._max_bytes / (1 << 20)
-                await _refuse(noting, 413, f"the body is larger than {most:g} MiB: send less at once", _CLOSE)
+                error = f"the body is larger than {most:g} MiB: send less at once"
+                await _refuse(noting, 413, error, _CLOSE, self._discard(receive))
             else:
                 if body is not None:
                     await self._app(scope, _replayed(body, receive), noting)
         finally:
+            self._room += 1
             route = getattr(scope.get("route"), "path", "other")
             self._service.metrics.request(scope["method"], route, status, time.monotonic() - began)
 
@@ -259,23 +279,40 @@ class Gate:
             if not message.get("more_body", False):
                 return b"".join(chunks)
 
+    async def _discard(self, receive: Receive) -> None:
+        """Reads on for a while: where a connection is closed on a client that still sends, its answer may be lost."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._body_seconds):
+                size = 0
+                while size < DISCARDED * self._max_bytes:
+                    message = await receive()
+                    if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                        return
+                    size += len(message.get("body", b""))
+
 
 class _TooLarge(Exception):
     pass
 
 
 _CLOSE = {"connection": "close"}
-"""What is left of such a body is not read."""
+"""What is left of such a body is no request."""
 
 
-async def _refuse(send: Send, status: int, error: str, headers: dict[str, str]) -> None:
+async def _refuse(
+    send: Send, status: int, error: str, headers: dict[str, str], before_end: Awaitable[None] | None = None
+) -> None:
+    """Answer at once; the connection may be closed only after `before_end`."""
     import json
 
     body = json.dumps({"error": error, "unknown": []}).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **headers}
     pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": status, "headers": pairs})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": before_end is not None})
+    if before_end is not None:
+        await before_end
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

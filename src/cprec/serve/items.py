@@ -4,7 +4,8 @@
 
 Each checksum covers its line and the one before, so a line that was changed, lost or moved shows. A change is written
 and flushed to disk before it counts. A kill while it is written leaves a last line without an end: it never counted,
-and is cut off. Anything else that does not fit is damage, which is refused and left as it is.
+and is cut off. Anything else that does not fit is damage, which is refused and left as it is. Where most lines of
+a file were overtaken by later ones, it is written anew when it is opened: beside itself, to take its own place whole.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,8 +24,13 @@ import numpy as np
 from cprec.data.catalogue import Catalogue
 from cprec.errors import ConfigError, DataError
 
+log = logging.getLogger("cprec.serve")
+
 FILE = "items.log"
 _FIRST = "cprec items 1"
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND
+SPARE = 1_000
+"""Lines that may have been overtaken before a file is written anew, beside one for each item."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,21 +62,29 @@ class ItemStore:
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.path = Path(folder) / FILE
         created = not self.path.exists()
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = os.open(self.path, _FLAGS, 0o644)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.fstat(self._file).st_ino == self.path.stat().st_ino  # and not the one that was written anew
         except OSError:
+            is_ours = False
+        if not is_ours:
             self.close()
             raise ConfigError(
                 f"state={str(folder)!r} belongs to another process that serves: give each process a folder of its own"
-            ) from None
+            )
         if created:
             _flush_folder(Path(folder))
         try:
-            self._read()
+            num_lines = self._read()
         except DataError:
             self.close()
             raise
+        if num_lines > 2 * len(self.items) + SPARE:
+            try:
+                self._write_anew()
+            except OSError as error:
+                log.warning("%s has many lines that count no more, and cannot be written anew: %s", self.path, error)
 
     @property
     def is_open(self) -> bool:
@@ -80,17 +95,9 @@ class ItemStore:
         """Store changes, all or none: they are on disk when this returns. Raises OSError where they cannot be."""
         if self._file is None:
             raise ConfigError("there is no folder for changes of items: start with state=FOLDER")
-        digest, lines = self._digest, []
-        for change in changes:
-            text = json.dumps(asdict(change), ensure_ascii=True, separators=(",", ":"))
-            digest = _checksum(digest, text)
-            lines.append(f"{digest} {text}\n")
-        data = "".join(lines).encode()
+        data, digest = _lines(changes, self._digest)
         try:
-            written = 0
-            while written < len(data):
-                written += os.write(self._file, data[written:])
-            os.fsync(self._file)
+            _write(self._file, data)
         except OSError:  # a full disk: what is there of it goes again, for it was not promised
             os.ftruncate(self._file, self._size)
             raise
@@ -107,11 +114,31 @@ class ItemStore:
     def _keep(self, changes: Iterable[StoredItem]) -> None:
         self.items.update({(change.domain, change.item_id): change for change in changes})
 
-    def _read(self) -> None:
+    def _write_anew(self) -> None:
+        """One line for each item, in a new file that takes the place of the old one, and is locked before it does."""
+        data, digest = _lines(self.items.values(), _FIRST)
+        temporary = self.path.with_name(FILE + ".incomplete")
+        temporary.unlink(missing_ok=True)
+        new = os.open(temporary, _FLAGS, 0o644)
+        try:
+            fcntl.flock(new, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _write(new, data)
+            temporary.replace(self.path)
+        except OSError:
+            os.close(new)
+            temporary.unlink()
+            raise
+        self.close()
+        self._file, self._digest, self._size = new, digest, len(data)
+        _flush_folder(self.path.parent)
+
+    def _read(self) -> int:
+        """What the file has, and in how many lines."""
         assert self._file is not None
         data = self.path.read_bytes()
         end = data.rfind(b"\n") + 1
-        for number, line in enumerate(data[:end].split(b"\n")[:-1], 1):
+        lines = data[:end].split(b"\n")[:-1]
+        for number, line in enumerate(lines, 1):
             checksum, _, text = line.decode("ascii", "replace").partition(" ")
             expected = _checksum(self._digest, text)
             if checksum != expected:
@@ -126,6 +153,25 @@ class ItemStore:
             os.ftruncate(self._file, end)
             os.fsync(self._file)
         self._size = end
+        return len(lines)
+
+
+def _lines(changes: Iterable[StoredItem], digest: str) -> tuple[bytes, str]:
+    """Changes as lines behind one with a checksum, and the checksum of the last."""
+    lines = []
+    for change in changes:
+        text = json.dumps(asdict(change), ensure_ascii=True, separators=(",", ":"))
+        digest = _checksum(digest, text)
+        lines.append(f"{digest} {text}\n")
+    return "".join(lines).encode(), digest
+
+
+def _write(file: int, data: bytes) -> None:
+    """All of it, on disk. Raises OSError where that cannot be."""
+    written = 0
+    while written < len(data):
+        written += os.write(file, data[written:])
+    os.fsync(file)
 
 
 def _checksum(before: str, text: str) -> str:

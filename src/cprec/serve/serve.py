@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 TOKEN = "CPREC_TOKEN"
 """The environment variable with the token: a command line can be read by everybody on the machine."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-MAX_CONNECTIONS = 1_000
+MAX_CONNECTIONS = 4_000
+"""Beyond these connections are refused without a word; the application sheds load long before."""
 SWITCH_SECONDS = 0.0005
 """After which the engine's thread lets that of the connections go on: with Python's 5 ms a busy engine holds up each
 step of each request by so much."""

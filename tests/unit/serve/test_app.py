@@ -222,6 +222,24 @@ def test_a_slow_client_holds_up_nobody(engine: Any, served: Served) -> None:
         assert received.startswith(b"HTTP/1.1 408 ")
 
 
+def test_more_requests_than_there_is_room_for_are_told_to_come_back(engine: Any, hold: Any, served: Served) -> None:
+    with (
+        served(Service([engine], deadline_ms=60_000), max_requests=1) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        held = hold(engine)
+        first = pool.submit(asked, client, "b0", k=1)
+        held.wait()
+        refused = asked(client, "b1", k=1)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert refused.json() == {"error": "too many requests at one time", "unknown": []}
+        assert client.get("/health").status_code == client.get("/ready").status_code == 200
+        held.released.release(5)
+        assert ids(first.result(60)) == ["b1"]
+        assert ids(asked(client, "b1", k=1)) == ["b0"], "there is room again"
+        assert metric(client, "cprec_shed_total") == 1
+
+
 def test_requests_under_way_are_finished_on_shutdown(engine: Any, hold: Any, served: Served) -> None:
     with ThreadPoolExecutor(4) as pool:
         with served(Service([engine], deadline_ms=60_000)) as client:
@@ -385,7 +403,8 @@ def test_what_is_no_request_is_refused(body: bytes, shared: httpx.Client) -> Non
 
 
 def test_there_is_a_page_and_no_other_way_in(shared: httpx.Client) -> None:
-    assert shared.get("/").headers["content-type"].startswith("text/")
+    page = shared.get("/").headers
+    assert page["content-type"].startswith("text/") and page["content-security-policy"] == "frame-ancestors 'none'"
     assert shared.get("/v1/nothing").json()["error"] == "Not Found"
     assert shared.get("/v1/recommend").status_code == 405
 

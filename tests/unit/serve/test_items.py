@@ -110,6 +110,53 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pyte
     assert stored(tmp_path) == {("books", "b15"): NEW, ("games", "g0"): GONE}
 
 
+def test_a_file_of_overtaken_lines_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cprec.serve.items.SPARE", 3)
+    store = ItemStore(tmp_path)
+    store.append([GONE, *(replace(NEW, title=f"Niels {number}") for number in range(6))])
+    store.close()
+    path = tmp_path / FILE
+    before = path.read_bytes()
+    assert stored(tmp_path).keys() == store.items.keys() and path.read_bytes() == before, "7 lines are few enough"
+    store = ItemStore(tmp_path)
+    store.append([replace(NEW, title="Niels")])
+    store.close()
+    (tmp_path / f"{FILE}.incomplete").write_text("of a process that was killed")
+    again = ItemStore(tmp_path)
+    assert len(path.read_bytes().splitlines()) == 2 and again.items == store.items
+    with pytest.raises(ConfigError, match="belongs to another process"):
+        ItemStore(tmp_path)
+    again.append([replace(GONE, withdrawn=False)])
+    again.close()
+    assert stored(tmp_path) == {
+        ("books", "b15"): replace(NEW, title="Niels"),
+        ("games", "g0"): replace(GONE, withdrawn=False),
+    }
+    assert [each.name for each in tmp_path.iterdir()] == [FILE]
+
+
+def test_a_file_that_cannot_be_written_anew_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = ItemStore(tmp_path)
+    store.append([replace(NEW, title=f"Niels {number}") for number in range(6)])
+    store.close()
+    before = (tmp_path / FILE).read_bytes()
+    monkeypatch.setattr("cprec.serve.items.SPARE", 0)
+
+    def full(file: int, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    again = ItemStore(tmp_path)
+    monkeypatch.undo()
+    assert (tmp_path / FILE).read_bytes() == before and [each.name for each in tmp_path.iterdir()] == [FILE]
+    assert "cannot be written anew: [Errno 28]" in caplog.text
+    again.append([GONE])
+    again.close()
+    assert stored(tmp_path) == {("books", "b15"): replace(NEW, title="Niels 5"), ("games", "g0"): GONE}
+
+
 KILLED = """
 import sys
 from cprec.serve.items import ItemStore, StoredItem
