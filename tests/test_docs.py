@@ -136,6 +136,7 @@ def test_the_readme_can_be_followed(
         assert [part for part in parts if not Path("runs/shop", name, part).exists()] == []
 
 
+@pytest.mark.slow
 def test_the_page_on_pretraining_can_be_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

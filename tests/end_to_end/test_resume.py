@@ -126,6 +126,7 @@ def test_a_run_killed_again_and_again_ends_as_one_that_never_was(
     assert sorted(path.name for path in cut.iterdir()) == sorted(path.name for path in whole.iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

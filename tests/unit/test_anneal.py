@@ -48,6 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.mark.slow
 def test_branches_are_compared(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = anneal(AnnealConfig(run=str(run), lengths=("20%", "0.4"), data=("same", "sft_late"), max_queries=20))
     names = [TRUNK, "20% 1-sqrt same", "20% 1-sqrt sft_late", "40% 1-sqrt same", "40% 1-sqrt sft_late"]

@@ -26,6 +26,8 @@ import cprec
 from cprec.serve import messages
 from cprec.serve.service import Service as Serving
 
+pytestmark = pytest.mark.slow  # a browser is started, and pages are waited for
+
 PAGE = Path(cprec.__file__).parent / "serve" / "page.html"
 
 # ---- the stand-in service --------------------------------------------------------------------------------------------
@@ -317,7 +319,6 @@ def test_a_history_is_put_together_by_keyboard(new_page: Any, service: Service) 
     assert service.bodies("recommend") == [{"history": wanted, "domain": "kitchen", "k": 10, "exclude_seen": True}]
 
 
-@pytest.mark.slow
 def test_events_move_and_go_and_the_focus_stays_near(new_page: Any) -> None:
     page = new_page(LINK)
     ranked(page)
@@ -334,7 +335,6 @@ def test_events_move_and_go_and_the_focus_stays_near(new_page: Any) -> None:
     assert events(page) == [] and page.is_hidden("#answer") and page.is_visible("#no-events")
 
 
-@pytest.mark.slow
 def test_a_late_answer_to_an_earlier_search_is_not_shown(new_page: Any, service: Service) -> None:
     page = new_page()
     page.wait_for_function("!document.getElementById('query').disabled")
@@ -347,7 +347,6 @@ def test_a_late_answer_to_an_earlier_search_is_not_shown(new_page: Any, service:
     assert texts(page, "#found-list .title") == []
 
 
-@pytest.mark.slow
 def test_an_example_is_drawn_from_several_domains_and_ranked(new_page: Any) -> None:
     page = new_page()
     page.click("#example")
@@ -357,7 +356,6 @@ def test_an_example_is_drawn_from_several_domains_and_ranked(new_page: Any) -> N
     assert set(events(page)) <= set(TITLES.values())
 
 
-@pytest.mark.slow
 def test_events_that_the_model_does_not_read_are_marked(new_page: Any) -> None:
     page = new_page("#history=" + ",".join(["books:b-01"] * 12))
     ranked(page)
@@ -395,7 +393,6 @@ def test_the_list_has_scores_mode_timing_and_the_baselines_beside_it(new_page: A
     assert page.is_hidden("#outdated")
 
 
-@pytest.mark.slow
 def test_a_stand_in_is_called_one(new_page: Any, service: Service) -> None:
     service.recommended = {
         "mode": "transition graph",
@@ -429,7 +426,6 @@ def test_why_shows_what_each_event_and_domain_did(new_page: Any, service: Servic
     assert page.locator(".why").count() == 0 and button.get_attribute("aria-expanded") == "false"
 
 
-@pytest.mark.slow
 def test_many_events_are_shown_in_two_steps(new_page: Any) -> None:
     page = new_page("#history=" + ",".join(f"kitchen:k-{number:02}" for number in range(1, 11)))
     ranked(page)
@@ -438,7 +434,6 @@ def test_many_events_are_shown_in_two_steps(new_page: Any) -> None:
     assert page.locator(".effects").first.locator("li").count() == 10
 
 
-@pytest.mark.slow
 def test_two_models_rank_the_same_history_side_by_side(new_page: Any, service: Service) -> None:
     service.models = ["CPRec-style", "fine-tuning only"]
     page = new_page(LINK)
@@ -457,7 +452,6 @@ def test_two_models_rank_the_same_history_side_by_side(new_page: Any, service: S
     assert service.bodies("explain")[0]["model"] == "fine-tuning only"
 
 
-@pytest.mark.slow
 def test_a_recommended_item_can_join_the_history(new_page: Any) -> None:
     page = new_page(LINK)
     ranked(page)
@@ -469,7 +463,6 @@ def test_a_recommended_item_can_join_the_history(new_page: Any) -> None:
 # ---- the address -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_the_address_holds_the_question(new_page: Any, service: Service) -> None:
     page = new_page(LINK + "&mode=beam&seen=in")
     ranked(page)
@@ -492,7 +485,6 @@ def test_the_address_holds_the_question(new_page: Any, service: Service) -> None
 @pytest.mark.parametrize(
     "hash", ["#", "#domain=none&k=-3&mode=x&history=", "#k=1e9&history=%E0%A4%A,x", "#&&=&history"]
 )
-@pytest.mark.slow
 def test_a_broken_address_opens_the_page_all_the_same(new_page: Any, hash: str) -> None:
     page = new_page(hash)
     page.wait_for_function("!document.getElementById('query').disabled")
@@ -529,7 +521,6 @@ def test_titles_are_text_and_never_markup(new_page: Any, service: Service) -> No
         },
     ],
 )
-@pytest.mark.slow
 def test_unknown_items_are_named_and_can_be_taken_out(new_page: Any, service: Service, answer: Any) -> None:
     service.failures["recommend"] = [(422, {}, answer)]
     page = new_page(LINK)
@@ -542,7 +533,6 @@ def test_unknown_items_are_named_and_can_be_taken_out(new_page: Any, service: Se
     assert len(events(page)) == 3 and page.locator(".trouble").count() == 0
 
 
-@pytest.mark.slow
 def test_what_the_service_refuses_is_said_in_its_words(new_page: Any, service: Service) -> None:
     service.failures["recommend"] = [
         (422, {}, {"detail": [{"loc": ["body", "k"], "msg": "must be at most 50"}]}),
@@ -602,7 +592,6 @@ def test_a_token_is_asked_for_kept_in_the_tab_and_forgotten(new_page: Any, servi
     page.locator("#token-dialog").wait_for()
 
 
-@pytest.mark.slow
 def test_a_service_that_cannot_be_reached_is_tried_again(new_page: Any, service: Service) -> None:
     service.failures["about"] = [(503, {}, {})]
     page = new_page()
@@ -618,7 +607,6 @@ def test_a_service_that_cannot_be_reached_is_tried_again(new_page: Any, service:
     page.locator("#found-list li").first.wait_for()
 
 
-@pytest.mark.slow
 def test_trouble_with_a_part_leaves_the_rest(new_page: Any, service: Service) -> None:
     service.models = ["CPRec-style", "fine-tuning only"]
     busy = (503, {"Retry-After": "0"}, {"error": {"message": "no time"}})
@@ -633,7 +621,6 @@ def test_trouble_with_a_part_leaves_the_rest(new_page: Any, service: Service) ->
     page.locator("#baseline-lists .ranked").first.wait_for()
 
 
-@pytest.mark.slow
 def test_what_is_missing_is_asked_for_before_the_service_is(new_page: Any, service: Service) -> None:
     page = new_page()
     page.click("#rank")
@@ -736,7 +723,6 @@ CONTRASTS = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.slow
 def test_all_text_can_be_read_in_both_schemes(new_page: Any, service: Service, scheme: str) -> None:
     service.recommended = {"degraded": True}
     service.failures["baselines"] = [(500, {}, {"detail": "no baselines"})]
@@ -754,7 +740,6 @@ def test_all_text_can_be_read_in_both_schemes(new_page: Any, service: Service, s
 
 
 @pytest.mark.parametrize("width", [320, 390, 700, 1000])
-@pytest.mark.slow
 def test_nothing_is_wider_than_the_screen_and_fingers_find_the_buttons(
     new_page: Any, service: Service, width: int
 ) -> None:
@@ -776,7 +761,6 @@ def test_nothing_is_wider_than_the_screen_and_fingers_find_the_buttons(
     assert small == []
 
 
-@pytest.mark.slow
 def test_every_control_has_a_name_and_nothing_turns_where_motion_is_unwanted(new_page: Any) -> None:
     page = new_page(LINK, reduced_motion="reduce")
     ranked(page)
@@ -794,7 +778,6 @@ def test_every_control_has_a_name_and_nothing_turns_where_motion_is_unwanted(new
     assert headings[0] == 1 and all(after - before <= 1 for before, after in zip(headings, headings[1:], strict=False))
 
 
-@pytest.mark.slow
 def test_pictures(new_page: Any, service: Service, tmp_path: Path) -> None:
     folder = Path(os.environ.get("CPREC_SCREENSHOTS") or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)

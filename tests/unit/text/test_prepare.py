@@ -138,6 +138,7 @@ def whole_files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
+@pytest.mark.slow
 def test_any_number_of_parts_gives_the_same_rows(
     config: PrepareConfig, tmp_path: Path, small_parts: Callable[[int], None]
 ) -> None:
@@ -178,6 +179,7 @@ def test_any_number_of_processes_gives_the_same_bytes(
     assert contents(prepare(replace(config, workers=workers))) == expected(config)
 
 
+@pytest.mark.slow
 def test_any_number_of_partitions_gives_the_same_bytes(
     config: PrepareConfig, tmp_path: Path, expected: Any, small_parts: Callable[[int], None]
 ) -> None:
@@ -458,6 +460,7 @@ def test_unseen_users_are_asked_but_never_learnt_from(config: PrepareConfig, tmp
     assert json.loads((folder / "certificate.json").read_text())["clean"]
 
 
+@pytest.mark.slow
 def test_a_cut_in_time_is_that_of_the_whole_log(
     config: PrepareConfig, tmp_path: Path, small_parts: Callable[[int], None]
 ) -> None:

@@ -148,6 +148,7 @@ pretrain(config)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_never_stopped(config: Callable[..., PretrainConfig]) -> None:
     whole = pretrain(config("whole"))
     cut = config("cut")
