@@ -83,6 +83,8 @@ class LLM:
 
         assert self.logprobs_mode == "processed_logits" and self.max_logprobs == -1 and self.dtype == "float32"
         self._model = load_model(Path(self.model)).eval()
+        fits = self._model.config.max_position_embeddings if self.max_model_len == -1 else self.max_model_len
+        self.model_config = SimpleNamespace(max_model_len=fits)
         module, _, name = self.logits_processors[0].partition(":")
         kind = getattr(import_module(module), name)
         assert issubclass(kind, LogitsProcessorV2 if self.second_runner else LogitsProcessor)
@@ -108,7 +110,7 @@ class LLM:
 
     @torch.inference_mode()
     def _logits(self, tokens: list[int]) -> torch.Tensor:
-        assert len(tokens) < self.max_model_len
+        assert len(tokens) < self.model_config.max_model_len
         return self._model(input_ids=torch.tensor([tokens])).logits[0, -1].float()
 
     def _by_rows(self, logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
@@ -227,6 +229,15 @@ def test_lists_read_by_vllm_are_those_of_the_model(folder: Path, second_runner: 
 
 
 @pytest.mark.usefixtures("stand_in")
+def test_histories_fit_the_context_that_the_engine_has_room_for(folder: Path) -> None:
+    options = {"max_model_len": 40}
+    recommender = LLMRecommender.from_pretrained(folder, engine="vllm", engine_options=options)
+    long = RankingQuery(query_id="", domain="shop", history=tuple(Item("shop", f"i{row:02}") for row in range(5)))
+    assert 0 < len(recommender.shown(long)) < len(LLMRecommender.from_pretrained(folder).shown(long)) == 5
+    assert len(recommender.rank([long], 3)[0].item_ids) == 3
+
+
+@pytest.mark.usefixtures("stand_in")
 def test_only_children_have_a_probability_and_others_requests_are_left_alone() -> None:
     from cprec.rank.vllm_processor import CHILDREN, ChildrenOnly
 
@@ -240,6 +251,13 @@ def test_only_children_have_a_probability_and_others_requests_are_left_alone() -
     torch.testing.assert_close(processed[0, [1, 4]], before[0].log_softmax(0)[[1, 4]])
     assert processed[0, [0, 2, 3, 5]].tolist() == [-np.inf] * 4
     torch.testing.assert_close(processed[1], before[1])
+    other = replace(ours, extra_args={CHILDREN: [2]})
+    processor.update_state(SimpleNamespace(removed=[], added=[(2, other, None, [])], moved=[]))
+    moved = (2, 0, MoveDirectionality.UNIDIRECTIONAL)  # the last takes the place of one that is done
+    processor.update_state(SimpleNamespace(removed=[0], added=[], moved=[moved]))
+    processed = processor.apply(before.repeat(2, 1)[:3].clone())
+    assert (processed[0] > -np.inf).nonzero().tolist() == [[2]]
+    torch.testing.assert_close(processed[1:], before.repeat(2, 1)[1:3])
     processor.update_state(SimpleNamespace(removed=[0], added=[], moved=[]))
     torch.testing.assert_close(processor.apply(before.clone()), before)
     for wrong in ([], "ab", [-1], [1.5]):

@@ -170,6 +170,7 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
             if entrant.kind != "baseline":
                 raise
             say(f"{domain}: {entrant.name} is left out: {error}")
+            entrant.close()
             continue
         columns = judged(entrant, main, rankings)
         per_query[entrant.name] = columns[f"ndcg@{config.k}"]

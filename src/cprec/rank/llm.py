@@ -154,7 +154,7 @@ class LLMRecommender:
         if engine == "vllm":
             from cprec.rank.vllm import VLLMReader
 
-            dtype = "bfloat16" if settings["bf16"] else "float32"
+            dtype = "bfloat16" if (settings | options)["bf16"] else "float32"
             model = VLLMReader.open(folder, **{"dtype": dtype, **(engine_options or {})})
         else:
             model = load_model(folder, device=device)

@@ -2,13 +2,13 @@
 
 A node of the tree is no more than its tokens here. What comes after some nodes is asked in one call of the engine, a
 request each, which makes one token: the trie is the request's logits processor (`vllm_processor`), so what comes back
-are the log-probabilities of the node's children. vLLM's prefix cache keeps what requests share, so a prompt is read
-once. Searching the trie, budgets and certificates are those of `decoding`, whoever reads.
+are the log-probabilities of the node's children. vLLM's prefix cache keeps what requests share, so little of a prompt is
+read twice. Searching the trie, budgets and certificates are those of `decoding`, whoever reads.
 """
 
 from __future__ import annotations
 
-import json
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,17 +52,21 @@ class VLLMReader:
                 f"{error}: engine='vllm' needs vLLM 0.32 or later; pip install 'cprec[vllm]' on a machine with a GPU, "
                 "or choose engine='transformers'"
             ) from None
-        config = json.loads((folder / "config.json").read_text())
-        context = int(config.get("max_position_embeddings") or 0)
         settings: dict[str, Any] = {
             "model": str(folder),
             "logits_processors": [PROCESSOR],
             "logprobs_mode": "processed_logits",  # what the processor made of them: log-probabilities
             "max_logprobs": -1,  # a node has as many children as it has
             "enable_prefix_caching": True,
-            **({"max_model_len": context} if context else {}),
+            "max_model_len": -1,  # as much of the model's context as there is memory for
         }
-        return cls(LLM(**settings | options), context or 1 << 30)
+        # The engine is a process of its own: a Ctrl-C is for this one, which ends it once requests are answered.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            engine = LLM(**settings | options)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return cls(engine, int(engine.model_config.max_model_len))
 
     def read(self, prompts: Sequence[np.ndarray]) -> VLLMTree:
         """See `Reader.read`; the engine reads prompts when it is first asked what comes after them."""
@@ -75,8 +79,8 @@ class VLLMTree:
     def __init__(self, engine: Any, prompts: Sequence[np.ndarray]) -> None:
         self._engine = engine
         self._prompts = [prompt.tolist() for prompt in prompts]
-        self._texts: list[list[int]] = []
-        """Of each node: its prompt and the tokens up to itself."""
+        self._nodes: list[tuple[int, int, int]] = []
+        """User, parent (-1 right after the prompt) and token of each."""
         self.prompt_hidden_UD = torch.arange(-len(prompts), 0)[:, None]
 
     @property
@@ -85,18 +89,17 @@ class VLLMTree:
 
     @property
     def num_nodes(self) -> int:
-        return len(self._texts)
+        return len(self._nodes)
 
     def extend(self, tokens_M: torch.Tensor, users_M: torch.Tensor, parents_M: torch.Tensor) -> torch.Tensor:
         """See `Tree.extend`; nothing is read yet."""
         first = self.num_nodes
-        for token, user, parent in zip(tokens_M.tolist(), users_M.tolist(), parents_M.tolist(), strict=True):
-            self._texts.append([*(self._prompts[user] if parent < 0 else self._texts[parent]), token])
+        self._nodes += zip(users_M.tolist(), parents_M.tolist(), tokens_M.tolist(), strict=True)
         return torch.arange(first, self.num_nodes)[:, None]
 
     def forget(self) -> None:
         """See `Tree.forget`."""
-        self._texts.clear()
+        self._nodes.clear()
 
     def log_probs(self, hidden_MD: torch.Tensor, row_N: torch.Tensor, token_N: torch.Tensor) -> torch.Tensor:
         """See `Tree.log_probs`."""
@@ -122,13 +125,18 @@ class VLLMTree:
 
         if not options:
             return []
-        texts = [
-            self._texts[state] if state >= 0 else self._prompts[state + self.num_users]
-            for state in hidden_MD[:, 0].tolist()
-        ]
         outputs = self._engine.generate(
-            [{"prompt_token_ids": text} for text in texts],
+            [{"prompt_token_ids": self._text(state)} for state in hidden_MD[:, 0].tolist()],
             [SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **each) for each in options],
             use_tqdm=False,
         )
         return [output.outputs[0] for output in outputs]
+
+    def _text(self, state: int) -> list[int]:
+        """A prompt and the tokens up to a node."""
+        path: list[int] = []
+        user = state + self.num_users
+        while state >= 0:
+            user, state, token = self._nodes[state]
+            path.append(token)
+        return self._prompts[user] + path[::-1]

@@ -1,6 +1,7 @@
 """The trie as a logits processor of vLLM: of a prefix, only its children in the trie have a log-probability.
 
-vLLM imports this module in the process of its engine; nothing else does but the reader, once vLLM is there.
+vLLM imports this module in the process of its engine and in the one that asks; nothing else does but the reader, once
+vLLM is there.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -232,7 +233,7 @@ class Gate:
 
         self._room -= 1
         try:
-            if self._room < 0 and scope["path"] not in OPEN:
+            if self._room < 0 and scope["path"] not in OPEN | {"/metrics"}:  # overload can be watched
                 self._service.metrics.shed()
                 await _refuse(noting, 503, "too many requests at one time", {"retry-after": "1"})
                 return
@@ -245,10 +246,11 @@ class Gate:
                 body = await asyncio.wait_for(self._body(scope, receive), self._body_seconds)
             except TimeoutError:
                 await _refuse(noting, 408, f"the body was not there after {self._body_seconds:g} s", _CLOSE)
-            except _TooLarge:
+            except _TooLarge as too_large:
                 most = self._max_bytes / (1 << 20)
                 error = f"the body is larger than {most:g} MiB: send less at once"
-                await _refuse(noting, 413, error, _CLOSE, self._discard(receive))
+                discard = partial(self._discard, receive) if too_large.more else None
+                await _refuse(noting, 413, error, _CLOSE, discard)
             else:
                 if body is not None:
                     await self._app(scope, _replayed(body, receive), noting)
@@ -266,7 +268,7 @@ class Gate:
         """The whole body; None where the client hung up before."""
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if length.isdigit() and int(length) > self._max_bytes:
-            raise _TooLarge
+            raise _TooLarge(more=True)
         chunks, size = [], 0
         while True:
             message = await receive()
@@ -275,7 +277,7 @@ class Gate:
             chunks.append(message.get("body", b""))
             size += len(chunks[-1])
             if size > self._max_bytes:
-                raise _TooLarge
+                raise _TooLarge(more=message.get("more_body", False))
             if not message.get("more_body", False):
                 return b"".join(chunks)
 
@@ -292,7 +294,11 @@ class Gate:
 
 
 class _TooLarge(Exception):
-    pass
+    """`more` of the body is to come."""
+
+    def __init__(self, more: bool) -> None:
+        super().__init__()
+        self.more = more
 
 
 _CLOSE = {"connection": "close"}
@@ -300,7 +306,11 @@ _CLOSE = {"connection": "close"}
 
 
 async def _refuse(
-    send: Send, status: int, error: str, headers: dict[str, str], before_end: Awaitable[None] | None = None
+    send: Send,
+    status: int,
+    error: str,
+    headers: dict[str, str],
+    before_end: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
     """Answer at once; the connection may be closed only after `before_end`."""
     import json
@@ -311,7 +321,7 @@ async def _refuse(
     await send({"type": "http.response.start", "status": status, "headers": pairs})
     await send({"type": "http.response.body", "body": body, "more_body": before_end is not None})
     if before_end is not None:
-        await before_end
+        await before_end()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -81,10 +81,7 @@ class ItemStore:
             self.close()
             raise
         if num_lines > 2 * len(self.items) + SPARE:
-            try:
-                self._write_anew()
-            except OSError as error:
-                log.warning("%s has many lines that count no more, and cannot be written anew: %s", self.path, error)
+            self._write_anew()
 
     @property
     def is_open(self) -> bool:
@@ -115,22 +112,30 @@ class ItemStore:
         self.items.update({(change.domain, change.item_id): change for change in changes})
 
     def _write_anew(self) -> None:
-        """One line for each item, in a new file that takes the place of the old one, and is locked before it does."""
+        """One line for each item, in a new file that is locked and then takes the place of the old one, which stays where
+        there is no room for another."""
+        assert self._file is not None
         data, digest = _lines(self.items.values(), _FIRST)
-        temporary = self.path.with_name(FILE + ".incomplete")
-        temporary.unlink(missing_ok=True)
-        new = os.open(temporary, _FLAGS, 0o644)
+        path = self.path.resolve()
+        temporary = path.with_name(path.name + ".incomplete")
         try:
-            fcntl.flock(new, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _write(new, data)
-            temporary.replace(self.path)
-        except OSError:
-            os.close(new)
-            temporary.unlink()
-            raise
+            temporary.unlink(missing_ok=True)
+            new = os.open(temporary, _FLAGS, 0o600)
+            try:
+                fcntl.flock(new, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.fchmod(new, os.fstat(self._file).st_mode)
+                _write(new, data)
+                temporary.replace(path)
+            except OSError:
+                os.close(new)
+                temporary.unlink()
+                raise
+        except OSError as error:
+            log.warning("%s has many lines that count no more, and cannot be written anew: %s", self.path, error)
+            return
         self.close()
         self._file, self._digest, self._size = new, digest, len(data)
-        _flush_folder(self.path.parent)
+        _flush_folder(path.parent)
 
     def _read(self) -> int:
         """What the file has, and in how many lines."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -21,7 +22,8 @@ TOKEN = "CPREC_TOKEN"
 """The environment variable with the token: a command line can be read by everybody on the machine."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MAX_CONNECTIONS = 4_000
-"""Beyond these connections are refused without a word; the application sheds load long before."""
+"""Beyond these, or half of the files that the process may open, uvicorn answers 503 by itself; the application sheds
+load long before."""
 SWITCH_SECONDS = 0.0005
 """After which the engine's thread lets that of the connections go on: with Python's 5 ms a busy engine holds up each
 step of each request by so much."""
@@ -129,7 +131,7 @@ def serve(config: ServeConfig, engines: Sequence[Engine], baselines: Sequence[Ba
                 access_log=False,
                 server_header=False,
                 lifespan="on",
-                limit_concurrency=MAX_CONNECTIONS,
+                limit_concurrency=_max_connections(),
                 timeout_keep_alive=IDLE_SECONDS,
                 timeout_graceful_shutdown=GRACE_SECONDS,
             )
@@ -156,6 +158,16 @@ def _listening(host: str, port: int) -> socket.socket:
             f"host={host} port={port}: cannot be listened on ({error.strerror}); choose another port, or port=0 for a "
             "free one"
         ) from None
+
+
+def _max_connections() -> int:
+    """As many as there may be files for, once the process's limit is as high as it may be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * MAX_CONNECTIONS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, soft // 2)
 
 
 def _ignore(*_: Any) -> None:

@@ -234,10 +234,10 @@ def test_more_requests_than_there_is_room_for_are_told_to_come_back(engine: Any,
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
         assert refused.json() == {"error": "too many requests at one time", "unknown": []}
         assert client.get("/health").status_code == client.get("/ready").status_code == 200
+        assert metric(client, "cprec_shed_total") == 1, "which can be seen meanwhile"
         held.released.release(5)
         assert ids(first.result(60)) == ["b1"]
         assert ids(asked(client, "b1", k=1)) == ["b0"], "there is room again"
-        assert metric(client, "cprec_shed_total") == 1
 
 
 def test_requests_under_way_are_finished_on_shutdown(engine: Any, hold: Any, served: Served) -> None:
@@ -356,6 +356,21 @@ def test_a_large_body_is_refused(shared: httpx.Client) -> None:
     chunks = (b" " * (1 << 20) for _ in range(10))  # without a length in its head
     assert shared.post("/v1/recommend", content=chunks).status_code == 413
     assert shared.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("more", [b"2\r\n, \r\n", b""], ids=["it goes on", "it ends"])
+def test_a_body_just_too_large_is_answered_at_once(more: bytes, engine: Any, served: Served) -> None:
+    options = {"max_body_mb": 10 / (1 << 20), "body_seconds": 1e6 if not more else 0.5}
+    with (
+        served(Service([engine], deadline_ms=60_000), **options) as client,
+        socket.create_connection((client.base_url.host, client.base_url.port)) as sender,
+    ):
+        head = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        sender.sendall(head + b"b\r\n[          \r\n" + (more or b"0\r\n\r\n"))
+        received = b""
+        while chunk := sender.recv(1000):  # until the service closes, which does not wait for what never comes
+            received += chunk
+        assert received.startswith(b"HTTP/1.1 413 ") and b"send less at once" in received
 
 
 def test_a_history_of_100_000_events(shared: httpx.Client) -> None:

@@ -121,6 +121,7 @@ def test_a_file_of_overtaken_lines_is_written_anew(tmp_path: Path, monkeypatch: 
     store = ItemStore(tmp_path)
     store.append([replace(NEW, title="Niels")])
     store.close()
+    path.chmod(0o640)
     (tmp_path / f"{FILE}.incomplete").write_text("of a process that was killed")
     again = ItemStore(tmp_path)
     assert len(path.read_bytes().splitlines()) == 2 and again.items == store.items
@@ -132,7 +133,20 @@ def test_a_file_of_overtaken_lines_is_written_anew(tmp_path: Path, monkeypatch: 
         ("books", "b15"): replace(NEW, title="Niels"),
         ("games", "g0"): replace(GONE, withdrawn=False),
     }
-    assert [each.name for each in tmp_path.iterdir()] == [FILE]
+    assert [each.name for each in tmp_path.iterdir()] == [FILE] and path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_linked_file_is_written_anew_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cprec.serve.items.SPARE", 0)
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / FILE).symlink_to(tmp_path / "volume" / FILE)
+    store = ItemStore(tmp_path / "state")
+    store.append([NEW, GONE, GONE, NEW, NEW])
+    store.close()
+    assert stored(tmp_path / "state") == {("books", "b15"): NEW, ("games", "g0"): GONE}
+    assert (tmp_path / "state" / FILE).is_symlink()
+    assert len((tmp_path / "volume" / FILE).read_bytes().splitlines()) == 2
 
 
 def test_a_file_that_cannot_be_written_anew_stays(
