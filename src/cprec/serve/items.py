@@ -112,8 +112,8 @@ class ItemStore:
         self.items.update({(change.domain, change.item_id): change for change in changes})
 
     def _write_anew(self) -> None:
-        """One line for each item, in a new file that is locked and then takes the place of the old one, which stays where
-        there is no room for another."""
+        """One line for each item, in a new file that is locked and then takes the place of the old one, which stays
+        where there is no room for another."""
         assert self._file is not None
         data, digest = _lines(self.items.values(), _FIRST)
         path = self.path.resolve()
