@@ -323,6 +323,7 @@ def test_what_is_held_out_changes_nothing(name: str, setting: Setting, asked: Se
     assert first == second
 
 
+@pytest.mark.slow
 def test_baselines_beat_chance_and_the_oracle_beats_all(made: dict[str, Recommender], setting: Setting) -> None:
     quality = {name: mean_ndcg(recommender, setting) for name, recommender in made.items()}
     assert len(setting.queries) > 300

@@ -247,6 +247,7 @@ documents._PartWriter = Writer
     assert contents(tmp_path / "again") == expected(config)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(
     config: PrepareConfig,
     tmp_path: Path,
@@ -282,15 +283,11 @@ def test_an_interrupted_run_goes_on(
     [
         "text.documents.join_shards",
         "text.certificate.audit",
-        *(
-            pytest.param(where, marks=pytest.mark.slow)
-            for where in (
-                *("data.build.count_times", "text.documents._join_tables"),
-                *("text.documents.write_popularity", "text.documents.remove_parts"),
-            )
-        ),
+        *("data.build.count_times", "text.documents._join_tables"),
+        *("text.documents.write_popularity", "text.documents.remove_parts"),
     ],
 )
+@pytest.mark.slow
 def test_a_run_interrupted_anywhere_leaves_nothing_complete_and_goes_on(
     config: PrepareConfig, tmp_path: Path, expected: Any, small_parts: Callable[[int], None], where: str
 ) -> None:
@@ -352,8 +349,9 @@ def test_a_partition_is_i_of_n(config: PrepareConfig, partition: str) -> None:
 
 @pytest.mark.parametrize(
     "tie_order",
-    [pytest.param("source", marks=pytest.mark.slow), pytest.param("item_id", marks=pytest.mark.slow), "shuffle"],
+    ["source", "item_id", "shuffle"],
 )
+@pytest.mark.slow
 def test_rows_added_to_one_domain_change_nothing_in_another(
     config: PrepareConfig, tmp_path: Path, small_parts: Callable[[int], None], tie_order: Any
 ) -> None:
