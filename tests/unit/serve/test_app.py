@@ -366,6 +366,7 @@ def test_a_body_just_too_large_is_answered_at_once(more: bytes, engine: Any, ser
         socket.create_connection((client.base_url.host, client.base_url.port)) as sender,
     ):
         head = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        sender.settimeout(60)
         sender.sendall(head + b"b\r\n[          \r\n" + (more or b"0\r\n\r\n"))
         received = b""
         while chunk := sender.recv(1000):  # until the service closes, which does not wait for what never comes
