@@ -51,8 +51,8 @@ class ItemStore:
     """The changes of items in a folder, which one process has to itself; None keeps none, and takes none."""
 
     def __init__(self, folder: str | Path | None) -> None:
-        """Raises ConfigError where another process has the folder, DataError where the file is damaged, OSError where it
-        cannot be opened, or written anew for good."""
+        """Raises ConfigError where another process has the folder, DataError where the file is damaged, OSError where
+        it cannot be opened, or written anew for good."""
         self.items: dict[tuple[str, str], StoredItem] = {}
         """By domain and item id, as the last change left them."""
         self._file: int | None = None

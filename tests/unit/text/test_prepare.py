@@ -383,6 +383,7 @@ def test_rows_added_to_one_domain_change_nothing_in_another(
     assert of_toys(tmp_path / "whole") == of_toys(tmp_path / "changed")
 
 
+@pytest.mark.slow
 def test_domains_that_only_have_an_order_are_told_of_and_may_be_interleaved(
     config: PrepareConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -199,6 +199,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_what_processes_exchange(processes: Any) -> None:
     assert processes.run(2, EXCHANGES) == ["done\n", "done\n"]
 
