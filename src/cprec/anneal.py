@@ -241,4 +241,4 @@ def _rank(config: AnnealConfig, data: str, domain: str, models: dict[str, str], 
         part="validation",  # forks are chosen by these figures: the test queries stay untouched
         max_queries=config.max_queries,
     )
-    return evaluate(settings, read_split(data), domain, model_entrants(settings, models))
+    return evaluate(settings, read_split(data), domain, model_entrants(settings, domain, models))

@@ -73,18 +73,22 @@ def run(recipe: Recipe) -> dict[str, Any]:
 
 
 def evaluate_models(config: EvaluateConfig) -> dict[str, Any]:
-    """Rank the queries of each domain with the models named in the configuration, beside the baselines."""
+    """Rank the queries of each domain with the models named in the configuration, beside the baselines.
+
+    A model folder that is gone is no hindrance where its rankings were saved: they are scored again.
+    """
+    from cprec.evaluate.evaluate import saved_model
     from cprec.train.training import read_done
 
-    models: dict[str, dict[str, str]] = {}
-    for domain in config.domains or _queried_domains(config):
-        models[domain] = {}
-        for arm, folder in config.models.items():
-            about = read_done(folder)
-            if about is None:
-                raise ConfigError(f"models.{arm}={folder}: no finished model of CPRec is there (no cprec.json)")
-            if about.get("domain") in (None, domain):
-                models[domain][arm] = folder
+    models: dict[str, dict[str, str]] = {domain: {} for domain in config.domains or _queried_domains(config)}
+    for arm, folder in config.models.items():
+        about = read_done(folder)
+        for domain, arms in models.items():
+            fits = about.get("domain") in (None, domain) if about else saved_model(config, domain, arm) is not None
+            if fits:
+                arms[arm] = folder
+        if about is None and not any(arm in arms for arms in models.values()):
+            raise ConfigError(f"models.{arm}={folder}: no finished model of CPRec is there (no cprec.json)")
     runs = {arm: folder for of_domain in models.values() for arm, folder in of_domain.items()}
     return _report(config, models, runs, title="evaluation", synthetic=None)
 
@@ -122,7 +126,7 @@ def _report(
         domains[domain] = {"unseen": unseen, **evaluate(config, split, domain, entrants)}
     certificate = Path(config.data) / "certificate.json"
     properties = json.loads(certificate.read_text())["properties"] if certificate.is_file() else []
-    finished = {name: read_done(folder) or {} for name, folder in runs.items()}
+    finished = {name: about for name, folder in runs.items() if (about := read_done(folder))}
     report = {
         "title": title,
         "protocol": protocol_of(config, split, read_manifest(config.data)),
@@ -147,9 +151,9 @@ def _report(
     folder.mkdir(parents=True, exist_ok=True)
     save_resolved(folder, config)
     temporary = folder / "report.json.incomplete"
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     temporary.replace(folder / "report.json")
-    logs = {name: read_log(Path(path) / LOG) for name, path in runs.items()}
+    logs = {name: read_log(Path(runs[name]) / LOG) for name in finished}
     write_html(folder / "report.html", report, logs, examples)
     for name, table_of in (("tables.md", markdown_table), ("tables.tex", latex_table)):
         (folder / name).write_text("\n".join(table_of(report, domain) for domain in domains))
@@ -166,7 +170,7 @@ def _entrants(
     from cprec.evaluate.evaluate import Entrant
 
     entrants = baseline_entrants(config, split, domain)
-    entrants += model_entrants(config, arms)
+    entrants += model_entrants(config, domain, arms)
     if synthetic is not None and synthetic.synthetic is not None:
         from cprec.data.sources.synthetic import OracleRecommender, SyntheticWorld
 
@@ -183,6 +187,7 @@ def baseline_entrants(config: EvaluateConfig, split: Split, domain: str) -> list
     """
     from cprec.baselines.lineup import BASELINES, identity_of, is_trained, names_of
     from cprec.evaluate.evaluate import Entrant
+    from cprec.evaluate.seeds import arm_of
     from cprec.progress import say
 
     names = names_of(config.baselines)
@@ -192,8 +197,8 @@ def baseline_entrants(config: EvaluateConfig, split: Split, domain: str) -> list
         if reason := BASELINES[name].unfit(split, domain):
             say(f"{domain}: {name} is left out: {reason}")
             continue
-        for seed in config.seeds if is_trained(name) else config.seeds[:1]:
-            shown = f"{name} (seed {seed})" if len(config.seeds) > 1 and is_trained(name) else name
+        for seed in config.seeds if is_trained(name) else [config.seed]:
+            shown = arm_of(name, seed) if len(config.seeds) > 1 and is_trained(name) else name
             baseline = _Baseline(shown, name, config, split, domain, seed, tuned.get(name))
             identity = f"{identity_of(name)} seed {seed} {json.dumps(tuned.get(name), sort_keys=True)}"
             entrants.append(
@@ -270,28 +275,41 @@ class _Baseline:
         return self.made.rank(queries, k)
 
 
-def model_entrants(config: EvaluateConfig, arms: dict[str, str]) -> list[Entrant]:
-    """Model folders, by the name they have in tables, as entrants of an evaluation."""
-    from cprec.evaluate.evaluate import Entrant
+def model_entrants(config: EvaluateConfig, domain: str, arms: dict[str, str]) -> list[Entrant]:
+    """Model folders, by the name they have in tables, as entrants of an evaluation; of one that is gone, or whose
+    weights are, what it ranked before in the domain."""
+    from cprec.evaluate.evaluate import Entrant, saved_model
+    from cprec.progress import say
     from cprec.train.training import read_done, weights_sha256
 
     entrants = []
     for arm, folder in arms.items():
-        model = _ModelFolder(arm, folder, config)
+        model, about = _ModelFolder(arm, folder, config), read_done(folder)
+        here = about is not None and any(Path(folder).glob("*.safetensors"))
+        if not here:
+            say(f"{domain}: {arm}: no weights in {folder}, so its saved rankings are scored as they are")
+        trained_on = about["trained_on"] if about else saved_model(config, domain, arm) or ()
         entrants.append(
             Entrant(
                 name=arm,
                 recommender=model,
                 kind="model",
-                trained_on=tuple((read_done(folder) or {})["trained_on"]),
-                identity=weights_sha256(folder),
+                trained_on=tuple(trained_on),
+                identity=weights_sha256(folder) if here else None,
                 modes={"exact": _InMode(model, "exact"), "generate": _InMode(model, "generate")},
-                open=partial(getattr, model, "opened"),
+                open=partial(getattr, model, "opened") if here else partial(_gone, arm, folder),
                 cost=partial(_model_cost, folder),
                 close=model.close,
             )
         )
     return entrants
+
+
+def _gone(arm: str, folder: str) -> None:
+    raise ConfigError(
+        f"models.{arm}={folder} holds no weights, and its saved rankings answer other questions than those asked now: "
+        "ask as they were (k, max_queries, seed, num_candidates, mode, score), or bring the model back"
+    )
 
 
 def _model_cost(folder: str) -> dict[str, float]:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cprec.errors import ConfigError
+from cprec.evaluate.saved import read_saved, write_saved
 
 UNIFORM, POPULARITY = "uniform", "popularity"
 MAX_TRIES = 50
@@ -46,8 +46,7 @@ def draw_candidates(
     if drawable < size - 1:
         what = "items are" if weights is None else "items with training events are"
         raise ConfigError(
-            f"num_candidates={size} but only {drawable} {what} outside the history of query {query_id!r}: lower it or "
-            "use the full catalogue only"
+            f"num_candidates={size} but only {drawable} {what} outside the history of query {query_id!r}: lower it"
         )
     upto = None if weights is None else np.cumsum(weights, dtype=float)
     forbidden, chosen, names = set(excluded.tolist()), [target], [titles[target].lower()]
@@ -74,15 +73,11 @@ def draw_candidates(
 
 def write_candidates(path: Path, query_ids: Sequence[str], candidates: Sequence[Sequence[str]]) -> None:
     """Freeze candidate sets: one row per query; the file appears complete or not at all."""
-    temporary = path.with_name(path.name + ".incomplete")
-    table = pa.table(
-        {"query_id": pa.array(query_ids, pa.string()), "candidates": pa.array(candidates, pa.list_(pa.string()))}
-    )
-    pq.write_table(table, temporary, compression="zstd")
-    temporary.replace(path)
+    columns = {"query_id": pa.array(query_ids, pa.string()), "candidates": pa.array(candidates, pa.list_(pa.string()))}
+    write_saved(pa.table(columns), path)
 
 
 def read_candidates(path: Path) -> dict[str, tuple[str, ...]]:
-    """Candidate item ids of each query."""
-    table = pq.read_table(path)
+    """Candidate item ids of each query. Raises DataError for a damaged file."""
+    table = read_saved(path, "delete it, and it is drawn anew")
     return dict(zip(table["query_id"].to_pylist(), map(tuple, table["candidates"].to_pylist()), strict=True))

@@ -7,9 +7,8 @@ A run is a folder that `cprec evaluate` wrote. For each domain `protocol.json` h
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -26,14 +25,12 @@ from cprec.evaluate.comparison_report import (
     markdown_table,
     print_tables,
 )
-from cprec.evaluate.statistics import PERMUTATIONS, adjusted, bootstrap_interval, compare_pair, seed_variance
+from cprec.evaluate.seeds import is_lucky, model_of, together
+from cprec.evaluate.statistics import adjusted, bootstrap_interval, compare_pair, permutations_for, seed_variance
 from cprec.progress import say
 
 if TYPE_CHECKING:
     import numpy as np
-
-SEED = re.compile(r"(?P<base>.+) \(seed (?P<seed>\d+)\)")
-"""Arms that differ only in this suffix are one model, trained several times."""
 
 
 # ---- stage -----------------------------------------------------------------------------------------------------------
@@ -83,6 +80,7 @@ def compare(
     print_tables(tables, file)
     table_of = {".md": markdown_table, ".tex": latex_table}.get(Path(output).suffix)
     _write(Path(output), "\n".join(map(table_of, tables)) if table_of else html_of(tables))
+    say(f"wrote {output}")
     return tables
 
 
@@ -175,18 +173,35 @@ class _Arm:
 
     query_id: list[str]
     user_id: list[str]
-    bound: bool
+    kind: str
+    lucky: bool
+    """Whether another seed would give other numbers."""
     values_SQ: Mapping[str, np.ndarray]
+
+    @property
+    def bound(self) -> bool:
+        return self.kind == "bound"
+
+    def equals(self, other: _Arm) -> bool:
+        import numpy as np
+
+        return (
+            self.query_id == other.query_id
+            and self.values_SQ.keys() == other.values_SQ.keys()
+            and all(np.array_equal(values, other.values_SQ[metric]) for metric, values in self.values_SQ.items())
+        )
 
 
 def _read(folder: Path, protocol: str, metrics: Sequence[str]) -> dict[str, _Arm]:
-    """The arms of a run by name, seeds of one model together. Of the metrics those that are there, the first must."""
+    """The arms of a run by name, of one seed each. Of the metrics those that are there, the first must."""
     import numpy as np
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
+
+    from cprec.evaluate.saved import read_saved
 
     path = folder / "metrics.parquet"
-    names = pq.read_schema(path).names
+    table = read_saved(path, "run `cprec evaluate` anew")
+    names = table.column_names
     lacking = {"query_id", "user_id", "arm", "protocol"} - set(names)
     if lacking:
         raise DataError(f"{path} has no column {min(lacking)!r}: run `cprec evaluate` anew")
@@ -194,55 +209,56 @@ def _read(folder: Path, protocol: str, metrics: Sequence[str]) -> dict[str, _Arm
     if metrics[0] not in offered:
         raise ConfigError(f"metric={metrics[0]} is not in {path}, which has {', '.join(offered)}")
     kept = list(dict.fromkeys(name for name in metrics if name in offered))
-    rows = pq.read_table(path, columns=["query_id", "user_id", "arm", "protocol", *kept, *{"kind"} & set(names)])
-    asked = rows.filter(pc.equal(rows["protocol"], protocol)).sort_by("query_id")
+    asked = table.filter(pc.equal(table["protocol"], protocol)).sort_by("query_id")
     if not asked.num_rows:
-        there = ", ".join(sorted(pc.unique(rows["protocol"]).to_pylist()))
+        there = ", ".join(sorted(pc.unique(table["protocol"]).to_pylist()))
         raise ConfigError(f"protocol={protocol} is not in {path}, which has {there}")
-    tables = {name: asked.filter(pc.equal(asked["arm"], name)) for name in pc.unique(asked["arm"]).to_pylist()}
-    models: dict[tuple[str, bool], list[str]] = {}
-    for name in tables:
-        match = SEED.fullmatch(name)
-        models.setdefault((match["base"] if match else name, match is not None), []).append(name)
     arms = {}
-    for (model, _), members in models.items():
-        first = tables[members[0]]
-        query_id = first["query_id"].to_pylist()
-        other = next((name for name in members if tables[name]["query_id"].to_pylist() != query_id), None)
-        if other is not None:
-            raise DataError(f"{path}: {members[0]} and {other} answered different queries: run `cprec evaluate` anew")
-        arms[f"{model} ({len(members)} seeds)" if len(members) > 1 else members[0]] = _Arm(
-            query_id=query_id,
-            user_id=first["user_id"].to_pylist(),
-            bound="kind" in first.column_names and first["kind"][0].as_py() == "bound",
-            values_SQ={m: np.stack([tables[name][m].to_numpy() for name in members]) for m in kept},
+    for name in pc.unique(asked["arm"]).to_pylist():
+        rows = asked.filter(pc.equal(asked["arm"], name))
+        kind = rows["kind"][0].as_py() if "kind" in names else "model"
+        values = {metric: rows[metric].to_numpy()[None] for metric in kept}
+        broken = next((metric for metric in kept if not np.isfinite(values[metric]).all()), None)
+        if broken is not None:
+            raise DataError(f"{path}: {broken} of {name} is not a number everywhere: run `cprec evaluate` anew")
+        arms[name] = _Arm(
+            query_id=rows["query_id"].to_pylist(),
+            user_id=rows["user_id"].to_pylist(),
+            kind=kind,
+            lucky=is_lucky(name, kind),
+            values_SQ=values,
         )
     return arms
 
 
 def _arms(runs: Mapping[str, Path], protocol: str, metrics: Sequence[str]) -> dict[str, _Arm]:
-    """The arms of all runs, each once: its run stands in front of a name that has other numbers in another run."""
+    """The arms of all runs, each once, seeds of one model together: its run stands in front of a model of which an arm
+    has other numbers in another run."""
     import numpy as np
 
     read = {run: _read(folder, protocol, metrics) for run, folder in runs.items()}
-    arms: dict[str, _Arm] = {}
-    for name in dict.fromkeys(name for of_run in read.values() for name in of_run):
-        holders = {run: of_run[name] for run, of_run in read.items() if name in of_run}
-        first = next(iter(holders.values()))
-        same = all(
-            arm.query_id == first.query_id
-            and arm.values_SQ.keys() == first.values_SQ.keys()
-            and all(np.array_equal(values, first.values_SQ[metric]) for metric, values in arm.values_SQ.items())
-            for arm in holders.values()
-        )
-        arms |= {name: first} if same else {f"{run}: {name}": arm for run, arm in holders.items()}
-    (known, first), *others = arms.items()
+    (known, first), *others = ((f"{run}: {name}", arm) for run, of_run in read.items() for name, arm in of_run.items())
     for name, arm in others:
         if arm.query_id != first.query_id:
             raise DataError(
                 f"{known} and {name} answered different queries, though their protocols are the same: a file of "
                 f"{' or '.join(map(str, runs.values()))} was changed; run `cprec evaluate` anew"
             )
+    one: dict[str, _Arm] = {}
+    differing = set()
+    for of_run in read.values():
+        for name, arm in of_run.items():
+            if not one.setdefault(name, arm).equals(arm):
+                differing.add(model_of(name))
+    single: dict[str, _Arm] = {}
+    for name, arm in one.items():
+        holders = {run: of_run[name] for run, of_run in read.items() if name in of_run}
+        single |= {f"{r}: {name}": a for r, a in holders.items()} if model_of(name) in differing else {name: arm}
+    arms = {}
+    for shown, members in together(single).items():
+        of_seeds = [single[name].values_SQ for name in members]
+        values = {metric: np.concatenate([of_seed[metric] for of_seed in of_seeds]) for metric in of_seeds[0]}
+        arms[shown] = replace(single[members[0]], values_SQ=values)
     return arms
 
 
@@ -263,10 +279,13 @@ def _table(
     order = sorted(arms, key=lambda name: -means[name])
     rivals = [name for name in order if not arms[name].bound]
     pairs = list(combinations(rivals, 2))
-    permutations = max(PERMUTATIONS, 100 * len(pairs))  # else no p value could stay small when all are corrected for
     tests = [
         compare_pair(
-            arms[a].values_SQ[metrics[0]], arms[b].values_SQ[metrics[0]], groups=users, permutations=permutations
+            arms[a].values_SQ[metrics[0]],
+            arms[b].values_SQ[metrics[0]],
+            groups=users,
+            permutations=permutations_for(len(pairs)),
+            lucky=(arms[a].lucky, arms[b].lucky),
         )
         for a, b in pairs
     ]

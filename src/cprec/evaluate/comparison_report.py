@@ -156,6 +156,10 @@ def notes(table: Table) -> list[str]:
                 f"{main.error_seeds:.4f} from seeds."
             )
     lines.append("Intervals are 95 % over users, and over seeds where an arm has several.")
+    if len({row.num_seeds > 1 for row in table.rows}) > 1:
+        lines.append(
+            "A trained arm of one seed beside one of several: its seeds are taken to vary as those of the other do."
+        )
     if table.comparisons:
         lines.append(
             f"Less the best: on the same queries. p: corrected by Holm over all {len(table.comparisons):,} pairs of "
@@ -182,7 +186,7 @@ def _p_value(comparison: Comparison | None) -> str:
 
 
 def _detectable(comparison: Comparison | None) -> str:
-    return "" if comparison is None else f"{comparison.detectable:.4f}"
+    return "" if comparison is None or comparison.detectable is None else f"{comparison.detectable:.4f}"
 
 
 # ---- terminal --------------------------------------------------------------------------------------------------------
@@ -383,10 +387,13 @@ def latex_table(table: Table) -> str:
         escaped = [_latex(cell) for cell in cells]
         rows.append([rf"\textbf{{{cell}}}" if cell and row == table.best else cell for cell in escaped])
     body = "\n".join(f"{' & '.join(cells)} \\\\" for cells in rows)
-    comment = "\n".join(f"% {line}" for line in (title_of(table), *notes(table)))
+    said = notes(table)
+    comment = "\n".join(f"% {line}" for line in (title_of(table), *said))
+    warnings = [line for line in said if line == UNCERTIFIED or line.startswith("No claim")]
+    below = "".join(f"\\multicolumn{{{len(head)}}}{{l}}{{{_latex(line)}}} \\\\\n" for line in warnings)
     return (
         f"{comment}\n\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}\n\\toprule\n"
-        f"{' & '.join(map(_latex, head))} \\\\\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}\n"
+        f"{' & '.join(map(_latex, head))} \\\\\n\\midrule\n{body}\n\\bottomrule\n{below}\\end{{tabular}}\n"
     )
 
 

@@ -40,7 +40,7 @@ class EvaluateConfig:
     baselines: tuple[str, ...] = ("random", "popularity", "transition graph")
     """Baselines to rank beside the models, by name; `all`: every one there is (docs/evaluation.md)."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds to train each trained baseline with; of several, each is a row of its own."""
+    """Seeds to train each baseline with that is trained by gradient steps; of several, each is a row of its own."""
     tuned: str = ""
     """A file that `cprec tune` wrote: its settings take the place of the baselines' defaults."""
     models: dict[str, str] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class EvaluateConfig:
     uncertified: bool = False
     """Rank although a leakage certificate is missing or does not cover a model; every table then says so."""
     seed: int = 0
-    """Decides candidates, the sample of queries, the random baseline and bootstrap samples."""
+    """Decides candidates, the sample of queries, bootstrap samples, and what other baselines draw (random, iALS)."""
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -106,8 +106,9 @@ class Entrant:
     kind: Literal["baseline", "model", "bound"]
     trained_on: tuple[str, ...] = ()
     """Hashes of the token shards its model was trained on, one at least; a baseline learns from the split itself."""
-    identity: str = ""
-    """Changes when the recommender does, so that saved rankings are reused only where they are its own."""
+    identity: str | None = ""
+    """Changes when the recommender does, so that saved rankings are reused only where they are its own; None where
+    the recommender is gone, and the saved rankings are all that is left of it."""
     modes: Mapping[str, Recommender] = field(default_factory=dict)
     """The same model as it ranks in other modes: `exact`, `generate`."""
     open: Callable[[], object] = dict
@@ -125,13 +126,15 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
     query to `DOMAIN/metrics.parquet`, and what they depend on to `DOMAIN/protocol.json`; every mean is made from these.
     An arm whose saved rankings answer the same questions is not run again.
 
-    Raises LeakageError if the certificate is missing, not clean, or does not cover an entrant's shards or the queries.
+    Raises LeakageError if the certificate is missing, not clean, or does not cover an entrant's shards or the queries,
+    and ConfigError where no entrant can rank.
     """
     import pyarrow as pa
 
     from cprec.data.titles import title_vectors
     from cprec.evaluate.metrics import valid_ratio
     from cprec.evaluate.questions import FULL, FULL_WITH_SEEN, GENERATED, NEW_ITEMS, SAMPLED, read_questions
+    from cprec.evaluate.saved import write_saved
     from cprec.evaluate.tables import Lists, means_of, metrics_of, paired, sliced
     from cprec.progress import say
 
@@ -139,7 +142,7 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
     questions = read_questions(config, split, domain)
     folder = Path(config.output_dir) / domain
     folder.mkdir(parents=True, exist_ok=True)
-    _replace_table(questions.table(), folder / "queries.parquet")
+    write_saved(questions.table(), folder / "queries.parquet")
     _write_protocol(config, split, questions, certified, folder / "protocol.json")
     main, other = (FULL, FULL_WITH_SEEN) if config.exclude_seen else (FULL_WITH_SEEN, FULL)
     mine = split.catalogue.rows_of(domain)
@@ -215,7 +218,9 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
             }
         arms[entrant.name] = arm
         entrant.close()
-    _replace_table(pa.concat_tables(tables), folder / "metrics.parquet")
+    if not arms:
+        raise ConfigError(f"{domain}: nothing is left to rank with: name a baseline that suits the data, or a model")
+    write_saved(pa.concat_tables(tables), folder / "metrics.parquet")
     return {
         "num_items": len(mine),
         "num_queries": num_queries,
@@ -263,8 +268,10 @@ def _write_protocol(config: EvaluateConfig, split: Split, questions: Questions, 
 
 def protocol_of(config: EvaluateConfig, split: Split, dataset: dict[str, Any]) -> dict[str, str]:
     """What every number depends on, for people."""
+    sha256 = file_sha256(Path(config.data) / "dataset.json")
     spec = ", ".join(f"{name} {value}" for name, value in asdict(split.spec).items() if value)
     return {
+        "data": f"{config.data} (dataset.json of SHA-256 {sha256[:12]})",
         "split": f"{spec}; {config.part} events are asked for",
         "ties in time": str(dataset.get("rules", {}).get("tie_order", "source")),
         "candidates": f"the domain's full catalogue; beside it {config.num_candidates}, the target and others, drawn "
@@ -382,9 +389,8 @@ def _cost(rankings: pa.Table) -> dict[str, float]:
 
 def _rankings(config: EvaluateConfig, entrant: Entrant, questions: Questions, protocol: str) -> tuple[Any, float]:
     """The rankings of an arm, saved or made now, and the seconds that they took to make."""
-    import pyarrow.parquet as pq
-
     from cprec.evaluate.questions import FULL, GENERATED
+    from cprec.evaluate.saved import write_saved
     from cprec.progress import say, track
 
     queries = questions.of(protocol)
@@ -393,13 +399,15 @@ def _rankings(config: EvaluateConfig, entrant: Entrant, questions: Questions, pr
     asked: dict[str, Any] = {name: getattr(config, name) for name in names}
     asked |= {"questions": questions.sha256, "identity": entrant.identity}
     asked["data"] = file_sha256(Path(config.data) / "dataset.json")  # what baselines learn from
-    key = json.dumps(asked, sort_keys=True)
     path = rankings_path(config, questions.domain, entrant.name, protocol)
-    if path.is_file():
-        known = pq.read_schema(path).metadata or {}
-        if known.get(b"answers", b"").decode() == key:
+    saved = _saved(path) if path.is_file() else None
+    if saved is not None:
+        answered = json.loads(saved.schema.metadata[b"answers"])
+        if entrant.identity is None:
+            asked["identity"] = answered["identity"]
+        if answered == json.loads(json.dumps(asked)):
             say(f"{path}: answers the same questions, reused")
-            return pq.read_table(path), float(known[b"seconds"])
+            return saved, float(saved.schema.metadata[b"seconds"])
     entrant.open()
     start = time.perf_counter()
     rankings: list[Ranking] = []
@@ -414,12 +422,37 @@ def _rankings(config: EvaluateConfig, entrant: Entrant, questions: Questions, pr
     if broken is not None:
         raise CPRecError(f"{entrant.name} gave query {broken!r} a score that is not finite: its model is broken")
     table = _as_table(rankings, questions, protocol)
-    about = {"answers": key, "seconds": repr(seconds), "cost": json.dumps(dict(entrant.cost()))}
+    about = {
+        "answers": json.dumps(asked, sort_keys=True),
+        "seconds": repr(seconds),
+        "cost": json.dumps(dict(entrant.cost())),
+        "trained_on": " ".join(entrant.trained_on),
+    }
     if protocol == FULL and config.mode == "beam" and "exact" in entrant.modes:
         about["found_of_exact"] = json.dumps(_found_of_exact(config, entrant, questions, table))
     table = table.replace_schema_metadata(about)
-    _replace_table(table, path)
+    write_saved(table, path)
     return table, seconds
+
+
+def saved_model(config: EvaluateConfig, domain: str, arm: str) -> tuple[str, ...] | None:
+    """The shards that a model was trained on, as its saved rankings say; None where there are none."""
+    path = rankings_path(config, domain, arm, "full")
+    saved = _saved(path) if path.is_file() else None
+    return tuple(saved.schema.metadata.get(b"trained_on", b"").decode().split()) if saved is not None else None
+
+
+def _saved(path: Path) -> pa.Table | None:
+    """Saved rankings, with what they answer; None where the file is damaged or of something else."""
+    from cprec.evaluate.saved import read_saved
+    from cprec.progress import say
+
+    try:
+        table = read_saved(path, "its rankings are not used")
+    except DataError as error:
+        say(str(error))
+        return None
+    return table if {b"answers", b"seconds"} <= set(table.schema.metadata or {}) else None
 
 
 def _as_table(rankings: Sequence[Ranking], questions: Questions, protocol: str) -> pa.Table:
@@ -451,11 +484,3 @@ def _as_table(rankings: Sequence[Ranking], questions: Questions, protocol: str) 
         columns["gap"] = repeated([p.gap if p else None for p in proofs], pa.float64())
         columns["expanded"] = repeated([p.expanded if p else None for p in proofs], pa.int32())
     return pa.table(columns)
-
-
-def _replace_table(table: Any, path: Path) -> None:
-    import pyarrow.parquet as pq
-
-    temporary = path.with_name(path.name + ".incomplete")
-    pq.write_table(table, temporary, compression="zstd")
-    temporary.replace(path)

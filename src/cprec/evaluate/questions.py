@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cprec.errors import ConfigError, DataError
 from cprec.evaluate.candidates import POPULARITY, UNIFORM, draw_candidates, read_candidates, write_candidates
+from cprec.evaluate.saved import read_saved
 from cprec.evaluate.slices import slices_of
 from cprec.progress import say, track
 from cprec.provenance import file_sha256
@@ -79,7 +79,7 @@ def read_questions(config: EvaluateConfig, split: Split, domain: str) -> Questio
     path = Path(config.data) / "queries" / domain / f"{config.part}.parquet"
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: name {domain!r} in target_domains of `cprec prepare`")
-    rows = pq.read_table(path).to_pylist()
+    rows = read_saved(path, "prepare the data again").to_pylist()
     files = {UNIFORM: _frozen(config, split, domain, rows, UNIFORM)}
     try:
         files[POPULARITY] = _frozen(config, split, domain, rows, POPULARITY)

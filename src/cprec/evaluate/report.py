@@ -62,7 +62,9 @@ def difference_line(difference: Mapping[str, Any]) -> str:
     """
     a, b, mean, low, high = (difference[name] for name in ("a", "b", "mean", "low", "high"))
     metric, p_value = metric_name(difference["metric"]), difference.get("p_adjusted", 0.0)
-    tested = f", p {p_value:.4f}, could find {difference['detectable']:.4f}" if "detectable" in difference else ""
+    tested = f", p {p_value:.4f}" if "p_adjusted" in difference else ""
+    if difference.get("detectable") is not None:
+        tested += f", could find {difference['detectable']:.4f}"
     queries = f"({difference['num_queries']:,} queries{tested})"
     if difference["num_queries"] < MIN_QUERIES:
         verdict = f"no claim under {MIN_QUERIES:,} queries"
@@ -151,11 +153,11 @@ def latex_table(report: Report, domain: str) -> str:
         cells = [f"{arm[m]['mean']:.4f} {{\\scriptsize [{arm[m]['low']:.4f}, {arm[m]['high']:.4f}]}}" for m in metrics]
         label = f"\\textbf{{{_latex(name)}}}" if name == best else _latex(name)
         rows.append(" & ".join([label, *cells]) + r" \\")
-    caption = _latex(f"{domain_line(domain, result)}; full catalogue, 95 % intervals")
-    warning = "" if result["certified"] else f"% {UNCERTIFIED}\n"
+    warning = "" if result["certified"] else f"{UNCERTIFIED} "
+    caption = _latex(f"{warning}{domain_line(domain, result)}; full catalogue, 95 % intervals")
     body = "\n".join(rows)
     return (
-        f"{warning}\\begin{{table}}\n\\caption{{{caption}}}\n\\begin{{tabular}}{{l{'r' * len(metrics)}}}\n\\toprule\n"
+        f"\\begin{{table}}\n\\caption{{{caption}}}\n\\begin{{tabular}}{{l{'r' * len(metrics)}}}\n\\toprule\n"
         f"{head} \\\\\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}\n\\end{{table}}\n"
     )
 

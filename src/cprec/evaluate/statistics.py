@@ -218,8 +218,9 @@ class Comparison:
     """The p value corrected for all comparisons of its table (`adjusted`); the same where it stands alone."""
     num_queries: int
     """Queries that both arms answered."""
-    detectable: float
-    """The smallest true difference that these queries find with 80 % power at a level of 5 %, before correction."""
+    detectable: float | None
+    """The smallest true difference that these queries find with 80 % power at a level of 5 %, before correction. None
+    where nothing tells of it: the arms differ alike on all queries, or there is a single user."""
 
     @property
     def claim(self) -> bool:
@@ -238,6 +239,7 @@ def compare_pair(
     groups: Sequence[object] | np.ndarray | None = None,
     permutations: int = PERMUTATIONS,
     seed: int = 0,
+    lucky: tuple[bool, bool] = (True, True),
 ) -> Comparison:
     """Compare two arms on the same queries, in the same order: values of shape [Q], or [S, Q] for S training seeds.
 
@@ -247,7 +249,9 @@ def compare_pair(
     never below 1 / (m + 1). Both hold for these two trained models on other users, not for the luck of training.
 
     **Several seeds of an arm**: the difference is that of the means over seeds, its error that of users (of the paired
-    differences) and of the seeds of each arm together; interval and p are Student's (see `seed_variance`).
+    differences) and of the seeds of each arm together; interval and p are Student's (see `seed_variance`). Where the
+    other arm has a single seed, but is `lucky` (another one would change it), its seeds are taken to vary as those of
+    the first: Student's test with samples of S and 1.
 
     The detectable difference is (z_0.975 + z_0.8) = 2.80 standard errors (Cohen 1988).
 
@@ -263,6 +267,10 @@ def compare_pair(
     difference = a.mean(axis=0) - b.mean(axis=0)
     of_users, freedom = _squared_error(difference, groups)
     (seeds_a, terms_a), (seeds_b, terms_b) = (_seed_terms(values, groups) for values in (a, b))
+    if len(a) == 1 < len(b) and lucky[0]:
+        seeds_a, terms_b = seeds_b * len(b), [(term * (1 + len(b)), free) for term, free in terms_b]
+    if len(b) == 1 < len(a) and lucky[1]:
+        seeds_b, terms_a = seeds_a * len(a), [(term * (1 + len(a)), free) for term, free in terms_a]
     squared_error = of_users + seeds_a + seeds_b
     mean = float(difference.mean())
     if len(a) == len(b) == 1:
@@ -273,6 +281,7 @@ def compare_pair(
         low, high = _student_interval(mean, squared_error, terms, 0.95)
         p_value = _student_p(mean, squared_error, terms)
     normal = NormalDist()
+    detectable = (normal.inv_cdf(1 - ALPHA / 2) + normal.inv_cdf(POWER)) * math.sqrt(squared_error)
     return Comparison(
         mean=mean,
         low=low,
@@ -280,7 +289,7 @@ def compare_pair(
         p_value=p_value,
         p_adjusted=p_value,
         num_queries=len(difference),
-        detectable=(normal.inv_cdf(1 - ALPHA / 2) + normal.inv_cdf(POWER)) * math.sqrt(squared_error),
+        detectable=detectable if 0 < detectable < math.inf else None,
     )
 
 
@@ -314,6 +323,15 @@ def _student_p(mean: float, squared_error: float, terms: Terms) -> float:
 
 
 # ---- many comparisons ------------------------------------------------------------------------------------------------
+
+
+def permutations_for(comparisons: int) -> int:
+    """Flips that let the smallest p value of a table stay small when all its comparisons are corrected for.
+
+    >>> permutations_for(10), permutations_for(253)
+    (9999, 25300)
+    """
+    return max(PERMUTATIONS, 100 * comparisons)
 
 
 def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -14,8 +14,9 @@ import numpy as np
 
 from cprec.evaluate import metrics
 from cprec.evaluate.questions import FULL
+from cprec.evaluate.seeds import is_lucky, model_of, together
 from cprec.evaluate.slices import ordered
-from cprec.evaluate.statistics import adjusted, bootstrap_interval, compare_pair
+from cprec.evaluate.statistics import adjusted, bootstrap_interval, compare_pair, permutations_for
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -145,22 +146,35 @@ def paired(
     entrants: Sequence[Entrant], per_query: Mapping[str, np.ndarray], users: Sequence[str], metric: str, seed: int
 ) -> list[dict[str, Any]]:
     """Differences on the same queries: each model to the baselines and the models before it; where there are no models,
-    the best baseline to the others. p values are corrected over all pairs of arms; bounds and random are left out."""
-    models = [entrant.name for entrant in entrants if entrant.kind == "model"]
-    rivals = [entrant.name for entrant in entrants if entrant.kind != "bound" and entrant.name != "random"]
+    the best baseline to the others. Seeds of one model stand together. p values are corrected over all pairs of arms;
+    bounds and random are left out."""
+    kind_of = {entrant.name: entrant.kind for entrant in entrants}
+    members = together(name for name, kind in kind_of.items() if kind != "bound" and model_of(name) != "random")
+    values = {rival: np.stack([per_query[name] for name in own]) for rival, own in members.items()}
+    lucky = {rival: is_lucky(own[0], kind_of[own[0]]) for rival, own in members.items()}
+    models = [rival for rival, own in members.items() if kind_of[own[0]] == "model"]
     pairs = [
         (a, b)
         for a in reversed(models)
-        for b in rivals
+        for b in members
         if a != b and (b not in models or models.index(b) < models.index(a))
     ]
-    if not models and rivals:
-        best = max(rivals, key=lambda name: float(per_query[name].mean()))
-        pairs = [(best, rival) for rival in rivals if rival != best]
-    groups = _groups(users)
+    if not models and members:
+        best = max(members, key=lambda rival: float(values[rival].mean()))
+        pairs = [(best, rival) for rival in members if rival != best]
     # The best was picked from the same data, so that all pairs count in the correction.
-    every = [*pairs, *(pair for pair in combinations(rivals, 2) if pair not in pairs and pair[::-1] not in pairs)]
-    found = [compare_pair(per_query[a], per_query[b], groups=groups, seed=seed) for a, b in every]
+    every = [*pairs, *(pair for pair in combinations(members, 2) if pair not in pairs and pair[::-1] not in pairs)]
+    found = [
+        compare_pair(
+            values[a],
+            values[b],
+            groups=_groups(users),
+            permutations=permutations_for(len(every)),
+            seed=seed,
+            lucky=(lucky[a], lucky[b]),
+        )
+        for a, b in every
+    ]
     return [
         {"a": a, "b": b, "metric": metric, **asdict(line), "claim": line.claim}
         for (a, b), line in zip(pairs, adjusted(found), strict=False)

@@ -186,6 +186,31 @@ def test_arms_of_several_seeds_become_one_with_both_errors(tmp_path: Path) -> No
     assert table.rows[2].against_best is not None and table.rows[2].against_best.claim
 
 
+def test_seeds_of_one_model_in_several_runs_are_one_arm(tmp_path: Path) -> None:
+    a = write(tmp_path / "a", {"EASE": first_in(0.3), "SASRec (seed 0)": first_in(0.2)})
+    b = write(tmp_path / "b", {"EASE": first_in(0.3), "SASRec (seed 1)": first_in(0.24)})
+    (table,), _ = run(a, b)
+    assert [(row.name, row.num_seeds) for row in table.rows] == [("EASE", 1), ("SASRec (2 seeds)", 2)]
+    c = write(tmp_path / "c", {"SASRec (seed 0)": first_in(0.1), "SASRec (seed 1)": first_in(0.12)})
+    (table,), _ = run(a, c)  # another SASRec, which has other numbers with seed 0
+    assert [row.name for row in table.rows] == ["EASE", "a: SASRec (seed 0)", "c: SASRec (2 seeds)"]
+
+
+def test_damaged_metrics_are_named(tmp_path: Path) -> None:
+    a = write(tmp_path / "a", {"x": first_in(0.3)})
+    path = a / "Books" / "metrics.parquet"
+    whole = pq.read_table(path)
+    broken = whole["ndcg@10"].to_numpy().copy()
+    broken[7] = np.nan
+    pq.write_table(whole.set_column(whole.column_names.index("ndcg@10"), "ndcg@10", [broken]), path)
+    with pytest.raises(DataError, match=r"metrics\.parquet: ndcg@10 of x is not a number everywhere"):
+        run(a)
+    pq.write_table(whole, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"metrics\.parquet cannot be read .*run `cprec evaluate` anew"):
+        run(a)
+
+
 def test_queries_of_one_user_count_together(tmp_path: Path) -> None:
     arms = {"x": first_in(0.5), "y": first_in(0.2)}
     (alone,), _ = run(write(tmp_path / "a", arms))
@@ -246,7 +271,7 @@ def test_files_that_are_no_evaluation_are_refused(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"protocol\.json is no protocol"):
             run(a)
     c = write(tmp_path / "c", {"x (seed 1)": first_in(0.3), "x (seed 2)": first_in(0.3, 1100)})
-    with pytest.raises(DataError, match=r"x \(seed 1\) and x \(seed 2\) answered different queries"):
+    with pytest.raises(DataError, match=r"c: x \(seed 1\) and c: x \(seed 2\) answered different queries"):
         run(c)
 
 
@@ -307,3 +332,11 @@ def test_tables_for_papers(table: Table) -> None:
     assert latex[8].startswith(r"\textbf{A \& B\_1 | $<$b$>$} & \textbf{0.3000 [")
     assert latex[10].endswith(r"& $<$0.001$^{*}$ \\") and "$-$0.1000 [$-$0." in latex[10]
     assert latex[-1] == r"\end{tabular}"
+
+
+def test_warnings_are_printed_in_latex_too(tmp_path: Path) -> None:
+    few = write(tmp_path / "a", {"x": first_in(0.3, 900), "y": first_in(0.2, 900)}, certificate="uncertified")
+    (table,), _ = run(few)
+    latex = [line for line in latex_table(table).splitlines() if not line.startswith("%")]
+    assert any("UNCERTIFIED" in line for line in latex)
+    assert any("No claim under 1,000 queries" in line for line in latex)

@@ -344,6 +344,74 @@ def test_saved_rankings_are_scored_again_without_torch_and_examples_show_the_bes
     assert f"{best} recommends:" in done.stdout
 
 
+def test_rankings_of_a_model_that_is_gone_are_scored_again(config: EvaluateConfig, split: Split, data: Path) -> None:
+    first = evaluate(config, split, "books", [model(PopularityRecommender(split), data)])
+    gone = replace(config, baselines=("random",), models={"model": "nowhere"})
+    again = evaluate_models(gone)["domains"]["books"]
+    assert again["certified"]
+    assert again["arms"]["model"]["ndcg@10"] == first["arms"]["model"]["ndcg@10"]
+    with pytest.raises(
+        ConfigError, match=r"models\.model=nowhere holds no weights, and its saved rankings answer other"
+    ):
+        evaluate_models(replace(gone, k=7))
+    with pytest.raises(ConfigError, match=r"models\.other=nowhere: no finished model"):
+        evaluate_models(replace(gone, models={"other": "nowhere"}))
+
+
+def test_damaged_files_are_named_or_made_anew(
+    config: EvaluateConfig, split: Split, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entrants = [baseline(PopularityRecommender(split))]
+    whole = evaluate(config, split, "books", entrants)
+
+    def halve(path: Path) -> None:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    rankings = rankings_path(config, "books", "popularity", FULL)
+    halve(rankings)
+    ndcg = evaluate(config, split, "books", entrants)["arms"]["popularity"]["ndcg@10"]
+    assert ndcg == whole["arms"]["popularity"]["ndcg@10"]
+    assert f"{rankings} cannot be read" in capsys.readouterr().err
+    for name, remedy in (("candidates20_test_seed0", "delete it, and it is drawn anew"), ("test", "prepare the data")):
+        path = data / "queries" / "books" / f"{name}.parquet"
+        halve(path)
+        with pytest.raises(DataError, match=f"{name}.parquet cannot be read .*{remedy}"):
+            evaluate(replace(config, uncertified=True), split, "books", entrants)
+
+
+def test_nothing_left_to_rank_with_is_an_error(config: EvaluateConfig, split: Split) -> None:
+    def unfit() -> None:
+        raise ConfigError("too many items")
+
+    for entrants in ([], [replace(baseline(PopularityRecommender(split)), open=unfit)]):
+        with pytest.raises(ConfigError, match="books: nothing is left to rank with"):
+            evaluate(config, split, "books", entrants)
+
+
+def test_seeds_of_one_model_stand_together_in_differences(
+    config: EvaluateConfig, split: Split, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cprec.evaluate.statistics.PERMUTATIONS", 99)  # 100 flips a pair at least
+    seeds = [model(RandomRecommender(split.catalogue, seed=n), data, f"x (seed {n})") for n in range(2)]
+    arms = [baseline(PopularityRecommender(split)), *seeds]
+    found = evaluate(config, split, "books", arms)["differences"]
+    assert [(line["a"], line["b"]) for line in found] == [("x (2 seeds)", "popularity")]
+    json.dumps(found, allow_nan=False)
+    twins = [baseline(PopularityRecommender(split), name) for name in ("one", "two")]
+    (line,) = evaluate(config, split, "books", twins)["differences"]
+    assert line["p_value"] == 1 and line["detectable"] is None
+
+
+def test_the_seed_decides_random_and_seeds_train_what_is_trained(config: EvaluateConfig) -> None:
+    lists = []
+    for number, changed in enumerate(({"seed": 0}, {"seed": 3}, {"seed": 0, "seeds": (3,)})):
+        output = f"{config.output_dir}{number}"
+        mine = replace(config, output_dir=output, baselines=("random",), **changed)
+        evaluate_models(mine)
+        lists.append(pq.read_table(rankings_path(mine, "books", "random", FULL))["item_id"].to_pylist())
+    assert lists[0] == lists[2] != lists[1]
+
+
 def test_what_an_arm_opened_is_let_go_before_the_next_is_opened(
     config: EvaluateConfig, split: Split, data: Path
 ) -> None:

@@ -54,7 +54,7 @@ def test_five_equal_differences_have_the_p_value_of_a_sign_test() -> None:
     assert compare_pair(np.full(5, 0.2), np.full(5, 0.7)) == comparison.reversed()
     assert comparison.reversed().mean == pytest.approx(-0.5) and comparison.reversed().reversed() == comparison
     clustered = compare_pair(np.full(5, 0.7), np.full(5, 0.2), groups=["u"] * 5)
-    assert clustered.p_value == 1 and clustered.detectable == math.inf  # one user shows nothing
+    assert clustered.p_value == 1 and clustered.detectable is None  # one user shows nothing
 
 
 def test_queries_that_both_arms_miss_do_not_change_the_p_value_much() -> None:
@@ -117,6 +117,26 @@ def test_what_cannot_be_compared_is_refused() -> None:
         compare_pair(np.zeros(3), np.zeros(2))
     with pytest.raises(ValueError, match="no queries"):
         compare_pair(np.zeros(0), np.zeros(0))
+
+
+def test_one_seed_beside_several_is_given_their_luck() -> None:
+    # Seed means 0.2, 0.3, 0.4 on every query: variance 0.01, so the mean of three errs by 0.01 / 3 and one by 0.01
+    three, one = np.array([[0.2], [0.3], [0.4]]) + np.zeros((3, 2000)), np.full(2000, 0.1)
+    normal = 1.95996 + 0.84162
+    assert compare_pair(three, one).detectable == pytest.approx(normal * math.sqrt(0.01 / 3 + 0.01), abs=1e-4)
+    assert compare_pair(one, three) == compare_pair(three, one).reversed()
+    alone = compare_pair(three, one, lucky=(True, False))  # popularity, say
+    assert alone.detectable == pytest.approx(normal * math.sqrt(0.01 / 3), abs=1e-4)
+
+
+def test_one_seed_against_several_is_told_apart_at_the_rate_of_the_level() -> None:
+    generator = np.random.default_rng(7)
+    found = 0
+    for _ in range(300):
+        users = generator.normal(0, 0.3, 200)
+        a, b = (users + generator.normal(0, 0.03, (n, 1)) + generator.normal(0, 0.2, (n, 200)) for n in (4, 1))
+        found += compare_pair(a, b).p_value < 0.05
+    assert 4 <= found <= 27  # binomial(300, 0.05) is in this range but for one time in 1,000; without it there are 60
 
 
 def test_holm_worked_by_hand() -> None:
