@@ -79,8 +79,16 @@ def _on_queries(audit: ShortcutAudit) -> list[Finding]:
                 "another",
             )
         )
+    elif audit.dependence and audit.sample < MIN_QUERIES:
+        found.append(
+            Finding(
+                CANNOT,
+                f"models were asked {audit.sample:,} queries, fewer than {MIN_QUERIES:,}: what they need of a "
+                "history is not claimed; ask more (--max-queries)",
+            )
+        )
     best = max(audit.dependence, key=lambda each: each.ndcg.mean, default=None)
-    if best is not None and best.ndcg.mean > 0:
+    if best is not None and best.ndcg.mean > 0 < best.smallest_difference:
         share = best.smallest_difference / best.ndcg.mean
         found.append(
             Finding(
@@ -198,7 +206,7 @@ def _on_dependence(audit: ShortcutAudit, model: Dependence) -> list[Finding]:
                 "histories hardly shows",
             )
         )
-    elif one is not None and one.high < 1:
+    elif one is not None and one.high < 1 and audit.sample >= MIN_QUERIES:
         found.append(
             Finding(
                 CAN,
@@ -207,13 +215,15 @@ def _on_dependence(audit: ShortcutAudit, model: Dependence) -> list[Finding]:
         )
     shuffled = model.shares[SHUFFLED]
     if shuffled is not None and shuffled.high >= 1 and shuffled.mean >= NEARLY_ALL:
+        told = f"{_percent(shuffled)} of the {METRIC}"
+        told += "; so wide an interval leaves open whether it counts" if shuffled.low < NEARLY_ALL else ""
         found.append(
             Finding(
                 CANNOT,
-                f"{model.model}: order decides nothing, shuffled histories give {_percent(shuffled)} of the {METRIC}",
+                f"{model.model}: order shows no gain, shuffled histories give {told}",
             )
         )
-    elif shuffled is not None and shuffled.high < 1:
+    elif shuffled is not None and shuffled.high < 1 and audit.sample >= MIN_QUERIES:
         tied = (audit.targets.tied or 0) >= MUCH and audit.tie_order != "shuffle"
         found.append(
             Finding(

@@ -275,6 +275,9 @@ def test_a_data_set_without_shortcuts_can_show_much() -> None:
     }
 
 
+WIDE = "a <walk>: order shows no gain, shuffled histories give 120% [60, 250] of the NDCG@10; so wide an interval"
+
+
 def with_share(name: str, share: Interval | None) -> ShortcutAudit:
     model = GOOD.dependence[0]
     return replace(GOOD, dependence=(replace(model, shares={**model.shares, name: share}),))
@@ -301,12 +304,21 @@ def with_share(name: str, share: Interval | None) -> ShortcutAudit:
             CANNOT,
             "a <walk>: the last event alone gives 95%",
         ),
-        (with_share(SHUFFLED, Interval(mean=0.97, low=0.9, high=1.1)), CANNOT, "a <walk>: order decides nothing"),
+        (with_share(SHUFFLED, Interval(mean=0.97, low=0.9, high=1.1)), CANNOT, "a <walk>: order shows no gain"),
+        (with_share(SHUFFLED, Interval(mean=1.2, low=0.6, high=2.5)), CANNOT, WIDE),
+        (replace(GOOD, sample=999), CANNOT, "models were asked 999 queries, fewer than 1,000"),
         (with_share(SHUFFLED, None), CANNOT, "a <walk> finds too little to say"),
     ],
 )
 def test_findings(audit: ShortcutAudit, kind: str, start: str) -> None:
     assert any(text.startswith(start) for text in told(audit)[kind]), told(audit)
+
+
+def test_few_queries_show_nothing_that_a_model_can_do() -> None:
+    few = replace(GOOD, sample=31, num_queries=31)
+    assert not any(text.startswith("a <walk>") for text in told(few)[CAN])
+    flat = replace(GOOD.dependence[0], smallest_difference=0.0)  # one query: no interval, and so no least difference
+    assert not any("will not show" in text for f in told(replace(GOOD, dependence=(flat,))).values() for text in f)
 
 
 def test_ties_that_were_drawn_are_no_artefact_of_the_file() -> None:
