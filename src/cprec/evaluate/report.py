@@ -118,24 +118,46 @@ def _explanation(cut: int) -> str:
 def markdown_table(report: Report, domain: str) -> str:
     """The table of a domain in Markdown, with a line below that says what was asked; the best arm's row is bold.
 
+    NDCG and Recall at the cut with intervals; beside them, where arms have them, both under the other rule for seen
+    items, Recall@1 among each kind of candidates, coverage, and the seconds of training.
+
     Raises ValueError if the report has no such domain.
     """
     if domain not in report["domains"]:
         raise ValueError(f"domain={domain!r} is not in this report: it has {', '.join(report['domains'])}")
     result, cut = report["domains"][domain], cut_of(report)
-    best = _best(result["arms"], f"ndcg@{cut}")
-    size = sampled_of(next(iter(result["arms"].values())))[0]
-    metrics = _leading_metrics(cut)
-    heads = ["", *(metric_name(metric) for metric in metrics), f"Recall@1, {size} candidates"]
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
-    for name, arm in result["arms"].items():
-        cells = [arm[metric] for metric in metrics] + [sampled_of(arm)[1]["recall@1"]]
-        row = [name.replace("|", "\\|"), *(f"{c['mean']:.4f} [{c['low']:.4f}, {c['high']:.4f}]" for c in cells)]
-        lines.append([f"**{cell}**" for cell in row] if name == best else row)
-    table = "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
+    arms = result["arms"]
+    best = _best(arms, f"ndcg@{cut}")
+    columns = {head: cells for head, cells in _markdown_columns(arms, cut).items() if any(cells)}
+    lines = [["", *columns], ["---", *["---:"] * len(columns)]]
+    for name, *cells in zip(arms, *columns.values(), strict=True):
+        row = [name.replace("|", "\\|"), *cells]
+        lines.append([f"**{cell}**" if cell else "" for cell in row] if name == best else row)
+    table = "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in lines)
     pool = "full catalogue unless another pool is named, 95 % intervals in brackets"
     warning = "" if result["certified"] else f" {UNCERTIFIED}"
     return f"{table}\n\n{domain_line(domain, result)}; {pool}.{warning}\n"
+
+
+def _markdown_columns(arms: Mapping[str, Any], cut: int) -> dict[str, list[str]]:
+    """The cell of each arm by the head of its column, '' where an arm has none."""
+
+    def cells(form: str, *path: str) -> list[str]:
+        found: list[Any] = list(arms.values())
+        for key in path:
+            found = [value.get(key) if value is not None else None for value in found]
+        return ["" if value is None else form.format(value) for value in found]
+
+    ndcg, recall, size = f"ndcg@{cut}", f"recall@{cut}", sampled_of(next(iter(arms.values())))[0]
+    interval = "{0[mean]:.4f} [{0[low]:.4f}, {0[high]:.4f}]"
+    columns = {metric_name(metric): cells(interval, metric) for metric in (ndcg, recall)}
+    for other in ("seen kept", "seen left out"):
+        for metric in (ndcg, recall):
+            columns[f"{metric_name(metric)}, {other}"] = cells("{0[mean]:.4f}", other.replace(" ", "_"), metric)
+    columns[f"Recall@1 of {size}, uniform"] = cells("{0[mean]:.3f}", f"candidates{size}", "recall@1")
+    columns[f"of {size}, popular"] = cells("{0[mean]:.3f}", f"candidates{size}_popularity", "recall@1")
+    columns["coverage"] = cells("{:.2f}", "lists", "coverage")
+    return columns | {"seconds of training": cells("{:,.0f}", "cost", "train_seconds")}
 
 
 def latex_table(report: Report, domain: str) -> str:

@@ -197,15 +197,37 @@ def test_the_markdown_table_is_as_given() -> None:
     changed["domains"]["kitchen"]["arms"]["oracle"] = arms["oracle"]
     a, b, c = "0.0500 [0.0400, 0.0700]", "**0.2345 [0.2245, 0.2545]**", "0.5000 [0.4900, 0.5200]"
     assert markdown_table(changed, "kitchen") == (
-        "| | NDCG@10 | Recall@10 | NDCG@5 | MRR | Recall@1, 20 candidates |\n"
-        "| --- | ---: | ---: | ---: | ---: | ---: |\n"
-        f"| a\\|b | {a} | {a} | {a} | {a} | {a} |\n"
-        f"| **CPRec-style** | {b} | {b} | {b} | {b} | {b} |\n"
-        f"| oracle | {c} | {c} | {c} | {c} | {c} |\n"
+        "| | NDCG@10 | Recall@10 | Recall@1 of 20, uniform |\n"
+        "| --- | ---: | ---: | ---: |\n"
+        f"| a\\|b | {a} | {a} | 0.050 |\n"
+        f"| **CPRec-style** | {b} | {b} | **0.234** |\n"
+        f"| oracle | {c} | {c} | 0.500 |\n"
         "\n"
         "kitchen: seen in pre-training, 300 items, 1,234 queries; full catalogue unless another pool is named, "
         "95 % intervals in brackets.\n"
     )
+
+
+def test_the_markdown_table_has_what_arms_have() -> None:
+    changed = report()
+    arms = changed["domains"]["kitchen"]["arms"]
+    arms["random"] |= {
+        "seen_kept": {"ndcg@10": interval(0.01), "recall@10": interval(0.02)},
+        "candidates20_popularity": {"recall@1": interval(0.03)},
+        "lists": {"coverage": 0.987},
+        "cost": {"train_seconds": 1234.5},
+    }
+    head, _, first, second, *_ = markdown_table(changed, "kitchen").splitlines()
+    assert head.split(" | ")[-6:] == [
+        "NDCG@10, seen kept",
+        "Recall@10, seen kept",
+        "Recall@1 of 20, uniform",
+        "of 20, popular",
+        "coverage",
+        "seconds of training |",
+    ]
+    assert first.endswith("| 0.0100 | 0.0200 | 0.050 | 0.030 | 0.99 | 1,234 |")
+    assert second.endswith("| | | 0.123 | | | |")
 
 
 def test_the_markdown_table_of_an_uncertified_domain_says_so() -> None:
