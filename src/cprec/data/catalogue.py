@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -82,10 +83,9 @@ class Catalogue:
         return len(self.item_id)
 
     def rows_of(self, domain: str) -> np.ndarray:
-        """int64 rows of a domain, which follow one another. Raises DataError for a domain that is not here."""
-        index = self.domain_index(domain)
-        start, stop = np.searchsorted(self.domain, [index, index + 1])
-        return np.arange(start, stop)
+        """int64 rows of a domain, which follow one another; not to be written to. Raises DataError for a domain that is
+        not here."""
+        return self._rows_of_domain[self.domain_index(domain)]
 
     def domain_index(self, domain: str) -> int:
         """The position of a domain in `domains`. Raises DataError for one that is not here."""
@@ -124,8 +124,9 @@ class Catalogue:
         return self._row_of_title[self.domain_index(domain)].get(clean_title(title).casefold())
 
     def _look_up(self, domain: str, keys: list[str], known: dict[str, int], what: str, near: _Near) -> np.ndarray:
-        missing = list(dict.fromkeys(key for key in keys if key not in known))
-        if missing:
+        found = [known.get(key) for key in keys]
+        if None in found:
+            missing = list(dict.fromkeys(key for key in keys if key not in known))
             lines = []
             for key in missing[:MAX_UNKNOWN_SHOWN]:
                 nearest = near(key, known)
@@ -135,7 +136,7 @@ class Catalogue:
                 f"{len(missing)} {what}{'s are' if len(missing) > 1 else ' is'} not among the {len(known):,} items of "
                 f"domain {domain!r}: {'; '.join(lines)}{f'; and {more} more' if more else ''}"
             )
-        return np.fromiter((known[key] for key in keys), dtype=np.int64, count=len(keys))
+        return np.array(found, dtype=np.int64)
 
     def _near_titles(self, key: str, known: dict[str, int]) -> list[str]:
         """Titles that share most words with the one asked for, then those spelt alike."""
@@ -171,6 +172,14 @@ class Catalogue:
     @cached_property
     def _arrow_ids(self) -> list[pa.Array]:
         return [pa.array(self.item_id[self.rows_of(domain)], pa.string()) for domain in self.domains]
+
+    @cached_property
+    def _rows_of_domain(self) -> list[np.ndarray]:
+        starts = np.searchsorted(self.domain, np.arange(len(self.domains) + 1))
+        rows = [np.arange(start, stop) for start, stop in pairwise(starts)]
+        for each in rows:
+            each.flags.writeable = False  # one array for all who ask
+        return rows
 
     @cached_property
     def _row_of_id(self) -> list[dict[str, int]]:

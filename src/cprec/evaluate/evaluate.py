@@ -421,7 +421,7 @@ def _rankings(config: EvaluateConfig, entrant: Entrant, questions: Questions, pr
     broken = next((r.query_id for r in rankings if not all(map(math.isfinite, r.scores))), None)
     if broken is not None:
         raise CPRecError(f"{entrant.name} gave query {broken!r} a score that is not finite: its model is broken")
-    table = _as_table(rankings, questions, protocol)
+    table = as_table(rankings, questions, protocol)
     about = {
         "answers": json.dumps(asked, sort_keys=True),
         "seconds": repr(seconds),
@@ -455,7 +455,7 @@ def _saved(path: Path) -> pa.Table | None:
     return table if {b"answers", b"seconds"} <= set(table.schema.metadata or {}) else None
 
 
-def _as_table(rankings: Sequence[Ranking], questions: Questions, protocol: str) -> pa.Table:
+def as_table(rankings: Sequence[Ranking], questions: Questions, protocol: str) -> pa.Table:
     """Rankings as they are saved: one row for each listed item, best first; `seen` says whether the history has it."""
     import numpy as np
     import pyarrow as pa
