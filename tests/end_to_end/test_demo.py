@@ -1,4 +1,4 @@
-"""The smoke test of the whole road: the demo's recipe by the real command line, made tiny."""
+"""The demo's recipe by the real command line, made tiny; the quick suite walks the same road as the README shows it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import NamedTuple
 import pytest
 
 from cprec.cli import main
+
+pytestmark = pytest.mark.slow
 
 TINY = [
     "prepare.synthetic.num_market_users=200",
