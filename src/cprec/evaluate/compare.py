@@ -25,7 +25,7 @@ from cprec.evaluate.comparison_report import (
     markdown_table,
     print_tables,
 )
-from cprec.evaluate.seeds import is_lucky, model_of, together
+from cprec.evaluate.seeds import model_of, together
 from cprec.evaluate.statistics import adjusted, bootstrap_interval, compare_pair, permutations_for, seed_variance
 from cprec.progress import say
 
@@ -225,7 +225,7 @@ def _read(folder: Path, protocol: str, metrics: Sequence[str]) -> dict[str, _Arm
             query_id=rows["query_id"].to_pylist(),
             user_id=rows["user_id"].to_pylist(),
             kind=kind,
-            lucky=is_lucky(name, kind),
+            lucky=rows["lucky"][0].as_py() if "lucky" in names else kind != "bound",
             values_SQ=values,
         )
     return arms

@@ -104,6 +104,8 @@ class Entrant:
     name: str
     recommender: Recommender
     kind: Literal["baseline", "model", "bound"]
+    lucky: bool = False
+    """Its training draws, so that another seed would give it other numbers."""
     trained_on: tuple[str, ...] = ()
     """Hashes of the token shards its model was trained on, one at least; a baseline learns from the split itself."""
     identity: str | None = ""
@@ -156,7 +158,8 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
         columns = metrics_of(rankings, questions, config.k, protocol)
         asked = questions.of(protocol)
         users = dict(zip((query.query_id for query in questions.queries), questions.user, strict=True))
-        constants = {"domain": domain, "arm": entrant.name, "kind": entrant.kind, "protocol": protocol}
+        constants: dict[str, Any] = {"domain": domain, "arm": entrant.name, "kind": entrant.kind, "protocol": protocol}
+        constants["lucky"] = entrant.lucky
         names = {
             "query_id": [query.query_id for query in asked],
             "user_id": [users[query.query_id] for query in asked],

@@ -8,8 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from cprec.baselines.lineup import BASELINES
-
 SUFFIX = re.compile(r"(?P<model>.+) \(seed \d+\)")
 
 
@@ -38,10 +36,3 @@ def together(arms: Iterable[str]) -> dict[str, list[str]]:
     for arm in arms:
         models.setdefault((model_of(arm), SUFFIX.fullmatch(arm) is not None), []).append(arm)
     return {f"{model} ({len(own)} seeds)" if len(own) > 1 else own[0]: own for (model, _), own in models.items()}
-
-
-def is_lucky(arm: str, kind: str) -> bool:
-    """Whether another seed of training would give an arm other numbers: models, trained baselines, and names that are
-    no baseline's."""
-    baseline = BASELINES.get(model_of(arm)) if kind == "baseline" else None
-    return kind != "bound" and (baseline is None or baseline.trained)

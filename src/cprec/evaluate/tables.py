@@ -14,7 +14,7 @@ import numpy as np
 
 from cprec.evaluate import metrics
 from cprec.evaluate.questions import FULL
-from cprec.evaluate.seeds import is_lucky, model_of, together
+from cprec.evaluate.seeds import model_of, together
 from cprec.evaluate.slices import ordered
 from cprec.evaluate.statistics import adjusted, bootstrap_interval, compare_pair, permutations_for
 
@@ -149,9 +149,9 @@ def paired(
     the best baseline to the others. Seeds of one model stand together. p values are corrected over all pairs of arms;
     bounds and random are left out."""
     kind_of = {entrant.name: entrant.kind for entrant in entrants}
+    lucky = {entrant.name: entrant.lucky for entrant in entrants}
     members = together(name for name, kind in kind_of.items() if kind != "bound" and model_of(name) != "random")
     values = {rival: np.stack([per_query[name] for name in own]) for rival, own in members.items()}
-    lucky = {rival: is_lucky(own[0], kind_of[own[0]]) for rival, own in members.items()}
     models = [rival for rival, own in members.items() if kind_of[own[0]] == "model"]
     pairs = [
         (a, b)
@@ -171,7 +171,7 @@ def paired(
             groups=_groups(users),
             permutations=permutations_for(len(every)),
             seed=seed,
-            lucky=(lucky[a], lucky[b]),
+            lucky=(lucky[members[a][0]], lucky[members[b][0]]),
         )
         for a, b in every
     ]

@@ -68,6 +68,7 @@ def write(folder: Path, ranks: Mapping[str, np.ndarray], *, users: int = 0, **se
                 f"ndcg@{k}": ndcg(places, tied, k),
                 "mrr": reciprocal_rank(places, tied),
                 "kind": ["bound" if arm == "oracle" else "model"] * size,
+                "lucky": [arm not in ("oracle", "popularity", "EASE")] * size,
             }
             order = np.random.default_rng(len(tables)).permutation(size)  # rows may stand in any order
             tables.append(pa.table(columns).take(order))
@@ -194,6 +195,16 @@ def test_seeds_of_one_model_in_several_runs_are_one_arm(tmp_path: Path) -> None:
     c = write(tmp_path / "c", {"SASRec (seed 0)": first_in(0.1), "SASRec (seed 1)": first_in(0.12)})
     (table,), _ = run(a, c)  # another SASRec, which has other numbers with seed 0
     assert [row.name for row in table.rows] == ["EASE", "a: SASRec (seed 0)", "c: SASRec (2 seeds)"]
+
+
+def test_only_an_arm_whose_training_draws_is_given_the_luck_of_others(tmp_path: Path) -> None:
+    seeds = {"SASRec (seed 0)": first_in(0.2), "SASRec (seed 1)": first_in(0.26)}
+    found = []
+    for name in ("EASE", "GRU4Rec"):
+        (table,), _ = run(write(tmp_path / name, {**seeds, name: first_in(0.3)}))
+        assert table.rows[1].against_best is not None
+        found.append(table.rows[1].against_best.detectable)
+    assert found[0] is not None and found[1] is not None and found[1] > 1.3 * found[0]
 
 
 def test_damaged_metrics_are_named(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def baseline(recommender: Recommender, name: str = "") -> Entrant:
 def model(recommender: Recommender, data: Path, name: str = "model") -> Entrant:
     """A model trained on what the certificate covers."""
     covered = json.loads((data / "certificate.json").read_text())["artifacts"]["shards/train"]
-    return Entrant(name=name, recommender=recommender, kind="model", trained_on=(covered,), identity="1")
+    return Entrant(name=name, recommender=recommender, kind="model", lucky=True, trained_on=(covered,), identity="1")
 
 
 # ---- questions -------------------------------------------------------------------------------------------------------
@@ -397,6 +397,12 @@ def test_seeds_of_one_model_stand_together_in_differences(
     found = evaluate(config, split, "books", arms)["differences"]
     assert [(line["a"], line["b"]) for line in found] == [("x (2 seeds)", "popularity")]
     json.dumps(found, allow_nan=False)
+    rows = pq.read_table(Path(config.output_dir) / "books" / "metrics.parquet").to_pylist()
+    assert {(row["arm"], row["lucky"]) for row in rows} == {
+        ("popularity", False),
+        ("x (seed 0)", True),
+        ("x (seed 1)", True),
+    }
     twins = [baseline(PopularityRecommender(split), name) for name in ("one", "two")]
     (line,) = evaluate(config, split, "books", twins)["differences"]
     assert line["p_value"] == 1 and line["detectable"] is None
