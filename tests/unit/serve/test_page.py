@@ -251,6 +251,12 @@ def events(page: Any) -> list[str]:
     return texts(page, "#events .title")
 
 
+def loaded(page: Any) -> None:
+    """Waits until the page knows what the service has. The fieldset tells: its fields are not disabled themselves. (A
+    function to wait for would be evaluated in the page, which its security policy forbids.)"""
+    page.locator("#ask-fields:not([disabled])").wait_for()
+
+
 def ranked(page: Any) -> list[str]:
     page.locator("#lists .ranked > li").first.wait_for()
     return texts(page, "#lists .ranked > li > .title")
@@ -282,7 +288,7 @@ def test_the_page_needs_nothing_but_itself_and_writes_no_markup() -> None:
 
 def test_it_loads_and_says_what_is_there(new_page: Any) -> None:
     page = new_page()
-    page.wait_for_function("!document.getElementById('query').disabled")
+    loaded(page)
     assert page.inner_text("#model") == "CPRec-style: 19 items in 3 domains"
     assert texts(page, "#domain option") == ["books (5 items)", "garden (4 items)", "kitchen (10 items)"]
     assert page.input_value("#domain") == "kitchen"
@@ -337,7 +343,7 @@ def test_events_move_and_go_and_the_focus_stays_near(new_page: Any) -> None:
 
 def test_a_late_answer_to_an_earlier_search_is_not_shown(new_page: Any, service: Service) -> None:
     page = new_page()
-    page.wait_for_function("!document.getElementById('query').disabled")
+    loaded(page)
     with page.expect_request("**/v1/items?query=slow*"):
         page.fill("#query", "slow")
     fill(page, "mug")
@@ -466,7 +472,7 @@ def test_a_recommended_item_can_join_the_history(new_page: Any) -> None:
 def test_the_address_holds_the_question(new_page: Any, service: Service) -> None:
     page = new_page(LINK + "&mode=beam&seen=in")
     ranked(page)
-    page.wait_for_function("document.querySelector('#events .title').textContent === 'A Year of Slow Baking'")
+    page.locator("#events .title").first.filter(has_text="A Year of Slow Baking").wait_for()
     page.locator("#events", has_text=TITLES["k-01"]).wait_for()
     assert events(page) == [TITLES[item_id] for _, item_id in HISTORY]  # found by their ids
     assert page.input_value("#mode") == "beam" and not page.is_checked("#seen") and page.input_value("#k") == "6"
@@ -487,7 +493,7 @@ def test_the_address_holds_the_question(new_page: Any, service: Service) -> None
 )
 def test_a_broken_address_opens_the_page_all_the_same(new_page: Any, hash: str) -> None:
     page = new_page(hash)
-    page.wait_for_function("!document.getElementById('query').disabled")
+    loaded(page)
     assert events(page) == [] and page.input_value("#domain") == "kitchen" and page.input_value("#k") == "10"
 
 
@@ -552,7 +558,7 @@ def test_what_the_service_refuses_is_said_in_its_words(new_page: Any, service: S
 def test_a_busy_service_is_asked_again_when_it_says(new_page: Any, service: Service) -> None:
     service.failures["recommend"] = [(503, {"Retry-After": "3"}, {"error": {"message": "The queue is full."}})]
     page = new_page()
-    page.wait_for_function("!document.getElementById('query').disabled")
+    loaded(page)
     page.clock.install()
     page.evaluate(f"location.hash = {LINK!r}")
     button = page.locator(".trouble button")
@@ -598,7 +604,7 @@ def test_a_service_that_cannot_be_reached_is_tried_again(new_page: Any, service:
     page.locator(".trouble", has_text="The service is busy").wait_for()
     assert page.is_disabled("#query") and page.is_disabled("#rank")
     page.click("text=Try again")
-    page.wait_for_function("!document.getElementById('query').disabled")
+    loaded(page)
     page.context.set_offline(True)
     page.fill("#query", "tea")
     page.locator(".trouble", has_text="The service cannot be reached").wait_for()
@@ -673,7 +679,7 @@ def test_the_page_and_the_service_understand_each_other(
         page.locator("#token-dialog").wait_for()
         page.keyboard.type("sesame")
         page.keyboard.press("Enter")
-        page.wait_for_function("!document.getElementById('query').disabled")
+        loaded(page)
         for words in ("dune mess", "lud"):
             fill(page, words)
             page.keyboard.press("Enter")
@@ -802,7 +808,7 @@ def test_pictures(new_page: Any, service: Service, tmp_path: Path) -> None:
     picture("serve-phone-dark", 390, 2, color_scheme="dark")
 
     page = new_page(viewport={"width": 390, "height": 844}, device_scale_factor=2)
-    page.wait_for_function("!document.getElementById('query').disabled")
+    loaded(page)
     page.screenshot(path=folder / "first.png")
     fill(page, "tea")
     page.screenshot(path=folder / "search.png")
