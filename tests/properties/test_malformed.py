@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import duckdb
 import pyarrow.parquet as pq
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -236,6 +237,7 @@ fields = st.sampled_from(
 log_rows = st.lists(st.lists(fields, min_size=1, max_size=4).map(",".join), max_size=6)
 
 
+@pytest.mark.slow
 @given(log_rows, st.sampled_from(["auto", "seconds", "milliseconds", "iso", "order"]))
 @settings(max_examples=8)
 def test_a_log_is_refused_or_all_of_its_rows_are_counted(rows: list[str], timestamps: Any) -> None:

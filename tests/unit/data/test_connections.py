@@ -152,6 +152,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.slow
 @needs_postgres
 def test_a_postgres_server_gives_what_files_give(server: str, from_files: Path, tmp_path: Path) -> None:
     import psycopg

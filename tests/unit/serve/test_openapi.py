@@ -32,6 +32,7 @@ OPERATIONS = [
 ]
 
 
+@pytest.mark.slow
 def test_every_operation_is_tried(described: Any) -> None:
     _, schema = described
     found = {(o.ok().method.upper(), o.ok().path) for o in schema.get_all_operations()}

@@ -113,6 +113,7 @@ def events(data: Path, domain: str, part: str | None = None) -> list[tuple[str, 
 # ---- RecBole ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_recbole_has_the_log_and_the_split(data: Path, tmp_path: Path) -> None:
     assert len(list(data.glob("interactions/domain=books/*.parquet"))) > 1
     folder = export(data, "recbole", tmp_path / "out")
