@@ -173,14 +173,10 @@ class _Arm:
 
     query_id: list[str]
     user_id: list[str]
-    kind: str
-    lucky: bool
+    bound: bool
+    stochastic: bool
     """Whether another seed would give other numbers."""
     values_SQ: Mapping[str, np.ndarray]
-
-    @property
-    def bound(self) -> bool:
-        return self.kind == "bound"
 
     def equals(self, other: _Arm) -> bool:
         import numpy as np
@@ -224,8 +220,8 @@ def _read(folder: Path, protocol: str, metrics: Sequence[str]) -> dict[str, _Arm
         arms[name] = _Arm(
             query_id=rows["query_id"].to_pylist(),
             user_id=rows["user_id"].to_pylist(),
-            kind=kind,
-            lucky=rows["lucky"][0].as_py() if "lucky" in names else kind != "bound",
+            bound=kind == "bound",
+            stochastic=rows["stochastic"][0].as_py() if "stochastic" in names else kind != "bound",
             values_SQ=values,
         )
     return arms
@@ -285,7 +281,7 @@ def _table(
             arms[b].values_SQ[metrics[0]],
             groups=users,
             permutations=permutations_for(len(pairs)),
-            lucky=(arms[a].lucky, arms[b].lucky),
+            stochastic=(arms[a].stochastic, arms[b].stochastic),
         )
         for a, b in pairs
     ]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any, TextIO
 
 from cprec.evaluate.charts import WIDTH, number, ticks
+from cprec.evaluate.markup import latex_text, markdown_rows
 from cprec.evaluate.report import UNCERTIFIED, html_page, metric_name
 from cprec.evaluate.statistics import ALPHA, MIN_QUERIES, Comparison
 
@@ -141,13 +141,19 @@ def settings_line(table: Table) -> str:
     return "; ".join(f"{key_in_words(key)}: {in_words(key, value)}" for key, value in shown.items())
 
 
-def notes(table: Table) -> list[str]:
-    """What a reader must know beside the numbers: warnings, seeds, how the columns were made."""
+def warnings(table: Table) -> list[str]:
+    """What no copy of the numbers may go without."""
     lines = []
     if table.settings.get("certificate") == "uncertified":
         lines.append(UNCERTIFIED)
     if table.num_queries < MIN_QUERIES:
         lines.append(f"No claim under {MIN_QUERIES:,} queries: there are {table.num_queries:,}.")
+    return lines
+
+
+def notes(table: Table) -> list[str]:
+    """What a reader must know beside the numbers: warnings, seeds, how the columns were made."""
+    lines = warnings(table)
     for row in table.rows:
         main = row.estimates[table.metric]
         if main.error_users is not None and main.error_seeds is not None:
@@ -371,12 +377,8 @@ def _for_papers(table: Table) -> list[list[str]]:
 def markdown_table(table: Table) -> str:
     """A table in Markdown, the best arm bold, with what was asked below."""
     head, *lines = _for_papers(table)
-    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
-    for row, cells in zip(table.rows, lines, strict=True):
-        cells = [cell.replace("|", "\\|").replace("*", "\\*") for cell in cells]
-        rows.append([f"**{cell}**" if cell and row == table.best else cell for cell in cells])
-    text = "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in cells) for cells in rows)
-    return f"{text}\n\n{title_of(table)}. {' '.join(notes(table))}\n"
+    best = next((number for number, row in enumerate(table.rows) if row == table.best), None)
+    return f"{markdown_rows(head, lines, best)}\n\n{title_of(table)}. {' '.join(notes(table))}\n"
 
 
 def latex_table(table: Table) -> str:
@@ -384,27 +386,12 @@ def latex_table(table: Table) -> str:
     head, *lines = _for_papers(table)
     rows = []
     for row, cells in zip(table.rows, lines, strict=True):
-        escaped = [_latex(cell) for cell in cells]
+        escaped = [latex_text(cell) for cell in cells]
         rows.append([rf"\textbf{{{cell}}}" if cell and row == table.best else cell for cell in escaped])
     body = "\n".join(f"{' & '.join(cells)} \\\\" for cells in rows)
-    said = notes(table)
-    comment = "\n".join(f"% {line}" for line in (title_of(table), *said))
-    warnings = [line for line in said if line == UNCERTIFIED or line.startswith("No claim")]
-    below = "".join(f"\\multicolumn{{{len(head)}}}{{l}}{{{_latex(line)}}} \\\\\n" for line in warnings)
+    comment = "\n".join(f"% {line}" for line in (title_of(table), *notes(table)))
+    below = "".join(f"\\multicolumn{{{len(head)}}}{{l}}{{{latex_text(line)}}} \\\\\n" for line in warnings(table))
     return (
         f"{comment}\n\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}\n\\toprule\n"
-        f"{' & '.join(map(_latex, head))} \\\\\n\\midrule\n{body}\n\\bottomrule\n{below}\\end{{tabular}}\n"
+        f"{' & '.join(map(latex_text, head))} \\\\\n\\midrule\n{body}\n\\bottomrule\n{below}\\end{{tabular}}\n"
     )
-
-
-LATEX = {"\\": r"\textbackslash{}", "<": r"$<$", ">": r"$>$", "*": r"$^{*}$", "~": r"\textasciitilde{}", "^": r"\^{}"}
-LATEX |= {char: f"\\{char}" for char in "&%$#_{}"}
-
-
-def _latex(text: str) -> str:
-    """Text that LaTeX prints as it is; a minus before a number is one.
-
-    >>> _latex("50%_of A&B: -0.01")
-    '50\\\\%\\\\_of A\\\\&B: $-$0.01'
-    """
-    return re.sub(r"(?<![\w.])-(?=\d)", "$-$", "".join(LATEX.get(char, char) for char in text))

@@ -104,7 +104,7 @@ class Entrant:
     name: str
     recommender: Recommender
     kind: Literal["baseline", "model", "bound"]
-    lucky: bool = False
+    stochastic: bool = False
     """Its training draws, so that another seed would give it other numbers."""
     trained_on: tuple[str, ...] = ()
     """Hashes of the token shards its model was trained on, one at least; a baseline learns from the split itself."""
@@ -144,8 +144,6 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
     questions = read_questions(config, split, domain)
     folder = Path(config.output_dir) / domain
     folder.mkdir(parents=True, exist_ok=True)
-    write_saved(questions.table(), folder / "queries.parquet")
-    _write_protocol(config, split, questions, certified, folder / "protocol.json")
     main, other = (FULL, FULL_WITH_SEEN) if config.exclude_seen else (FULL_WITH_SEEN, FULL)
     mine = split.catalogue.rows_of(domain)
     lists = Lists.of(split, domain, title_vectors([str(title) for title in split.catalogue.title[mine]]))
@@ -159,7 +157,7 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
         asked = questions.of(protocol)
         users = dict(zip((query.query_id for query in questions.queries), questions.user, strict=True))
         constants: dict[str, Any] = {"domain": domain, "arm": entrant.name, "kind": entrant.kind, "protocol": protocol}
-        constants["lucky"] = entrant.lucky
+        constants["stochastic"] = entrant.stochastic
         names = {
             "query_id": [query.query_id for query in asked],
             "user_id": [users[query.query_id] for query in asked],
@@ -223,7 +221,11 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
         entrant.close()
     if not arms:
         raise ConfigError(f"{domain}: nothing is left to rank with: name a baseline that suits the data, or a model")
+    settings = folder / "protocol.json"
+    settings.unlink(missing_ok=True)  # written last, it never stands beside metrics of other questions
+    write_saved(questions.table(), folder / "queries.parquet")
     write_saved(pa.concat_tables(tables), folder / "metrics.parquet")
+    _write_protocol(config, split, questions, certified, settings)
     return {
         "num_items": len(mine),
         "num_queries": num_queries,

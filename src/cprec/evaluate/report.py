@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from cprec.evaluate.charts import Points, interval_bar, line_chart, thinned
 from cprec.evaluate.details import details_of
+from cprec.evaluate.markup import latex_text, markdown_rows
 from cprec.evaluate.statistics import ALPHA, MIN_QUERIES
 
 if TYPE_CHECKING:
@@ -129,11 +130,8 @@ def markdown_table(report: Report, domain: str) -> str:
     arms = result["arms"]
     best = _best(arms, f"ndcg@{cut}")
     columns = {head: cells for head, cells in _markdown_columns(arms, cut).items() if any(cells)}
-    lines = [["", *columns], ["---", *["---:"] * len(columns)]]
-    for name, *cells in zip(arms, *columns.values(), strict=True):
-        row = [name.replace("|", "\\|"), *cells]
-        lines.append([f"**{cell}**" if cell else "" for cell in row] if name == best else row)
-    table = "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in lines)
+    rows = [list(row) for row in zip(arms, *columns.values(), strict=True)]
+    table = markdown_rows(["", *columns], rows, None if best is None else list(arms).index(best))
     pool = "full catalogue unless another pool is named, 95 % intervals in brackets"
     warning = "" if result["certified"] else f" {UNCERTIFIED}"
     return f"{table}\n\n{domain_line(domain, result)}; {pool}.{warning}\n"
@@ -169,25 +167,19 @@ def latex_table(report: Report, domain: str) -> str:
         raise ValueError(f"domain={domain!r} is not in this report: it has {', '.join(report['domains'])}")
     result, cut = report["domains"][domain], cut_of(report)
     best, metrics = _best(result["arms"], f"ndcg@{cut}"), _leading_metrics(cut)
-    head = " & ".join(["", *(_latex(metric_name(metric)) for metric in metrics)])
+    head = " & ".join(["", *(latex_text(metric_name(metric)) for metric in metrics)])
     rows = []
     for name, arm in result["arms"].items():
         cells = [f"{arm[m]['mean']:.4f} {{\\scriptsize [{arm[m]['low']:.4f}, {arm[m]['high']:.4f}]}}" for m in metrics]
-        label = f"\\textbf{{{_latex(name)}}}" if name == best else _latex(name)
+        label = f"\\textbf{{{latex_text(name)}}}" if name == best else latex_text(name)
         rows.append(" & ".join([label, *cells]) + r" \\")
     warning = "" if result["certified"] else f"{UNCERTIFIED} "
-    caption = _latex(f"{warning}{domain_line(domain, result)}; full catalogue, 95 % intervals")
+    caption = latex_text(f"{warning}{domain_line(domain, result)}; full catalogue, 95 % intervals")
     body = "\n".join(rows)
     return (
         f"\\begin{{table}}\n\\caption{{{caption}}}\n\\begin{{tabular}}{{l{'r' * len(metrics)}}}\n\\toprule\n"
         f"{head} \\\\\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}\n\\end{{table}}\n"
     )
-
-
-def _latex(text: str) -> str:
-    for special in "\\&%$#_{}":
-        text = text.replace(special, r"\textbackslash " if special == "\\" else "\\" + special)
-    return text
 
 
 def _leading_metrics(cut: int) -> list[str]:

@@ -239,7 +239,7 @@ def compare_pair(
     groups: Sequence[object] | np.ndarray | None = None,
     permutations: int = PERMUTATIONS,
     seed: int = 0,
-    lucky: tuple[bool, bool] = (True, True),
+    stochastic: tuple[bool, bool] = (True, True),
 ) -> Comparison:
     """Compare two arms on the same queries, in the same order: values of shape [Q], or [S, Q] for S training seeds.
 
@@ -250,8 +250,8 @@ def compare_pair(
 
     **Several seeds of an arm**: the difference is that of the means over seeds, its error that of users (of the paired
     differences) and of the seeds of each arm together; interval and p are Student's (see `seed_variance`). Where the
-    other arm has a single seed, but is `lucky` (another one would change it), its seeds are taken to vary as those of
-    the first: Student's test with samples of S and 1.
+    other arm has a single seed, but is `stochastic` (another one would change it), its seeds are taken to vary as those
+    of the first: Student's test with samples of S and 1.
 
     The detectable difference is (z_0.975 + z_0.8) = 2.80 standard errors (Cohen 1988).
 
@@ -267,9 +267,9 @@ def compare_pair(
     difference = a.mean(axis=0) - b.mean(axis=0)
     of_users, freedom = _squared_error(difference, groups)
     (seeds_a, terms_a), (seeds_b, terms_b) = (_seed_terms(values, groups) for values in (a, b))
-    if len(a) == 1 < len(b) and lucky[0]:
+    if len(a) == 1 < len(b) and stochastic[0]:
         seeds_a, terms_b = seeds_b * len(b), [(term * (1 + len(b)), free) for term, free in terms_b]
-    if len(b) == 1 < len(a) and lucky[1]:
+    if len(b) == 1 < len(a) and stochastic[1]:
         seeds_b, terms_a = seeds_a * len(a), [(term * (1 + len(a)), free) for term, free in terms_a]
     squared_error = of_users + seeds_a + seeds_b
     mean = float(difference.mean())

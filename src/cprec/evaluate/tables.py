@@ -149,7 +149,7 @@ def paired(
     the best baseline to the others. Seeds of one model stand together. p values are corrected over all pairs of arms;
     bounds and random are left out."""
     kind_of = {entrant.name: entrant.kind for entrant in entrants}
-    lucky = {entrant.name: entrant.lucky for entrant in entrants}
+    stochastic = {entrant.name: entrant.stochastic for entrant in entrants}
     members = together(name for name, kind in kind_of.items() if kind != "bound" and model_of(name) != "random")
     values = {rival: np.stack([per_query[name] for name in own]) for rival, own in members.items()}
     models = [rival for rival, own in members.items() if kind_of[own[0]] == "model"]
@@ -171,7 +171,7 @@ def paired(
             groups=_groups(users),
             permutations=permutations_for(len(every)),
             seed=seed,
-            lucky=(lucky[members[a][0]], lucky[members[b][0]]),
+            stochastic=(stochastic[members[a][0]], stochastic[members[b][0]]),
         )
         for a, b in every
     ]

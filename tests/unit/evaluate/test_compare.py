@@ -68,7 +68,7 @@ def write(folder: Path, ranks: Mapping[str, np.ndarray], *, users: int = 0, **se
                 f"ndcg@{k}": ndcg(places, tied, k),
                 "mrr": reciprocal_rank(places, tied),
                 "kind": ["bound" if arm == "oracle" else "model"] * size,
-                "lucky": [arm not in ("oracle", "popularity", "EASE")] * size,
+                "stochastic": [arm not in ("oracle", "popularity", "EASE")] * size,
             }
             order = np.random.default_rng(len(tables)).permutation(size)  # rows may stand in any order
             tables.append(pa.table(columns).take(order))

@@ -97,7 +97,9 @@ def baseline(recommender: Recommender, name: str = "") -> Entrant:
 def model(recommender: Recommender, data: Path, name: str = "model") -> Entrant:
     """A model trained on what the certificate covers."""
     covered = json.loads((data / "certificate.json").read_text())["artifacts"]["shards/train"]
-    return Entrant(name=name, recommender=recommender, kind="model", lucky=True, trained_on=(covered,), identity="1")
+    return Entrant(
+        name=name, recommender=recommender, kind="model", stochastic=True, trained_on=(covered,), identity="1"
+    )
 
 
 # ---- questions -------------------------------------------------------------------------------------------------------
@@ -388,17 +390,14 @@ def test_nothing_left_to_rank_with_is_an_error(config: EvaluateConfig, split: Sp
             evaluate(config, split, "books", entrants)
 
 
-def test_seeds_of_one_model_stand_together_in_differences(
-    config: EvaluateConfig, split: Split, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cprec.evaluate.statistics.PERMUTATIONS", 99)  # 100 flips a pair at least
+def test_seeds_of_one_model_stand_together_in_differences(config: EvaluateConfig, split: Split, data: Path) -> None:
     seeds = [model(RandomRecommender(split.catalogue, seed=n), data, f"x (seed {n})") for n in range(2)]
     arms = [baseline(PopularityRecommender(split)), *seeds]
     found = evaluate(config, split, "books", arms)["differences"]
     assert [(line["a"], line["b"]) for line in found] == [("x (2 seeds)", "popularity")]
     json.dumps(found, allow_nan=False)
     rows = pq.read_table(Path(config.output_dir) / "books" / "metrics.parquet").to_pylist()
-    assert {(row["arm"], row["lucky"]) for row in rows} == {
+    assert {(row["arm"], row["stochastic"]) for row in rows} == {
         ("popularity", False),
         ("x (seed 0)", True),
         ("x (seed 1)", True),
@@ -406,6 +405,29 @@ def test_seeds_of_one_model_stand_together_in_differences(
     twins = [baseline(PopularityRecommender(split), name) for name in ("one", "two")]
     (line,) = evaluate(config, split, "books", twins)["differences"]
     assert line["p_value"] == 1 and line["detectable"] is None
+
+
+def test_tables_of_many_pairs_draw_more_flips(
+    config: EvaluateConfig, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cprec.evaluate.statistics.PERMUTATIONS", 9)  # as if 3 pairs were many: 100 flips for each
+    knowing = baseline(Knowing(read_questions(config, split, "books")))
+    others = [baseline(PopularityRecommender(split), name) for name in ("one", "two")]
+    found = evaluate(config, split, "books", [knowing, *others])["differences"]
+    assert [line["p_value"] for line in found] == [1 / 301] * 2
+
+
+def test_an_interrupted_evaluation_leaves_no_protocol_beside_metrics_of_another(
+    config: EvaluateConfig, split: Split
+) -> None:
+    entrants = [baseline(PopularityRecommender(split))]
+    evaluate(config, split, "books", entrants)
+    protocol = Path(config.output_dir) / "books" / "protocol.json"
+    before = protocol.read_text()
+    broken = baseline(Knowing(read_questions(config, split, "books"), score=float("nan")))
+    with pytest.raises(CPRecError, match="not finite"):
+        evaluate(replace(config, k=7), split, "books", [*entrants, broken])
+    assert protocol.read_text() == before and json.loads(before)["k"] == 10
 
 
 def test_the_seed_decides_random_and_seeds_train_what_is_trained(config: EvaluateConfig) -> None:

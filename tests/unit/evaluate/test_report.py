@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 
-from cprec.evaluate.report import UNCERTIFIED, difference_line, html_of, markdown_table, print_report, write_html
+from cprec.evaluate.report import (
+    UNCERTIFIED,
+    difference_line,
+    html_of,
+    latex_table,
+    markdown_table,
+    print_report,
+    write_html,
+)
 
 EXAMPLES: list[dict[str, Any]] = [
     {
@@ -233,6 +241,15 @@ def test_the_markdown_table_has_what_arms_have() -> None:
 def test_the_markdown_table_of_an_uncertified_domain_says_so() -> None:
     assert UNCERTIFIED in markdown_table(uncertified(), "books")
     assert UNCERTIFIED not in markdown_table(uncertified(), "kitchen")
+
+
+def test_the_latex_table_of_an_uncertified_domain_says_so_in_print() -> None:
+    def printed_lines(domain: str) -> list[str]:
+        return [line for line in latex_table(uncertified(), domain).splitlines() if not line.startswith("%")]
+
+    assert any(UNCERTIFIED in line for line in printed_lines("books"))
+    assert not any(UNCERTIFIED in line for line in printed_lines("kitchen"))
+    assert r"\textbf{CPRec-style} & 0.2345 {\scriptsize [0.2245, 0.2545]}" in "\n".join(printed_lines("kitchen"))
 
 
 def test_a_domain_that_is_not_in_the_report_is_named() -> None:

@@ -125,7 +125,7 @@ def test_one_seed_beside_several_is_given_their_luck() -> None:
     normal = 1.95996 + 0.84162
     assert compare_pair(three, one).detectable == pytest.approx(normal * math.sqrt(0.01 / 3 + 0.01), abs=1e-4)
     assert compare_pair(one, three) == compare_pair(three, one).reversed()
-    alone = compare_pair(three, one, lucky=(True, False))  # popularity, say
+    alone = compare_pair(three, one, stochastic=(True, False))  # popularity, say
     assert alone.detectable == pytest.approx(normal * math.sqrt(0.01 / 3), abs=1e-4)
 
 
