@@ -276,6 +276,10 @@ class _Baseline:
         return self.made.rank(queries, k)
 
 
+SCORES = "P(item) = P(title) / n, n the items in stock that have the title"
+"""The rule by which models score items (`rank.llm`), which saved rankings are tied to: change it with the rule."""
+
+
 def model_entrants(config: EvaluateConfig, domain: str, arms: dict[str, str]) -> list[Entrant]:
     """Model folders, by the name they have in tables, as entrants of an evaluation; of one that is gone, or whose
     weights are, what it ranked before in the domain."""
@@ -298,6 +302,7 @@ def model_entrants(config: EvaluateConfig, domain: str, arms: dict[str, str]) ->
                 stochastic=True,
                 trained_on=tuple(trained_on),
                 identity=weights_sha256(folder) if here else None,
+                scores=SCORES,
                 modes={"exact": _InMode(model, "exact"), "generate": _InMode(model, "generate")},
                 open=partial(getattr, model, "opened") if here else partial(_gone, arm, folder),
                 cost=partial(_model_cost, folder),
@@ -310,7 +315,8 @@ def model_entrants(config: EvaluateConfig, domain: str, arms: dict[str, str]) ->
 def _gone(arm: str, folder: str) -> None:
     raise ConfigError(
         f"models.{arm}={folder} holds no weights, and its saved rankings answer other questions than those asked now: "
-        "ask as they were (k, max_queries, seed, num_candidates, mode, score), or bring the model back"
+        "ask as they were (k, max_queries, seed, num_candidates, mode, score), or bring the model back. Rankings "
+        "that were saved before the items of a title shared its probability need the model, too"
     )
 
 

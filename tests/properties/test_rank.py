@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -43,8 +44,8 @@ def test_the_trie_is_that_of_nested_dicts(names: list[list[int]]) -> None:
     trie = trie_of(names)
 
     prefixes = prefixes_of(trie)
-    ended = [(*name, EOS) for name in names]
-    items_below = {prefix: sum(name[: len(prefix)] == prefix for name in ended) for prefix in prefixes}
+    ended = [[*name, EOS] for name in names]
+    items_below = {prefix: sum(tuple(name[: len(prefix)]) == prefix for name in ended) for prefix in prefixes}
 
     def check(node: int, level: dict[int, Any]) -> None:
         children = np.arange(trie.first_child[node], trie.first_child[node + 1])
@@ -52,6 +53,8 @@ def test_the_trie_is_that_of_nested_dicts(names: list[list[int]]) -> None:
         assert (trie.parent(children) == node).all()
         here = items_below[prefixes[node]]
         assert trie.num_items[node] == here
+        below = [name for name in set(map(tuple, ended)) if name[: len(prefixes[node])] == prefixes[node]]
+        assert trie.num_sharing[node] == min(ended.count([*name]) for name in below)
         for child in children if level else ():
             check(int(child), level[int(trie.token[child])])
 
@@ -61,7 +64,7 @@ def test_the_trie_is_that_of_nested_dicts(names: list[list[int]]) -> None:
         assert prefixes[trie.leaf[item]] == (*name, EOS)
     leaves = np.unique(trie.leaf)
     assert sorted(trie.items_at(leaves).values.tolist()) == list(range(len(names)))
-    assert [tuple(title) for title in map(list, (trie.titles(trie.leaf)[item] for item in range(len(names))))] == ended
+    assert [trie.titles(trie.leaf)[item].tolist() for item in range(len(names))] == ended
     depths = [len(prefix) for prefix in prefixes]
     assert depths == sorted(depths)
 
@@ -87,10 +90,14 @@ def test_items_come_and_go_as_in_a_trie_built_anew(names: list[list[int]], chang
         same = [other for other, text in enumerate(names) if text == name]
         assert trie.leaf[item] == trie.find(np.array([*name, EOS]))
         assert trie.items_at(trie.leaf[[item]]).values.tolist() == same
-        assert trie.num_items[trie.leaf[item]] == sum(stock[other] for other in same)
+        sharing = sum(stock[other] for other in same)
+        assert trie.num_items[trie.leaf[item]] == sharing
+        assert trie.num_sharing[trie.leaf[item]] == (sharing or np.iinfo(np.int32).max)
+        assert np.isclose(trie.log_share(np.array([item]))[0], -np.log(sharing + (not stock[item])))
     assert trie.num_items[trie.roots].sum() == sum(stock)
     again = trie.only(np.ones(len(names), dtype=bool))
     assert again.num_items.tolist() == trie.num_items.tolist()
+    assert again.num_sharing.tolist() == trie.num_sharing.tolist()
 
 
 @cache
@@ -110,13 +117,18 @@ def teacher_forced(prompt: list[int], name: list[int]) -> float:
     return float(sum(logp[place - 1, ids[0, place]].double() for place in range(len(prompt), ids.shape[1])))
 
 
+def of_item(prompt: list[int], names: list[list[int]], item: int) -> float:
+    """The item's log-probability: that of its title, shared by all that have it."""
+    return teacher_forced(prompt, names[item]) - math.log(names.count(names[item]))
+
+
 def expected_ranking(prompt: list[int], names: list[list[int]], excluded: set[int], k: int) -> list[set[int]]:
     """Items by falling score, those of equal titles together, until there are `k`."""
     groups: dict[tuple[int, ...], set[int]] = {}
     for item, name in enumerate(names):
         if item not in excluded:
             groups.setdefault(tuple(name), set()).add(item)
-    ranked = sorted(groups, key=lambda name: -teacher_forced(prompt, list(name)))
+    ranked = sorted(groups, key=lambda name: -of_item(prompt, names, names.index([*name])))
     out: list[set[int]] = []
     for name in ranked:
         if sum(map(len, out)) >= k:
@@ -154,7 +166,7 @@ def test_exact_search_and_a_beam_of_full_width_find_what_teacher_forcing_finds(
             assert at == len(got)
             assert result.scores.tolist() == sorted(result.scores.tolist(), reverse=True)
             for item, score in zip(got, result.scores, strict=True):
-                assert abs(score - teacher_forced(prompt, names[item])) < 1e-3
+                assert abs(score - of_item(prompt, names, item)) < 1e-3
 
 
 @settings(max_examples=25)
@@ -172,9 +184,9 @@ def test_a_narrow_search_returns_k_items_without_repeats(
         assert not excluded & set(items)
         missed = [item for item in range(len(names)) if item not in excluded and item not in items]
         for item in missed:  # the bound holds for each of them
-            assert teacher_forced(prompt, names[item]) <= max(found.bound, found.kth) + 1e-3
+            assert of_item(prompt, names, item) <= max(found.bound, found.kth) + 1e-3
         for item, score in zip(items, found.scores, strict=True):
-            assert abs(score - teacher_forced(prompt, names[item])) < 1e-3
+            assert abs(score - of_item(prompt, names, item)) < 1e-3
 
 
 @settings(max_examples=25)

@@ -111,6 +111,9 @@ class Entrant:
     identity: str | None = ""
     """Changes when the recommender does, so that saved rankings are reused only where they are its own; None where
     the recommender is gone, and the saved rankings are all that is left of it."""
+    scores: str = ""
+    """The rule by which a model scores items. Rankings saved under another rule are made again, or refused where the
+    model is gone."""
     modes: Mapping[str, Recommender] = field(default_factory=dict)
     """The same model as it ranks in other modes: `exact`, `generate`."""
     open: Callable[[], object] = dict
@@ -283,7 +286,8 @@ def protocol_of(config: EvaluateConfig, split: Split, dataset: dict[str, Any]) -
         "uniformly or by popularity and frozen",
         "seen items": ("left out" if config.exclude_seen else "may be recommended again")
         + " in the main table; the other way, from the same scores, beside it",
-        "language models": f"{_MODES[config.mode].format(config=config)}; candidates by exact log-likelihood"
+        "language models": f"{_MODES[config.mode].format(config=config)}; candidates by exact log-likelihood; items "
+        "of one title share its probability"
         + {"sum": "", "mean": "; scores are means over tokens", "corrected": "; scores corrected for popularity"}[
             config.score
         ],
@@ -403,6 +407,8 @@ def _rankings(config: EvaluateConfig, entrant: Entrant, questions: Questions, pr
     names = ("k", "max_queries", "seed", "num_candidates", "mode", "beam_width", "max_nodes", "score")
     asked: dict[str, Any] = {name: getattr(config, name) for name in names}
     asked |= {"questions": questions.sha256, "identity": entrant.identity}
+    if entrant.scores:
+        asked["scores"] = entrant.scores
     asked["data"] = file_sha256(Path(config.data) / "dataset.json")  # what baselines learn from
     path = rankings_path(config, questions.domain, entrant.name, protocol)
     saved = _saved(path) if path.is_file() else None

@@ -1,7 +1,9 @@
 """Search of the trie of a catalogue's titles: best-first with a proof, or by a beam that says how far it may be off.
 
-A title's log-probability only falls as tokens are added. So a prefix whose own is below that of the K-th best title
-found leads to nothing better, and when no other prefix is left, the K titles are proven the best of the catalogue.
+A title's log-probability only falls as tokens are added, and the items that have the title share it evenly. So no
+item below a prefix scores higher than the prefix itself, less log n for the fewest items n that share a title there.
+A prefix whose bound is below the K-th best item leads to nothing better. When no other prefix is left, the K items are
+proven the best of the catalogue.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from cprec.rank.trie import Trie
 
 @dataclass(frozen=True)
 class Found:
-    """The items found for one user, best first: positions in the trie's titles, with log-probabilities."""
+    """The items found for one user, best first: positions in the trie, with log-probabilities of items."""
 
     items: np.ndarray
     """int64; items of equal score by position."""
@@ -53,9 +55,9 @@ class Prefixes:
     parent: torch.Tensor
     """Place in the tree of the prefix without its last token; -1 right after the prompt."""
     score: torch.Tensor
-    """float64: log-probability."""
+    """float64: log-probability of the prefix."""
     bound: torch.Tensor
-    """float64: no title below scores higher."""
+    """float64: no item below scores higher."""
 
     def __len__(self) -> int:
         return len(self.user)
@@ -78,14 +80,15 @@ def search(
     stop: Callable[[], bool] | None = None,
     per_token: bool = False,
 ) -> list[Found]:
-    """The `k` best items for each prompt of `tree`, by the log-probability of title and end of sequence.
+    """The `k` best items for each prompt of `tree`, by log-probability: that of title and end of sequence, less log n
+    for the n items in stock that share the title.
 
-    First a beam: at each depth the `width` best prefixes go on, and every title that ends is kept, so completed titles
-    take no beam. With `exact` the prefixes that it left behind follow, the best first, `width` a pass, until none
-    is as good as the K-th item; or until a user has read `max_nodes` prefixes, `seconds` are over, or `stop()`, which
-    is asked before each pass, is true; that leaves the best found and the gap. The beam is not stopped by time: lists
-    are whole. `per_token` divides a title's log-probability by its number of tokens, the end included; a prefix is then
-    bounded by its log-probability over the longest title below it.
+    First a beam: at each depth the `width` prefixes of the highest bounds go on, and every title that ends is kept, so
+    completed titles take no beam. With `exact` the prefixes that it left behind follow, the best first, `width` a pass,
+    until none is as good as the K-th item; or until a user has read `max_nodes` prefixes, `seconds` are over, or
+    `stop()`, which is asked before each pass, is true; that leaves the best found and the gap. The beam is not stopped
+    by time: lists are whole. `per_token` divides an item's log-probability by its title's number of tokens, the end
+    included; a bound is then divided by those of the longest title below the prefix.
 
     Items with equal titles tie, and all found that tie with the K-th are returned. `excluded` and `allowed` hold item
     positions per user (None allows all); prefixes of nothing else are never entered. Raises ConfigError for a width or
@@ -119,6 +122,7 @@ class _Search:
         self.stop = lambda: (stop_at is not None and time.monotonic() > stop_at) or (stop is not None and stop())
         self.token, self.first_child = trie.on(self.device, "token"), trie.on(self.device, "first_child")
         self.reach = _Reach(trie, self.users, excluded, allowed, self.device)
+        self.num_sharing = trie.on(self.device, "num_sharing")
         self.longest = trie.on(self.device, "longest") if per_token else None
         empty = torch.zeros(0, dtype=torch.long, device=self.device)
         self.found = empty, empty, empty.double(), empty  # user, leaf, score, items
@@ -175,7 +179,9 @@ class _Search:
         row, child, items = row[alive], child[alive], items[alive]
         user, token = above.user[row], self.token[child].long()
         score = above.score[row] + self.tree.log_probs(hidden[rows], row, token)
-        bound = score if self.longest is None else score / self.longest[child]
+        bound = score - self.num_sharing[child].double().log()
+        if self.longest is not None:
+            bound = bound / self.longest[child]
         ends = token == self.trie.end
         if bool(ends.any()):
             self._keep(user[ends], child[ends], bound[ends], items[ends])

@@ -43,12 +43,16 @@ class Recommendation:
     item_id: str
     title: str
     score: float
-    """Log-probability of the title after the history, unless the recommender was given another `score`; higher is
+    """Log-probability of the item after the history, unless the recommender was given another `score`; higher is
     better, comparable within one list."""
 
 
 class LLMRecommender:
-    """Ranks a catalogue by a language model's probability of each title after the history's prompt.
+    """Ranks a catalogue by a language model's probability of each item after the history's prompt.
+
+    The model writes titles, so what it learns is the probability of a title (as far as it is read, `max_title_tokens`):
+    that of all items together that have it. Each of these items has an equal share, P(item) = P(title) / n, where n
+    counts the items of the domain in stock. A withdrawn item that is given as a candidate counts itself.
 
     Made by `from_pretrained` from a folder that `cprec pretrain` or `cprec finetune` wrote. Candidate lists are ranked
     by exact log-likelihood; the full catalogue over a trie of the domain's titles by `mode`:
@@ -59,8 +63,9 @@ class LLMRecommender:
     - `generate` (candidates only): the model writes freely, and what it writes is looked for among the candidates; a
       ranking holds one item or none.
 
-    `score` is the summed log-probability of a title's tokens; their `mean`; or the sum less what it is under an empty
-    history (`corrected` for popularity), which is exact for candidates. Over the full catalogue a corrected score may
+    `score` is log P(item), the `sum` over the title's tokens less log n; its `mean`, the same divided by the number of
+    tokens; or the sum less what it is under an empty history (`corrected` for popularity), in which the share cancels,
+    and which is exact for candidates. Over the full catalogue a corrected score may
     rise along a title, so no prefix bounds it: `exact` refuses it, and the others put the titles that a beam found by
     sum into corrected order, with no certificate.
 
@@ -413,10 +418,14 @@ class LLMRecommender:
         return out
 
     def _without_history(self, domain: str, rows: np.ndarray) -> np.ndarray:
-        """Log-probabilities of titles after the prompt of an empty history."""
+        """Log-probabilities of items after the prompt of an empty history."""
         prompt = self._prompts([RankingQuery(query_id="", domain=domain, history=())])[0]
         (scores,) = score_candidates(self.reader.read([prompt]), [self._encoder.titles(rows, end=True)])
-        return scores
+        return scores + self._log_share(domain, rows)
+
+    def _log_share(self, domain: str, rows: np.ndarray) -> np.ndarray:
+        """See `Trie.log_share`; `rows` are those of the catalogue."""
+        return self.trie(domain).log_share(rows - self.catalogue.rows_of(domain)[0])
 
     def _rank_candidates(self, tree: Tree, domain: str, queries: Sequence[RankingQuery]) -> list[Ranking]:
         given = [[item for item in query.candidates or () if _may(query, item)] for query in queries]
@@ -431,7 +440,10 @@ class LLMRecommender:
         """The score of each item after its prompt: float64 for each prompt's items, in their order."""
         rows = [self.catalogue.find(domain, mine) for mine in items]
         titles = [self._encoder.titles(mine, end=True) for mine in rows]
-        scores = score_candidates(tree, titles)
+        scores = [
+            score + self._log_share(domain, mine)
+            for score, mine in zip(score_candidates(tree, titles), rows, strict=True)
+        ]
         if self.score == "mean":
             return [score / text.lengths for score, text in zip(scores, titles, strict=True)]
         if self.score == "corrected":

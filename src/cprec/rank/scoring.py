@@ -32,8 +32,9 @@ def score_candidates(tree: Tree, candidates: Sequence[Ragged]) -> list[np.ndarra
 
 
 def score_catalogue(tree: Tree, trie: Trie) -> np.ndarray:
-    """The log-probability of every title after every prompt: float64[users, number of items], items out of stock
-    included. In the order of the titles, so that what they share is nearly always read once."""
+    """The log-probability of every item after every prompt: float64[users, number of items]. It is that of the title,
+    shared as `Trie.log_share` says, items out of stock included. Titles are read in their order, so that what they have
+    in common is nearly always read once."""
     leaves, leaf_of = np.unique(trie.leaf, return_inverse=True)
     titles = trie.titles(leaves)
     order = sort_titles(titles)
@@ -42,7 +43,7 @@ def score_catalogue(tree: Tree, trie: Trie) -> np.ndarray:
     for start in range(0, len(order), size):
         mine = order[start : start + size]
         scores[:, mine] = score_candidates(tree, [titles.take(mine)] * tree.num_users)
-    return scores[:, leaf_of]
+    return scores[:, leaf_of] + trie.log_share(np.arange(len(trie.leaf)))
 
 
 def _score(

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -240,8 +241,27 @@ class Trie:
                 np.maximum.at(out, self.parent(np.arange(start, stop)), out[start:stop])
         return out
 
+    @cached_property
+    def num_sharing(self) -> np.ndarray:
+        """int32[num_nodes]: at a leaf, the items in stock that share its title; above, the fewest that share one of the
+        titles below. Where nothing is in stock, the largest int32."""
+        out = np.where((self.token == self.end) & (self.num_items > 0), self.num_items, np.iinfo(np.int32).max)
+        for levels in self._levels:
+            for (start, stop), (_, end) in reversed(list(pairwise(levels))):
+                # Siblings stand side by side, one node's behind those of the node before: one segment for each node.
+                inner = np.arange(start, stop)[self.token[start:stop] != self.end]
+                out[inner] = np.minimum.reduceat(out[:end], self.first_child[inner])
+        return out
+
+    def log_share(self, items: np.ndarray) -> np.ndarray:
+        """What each item has of its title's probability, as a logarithm: float64[number of items], -log n.
+
+        n is the number of items in stock that have the title. An item out of stock counts itself, as if it were back.
+        """
+        return -np.log(self.num_items[self.leaf[items]] + ~self.in_stock[items])
+
     def on(self, device: Any, name: str) -> Any:
-        """An array, `longest` included, as a tensor on a device. Put there once, until it changes."""
+        """An array, `longest` and `num_sharing` included, as a tensor on a device. Put there once, until it changes."""
         import torch
 
         key = (str(device), name)
@@ -337,11 +357,11 @@ class Trie:
 
     def _replace(self, **arrays: np.ndarray) -> None:
         vars(self).update(arrays)
-        self._tensors = {key: tensor for key, tensor in self._tensors.items() if key[1] not in arrays}
-        if "leaf" in arrays:
-            for derived in ("_by_leaf", "longest"):
-                vars(self).pop(derived, None)
-            self._tensors = {key: tensor for key, tensor in self._tensors.items() if key[1] != "longest"}
+        derived = {"leaf": {"_by_leaf", "longest"}, "num_items": {"num_sharing"}}
+        stale = set().union(*(derived[name] for name in derived.keys() & arrays.keys()))
+        for name in stale:
+            vars(self).pop(name, None)
+        self._tensors = {key: tensor for key, tensor in self._tensors.items() if key[1] not in arrays.keys() | stale}
 
     # ---- files -------------------------------------------------------------------------------------------------------
 

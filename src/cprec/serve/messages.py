@@ -134,7 +134,7 @@ class ScoredItem:
     item_id: str
     title: str
     score: float = field(
-        metadata={"description": "log-probability of the title after the history; of a baseline's list, its own score"}
+        metadata={"description": "log-probability of the item after the history; of a baseline's list, its own score"}
     )
 
 

@@ -27,7 +27,7 @@ from cprec.evaluate.evaluate import Entrant, EvaluateConfig, check_certificate, 
 from cprec.evaluate.questions import FULL, FULL_WITH_SEEN, NEW_ITEMS, SAMPLED, Questions, read_questions
 from cprec.evaluate.tables import metrics_of
 from cprec.recommender import Certificate, Ranking, RankingQuery, Recommender
-from cprec.run import evaluate_models
+from cprec.run import SCORES, evaluate_models
 from cprec.text.prepare import PrepareConfig, prepare
 
 
@@ -94,11 +94,17 @@ def baseline(recommender: Recommender, name: str = "") -> Entrant:
     return Entrant(name=name or recommender.name, recommender=recommender, kind="baseline")
 
 
-def model(recommender: Recommender, data: Path, name: str = "model") -> Entrant:
+def model(recommender: Recommender, data: Path, name: str = "model", scores: str = SCORES) -> Entrant:
     """A model trained on what the certificate covers."""
     covered = json.loads((data / "certificate.json").read_text())["artifacts"]["shards/train"]
     return Entrant(
-        name=name, recommender=recommender, kind="model", stochastic=True, trained_on=(covered,), identity="1"
+        name=name,
+        recommender=recommender,
+        kind="model",
+        stochastic=True,
+        trained_on=(covered,),
+        identity="1",
+        scores=scores,
     )
 
 
@@ -356,6 +362,9 @@ def test_rankings_of_a_model_that_is_gone_are_scored_again(config: EvaluateConfi
         ConfigError, match=r"models\.model=nowhere holds no weights, and its saved rankings answer other"
     ):
         evaluate_models(replace(gone, k=7))
+    evaluate(config, split, "books", [model(PopularityRecommender(split), data, scores="of whole titles")])
+    with pytest.raises(ConfigError, match=r"before the items of a title shared its probability need the model"):
+        evaluate_models(gone)
     with pytest.raises(ConfigError, match=r"models\.other=nowhere: no finished model"):
         evaluate_models(replace(gone, models={"other": "nowhere"}))
 

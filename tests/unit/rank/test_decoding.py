@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,21 @@ TITLES = [
     [9, 8, 2],
 ]
 ENDED = [[*title, EOS] for title in TITLES]
+EVERYTHING = tuple(range(len(TITLES)))
 
 Score = Callable[[list[int], list[int]], float]
+OfItem = Callable[..., float]
+
+
+@pytest.fixture
+def of_item(teacher_forced: Score) -> OfItem:
+    """An item's log-probability by one forward pass: its title's, shared by the items in stock that have the title."""
+
+    def score(prompt: list[int], item: int, stock: Sequence[int] = EVERYTHING) -> float:
+        sharing = sum(TITLES[other] == TITLES[item] for other in {*stock, item})
+        return teacher_forced(prompt, ENDED[item]) - math.log(sharing)
+
+    return score
 
 
 @pytest.fixture(autouse=True)
@@ -49,10 +63,10 @@ def search(
     return search_trie(tree, Trie.build(Ragged.of(ENDED)), excluded=gone, **({"k": 4, "width": 3} | settings))
 
 
-def test_every_item_gets_its_exact_score(model: Any, teacher_forced: Score) -> None:
+def test_every_item_gets_its_exact_score(model: Any, of_item: OfItem) -> None:
     for prompt, found in zip(PROMPTS, search(model, PROMPTS, k=9), strict=True):
         assert sorted(found.items.tolist()) == list(range(9))
-        expected = [teacher_forced(prompt, ENDED[item]) for item in found.items]
+        expected = [of_item(prompt, item) for item in found.items]
         assert found.scores.tolist() == pytest.approx(expected, abs=1e-4)
         assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
         scores = dict(zip(found.items.tolist(), found.scores.tolist(), strict=True))
@@ -60,9 +74,9 @@ def test_every_item_gets_its_exact_score(model: Any, teacher_forced: Score) -> N
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 20])
-def test_the_best_k_and_what_ties_with_the_last(model: Any, teacher_forced: Score, k: int) -> None:
+def test_the_best_k_and_what_ties_with_the_last(model: Any, of_item: OfItem, k: int) -> None:
     for prompt, found in zip(PROMPTS, search(model, PROMPTS, k=k), strict=True):
-        scores = {item: teacher_forced(prompt, title) for item, title in enumerate(ENDED)}
+        scores = {item: of_item(prompt, item) for item in EVERYTHING}
         last = sorted(scores.values(), reverse=True)[: min(k, 9)][-1]
         assert set(found.items.tolist()) == {item for item, score in scores.items() if score >= last - 1e-9}
 
@@ -76,10 +90,11 @@ def test_a_batch_is_answered_as_singly(model: Any) -> None:
         assert alone.scores.tolist() == pytest.approx(found.scores.tolist(), abs=1e-5)
 
 
-def test_excluded_items_make_room_for_others(model: Any, teacher_forced: Score) -> None:
+def test_excluded_items_make_room_for_others(model: Any, of_item: OfItem) -> None:
+    """They stay in stock, so those that share a title with them keep their share."""
     for gone in ([1], [1, 5], [0, 1, 2, 5], [3, 4, 8], list(range(8))):
         for prompt, found in zip(PROMPTS, search(model, PROMPTS, [gone] * 3, k=2), strict=True):
-            left = {i: teacher_forced(prompt, title) for i, title in enumerate(ENDED) if i not in gone}
+            left = {item: of_item(prompt, item) for item in EVERYTHING if item not in gone}
             last = sorted(left.values(), reverse=True)[: min(2, len(left))][-1]
             assert set(found.items.tolist()) == {item for item, score in left.items() if score >= last - 1e-9}
 
@@ -91,12 +106,12 @@ def test_users_who_have_seen_everything_get_nothing(model: Any) -> None:
     assert [len(found.items) for found in search(model, PROMPTS[:1], [list(range(9))])] == [0]
 
 
-def test_a_narrow_beam_still_finds_k_valid_items(model: Any, teacher_forced: Score) -> None:
+def test_a_narrow_beam_still_finds_k_valid_items(model: Any, of_item: OfItem) -> None:
     for k in (1, 2, 4):
         for prompt, found in zip(PROMPTS, search(model, PROMPTS, k=k, width=k), strict=True):
             items = found.items.tolist()
             assert len(items) == len(set(items)) >= k
-            assert found.scores.tolist() == pytest.approx([teacher_forced(prompt, ENDED[i]) for i in items], abs=1e-4)
+            assert found.scores.tolist() == pytest.approx([of_item(prompt, item) for item in items], abs=1e-4)
 
 
 def test_candidates_score_alike_whatever_stands_beside_them(model: Any, teacher_forced: Score) -> None:
@@ -121,22 +136,29 @@ def test_bf16_comes_close(model: Any, teacher_forced: Score) -> None:
 # ---- certificates, budgets, filters ----------------------------------------------------------------------------------
 
 
-def brute(teacher_forced: Score, prompt: list[int], items: list[int], k: int, per_token: bool = False) -> set[int]:
+def brute(
+    of_item: OfItem,
+    prompt: list[int],
+    items: Sequence[int],
+    k: int,
+    per_token: bool = False,
+    stock: Sequence[int] = EVERYTHING,
+) -> set[int]:
     """The `k` best of some items, and those that tie with the last."""
-    scores = {i: teacher_forced(prompt, ENDED[i]) / (len(ENDED[i]) if per_token else 1) for i in items}
+    scores = {i: of_item(prompt, i, stock) / (len(ENDED[i]) if per_token else 1) for i in items}
     last = sorted(scores.values(), reverse=True)[: min(k, len(items))][-1]
     return {item for item, score in scores.items() if score >= last - 1e-6}
 
 
-def test_what_was_left_unread_is_bounded(model: Any, teacher_forced: Score) -> None:
+def test_what_was_left_unread_is_bounded(model: Any, of_item: OfItem) -> None:
     for width in (1, 2, 3):
         for prompt, found in zip(PROMPTS, search(model, PROMPTS, k=2, width=width, exact=False), strict=True):
-            missed = [teacher_forced(prompt, ENDED[i]) for i in range(9) if i not in found.items]
+            missed = [of_item(prompt, item) for item in EVERYTHING if item not in found.items]
             assert found.kth == (found.scores[1] if len(found.items) > 1 else -np.inf)
             assert max(missed) <= max(found.bound, found.kth) + 1e-4
             assert found.gap == (0 if found.exact else found.bound - found.kth)
             if found.exact:
-                assert set(found.items.tolist()) == brute(teacher_forced, prompt, list(range(9)), 2)
+                assert set(found.items.tolist()) == brute(of_item, prompt, EVERYTHING, 2)
 
 
 def test_the_exact_search_reads_little_more_than_it_must(model: Any, teacher_forced: Score) -> None:
@@ -163,47 +185,80 @@ def test_a_budget_gives_the_best_so_far_and_the_gap(model: Any) -> None:
         assert [found.items.tolist() for found in stopped] == [found.items.tolist() for found in beam]
 
 
-def test_only_allowed_items_are_found(model: Any, teacher_forced: Score) -> None:
+def test_only_allowed_items_are_found(model: Any, of_item: OfItem) -> None:
     allowed = [np.array([0, 3, 7]), None, np.array([], dtype=np.int64)]
     one, everything, nothing = search(model, PROMPTS, [[3], [], [1]], k=2, allowed=allowed)
     assert set(one.items.tolist()) == {0, 7}
-    assert set(everything.items.tolist()) == brute(teacher_forced, PROMPTS[1], list(range(9)), 2)
+    assert set(everything.items.tolist()) == brute(of_item, PROMPTS[1], EVERYTHING, 2)
     assert nothing.items.tolist() == [] and nothing.exact
 
 
-def test_mean_scores_are_searched_exactly(model: Any, teacher_forced: Score) -> None:
+def test_mean_scores_are_searched_exactly(model: Any, of_item: OfItem) -> None:
     for k in (1, 3, 5):
         for prompt, found in zip(PROMPTS, search(model, PROMPTS, k=k, width=1, per_token=True), strict=True):
             assert found.exact
-            assert set(found.items.tolist()) == brute(teacher_forced, prompt, list(range(9)), k, per_token=True)
-            expected = [teacher_forced(prompt, ENDED[item]) / len(ENDED[item]) for item in found.items]
+            assert set(found.items.tolist()) == brute(of_item, prompt, EVERYTHING, k, per_token=True)
+            expected = [of_item(prompt, item) / len(ENDED[item]) for item in found.items]
             assert found.scores.tolist() == pytest.approx(expected, abs=1e-4)
 
 
-def test_items_come_and_go_while_searching(model: Any, teacher_forced: Score) -> None:
+def test_items_come_and_go_while_searching(model: Any, of_item: OfItem) -> None:
     trie = Trie.build(Ragged.of(ENDED[:5]))
     tree = PromptTree(model, [np.array(PROMPTS[0])])
 
-    def items() -> set[int]:
-        tree.forget()
-        return set(search_trie(tree, trie, k=3, width=2)[0].items.tolist())
+    def check(*stock: int) -> None:
+        for k in (1, 3, 8):
+            tree.forget()
+            (found,) = search_trie(tree, trie, k=k, width=2)
+            assert found.exact and set(found.items.tolist()) == brute(of_item, PROMPTS[0], stock, k, stock=stock)
+            expected = [of_item(PROMPTS[0], item, stock) for item in found.items]
+            assert found.scores.tolist() == pytest.approx(expected, abs=1e-4)
 
-    assert items() == brute(teacher_forced, PROMPTS[0], list(range(5)), 3)
+    check(0, 1, 2, 3, 4)
     trie.add(Ragged.of(ENDED[5:]))
-    assert items() == brute(teacher_forced, PROMPTS[0], list(range(9)), 3)
-    gone = sorted(items())[:2]
-    trie.withdraw(np.array(gone))
-    assert items() == brute(teacher_forced, PROMPTS[0], [i for i in range(9) if i not in gone], 3)
-    trie.put_back(np.array(gone))
-    assert items() == brute(teacher_forced, PROMPTS[0], list(range(9)), 3)
+    check(*EVERYTHING)
+    for gone in ([5], [1], [1, 5], [0, 3, 5]):
+        trie.withdraw(np.array(gone))
+        check(*(item for item in EVERYTHING if item not in gone))
+        trie.put_back(np.array(gone))
+        check(*EVERYTHING)
 
 
-def test_all_titles_at_once(model: Any, teacher_forced: Score, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_items_of_a_title_share_its_probability(model: Any, teacher_forced: Score) -> None:
+    """Below every leaf the probabilities of the items in stock add up to that of the title."""
+    trie = Trie.build(Ragged.of(ENDED + ENDED[1:2] + ENDED[3:4]))  # "5 6" three times, item 3 twice
+    trie.withdraw(np.array([5]))
+    (scores,) = score_catalogue(PromptTree(model, [np.array(PROMPTS[0])]), trie)
+    sums: dict[int, float] = {}
+    for item in np.flatnonzero(trie.in_stock):
+        sums[trie.leaf[item]] = sums.get(trie.leaf[item], 0) + np.exp(scores[item])
+    titles = {trie.leaf[item]: np.exp(teacher_forced(PROMPTS[0], ENDED[item])) for item in EVERYTHING}
+    assert sums == pytest.approx(titles, rel=1e-4)
+    assert scores[5] == pytest.approx(
+        teacher_forced(PROMPTS[0], ENDED[5]) - math.log(3), abs=1e-4
+    )  # as if it were back
+
+
+def test_a_large_family_does_not_fill_the_list(model: Any, teacher_forced: Score) -> None:
+    """Fifty items have the likeliest title. Each has a fiftieth of its probability, which others exceed."""
+    best = max(range(len(ENDED)), key=lambda item: teacher_forced(PROMPTS[0], ENDED[item]))
+    singles = [title for item, title in enumerate(ENDED) if item not in (best, 5)]
+    trie = Trie.build(Ragged.of([ENDED[best]] * 50 + singles))
+    scores = {50 + number: teacher_forced(PROMPTS[0], title) for number, title in enumerate(singles)}
+    member = teacher_forced(PROMPTS[0], ENDED[best]) - math.log(50)
+    ahead = {item for item, score in scores.items() if score > member}
+    assert ahead, "this model is so sure of one title that nothing is tested"
+    for how in ({"width": 1}, {"width": 1000, "exact": False}):
+        (found,) = search_trie(PromptTree(model, [np.array(PROMPTS[0])]), trie, k=len(ahead), **how)  # type: ignore[arg-type]
+        assert found.exact and set(found.items.tolist()) == ahead
+
+
+def test_all_items_at_once(model: Any, of_item: OfItem, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cprec.rank.scoring.TITLES", 7)  # several blocks
     trie = Trie.build(Ragged.of(ENDED))
     scores = score_catalogue(PromptTree(model, [np.array(prompt) for prompt in PROMPTS]), trie)
     for prompt, mine in zip(PROMPTS, scores, strict=True):
-        assert mine.tolist() == pytest.approx([teacher_forced(prompt, title) for title in ENDED], abs=1e-4)
+        assert mine.tolist() == pytest.approx([of_item(prompt, item) for item in EVERYTHING], abs=1e-4)
 
 
 def test_nothing_to_search_for_is_refused(model: Any) -> None:

@@ -26,6 +26,8 @@ def test_a_trie_by_hand(trie: Trie) -> None:
     assert trie.items_at(np.array([7, 4])).values.tolist() == [1, 3, 0]
     assert trie.num_items.tolist() == [4, 1, 3, 1, 1, 2, 1, 2]
     assert trie.longest.tolist() == [3, 3, 3, 3, 2, 3, 3, 3]
+    assert trie.num_sharing.tolist() == [1, 1, 1, 1, 1, 2, 1, 2]
+    assert np.exp(-trie.log_share(np.arange(4))).tolist() == pytest.approx([1, 2, 1, 2])
     nodes, counts = trie.paths(np.array([0, 1, 3]))
     assert dict(zip(nodes.tolist(), counts.tolist(), strict=True)) == {0: 3, 2: 3, 4: 1, 5: 2, 7: 2}
 
@@ -39,6 +41,7 @@ def test_added_items_stand_behind_the_others(trie: Trie) -> None:
     assert trie.leaf[5] == 4  # a title that was there
     assert trie.token[8:].tolist() == [-1, 6, EOS, 6, EOS]
     assert trie.num_items.tolist() == [5, 1, 4, 1, 2, 2, 1, 2, 2, 2, 1, 1, 1]
+    assert trie.num_sharing.tolist() == [1, 1, 2, 1, 2, 2, 1, 2, 1, 1, 1, 1, 1]
     assert token.tolist() == [-1, 4, 5, 7, EOS, 7, EOS, EOS]  # what a running search holds has not changed
 
 
@@ -46,10 +49,13 @@ def test_withdrawn_items_count_no_more(trie: Trie) -> None:
     before = trie.num_items
     trie.withdraw(np.array([3, 0, 3]))
     assert trie.num_items.tolist() == [2, 1, 1, 1, 0, 1, 1, 1]
+    assert trie.num_sharing.tolist() == [1, 1, 1, 1, np.iinfo(np.int32).max, 1, 1, 1]
+    assert np.exp(-trie.log_share(np.arange(4))).tolist() == pytest.approx([1, 1, 1, 2])  # as if it were back
     assert before.tolist() == [4, 1, 3, 1, 1, 2, 1, 2]
     trie.withdraw(np.array([3]))
     trie.put_back(np.array([0, 3]))
     assert trie.num_items.tolist() == before.tolist()
+    assert trie.num_sharing.tolist() == [1, 1, 1, 1, 1, 2, 1, 2]
 
 
 def test_a_mask_leaves_the_items_of_one_domain(trie: Trie) -> None:
