@@ -374,12 +374,12 @@ class LLMRecommender:
         mode: Mode,
         stop: Callable[[], bool] | None,
     ) -> list[Ranking]:
-        rows = self.catalogue.rows_of(domain)
+        rows, trie = self.catalogue.rows_of(domain), self.trie(domain)
         corrected = self.score == "corrected"
         beam = mode == "beam" or corrected
         found = search(
             tree,
-            self.trie(domain),
+            trie,
             k=max(k, self.beam_width) if corrected else k,
             width=max(self.beam_width if beam else FIRST_BEAM, k),
             exact=not beam,
@@ -397,6 +397,10 @@ class LLMRecommender:
         beside_scores = self._candidate_scores(tree, domain, beside) if any(beside) else [np.empty(0)] * len(queries)
         out = []
         for query, result, more, more_scores in zip(queries, found, beside, beside_scores, strict=True):
+            # an item whose title was found has the score that was found, to the last bit: the two tie
+            score_at = dict(zip(trie.leaf[result.items].tolist(), result.scores.tolist(), strict=True))
+            leaves = trie.leaf[self.catalogue.find(domain, more) - rows[0]].tolist()
+            more_scores = np.array([score_at.get(leaf, score) for leaf, score in zip(leaves, more_scores, strict=True)])
             reached = more_scores >= (result.scores[k - 1] if len(result.scores) >= k else -np.inf)
             ids = np.append(self.catalogue.item_id[rows[result.items]], np.array(more, dtype=object)[reached])
             scores = np.append(result.scores, more_scores[reached])

@@ -368,6 +368,29 @@ def test_withdrawn_items_may_be_put_back_and_are_read_in_histories(
     assert again.with_items(catalogue, {}).rank(asked, 20)[0].item_ids == everything.item_ids
 
 
+def test_an_item_s_share_follows_who_is_in_stock(make: Callable[..., LLMRecommender], catalogue: Catalogue) -> None:
+    """Two items are called Emma: without the other, and with a third one."""
+    books = {f"b{row}": title for row, title in enumerate(BOOKS)}
+    two = make()
+    one = two.with_items(catalogue, {"books": frozenset({"b2"})})
+    three = one.with_items(changed(catalogue, books | {"b9": "Emma"}), {})
+    for asked in (query("b0"), query("b0", candidates=("b4", "b0"))):
+        scores = []
+        for recommender in (one, two, three):
+            (ranking,) = recommender.rank([asked], 20)
+            scores.append(dict(zip(ranking.item_ids, ranking.scores, strict=True)))
+        assert [found["b4"] for found in scores] == pytest.approx(
+            [scores[0]["b4"] - math.log(sharing) for sharing in (1, 2, 3)], abs=1e-4
+        )
+        assert [found["b0"] for found in scores] == pytest.approx([scores[0]["b0"]] * 3, abs=1e-4)
+
+
+def test_seen_and_unseen_items_of_one_title_tie_to_the_last_bit(make: Callable[..., LLMRecommender]) -> None:
+    (ranking,) = make().rank([query("b2", uncounted=frozenset({"b2", "b0"}))], 5)
+    scores = dict(zip(ranking.item_ids, ranking.scores, strict=True))
+    assert scores["b2"] == scores["b4"] and len(scores) == len(BOOKS)
+
+
 def test_other_items_must_be_of_the_same_domains_and_rankable(
     make: Callable[..., LLMRecommender], catalogue: Catalogue
 ) -> None:
