@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cprec.data.build import build_dataset
-from cprec.data.catalogue import Catalogue, clean_title
+from cprec.data.catalogue import Catalogue
+from cprec.data.cleaning import clean_title
 from cprec.data.dataset import read_dataset, read_manifest
 from cprec.data.interactions import Interactions, stable_order
 from cprec.data.sequences import build_sequences, interleaved

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import html
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,47 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cprec.data.cleaning import clean_title
 from cprec.errors import DataError, UnknownItemError
 from cprec.schema import BRAND, CATEGORIES, DESCRIPTION, ITEM_ID, PRICE, TITLE
 
 MAX_UNKNOWN_SHOWN = 5
 
 _Near = Callable[[str, dict[str, int]], list[str]]
-
-_TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
-_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060\ufeff]")
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_QUOTED = re.compile("['\u2018](.*)['\u2019]")
-_QUOTES = re.compile('["\u201c\u201d\u201e\u201f\u00ab\u00bb]')
-_SPACES = re.compile(r"\s+")
-
-
-def clean_title(text: str) -> str:
-    """A title as it is written into prompts: one line of plain text.
-
-    HTML entities are resolved (also escaped twice or more), tags and double quotes removed, control characters and runs
-    of white space become one space, single quotes around the whole and dots at the end go. '' where nothing is left.
-
-    >>> clean_title('Ben &amp;amp; Jerry&#39;s  "Half\\nBaked"...')
-    "Ben & Jerry's Half Baked"
-    >>> clean_title("'Ocean&quot;s 11 <b>DVD</b>'.")
-    'Oceans 11 DVD'
-    """
-    while True:  # until nothing changes: cleaning a clean title leaves it alone
-        before = text
-        text = unicodedata.normalize("NFC", html.unescape(text))
-        text = _TAG.sub(" ", text)
-        text = _QUOTES.sub("", _CONTROL.sub(" ", _INVISIBLE.sub("", text)))
-        text = _SPACES.sub(" ", text).strip().rstrip(". \u2026")
-        if quoted := _QUOTED.fullmatch(text):
-            text = quoted[1].strip()
-        if text == before:
-            return text
-
-
-def has_word(text: str) -> bool:
-    """Whether a title says anything: it holds a letter or a digit (some films are called "187")."""
-    return any(character.isalnum() for character in text)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cprec import __version__
-from cprec.data.catalogue import Catalogue, clean_title, has_word
+from cprec.data.catalogue import Catalogue
+from cprec.data.cleaning import clean_title, has_word
 from cprec.errors import CPRecError
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import Item

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from cprec.data.catalogue import Catalogue, clean_title
+from cprec.data.catalogue import Catalogue
+from cprec.data.cleaning import clean_title
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.errors import ConfigError
 from cprec.schema import MIXED, SPECIFIC

@@ -6,42 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cprec.data.catalogue import Catalogue, clean_title, has_word
+from cprec.data.catalogue import Catalogue
 from cprec.errors import DataError, UnknownItemError
-
-
-@pytest.mark.parametrize(
-    ("raw", "clean"),
-    [
-        ("Plain title", "Plain title"),
-        ("Salt &amp; Pepper", "Salt & Pepper"),
-        ("Salt &amp;amp; Pepper", "Salt & Pepper"),
-        ("It&#39;s", "It's"),
-        ("12&quot; Pan", "12 Pan"),
-        ('"Quoted"', "Quoted"),
-        ("'Quoted'", "Quoted"),
-        ("Boys' Boots", "Boys' Boots"),
-        ("two\nlines\r\n\tand tabs", "two lines and tabs"),
-        ("nul\x00 and\x85more", "nul and more"),
-        ("  many    spaces ", "many spaces"),
-        ("Lotion, 4.50-Fluid Ounce...", "Lotion, 4.50-Fluid Ounce"),
-        ("Trailing dots . .", "Trailing dots"),
-        ('<span id="productTitle">Lamp</span>', "Lamp"),
-        ("5 < 6 > 4", "5 < 6 > 4"),
-        ("zero\u200bwidth", "zerowidth"),
-        ("Cafe\u0301", "Café"),
-        ("...", ""),
-        ("", ""),
-    ],
-)
-def test_titles_become_one_line_of_plain_text(raw: str, clean: str) -> None:
-    assert clean_title(raw) == clean
-    assert clean_title(clean) == clean
-
-
-def test_a_title_needs_a_letter_or_a_digit() -> None:
-    assert has_word("187") and has_word("é") and has_word("東京")
-    assert not has_word("") and not has_word("- ? !")
 
 
 @pytest.fixture
