@@ -87,7 +87,10 @@ def spelling(title: str) -> str:
     >>> spelling("ＣＡＦＥ\u0301  Noir") == spelling("café noir")
     True
     """
-    folded = unicodedata.normalize("NFKC", clean_title(title)).casefold()
+    title = clean_title(title)
+    if title.isascii():
+        return title.lower()
+    folded = unicodedata.normalize("NFKC", title).casefold()
     seen = "".join(c for c in folded if unicodedata.category(c) != "Cf" and not "\ufe00" <= c <= "\ufe0f")
     return " ".join(unicodedata.normalize("NFKC", seen).split())
 
