@@ -123,7 +123,7 @@ class Catalogue:
         rows, first = self.find(domain, item_ids), int(self.rows_of(domain)[0])
         if not len(rows):
             return frozenset()
-        texts, rows_of_text = self._texts(domain, tuple(fields))
+        texts, rows_of_text = self.texts_of(domain, fields)
         equal = rows_of_text.take(np.unique(texts[rows - first])).values
         return frozenset(map(str, self.item_id[first + equal]))
 
@@ -223,8 +223,9 @@ class Catalogue:
             out.append(known)
         return out
 
-    def _texts(self, domain: str, fields: tuple[str, ...]) -> tuple[np.ndarray, Ragged]:
+    def texts_of(self, domain: str, fields: Sequence[str]) -> tuple[np.ndarray, Ragged]:
         """For each item of a domain the number of its text, and for each text its items, by place in the domain."""
+        fields = tuple(fields)
         if (domain, fields) not in self._numbered_texts:
             rows = self.rows_of(domain)
             columns = [pa.array(getattr(self, name)[rows], pa.string()) for name in fields]
@@ -235,7 +236,7 @@ class Catalogue:
 
     @cached_property
     def _numbered_texts(self) -> dict[tuple[str, tuple[str, ...]], tuple[np.ndarray, Ragged]]:
-        """What `_texts` has found, for each domain and fields that were asked for."""
+        """What `texts_of` has found, for each domain and fields that were asked for."""
         return {}
 
     def digest(self) -> str:
