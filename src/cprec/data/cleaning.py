@@ -21,7 +21,9 @@ _ELEMENTS = frozenset(_HTML.split())
 
 _ATTRIBUTE = r"[a-zA-Z_:@][-\w:.@]*"
 _VALUE = r"""\s*=\s*(?:"[^"]*"|'[^']*'|[^\s"'<>]+)"""
-_TAG = re.compile(rf"</?([a-zA-Z][a-zA-Z0-9]*)(\s+{_ATTRIBUTE}{_VALUE}(?:\s+{_ATTRIBUTE}(?:{_VALUE})?)*)?\s*/?>")
+_TAG = re.compile(
+    rf"</?([a-zA-Z][a-zA-Z0-9]*)(\s+{_ATTRIBUTE}{_VALUE}(?:\s+{_ATTRIBUTE}(?:{_VALUE})?)*)?\s*/?>|<!--[^<>]*-->"
+)
 _ENTITY = re.compile("&(#[0-9]{1,8}|#[xX][0-9a-fA-F]{1,8}|[a-zA-Z][a-zA-Z0-9]*);")
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -90,9 +92,8 @@ def spelling(title: str) -> str:
     title = clean_title(title)
     if title.isascii():
         return title.lower()
-    folded = unicodedata.normalize("NFKC", title).casefold()
-    seen = "".join(c for c in folded if unicodedata.category(c) != "Cf" and not "\ufe00" <= c <= "\ufe0f")
-    return " ".join(unicodedata.normalize("NFKC", seen).split())
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", title).casefold())
+    return clean_title("".join(c for c in folded if unicodedata.category(c) != "Cf" and not "\ufe00" <= c <= "\ufe0f"))
 
 
 def has_word(text: str) -> bool:
@@ -112,6 +113,8 @@ def _without_markup(text: str) -> str:
 def _without_element(tag: re.Match[str]) -> str:
     """A space in place of a tag of HTML; other text in angle brackets stays, as "<Time>", which no page would write."""
     name, attributes = tag[1], tag[2]
+    if name is None:  # a comment
+        return " "
     may_be_html = attributes or tag[0].startswith("</") or name.islower() or name.isupper()
     return " " if may_be_html and name.lower() in _ELEMENTS else tag[0]
 
