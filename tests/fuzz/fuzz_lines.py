@@ -82,7 +82,7 @@ def _rows(parsed: Any) -> list[tuple[Any, ...]]:
 
 def check_title(data: bytes) -> None:
     """A clean title is one line of plain text, and stays as it is when it is cleaned again."""
-    from cprec.data.catalogue import clean_title, has_word
+    from cprec.data.cleaning import clean_title, has_word
 
     title = clean_title(data.decode("utf-8", "replace"))
     assert clean_title(title) == title

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import random
 import tempfile
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cprec.data.build import build_dataset
-from cprec.data.catalogue import Catalogue, clean_title
+from cprec.data.catalogue import Catalogue
+from cprec.data.cleaning import clean_title, spelling
 from cprec.data.dataset import read_dataset, read_manifest
 from cprec.data.interactions import Interactions, stable_order
 from cprec.data.sequences import build_sequences, interleaved
@@ -204,6 +206,24 @@ def test_a_clean_title_is_one_line_and_stays_as_it_is(text: str) -> None:
     assert title == title.strip()
     assert len(title.splitlines()) <= 1
     assert '"' not in title and not title.endswith(".")
+
+
+ODD = "<>&;=/!-#39bBr'\"\u2018\u2019. \n\u00a0\u2026\u0301\u1112\u1161\u0645\u094d\u200b\u200c\u200d\u2067\ufe0f\u3164"
+ODD += "\u2764\U0001f3f4\U000e0067\U000e007f"
+
+
+@given(st.text(alphabet=ODD, max_size=30))
+def test_cleaning_ends_at_a_text_that_it_leaves_alone(text: str) -> None:
+    title = clean_title(text)
+    assert clean_title(title) == title
+    assert not set(title) & set('"\n\u00a0\u200b\u2067\u3164') and "  " not in title
+    assert unicodedata.is_normalized("NFC", title)
+    assert title[:1] not in ("\u200c", "\u200d") and title[-1:] not in (".", "\u200c")
+
+
+@given(st.text(max_size=20) | st.text(alphabet=ODD, max_size=20))
+def test_a_spelling_is_that_of_itself_and_of_the_clean_title(text: str) -> None:
+    assert spelling(text) == spelling(clean_title(text)) == spelling(spelling(text))
 
 
 def apply_pooled_rules(

@@ -10,7 +10,8 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cprec.data.catalogue import Catalogue, clean_title
+from cprec.data.catalogue import Catalogue
+from cprec.data.cleaning import clean_title
 from cprec.data.ragged import Ragged
 from cprec.text.encoding import PromptEncoder
 from cprec.text.packing import pack

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cprec.data.catalogue import clean_title, has_word
+from cprec.data.cleaning import clean_title, has_word, one_line
 from cprec.data.dataset import MANIFEST, NUM_SLOTS, TIE, finish_part, part_path
 from cprec.data.engine import TableEngine, connect
 from cprec.data.sources.tables import OUT_OF_RANGE, SECONDS_AMONG, SourceTables
@@ -55,8 +55,11 @@ BAD_TIME = "timestamp cannot be read"
 UNKNOWN_ITEM = "item is not in the items table"
 TITLELESS_ITEM = "item has no title"
 NO_TITLE = "title without a word"
+EMPTIED = "title without a word once it is cleaned"
 TWICE = "item id occurs before"
 CONFLICT = "item id occurs before with another title"
+
+MAX_TITLES_SHOWN = 3
 
 PROBLEM = "problem"
 """Column of a source's tables, if it has one: why a row cannot be used, or null."""
@@ -273,6 +276,8 @@ class _DomainBuilder:
     num_items: int = 0
     num_unread_ratings: int = 0
     """Ratings that are no numbers: the event stays, without its rating."""
+    titles: dict[str, Any] = field(default_factory=dict)
+    """What cleaning made of the titles."""
 
     @property
     def domain(self) -> str:
@@ -304,7 +309,7 @@ class _DomainBuilder:
         """All items with their clean text and a reason to reject them, or none."""
         import ibis
 
-        items = self._add_clean(items, TITLE, "clean", has_word)
+        items = self._add_clean(items, TITLE, "clean", has_word, "before")
         items = self._add_clean(self._add_clean(items, BRAND, "clean_brand"), CATEGORIES, "clean_categories")
         same_id = {"group_by": items[ITEM_ID], "order_by": [items["clean"].isnull(), items["sequence"]]}
         items = items.mutate(
@@ -313,6 +318,7 @@ class _DomainBuilder:
         reason = ibis.cases(
             *_problem(items),
             (_is_blank(items[ITEM_ID]), NO_ITEM),
+            (items["clean"].isnull() & items["before"].notnull(), EMPTIED),
             (items["clean"].isnull(), NO_TITLE),
             ((items["place"] > 0) & (items["clean"] != items["kept_title"]), CONFLICT),
             (items["place"] > 0, TWICE),
@@ -320,20 +326,63 @@ class _DomainBuilder:
         )
         items = self.engine.materialise(items.mutate(reason=reason).drop("place", "kept_title"))
         self._set_aside(items, "items", (ITEM_ID, TITLE), self.engine.value(items.count()), lenient={TWICE, CONFLICT})
+        self._count_cleaned(items.filter(items["reason"].isnull()))
         return items
 
-    def _add_clean(self, items: Any, name: str, clean_name: str, is_good: Callable[[str], bool] = bool) -> Any:
-        """Add the clean form of a column of text, null where nothing good is left, each distinct text once."""
+    def _add_clean(
+        self,
+        items: Any,
+        name: str,
+        clean_name: str,
+        is_good: Callable[[str], bool] = bool,
+        before_name: str | None = None,
+    ) -> Any:
+        """Add the clean form of a column of text, null where nothing good is left, each distinct text once.
+
+        `before_name` names a column for the text before, where cleaning took more of it than white space.
+        """
         text = items.select(items[name].name("raw")).filter(items[name].notnull()).distinct()
-        schema = pa.schema([("raw", pa.string()), (clean_name, pa.string())])
+        names = ["raw", clean_name, *([before_name] if before_name else [])]
+        schema = pa.schema([(each, pa.string()) for each in names])
 
         def cleaned() -> Iterator[pa.RecordBatch]:
             for batch in self.engine.batches(text):
-                clean = [title if is_good(title) else None for title in map(clean_title, batch["raw"].to_pylist())]
-                yield pa.record_batch([batch["raw"].cast(pa.string()), pa.array(clean, pa.string())], schema=schema)
+                raw = batch["raw"].to_pylist()
+                clean = [clean_title(title) for title in raw]
+                columns = [[title if is_good(title) else None for title in clean]]
+                if before_name:
+                    changed = [
+                        old if old != new and is_good(old) else None for old, new in zip(raw, clean, strict=True)
+                    ]
+                    lines = [None if old is None else one_line(old) for old in changed]
+                    columns.append([old if old != new else None for old, new in zip(lines, clean, strict=True)])
+                arrays = [batch["raw"].cast(pa.string()), *(pa.array(column, pa.string()) for column in columns)]
+                yield pa.record_batch(arrays, schema=schema)
 
         pairs = self.engine.from_batches(pa.RecordBatchReader.from_batches(schema, cleaned()))
         return items.left_join(pairs, items[name] == pairs["raw"]).drop("raw")
+
+    def _count_cleaned(self, items: Any) -> None:
+        """Count and tell what cleaning made of the titles of usable items."""
+        import ibis
+
+        changed = items.filter(items["before"].notnull())
+        self.titles = {"changed": int(self.engine.value(changed.count())), "examples": []}
+        self.titles["made_equal"] = 0
+        if not self.titles["changed"]:
+            return
+        first = self.engine.to_arrow(changed.order_by("sequence").select("before", "clean").head(MAX_TITLES_SHOWN))
+        self.titles["examples"] = [[row["before"], row["clean"]] for row in first.to_pylist()]
+        alike = items.semi_join(changed, "clean").group_by("clean")
+        alike = alike.aggregate(n=ibis._.count(), spellings=ibis.coalesce(items["before"], items["clean"]).nunique())
+        several = alike.filter(alike["spellings"] > 1)
+        self.titles["made_equal"] = int(self.engine.value(several["n"].sum()) or 0)
+        shown = "; ".join(f"{_shown(before)} -> {_shown(after)}" for before, after in self.titles["examples"])
+        equal = self.titles["made_equal"]
+        self.tell(
+            f"{self.domain}: titles that cleaning changed: {self.titles['changed']:,}, as {shown}"
+            + (f"; items that it gave one title with others: {equal:,}" if equal else "")
+        )
 
     def _judge_interactions(self, log: Any) -> Any:
         """The usable events; the others are set aside."""
@@ -439,7 +488,7 @@ class _DomainBuilder:
                 f"{head}, because the items table has no such item: {values}. It has "
                 f"{', '.join(map(repr, known))}: are the right columns mapped to item_id in both?"
             )
-        if reason in (NO_TITLE, TITLELESS_ITEM):
+        if reason in (NO_TITLE, EMPTIED, TITLELESS_ITEM):
             return (
                 f"{head}, because {'they have' if what == 'items' else 'their items have'} no title with a word in it "
                 f"({', '.join(repr(row[ITEM_ID]) for row in examples)}). Titles are what a language model reads: map "
@@ -573,6 +622,7 @@ class _DomainBuilder:
         self.tell(
             f"{self.domain}: {last['events']:,} events of {last['users']:,} users, {self.num_items:,} items"
             + (f"; {num_rejected:,} rows rejected, see {REJECTED}" if num_rejected else "")
+            + (f", of them {emptied:,} for: {EMPTIED}" if (emptied := self.rejected[EMPTIED]) else "")
         )
 
     def about(self) -> dict[str, Any]:
@@ -587,6 +637,7 @@ class _DomainBuilder:
             "num_users": last["users"],
             "num_events": last["events"],
             "counts": self.counts,
+            "titles": self.titles,
             "rejected": dict(sorted(self.rejected.items())),
             "unread_ratings": self.num_unread_ratings,
         }
@@ -634,6 +685,11 @@ def _apply_core(group: Sequence[_DomainBuilder], rules: Rules) -> None:
 def _problem(table: Any) -> list[tuple[Any, Any]]:
     """The source's own reason to reject a row, as the first of the cases."""
     return [(table[PROBLEM].notnull(), table[PROBLEM])] if PROBLEM in table.columns else []
+
+
+def _shown(title: str, most: int = 80) -> str:
+    """A title in quotes, with what is invisible spelt out; a long one is cut."""
+    return repr(title) if len(title) <= most else f"{title[:most]!r}..."
 
 
 def _is_blank(column: Any) -> Any:

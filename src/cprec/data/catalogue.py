@@ -4,62 +4,29 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import html
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cprec.data.cleaning import clean_title, spelling
+from cprec.data.ragged import Ragged, offsets_of
 from cprec.errors import DataError, UnknownItemError
 from cprec.schema import BRAND, CATEGORIES, DESCRIPTION, ITEM_ID, PRICE, TITLE
 
 MAX_UNKNOWN_SHOWN = 5
 
+TextKind = Literal["any", "item_id", "title"]
+
 _Near = Callable[[str, dict[str, int]], list[str]]
-
-_TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
-_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060\ufeff]")
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_QUOTED = re.compile("['\u2018](.*)['\u2019]")
-_QUOTES = re.compile('["\u201c\u201d\u201e\u201f\u00ab\u00bb]')
-_SPACES = re.compile(r"\s+")
-
-
-def clean_title(text: str) -> str:
-    """A title as it is written into prompts: one line of plain text.
-
-    HTML entities are resolved (also escaped twice or more), tags and double quotes removed, control characters and runs
-    of white space become one space, single quotes around the whole and dots at the end go. '' where nothing is left.
-
-    >>> clean_title('Ben &amp;amp; Jerry&#39;s  "Half\\nBaked"...')
-    "Ben & Jerry's Half Baked"
-    >>> clean_title("'Ocean&quot;s 11 <b>DVD</b>'.")
-    'Oceans 11 DVD'
-    """
-    while True:  # until nothing changes: cleaning a clean title leaves it alone
-        before = text
-        text = unicodedata.normalize("NFC", html.unescape(text))
-        text = _TAG.sub(" ", text)
-        text = _QUOTES.sub("", _CONTROL.sub(" ", _INVISIBLE.sub("", text)))
-        text = _SPACES.sub(" ", text).strip().rstrip(". \u2026")
-        if quoted := _QUOTED.fullmatch(text):
-            text = quoted[1].strip()
-        if text == before:
-            return text
-
-
-def has_word(text: str) -> bool:
-    """Whether a title says anything: it holds a letter or a digit (some films are called "187")."""
-    return any(character.isalnum() for character in text)
 
 
 @dataclass(frozen=True)
@@ -102,26 +69,63 @@ class Catalogue:
         return self._look_up(domain, list(item_ids), self._row_of_id[self.domain_index(domain)], "item id", _near_ids)
 
     def find_titles(self, domain: str, titles: Iterable[str]) -> np.ndarray:
-        """int64 rows of titles of a domain, in the order given; cleaned first, upper and lower case alike.
-
-        Where several items have the title, the first row is meant. Raises UnknownItemError as `find` does.
-        """
-        keys = [clean_title(title).casefold() for title in titles]
+        """int64 rows of titles of a domain, in the order given, as `look_up` knows them; raises as it and `find` do."""
         known = self._row_of_title[self.domain_index(domain)]
+        rows = [(title, self.look_up(title, domain, "title", elsewhere=False)) for title in titles]
+        keys = [title if row is None else str(self.title[row]) for title, row in rows]
         return self._look_up(domain, keys, known, "title", self._near_titles)
-
-    def row_of(self, domain: str, text: str) -> int | None:
-        """The row of an item by id, else by title as `find_titles` knows it; None where there is neither."""
-        row = self.row_of_id(domain, text)
-        return row if row is not None else self.row_of_title(domain, text)
 
     def row_of_id(self, domain: str, item_id: str) -> int | None:
         """The row of an item of a domain; None where there is none."""
         return self._row_of_id[self.domain_index(domain)].get(item_id)
 
-    def row_of_title(self, domain: str, title: str) -> int | None:
-        """The row of an item by title, as `find_titles` knows it; None where there is none."""
-        return self._row_of_title[self.domain_index(domain)].get(clean_title(title).casefold())
+    def look_up(self, text: str, domain: str, kind: TextKind = "any", *, elsewhere: bool = True) -> int | None:
+        """The row of the item that a text means, None where there is none: the one way from texts to items.
+
+        The text is the item's id or exactly its title, in `domain` or then in the others; or else its title in another
+        spelling (case, spaces, invisible characters, Unicode forms), in `domain` or then in the others. Of items of one
+        title the first is meant. `kind` looks for ids or titles alone, and without `elsewhere` in `domain` alone.
+
+        Raises UnknownItemError where a spelling fits several titles, naming them.
+        """
+        domains = [domain, *(name for name in self.domains if name != domain and elsewhere)]
+        for index in map(self.domain_index, domains):
+            row = None if kind == "title" else self._row_of_id[index].get(text)
+            if row is None and kind != "item_id":
+                titles = self._row_of_title[index]
+                row = titles.get(text, titles.get(clean_title(text)))
+            if row is not None:
+                return row
+        if kind == "item_id":
+            return None
+        key = spelling(text)
+        for those in (domains[:1], domains[1:]):
+            found = [row for name in those for row in self._rows_of_spelling(name, key)]
+            if len(found) > 1:
+                names = [
+                    f"{str(self.title[row])!r} ({self.item_id[row]} of {self.domains[self.domain[row]]})"
+                    for row in found[:MAX_UNKNOWN_SHOWN]
+                ]
+                more = f" and {len(found) - len(names)} more" if len(found) > len(names) else ""
+                raise UnknownItemError(
+                    f"{text!r} is no title as it stands, and may mean {', '.join(names)}{more}: write the title as it "
+                    "is there, or give the item's id"
+                )
+            if found:
+                return found[0]
+        return None
+
+    def of_equal_text(self, domain: str, item_ids: Iterable[str], fields: Sequence[str] = (TITLE,)) -> frozenset[str]:
+        """Items of a domain with all others whose text is that of one of them: their `fields` are the same.
+
+        Raises UnknownItemError as `find` does.
+        """
+        rows, first = self.find(domain, item_ids), int(self.rows_of(domain)[0])
+        if not len(rows):
+            return frozenset()
+        texts, rows_of_text = self.texts_of(domain, fields)
+        equal = rows_of_text.take(np.unique(texts[rows - first])).values
+        return frozenset(map(str, self.item_id[first + equal]))
 
     def _look_up(self, domain: str, keys: list[str], known: dict[str, int], what: str, near: _Near) -> np.ndarray:
         found = [known.get(key) for key in keys]
@@ -140,11 +144,12 @@ class Catalogue:
 
     def _near_titles(self, key: str, known: dict[str, int]) -> list[str]:
         """Titles that share most words with the one asked for, then those spelt alike."""
-        words = set(key.split())
-        shared = Counter({title: len(words.intersection(title.split())) for title in known})
+        folded = {title.casefold(): title for title in reversed(known)}
+        words = set(key.casefold().split())
+        shared = Counter({title: len(words.intersection(title.split())) for title in reversed(folded)})
         alike = [title for title, count in shared.most_common(50) if count]
-        best = difflib.get_close_matches(key, alike or list(known)[:20_000], n=3, cutoff=0.3)
-        return [str(self.title[known[title]]) for title in best]
+        best = difflib.get_close_matches(key.casefold(), alike or list(folded)[-20_000:], n=3, cutoff=0.3)
+        return [folded[title] for title in best]
 
     def rows_of_pairs(self, domains: pa.ChunkedArray | pa.Array, item_ids: pa.ChunkedArray | pa.Array) -> np.ndarray:
         """int64 rows of items given by domain and id, -1 where there is no such item."""
@@ -191,13 +196,48 @@ class Catalogue:
 
     @cached_property
     def _row_of_title(self) -> list[dict[str, int]]:
-        rows: list[dict[str, int]] = []
+        """By domain, the first row of each title."""
+        rows = []
         for domain in self.domains:
-            known: dict[str, int] = {}
-            for row in self.rows_of(domain).tolist():
-                known.setdefault(self.title[row].casefold(), row)
-            rows.append(known)
+            of_domain = self.rows_of(domain)[::-1]
+            rows.append(dict(zip(self.title[of_domain], of_domain.tolist(), strict=True)))
         return rows
+
+    def _rows_of_spelling(self, domain: str, key: str) -> list[int]:
+        """The first row of each title of a domain that has this spelling."""
+        titles = self._row_of_title[self.domain_index(domain)]
+        title = self._title_of_spelling[self.domain_index(domain)].get(key, ())
+        if isinstance(title, str):
+            return [titles[title]]
+        return sorted(row for title, row in titles.items() if spelling(title) == key) if title is None else []
+
+    @cached_property
+    def _title_of_spelling(self) -> list[dict[str, str | None]]:
+        """By domain, the title that has a spelling; None where several have it."""
+        out = []
+        for titles in self._row_of_title:
+            known: dict[str, str | None] = {}
+            for title in titles:
+                key = spelling(title)
+                known[key] = None if key in known else title
+            out.append(known)
+        return out
+
+    def texts_of(self, domain: str, fields: Sequence[str]) -> tuple[np.ndarray, Ragged]:
+        """For each item of a domain the number of its text, and for each text its items, by place in the domain."""
+        fields = tuple(fields)
+        if (domain, fields) not in self._numbered_texts:
+            rows = self.rows_of(domain)
+            columns = [pa.array(getattr(self, name)[rows], pa.string()) for name in fields]
+            texts = pc.binary_join_element_wise(*columns, "\x1f").dictionary_encode().indices.to_numpy()
+            members = Ragged(np.argsort(texts, kind="stable"), offsets_of(np.bincount(texts)))
+            self._numbered_texts[domain, fields] = texts, members
+        return self._numbered_texts[domain, fields]
+
+    @cached_property
+    def _numbered_texts(self) -> dict[tuple[str, tuple[str, ...]], tuple[np.ndarray, Ragged]]:
+        """What `texts_of` has found, for each domain and fields that were asked for."""
+        return {}
 
     def digest(self) -> str:
         """SHA-256 over all rows: equal catalogues have equal digests, wherever they are stored."""

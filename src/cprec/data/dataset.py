@@ -111,6 +111,18 @@ def read_dataset(folder: str | Path) -> tuple[Catalogue, Interactions, dict[str,
     return catalogue, _read_log(Path(folder), catalogue).interactions, read_domains(folder)
 
 
+def count_events(folder: str | Path, catalogue: Catalogue, domain: str) -> np.ndarray:
+    """int64: how many events each item of a domain has, in the order of its rows; a part at a time."""
+    ids = catalogue.arrow_ids(domain)
+    counts = np.zeros(len(ids), dtype=np.int64)
+    for path in part_path(Path(folder), "interactions", domain, 0).parent.glob("part-*.parquet"):
+        column = pq.ParquetFile(path, read_dictionary=[ITEM_ID]).read([ITEM_ID])[ITEM_ID]
+        found = pc.value_counts(column)
+        places = pc.index_in(found.field("values").cast(pa.string()), ids).to_numpy(zero_copy_only=False)
+        counts[places] += found.field("counts").to_numpy()
+    return counts
+
+
 def read_part(folder: str | Path, part: int, catalogue: Catalogue) -> Interactions:
     """The interactions of one part, in order, whether its files are in order yet or not."""
     return _read_log(Path(folder), catalogue, part, is_sorted=False).interactions

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,19 @@ class Ragged:
         [3, 1, 2]
         """
         return gather(self.values, self.offsets[rows], self.lengths[rows])
+
+    def numbers(self) -> np.ndarray:
+        """A number for each row, which equal rows share: from 0, in the order in which they first occur.
+
+        >>> Ragged.of([[1, 2], [3], [], [1, 2], [1]]).numbers().tolist()
+        [0, 1, 2, 0, 3]
+        """
+        values = np.ascontiguousarray(self.values)
+        offsets = np.ascontiguousarray(self.offsets, dtype=np.int64) * values.itemsize
+        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(values)]
+        rows = pa.Array.from_buffers(pa.large_binary(), len(self), buffers)
+        numbers: np.ndarray = rows.dictionary_encode().indices.to_numpy()
+        return numbers
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[int] | np.ndarray], dtype: Any = np.int64) -> Ragged:

@@ -211,11 +211,13 @@ class LLMRecommender:
     ) -> list[Recommendation]:
         """The `k` best next items for a history of item ids or titles, oldest first.
 
-        Texts are looked up as ids, then as titles, in the target domain, then in every other one. `domain` is the
-        domain to recommend from; by default the one the model was fine-tuned for. Of a history longer than the model
-        was trained on, or than its context, the latest events are read, with a warning.
+        Texts are ids or titles, as `Catalogue.look_up` knows them, of the target domain or else of another. `domain` is
+        the domain to recommend from; by default the one the model was fine-tuned for. `exclude_seen` leaves out the
+        items of the history, and those of the same text (title, and other fields where the model has them). Of a
+        history longer than the model was trained on, or than its context, the latest events are read, with a warning.
 
-        Raises UnknownItemError for texts that are neither id nor title, ValueError if `k` exceeds the items there are.
+        Raises UnknownItemError for texts that are neither id nor title or may mean several titles, ValueError if `k`
+        exceeds the items there are.
         """
         return self.recommend_many([history], k, domain=domain, exclude_seen=exclude_seen)[0]
 
@@ -246,7 +248,8 @@ class LLMRecommender:
     def _query(self, history: Sequence[str | Item], k: int, domain: str, exclude_seen: bool) -> RankingQuery:
         """The query of a history, with warnings of what is not read; raises as `recommend` does."""
         items = tuple(event if isinstance(event, Item) else self._find(event, domain) for event in history)
-        exclude = frozenset(item.item_id for item in items if item.domain == domain) if exclude_seen else frozenset()
+        seen = [item.item_id for item in items if item.domain == domain and exclude_seen]
+        exclude = self.catalogue.of_equal_text(domain, seen, self.item_fields)
         gone = self.withdrawn.get(domain, frozenset())
         available = len(self.catalogue.rows_of(domain)) - len(exclude | gone)
         if not 1 <= k <= available:
@@ -267,12 +270,16 @@ class LLMRecommender:
 
     def _find(self, text: str, domain: str) -> Item:
         """An item by id or title, of the target domain first."""
-        for name in [domain, *(other for other in self.catalogue.domains if other != domain)]:
-            row = self.catalogue.row_of(name, text)
-            if row is not None:
-                return Item(name, str(self.catalogue.item_id[row]))
-        self.catalogue.find_titles(domain, [text])  # raises, naming the nearest titles
-        raise AssertionError("a title that row_of does not find must be unknown")
+        row = self.catalogue.look_up(text, domain)
+        if row is None:
+            self.catalogue.find_titles(domain, [text])  # raises, naming the nearest titles
+            raise AssertionError("a title that look_up does not find must be unknown")
+        return Item(self.catalogue.domains[self.catalogue.domain[row]], str(self.catalogue.item_id[row]))
+
+    @property
+    def item_fields(self) -> tuple[str, ...]:
+        """What stands for an item in every text: its title, and perhaps other fields."""
+        return self._encoder.template.item_fields
 
     def _prompts(self, queries: Sequence[RankingQuery]) -> Ragged:
         """Prompt tokens of each query."""

@@ -51,6 +51,12 @@ class Engine(Protocol):
         ...
 
     @property
+    def item_fields(self) -> tuple[str, ...]:
+        """What stands for an item in every text: its title, and perhaps other fields. Items that have the same are one
+        to whoever reads a list."""
+        ...
+
+    @property
     def cache(self) -> CacheCounts | None:
         """What it keeps of prompts; None where it keeps nothing."""
         ...

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cprec import __version__
-from cprec.data.catalogue import Catalogue, clean_title, has_word
-from cprec.errors import CPRecError
+from cprec.data.catalogue import Catalogue, TextKind
+from cprec.data.cleaning import clean_title, has_word
+from cprec.errors import CPRecError, UnknownItemError
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import Item
 from cprec.serve import messages as m
@@ -163,12 +164,12 @@ class Service:
         history = await self._history(engine, domain, request.history)
         allow, deny = request.allow, request.deny
         self._check_ids(engine, domain, [*(allow or ()), *deny])
-        seen = (item.item_id for item in history if item.domain == domain) if request.exclude_seen else ()
+        seen = [item.item_id for item in history if item.domain == domain and request.exclude_seen]
         query = RankingQuery(
             query_id="",
             domain=domain,
             history=history,
-            exclude=frozenset((*seen, *deny)),
+            exclude=engine.catalogue.of_equal_text(domain, seen, engine.item_fields) | frozenset(deny),
             allow=None if allow is None else frozenset(allow),
         )
         return _Question(engine, query, request.k, request.mode, request.deadline_ms or self._deadline_ms, began)
@@ -522,6 +523,7 @@ def _look_up(catalogue: Catalogue, domain: str, events: Sequence[m.Event | str])
     """
     known: dict[tuple[str, str | None, str], Item | None] = {}
     out, unknown = [], []
+    kind: TextKind
     for event in events:
         if isinstance(event, str):
             kind, text, where = "any", event, None
@@ -542,16 +544,14 @@ def _look_up(catalogue: Catalogue, domain: str, events: Sequence[m.Event | str])
     return tuple(out)
 
 
-def _find(catalogue: Catalogue, kind: str, text: str, where: str | None, target: str) -> Item | None:
+def _find(catalogue: Catalogue, kind: TextKind, text: str, where: str | None, target: str) -> Item | None:
     if where is not None and where not in catalogue.domains:
         raise Refused(422, f"domain={where!r} in the history: name one of {', '.join(catalogue.domains)}")
-    look_up = {"any": catalogue.row_of, "item_id": catalogue.row_of_id, "title": catalogue.row_of_title}[kind]
-    order = [where] if where is not None else [target, *(name for name in catalogue.domains if name != target)]
-    for name in order:
-        row = look_up(name, text)
-        if row is not None:
-            return Item(name, str(catalogue.item_id[row]))
-    return None
+    try:
+        row = catalogue.look_up(text, where or target, kind, elsewhere=where is None)
+    except UnknownItemError as error:
+        raise Refused(422, str(error), [text]) from None
+    return None if row is None else Item(catalogue.domains[catalogue.domain[row]], str(catalogue.item_id[row]))
 
 
 def _unknown(unknown: Sequence[str], whose: str) -> Refused:

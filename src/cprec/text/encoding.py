@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from cprec.data.catalogue import Catalogue, clean_title
+from cprec.data.catalogue import Catalogue
+from cprec.data.cleaning import clean_title
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.errors import ConfigError
 from cprec.schema import MIXED, SPECIFIC
@@ -107,11 +108,17 @@ class PromptEncoder:
         heads = encode([t.head(domain) for domain in domains])
         tags = encode([t.tag(domain) for domain in domains])
         frame = Ragged.of(parts + [[self.eos_id]] + heads + tags)
-        self._set_pieces(Ragged.concatenate([frame, self._encode_items(tokenizer, np.arange(len(catalogue)))]))
+        self._set_pieces(
+            Ragged.concatenate([frame, self._encode_items(tokenizer, np.arange(len(catalogue)), max_title_tokens)])
+        )
 
-    def _encode_items(self, tokenizer: Any, rows: np.ndarray) -> Ragged:
-        """The title of each catalogue row, with the other fields that the template asks for."""
-        t, catalogue, most = self.template, self.catalogue, self.max_title_tokens
+    def whole_titles(self, tokenizer: Any, rows: np.ndarray) -> Ragged:
+        """Title tokens of catalogue rows, other fields in use included, as they are before they are cut."""
+        return self._encode_items(tokenizer, rows, None)
+
+    def _encode_items(self, tokenizer: Any, rows: np.ndarray, most: int | None) -> Ragged:
+        """The title of each catalogue row, with the other fields that the template asks for, each cut to `most`."""
+        t, catalogue = self.template, self.catalogue
         pieces = [Ragged.of([])]
         for start in range(0, len(rows), BATCH):  # lists of Python numbers take much more room than arrays
             mine = rows[start : start + BATCH]
@@ -138,7 +145,7 @@ class PromptEncoder:
         same = known >= 0
         for name in self.template.item_fields:
             same[same] = getattr(catalogue, name)[same] == getattr(self.catalogue, name)[known[same]]
-        new = out._encode_items(tokenizer, np.flatnonzero(~same))
+        new = out._encode_items(tokenizer, np.flatnonzero(~same), self.max_title_tokens)
         place = np.where(same, self._titles + known, len(self._pieces) + np.cumsum(~same) - 1)
         every = Ragged.concatenate([self._pieces, new])
         out._set_pieces(every.take(np.concatenate([np.arange(self._titles), place])))

@@ -23,6 +23,7 @@ from cprec.text.prompts import Template
 
 if TYPE_CHECKING:
     from cprec.data.catalogue import Catalogue
+    from cprec.text.encoding import PromptEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +264,31 @@ def _write_tables(config: PrepareConfig, folder: Path) -> None:
     tokenizer.save_pretrained(folder / "tokenizer")
     encoder = PromptEncoder(tokenizer, catalogue, max_title_tokens=config.max_title_tokens, template=config.template())
     encoder.save(folder / ENCODER)
+    _count_shared(config, folder, tokenizer, encoder)
     save_resolved(folder, replace(config, partition=None), _input_hashes(folder))
+
+
+def _count_shared(config: PrepareConfig, folder: Path, tokenizer: Any, encoder: PromptEncoder) -> None:
+    """Enter into `dataset.json` which items are read as the same text, and say so where it matters.
+
+    Raises DataError for items of a target domain of which the tokenizer leaves nothing: they cannot be ranked.
+    """
+    from cprec.data.dataset import count_events, read_manifest, write_manifest
+    from cprec.progress import say
+    from cprec.text.shared_texts import notes, shared_texts
+
+    manifest, catalogue = read_manifest(folder), encoder.catalogue
+    for domain in sorted({*config.target_domains, *pretrain_domains(config, catalogue)}):
+        found = shared_texts(encoder, tokenizer, domain, count_events(folder, catalogue, domain))
+        manifest["domains"][domain]["texts"] = found
+        for note in notes(domain, found, encoder):
+            say(f"note: {note}")
+        if found["empty"] and domain in config.target_domains:
+            raise DataError(
+                f"the tokenizer leaves nothing of {found['empty']:,} items of domain {domain!r}, as "
+                f"{', '.join(map(repr, found['examples']['empty']))}: choose another tokenizer, or leave them out"
+            )
+    write_manifest(folder, manifest)
 
 
 def _rules(config: PrepareConfig, folder: Path, catalogue: Catalogue) -> Any:

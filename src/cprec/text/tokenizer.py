@@ -52,7 +52,7 @@ def train_on_titles(catalogue: Catalogue, domains: Sequence[str], vocabulary_siz
     parts, and on nothing else."""
     import numpy as np
 
-    from cprec.data.catalogue import clean_title
+    from cprec.data.cleaning import clean_title
 
     rows = np.concatenate([catalogue.rows_of(domain) for domain in domains])
     fixed = [

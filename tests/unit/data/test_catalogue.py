@@ -1,47 +1,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from cprec.data.catalogue import Catalogue, clean_title, has_word
+from cprec.data.catalogue import Catalogue
 from cprec.errors import DataError, UnknownItemError
-
-
-@pytest.mark.parametrize(
-    ("raw", "clean"),
-    [
-        ("Plain title", "Plain title"),
-        ("Salt &amp; Pepper", "Salt & Pepper"),
-        ("Salt &amp;amp; Pepper", "Salt & Pepper"),
-        ("It&#39;s", "It's"),
-        ("12&quot; Pan", "12 Pan"),
-        ('"Quoted"', "Quoted"),
-        ("'Quoted'", "Quoted"),
-        ("Boys' Boots", "Boys' Boots"),
-        ("two\nlines\r\n\tand tabs", "two lines and tabs"),
-        ("nul\x00 and\x85more", "nul and more"),
-        ("  many    spaces ", "many spaces"),
-        ("Lotion, 4.50-Fluid Ounce...", "Lotion, 4.50-Fluid Ounce"),
-        ("Trailing dots . .", "Trailing dots"),
-        ('<span id="productTitle">Lamp</span>', "Lamp"),
-        ("5 < 6 > 4", "5 < 6 > 4"),
-        ("zero\u200bwidth", "zerowidth"),
-        ("Cafe\u0301", "Café"),
-        ("...", ""),
-        ("", ""),
-    ],
-)
-def test_titles_become_one_line_of_plain_text(raw: str, clean: str) -> None:
-    assert clean_title(raw) == clean
-    assert clean_title(clean) == clean
-
-
-def test_a_title_needs_a_letter_or_a_digit() -> None:
-    assert has_word("187") and has_word("é") and has_word("東京")
-    assert not has_word("") and not has_word("- ? !")
 
 
 @pytest.fixture
@@ -84,9 +51,79 @@ def test_an_id_of_another_domain_is_unknown(catalogue: Catalogue) -> None:
 
 def test_titles_are_found_after_cleaning_whatever_their_case(catalogue: Catalogue) -> None:
     assert catalogue.find_titles("toys", ["  red   BALL. "]).tolist() == [3]
-    assert catalogue.find_titles("books", ["Emma"]).tolist() == [1], "of equal titles the first row is meant"
-    with pytest.raises(UnknownItemError, match=r"1 title is not .* 'blue ball' \(nearest: 'Red Ball'\)"):
+    assert catalogue.find_titles("books", ["Emma", "emma", "Emma."]).tolist() == [2, 1, 2], "exact ones first"
+    with pytest.raises(UnknownItemError, match=r"1 title is not .* 'Blue ball' \(nearest: 'Red Ball'\)"):
         catalogue.find_titles("toys", ["Blue ball"])
+
+
+@pytest.fixture
+def alike() -> Catalogue:
+    def table(**titles: str) -> pa.Table:
+        return pa.table({"item_id": list(titles), "title": list(titles.values())})
+
+    return Catalogue.from_tables(
+        {
+            "films": table(f1="US", f2="Us", f3="Twin Title", f4="Twin Title", f5="Solaris", f6="f1", f7="Strasse"),
+            "books": table(b1="us", b2="Solaris", b3="SOLARIS", b4="Dune", b5="\u0645\u06cc\u200c\u062e", f9="Kite"),
+            "games": table(g1="dune", g2="Go"),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "item_id"),
+    [
+        ("US", "any", "f1"),
+        ("Us", "any", "f2"),
+        ("us", "any", "b1"),  # exact in another domain goes before another spelling in this one
+        ("Us.", "any", "f2"),
+        ("Twin Title", "any", "f3"),  # of equal titles the first
+        (" twin  TITLE", "any", "f3"),
+        ("solaris", "any", "f5"),  # of the domain's own spellings one, whatever others have
+        ("SOLARIS", "any", "b3"),
+        ("f1", "any", "f1"),  # an id goes before a title
+        ("f1", "title", "f6"),
+        ("F1", "any", "f6"),
+        ("f2", "title", None),
+        ("f9", "any", "f9"),
+        ("go", "item_id", None),
+        ("STRA\u00dfE", "any", "f7"),
+        ("Ｇｏ", "any", "g2"),
+        ("\u0645\u06cc\u062e", "any", "b5"),
+        ("&lt;b&gt;Go", "any", "g2"),
+        ("", "any", None),
+        ("...", "any", None),
+    ],
+)
+def test_a_text_means_an_id_then_an_exact_title_then_another_spelling(
+    alike: Catalogue, text: str, kind: Any, item_id: str | None
+) -> None:
+    row = alike.look_up(text, "films", kind)
+    assert (None if row is None else alike.item_id[row]) == item_id
+
+
+def test_a_spelling_of_several_titles_is_refused_with_their_names(alike: Catalogue) -> None:
+    named = r"'uS' is no title as it stands, and may mean 'US' \(f1 of films\), 'Us' \(f2 of films\): write the title"
+    for find in (lambda: alike.look_up("uS", "films"), lambda: alike.find_titles("films", ["US", "uS"])):
+        with pytest.raises(UnknownItemError, match=named):
+            find()
+    with pytest.raises(UnknownItemError, match=r"may mean 'Dune' \(b4 of books\), 'dune' \(g1 of games\)"):
+        alike.look_up("DUNE", "films")
+    assert alike.look_up("DUNE", "games") == alike.find("games", ["g1"])[0]
+    assert alike.look_up("Dune", "films", elsewhere=False) is None
+
+
+def test_items_of_equal_text_are_found_by_the_fields_in_use() -> None:
+    titles = ["Twin", "twin", "Twin", "Other", "Twin"]
+    table = pa.table({"item_id": list("abcde"), "title": titles, "brand": ["x", "x", "y", "x", "x"]})
+    catalogue = Catalogue.from_tables({"toys": table, "books": table.slice(0, 1)})
+    assert catalogue.of_equal_text("toys", ["a", "d", "a"]) == {"a", "c", "d", "e"}
+    assert catalogue.of_equal_text("toys", ["c"], ("title", "brand")) == {"c"}
+    assert catalogue.of_equal_text("toys", ["e"], ("title", "brand")) == {"a", "e"}
+    assert catalogue.of_equal_text("books", ["a"]) == {"a"}
+    assert catalogue.of_equal_text("books", []) == frozenset()
+    with pytest.raises(UnknownItemError, match="'z'"):
+        catalogue.of_equal_text("toys", ["z"])
 
 
 def test_an_unknown_domain_is_named_with_those_known(catalogue: Catalogue) -> None:

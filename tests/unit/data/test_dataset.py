@@ -292,6 +292,30 @@ def test_strict_stops_at_the_first_bad_row(tmp_path: Path) -> None:
     assert build(tmp_path, csv_source(tmp_path, "user_id,item_id,timestamp\n" + GOOD, items), strict=True)
 
 
+def test_titles_that_cleaning_changed_made_equal_or_emptied_are_counted_and_shown(tmp_path: Path) -> None:
+    items = (
+        'item_id,title\ni1,Tom &amp; Jerry\ni2,Tom &  Jerry\ni3,<br>..\ni4,"Map<Key,Value>"\ni5,<untitled>\n'
+        "i6,Ball...\ni7,Kite​\ni8,-\n"
+    )
+    told: list[str] = []
+    folder = build(tmp_path, csv_source(tmp_path, HEAD + GOOD, items), progress=told.append)
+    about = read_manifest(folder)["domains"]["toys"]
+    assert about["titles"] == {
+        "changed": 3,  # spaces alone are no change
+        "examples": [["Tom &amp; Jerry", "Tom & Jerry"], ["Ball...", "Ball"], ["Kite\u200b", "Kite"]],
+        "made_equal": 2,
+    }
+    assert about["rejected"] == {"title without a word": 1, "title without a word once it is cleaned": 1}
+    assert about["num_items"] == 6
+    assert (
+        "toys: titles that cleaning changed: 3, as 'Tom &amp; Jerry' -> 'Tom & Jerry'; 'Ball...' -> 'Ball'; "
+        "'Kite\\u200b' -> 'Kite'; items that it gave one title with others: 2"
+    ) in told
+    assert told[-1].endswith(
+        "2 rows rejected, see rejected.parquet, of them 1 for: title without a word once it is cleaned"
+    )
+
+
 HEAD = "user_id,item_id,timestamp\n"
 
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cprec.data.catalogue import Catalogue, clean_title
+from cprec.data.catalogue import Catalogue
+from cprec.data.cleaning import clean_title
 from cprec.data.leakage import (
     Grammar,
     Property,

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cprec.data.build import build_dataset
+from cprec.data.build import EMPTIED, build_dataset
 from cprec.data.dataset import read_manifest
 from cprec.data.sources.tables import TableSource
 from cprec.errors import ConfigError, DataError
@@ -200,7 +200,7 @@ TITLES = [
     Line("the same title again", "i1, Ball.", "item id occurs before"),
     Line("no id", ",Top", "no item id"),
     Line("no title", "i4,", "title without a word"),
-    Line("a title of tags and dots", "i5,<b>...</b>", "title without a word"),
+    Line("a title of tags and dots", "i5,<b>...</b>", EMPTIED),
     Line("a title of 20,000 characters", "i6," + "x" * 20_000, "title of more than 10,000 characters"),
     Line("a title of 10 MB", "i7," + "x" * 10_000_000, LONG),
     Line("a title of nested entities", "i8,&" + "amp;" * 1000 + "lt;b>Ball", None),
@@ -361,7 +361,7 @@ VALUES = [
     Case("an item whose title is too long", rows(f"a,i9,{T}"),
          {2: "item has no title", "items.csv 5": "title of more than 10,000 characters"},
          items=ITEMS + b"i9," + b"x" * 20_000 + b"\n"),
-    Case("an item without a title", rows(f"a,i4,{T}"), {2: "item has no title", "items.csv 5": "title without a word"},
+    Case("an item without a title", rows(f"a,i4,{T}"), {2: "item has no title", "items.csv 5": EMPTIED},
          items=ITEMS + b"i4,<b>...</b>\n"),
     Case("titles in the log that differ", column("title", "Ball", "Bowl", *["Ball"] * 10), items=None),
 ]  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cprec.data.catalogue import clean_title
+from cprec.data.cleaning import clean_title
 from cprec.data.sources.synthetic import (
     BRANDS_OF_DOMAIN,
     FIRST_SECOND,

@@ -220,6 +220,30 @@ def test_what_was_seen_comes_back_only_if_asked_for(make: Callable[..., LLMRecom
     assert len(recommender.recommend(["b0", "b1"], k=6, exclude_seen=False)) == 6
 
 
+def test_items_of_one_text_are_seen_together(model: Any, tokenizer: Any) -> None:
+    table = pa.table({"item_id": list("abcd"), "title": ["Emma", "Dune", "Emma", "Go"], "brand": ["x", "", "y", ""]})
+    catalogue = Catalogue.from_tables({"books": table})
+    recommender = LLMRecommender(model, tokenizer, catalogue, domain="books")
+    assert {found.item_id for found in recommender.recommend(["a"], k=2)} == {"b", "d"}
+    with pytest.raises(ValueError, match="k=3: domain 'books' has 2 items outside this history"):
+        recommender.recommend(["Emma"], k=3)
+    assert len(recommender.recommend(["a"], k=4, exclude_seen=False)) == 4
+    (ranking,) = recommender.rank([RankingQuery("", "books", (Item("books", "a"),), exclude=frozenset("a"))], 4)
+    assert set(ranking.item_ids) == {"b", "c", "d"}, "an evaluation leaves out what it names, and nothing else"
+    told_apart = LLMRecommender(
+        model, tokenizer, catalogue, domain="books", template=Template(item_fields=("title", "brand"))
+    )
+    assert {found.item_id for found in told_apart.recommend(["a"], k=3)} == {"b", "c", "d"}
+
+
+def test_a_title_of_two_spellings_is_not_guessed(model: Any, tokenizer: Any) -> None:
+    catalogue = Catalogue.from_tables({"books": pa.table({"item_id": list("abc"), "title": ["US", "Us", "Go"]})})
+    recommender = LLMRecommender(model, tokenizer, catalogue, domain="books")
+    assert {found.item_id for found in recommender.recommend(["Us"], k=2)} == {"a", "c"}
+    with pytest.raises(UnknownItemError, match=r"'us' .* may mean 'US' \(a of books\), 'Us' \(b of books\)"):
+        recommender.recommend(["us"], k=1)
+
+
 def test_another_domain_may_be_asked_for(make: Callable[..., LLMRecommender]) -> None:
     recommender = make(history="mixed")
     found = recommender.recommend(["Dune", "Ludo"], k=3, domain="games")
@@ -229,7 +253,7 @@ def test_another_domain_may_be_asked_for(make: Callable[..., LLMRecommender]) ->
 
 
 def test_unknown_texts_are_named_with_what_is_near(make: Callable[..., LLMRecommender]) -> None:
-    with pytest.raises(UnknownItemError, match=r"'dune mesiah' \(nearest: 'Dune Messiah'"):
+    with pytest.raises(UnknownItemError, match=r"'Dune Mesiah' \(nearest: 'Dune Messiah'"):
         make().recommend(["Dune", "Dune Mesiah"])
 
 

@@ -39,6 +39,7 @@ class FakeEngine:
         self.name, self.domain, self.catalogue = name, domain, catalogue
         self.withdrawn: Mapping[str, frozenset[str]] = {}
         self.max_history = 3
+        self.item_fields: tuple[str, ...] = ("title",)
         self.cache: CacheCounts | None = None
         self.proven = True
         self.calls: list[list[RankingQuery]] = []

@@ -285,6 +285,20 @@ def test_items_come_and_go_at_once_and_for_good(engine: Any, last_first: Any, se
         assert client.get("/v1/about").json()["domains"][0] == {"name": "books", "num_items": 7}
 
 
+def test_titles_are_looked_up_as_written_first_and_equal_ones_are_seen_together(
+    engine: Any, last_first: Any, served: Served, tmp_path: Path
+) -> None:
+    with served(Service([engine], [last_first], ItemStore(tmp_path), deadline_ms=60_000)) as client:
+        put(client, {"item_id": "c0", "title": "DUNE"}, {"item_id": "c1", "title": "Emma"})
+        assert ids(asked(client, "DUNE", k=1)) == ["b0"]
+        refused = asked(client, "dune", k=1)
+        assert refused.status_code == 422 and refused.json()["unknown"] == ["dune"]
+        assert "may mean 'Dune' (b0 of books), 'DUNE' (c0 of books)" in refused.json()["error"]
+        seen = asked(client, {"title": "emma"}, k=9)
+        assert not {"b2", "c1"} & set(ids(seen)) and len(ids(seen)) == 7
+        assert len(ids(asked(client, "emma", k=9, exclude_seen=False))) == 9
+
+
 def test_a_change_is_made_whole_or_not_at_all(engine: Any, served: Served, tmp_path: Path) -> None:
     with served(Service([engine], store=ItemStore(tmp_path), deadline_ms=60_000)) as client:
         wrong: list[tuple[dict[str, str], str]] = [

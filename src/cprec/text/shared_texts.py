@@ -1,0 +1,145 @@
+"""Items that a model cannot tell apart: those that it reads as the same tokens, why they are, and what that costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cprec.data.ragged import Ragged
+from cprec.schema import BRAND, CATEGORIES, TITLE
+from cprec.text.encoding import PromptEncoder
+
+NOTABLE = 0.01
+"""Share of a domain's items, or loss of NDCG, from which on `notes` says something."""
+MAX_SHOWN = 3
+SHOWN_CHARACTERS = 60
+
+
+def best_ndcg(family_I: np.ndarray, weight_I: np.ndarray, k: int = 10) -> float:
+    """The mean NDCG@K of a model that always knows the text: its item stands among the n items of that text by chance.
+
+    `family_I` is n for each item, itself included, and `weight_I` how often it is asked for. The item's rank is one of
+    1 to n, each as likely, so its expected NDCG@K is the mean of 1 / log2(1 + rank) over them, 0 past rank K.
+
+    >>> best_ndcg(np.array([1]), np.array([5]))
+    1.0
+    >>> round(best_ndcg(np.array([2]), np.array([1])), 4)  # (1 + 0.6309) / 2
+    0.8155
+    >>> round(best_ndcg(np.array([20]), np.array([1])), 4)  # (1 + 0.6309 + ... + 0.2891) / 20
+    0.2272
+    >>> round(best_ndcg(np.array([1, 2, 2]), np.array([2, 1, 1])), 4)
+    0.9077
+    """
+    summed = np.cumsum(1 / np.log2(1 + np.arange(1, k + 1)))
+    return float(np.average(summed[np.minimum(family_I, k) - 1] / family_I, weights=weight_I))
+
+
+def shared_texts(encoder: PromptEncoder, tokenizer: Any, domain: str, events_I: np.ndarray) -> dict[str, Any]:
+    """What items of a domain share with others of it, in numbers, with up to three examples; for `dataset.json`.
+
+    `events_I` has the events of each item, in the order of its rows.
+    """
+    catalogue = encoder.catalogue
+    rows = catalogue.rows_of(domain)
+    tokens = encoder.titles(rows)
+    read_as = tokens.numbers()
+    text, _ = catalogue.texts_of(domain, encoder.template.item_fields)
+    family = np.bincount(read_as)[read_as]
+    some = np.flatnonzero(family > 1)
+    whole = encoder.whole_titles(tokenizer, rows[some]).numbers()
+    unknown = np.flatnonzero(_has(tokens, tokenizer.unk_token_id))
+    empty = np.flatnonzero(tokens.lengths == 0)
+    titles = catalogue.title[rows]
+    return {
+        "items": len(rows),
+        "texts": len(np.unique(read_as)),
+        "shared": len(some),
+        "largest": int(family.max()),
+        "best_ndcg_at_10": round(best_ndcg(family, events_I if events_I.any() else np.ones(len(rows))), 4),
+        "equal": int((np.bincount(text)[text] > 1).sum()),
+        "equal_once_tokenised": int(_holds_several(whole, text[some]).sum()),
+        "equal_once_cut": int(_holds_several(read_as[some], whole).sum()),
+        "unknown_tokens": len(unknown),
+        "empty": len(empty),
+        "examples": {
+            "shared": _largest(read_as[some], text[some], titles[some]),
+            "unknown_tokens": titles[unknown[:MAX_SHOWN]].tolist(),
+            "empty": titles[empty[:MAX_SHOWN]].tolist(),
+        },
+    }
+
+
+def notes(domain: str, found: dict[str, Any], encoder: PromptEncoder) -> list[str]:
+    """What to say of `shared_texts`, where it matters: how much, why, and what to do."""
+    out = []
+    if found["shared"] >= NOTABLE * found["items"] or found["best_ndcg_at_10"] <= 1 - NOTABLE:
+        cut = f"once cut to max_title_tokens={encoder.max_title_tokens}"
+        causes = {"as they stand": "equal", "once tokenised": "equal_once_tokenised", cut: "equal_once_cut"}
+        why = ", ".join(f"{found[name]:,} {how}" for how, name in causes.items() if found[name])
+        pairs = "; ".join(" and ".join(map(_short, pair)) for pair in found["examples"]["shared"])
+        out.append(
+            f"{domain}: {found['shared']:,} of {found['items']:,} items are read as the same text as others "
+            f"({why}), up to {found['largest']:,} as one; a model that always knew the text would have an NDCG@10 of "
+            f"{found['best_ndcg_at_10']:.3f} at best. As {pairs}. {_what_to_do(domain, found, encoder)}"
+        )
+    if found["unknown_tokens"] >= NOTABLE * found["items"]:
+        out.append(
+            f"{domain}: {found['unknown_tokens']:,} of {found['items']:,} items have words that the tokenizer does not "
+            f"know, as {', '.join(map(_short, found['examples']['unknown_tokens']))}: choose a tokenizer for their "
+            "language, or one that spells any text in bytes (tokenizer=tiny does)"
+        )
+    return out
+
+
+def _what_to_do(domain: str, found: dict[str, Any], encoder: PromptEncoder) -> str:
+    catalogue, used = encoder.catalogue, encoder.template.item_fields
+    rows = catalogue.rows_of(domain)
+    more = [name for name in (BRAND, CATEGORIES) if name not in used and (getattr(catalogue, name)[rows] != "").any()]
+    beside = f"(prepare.item_fields={','.join((*used, *more[:1]) if more else (TITLE, BRAND))})"
+    ways = [
+        "raise max_title_tokens" if found["equal_once_cut"] else "",
+        "choose a tokenizer for their language" if found["equal_once_cut"] or found["equal_once_tokenised"] else "",
+        f"put another field beside the title {beside}" if more or len(used) == 1 else "",
+        "write what sets them apart into their titles" if not more else "",
+    ]
+    text = ", or ".join(way for way in ways if way)
+    return text[0].upper() + text[1:]
+
+
+def _has(rows: Ragged, token: int | None) -> np.ndarray:
+    """bool per row: whether it holds a token."""
+    out = np.zeros(len(rows), dtype=bool)
+    if token is not None:
+        out[rows.row_of[rows.values == token]] = True
+    return out
+
+
+def _holds_several(group_N: np.ndarray, kind_N: np.ndarray) -> np.ndarray:
+    """bool[N]: whether the group of each entry holds entries of several kinds.
+
+    >>> _holds_several(np.array([0, 0, 1, 1, 2]), np.array([5, 6, 7, 7, 5])).tolist()
+    [True, True, False, False, False]
+    """
+    width = int(kind_N.max(initial=0)) + 1
+    pairs = np.unique(group_N.astype(np.int64) * width + kind_N)
+    several: np.ndarray = np.bincount(pairs // width)[group_N] > 1
+    return several
+
+
+def _largest(family_N: np.ndarray, text_N: np.ndarray, title_N: np.ndarray) -> list[list[str]]:
+    """Two titles of each of the largest families, of different texts where it has them."""
+    out = []
+    sizes = np.bincount(family_N, minlength=1)
+    for family in np.argsort(-sizes, kind="stable")[:MAX_SHOWN]:
+        members = np.flatnonzero(family_N == family)
+        if len(members):
+            others = members[text_N[members] != text_N[members[0]]]
+            out.append([str(title_N[members[0]]), str(title_N[others[0] if len(others) else members[1]])])
+    return out
+
+
+def _short(title: str) -> str:
+    """A title in quotes; the middle of a long one is left out, for what tells titles apart often ends them."""
+    half = SHOWN_CHARACTERS // 2
+    return repr(title) if len(title) <= SHOWN_CHARACTERS else repr(f"{title[:half]} ... {title[-half:]}")
