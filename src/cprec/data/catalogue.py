@@ -99,16 +99,18 @@ class Catalogue:
 
         Raises UnknownItemError naming up to five ids that are not there, with the nearest that are.
         """
-        return self._look_up(domain, list(item_ids), self._row_of_id[self.domain_index(domain)], "item id", _near_ids)
+        ids = list(item_ids)
+        return self._look_up(domain, ids, ids, self._row_of_id[self.domain_index(domain)], "id", _near_ids)
 
     def find_titles(self, domain: str, titles: Iterable[str]) -> np.ndarray:
         """int64 rows of titles of a domain, in the order given; cleaned first, upper and lower case alike.
 
         Where several items have the title, the first row is meant. Raises UnknownItemError as `find` does.
         """
+        titles = list(titles)
         keys = [clean_title(title).casefold() for title in titles]
         known = self._row_of_title[self.domain_index(domain)]
-        return self._look_up(domain, keys, known, "title", self._near_titles)
+        return self._look_up(domain, titles, keys, known, "id or title", self._near_titles)
 
     def row_of(self, domain: str, text: str) -> int | None:
         """The row of an item by id, else by title as `find_titles` knows it; None where there is neither."""
@@ -123,18 +125,22 @@ class Catalogue:
         """The row of an item by title, as `find_titles` knows it; None where there is none."""
         return self._row_of_title[self.domain_index(domain)].get(clean_title(title).casefold())
 
-    def _look_up(self, domain: str, keys: list[str], known: dict[str, int], what: str, near: _Near) -> np.ndarray:
+    def _look_up(
+        self, domain: str, asked: list[str], keys: list[str], known: dict[str, int], what: str, near: _Near
+    ) -> np.ndarray:
+        """`asked` is what the caller wrote, `keys` what is looked for."""
         found = [known.get(key) for key in keys]
         if None in found:
-            missing = list(dict.fromkeys(key for key in keys if key not in known))
+            missing = {text: key for text, key in zip(asked, keys, strict=True) if key not in known}
             lines = []
-            for key in missing[:MAX_UNKNOWN_SHOWN]:
+            for text, key in list(missing.items())[:MAX_UNKNOWN_SHOWN]:
                 nearest = near(key, known)
-                lines.append(f"{key!r}" + (f" (nearest: {', '.join(map(repr, nearest))})" if nearest else ""))
+                lines.append(f"{text!r}" + (f" (nearest: {', '.join(map(repr, nearest))})" if nearest else ""))
             more = len(missing) - len(lines)
             raise UnknownItemError(
-                f"{len(missing)} {what}{'s are' if len(missing) > 1 else ' is'} not among the {len(known):,} items of "
-                f"domain {domain!r}: {'; '.join(lines)}{f'; and {more} more' if more else ''}"
+                f"{len(missing)} item{'s are' if len(missing) > 1 else ' is'} not among the "
+                f"{len(self.rows_of(domain)):,} of domain {domain!r}, by {what}: {'; '.join(lines)}"
+                f"{f'; and {more} more' if more else ''}"
             )
         return np.array(found, dtype=np.int64)
 
