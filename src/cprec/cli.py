@@ -6,6 +6,7 @@ Only the standard library is imported here; a stage and what it needs load when 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shlex
 import sys
@@ -183,6 +184,7 @@ VERBS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 (it failed), 2 (a setting is wrong) or 130 (interrupted)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _write_any_character()
     debug = "--debug" in arguments
     try:
         options = _parsed(arguments)
@@ -216,6 +218,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         again = shlex.join(["cprec", *arguments])
         return _fail(f"interrupted. What is complete is kept; to go on from there: {again}", EXIT_INTERRUPTED)
+
+
+def _write_any_character() -> None:
+    """Where a console or pipe has another encoding than UTF-8, write what it does not have as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _fail(message: str, code: int) -> int:

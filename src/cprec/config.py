@@ -117,7 +117,10 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     try:
-        values = yaml.safe_load(text)
+        loader = yaml.SafeLoader(text)
+        document = loader.get_single_node()
+        _check_keys(document, str(path))
+        values = None if document is None else loader.construct_document(document)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict):
@@ -125,6 +128,26 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     if {"stage", "config", "versions"} <= set(values) and isinstance(values["config"], dict):
         values = values["config"]
     return {str(key): value for key, value in values.items()}
+
+
+def _check_keys(node: Any, path: str, where: str = "", above: tuple[Any, ...] = ()) -> None:
+    """Raise ConfigError for a key that a mapping of a YAML document has twice: YAML would take the last one."""
+    import yaml
+
+    if not isinstance(node, yaml.CollectionNode) or any(node is other for other in above):
+        return
+    if isinstance(node, yaml.SequenceNode):
+        for index, entry in enumerate(node.value):
+            _check_keys(entry, path, f"{where}{index}.", (*above, node))
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        name, line = str(getattr(key, "value", key)), key.start_mark.line + 1
+        if name in lines and name != "<<":
+            places = f"lines {lines[name]} and {line}" if lines[name] != line else f"line {line}"
+            raise ConfigError(f"{path}: {where}{name} is set twice, in {places}; give it once")
+        lines[name] = line
+        _check_keys(value, path, f"{where}{name}.", (*above, node))
 
 
 def from_yaml(path: Path | str, cls: type[ConfigT], overrides: Iterable[str] = ()) -> ConfigT:

@@ -32,6 +32,9 @@ def load_object(path: str) -> Any:
 class Settings(dict[str, Any]):
     """A tree of settings from `a.b=value`: it changes the named entries of what it meets and keeps the others."""
 
+    plain: Any = None
+    """The single value that a file has in this place; a class with a `PLAIN` field takes it for that field."""
+
 
 def parse_overrides(overrides: Iterable[str]) -> Settings:
     """`["a.b=1", "c=x"]` as the tree `{"a": {"b": "1"}, "c": "x"}`; values stay text.
@@ -78,6 +81,9 @@ def merge(first: Settings, second: Settings) -> Settings:
             merged[key] = entries
         elif isinstance(value, Settings) and isinstance(under, Mapping):
             merged[key] = merge(Settings(under), value)
+        elif isinstance(value, Settings):
+            merged[key] = Settings(value)
+            merged[key].plain = under
         else:
             merged[key] = value
     return merged
@@ -304,6 +310,9 @@ def _convert_union(value: Any, members: tuple[Any, ...], where: str, current: An
             raise ConfigError(f"{error}{hint}") from None
     if _is_config(current) and isinstance(value, Settings):
         return update(current, value, f"{where}.")
+    groups = [member for member in others if dataclasses.is_dataclass(member)]
+    if isinstance(value, Mapping) and len(groups) == 1 and not (value and all(str(key).isdecimal() for key in value)):
+        return convert(value, groups[0], where, current)
     if not isinstance(value, str):  # YAML has told text from numbers already
         for member in others:
             if isinstance(member, type) and type(value) is member:
@@ -338,7 +347,12 @@ def _convert_literal(value: Any, choices: tuple[Any, ...], where: str) -> Any:
         if text == str(choice):
             return choice
     hint = did_you_mean(str(value), [str(choice) for choice in choices])
-    raise ConfigError(f"{where}={value}: expected {' | '.join(str(choice) for choice in choices)}{hint}")
+    raise ConfigError(f"{where}={value}: expected {_choices(choices)}{hint}")
+
+
+def _choices(choices: Iterable[Any]) -> str:
+    """What may be chosen; signs in quotes."""
+    return " | ".join(str(choice) if str(choice)[:1].isalnum() else repr(choice) for choice in choices)
 
 
 def _convert_tuple(value: Any, annotation: Any, where: str, current: Any) -> Any:
@@ -396,8 +410,12 @@ def _convert_config(value: Any, cls: type, where: str, current: Any) -> Any:
     if not isinstance(value, Mapping):
         fields = listed(f"{where}.{name}" for name in settable_fields(cls))
         raise ConfigError(f"{where}={value}: {where} is a group of settings; set one of {fields}")
-    if isinstance(value, Settings) and type(current) is cls:
-        return update(current, value, f"{where}.")
+    if isinstance(value, Settings):
+        plain = value.plain if current is None else current
+        if hasattr(cls, "PLAIN") and plain is not None and type(current) is not cls:
+            return from_mapping(cls, {cls.PLAIN: plain, **value}, f"{where}.")
+        if type(current) is cls:
+            return update(current, value, f"{where}.")
     return from_mapping(cls, value, f"{where}.")
 
 
@@ -410,7 +428,7 @@ def describe_type(annotation: Any) -> str:
     if origin is typing.Annotated:
         return describe_type(arguments[0])
     if origin is Literal:
-        return " | ".join(str(choice) for choice in arguments)
+        return _choices(arguments)
     if origin is tuple and not (len(arguments) == 2 and arguments[1] is Ellipsis):
         return ",".join(describe_type(entry) for entry in arguments)
     if origin in (tuple, list, Sequence):

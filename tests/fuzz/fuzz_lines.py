@@ -24,6 +24,7 @@ from unittest.mock import patch
 CORPUS = Path(__file__).with_name("corpus.txt")
 
 SEPARATORS = (",", "\t", "::", "¦")
+ENCODINGS = ("cp1252", "utf-16", "utf-16-le", "gb18030", "shift_jis", "utf-7", "utf-8-sig", "cp037")
 QUOTES = ('"', "'", "", "”")
 
 
@@ -162,6 +163,31 @@ def _joined(path: Path, text_files: Any) -> bytes:
     return b"".join(text_files.text_blocks(path))
 
 
+def check_encoding(data: bytes) -> None:
+    """A file of any encoding is the same text however its blocks are cut; what is no text in it is no UTF-8 either."""
+    from cprec.data import text_files
+
+    if not data:
+        return
+    encoding, content = ENCODINGS[data[0] % len(ENCODINGS)], data[1:]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.csv")
+        path.write_bytes(content)
+        try:
+            with patch.object(text_files, "BLOCK_BYTES", 1 + data[0] % 7):
+                found = b"".join(text_files.text_blocks(path, encoding))
+        except ValueError as error:
+            assert str(error).startswith(f"{path} "), "the only one is DataError, which names the file"
+            return
+    try:
+        text = content.decode(encoding).encode()
+    except UnicodeError:
+        assert b"\xff" in found
+    else:
+        if b"\r" not in text:
+            assert found == text.removeprefix(b"\xef\xbb\xbf")
+
+
 CHECKS: dict[str, Callable[[bytes], None]] = {
     "d": check_delimited,
     "t": check_title,
@@ -169,6 +195,7 @@ CHECKS: dict[str, Callable[[bytes], None]] = {
     "j": check_json,
     "h": check_header,
     "f": check_file,
+    "e": check_encoding,
 }
 
 

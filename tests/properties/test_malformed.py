@@ -13,6 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 import duckdb
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
@@ -22,7 +23,9 @@ from cprec.data import delimited, text_files
 from cprec.data.build import build_dataset
 from cprec.data.dataset import read_manifest
 from cprec.data.delimited import Form, parse_block, split_line
-from cprec.data.sources.tables import TableSource
+from cprec.data.engine import TableEngine, connect
+from cprec.data.sources.numbers import NO_VALUE, Numbers, read_numbers
+from cprec.data.sources.tables import TableFiles, TableSource
 from cprec.errors import DataError
 
 CONNECTION = duckdb.connect()
@@ -237,16 +240,71 @@ fields = st.sampled_from(
 log_rows = st.lists(st.lists(fields, min_size=1, max_size=4).map(",".join), max_size=6)
 
 
+def in_style(number: float, thousands: str, point: str) -> str:
+    """A number as people write it: `1234.5` with "." and "," is 1.234,50."""
+    return f"{number:,.2f}".replace(",", "\0").replace(".", point).replace("\0", thousands)
+
+
+prices = st.lists(st.integers(-(10**9), 10**9).map(lambda cents: cents / 100), min_size=1, max_size=12)
+styles = st.sampled_from([("", "."), ("", ","), (",", "."), (".", ","), (" ", ","), ("\u202f", ","), ("'", ".")])
+
+
 @pytest.mark.slow
-@given(log_rows, st.sampled_from(["auto", "seconds", "milliseconds", "iso", "order"]))
+def test_numbers_in_any_style_are_read() -> None:
+    """Two decimals leave no doubt about the sign: what is written is read, also where a row is no number."""
+
+    @settings(max_examples=15)
+    @given(prices, styles, st.sampled_from(["{}", "€ {}", "{} zł", "US${}", " {} CHF "]), st.booleans())
+    def holds(values: list[float], style: tuple[str, str], around: str, is_told: bool) -> None:
+        texts = [around.format(in_style(value, *style)) for value in values]
+        found, numbers = read(engine, [*texts, "free"], style[1] if is_told else "auto")
+        assert found == [*values, None]
+        assert (numbers.num_unread, numbers.unread, numbers.num_unclear) == (1, "free", 0)
+
+    with connect() as engine:
+        holds()
+
+
+@pytest.mark.slow
+def test_every_cell_is_a_number_or_counted() -> None:
+    @settings(max_examples=15)
+    @given(st.lists(st.text("0123456789.,- '€%eE", max_size=7), max_size=15), st.sampled_from(["auto", ".", ","]))
+    def holds(texts: list[str], decimal: Any) -> None:
+        found, numbers = read(engine, texts, decimal)
+        pairs = zip(texts, found, strict=True)
+        unread = [text for text, value in pairs if value is None and text.strip().lower() not in NO_VALUE]
+        assert len(unread) == numbers.num_unread >= numbers.num_unclear
+        assert {numbers.unread, numbers.unclear} <= {"", *unread}
+
+    with connect() as engine:
+        holds()
+
+
+def read(engine: TableEngine, texts: list[str], decimal: Any) -> tuple[list[float | None], Numbers]:
+    table = engine.from_arrow(pa.table({"row": range(len(texts)), "x": pa.array(texts, pa.string())}))
+    numbers = read_numbers(engine, table, "x", decimal)
+    values = engine.to_arrow(table.select("row", numbers.values.name("value")).order_by("row"))["value"]
+    return values.to_pylist(), numbers
+
+
+@pytest.mark.slow
+@given(
+    log_rows,
+    st.sampled_from(["auto", "seconds", "milliseconds", "iso", "order"]),
+    st.sampled_from(["auto", ","]),
+    st.booleans(),
+)
 @settings(max_examples=8)
-def test_a_log_is_refused_or_all_of_its_rows_are_counted(rows: list[str], timestamps: Any) -> None:
+def test_a_log_is_refused_or_all_of_its_rows_are_counted(
+    rows: list[str], timestamps: Any, decimal: Any, named: bool
+) -> None:
     good = ["g,i1,2014-07-23" if timestamps == "iso" else "g,i1,1406116800"] * 7
-    text = "user_id,item_id,timestamp\n" + "".join(f"{row}\n" for row in [*good, *rows])
+    text = ("" if named else "user_id,item_id,timestamp\n") + "".join(f"{row}\n" for row in [*good, *rows])
     with file_of(text.encode(), "log.csv") as path:
         items = path.with_name("items.csv")
         items.write_text("item_id,title\ni1,Ball\n")
-        source = TableSource(domain="toys", interactions=str(path), items=str(items), timestamps=timestamps)
+        own = TableFiles(path=str(path), decimal=decimal, names=("user_id", "item_id", "timestamp") if named else ())
+        source = TableSource(domain="toys", interactions=own, items=str(items), timestamps=timestamps)
         try:
             folder = build_dataset([source], path.with_name("data"), min_user_events=0, min_item_events=0)
         except DataError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import pytest
 import cprec
 from cprec import __version__, cli, config, settings
 from cprec.errors import ConfigError, TrainingError
+from cprec.progress import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +131,33 @@ def fake_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "load_object", lambda path: stage if path in functions else real(path))
     monkeypatch.setitem(vars(cprec), "Recommender", FakeRecommender)
     monkeypatch.setenv("COLUMNS", "100")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_any_character_can_be_written_to_any_console(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
+
+    def talk(_: object) -> None:
+        table = Table("№ 苹果")
+        table.add_row("✓ → \udce9")
+        Console().print(table)
+        print("苹果")
+        say("… → 苹果")
+        warnings.simplefilter("always")
+        warnings.warn_explicit("苹果 → ≥", UserWarning, cli.__file__, 1)
+        raise TrainingError("苹果: loss → ∞")
+
+    monkeypatch.setattr(settings, "load_object", lambda path: FakeConfig if "Config" in path else talk)
+    monkeypatch.setenv("CPREC_PROGRESS", "plain")
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    assert cli.main(["prepare", "fake", "data=x"]) == cli.EXIT_ERROR
+    for stream in streams.values():
+        stream.flush()
+        assert r"\u82f9\u679c" in stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from cprec import config as configs
 from cprec import provenance
 from cprec.config import describe_recipe, find_config, from_mapping, from_yaml, resolve, to_yaml
+from cprec.data.sources.tables import TableFiles, TableSource
 from cprec.errors import ConfigError
 from cprec.field_help import describe_fields, field_docs, show_value
 from cprec.provenance import file_sha256, read_resolved, save_resolved, to_dict
@@ -208,6 +209,37 @@ def test_yaml_is_a_complete_configuration(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("entry", "settings", "items"),
+    [
+        ("items: i.csv", [], ("i.csv",)),
+        ("items: [i.csv, j.csv]", ["separator=|"], TableFiles(path=("i.csv", "j.csv"), separator="|")),
+        ("items: i.csv", ["columns.item_id=id"], TableFiles(path=("i.csv",), columns={"item_id": "id"})),
+        ("items: {path: i.csv, decimal: ','}", ["path=j.csv"], TableFiles(path=("j.csv",), decimal=",")),
+        ("items: {path: i.csv, columns: {item_id: id}}", ["columns.title=name"],
+         TableFiles(path=("i.csv",), columns={"item_id": "id", "title": "name"})),
+        ("{}", ["path=i.csv", "names=item_id,title"], TableFiles(path=("i.csv",), names=("item_id", "title"))),
+    ],
+)  # fmt: skip
+def test_a_table_is_its_files_or_those_with_settings(
+    tmp_path: Path, entry: str, settings: list[str], items: object
+) -> None:
+    path = tmp_path / "shop.yaml"
+    path.write_text(f"interactions: l.csv\ndomain: toys\n{entry if entry != '{}' else ''}\n")
+    source = from_yaml(path, TableSource, [f"items.{setting}" for setting in settings])
+    assert source.items == items
+    assert from_mapping(TableSource, to_dict(source)) == source
+    plain = TableSource(domain="toys", interactions="l.csv", items="i.csv")
+    assert resolve(plain, ["items.separator=|"]).items == TableFiles(path=("i.csv",), separator="|")
+
+
+def test_a_wrong_setting_of_a_table_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "shop.yaml"
+    path.write_text("interactions: l.csv\ndomain: toys\nitems: {path: i.csv, seperator: x}\n")
+    with pytest.raises(ConfigError, match=r"no field 'items.seperator'; did you mean 'separator'\? Its fields: path"):
+        from_yaml(path, TableSource)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("num_steps: 1", "Stage needs output_dir"),
@@ -216,6 +248,9 @@ def test_yaml_is_a_complete_configuration(tmp_path: Path) -> None:
         ("output_dir: x\nnum_steps: true", "num_steps=True: expected a whole number"),
         ("output_dir: x\nsources: [{path: a}]", "fits nothing that is accepted"),
         ("output_dir: [", "is not YAML"),
+        ("output_dir: x\nnum_steps: 1\nnum_steps: 2", "num_steps is set twice, in lines 2 and 3; give it once"),
+        ("output_dir: x\nsize: {width: 1, width: 2}", "size.width is set twice, in line 2"),
+        ("output_dir: x\nsources: [{path: a, path: b}]", "sources.0.path is set twice, in line 2"),
         ("- a", "holds no settings"),
         ("", "holds no settings"),
     ],

@@ -274,8 +274,6 @@ class _DomainBuilder:
     rejected: Counter[str] = field(default_factory=Counter)
     files: list[dict[str, Any]] = field(default_factory=list)
     num_items: int = 0
-    num_unread_ratings: int = 0
-    """Ratings that are no numbers: the event stays, without its rating."""
     titles: dict[str, Any] = field(default_factory=dict)
     """What cleaning made of the titles."""
 
@@ -291,6 +289,7 @@ class _DomainBuilder:
         """Read and judge the rows, and apply the rules that look at single users: `items` and `events`."""
         self.tell(f"{self.domain}: reading")
         self.tables = tables = self.source.load(self.engine)
+        self._tell_of_numbers()
         with self.engine.translated_errors(f"reading domain {self.domain!r}"):
             items = self.engine.materialise(tables.items)
             self._set_aside_malformed("interactions", tables.interactions)
@@ -302,6 +301,24 @@ class _DomainBuilder:
         self._count("usable")
         if self.rules.deduplicate:
             self._deduplicate()
+
+    def _tell_of_numbers(self) -> None:
+        """Say what is no number in ratings, prices and positions, and where a comma is taken for the decimal sign."""
+        for name, numbers in self.tables.numbers.items():
+            key = self.tables.keys.get("items" if name == PRICE else "interactions", "")
+            setting = f"; say which it is: {key}decimal=. or {key}decimal=," if key else ""
+            if numbers.comma:
+                self.tell(f"note: {self.domain}: the comma in {name} is the decimal sign, as in {numbers.comma!r}")
+            if numbers.num_unclear:
+                self.tell(
+                    f"note: {self.domain}: {numbers.num_unclear:,} values of {name} are another number with a decimal "
+                    f"point than with a decimal comma, as {numbers.unclear!r}, and are left out{setting}"
+                )
+            if numbers.num_unread > numbers.num_unclear:
+                self.tell(
+                    f"note: {self.domain}: {numbers.num_unread - numbers.num_unclear:,} values of {name} are no "
+                    f"numbers, as {numbers.unread!r}, and are left out"
+                )
 
     # ---- judging rows ----
 
@@ -395,8 +412,6 @@ class _DomainBuilder:
         columns = (USER_ID, ITEM_ID, TIMESTAMP, RATING, "position", "sequence")
         events = self.engine.materialise(usable.semi_join(good_items, ITEM_ID).select(*columns))
         num_rows = self.counts[0]["events"]
-        if "rating_unread" in log.columns:
-            self.num_unread_ratings = int(self.engine.value(log["rating_unread"].sum()) or 0)
         if self.engine.value(events.count()) == num_rows:
             return events
         items = self.items
@@ -452,13 +467,21 @@ class _DomainBuilder:
             raise DataError(
                 f"{example['file']}: {found.total():,} of {found.total() + num_rows:,} rows of the {what} of domain "
                 f"{self.domain!r} cannot be taken apart into the fields of the header, as line {example['line']} "
-                f"({example['reason']}): {example['row']!r}. Is the separator right, and are fields that hold it in "
-                "quotes? Set separator=... and quote=..."
+                f"({example['reason']}): {example['row']!r}{self._separator_hint(what)}"
             )
         self.rejected += found
         if not num_rows:
             names = ", ".join(sorted({str(path) for kind, path in self.tables.files if kind == what}))
             raise DataError(f"the {what} of domain {self.domain!r} have no rows{f' ({names})' if names else ''}")
+
+    def _separator_hint(self, what: str) -> str:
+        key = self.tables.keys.get(what)
+        if not key:
+            return ""
+        return (
+            ". Is the separator right, and are fields that hold it in quotes? Set "
+            f"{key}separator=... and {key}quote=..."
+        )
 
     def _explain(self, table: Any, what: str, reason: str, count: int, total: int, shown: Sequence[str]) -> str:
         """Why most rows of a table cannot be used, with examples and what to do."""
@@ -492,14 +515,15 @@ class _DomainBuilder:
             return (
                 f"{head}, because {'they have' if what == 'items' else 'their items have'} no title with a word in it "
                 f"({', '.join(repr(row[ITEM_ID]) for row in examples)}). Titles are what a language model reads: map "
-                "the column that holds them with columns.title=COLUMN"
+                f"the column that holds them with {self.tables.keys.get('items', '')}columns.title=COLUMN"
             )
         lines = ", ".join(str(row["line"]) for row in examples)
+        key = self.tables.keys.get(what, "")
         if reason in (NO_USER, NO_ITEM):
             column = USER_ID if reason == NO_USER else ITEM_ID
             return (
                 f"{head}, because {column} is empty (lines {lines}). Is the right column mapped: "
-                f"columns.{column}=COLUMN?"
+                f"{key}columns.{column}=COLUMN?"
             )
         values = "; ".join(", ".join(f"{name}={row[name]!r}" for name in shown) for row in examples)
         return f"{head}: {reason} (lines {lines}: {values})"
@@ -639,7 +663,8 @@ class _DomainBuilder:
             "counts": self.counts,
             "titles": self.titles,
             "rejected": dict(sorted(self.rejected.items())),
-            "unread_ratings": self.num_unread_ratings,
+            **{f"unread_{name}s": numbers.num_unread for name, numbers in tables.numbers.items()},
+            "decimal_commas": [name for name, numbers in tables.numbers.items() if numbers.comma],
         }
 
 

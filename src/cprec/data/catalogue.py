@@ -66,14 +66,16 @@ class Catalogue:
 
         Raises UnknownItemError naming up to five ids that are not there, with the nearest that are.
         """
-        return self._look_up(domain, list(item_ids), self._row_of_id[self.domain_index(domain)], "item id", _near_ids)
+        ids = list(item_ids)
+        return self._look_up(domain, ids, ids, self._row_of_id[self.domain_index(domain)], "id", _near_ids)
 
     def find_titles(self, domain: str, titles: Iterable[str]) -> np.ndarray:
         """int64 rows of titles of a domain, in the order given, as `look_up` knows them; raises as it and `find` do."""
+        titles = list(titles)
         known = self._row_of_title[self.domain_index(domain)]
-        rows = [(title, self.look_up(title, domain, "title", elsewhere=False)) for title in titles]
-        keys = [title if row is None else str(self.title[row]) for title, row in rows]
-        return self._look_up(domain, keys, known, "title", self._near_titles)
+        rows = [self.look_up(title, domain, "title", elsewhere=False) for title in titles]
+        keys = [title if row is None else str(self.title[row]) for title, row in zip(titles, rows, strict=True)]
+        return self._look_up(domain, titles, keys, known, "id or title", self._near_titles)
 
     def row_of_id(self, domain: str, item_id: str) -> int | None:
         """The row of an item of a domain; None where there is none."""
@@ -127,18 +129,22 @@ class Catalogue:
         equal = rows_of_text.take(np.unique(texts[rows - first])).values
         return frozenset(map(str, self.item_id[first + equal]))
 
-    def _look_up(self, domain: str, keys: list[str], known: dict[str, int], what: str, near: _Near) -> np.ndarray:
+    def _look_up(
+        self, domain: str, asked: list[str], keys: list[str], known: dict[str, int], what: str, near: _Near
+    ) -> np.ndarray:
+        """`asked` is what the caller wrote, `keys` what is looked for."""
         found = [known.get(key) for key in keys]
         if None in found:
-            missing = list(dict.fromkeys(key for key in keys if key not in known))
+            missing = {text: key for text, key in zip(asked, keys, strict=True) if key not in known}
             lines = []
-            for key in missing[:MAX_UNKNOWN_SHOWN]:
+            for text, key in list(missing.items())[:MAX_UNKNOWN_SHOWN]:
                 nearest = near(key, known)
-                lines.append(f"{key!r}" + (f" (nearest: {', '.join(map(repr, nearest))})" if nearest else ""))
+                lines.append(f"{text!r}" + (f" (nearest: {', '.join(map(repr, nearest))})" if nearest else ""))
             more = len(missing) - len(lines)
             raise UnknownItemError(
-                f"{len(missing)} {what}{'s are' if len(missing) > 1 else ' is'} not among the {len(known):,} items of "
-                f"domain {domain!r}: {'; '.join(lines)}{f'; and {more} more' if more else ''}"
+                f"{len(missing)} item{'s are' if len(missing) > 1 else ' is'} not among the "
+                f"{len(self.rows_of(domain)):,} of domain {domain!r}, by {what}: {'; '.join(lines)}"
+                f"{f'; and {more} more' if more else ''}"
             )
         return np.array(found, dtype=np.int64)
 

@@ -61,7 +61,7 @@ class TableEngine(ABC):
         """
 
     @abstractmethod
-    def read_json_lines(self, path: Path, columns: Sequence[str]) -> tuple[Any, Any | None]:
+    def read_json_lines(self, path: Path, columns: Sequence[str], *, encoding: str = "utf-8") -> tuple[Any, Any | None]:
         """One JSON object per line, the given keys as text (lists joined by a comma): (rows, malformed rows)."""
 
     @abstractmethod
@@ -202,9 +202,9 @@ class DuckDBEngine(TableEngine):
             )
         return self.backend.table(rows), None if malformed is None else self.backend.table(malformed)
 
-    def read_json_lines(self, path: Path, columns: Sequence[str]) -> tuple[Any, Any | None]:
+    def read_json_lines(self, path: Path, columns: Sequence[str], *, encoding: str = "utf-8") -> tuple[Any, Any | None]:
         with self.translated_errors(str(path)):
-            rows, malformed = text_files.read_json_lines(self.backend.con, path, columns)
+            rows, malformed = text_files.read_json_lines(self.backend.con, path, columns, encoding=encoding)
         return self.backend.table(rows), self.backend.table(malformed)
 
     def from_arrow(self, table: pa.Table) -> Any:
@@ -349,8 +349,8 @@ class SparkEngine(TableEngine):
         )
         return self._handed_over(rows), None if malformed is None else self._handed_over(malformed)
 
-    def read_json_lines(self, path: Path, columns: Sequence[str]) -> tuple[Any, Any | None]:
-        rows, malformed = self._text.read_json_lines(path, columns)
+    def read_json_lines(self, path: Path, columns: Sequence[str], *, encoding: str = "utf-8") -> tuple[Any, Any | None]:
+        rows, malformed = self._text.read_json_lines(path, columns, encoding=encoding)
         return self._handed_over(rows), None if malformed is None else self._handed_over(malformed)
 
     def _handed_over(self, table: Any) -> Any:

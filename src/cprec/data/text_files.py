@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import itertools
 import zlib
@@ -28,6 +29,8 @@ SHOWN = 1000
 BLOCK_BYTES = 1 << 22
 """What is read at once."""
 
+UTF8 = "utf-8"
+
 NO_OBJECT = "malformed row: no JSON object"
 KEY_TWICE = "malformed row: a key occurs twice"
 
@@ -47,9 +50,9 @@ def read_delimited(
     quote: str,
     *,
     header: bool = True,
-    encoding: str = "utf-8",
+    encoding: str = UTF8,
 ) -> tuple[str, str | None]:
-    """A delimited text file, every column as text, into tables of a DuckDB connection; `encoding` utf-8 or latin-1.
+    """A delimited text file, every column as text, into tables of a DuckDB connection.
 
     `cprec.data.delimited` has the rules. Returns the name of the table of rows, and of the table of malformed rows with
     columns `line_in_file`, `reason` and `row`; None where there are none. `line_in_file` is where a row begins.
@@ -73,16 +76,17 @@ def read_delimited(
     name = _load(connection, schema, batches())
     undecoded = [row.line for row in bad if row.reason == NOT_UTF8]
     if len(undecoded) > connection.execute(f"SELECT count(*) FROM {name}").fetchall()[0][0]:
+        fix = f"with `iconv -f windows-1252 -t utf-8 {path.name} > new{path.suffix}` if it comes from Windows, say"
         raise DataError(
-            f"{path} is not UTF-8: {len(undecoded):,} rows, as line {undecoded[0]}, cannot be read. Save it as UTF-8, "
-            f"with `iconv -f windows-1252 -t utf-8 {path.name} > new{path.suffix}` if it comes from Windows, say"
+            f"{path} is not {'UTF-8' if encoding == UTF8 else encoding}: {len(undecoded):,} rows, as line "
+            f"{undecoded[0]}, cannot be read. Save it as UTF-8, {fix}; or set encoding=windows-1252, if that is it"
         )
     renamed = ", ".join(f"{old} AS {_identifier(new)}" for old, new in zip(names, columns, strict=True))
     connection.execute(f"CREATE TEMP VIEW {name}_rows AS SELECT {renamed}, {LINE} FROM {name}")
     return f"{name}_rows", _malformed_table(connection, bad) if bad else None
 
 
-def read_json_lines(connection: Any, path: Path, columns: Sequence[str]) -> tuple[str, str]:
+def read_json_lines(connection: Any, path: Path, columns: Sequence[str], *, encoding: str = UTF8) -> tuple[str, str]:
     """One JSON object per line, the given keys as text (lists joined by a comma), into tables of a DuckDB connection.
 
     Columns that are a `Scalar` hold no lists and objects. Returns the names of the tables of rows and of malformed rows
@@ -91,7 +95,7 @@ def read_json_lines(connection: Any, path: Path, columns: Sequence[str]) -> tupl
     from cprec.data.delimited import TOO_MANY
 
     # A unit separator cannot stand in JSON, so each line is one field.
-    lines, bad = read_delimited(connection, path, ["json"], "\x1f", "", header=False)
+    lines, bad = read_delimited(connection, path, ["json"], "\x1f", "", header=False, encoding=encoding)
     name = new_name()
     connection.execute(
         f"CREATE TEMP TABLE {name} AS SELECT {LINE}, CASE WHEN is_object THEN json END AS object, "
@@ -224,21 +228,50 @@ def _marked_last(blocks: Iterator[bytes]) -> Iterator[tuple[bytes, bool]]:
     yield held, True
 
 
-def text_blocks(path: Path, encoding: str = "utf-8") -> Iterator[bytes]:
+def text_blocks(path: Path, encoding: str = UTF8) -> Iterator[bytes]:
     """The bytes of a text file, also of a compressed one, in blocks: in UTF-8, without a byte order mark.
 
     Where the first block has carriage returns and no line feed, those end lines, as they once did on a Macintosh.
+    What cannot be decoded becomes a byte that UTF-8 does not have, so that its row is set aside.
     Raises DataError for a file of another encoding or kind, one that cannot be read, and one that ends too early.
     """
-    check_encoding(path)
+    check_kind(path)
+    is_utf8 = codecs.lookup(encoding).name == UTF8
+    if is_utf8:
+        check_encoding(path)
     returns_end_lines = False
-    for number, block in enumerate(_file_blocks(path)):
+    for number, block in enumerate(_file_blocks(path) if is_utf8 else _decoded_blocks(path, encoding)):
         if number == 0:
             block = block.removeprefix(b"\xef\xbb\xbf")
             returns_end_lines = b"\r" in block and b"\n" not in block
-        if returns_end_lines:
-            block = block.replace(b"\r", b"\n")
-        yield block if encoding == "utf-8" else block.decode(encoding).encode()
+        yield block.replace(b"\r", b"\n") if returns_end_lines else block
+
+
+def _decoded_blocks(path: Path, encoding: str) -> Iterator[bytes]:
+    """The blocks of a file of another encoding in UTF-8; a character may begin in one and end in the next."""
+    decoder = codecs.getincrementaldecoder(encoding)(_UNDECODED)
+    for block in itertools.chain(_file_blocks(path), [b""]):
+        if text := decoder.decode(block, final=not block):
+            yield text.encode(UTF8, _UNDECODED)
+
+
+def _undecoded(error: UnicodeError) -> tuple[str | bytes, int]:
+    """What stands for bytes, or half a character, that are no text: in UTF-8 it is a byte that never occurs."""
+    assert isinstance(error, UnicodeDecodeError | UnicodeEncodeError)
+    return ("\udcff" if isinstance(error, UnicodeDecodeError) else b"\xff"), error.end
+
+
+_UNDECODED = "cprec-undecoded"
+codecs.register_error(_UNDECODED, _undecoded)
+
+
+def is_encoding(name: str) -> bool:
+    """Whether there is such an encoding of text."""
+    try:
+        "a".encode(name)
+    except (LookupError, ValueError):
+        return False
+    return True
 
 
 def _file_blocks(path: Path) -> Iterator[bytes]:
@@ -261,13 +294,9 @@ def _file_blocks(path: Path) -> Iterator[bytes]:
 _KINDS = ((b"PAR1", "Parquet"), (b"PK\3\4", "a zip archive"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bzip2"))
 
 
-def check_encoding(path: Path) -> None:
-    """Raise DataError for a file that is no UTF-8 from its start, or of another kind than its name says."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(64)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+def check_kind(path: Path) -> None:
+    """Raise DataError for a file of another kind than its name says."""
+    start = _start(path)
     is_gzip, is_named = start[:2] == b"\x1f\x8b", path.suffix.lower() == ".gz"
     if is_gzip and not is_named:
         raise DataError(f"{path} is compressed with gzip, but its name does not end in .gz: rename it")
@@ -276,23 +305,37 @@ def check_encoding(path: Path) -> None:
     for mark, kind in _KINDS:
         if start.startswith(mark):
             raise DataError(f"{path} is no text but {kind}: give it the suffix of what it is, or unpack it")
+
+
+def check_encoding(path: Path) -> None:
+    """Raise DataError for a file that is no UTF-8 from its start."""
+    start = _start(path)
     has_mark = start[:2] in (b"\xff\xfe", b"\xfe\xff") or start[:4] == b"\0\0\xfe\xff"
     if has_mark or (len(start) >= 4 and (not any(start[0::2]) or not any(start[1::2]))):  # every other byte is NUL
         raise DataError(
-            f"{path} is UTF-16 or UTF-32: save it as UTF-8, with `iconv -f utf-16 -t utf-8 {path.name} > new.csv`, say"
+            f"{path} is UTF-16 or UTF-32: save it as UTF-8, with `iconv -f utf-16 -t utf-8 {path.name} > new.csv`, "
+            "say, or set encoding=utf-16 or utf-32"
         )
 
 
-def first_line(path: Path) -> str:
+def _start(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(64)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def first_line(path: Path, encoding: str = UTF8) -> str:
     """The first line of a text file, also of a compressed one, without its end and byte order mark."""
-    return next(iter(first_lines(path, 1)), "")
+    return next(iter(first_lines(path, 1, encoding)), "")
 
 
-def first_lines(path: Path, count: int) -> list[str]:
+def first_lines(path: Path, count: int, encoding: str = UTF8) -> list[str]:
     """Up to `count` lines of a text file, also of a compressed one. Raises DataError where it cannot be read."""
     lines: list[bytes] = []
     rest = b""
-    for block in text_blocks(path):
+    for block in text_blocks(path, encoding):
         *whole, rest = (rest + block).split(b"\n")
         lines += whole[: count - len(lines)]
         if len(lines) == count or len(rest) > MAX_LINE:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -55,6 +56,14 @@ EXPORT, CERTIFICATE, DATASET_INFO = "export.json", "certificate.json", "dataset_
 
 BATCH = 4096
 """Documents that are turned into text at once."""
+
+MARK = re.compile(
+    r"[<\[](?:(?<=<)(?:\|[^<>|\s]{1,60}\||｜[^<>｜]{1,60}｜|</?SYS>|/?(?:s|bos|eos|pad|unk|mask|think|tool_call)"
+    r"|(?:start|end)_of_(?:turn|text)|endoftext|(?:unused|extra_id_)_?\d+|image|video|audio)>"
+    r"|(?<=\[)/?(?:INST|BOS|EOS|PAD|UNK|CLS|SEP|g?MASK|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|THINK)\])"
+)
+"""How tokenizers and chat templates write special tokens: in a title it is text here, but a trainer that tokenises the
+text again may take it for the token."""
 
 MAX_SAMPLED = 1000
 """Documents of a file whose text is tokenised again, to say whether that gives our tokens."""
@@ -546,16 +555,26 @@ def _decoded(shards: Shards, tokenizer: Any, rows: np.ndarray, stops: np.ndarray
 
 
 def _write_lines(out: Export, name: str, rows: np.ndarray, entries: _Entries) -> None:
-    """Write a line of JSON for each of some documents."""
+    """Write a line of JSON for each of some documents, and note how many hold the mark of a special token."""
+    num_marked, example = 0, ""
     with (
         open(out.target / name, "w", encoding="utf-8") as file,
         track(len(rows), f"exporting {name}", "documents") as progress,
     ):
         for start in range(0, len(rows), BATCH):
             some = rows[start : start + BATCH]
-            file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries(some))
+            for line in (json.dumps(entry, ensure_ascii=False) for entry in entries(some)):
+                file.write(f"{line}\n")
+                if found := MARK.search(line):
+                    num_marked, example = num_marked + 1, found[0]
             progress.advance(len(some))
     out.rows[name] = len(rows)
+    out.notes.setdefault("special_marks", {})[name] = num_marked
+    if num_marked:
+        say(
+            f"note: {name}: {num_marked:,} of {len(rows):,} documents hold a mark of chat templates, as {example!r}; "
+            "what trains on them may take it for a special token"
+        )
 
 
 def _tokenise_again(out: Export, name: str, shards: Shards, tokenizer: Any, rows: np.ndarray) -> None:

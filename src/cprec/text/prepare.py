@@ -228,6 +228,9 @@ def _has_tables(config: PrepareConfig, folder: Path) -> bool:
 def _changed(config: PrepareConfig, folder: Path) -> list[str]:
     """The settings that differ from those a folder was made with, where they change what is in it."""
     old, new = read_resolved(folder)["config"], to_dict(config)
+    for table in old.get("tables", ()):
+        for name in ("encoding", "decimal"):  # a folder may be older than these
+            table.setdefault(name, getattr(TableSource, name))
     return sorted(name for name in old.keys() | new.keys() if name not in HOW and old.get(name) != new.get(name))
 
 

@@ -40,10 +40,13 @@ def finetune(config: FinetuneConfig) -> Path:
 
     folder = Path(config.data) / "examples" / config.domain
     if not folder.is_dir():
-        found = sorted(path.name for path in folder.parent.glob("*/")) if folder.parent.is_dir() else []
+        if not folder.parent.is_dir():
+            what = "does not exist" if not Path(config.data).exists() else "is no data folder of `cprec prepare`"
+            raise ConfigError(f"data={config.data} {what}: give the folder that `cprec prepare` wrote")
+        found = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
         raise ConfigError(
-            f"domain={config.domain!r} has no fine-tuning examples in {folder.parent}; there are: "
-            f"{', '.join(found) or 'none'}. Name it in target_domains of `cprec prepare`"
+            f"domain={config.domain!r} has no fine-tuning examples in {folder.parent}, which has those of "
+            f"{', '.join(found) or 'no domain'}. Name it in target_domains of `cprec prepare`"
         )
     train, validation = open_shards(folder / "train"), open_shards(folder / "validation")
 

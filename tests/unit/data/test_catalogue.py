@@ -40,20 +40,22 @@ def test_unknown_ids_are_named_with_the_nearest(catalogue: Catalogue) -> None:
     with pytest.raises(UnknownItemError) as raised:
         catalogue.find("books", ["b1", "b33", *(f"x{n}" for n in range(9))])
     message = str(raised.value)
-    assert "10 item ids are not among the 3 items of domain 'books': 'b33' (nearest: 'b3'" in message
+    assert "10 items are not among the 3 of domain 'books', by id: 'b33' (nearest: 'b3'" in message
     assert message.endswith("; and 5 more")
 
 
 def test_an_id_of_another_domain_is_unknown(catalogue: Catalogue) -> None:
-    with pytest.raises(UnknownItemError, match="1 item id is not among the 3 items of domain 'books': 't1'"):
+    with pytest.raises(UnknownItemError, match="1 item is not among the 3 of domain 'books', by id: 't1'"):
         catalogue.find("books", ["t1"])
 
 
 def test_titles_are_found_after_cleaning_whatever_their_case(catalogue: Catalogue) -> None:
     assert catalogue.find_titles("toys", ["  red   BALL. "]).tolist() == [3]
     assert catalogue.find_titles("books", ["Emma", "emma", "Emma."]).tolist() == [2, 1, 2], "exact ones first"
-    with pytest.raises(UnknownItemError, match=r"1 title is not .* 'Blue ball' \(nearest: 'Red Ball'\)"):
-        catalogue.find_titles("toys", ["Blue ball"])
+    with pytest.raises(
+        UnknownItemError, match=r"1 item is not .*, by id or title: ' Blue ball' \(nearest: 'Red Ball'\)"
+    ):
+        catalogue.find_titles("toys", [" Blue ball"])
 
 
 @pytest.fixture

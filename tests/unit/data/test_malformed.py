@@ -304,7 +304,8 @@ DELIMITED = [
     Case("quotes as ordinary characters", rows(f'"a,i1,{T}'), kept=('"a',), settings={"quote": ""}),
     Case("newlines in quotes of a bad row", rows('"a\nb",i1'), {2: FEW, 3: FEW}),
     Case("no end of the last line", (HEAD + GOOD)[:-1]),
-    Case("another separator", (HEAD + GOOD).replace(b",", b";"), error='a semicolon separates .*: set separator=";"'),
+    Case("another separator", (HEAD + GOOD).replace(b",", b";"),
+         error='a semicolon separates .*: set interactions.separator=";"'),
     Case("a separator of two characters", (rows(f"a,i1,{T},", "b")).replace(b",", b"::"), {2: MANY, 3: FEW},
          settings={"separator": "::"}, items=ITEMS.replace(b",", b"::")),
     Case("every row longer than the header", HEAD + GOOD.replace(b"\n", b",\n"),
@@ -318,7 +319,7 @@ DELIMITED = [
     Case("a newline in the header", b'user_id,"item\nid",timestamp\n' + GOOD,
          error="header .* a quote that is not closed"),
     Case("no such column", b"who,what,timestamp\na,i1,1\n",
-         error=r"no column for user_id .*Map it: columns\.user_id=COL"),
+         error=r"no column for user_id .*Map it: interactions\.columns\.user_id=COL"),
     Case("columns with names of ours", HEAD.replace(b"\n", b",sequence,problem,source_file,line_in_file\n")
          + GOOD.replace(b"\n", b",1,bad,f,7\n")),
     Case("a column missing in the second file", {"a.csv": HEAD + GOOD, "b.csv": b"user_id,item_id\na,i1\n"},

@@ -4,6 +4,7 @@ import gzip
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cprec.data import text_files
 from cprec.data.engine import connect
 from cprec.data.sources.memory import MemorySource
 from cprec.data.sources.recbole import RecBoleSource
-from cprec.data.sources.tables import TableSource
+from cprec.data.sources.tables import TableFiles, TableSource
 from cprec.errors import ConfigError, DataError
 
 Write = Callable[[str, str], str]
@@ -249,8 +251,10 @@ def test_a_missing_column_is_named_with_those_found(write: Write) -> None:
     message = str(raised.value)
     assert "no column for user_id (looked for 'user_id' or 'user'" in message
     assert "the interactions of domain 'toys' have 'customer', 'item_id', 'timestamp'" in message
-    assert "Map it: columns.user_id=COLUMN" in message
-    with pytest.raises(DataError, match="no column for item_id .looked for 'sku'.*Map it: columns.item_id=COLUMN"):
+    assert "Map it: interactions.columns.user_id=COLUMN" in message
+    with pytest.raises(
+        DataError, match="no column for item_id .looked for 'sku'.*Map it: interactions.columns.item_id=COLUMN"
+    ):
         load(table_source(write, "user_id,item_id,timestamp\nu,i1,1\n", columns={"item_id": "sku"}))
 
 
@@ -268,7 +272,7 @@ def test_a_wrong_separator_is_guessed(write: Write, separator: str, shown: str) 
     text = f"user_id{separator}item_id{separator}timestamp\nu{separator}i1{separator}{NOON}\n"
     with pytest.raises(DataError, match="with a comma as separator the header is the single column") as raised:
         load(table_source(write, text))
-    assert str(raised.value).endswith(f"set separator={shown}".replace("\\\\", "\\"))
+    assert str(raised.value).endswith(f"set interactions.separator={shown}".replace("\\\\", "\\"))
     log = TableSource(
         domain="toys", interactions=write("log.csv", text), items=write("items.tsv", ITEMS), separator=separator
     )
@@ -288,9 +292,105 @@ def test_json_that_is_not_one_object_per_line_is_refused(write: Write) -> None:
         load(TableSource(domain="toys", interactions=write("log.json", '[{"user_id": 1},\n{"user_id": 2}]\n')))
 
 
+def test_each_table_has_its_own_settings(write: Write) -> None:
+    """The item is `product` in the log and `id` in the items; separators, encodings and decimal signs differ."""
+    log = write("orders.csv", f"customer|product|time|stars\nu|i1|{NOON}|4.5\n")
+    items = Path(write("items.csv", ""))
+    items.write_bytes("id;name;price\ni1;Töpfe;1.234\n".encode("cp1252"))
+    source = TableSource(
+        domain="toys",
+        interactions=TableFiles(path=log, separator="|"),
+        items=TableFiles(path=str(items), columns={"item_id": "id"}, separator=";", encoding="cp1252", decimal=","),
+        columns={"user_id": "customer", "item_id": "product"},
+    )
+    rows, catalogue, _ = load(source)
+    assert [(row["user_id"], row["item_id"], row["rating"]) for row in rows] == [("u", "i1", 4.5)]
+    assert [(row["item_id"], row["title"], row["price"]) for row in catalogue] == [("i1", "Töpfe", 1234.0)]
+
+
+def test_a_setting_of_one_table_is_the_domains_for_the_other(write: Write) -> None:
+    log, items = write("log.csv", f"user_id;item_id;time\nu;a;{NOON}\n"), write("items.csv", "item_id;title\na;A\n")
+    source = TableSource(domain="toys", interactions=log, items=TableFiles(path=items, decimal=","), separator=";")
+    assert source.forms()["interactions"] == TableFiles(
+        path=(log,), separator=";", quote='"', encoding="utf-8", decimal="auto"
+    )
+    assert source.forms()["items"].separator == ";"
+    assert [row["title"] for row in load(source)[1]] == ["A"]
+
+
+def test_the_key_of_the_right_table_is_named(write: Write) -> None:
+    log = write("log.csv", f"user_id,product,time\nu,i1,{NOON}\n")
+    source = TableSource(
+        domain="toys", interactions=log, items=write("items.csv", ITEMS), columns={"item_id": "product"}
+    )
+    with pytest.raises(DataError, match=r"items.csv: no column for item_id .* Map it: items\.columns\.item_id=COLUMN"):
+        load(source)
+
+
+def test_a_mapped_column_that_is_not_there_is_an_error(write: Write) -> None:
+    log = f"user_id,item_id,time,stars\nu,i1,{NOON},5\n"
+    with pytest.raises(DataError, match=r"no column for rating \(looked for 'star'\)"):
+        load(table_source(write, log, columns={"rating": "star"}))
+
+
+def test_a_file_without_a_header(write: Write) -> None:
+    text = f"u,i1,5,{NOON}\nv,i2,4,{NOON + 1}\n"
+    names = ("user_id", "item_id", "rating", "timestamp")
+    with pytest.raises(DataError) as raised:
+        load(table_source(write, text))
+    assert "where a file has no header, say what its 4 columns are: interactions.names=NAME," in str(raised.value)
+    source = table_source(write, text)
+    source = replace(source, interactions=TableFiles(path=source.interactions, names=names))
+    rows = load(source)[0]
+    assert [(row["user_id"], row["rating"], row["line"]) for row in rows] == [("u", 5.0, 1), ("v", 4.0, 2)]
+
+
+@pytest.mark.parametrize("text", ["u,,5\n", "u,5,5\n"])
+def test_a_header_that_looks_like_a_row_is_said_to(write: Write, text: str) -> None:
+    with pytest.raises(DataError, match="That looks like a row: where a file has no header, say what its 3 columns"):
+        load(table_source(write, text))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "cp1252", "gb18030", "shift_jis", "UTF8", "utf-8-sig"])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".csv.gz"])
+def test_other_encodings(tmp_path: Path, write: Write, encoding: str, suffix: str) -> None:
+    title = {"gb18030": "苹果手机", "shift_jis": "りんご"}.get(encoding, "Töpfe")
+    lines = [f'{{"item_id": "i{n}", "title": "{title} {n}"}}' if "json" in suffix else f"i{n},{title} {n}"
+             for n in range(9)]  # fmt: skip
+    head = [] if "json" in suffix else ["item_id,title"]
+    data = "".join(f"{line}\n" for line in [*head, *lines]).encode(encoding)
+    items = tmp_path / f"items{suffix}"
+    items.write_bytes(gzip.compress(data) if suffix.endswith(".gz") else data)
+    log = write("log.csv", f"user_id,item_id,timestamp\nu,i1,{NOON}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_files, "BLOCK_BYTES", 7)  # characters are cut
+        rows = load(TableSource(domain="toys", interactions=log, items=TableFiles(path=str(items), encoding=encoding)))[
+            1
+        ]
+    assert [row["title"] for row in rows] == [f"{title} {n}" for n in range(9)]
+
+
+def test_what_an_encoding_does_not_have_is_set_aside(tmp_path: Path, write: Write) -> None:
+    items = tmp_path / "items.csv"
+    items.write_bytes(b"item_id,title\ni1,Ball\ni2,Do\x81ll\ni3,Kite\n")
+    log = write("log.csv", f"user_id,item_id,timestamp\nu,i1,{NOON}\n")
+    source = TableSource(domain="toys", interactions=log, items=str(items), encoding="cp1252")
+    _, rows, (_, malformed) = load(source)
+    assert [row["item_id"] for row in rows] == ["i1", "i3"]
+    assert [(row["line"], row["reason"]) for row in malformed] == [(3, "malformed row: invalid encoding")]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"items": TableFiles(path="i.csv", columns={"user_id": "u"})}, "items.columns maps user_id, which is not"),
+        ({"items": TableFiles(path="i.csv", separator="")}, "items.separator is empty"),
+        ({"items": TableFiles(path="i.csv", separator='"')}, "items.separator='\"', items.quote='\"'"),
+        ({"items": TableFiles(path=())}, "items of domain 'toys' names no file"),
+        ({"items": TableFiles(path="i.csv", encoding="utf-9")}, "items.encoding='utf-9' is no encoding of text"),
+        ({"encoding": "hex"}, "encoding='hex' is no encoding of text"),
+        ({"decimal": "x"}, "decimal='x': expected auto, a point or a comma"),
+        ({"interactions": TableFiles(path="l.csv", names=("a", "A"))}, "interactions.names=a,a: every column needs"),
         ({"domain": "Toys & Games"}, "domain='Toys & Games': use letters, digits, _ - and dots.*'Toys_Games', say"),
         ({"platform": ""}, "platform='': use letters"),
         ({"columns": {"user": "customer"}}, "columns maps user, which is not canonical; canonical columns .* user_id"),

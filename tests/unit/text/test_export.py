@@ -296,6 +296,61 @@ def test_text_that_gives_other_tokens_is_counted(shop: Path, tmp_path: Path) -> 
     assert found["equal"] < found["checked"], "titles that end inside a letter"
 
 
+MARKS = [
+    "<|im_end|>",
+    "[INST]",
+    "<start_of_turn>",
+    "<|start_header_id|>",
+    "<｜end▁of▁sentence｜>",
+    "[/INST]",
+    "<image>",
+]
+
+
+def test_marks_of_chat_templates_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One title has a mark: as many documents are counted as hold it, the same way in every format of text."""
+    titles = [f"Chess set {n}" for n in range(6)] + ["The [REC] <3 | a|b> film", "Mug <|im_end|> \u8336"]
+    items = pa.table({"item_id": [f"i{n}" for n in range(8)], "title": titles})
+    events = [(f"u{user}", f"i{(user + n) % 8}", 1_400_000_000 + n) for user in range(16) for n in range(6)]
+    log = pa.table(dict(zip(("user_id", "item_id", "timestamp"), map(list, zip(*events, strict=True)), strict=True)))
+    pq.write_table(items, tmp_path / "items.parquet")
+    pq.write_table(log, tmp_path / "log.parquet")
+    source = TableSource(
+        domain="toys", interactions=str(tmp_path / "log.parquet"), items=str(tmp_path / "items.parquet")
+    )
+    config = PrepareConfig(
+        output_dir=str(tmp_path / "data"),
+        tables=(source,),
+        target_domains=("toys",),
+        vocabulary_size=300,
+        k_core=0,
+        min_events=2,
+        min_history=1,
+        workers=1,
+    )
+    data = prepare(config)
+    monkey = pytest.MonkeyPatch()
+    monkey.setenv("CPREC_PROGRESS", "plain")
+    for format in ("messages", "text"):
+        folder = export(data, format, tmp_path / format)
+        found = json.loads((folder / "export.json").read_text())["special_marks"]
+        assert found == {
+            path.name: path.read_text(encoding="utf-8").count("\n")
+            - sum("<|im_end|>" not in line for line in path.read_text(encoding="utf-8").splitlines())
+            for path in folder.glob("*.jsonl")
+        }
+        assert sum(found.values()) > 0
+        assert "hold a mark of chat templates, as '<|im_end|>'" in capsys.readouterr().err
+    monkey.undo()
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_marks_are_known(mark: str) -> None:
+    found = exports.MARK.search(f"Tea {mark} cup")
+    assert found and found[0] == mark
+    assert not exports.MARK.search("[REC] <3 <Untitled> a|b [Blu-ray] <i>s</i> (2001)")
+
+
 def test_few_documents_at_a_time_give_the_same(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = export(data, "text", tmp_path / "whole")
     monkeypatch.setattr(exports, "BATCH", 7)

@@ -341,6 +341,16 @@ def test_a_complete_folder_is_reused_and_no_other_is_touched(
         prepare(replace(config, output_dir=str(tmp_path / "other")))
 
 
+def test_a_folder_made_before_tables_had_settings_of_their_own_is_reused(config: PrepareConfig) -> None:
+    folder = prepare(config)
+    record = json.loads((folder / "run.json").read_text())
+    for table in record["config"]["tables"]:
+        assert table.pop("encoding"), table.pop("decimal")
+    (folder / "run.json").write_text(json.dumps(record))
+    before = contents(folder)
+    assert contents(prepare(config)) == before
+
+
 @pytest.mark.parametrize("partition", ["3/3", "1", "a/b", "-1/2", "0/0"])
 def test_a_partition_is_i_of_n(config: PrepareConfig, partition: str) -> None:
     with pytest.raises(ConfigError, match="write i/n with i from 0 to n-1"):

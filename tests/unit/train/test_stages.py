@@ -250,8 +250,10 @@ def test_a_tampered_shard_stops_the_run(config: Callable[..., PretrainConfig], d
 
 
 def test_a_domain_without_examples_is_named(tune: Callable[..., FinetuneConfig]) -> None:
-    with pytest.raises(ConfigError, match=r"domain='films' has no fine-tuning examples .*there are: books"):
+    with pytest.raises(ConfigError, match=r"domain='films' has no fine-tuning examples .*which has those of books"):
         finetune(tune(domain="films"))
+    with pytest.raises(ConfigError, match=r"data=nowhere does not exist: give the folder that `cprec prepare` wrote"):
+        finetune(tune(data="nowhere"))
 
 
 def test_rows_shorter_than_documents_are_refused(config: Callable[..., PretrainConfig]) -> None:

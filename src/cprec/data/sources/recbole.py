@@ -9,6 +9,7 @@ from cprec.data.sources.tables import (
     DEFAULT_NAMES,
     INTERACTION_FIELDS,
     SourceTables,
+    TableFiles,
     TimeFormat,
     canonical_tables,
     check_names,
@@ -49,8 +50,11 @@ class RecBoleSource:
     def load(self, engine: TableEngine) -> SourceTables:
         """The rows of both files. Raises DataError for a missing file or column."""
         log, items = (
-            read_files(engine, self.domain, what, self.prefix + suffix, "\t", "", typed_header=True)
-            for what, suffix in (("interactions", ".inter"), ("items", ".item"))
+            read_files(engine, self.domain, what, form, typed_header=True)
+            for what, form in (
+                ("interactions", TableFiles(path=f"{self.prefix}.inter", separator="\t", quote="")),
+                ("items", TableFiles(path=f"{self.prefix}.item", separator="\t", quote="")),
+            )
         )
         timestamps = self.timestamps
         if timestamps == "auto" and TIMESTAMP not in find_columns(

@@ -7,10 +7,11 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+from cprec.data.sources.numbers import DecimalSign, Numbers, read_numbers
 from cprec.errors import ConfigError, DataError
 from cprec.schema import (
     BRAND,
@@ -47,6 +48,8 @@ DEFAULT_NAMES: dict[str, tuple[str, ...]] = {
 INTERACTION_FIELDS = (USER_ID, ITEM_ID, TIMESTAMP, RATING, ORDER)
 ITEM_FIELDS = (ITEM_ID, TITLE, BRAND, CATEGORIES, DESCRIPTION, PRICE)
 
+_FIELDS = {"interactions": INTERACTION_FIELDS, "items": ITEM_FIELDS}
+
 CLEANED = (TITLE, BRAND, CATEGORIES)
 MAX_TITLE = 10_000
 """Characters of an item's text at most: a longer title rejects the item, longer brands and categories are left out."""
@@ -70,8 +73,8 @@ class SourceTables:
     problem (text): why the row cannot be used, or null."""
     interactions: Any
     """user_id, item_id (text), timestamp (int64 seconds, null where it could not be parsed), time_text (text), rating
-    (float64), rating_unread (bool: there is something, but no number), position (int64, the source's own order, or
-    null), file (text), line, sequence (int64), and problem (text): why the row cannot be used, or null."""
+    (float64), position (int64, the source's own order, or null), file (text), line, sequence (int64), and problem
+    (text): why the row cannot be used, or null."""
     malformed: tuple[tuple[str, Any], ...] = ()
     """(items or interactions, table) of the rows that could not be taken apart: file, line, reason, row."""
     has_times: bool = True
@@ -84,6 +87,32 @@ class SourceTables:
     """(items or interactions, file) of every file read."""
     hashes: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 by name, of a source that reads no files."""
+    numbers: Mapping[str, Numbers] = field(default_factory=dict)
+    """How rating, price and order were read."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """What stands before the settings of a table (items, interactions) where each has its own, as `items.`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableFiles:
+    """The files of one table, with settings of their own."""
+
+    PLAIN: ClassVar = "path"
+
+    path: str | tuple[str, ...]
+    """A file, a pattern as logs/part-*.parquet, or several."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Where canonical columns have another name in these files; they come before the domain's."""
+    names: tuple[str, ...] = ()
+    """Of delimited files without a header: the names of their columns, in order."""
+    separator: str | None = None
+    """Between fields of delimited files; None: as for the domain."""
+    quote: str | None = None
+    """Around fields of delimited files; None: as for the domain."""
+    encoding: str | None = None
+    """Of text files; None: as for the domain."""
+    decimal: DecimalSign | None = None
+    """Of numbers in text; None: as for the domain."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +123,12 @@ class TableSource:
     """Name of the domain: letters, digits, _ - and dots."""
     platform: str = "default"
     """Users of one platform are the same people in all its domains."""
-    interactions: str | tuple[str, ...]
-    """The log: a file, a pattern as logs/part-*.parquet, or several; one row per event."""
-    items: str | tuple[str, ...] | None = None
-    """The items and their titles: a file, a pattern or several. None: the log itself has a title in every row."""
+    interactions: str | tuple[str, ...] | TableFiles
+    """The log: a file, a pattern as logs/part-*.parquet, or several; one row per event. With settings of its own:
+    {path: orders.csv, columns: {item_id: product}, separator: ";"}."""
+    items: str | tuple[str, ...] | TableFiles | None = None
+    """The items and their titles: a file, a pattern, several, or those with settings of their own. None: the log itself
+    has a title in every row."""
     columns: dict[str, str] = field(default_factory=dict)
     """Where canonical columns (user_id, item_id, timestamp, rating, order, title, brand, categories, description,
     price) have another name in the files, as user_id:customer."""
@@ -109,52 +140,96 @@ class TableSource:
     """Between fields of delimited files; None: a comma in .csv, a tab in .tsv."""
     quote: str = '"'
     """Around fields of delimited files that hold a separator; empty where quotes are ordinary characters."""
+    encoding: str = "utf-8"
+    """Of text files, as Python names it: utf-8, windows-1252, latin-1, utf-16 or gb18030, say."""
+    decimal: DecimalSign = "auto"
+    """Before the decimals of numbers in text: a point, a comma, or auto, which finds it out of each column; what stays
+    unclear (is 1,234 above a thousand?) is left out, and counted."""
 
     def __post_init__(self) -> None:
         check_names(self.domain, self.platform)
-        unknown = sorted(set(self.columns) - set(DEFAULT_NAMES))
-        if unknown:
-            raise ConfigError(
-                f"columns maps {', '.join(unknown)}, which is not canonical; canonical columns (on the left of each "
-                f"pair) are {', '.join(DEFAULT_NAMES)}"
-            )
         if self.timestamps not in get_args(TimeFormat):
             raise ConfigError(f"timestamps={self.timestamps!r}: expected {', '.join(get_args(TimeFormat))}")
-        if self.separator == "":
-            raise ConfigError("separator is empty; give the character between fields, or none for the usual one")
-        between = self.separator or ","
-        if len(self.quote) > 1 or any(sign in between + self.quote for sign in "\r\n\0") or between in self.quote:
-            raise ConfigError(
-                f"separator={self.separator!r}, quote={self.quote!r}: the quote is one character or none, the "
-                "separator is another, and neither ends a line"
-            )
         for name in ("interactions", "items"):
             value = getattr(self, name)
-            paths = (value,) if isinstance(value, (str, os.PathLike)) else value
-            if paths is not None and not (paths and all(str(path) for path in paths)):
+            if value is None:
+                continue
+            given = value.path if isinstance(value, TableFiles) else value
+            paths = tuple(str(path) for path in ((given,) if isinstance(given, (str, os.PathLike)) else given))
+            if not paths or not all(paths):
                 raise ConfigError(f"{name} of domain {self.domain!r} names no file")
-            object.__setattr__(self, name, None if paths is None else tuple(str(path) for path in paths))
+            object.__setattr__(self, name, replace(value, path=paths) if isinstance(value, TableFiles) else paths)
+        _check_form(self, "", tuple(DEFAULT_NAMES))
+        for name, form in self.forms().items():
+            if isinstance(getattr(self, name), TableFiles):
+                fields = (*INTERACTION_FIELDS, *ITEM_FIELDS) if self.items is None else _FIELDS[name]
+                _check_form(form, f"{name}.", fields)
+
+    def forms(self) -> dict[str, TableFiles]:
+        """How each table (interactions, items) is written: its own settings, else the domain's."""
+        found = {}
+        for name in ("interactions", "items"):
+            own = getattr(self, name)
+            if own is None:
+                continue
+            own = own if isinstance(own, TableFiles) else TableFiles(path=own)
+            fields = _FIELDS[name] if self.items is not None else DEFAULT_NAMES
+            shared = {column: source for column, source in self.columns.items() if column in fields}
+            found[name] = replace(
+                own,
+                columns={**shared, **own.columns},
+                separator=self.separator if own.separator is None else own.separator,
+                quote=self.quote if own.quote is None else own.quote,
+                encoding=own.encoding or self.encoding,
+                decimal=own.decimal or self.decimal,
+            )
+        return found
 
     def load(self, engine: TableEngine) -> SourceTables:
         """The rows of all files. Raises DataError for a missing file or column, or a separator that cannot be right."""
-        log = read_files(
-            engine, self.domain, "interactions", self.interactions, self.separator, self.quote, mapping=self.columns
-        )
-        if self.items is None:
-            catalogue = log
-        else:
-            catalogue = read_files(
-                engine, self.domain, "items", self.items, self.separator, self.quote, mapping=self.columns
-            )
+        forms = self.forms()
+        read = {name: read_files(engine, self.domain, name, form) for name, form in forms.items()}
+        log = read["interactions"]
         return canonical_tables(
             engine,
             self.domain,
             log,
-            catalogue,
-            self.columns,
+            read.get("items", log),
+            forms["interactions"].columns,
             self.timestamps,
             items_in_log=self.items is None,
+            item_mapping=forms["items"].columns if "items" in forms else None,
         )
+
+
+def _check_form(form: TableSource | TableFiles, key: str, fields: Sequence[str]) -> None:
+    """Raise ConfigError for settings of a table (`key` as `items.`), or of a domain, that cannot be."""
+    from cprec.data.text_files import is_encoding
+
+    unknown = sorted(set(form.columns) - set(fields))
+    if unknown:
+        raise ConfigError(
+            f"{key}columns maps {', '.join(unknown)}, which is not canonical{f' in the {key[:-1]}' if key else ''}; "
+            f"canonical columns (on the left of each pair) are {', '.join(dict.fromkeys(fields))}"
+        )
+    if form.separator == "":
+        raise ConfigError(f"{key}separator is empty; give the character between fields, or none for the usual one")
+    between, quote = form.separator or ",", form.quote or ""
+    if len(quote) > 1 or any(sign in between + quote for sign in "\r\n\0") or between in quote:
+        raise ConfigError(
+            f"{key}separator={form.separator!r}, {key}quote={form.quote!r}: the quote is one character or none, the "
+            "separator is another, and neither ends a line"
+        )
+    if not is_encoding(form.encoding or "utf-8"):
+        raise ConfigError(
+            f"{key}encoding={form.encoding!r} is no encoding of text that Python has; write utf-8, windows-1252, "
+            "latin-1, utf-16 or gb18030, say"
+        )
+    if form.decimal not in (None, *get_args(DecimalSign)):
+        raise ConfigError(f"{key}decimal={form.decimal!r}: expected auto, a point or a comma")
+    names = [name.lower() for name in getattr(form, "names", ())]
+    if len(set(names)) < len(names) or not all(name.strip() for name in names):
+        raise ConfigError(f"{key}names={','.join(names)}: every column needs a name of its own (case does not count)")
 
 
 def check_names(domain: str, platform: str) -> None:
@@ -178,27 +253,25 @@ class RawTable:
     columns: tuple[str, ...]
     malformed: tuple[Any, ...]
     files: tuple[Path, ...]
+    key: str = ""
+    """What stands before the names of this table's settings, as `items.`."""
+    decimal: DecimalSign = "auto"
+    """Before the decimals of numbers in text."""
 
 
 def read_files(
-    engine: TableEngine,
-    domain: str,
-    what: str,
-    patterns: str | tuple[str, ...] | None,
-    separator: str | None,
-    quote: str,
-    *,
-    typed_header: bool = False,
-    mapping: Mapping[str, str] | None = None,
+    engine: TableEngine, domain: str, what: str, form: TableFiles, *, typed_header: bool = False
 ) -> RawTable:
     """All files of a table, one after the other, with `source_file`, `line_in_file` and `sequence`.
 
     `typed_header` is RecBole's: names end in a colon and a type, which is left out. A column that has one of our own
-    names gets a `_` behind it. `mapping` is as in `find_columns`.
+    names gets a `_` behind it.
     """
-    from cprec.data.text_files import LINE
+    from cprec.data.text_files import LINE, UTF8
 
-    files = find_files(domain, what, (patterns,) if isinstance(patterns, str) else patterns or ())
+    key = "" if typed_header else f"{what}."
+    patterns, encoding, quote = form.path, form.encoding or UTF8, form.quote or ""
+    files = find_files(domain, what, (patterns,) if isinstance(patterns, str) else patterns)
     columns: tuple[str, ...] = ()
     read: list[tuple[Any, Any | None]] = []
     for number, path in enumerate(files):
@@ -212,14 +285,17 @@ def read_files(
             table = table.rename({_free(name): name for name in table.columns if name != LINE})
             names = tuple(name for name in table.columns if name != LINE)
         elif kind in _JSON:
-            keys = _json_keys(path, mapping or {})
-            table, bad = engine.read_json_lines(path, keys)
+            keys = _json_keys(path, form.columns, encoding)
+            table, bad = engine.read_json_lines(path, keys, encoding=encoding)
             table = table.rename({_free(name): str(name) for name in keys})
             names = tuple(map(_free, keys))
         else:
-            between = separator or _DELIMITED[kind]
-            names = tuple(map(_free, _header(path, between, quote, typed_header)))
-            table, bad = engine.read_delimited(path, names, separator=between, quote=quote)
+            between = form.separator or _DELIMITED[kind]
+            names = form.names or _header(path, between, quote, typed_header, encoding, key)
+            names = tuple(map(_free, names))
+            table, bad = engine.read_delimited(
+                path, names, separator=between, quote=quote, header=not form.names, encoding=encoding
+            )
         if number == 0:
             columns = names
         elif missing := [name for name in columns if name not in names and kind not in _JSON]:
@@ -228,7 +304,7 @@ def read_files(
             )
         columns = (*columns, *(name for name in names if name not in columns)) if kind in _JSON else columns
         read.append((table, bad))
-    return raw_table(what, files, columns, read)
+    return replace(raw_table(what, files, columns, read), key=key, decimal=form.decimal or "auto")
 
 
 def _free(name: str) -> str:
@@ -315,16 +391,16 @@ def _suffix(path: Path) -> str:
     return "" if path.suffix.lower() == ".gz" and suffix in _PARQUET else suffix
 
 
-def _header(path: Path, separator: str, quote: str, typed: bool) -> tuple[str, ...]:
-    """The names in the first line of a delimited file."""
+def _header(path: Path, separator: str, quote: str, typed: bool, encoding: str, key: str) -> tuple[str, ...]:
+    """The names in the first line of a delimited file; `key` stands before the names of its settings."""
     from cprec.data.text_files import first_line
 
-    line = first_line(path)
+    line = first_line(path, encoding)
     names = _split(line, separator, quote)
     if names is None:
         raise DataError(
             f"{path}: the header {line[:200]!r} has a quote that is not closed; names stand on one line. Set "
-            'quote="" if quotes are ordinary characters in this file'
+            f'{key}quote="" if quotes are ordinary characters in this file'
         )
     if len(names) == 1:
         found = {other: len(_split(line, other, quote) or ()) for other in SEPARATORS if other != separator}
@@ -333,22 +409,38 @@ def _header(path: Path, separator: str, quote: str, typed: bool) -> tuple[str, .
             raise DataError(
                 f"{path}: with {SEPARATORS.get(separator, repr(separator))} as separator the header is the single "
                 f"column {line!r}; it looks as if {SEPARATORS[other]} separates the fields: set "
-                f"separator={json.dumps(other)}"
+                f"{key}separator={json.dumps(other)}"
             )
     if typed:
         names = [name.partition(":")[0] for name in names]
     if not line.strip():
         raise DataError(f"{path}: the first line is empty, and should name the columns")
     if not all(names):
-        raise DataError(f"{path}: column {names.index('') + 1} of the header {line!r} has no name")
+        raise DataError(
+            f"{path}: column {names.index('') + 1} of the header {line!r} has no name{_no_header(names, key)}"
+        )
     lower = [name.lower() for name in names]
     twice = sorted({name for name in names if lower.count(name.lower()) > 1})
     if twice:
         raise DataError(
             f"{path}: the header names {' and '.join(twice)}{' twice' if len(twice) == 1 else ''}; give each column a "
-            "name of its own (upper and lower case count as the same)"
+            f"name of its own (upper and lower case count as the same){_no_header(names, key)}"
         )
     return tuple(names)
+
+
+_DATUM = re.compile(r"[+-]?\d+([.,]\d+)*|\d{4}-\d\d?-\d\d?([ T].*)?")
+
+
+def _no_header(names: Sequence[str], key: str) -> str:
+    """A hint for names that look like a row: numbers or dates."""
+    if not any(_DATUM.fullmatch(name.strip()) for name in names):
+        return ""
+    given = ",".join(["NAME"] * len(names))
+    return (
+        f". That looks like a row: where a file has no header, say what its {len(names)} columns are: "
+        f"{key}names={given} (as user_id,item_id,timestamp)"
+    )
 
 
 def _split(line: str, separator: str, quote: str) -> list[str] | None:
@@ -362,11 +454,12 @@ _SCALARS = (USER_ID, ITEM_ID, TIMESTAMP, TITLE)
 """What is one value, never a list or an object."""
 
 
-def _json_keys(path: Path, mapping: Mapping[str, str]) -> tuple[str, ...]:
-    """The keys of the first 1,000 objects of a JSON-lines file; of keys that differ in case only, one."""
+def _json_keys(path: Path, mapping: Mapping[str, str], encoding: str) -> tuple[str, ...]:
+    """The keys of the first 1,000 objects of a JSON-lines file, and optional ones that are mapped; of keys that differ
+    in case only, one."""
     from cprec.data.text_files import LINE, Scalar, first_lines
 
-    lines = [line for line in first_lines(path, 1000) if line.strip()]
+    lines = [line for line in first_lines(path, 1000, encoding) if line.strip()]
     objects = [value for value in map(_json_object, lines) if value is not None]
     if not objects or lines[0].lstrip().startswith("["):
         shown = f"line 1 is not a JSON object: {lines[0][:80]!r}" if lines else "there is no line in it"
@@ -382,6 +475,9 @@ def _json_keys(path: Path, mapping: Mapping[str, str]) -> tuple[str, ...]:
     for key in dict.fromkeys(key for value in objects for key in value):
         if key and "\0" not in key and key.lower() != LINE and (key.lower() not in keys or key in wanted):
             keys[key.lower()] = key
+    for name, key in mapping.items():  # an optional key may be rare
+        if name not in _SCALARS:
+            keys.setdefault(key.lower(), key)
     lower = {name.lower() for name in scalars if name}
     return tuple(Scalar(key) if key.lower() in lower else key for key in keys.values())
 
@@ -406,12 +502,17 @@ def canonical_tables(
     timestamps: str,
     *,
     items_in_log: bool,
+    item_mapping: Mapping[str, str] | None = None,
 ) -> SourceTables:
-    """Name the columns of a log and of its items canonically, and read the timestamps."""
+    """Name the columns of a log and of its items canonically, and read the numbers and timestamps.
+
+    `item_mapping` is the items' own where it is not the log's.
+    """
     import ibis
 
     log_columns = find_columns(domain, log, INTERACTION_FIELDS, mapping, required=(USER_ID, ITEM_ID))
-    item_columns = find_columns(domain, catalogue, ITEM_FIELDS, mapping, required=(ITEM_ID, TITLE))
+    item_mapping = mapping if item_mapping is None else item_mapping
+    item_columns = find_columns(domain, catalogue, ITEM_FIELDS, item_mapping, required=(ITEM_ID, TITLE))
     if TIMESTAMP not in log_columns and timestamps != "order":
         raise _missing_column(domain, log, TIMESTAMP, "; or say timestamps=order if a user's rows stand in order")
 
@@ -422,13 +523,20 @@ def canonical_tables(
     time_format = timestamps
     if timestamps == "auto":
         time_format = _detect_time_format(engine, domain, log, log_columns[TIMESTAMP])
+    numbers = {
+        name: read_numbers(engine, raw.table, found.get(name), raw.decimal)
+        for name, raw, found in (
+            (RATING, log, log_columns),
+            (ORDER, log, log_columns),
+            (PRICE, catalogue, item_columns),
+        )
+    }
     interactions = table.select(
         _as_text(table[log_columns[USER_ID]]).name("user_id"),
         _as_text(table[log_columns[ITEM_ID]]).name("item_id"),
         _seconds(raw_time, time_format).name("timestamp"),
         raw_time.cast("string").name("time_text"),
-        _number(table, log_columns.get(RATING), "float64").name("rating"),
-        _unread(table, log_columns.get(RATING)).name("rating_unread"),
+        numbers[RATING].values.name("rating"),
         _or_null(table, "problem" if "problem" in log.columns else None).name("problem"),
         _number(table, log_columns.get(ORDER), "int64").name("position"),
         table["source_file"].name("file"),
@@ -440,7 +548,7 @@ def canonical_tables(
     table = catalogue.table
     items = table.select(
         *(_as_text(_or_null(table, item_columns.get(name))).name(name) for name in ITEM_FIELDS[:-1]),
-        _price(table, item_columns.get(PRICE)).name(PRICE),
+        numbers[PRICE].values.name(PRICE),
         table["source_file"].name("file"),
         table["line_in_file"].cast("int64").name("line"),
         table["sequence"],
@@ -467,6 +575,8 @@ def canonical_tables(
             *(("interactions", path) for path in log.files),
             *(() if items_in_log else (("items", path) for path in catalogue.files)),
         ),
+        numbers=numbers,
+        keys={"interactions": log.key, "items": catalogue.key},
     )
 
 
@@ -483,7 +593,7 @@ def find_columns(
         if name in mapping:
             if mapping[name] in raw.columns:
                 found[name] = mapping[name]
-            elif name in required:
+            else:
                 raise _missing_column(domain, raw, name, "", mapping[name])
             continue
         for alias in DEFAULT_NAMES[name]:
@@ -503,7 +613,8 @@ def _missing_column(domain: str, raw: RawTable, name: str, otherwise: str, mappe
         hint = "; every item needs a title, because it is what a language model reads"
     return DataError(
         f"{raw.files[0]}: no column for {name} (looked for {looked_for}); the {raw.what} of domain {domain!r} have "
-        f"{', '.join(map(repr, raw.columns))}. Map it: columns.{name}=COLUMN{otherwise}{hint}"
+        f"{', '.join(map(repr, raw.columns))}{_no_header(raw.columns, raw.key) if raw.key else ''}. Map it: "
+        f"{raw.key}columns.{name}=COLUMN{otherwise}{hint}"
     )
 
 
@@ -523,7 +634,7 @@ def _check_kinds(domain: str, raw: RawTable, found: Mapping[str, str]) -> None:
         if not is_joined and (kind.is_nested() or kind.is_binary()):
             raise DataError(
                 f"{raw.files[0]}: column {found[name]!r} holds {kind}, and {name} (domain {domain!r}) must be text or "
-                f"numbers: write it as such, or map another column: columns.{name}=COLUMN"
+                f"numbers: write it as such, or map another column: {raw.key}columns.{name}=COLUMN"
             )
 
 
@@ -558,25 +669,6 @@ def _number(table: Any, column: str | None, kind: str) -> Any:
         return ibis.null(kind)
     number = table[column].try_cast("float64")
     return ibis.ifelse(number.isnan() | number.isinf(), ibis.null("float64"), number).try_cast(kind)
-
-
-def _price(table: Any, column: str | None) -> Any:
-    import ibis
-
-    if column is None:
-        return ibis.null("float64")
-    return table[column].cast("string").re_replace(r"[$£€,\s]", "").try_cast("float64")
-
-
-def _unread(table: Any, column: str | None) -> Any:
-    """Whether a cell that should be a number holds something else."""
-    import ibis
-
-    if column is None or not table[column].type().is_string():
-        return ibis.literal(False)
-    text = table[column]
-    number = text.try_cast("float64")
-    return (text.strip() != "") & (number.isnull() | number.isinf())
 
 
 # ---- timestamps ------------------------------------------------------------------------------------------------------
