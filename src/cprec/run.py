@@ -281,9 +281,10 @@ def model_entrants(config: EvaluateConfig, domain: str, arms: dict[str, str]) ->
     weights are, what it ranked before in the domain."""
     from cprec.evaluate.evaluate import Entrant, saved_model
     from cprec.progress import say
-    from cprec.train.training import read_done, weights_sha256
+    from cprec.provenance import FileHashes
+    from cprec.train.training import model_identity, read_done
 
-    entrants = []
+    entrants, hashes = [], FileHashes(config.output_dir)
     for arm, folder in arms.items():
         model, about = _ModelFolder(arm, folder, config), read_done(folder)
         here = about is not None and any(Path(folder).glob("*.safetensors"))
@@ -297,13 +298,14 @@ def model_entrants(config: EvaluateConfig, domain: str, arms: dict[str, str]) ->
                 kind="model",
                 stochastic=True,
                 trained_on=tuple(trained_on),
-                identity=weights_sha256(folder) if here else None,
+                identity=model_identity(folder, hashes) if here else None,
                 modes={"exact": _InMode(model, "exact"), "generate": _InMode(model, "generate")},
                 open=partial(getattr, model, "opened") if here else partial(_gone, arm, folder),
                 cost=partial(_model_cost, folder),
                 close=model.close,
             )
         )
+    hashes.save()
     return entrants
 
 

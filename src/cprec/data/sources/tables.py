@@ -156,6 +156,11 @@ class TableSource:
             items_in_log=self.items is None,
         )
 
+    def files(self) -> dict[str, list[Path]]:
+        """The files of each table (interactions, items) that are there now."""
+        named = {"interactions": self.interactions, "items": self.items}
+        return {table: matching_files(patterns) for table, patterns in named.items() if patterns is not None}
+
 
 def check_names(domain: str, platform: str) -> None:
     """Raise ConfigError unless a domain and a platform can name folders and queries."""
@@ -275,12 +280,11 @@ def find_files(domain: str, what: str, patterns: Sequence[str]) -> tuple[Path, .
     """The files that paths and patterns name. Raises DataError for one that is missing or of no known kind."""
     found: list[Path] = []
     for pattern in patterns:
-        path = Path(pattern).expanduser()
+        path, matches = Path(pattern).expanduser(), matching_files((pattern,))
         if path.is_dir():
             raise DataError(
                 f"{path} is a folder; for the {what} of domain {domain!r} give its files, as {path}/*.parquet"
             )
-        matches = [path] if path.exists() else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
         if not matches:
             raise DataError(f"{path} does not exist ({what} of domain {domain!r}){_similar(path)}")
         found += matches
@@ -297,6 +301,15 @@ def find_files(domain: str, what: str, patterns: Sequence[str]) -> tuple[Path, .
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty ({what} of domain {domain!r})")
     return tuple(found)
+
+
+def matching_files(patterns: str | Sequence[str]) -> list[Path]:
+    """What is there of paths and patterns, each once, in their order."""
+    found: list[Path] = []
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        path = Path(pattern).expanduser()
+        found += [path] if path.exists() else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    return list(dict.fromkeys(found))
 
 
 def _similar(path: Path) -> str:
