@@ -171,7 +171,7 @@ def test_the_same_input_is_used_again(here: Path, change: str, capsys: pytest.Ca
     assert "complete with these settings, reused" in said and "cannot be seen" not in said
 
 
-def test_a_moved_folder_is_used_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_moved_folder_is_used_again(here: Path) -> None:
     Path("data").rename("moved")
     assert prepare(replace(CONFIG, output_dir="moved")) == Path("moved")
     with pytest.raises(InputChanged, match="logs/a.csv changed"):
@@ -290,7 +290,7 @@ def test_files_that_were_not_touched_are_not_read_again(tmp_path: Path, reads: l
     assert of() != sha256 and len(reads) == 3
 
 
-def test_a_file_that_is_being_written_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_being_written_is_read_again(tmp_path: Path) -> None:
     """Written within the last two seconds, or in a future that this machine's clock does not know."""
     (tmp_path / "a").write_text("abc")
     hashes = FileHashes(tmp_path)
