@@ -20,6 +20,7 @@ from cprec.data.sources.public import PublicSource
 from cprec.data.sources.recbole import RecBoleSource
 from cprec.data.sources.tables import TableSource
 from cprec.errors import DataError, InputChanged
+from cprec.evaluate.evaluate import EvaluateConfig
 from cprec.provenance import FileHashes, differences, file_sha256
 from cprec.text import prepare as stage
 from cprec.text.prepare import PrepareConfig, prepare
@@ -314,3 +315,29 @@ def test_hashes_are_found_where_none_can_be_noted(tmp_path: Path, reads: list[st
 
 def test_differences_are_those_of_names_and_hashes() -> None:
     assert differences({}, {}) == differences({"a": "1"}, {"a": "1"}) == []
+
+
+# ---- the whole road --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_names_what_was_made_from_changed_input(here: Path) -> None:
+    from cprec.recipe import Recipe
+    from cprec.run import run
+    from cprec.train.finetune import FinetuneConfig
+    from cprec.train.pretrain import PretrainConfig
+
+    recipe = Recipe(
+        name="test",
+        description="a test",
+        prepare=CONFIG,
+        pretrain=PretrainConfig(data="data", output_dir="pretrained"),
+        finetune=FinetuneConfig(data="data", output_dir="tuned", domain="toys"),
+        evaluate=EvaluateConfig(data="data", output_dir="evaluated"),
+    )
+    append("logs/a.csv", "\n")()
+    with pytest.raises(InputChanged, match="delete data to prepare it anew$"):
+        run(recipe)
+    for name in ("pretrained", "tuned"):
+        Path(name).mkdir()
+    with pytest.raises(InputChanged, match="prepare it anew. Delete what was made from it, too: pretrained, tuned$"):
+        run(recipe)
