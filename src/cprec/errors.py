@@ -9,6 +9,10 @@ class ConfigError(CPRecError, ValueError):
     """A recipe, a YAML file or a `key=value` setting is wrong; the message names the field and what is accepted."""
 
 
+class InputChanged(ConfigError):
+    """An output folder was made from other input than there is now; the message names what changed."""
+
+
 class DataError(CPRecError, ValueError):
     """Input data cannot be used; the message names the file, the column or the line."""
 

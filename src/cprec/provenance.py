@@ -1,4 +1,8 @@
-"""Where a result comes from: the `run.json` beside every output: settings, seed, versions, commit, input hashes."""
+"""Where a result comes from: the `run.json` beside every output: settings, seed, versions, commit, input hashes.
+
+What a stage read decides whether its output is used again. `hashes.json` beside `run.json` says which size and times
+the files had that were hashed, so that those which were not touched since are not read again.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,14 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cprec.errors import ConfigError
 
-CONFIG_FILE = "run.json"
+CONFIG_FILE, HASHES_FILE = "run.json", "hashes.json"
 
 VERSIONED_PACKAGES = (
     "cprec",
@@ -54,6 +59,128 @@ def file_sha256(path: Path | str) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class FileHashes:
+    """SHA-256 of files. Those whose size and times are as `folder/hashes.json` has them are not read again.
+
+    A file that was written less than two seconds before it was hashed is not noted there: on a coarse clock it may
+    change once more without another time.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self._path = Path(folder, HASHES_FILE)
+        self._changed = False
+        try:
+            known = json.loads(self._path.read_text(encoding="utf-8"))
+            self._known = {str(name): (*state, str(sha256)) for name, (*state, sha256) in known.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            self._known = {}  # there is none, or it is damaged: everything is read
+
+    def of(self, path: Path | str) -> str:
+        """SHA-256 of a file's bytes, as they are now."""
+        state, start = file_state(path), time.time_ns()
+        known = self._known.get(str(path))
+        if known is not None and known[:-1] == state:
+            return known[-1]
+        sha256 = file_sha256(path)
+        self.add(path, state, sha256, start)
+        return sha256
+
+    def add(self, path: Path | str, state: tuple[int, ...], sha256: str, when: int) -> None:
+        """Note the hash of a file that had `state` at the time `when` (in nanoseconds), and has not changed since."""
+        self._known.pop(str(path), None)
+        if max(state[1:]) < when - _COARSE_CLOCK:
+            self._known[str(path)] = (*state, sha256)
+        self._changed = True
+
+    def save(self) -> None:
+        """Write what was learnt, if the folder is there and can be written: without it files are only read again."""
+        if not self._changed or not self._path.parent.is_dir():
+            return
+        aside = self._path.with_name(f"{HASHES_FILE}.{os.getpid()}.tmp")
+        try:
+            aside.write_text(json.dumps(dict(sorted(self._known.items())), indent=1) + "\n", encoding="utf-8")
+            os.replace(aside, self._path)
+            self._changed = False
+        except OSError:
+            aside.unlink(missing_ok=True)
+
+
+_COARSE_CLOCK = 2_000_000_000
+"""Nanoseconds between two times of the coarsest file system in use."""
+
+
+def file_state(path: Path | str) -> tuple[int, int, int]:
+    """Size of a file, when it was written, and when its entry in the file system last changed, in nanoseconds.
+
+    The last cannot be set by hand: it tells a file that was replaced by one of the same size and time.
+    """
+    about = os.stat(path)
+    return about.st_size, about.st_mtime_ns, about.st_ctime_ns
+
+
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What became of named inputs, each with its hash: which changed, which are new and which are gone.
+
+    >>> differences({"a.csv": "1", "b.csv": "2"}, {"a.csv": "3", "c.csv": "2"})
+    ['a.csv changed', 'b.csv is gone', 'c.csv is new']
+    """
+    found = []
+    for name in sorted(before.keys() | now.keys()):
+        if name not in now:
+            found.append(f"{name} is gone")
+        elif name not in before:
+            found.append(f"{name} is new")
+        elif before[name] != now[name]:
+            found.append(f"{name} changed")
+    return found
+
+
+def shortened(changes: Sequence[str], most: int = 5) -> str:
+    """The first of some changes, and how many more there are."""
+    more = len(changes) - most
+    return "; ".join(changes[:most]) + (f"; and {more:,} more" if more > 0 else "")
+
+
+WEIGHTS = ("config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "pytorch_model*.bin")
+TOKENIZER = (
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
+    *("*.model", "*.tiktoken"),
+)
+"""Files of a model folder that decide what a model computes, and how text becomes tokens."""
+
+
+def model_hashes(name_or_path: Path | str, patterns: Iterable[str], hashes: FileHashes) -> dict[str, str]:
+    """SHA-256 of the files of a model folder, by name; those of the base model of adapters are named `base/...`.
+
+    Of a model of the Hugging Face hub it is the commit of the copy on this machine. Nothing where there is neither.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        commit = _hub_commit(str(name_or_path))
+        return {"commit": commit} if commit else {}
+    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    found = {path.relative_to(folder).as_posix(): hashes.of(path) for path in sorted(paths)}
+    if "adapter_config.json" in found:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        found |= {f"base/{name}": value for name, value in model_hashes(base, patterns, hashes).items()}
+    return found
+
+
+def _hub_commit(name: str) -> str | None:
+    """The commit of a hub's model that this machine has a copy of; None where it has none."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    for file in ("config.json", "tokenizer_config.json", "tokenizer.json"):
+        try:
+            found = try_to_load_from_cache(name, file)
+        except HFValidationError:
+            return None  # a path of a folder that is not there
+        if isinstance(found, str):
+            return Path(found).parent.name
+    return None
 
 
 def versions() -> dict[str, str]:

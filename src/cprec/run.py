@@ -1,7 +1,8 @@
 """The whole road of a recipe: prepare, pre-train, fine-tune two arms on each target domain, evaluate, report.
 
 The two arms differ in their start alone: the base model as it is, or pre-trained on behaviour sequences of all domains.
-Every stage reuses what is complete and resumes what is not, so the same command goes on after an interruption.
+Every stage reuses what is complete and resumes what is not, so the same command goes on after an interruption. What a
+stage read decides that too: nothing is made from a log, a base model or a text that has changed since.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cprec.errors import ConfigError
+from cprec.errors import ConfigError, InputChanged
 from cprec.recommender import Ranking, RankingQuery, Recommender
 
 if TYPE_CHECKING:
@@ -30,7 +32,10 @@ NUM_EXAMPLES = 3
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
-    """Run every stage of a recipe; prints the report, writes `report.json` and `report.html`, and returns it."""
+    """Run every stage of a recipe; prints the report, writes `report.json` and `report.html`, and returns it.
+
+    Raises InputChanged where a folder that is there was made from other input, and names those that were made from it.
+    """
     from cprec.progress import say
     from cprec.text.prepare import prepare
     from cprec.train.finetune import finetune
@@ -46,8 +51,10 @@ def run(recipe: Recipe) -> dict[str, Any]:
         say(f"[{done}/{stages}] {what}")
         done += 1
 
+    later = [stage.output_dir for stage in (pretraining, finetuning) if stage]
     begin(f"prepare: {recipe.description}")
-    prepare(recipe.prepare)
+    with _naming(later):
+        prepare(recipe.prepare)
     models: dict[str, dict[str, str]] = {domain: {} for domain in targets}
     runs: dict[str, str] = {}
     bases: dict[str, str] = {}
@@ -55,7 +62,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
         bases[FINETUNED] = pretraining.model_name_or_path if pretraining else finetuning.model_name_or_path
     if pretraining:
         begin("pre-train on behaviour sequences")
-        pretrain(pretraining)
+        with _naming(later[1:]):
+            pretrain(pretraining)
         runs["pre-training"] = bases[CPREC] = pretraining.output_dir
     for domain in targets:
         if finetuning is None:
@@ -70,6 +78,18 @@ def run(recipe: Recipe) -> dict[str, Any]:
             models[domain][arm] = runs[f"{domain}: {arm}"] = folder
     begin("evaluate")
     return _report(recipe.evaluate, models, runs, title=recipe.name, synthetic=recipe.prepare)
+
+
+@contextmanager
+def _naming(later: Sequence[str]) -> Iterator[None]:
+    """Where input has changed, name the folders too that were made from what the stage made."""
+    try:
+        yield
+    except InputChanged as error:
+        there = [folder for folder in later if Path(folder).exists()]
+        raise InputChanged(
+            f"{error}. Delete what was made from it, too: {', '.join(there)}" if there else error
+        ) from None
 
 
 def evaluate_models(config: EvaluateConfig) -> dict[str, Any]:
@@ -258,9 +278,11 @@ class _Baseline:
     @cached_property
     def made(self) -> Recommender:
         from cprec.baselines.lineup import settings_of
+        from cprec.provenance import file_sha256
 
         settings = settings_of(self._name, self._tuned)
-        made_of = hashlib.sha256(f"{settings} {self._seed}".encode()).hexdigest()[:8]  # other settings train elsewhere
+        data = file_sha256(Path(self._config.data) / "dataset.json")
+        made_of = hashlib.sha256(f"{settings} {self._seed} {data}".encode()).hexdigest()[:8]  # others train elsewhere
         name = re.sub("[^a-z0-9]+", "-", self._name.lower()).strip("-")
         folder = Path(self._config.output_dir) / "baselines" / self._domain / f"{name}-{made_of}"
         return settings.make(self._split, self._domain, seed=self._seed, folder=folder)
@@ -285,9 +307,10 @@ def model_entrants(config: EvaluateConfig, domain: str, arms: dict[str, str]) ->
     weights are, what it ranked before in the domain."""
     from cprec.evaluate.evaluate import Entrant, saved_model
     from cprec.progress import say
-    from cprec.train.training import read_done, weights_sha256
+    from cprec.provenance import FileHashes
+    from cprec.train.training import model_identity, read_done
 
-    entrants = []
+    entrants, hashes = [], FileHashes(config.output_dir)
     for arm, folder in arms.items():
         model, about = _ModelFolder(arm, folder, config), read_done(folder)
         here = about is not None and any(Path(folder).glob("*.safetensors"))
@@ -301,7 +324,7 @@ def model_entrants(config: EvaluateConfig, domain: str, arms: dict[str, str]) ->
                 kind="model",
                 stochastic=True,
                 trained_on=tuple(trained_on),
-                identity=weights_sha256(folder) if here else None,
+                identity=model_identity(folder, hashes) if here else None,
                 scores=SCORES,
                 modes={"exact": _InMode(model, "exact"), "generate": _InMode(model, "generate")},
                 open=partial(getattr, model, "opened") if here else partial(_gone, arm, folder),
@@ -309,6 +332,7 @@ def model_entrants(config: EvaluateConfig, domain: str, arms: dict[str, str]) ->
                 close=model.close,
             )
         )
+    hashes.save()
     return entrants
 
 

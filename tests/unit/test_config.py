@@ -17,7 +17,7 @@ from cprec.config import describe_recipe, find_config, from_mapping, from_yaml, 
 from cprec.data.sources.tables import TableFiles, TableSource
 from cprec.errors import ConfigError
 from cprec.field_help import describe_fields, field_docs, show_value
-from cprec.provenance import file_sha256, read_resolved, save_resolved, to_dict
+from cprec.provenance import WEIGHTS, FileHashes, file_sha256, model_hashes, read_resolved, save_resolved, to_dict
 from cprec.recipes.arms import ARMS
 
 
@@ -489,3 +489,19 @@ def test_an_arm_goes_with_other_settings_and_one_stage() -> None:
     assert (config.lr_scheduler_type, config.learning_rate) == ("cosine", 1e-2)
     with pytest.raises(ConfigError, match=r"there is no arm 'no_mix'; did you mean 'no_mixed'\? Arms: no_mixed, "):
         find_config("demo", ["arm=no_mix"])
+
+
+def test_a_model_of_the_hub_is_the_commit_of_its_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name says nothing of its files: the copy on this machine may be replaced by a newer one."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    hashes = FileHashes(tmp_path)
+    model = tmp_path / "models--someone--model"
+    assert model_hashes("someone/model", WEIGHTS, hashes) == model_hashes("no/such/folder", WEIGHTS, hashes) == {}
+    for commit in ("a" * 40, "b" * 40):
+        (model / "snapshots" / commit).mkdir(parents=True)
+        (model / "snapshots" / commit / "config.json").write_text("{}")
+        (model / "refs").mkdir(exist_ok=True)
+        (model / "refs/main").write_text(commit)
+        assert model_hashes("someone/model", WEIGHTS, hashes) == {"commit": commit}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -16,8 +17,20 @@ from cprec.data.sources.recbole import RecBoleSource
 from cprec.data.sources.synthetic import SyntheticConfig
 from cprec.data.sources.tables import TableSource
 from cprec.data.splits import SplitSpec
-from cprec.errors import ConfigError, DataError, LeakageError
-from cprec.provenance import CONFIG_FILE, file_sha256, read_resolved, save_resolved, to_dict
+from cprec.errors import ConfigError, DataError, InputChanged, LeakageError
+from cprec.provenance import (
+    CONFIG_FILE,
+    TOKENIZER,
+    FileHashes,
+    differences,
+    file_sha256,
+    file_state,
+    model_hashes,
+    read_resolved,
+    save_resolved,
+    shortened,
+    to_dict,
+)
 from cprec.schema import MIXED, SPECIFIC, TEST, TITLE, VALIDATION
 from cprec.text.prompts import Template
 
@@ -142,8 +155,8 @@ class PrepareConfig:
         return int(number), int(count)
 
 
-HOW = ("engine", "memory_limit", "spill_dir", "workers", "partition")
-"""Settings that change how a data folder is made, but not what is in it."""
+HOW = ("output_dir", "engine", "memory_limit", "spill_dir", "workers", "partition")
+"""Settings that change where and how a data folder is made, but not what is in it."""
 
 
 def prepare(config: PrepareConfig) -> Path:
@@ -151,6 +164,8 @@ def prepare(config: PrepareConfig) -> Path:
 
     The folder is made aside and renamed at the end, so an interrupted run leaves nothing that looks complete; the same
     command goes on where it was interrupted once the tables are there.
+
+    Raises ConfigError where the folder is of other settings, InputChanged where what it was made from has changed.
     """
     from cprec.progress import say
     from cprec.text.documents import is_joined, is_written
@@ -200,7 +215,7 @@ def _alone(output_dir: Path) -> Iterator[None]:
 
 
 def _is_complete(config: PrepareConfig, folder: Path) -> bool:
-    """Whether a data folder is there, with these settings. Raises ConfigError if it is there with others."""
+    """Whether a data folder is there, with these settings and input. Raises ConfigError if it is there with others."""
     if not folder.exists():
         return False
     if not (folder / CONFIG_FILE).is_file():
@@ -209,11 +224,18 @@ def _is_complete(config: PrepareConfig, folder: Path) -> bool:
         raise ConfigError(
             f"{folder} was prepared with other settings of {', '.join(changed)}: choose another output_dir or delete it"
         )
+    if changed := _changed_inputs(config, folder):
+        raise InputChanged(
+            f"{folder} was prepared from other input: {shortened(changed)}. Choose another output_dir, or delete "
+            f"{folder} to prepare it anew"
+        )
     return True
 
 
 def _has_tables(config: PrepareConfig, folder: Path) -> bool:
-    """Whether an unfinished folder has its tables, made with these settings."""
+    """Whether an unfinished folder has its tables, made with these settings from this input."""
+    from cprec.progress import say
+
     if not (folder / CONFIG_FILE).is_file():
         return False
     changed = _changed(config, folder)
@@ -222,6 +244,14 @@ def _has_tables(config: PrepareConfig, folder: Path) -> bool:
             f"{folder} was begun with other settings of {', '.join(changed)}: give every partition the same settings, "
             "or delete it"
         )
+    if not changed and (inputs := _changed_inputs(config, folder)):
+        if config.partition:
+            raise InputChanged(
+                f"{folder} was begun from other input: {shortened(inputs)}. Every partition must read the same: delete "
+                f"{folder} to begin anew"
+            )
+        say(f"{folder} was begun from other input and is begun anew: {shortened(inputs)}")
+        return False
     return not changed
 
 
@@ -234,6 +264,61 @@ def _changed(config: PrepareConfig, folder: Path) -> list[str]:
     return sorted(name for name in old.keys() | new.keys() if name not in HOW and old.get(name) != new.get(name))
 
 
+def _files(config: PrepareConfig) -> dict[tuple[str, str], list[Path]]:
+    """The files that each table of each domain is read from, as they are there now; none where all are gone."""
+    sources: list[Any] = [*config.tables, *config.recbole, *config.public]
+    return {(source.domain, table): paths for source in sources for table, paths in source.files().items()}
+
+
+def _changed_inputs(config: PrepareConfig, folder: Path) -> list[str]:
+    """What has changed of the input that a folder was made from; what cannot be compared is said."""
+    from cprec.progress import say
+
+    hashes, recorded = FileHashes(folder), read_resolved(folder)["inputs"]
+    before: dict[tuple[str, str], dict[str, str]] = {}
+    for entry in json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["sources"]:
+        before.setdefault((entry["domain"], entry["table"]), {})[entry["path"]] = entry["sha256"]
+    changed, unseen = [], []
+    for (domain, table), paths in _files(config).items():
+        if paths:
+            now = {str(path): hashes.of(path) for path in paths}
+            changed += differences(before.get((domain, table), {}), now)
+        else:
+            unseen.append(f"the files of {domain}/{table} are gone")
+    for source in config.connections:
+        for table, now_is in source.fingerprints().items():
+            name = f"{source.domain}/{table}"
+            was = recorded.get(name)
+            if was is None or now_is is None or was.partition(":")[0] != now_is.partition(":")[0]:
+                unseen.append(f"{name} in {source.shown}, which gives nothing to compare it by")
+            elif was != now_is:
+                changed.append(f"{name} in {source.shown} changed")
+    tokenizer = {name: sha256 for name, sha256 in recorded.items() if name.startswith(_TOKENIZER)}
+    if tokenizer:
+        if found := _tokenizer_hashes(config, hashes):
+            changed += [f"{change} (tokenizer={config.tokenizer})" for change in differences(tokenizer, found)]
+        else:
+            unseen.append(f"tokenizer={config.tokenizer} is gone")
+    hashes.save()
+    if unseen and not changed:
+        say(
+            f"note: whether this changed since {folder} was made cannot be seen (delete {folder} to prepare it anew): "
+            f"{'; '.join(unseen)}"
+        )
+    return changed
+
+
+_TOKENIZER = "tokenizer/"
+"""What begins the names of a tokenizer's files among the recorded inputs."""
+
+
+def _tokenizer_hashes(config: PrepareConfig, hashes: FileHashes) -> dict[str, str]:
+    from cprec.text.tokenizer import TINY
+
+    found = {} if config.tokenizer == TINY else model_hashes(config.tokenizer, TOKENIZER, hashes)
+    return {_TOKENIZER + name: sha256 for name, sha256 in found.items()}
+
+
 def _write_tables(config: PrepareConfig, folder: Path) -> None:
     """Canonical tables, the tokenizer and the tokens of every title: what all parts need."""
     from cprec.data.build import build_tables
@@ -244,6 +329,14 @@ def _write_tables(config: PrepareConfig, folder: Path) -> None:
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    before = time.time_ns()
+    states = {path: file_state(path) for paths in _files(config).values() for path in paths}
+    fingerprints = {
+        f"{source.domain}/{table}": found
+        for source in config.connections
+        for table, found in source.fingerprints().items()
+        if found is not None
+    }
     build_tables(
         _sources(config),
         folder,
@@ -260,15 +353,25 @@ def _write_tables(config: PrepareConfig, folder: Path) -> None:
         spill=config.spill_dir,
         progress=say,
     )
+    for path, state in states.items():
+        if file_state(path) != state:
+            raise DataError(f"{path} was changed while it was read: run the command again once it is written")
     catalogue = read_catalogue(folder)
     _check_domains(config, catalogue)
     _rules(config, folder, catalogue).save(folder)
+    hashes = FileHashes(folder)
     tokenizer = _tokenizer(config, catalogue)
+    of_tokenizer = _tokenizer_hashes(config, hashes)  # a hub's model has its copy here now
     tokenizer.save_pretrained(folder / "tokenizer")
     encoder = PromptEncoder(tokenizer, catalogue, max_title_tokens=config.max_title_tokens, template=config.template())
     encoder.save(folder / ENCODER)
     _count_shared(config, folder, tokenizer, encoder)
-    save_resolved(folder, replace(config, partition=None), _input_hashes(folder))
+    inputs = _input_hashes(folder)
+    for path, state in states.items():
+        if str(path) in inputs:
+            hashes.add(path, state, inputs[str(path)], before)
+    hashes.save()
+    save_resolved(folder, replace(config, partition=None), inputs | fingerprints | of_tokenizer)
 
 
 def _count_shared(config: PrepareConfig, folder: Path, tokenizer: Any, encoder: PromptEncoder) -> None:

@@ -69,6 +69,7 @@ def finetune(config: FinetuneConfig) -> Path:
         config,
         make_plan=plan,
         trained_on=[train.sha256],
+        inputs={"heldout": validation.sha256},
         validation={name: stream(validation, held_out, config.per_device_train_batch_size)} if held_out else {},
         about={"stage": "finetune", "domain": config.domain, **train.manifest["about"]},
     )

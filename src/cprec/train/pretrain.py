@@ -92,7 +92,7 @@ def _pretrain(config: PretrainConfig, fork_of: Path | None = None) -> Path:
         config,
         make_plan=lambda: pretrain_plan(config, groups),
         trained_on=[shards.sha256, *examples],
-        inputs={"text": text[0]} if text else {},
+        inputs={"heldout": heldout.sha256} | ({"text": text[0]} if text else {}),
         validation=heldout_streams(heldout, config),
         about={"stage": "pretrain", **shards.manifest["about"]},
         start_from=Path(config.continue_from) if config.continue_from else None,

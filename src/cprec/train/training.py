@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import closing
@@ -12,8 +13,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cprec.errors import ConfigError
-from cprec.provenance import CONFIG_FILE, file_sha256, read_resolved, save_resolved, to_dict
+from cprec.errors import ConfigError, InputChanged
+from cprec.provenance import (
+    CONFIG_FILE,
+    TOKENIZER,
+    WEIGHTS,
+    FileHashes,
+    differences,
+    model_hashes,
+    read_resolved,
+    save_resolved,
+    shortened,
+    to_dict,
+)
 
 if TYPE_CHECKING:
     from cprec.text.stream import TokenStream
@@ -151,34 +163,83 @@ class TrainingConfig:
 
 
 _FREE = (
-    *("resume_from_checkpoint", "save_steps", "save_total_limit", "dry_run", "report_to", "run_name"),
+    *("resume_from_checkpoint", "save_steps", "save_total_limit", "dry_run", "report_to", "run_name", "output_dir"),
     *("fsdp", "gradient_checkpointing", "torch_compile", "ddp_timeout"),
 )
 """Settings that may change between the starts of one run: they do not decide what is learnt."""
+
+_PLACES = {"data": "data", "model_name_or_path": "base", "continue_from": "start"}
+"""Settings that say where an input is -> what begins the names of its files among the recorded inputs. The same files
+in another place are the same input."""
+
+_WORDS = {
+    "trained_on": "the documents to train on",
+    "heldout": "the held-out documents",
+    "text": "the general text to replay",
+    "general_text": "the text of general_text",
+    "base": "the weights of the base model",
+    "start": "the weights of the checkpoint to continue from",
+    "fork": "the weights of the stable checkpoint",
+}
+"""Recorded inputs that are no files, in words."""
 
 
 def finished(config: TrainingConfig, inputs: dict[str, str]) -> bool:
     """Whether output_dir holds the finished run of these settings on these inputs.
 
-    Raises ConfigError if it holds a run, finished or not, of other ones: nothing is overwritten or mixed up.
+    Raises ConfigError if it holds a run, finished or not, of other settings, InputChanged if of other inputs: nothing
+    is overwritten or mixed up. Inputs that are gone are told.
     """
+    from cprec.progress import say
+
     output_dir = Path(config.output_dir)
     if not (output_dir / CONFIG_FILE).is_file():
         return False
     record = read_resolved(output_dir)
-    now = to_dict(config)
-    changed = sorted(
-        name for name in now.keys() | record["config"].keys() if now.get(name) != record["config"].get(name)
-    )
-    changed = [name for name in changed if name not in _FREE]
-    if changed or record["inputs"] != inputs:
-        what = (
-            ", ".join(f"{n} was {record['config'].get(n)!r}, now {now.get(n)!r}" for n in changed) or "other input data"
-        )
+    before, now, gone = _comparable(record["inputs"], inputs, record["config"])
+    changes = [_in_words(change, config) for change in differences(before, now)]
+    old, new = record["config"], to_dict(config)
+    changed = sorted(name for name in new.keys() | old.keys() if name not in _FREE and new.get(name) != old.get(name))
+    moved = [name for name in changed if not changes and any(n.startswith(f"{_PLACES.get(name)}/") for n in now)]
+    if changed := [name for name in changed if name not in moved]:
+        what = ", ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in changed)
         raise ConfigError(
             f"{output_dir} holds a run with other settings ({what}): choose another output_dir or delete it"
         )
+    if changes:
+        raise InputChanged(
+            f"{output_dir} holds a run on other input: {shortened(changes)}. Choose another output_dir, or delete "
+            f"{output_dir} to train anew"
+        )
+    if gone:
+        say(f"note: whether this changed since {output_dir} was made cannot be seen, since it is gone: {gone}")
     return (output_dir / DONE).is_file()
+
+
+def _comparable(
+    before: dict[str, str], now: dict[str, str], config: dict[str, Any]
+) -> tuple[dict[str, str], dict[str, str], str]:
+    """Recorded inputs and those of now, as far as they can be compared; and which of them are gone."""
+    if "base" in before:  # a run made when one hash of all weights was recorded, and no other file
+        names = {"base": config["model_name_or_path"], "start": config.get("continue_from"), "fork": None}
+        weights = {of: _of_weights(now, of) or _sha256(str(name)) for of, name in names.items() if of in before}
+        gone = {of for of, name in names.items() if of in before and weights[of] == _sha256(str(name)) != before[of]}
+        now = {name: value for name, value in (now | weights).items() if name in before}
+    else:
+        groups = {name.partition("/")[0] for name in now}
+        gone = {name.partition("/")[0] for name in before} - groups
+    left = {name: value for name, value in before.items() if name.partition("/")[0] not in gone}
+    now = {name: value for name, value in now.items() if name.partition("/")[0] not in gone}
+    return left, now, ", ".join(_WORDS.get(name, name) for name in sorted(gone))
+
+
+def _in_words(change: str, config: TrainingConfig) -> str:
+    name, _, what = change.partition(" ")
+    group, _, file = name.partition("/")
+    if not file:
+        return f"{_WORDS.get(name, name)} {what}"
+    place = {setting: getattr(config, setting, "") for setting, begins in _PLACES.items() if begins == group}
+    return f"{file} {what}" + "".join(f" ({setting}={value})" for setting, value in place.items())
 
 
 def run_training(
@@ -202,7 +263,8 @@ def run_training(
 
     A damaged checkpoint is named in a warning and the one before is used.
 
-    Raises CheckpointError if all are damaged: nothing is silently trained again.
+    Raises CheckpointError if all are damaged: nothing is silently trained again; ConfigError and InputChanged as
+    `finished` does.
     """
     from cprec import distributed
     from cprec.models import check_isolation, load_model, num_parameters
@@ -220,17 +282,18 @@ def run_training(
     distributed.join_processes(config.ddp_timeout)
     output_dir, data = Path(config.output_dir), Path(config.data)
     trained_on = [*_shards_of(start_from or Path(config.model_name_or_path)), *trained_on]
-    inputs = {
-        "trained_on": " ".join(trained_on),
-        "base": weights_sha256(config.model_name_or_path),
-        **(inputs or {}),
-    }
-    for name, folder in (("start", start_from), ("fork", fork_of)):
-        if folder is not None:
-            inputs[name] = weights_sha256(folder)
-    if not config.dry_run and finished(config, inputs):
-        say(f"{output_dir}: complete with these settings, reused")
-        return output_dir
+    hashes = FileHashes(output_dir)
+    read = {"trained_on": " ".join(trained_on), **(inputs or {})}
+
+    def inputs_now() -> dict[str, str]:
+        return read | _file_inputs(config, start_from, fork_of, hashes)
+
+    if not config.dry_run:
+        is_finished = finished(config, distributed.by_first(inputs_now))
+        distributed.by_first(hashes.save)
+        if is_finished:
+            say(f"{output_dir}: complete with these settings, reused")
+            return output_dir
     plan = make_plan()
     stream, schedule = plan.stream, plan.schedule
     describe_plan(config, plan, say)
@@ -297,7 +360,11 @@ def run_training(
     def validate() -> dict[str, Any]:
         return {"heldout": {name: perplexity(loss, each, device, bf16) for name, each in validation.items()}}
 
-    distributed.by_first(lambda: save_resolved(output_dir, config, inputs))
+    def record() -> None:
+        save_resolved(output_dir, config, inputs_now())  # by now there is a copy of a hub's model
+        hashes.save()
+
+    distributed.by_first(record)
     saved = distributed.by_first(lambda: newest_intact(output_dir)) or fork_of
     if saved:
         say(f"going on from {saved}")
@@ -439,11 +506,43 @@ def _shards_of(start: Path) -> list[str]:
     return []
 
 
-def weights_sha256(name_or_path: str | Path) -> str:
-    """One hash of all weight files of a model folder; of the name where it is none (a hub's model, `tiny`)."""
-    files = sorted(Path(name_or_path).glob("*.safetensors"))
-    parts = [file_sha256(path) for path in files] if files else [str(name_or_path)]
-    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+def _file_inputs(
+    config: TrainingConfig, start_from: Path | None, fork_of: Path | None, hashes: FileHashes
+) -> dict[str, str]:
+    """SHA-256 of the files that a run reads, by what they are to it and their name."""
+    data, text = Path(config.data), _general_text(config)
+    found = {f"data/{path.relative_to(data).as_posix()}": hashes.of(path) for path in _files_of(data)}
+    for name, model in (("base", config.model_name_or_path), ("start", start_from), ("fork", fork_of)):
+        if model is not None:
+            of_model = model_hashes(model, (*WEIGHTS, "files.json"), hashes)
+            found |= {f"{name}/{file}": sha256 for file, sha256 in of_model.items()}
+    if text and Path(text).is_file():
+        found["general_text"] = hashes.of(text)
+    return found
+
+
+def _files_of(data: Path) -> list[Path]:
+    """What a run takes from a data folder as it is: the tokenizer, and the items for the model folder."""
+    return [path for name in ("tokenizer", "items") for path in sorted((data / name).rglob("*")) if path.is_file()]
+
+
+def _of_weights(inputs: dict[str, str], of: str) -> str:
+    """One hash of the weight files among some inputs; empty where there are none."""
+    parts = [sha256 for name, sha256 in sorted(inputs.items()) if re.fullmatch(rf"{of}/[^/]+\.safetensors", name)]
+    return _sha256(" ".join(parts)) if parts else ""
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def model_identity(folder: str | Path, hashes: FileHashes) -> str:
+    """Changes when a model folder gives other rankings: its weights, its tokenizer, its items, what it was taught."""
+    found = model_hashes(folder, (*WEIGHTS, *TOKENIZER), hashes)
+    items = sorted(Path(folder, "items").rglob("*.parquet"))
+    found |= {path.relative_to(folder).as_posix(): hashes.of(path) for path in items}
+    about = {name: value for name, value in (read_done(folder) or {}).items() if name != "seconds"}
+    return _sha256(json.dumps([found, about], sort_keys=True))
 
 
 def _check_vocabulary(config: TrainingConfig, model: Any, vocabulary_size: int) -> None:

@@ -80,6 +80,26 @@ def test_tables_and_queries_of_duckdb_give_what_files_give(database: str, from_f
     assert again["sources"] == manifest["sources"], "the hash is of the rows"
 
 
+def test_a_fingerprint_is_of_the_rows_that_are_read(database: str) -> None:
+    query = "SELECT * FROM events WHERE rating > 0"
+    before = source(database, query).fingerprints()
+    assert before["interactions"] and ": 240 rows, " in before["interactions"]
+
+    def after(statement: str) -> list[str]:
+        with duckdb.connect(database.removeprefix("duckdb://")) as connection:
+            connection.execute(statement)
+        now = source(database, query).fingerprints()
+        return [table for table in before if now[table] != before[table]]
+
+    assert after("UPDATE events SET secret = 'y'") == []
+    assert after("CREATE OR REPLACE TABLE events AS FROM events ORDER BY rating DESC") == []
+    assert after("DELETE FROM events WHERE rating = 0") == []
+    assert after("UPDATE stock.items SET brand = NULL") == ["items"]
+    assert after("INSERT INTO events FROM events LIMIT 1") == ["interactions", "items"]
+    for url in ("duckdb:///no/such.db", "sqlite:///no/such.db"):
+        assert source(url).fingerprints() == {"interactions": None, "items": None}
+
+
 def test_times_of_the_database_are_read(database: str, from_files: Path, tmp_path: Path) -> None:
     log = "SELECT customer, item_id, to_timestamp(happened) AS happened, rating FROM events"
     assert tables(build_dataset([source(database, log)], tmp_path / "data")) == tables(from_files)
@@ -179,3 +199,13 @@ def test_a_postgres_server_gives_what_files_give(server: str, from_files: Path, 
         build_dataset([source(url, "event")], tmp_path / "none")
     with pytest.raises(DataError, match="cannot be reached"):
         build_dataset([source(f"postgres://cprec@/no_such_database?host={server}")], tmp_path / "none")
+    before = source(url).fingerprints()
+    assert before["interactions"] and before["interactions"].startswith("PostgreSQL: 300 rows, ")
+    with psycopg.connect(host=server, user="cprec", dbname="postgres", autocommit=True) as connection:
+        connection.execute("UPDATE events SET note = 'y'")  # it is not read, and the rows stand in another order
+        assert source(url).fingerprints() == before
+        connection.execute("UPDATE events SET rating = 0.5 WHERE item_id = 'i3'")
+        after = source(url).fingerprints()
+        assert after["interactions"] != before["interactions"] and after["items"] == before["items"]
+        connection.execute("UPDATE events SET rating = 3 WHERE item_id = 'i3'")
+        assert source(url).fingerprints() == before

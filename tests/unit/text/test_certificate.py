@@ -332,7 +332,7 @@ def test_clean_data_are_clean_in_one_part_and_in_several(
 def test_everything_that_is_read_is_hashed(shop: Shop) -> None:
     found = {path.relative_to(shop.folder).as_posix() for path in shop.folder.rglob("*") if path.is_file()}
     certificate = shop.audit()
-    assert set(certificate["files"]) == found
+    assert set(certificate["files"]) == found - {"hashes.json"}  # no stage reads that to make anything
     assert not list(shop.folder.glob(".*"))
     assert set(certificate["artifacts"]) == {
         "shards/train",

@@ -80,9 +80,10 @@ def config(tmp_path: Path, tables: tuple[TableSource, ...]) -> PrepareConfig:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but run.json, which names the settings of the run, and but for its hash in the certificate."""
+    """Every file but run.json, which names the settings of the run, and but for its hash in the certificate; and but
+    hashes.json, which notes the times of the input's files."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    found = {name: path.read_bytes() for name, path in sorted(files.items()) if name != "run.json"}
+    found = {name: path.read_bytes() for name, path in sorted(files.items()) if name not in ("run.json", "hashes.json")}
     certificate = json.loads(found["certificate.json"])
     certificate["files"].pop("run.json", None)
     return found | {"certificate.json": json.dumps(certificate).encode()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +89,33 @@ class ConnectionSource:
         tables = canonical_tables(engine, self.domain, log, items, self.columns, self.timestamps, items_in_log=False)
         return replace(tables, files=(), hashes=hashes)
 
+    def fingerprints(self) -> dict[str, str | None]:
+        """What the database says of the rows of each table: their number, and a sum over their hashes.
+
+        A change of any value that is read changes it, another order of rows does not. It begins with the kind of hash
+        and a colon: only those of one kind can be compared. None where the database has no such hash, or cannot be
+        reached now.
+        """
+        tables = {"interactions": (self.interactions, INTERACTION_FIELDS), "items": (self.items, ITEM_FIELDS)}
+        found: dict[str, str | None] = dict.fromkeys(tables)
+        if self.url.partition("://")[0] not in _ROW_HASH:
+            return found
+        with warnings.catch_warnings():
+            # As in `connect` of the engine: Ibis calls a method of DuckDB that DuckDB has renamed.
+            warnings.filterwarnings("ignore", r"fetch_arrow_table\(\) is deprecated", DeprecationWarning)
+            try:
+                connection = self._connect()
+            except (ConfigError, DataError):
+                return found
+            try:
+                for table, (asked, fields) in tables.items():
+                    found[table] = _fingerprint(connection, self._chosen(connection, table, asked, fields)[1])
+            except DataError:  # there is no such table now
+                pass
+            finally:
+                connection.disconnect()
+        return found
+
     def _connect(self) -> Any:
         import ibis
 
@@ -106,7 +134,7 @@ class ConnectionSource:
             raise ConfigError(f"{kind}:// needs more packages ({error}): pip install '{fix}'") from None
         except Exception as error:
             raise DataError(
-                f"url of domain {self.domain!r}: {self._shown} cannot be reached: {_brief(error, url)}"
+                f"url of domain {self.domain!r}: {self.shown} cannot be reached: {_brief(error, url)}"
             ) from None
 
     def _variable(self, match: re.Match[str]) -> str:
@@ -116,7 +144,8 @@ class ConnectionSource:
             raise ConfigError(f"url={self.url}: the environment has no variable {match[1]}") from None
 
     @property
-    def _shown(self) -> str:
+    def shown(self) -> str:
+        """The address without its options."""
         return self.url.partition("?")[0]
 
     def _read(
@@ -136,12 +165,8 @@ class ConnectionSource:
 
         from cprec.data.text_files import LINE
 
-        place = f"{self._shown}/{what}"
-        table = self._table(connection, what, asked)
-        raw = RawTable(what, table, tuple(table.columns), (), (Path(place),))
-        required = (USER_ID, ITEM_ID) if what == "interactions" else (ITEM_ID, TITLE)
-        columns = list(dict.fromkeys(find_columns(self.domain, raw, fields, self.columns, required).values()))
-        expression = table.select(columns)
+        place, expression = self._chosen(connection, what, asked, fields)
+        columns = list(expression.columns)
         schema = pa.schema([*expression.schema().to_pyarrow(), pa.field(LINE, pa.int64())])
         digest = hashlib.sha256()
 
@@ -165,6 +190,15 @@ class ConnectionSource:
         rows = rows.mutate(ibis.literal(place).name("source_file"), rows[LINE].name("sequence"))
         return RawTable(what, rows, tuple(columns), (), (Path(place),))
 
+    def _chosen(self, connection: Any, what: str, asked: str, fields: Sequence[str]) -> tuple[str, Any]:
+        """Where a table is, in words, and the columns of it that are read."""
+        place = f"{self.shown}/{what}"
+        table = self._table(connection, what, asked)
+        raw = RawTable(what, table, tuple(table.columns), (), (Path(place),))
+        required = (USER_ID, ITEM_ID) if what == "interactions" else (ITEM_ID, TITLE)
+        columns = list(dict.fromkeys(find_columns(self.domain, raw, fields, self.columns, required).values()))
+        return place, table.select(columns)
+
     def _table(self, connection: Any, what: str, asked: str) -> Any:
         try:
             if re.match(r"\s*(select|with)\b", asked, re.I):
@@ -180,9 +214,37 @@ class ConnectionSource:
                 near = []
             hint = f"; it has {', '.join(near)}" if near else ""
             raise DataError(
-                f"{self._shown}: {what} of domain {self.domain!r}, {asked!r}, cannot be read{hint} "
-                f"({_brief(error, '')})"
+                f"{self.shown}: {what} of domain {self.domain!r}, {asked!r}, cannot be read{hint} ({_brief(error, '')})"
             ) from None
+
+
+_ROW_HASH = {
+    "duckdb": "hash(t)::HUGEINT",
+    "postgres": "hashtextextended(t::text, 0)::NUMERIC",
+    "postgresql": "hashtextextended(t::text, 0)::NUMERIC",
+}
+"""Kind of connection -> the hash of a row t there, as a number that can be summed."""
+
+
+def _fingerprint(connection: Any, expression: Any) -> str | None:
+    """The number of rows of an expression and a sum over their hashes, made by the database; None where it cannot."""
+    query = f"SELECT count(*), sum({_ROW_HASH[connection.name]}) FROM ({connection.compile(expression)}) t"
+    if connection.name == "duckdb":
+        import duckdb
+
+        kind = f"DuckDB {duckdb.__version__}"  # its hash may be another one in the next version
+        rows = connection.con.sql(query).fetchall()
+    else:
+        import psycopg
+
+        kind = "PostgreSQL"
+        try:
+            with connection.con.cursor() as cursor:
+                rows = cursor.execute(query).fetchall()
+        except psycopg.Error:  # what speaks its protocol may lack the function
+            return None
+    [(number, total)] = rows
+    return f"{kind}: {number} rows, {total or 0}"
 
 
 def _tables(connection: Any) -> list[str]:

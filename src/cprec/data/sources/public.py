@@ -123,6 +123,12 @@ class PublicSource:
             items_in_log=things is None,
         )
 
+    def files(self) -> dict[str, list[Path]]:
+        """The files of each table (interactions, items) that are there now."""
+        layout = FORMATS[self.format]
+        named = {"interactions": layout.interactions, "items": layout.items}
+        return {table: [path for path in [self._find(names)] if path] for table, names in named.items() if names}
+
     def _download(self, layout: Format) -> None:
         from cprec.data.download import download_files
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from cprec.data.sources.tables import (
@@ -14,6 +15,7 @@ from cprec.data.sources.tables import (
     canonical_tables,
     check_names,
     find_columns,
+    matching_files,
     read_files,
 )
 from cprec.errors import ConfigError
@@ -62,3 +64,10 @@ class RecBoleSource:
         ):
             timestamps = "order"
         return canonical_tables(engine, self.domain, log, items, self.columns, timestamps, items_in_log=False)
+
+    def files(self) -> dict[str, list[Path]]:
+        """The files of each table (interactions, items) that are there now."""
+        return {
+            "interactions": matching_files(self.prefix + ".inter"),
+            "items": matching_files(self.prefix + ".item"),
+        }

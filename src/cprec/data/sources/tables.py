@@ -201,6 +201,11 @@ class TableSource:
             item_mapping=forms["items"].columns if "items" in forms else None,
         )
 
+    def files(self) -> dict[str, list[Path]]:
+        """The files of each table (interactions, items) that are there now."""
+        named = {"interactions": self.interactions, "items": self.items}
+        return {table: matching_files(patterns) for table, patterns in named.items() if patterns is not None}
+
 
 def _check_form(form: TableSource | TableFiles, key: str, fields: Sequence[str]) -> None:
     """Raise ConfigError for settings of a table (`key` as `items.`), or of a domain, that cannot be."""
@@ -351,12 +356,11 @@ def find_files(domain: str, what: str, patterns: Sequence[str]) -> tuple[Path, .
     """The files that paths and patterns name. Raises DataError for one that is missing or of no known kind."""
     found: list[Path] = []
     for pattern in patterns:
-        path = Path(pattern).expanduser()
+        path, matches = Path(pattern).expanduser(), matching_files((pattern,))
         if path.is_dir():
             raise DataError(
                 f"{path} is a folder; for the {what} of domain {domain!r} give its files, as {path}/*.parquet"
             )
-        matches = [path] if path.exists() else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
         if not matches:
             raise DataError(f"{path} does not exist ({what} of domain {domain!r}){_similar(path)}")
         found += matches
@@ -373,6 +377,15 @@ def find_files(domain: str, what: str, patterns: Sequence[str]) -> tuple[Path, .
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty ({what} of domain {domain!r})")
     return tuple(found)
+
+
+def matching_files(patterns: str | Sequence[str]) -> list[Path]:
+    """What is there of paths and patterns, each once, in their order."""
+    found: list[Path] = []
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        path = Path(pattern).expanduser()
+        found += [path] if path.exists() else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    return list(dict.fromkeys(found))
 
 
 def _similar(path: Path) -> str:
