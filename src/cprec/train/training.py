@@ -205,7 +205,7 @@ def run_training(
     Raises CheckpointError if all are damaged: nothing is silently trained again.
     """
     from cprec import distributed
-    from cprec.models import check_isolation, load_model, num_parameters
+    from cprec.models import check_attention, check_isolation, load_model, num_parameters
     from cprec.progress import say
     from cprec.text.tokenizer import load_tokenizer
     from cprec.train.attention import use_document_attention
@@ -268,8 +268,9 @@ def run_training(
     attention = None if config.attn_implementation == "auto" else config.attn_implementation
     model = _make_model(config, tokenizer, partial(load_model, attn_implementation=attention)).to(device)
     _check_vocabulary(config, model, len(tokenizer))
+    positions_given = check_attention(model)
     recompiled = config.torch_compile and config.gradient_checkpointing
-    if attention is None and device.type == "cpu" and not recompiled:
+    if attention is None and device.type == "cpu" and not recompiled and positions_given:
         use_document_attention(model, compiled=config.torch_compile)
     check_isolation(model)
     loss = prepare_loss(
