@@ -241,10 +241,16 @@ def run_training(
     device = distributed.pick_device()
     bf16 = distributed.use_bf16(config.bf16, device)
     tokenizer = load_tokenizer(str(data / "tokenizer"))
+    begin, base = about.get("begin", []), read_done(config.model_name_or_path)
+    if base is not None and base.get("begin", []) != begin:
+        say(
+            f"note: documents begin with the tokens {begin}, and those that {config.model_name_or_path} was trained on "
+            f"with {base.get('begin', [])}: add_bos_token of `cprec prepare` decides"
+        )
     text = _general_text(config)
     if text is not None:
         rows = config.per_device_train_batch_size
-        held_out = general_text_batches(tokenizer, config.max_length, text, rows_per_batch=rows)
+        held_out = general_text_batches(tokenizer, config.max_length, text, begin=begin, rows_per_batch=rows)
         validation = validation | {GENERAL_TEXT: held_out}
     is_trunk = about["stage"] == "pretrain" and fork_of is None and config.lr_scheduler_type != "cosine"
 
