@@ -233,7 +233,10 @@ def _few_tokens(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def blocks_of(model: Any) -> Any:
     """The decoder's layers, in order: what is compiled and sharded one by one."""
     trunk, _ = trunk_and_head(model)
-    blocks = getattr(trunk, "layers", None)
+    lists = (
+        [each for each in trunk.children() if isinstance(each, nn.ModuleList)] if isinstance(trunk, nn.Module) else []
+    )
+    blocks = getattr(trunk, "layers", lists[0] if len(lists) == 1 else None)  # GPT-2 calls them `h`
     if not isinstance(blocks, nn.ModuleList):
         raise ConfigError(
             f"{type(trunk).__name__} has no list of blocks called `layers`, as Llama, Qwen, Mistral, SmolLM and Gemma "
@@ -266,6 +269,19 @@ def attending_by(trunk: Any, name: str) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
+
+
+def has_learned_positions(model: Any) -> bool:
+    """Whether positions are rows of a table, so that there are none beyond the model's context."""
+    inner = _inner(model)
+    context = context_of(inner)
+    tables = [m for m in inner.modules() if isinstance(m, nn.Embedding) and m is not inner.get_input_embeddings()]
+    return context is not None and any(0 <= table.num_embeddings - context <= 2 for table in tables)
+
+
+def context_of(model: Any) -> int | None:
+    """Tokens that a model was made to read at most; None where its configuration does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def merge_adapters(model: Any) -> Any:

@@ -116,6 +116,13 @@ class LLMRecommender:
         self._encoder = PromptEncoder(
             tokenizer, catalogue, max_title_tokens=max_title_tokens, template=template, begin=begin
         )
+        frame = int(self._encoder.frame_tokens(history, np.arange(len(catalogue.domains))).max())
+        if frame + self._encoder.max_item_tokens + 1 > self.reader.context:
+            raise ConfigError(
+                f"the model's context of {self.reader.context:,} tokens has no room for a prompt without a history "
+                f"({frame} tokens) and a title of max_title_tokens={max_title_tokens} with its end: prepare the data "
+                "with a smaller max_title_tokens, or take a model with a longer context"
+            )
         self._tries: dict[str, Trie] = {}
         self.withdrawn: Mapping[str, frozenset[str]] = {}
         """Item ids by domain that histories may name and full rankings never return; see `with_items`."""

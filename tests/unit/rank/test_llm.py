@@ -96,6 +96,15 @@ def test_prompts_begin_as_the_model_was_trained(
         assert found.scores[0] == pytest.approx(teacher_forced([*begin, *prompt], title), abs=1e-4)
 
 
+def test_a_context_without_room_for_a_title_is_refused(tokenizer: Any, catalogue: Catalogue) -> None:
+    short = tiny_model(
+        len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=48
+    )
+    with pytest.raises(ConfigError, match=r"context of 48 tokens has no room .* title of max_title_tokens=32"):
+        LLMRecommender(short, tokenizer, catalogue)
+    assert LLMRecommender(short, tokenizer, catalogue, max_title_tokens=4).rank([query("b0", "b1")], k=2)
+
+
 def test_it_follows_the_protocol(make: Callable[..., LLMRecommender]) -> None:
     recommender = make(name="ours")
     assert isinstance(recommender, Protocol) and recommender.name == "ours"
