@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -128,21 +129,114 @@ def add_lora(model: Any, *, rank: int, alpha: int, seed: int = 0) -> Any:
 
 
 def trunk_and_head(model: Any) -> tuple[Any, Any]:
-    """The decoder without its output layer, and the output layer, so that logits are made only where needed."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = inner.get_output_embeddings()
+    """The decoder without its output layer, and the output layer, so that logits are made only where needed: they are
+    what the output layer gives times `output_scale(model)`."""
+    inner = _inner(model)
+    head, trunk = inner.get_output_embeddings(), inner.get_decoder()
     if getattr(head, "bias", None) is not None or getattr(inner.config, "final_logit_softcapping", None):
         raise ConfigError(
             f"{type(inner).__name__}: output layers with a bias or soft-capped logits (Gemma 2, Phi 1) are not "
-            "supported; Llama, Qwen, Mistral, SmolLM and Gemma 3 models are"
+            f"supported{_SUPPORTED}"
         )
-    return inner.get_decoder(), head
+    if trunk is inner or not isinstance(getattr(head, "weight", None), torch.Tensor):
+        raise ConfigError(f"{type(inner).__name__} has no decoder apart from its output layer{_SUPPORTED}")
+    return trunk, head
+
+
+_SUPPORTED = "; docs/models.md lists the architectures that are (Llama, Qwen, Mistral, SmolLM, Gemma 3 and others)"
+
+
+def _inner(model: Any) -> Any:
+    """The model of transformers, within adapters too."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def output_scale(model: Any) -> float:
+    """What the output of a model's last layer is multiplied by to give logits: 1 for most, a constant for some (Cohere,
+    Granite), found by running the model once and remembered with it.
+
+    Raises ConfigError, with the name of the architecture, where logits are anything else than that.
+    """
+    inner = _inner(model)
+    if not hasattr(inner, "_output_scale"):
+        inner._output_scale = _measured_scale(inner)
+    return float(inner._output_scale)
+
+
+@torch.no_grad()
+def _measured_scale(inner: Any) -> float:
+    name = type(inner).__name__
+    trunk, head = trunk_and_head(inner)
+    ids, positions = _few_tokens(inner)
+    with _exactly(inner):
+        try:
+            logits = inner(input_ids=ids, position_ids=positions, use_cache=False).logits.double()
+            ours = head(trunk(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state).double()
+        except _UNFIT as error:
+            raise ConfigError(f"{name} does not read tokens and their positions alone ({error}){_SUPPORTED}") from error
+    scale, error = 1.0, torch.inf
+    if logits.shape == ours.shape:
+        measured = float((logits * ours).sum() / ours.square().sum())
+        scale = _number_of_config(inner.config, measured) if math.isfinite(measured) else 1.0
+        error = float((logits - scale * ours).abs().max() / logits.abs().max())
+    if error > _tolerance(inner):  # not finite ones are found where scores are made
+        raise ConfigError(
+            f"{name} does more between its last layer and its logits than to multiply by a constant (relative "
+            f"difference {error:.2g}), so its loss and its scores would be those of another model{_SUPPORTED}"
+        )
+    return scale
+
+
+_UNFIT = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+"""What models raise that cannot be called as we call them."""
+
+
+def _number_of_config(config: Any, measured: float) -> float:
+    """The number of a model's configuration, or its inverse, that a measured one is; 1 comes first."""
+    numbers = [1.0]
+    for value in config.get_text_config().to_dict().values():
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < abs(value) < float("inf"):
+            numbers += [float(value), 1 / value]
+    nearest = min(numbers, key=lambda number: abs(number - measured))
+    return nearest if abs(nearest - measured) <= 1e-4 * abs(measured) else measured
+
+
+def _tolerance(model: Any) -> float:
+    """Relative differences that rounding explains."""
+    return 1e-5 if next(model.parameters()).dtype == torch.float32 else 2e-2
+
+
+@contextmanager
+def _exactly(inner: Any) -> Iterator[None]:
+    """The model without dropout, in its own precision, with attention that takes any, for the time being."""
+    was_training = inner.training
+    inner.eval()
+    own = str(getattr(inner.config, "_attn_implementation", ""))
+    takes_any = not own.startswith(("flash", "flex"))
+    try:
+        with (
+            nullcontext() if takes_any else attending_by(inner, "sdpa"),
+            torch.autocast(next(inner.parameters()).device.type, enabled=False),
+        ):
+            yield
+    finally:
+        inner.train(was_training)
+
+
+def _few_tokens(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A row of tokens and their positions: [1, T] each."""
+    device = next(model.parameters()).device
+    ids = torch.arange(3, 15, device=device) % model.get_input_embeddings().weight.shape[0]
+    return ids[None], torch.arange(len(ids), device=device)[None]
 
 
 def blocks_of(model: Any) -> Any:
     """The decoder's layers, in order: what is compiled and sharded one by one."""
     trunk, _ = trunk_and_head(model)
-    blocks = getattr(trunk, "layers", None)
+    lists = (
+        [each for each in trunk.children() if isinstance(each, nn.ModuleList)] if isinstance(trunk, nn.Module) else []
+    )
+    blocks = getattr(trunk, "layers", lists[0] if len(lists) == 1 else None)  # GPT-2 calls them `h`
     if not isinstance(blocks, nn.ModuleList):
         raise ConfigError(
             f"{type(trunk).__name__} has no list of blocks called `layers`, as Llama, Qwen, Mistral, SmolLM and Gemma "
@@ -165,6 +259,31 @@ def packed_hidden(model: Any, input_ids_RT: torch.Tensor, position_ids_RT: torch
     return hidden.reshape(*shape, -1)
 
 
+@contextmanager
+def attending_by(trunk: Any, name: str) -> Iterator[None]:
+    """The model attends by what transformers knows under a name, for the time being."""
+    config = trunk.config
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def has_learned_positions(model: Any) -> bool:
+    """Whether positions are rows of a table, so that there are none beyond the model's context."""
+    inner = _inner(model)
+    context = context_of(inner)
+    tables = [m for m in inner.modules() if isinstance(m, nn.Embedding) and m is not inner.get_input_embeddings()]
+    return context is not None and any(0 <= table.num_embeddings - context <= 2 for table in tables)
+
+
+def context_of(model: Any) -> int | None:
+    """Tokens that a model was made to read at most; None where its configuration does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def merge_adapters(model: Any) -> Any:
     """The base model with its LoRA adapters added into the weights: a plain transformers model."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
@@ -176,13 +295,120 @@ def num_parameters(model: nn.Module) -> int:
 
 
 @torch.no_grad()
+def check_weights(model: Any) -> None:
+    """Raises ConfigError, with the name of a weight, if one is not finite."""
+    for name, weight in model.named_parameters():
+        if weight.numel() and not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
+            raise ConfigError(
+                f"the weights of this model are not finite: {name} has NaN or infinity in it. The file is damaged, or "
+                "the training that wrote it diverged: take another model, or an earlier checkpoint"
+            )
+
+
+PROBE = "cprec_probe"
+"""The name under which transformers knows the attention of `check_attention`."""
+
+
+class _Probe:
+    """Plain causal attention, with notes of what it was given."""
+
+    def __init__(self) -> None:
+        self.layers: list[int] = []
+        self.windows: set[int | None] = set()
+        self.masked: set[int | None] = set()
+        """What is seen, as masks would have it."""
+        self.unknown: set[str] = set()
+        self.positions = True
+
+    def attend(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        sliding_window: int | None,
+        more: dict[str, Any],
+    ) -> torch.Tensor:
+        self.layers.append(module.layer_idx)
+        self.windows.add(sliding_window)
+        self.positions &= more.get("position_ids") is not None
+        self.unknown |= {name for name in ("s_aux", "softcap") if more.get(name) is not None}
+        if value.shape != key.shape:
+            self.unknown.add("values of another width than keys")
+        key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], 1) for each in (key, value))
+        seen = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril()
+        if sliding_window is not None:
+            seen = seen.triu(1 - sliding_window)
+        found = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling)
+        return found.transpose(1, 2)
+
+
+def _attend_by_probe(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    *,
+    tree: _Probe,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **more: Any,
+) -> tuple[torch.Tensor, None]:
+    return tree.attend(module, query, key, value, scaling, sliding_window, more), None
+
+
+@torch.no_grad()
+def check_attention(model: Any) -> bool:
+    """Asserts that this model may attend by functions of ours, as trees of titles are read.
+
+    Such a function gets the queries, keys and values of each layer, a scale and a window; what else a model has is lost
+    (sinks, soft caps, biases of positions, chunks, layers that are no attention, layers that run twice). Returns
+    whether it also gets the positions. Raises ConfigError, with the name of the architecture, where something is lost.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    inner, probe = _inner(model), _Probe()
+    AttentionInterface.register(PROBE, _attend_by_probe)
+    AttentionMaskInterface.register(PROBE, lambda *_, local_size=None, **__: probe.masked.add(local_size))
+    trunk, _ = trunk_and_head(inner)
+    ids, positions = _few_tokens(inner)
+    found, why = None, ""
+    with _exactly(inner):
+        expected = trunk(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.double()
+        try:
+            with attending_by(trunk, PROBE):
+                found = trunk(input_ids=ids, position_ids=positions, use_cache=False, tree=probe).last_hidden_state
+        except _UNFIT as error:
+            why = str(error)
+    num_layers = inner.config.get_text_config().num_hidden_layers
+    if found is not None:
+        error = float((found.double() - expected).abs().max() / expected.abs().max())
+        if sorted(probe.layers) != list(range(num_layers)):
+            why = f"of {num_layers} layers {len(set(probe.layers))} are attention, run {len(probe.layers)} times"
+        elif probe.unknown:
+            why = f"it has {', '.join(sorted(probe.unknown))}"
+        elif not probe.masked <= probe.windows | {None}:
+            why = "its masks hide more than a sliding window"
+        elif error > 10 * _tolerance(inner):
+            why = f"relative difference {error:.2g}"
+    if why:
+        raise ConfigError(
+            f"{type(inner).__name__} attends in a way that cannot be read as a tree of titles ({why}){_SUPPORTED}"
+        )
+    return probe.positions
+
+
+@torch.no_grad()
 def check_isolation(model: Any, documents: Sequence[Sequence[int]] = ((5, 6, 7, 8), (9, 10, 11))) -> None:
     """Asserts that packed documents do not see each other on this very model, evaluating and training alike.
 
     With restarting `position_ids` alone, transformers isolates documents only under certain settings, and silently does
     not under others. Several rows are tried, since some attention isolates in a single row only. Raises ConfigError if
-    the hidden states of a row's second document depend on its first.
+    the hidden states of a row's second document depend on its first, and if weights or states are not finite.
     """
+    check_weights(model)
     device = next(model.parameters()).device
     first, second = (list(document) for document in documents)
     other = [token + 1 for token in first]
@@ -209,11 +435,16 @@ def check_isolation(model: Any, documents: Sequence[Sequence[int]] = ((5, 6, 7, 
             moved.append(packed[0] - packed[1])
         finally:
             model.train(was_training)
+    if not torch.isfinite(torch.cat([alone, *moved])).all():
+        raise ConfigError(
+            f"{type(_inner(model)).__name__} gives states that are not finite (NaN or infinity) for a few tokens, "
+            "though its weights are finite: take another model, or an earlier checkpoint"
+        )
     error = torch.cat(moved).abs().max().item() / max(alone.abs().max().item(), 1e-12)
     if not error < 1e-3:
         attention = getattr(model.config, "_attn_implementation", "unknown")
         raise ConfigError(
-            f"packed documents see each other in this model (relative difference {error:.2g}, attention "
-            f"{attention!r}): load it with attn_implementation='sdpa', or use a transformers version whose masks "
-            "follow position_ids"
+            f"{type(_inner(model)).__name__}: packed documents see each other in this model (relative difference "
+            f"{error:.2g}, attention {attention!r}): try another attn_implementation, or a transformers version whose "
+            "masks follow position_ids, or another model"
         )

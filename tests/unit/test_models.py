@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,12 @@ from cprec.errors import ConfigError
 from cprec.models import (
     add_lora,
     blocks_of,
+    check_attention,
     check_isolation,
     load_model,
     merge_adapters,
     num_parameters,
+    output_scale,
     packed_hidden,
     tiny_model,
     trunk_and_head,
@@ -382,8 +385,105 @@ def test_a_model_whose_documents_see_each_other_is_refused(leaky: type[Leaky]) -
 
 
 def test_a_model_that_is_not_finite_does_not_pass() -> None:
-    model = tiny_qwen()
+    model = tiny_llama()
     with torch.no_grad():
-        model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(ConfigError, match="packed documents see each other"):
+        model.model.embed_tokens.weight[40] = float("nan")  # a token that no check reads
+    with pytest.raises(ConfigError, match=r"weights of this model are not finite: model\.embed_tokens\.weight has NaN"):
         check_isolation(model)
+
+
+def test_states_that_are_not_finite_are_no_leak() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.fill_(1e30)
+        model.model.layers[0].mlp.down_proj.weight.fill_(1e30)
+    with pytest.raises(
+        ConfigError, match=r"LlamaForCausalLM gives states that are not finite .* its weights are finite"
+    ):
+        check_isolation(model)
+
+
+# ---- what lies between trunk and logits ------------------------------------------------------------------------------
+
+
+def tiny_cohere(**changes: Any) -> Any:
+    """Logits are 0.0625 times what the output layer gives."""
+    from transformers import CohereConfig, CohereForCausalLM
+
+    torch.manual_seed(0)
+    return CohereForCausalLM(CohereConfig(**SHAPE | {"logit_scale": 0.0625} | changes))
+
+
+def tiny_granite(**changes: Any) -> Any:
+    """Logits are what the output layer gives, divided by 6."""
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    torch.manual_seed(0)
+    return GraniteForCausalLM(GraniteConfig(**SHAPE | {"logits_scaling": 6.0} | changes))
+
+
+@pytest.mark.parametrize(("build", "scale"), [(tiny_llama, 1.0), (tiny_cohere, 0.0625), (tiny_granite, 1 / 6)])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_loss_is_that_of_transformers_whatever_scales_the_logits(build: Any, scale: float, adapted: bool) -> None:
+    from cprec.train.loss import PackedLoss
+
+    model = build().eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(40)  # logits that are far from equal
+    if adapted:
+        model.name_or_path = "base"
+        model = add_lora(model, rank=2, alpha=4)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter += 0.1
+    assert output_scale(model) == scale
+    targets = torch.cat([IDS[:, 1:], torch.tensor([[-100]])], 1)
+    positions = torch.arange(4)[None]
+    expected = model(input_ids=IDS, labels=IDS).loss * 3
+    found = PackedLoss(model)(IDS, positions, targets)
+    torch.testing.assert_close(found, expected)
+    assert abs(expected.item() / 3 - math.log(50)) > 0.1  # no guess
+    weight = model.get_output_embeddings().weight
+    if not adapted:
+        torch.testing.assert_close(torch.autograd.grad(found, weight), torch.autograd.grad(expected, weight))
+    with torch.no_grad():
+        half = PackedLoss(model, bf16=True)(IDS, positions, targets)
+    torch.testing.assert_close(half, expected.detach(), rtol=2e-2, atol=0)
+
+
+def test_more_than_a_constant_between_trunk_and_logits_is_refused_by_name() -> None:
+    class Shifted(type(tiny_llama())):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits + torch.arange(50) * 1e-3
+            return out
+
+    model = tiny_llama()
+    model.__class__ = Shifted
+    with pytest.raises(ConfigError, match=r"Shifted does more between its last layer and its logits than to multiply"):
+        output_scale(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("GptOss", r"GptOssForCausalLM attends in a way that cannot be read as a tree of titles \(it has s_aux\)"),
+        ("Mamba", r"MambaForCausalLM attends in .* \(of 2 layers 0 are attention, run 0 times\)"),
+    ],
+)
+def test_attention_that_ours_cannot_stand_for_is_refused_by_name(kind: str, why: str) -> None:
+    import transformers
+
+    sizes = {"num_local_experts": 4} if kind == "GptOss" else {}
+    shape = {k: v for k, v in SHAPE.items() if kind == "GptOss" or not k.startswith(("num_att", "num_key", "head"))}
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**shape | sizes))
+    with pytest.raises(ConfigError, match=why):
+        check_attention(model)
+
+
+def test_what_is_tried_when_a_model_is_opened_leaves_it_as_it_was() -> None:
+    model = tiny_llama(attention_dropout=0.5).train()
+    before = model.config._attn_implementation
+    assert check_attention(model) and output_scale(model) == 1
+    assert model.training and model.config._attn_implementation == before

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from cprec.errors import ConfigError
 from cprec.evaluate.saved import read_saved, write_saved
 
 UNIFORM, POPULARITY = "uniform", "popularity"
@@ -28,47 +27,43 @@ def draw_candidates(
     seed: int,
     weights: np.ndarray | None = None,
 ) -> np.ndarray:
-    """`size` item positions, the target among them, in random order.
+    """`size` item positions, the target among them, in random order; fewer where there are no more to draw.
 
     The others are outside `taken` (the user's whole history), none with a title that equals, contains or is contained
     in another's (after lower-casing): such answers could not be told apart in text. They are uniform over these items,
     or drawn by `weights`, one for each item (0: never drawn). The draw is seeded by (seed, query id), never by the
     target, so that co-candidates say nothing about it.
-
-    Raises ConfigError if the items outside the history are too few.
     """
     digest = hashlib.sha256(f"{seed}/{query_id}".encode()).digest()
     generator = np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
-    excluded = np.union1d(taken, [target])
-    drawable = len(titles) - len(excluded)
-    if weights is not None:
-        drawable = int(np.count_nonzero(weights) - np.count_nonzero(weights[excluded]))
-    if drawable < size - 1:
-        what = "items are" if weights is None else "items with training events are"
-        raise ConfigError(
-            f"num_candidates={size} but only {drawable} {what} outside the history of query {query_id!r}: lower it"
-        )
+    drawable = np.ones(len(titles), dtype=bool) if weights is None else np.asarray(weights) > 0
+    drawable[np.union1d(taken, [target])] = False
     upto = None if weights is None else np.cumsum(weights, dtype=float)
-    forbidden, chosen, names = set(excluded.tolist()), [target], [titles[target].lower()]
-    for _ in range(MAX_TRIES):
-        drawn = (
-            generator.integers(0, len(titles), 4 * size)
-            if upto is None
-            else np.searchsorted(upto, generator.random(4 * size) * upto[-1], side="right")
-        )
+    chosen, names = [target], [titles[target].lower()]
+
+    def choose(drawn: np.ndarray) -> bool:
+        """Take what may be taken, in order; whether there are enough."""
         for item in drawn.tolist():
             name = titles[item].lower()
-            if item in forbidden or any(name in other or other in name for other in names):
+            if not drawable[item] or any(name in other or other in name for other in names):
                 continue
             chosen.append(item)
             names.append(name)
-            forbidden.add(item)
+            drawable[item] = False
             if len(chosen) == size:
+                return True
+        return False
+
+    if drawable.sum() >= size - 1:
+        for _ in range(MAX_TRIES):
+            if upto is None:
+                drawn = generator.integers(0, len(titles), 4 * size)
+            else:
+                drawn = np.searchsorted(upto, generator.random(4 * size) * upto[-1], side="right")
+            if choose(drawn):
                 return generator.permutation(np.array(chosen))
-    raise ConfigError(
-        f"num_candidates={size}: no {size} items with clearly different titles were found for query {query_id!r}; "
-        "lower it"
-    )
+    choose(generator.permutation(np.flatnonzero(drawable)))  # all that are left, each once
+    return generator.permutation(np.array(chosen))
 
 
 def write_candidates(path: Path, query_ids: Sequence[str], candidates: Sequence[Sequence[str]]) -> None:

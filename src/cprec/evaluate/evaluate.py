@@ -145,6 +145,8 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
 
     certified = check_certificate(config, domain, entrants)
     questions = read_questions(config, split, domain)
+    for note in questions.notes:
+        say(f"note: {domain}: {note}")
     folder = Path(config.output_dir) / domain
     folder.mkdir(parents=True, exist_ok=True)
     main, other = (FULL, FULL_WITH_SEEN) if config.exclude_seen else (FULL_WITH_SEEN, FULL)
@@ -233,6 +235,7 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
         "num_items": len(mine),
         "num_queries": num_queries,
         "certified": certified,
+        **({"notes": list(questions.notes)} if questions.notes else {}),
         "arms": arms,
         "differences": paired(
             [e for e in entrants if e.name in arms], per_query, questions.user, f"ndcg@{config.k}", config.seed

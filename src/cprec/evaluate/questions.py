@@ -45,6 +45,8 @@ class Questions:
     """Slice -> the group of each query."""
     new_items: frozenset[str] = frozenset()
     """Items of the domain that never occur in training."""
+    notes: Sequence[str] = ()
+    """What a reader of the numbers should know."""
     sha256: Mapping[str, str] = field(default_factory=dict)
     """Hashes of queries, histories and answers as asked, and of each file of candidates."""
 
@@ -73,8 +75,8 @@ class Questions:
 def read_questions(config: EvaluateConfig, split: Split, domain: str) -> Questions:
     """The queries of a domain and their candidate sets, which are drawn and frozen on first use.
 
-    Raises ConfigError for a domain without queries or with too few items for the candidates, and DataError where frozen
-    candidates are of other queries.
+    A query whose user had nearly all items of the domain has fewer candidates; how many such there are is said. Raises
+    ConfigError for a domain without queries, and DataError where frozen candidates are of other queries.
     """
     path = Path(config.data) / "queries" / domain / f"{config.part}.parquet"
     if not path.is_file():
@@ -118,12 +120,31 @@ def read_questions(config: EvaluateConfig, split: Split, domain: str) -> Questio
             np.array([sum(item.domain == domain for item in query.history) for query in queries], dtype=np.int64),
             np.array([item in query.uncounted for query, item in zip(queries, target, strict=True)], dtype=bool),
         ),
+        notes=_small_sets(config, rows, drawn),
         new_items=frozenset(map(str, split.catalogue.item_id[mine][is_new])),
         sha256={
             "queries": hashlib.sha256(asked.encode()).hexdigest(),
             **{SAMPLED[how]: file_sha256(file) for how, file in files.items()},
         },
     )
+
+
+def _small_sets(
+    config: EvaluateConfig, rows: Sequence[Mapping[str, Any]], drawn: Mapping[str, Mapping[str, Sequence[str]]]
+) -> list[str]:
+    """How many queries have fewer candidates than were asked for, by how they are drawn."""
+    notes = []
+    for how, sets in drawn.items():
+        sizes = np.array([len(sets[row["query_id"]]) for row in rows], dtype=np.int64)
+        few = sizes[sizes < config.num_candidates]
+        if few.size:
+            alone = f", {np.sum(few == 1):,} of them the target alone" if (few == 1).any() else ""
+            notes.append(
+                f"candidates ({how}): fewer than num_candidates={config.num_candidates} for {few.size:,} of "
+                f"{len(rows):,} queries ({few.min()} at least{alone}), for there are no more that their users did not "
+                "have"
+            )
+    return notes
 
 
 def _frozen(config: EvaluateConfig, split: Split, domain: str, rows: Sequence[Mapping[str, Any]], how: str) -> Path:
@@ -144,6 +165,11 @@ def _frozen(config: EvaluateConfig, split: Split, domain: str, rows: Sequence[Ma
         if how == POPULARITY:
             trained = of_domain & split.events(TRAIN)
             weights = np.bincount(log.item[trained] - mine[0], minlength=len(mine))
+            if np.count_nonzero(weights) < config.num_candidates:
+                raise ConfigError(
+                    f"num_candidates={config.num_candidates}, but only {np.count_nonzero(weights)} items have training "
+                    "events"
+                )
         target = split.catalogue.find(domain, [row["target"] for row in rows]) - mine[0]
         sets = []
         with track(len(rows), f"{domain}: candidate sets, {how}", unit="queries") as progress:

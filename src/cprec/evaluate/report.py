@@ -191,8 +191,8 @@ def _leading_metrics(cut: int) -> list[str]:
 
 
 def ranking_lines(result: Mapping[str, Any]) -> list[str]:
-    """What is known of how exact each model's lists are, and what it wrote freely."""
-    lines = []
+    """What is known of the questions and of how exact each model's lists are, and what it wrote freely."""
+    lines = list(result.get("notes", []))
     for name, arm in result["arms"].items():
         if "proven" in arm:
             line = f"{name}: {arm['proven']:.1%} of the lists proven exact"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from cprec.distributed import autocast
-from cprec.models import trunk_and_head
+from cprec.models import attending_by, output_scale, trunk_and_head
 from cprec.rank.cache import PrefixCache
 
 PROMPT_TREE = "prompt_tree"
@@ -40,6 +39,7 @@ class PromptTree:
         """Reads the prompts, of at least one token each; what `cache` knows of their beginnings is not read again."""
         _register()
         self._trunk, self._head = trunk_and_head(model)
+        self._scale = output_scale(model)
         self._device = next(model.parameters()).device
         self._bf16 = bf16
         self._keys: dict[int, torch.Tensor] = {}  # by layer: [U, G, T, D]
@@ -133,7 +133,7 @@ class PromptTree:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of the next token: float32[..., V]."""
         with autocast(self._device, self._bf16):
-            return self._head(hidden).float()
+            return self._head(hidden).float() * self._scale
 
     # ---- where nodes are ---------------------------------------------------------------------------------------------
 
@@ -195,7 +195,7 @@ class PromptTree:
     # ---- the forward pass --------------------------------------------------------------------------------------------
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        with _attending(self._trunk), autocast(self._device, self._bf16):
+        with attending_by(self._trunk, PROMPT_TREE), autocast(self._device, self._bf16):
             return self._trunk(input_ids=ids, position_ids=positions, use_cache=False, tree=self).last_hidden_state
 
     def attend(
@@ -328,15 +328,3 @@ def _register() -> None:
 
     AttentionInterface.register(PROMPT_TREE, _attend)
     AttentionMaskInterface.register(PROMPT_TREE, lambda *_, **__: None)
-
-
-@contextmanager
-def _attending(trunk: Any) -> Iterator[None]:
-    """The model attends by `PROMPT_TREE` for the time being."""
-    config = trunk.config
-    before = config._attn_implementation
-    config._attn_implementation = PROMPT_TREE
-    try:
-        yield
-    finally:
-        config._attn_implementation = before

@@ -81,6 +81,7 @@ class LLMRecommender:
         name: str = "llm",
         domain: str | None = None,
         template: Template | None = None,
+        begin: Sequence[int] = (),
         max_title_tokens: int = 32,
         history: str = SPECIFIC,
         max_history: int = 10,
@@ -94,6 +95,7 @@ class LLMRecommender:
         bf16: bool = False,
     ) -> None:
         """`model` is a causal language model of transformers, or a `Reader`, which has its own cache and precision.
+        `begin` are the tokens that prompts begin with, as what the model was trained on (`cprec.json` has them).
         `seconds` limits how long a batch of `batch_size` queries searches for more than a beam has found."""
         if mode in ("exact", "generate") and score == "corrected":
             raise ConfigError(
@@ -116,7 +118,16 @@ class LLMRecommender:
         self.reader: Reader = (
             model if hasattr(model, "read") else ModelReader(model, bf16=bf16, pad_id=pad_id, cache_bytes=cache_bytes)
         )
-        self._encoder = PromptEncoder(tokenizer, catalogue, max_title_tokens=max_title_tokens, template=template)
+        self._encoder = PromptEncoder(
+            tokenizer, catalogue, max_title_tokens=max_title_tokens, template=template, begin=begin
+        )
+        frame = int(self._encoder.frame_tokens(history, np.arange(len(catalogue.domains))).max())
+        if frame + self._encoder.max_item_tokens + 1 > self.reader.context:
+            raise ConfigError(
+                f"the model's context of {self.reader.context:,} tokens has no room for a prompt without a history "
+                f"({frame} tokens) and a title of max_title_tokens={max_title_tokens} with its end: prepare the data "
+                "with a smaller max_title_tokens, or take a model with a longer context"
+            )
         self._tries: dict[str, Trie] = {}
         self.withdrawn: Mapping[str, frozenset[str]] = {}
         """Item ids by domain that histories may name and full rankings never return; see `with_items`."""
@@ -149,6 +160,7 @@ class LLMRecommender:
         settings: dict[str, Any] = {
             "domain": about.get("domain"),
             "template": Template(**about["template"]),
+            "begin": about.get("begin", ()),
             "max_title_tokens": about["max_title_tokens"],
             "history": about["history"],
             "max_history": about["max_history"],

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from cprec.models import check_attention, context_of, output_scale
 from cprec.rank.attention import PromptTree
 from cprec.rank.cache import PrefixCache
 
@@ -64,9 +65,14 @@ class ModelReader:
     """A causal language model of transformers in this process."""
 
     def __init__(self, model: Any, *, bf16: bool = False, pad_id: int = 0, cache_bytes: int = 0) -> None:
-        """`cache_bytes` of memory keep what was read of prompts."""
+        """`cache_bytes` of memory keep what was read of prompts.
+
+        Raises ConfigError for architectures that cannot be read so.
+        """
+        output_scale(model)
+        check_attention(model)
         self.model = model.eval()
-        self.context = int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
+        self.context = int(context_of(model) or 1 << 30)
         self.cache = PrefixCache(cache_bytes) if cache_bytes else None
         self._bf16, self._pad_id = bf16, pad_id
 

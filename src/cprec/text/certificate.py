@@ -46,7 +46,7 @@ from cprec.text.documents import POPULARITY, ROW_GROUPS, read_queries_of_part
 from cprec.text.encoding import PromptEncoder
 from cprec.text.prompts import Template
 from cprec.text.shards import DOCUMENTS, DTYPES, TOKENS, Shards, read_piece, read_shard_manifest
-from cprec.text.tokenizer import TINY, load_tokenizer, train_on_titles
+from cprec.text.tokenizer import TINY, beginning_of, load_tokenizer, train_on_titles
 from cprec.text.workers import num_workers, run_parts
 
 CERTIFICATE = "certificate.json"
@@ -402,7 +402,11 @@ def _pretrained(recorded: dict[str, Any], catalogue: Catalogue) -> tuple[str, ..
 def _encoder(folder: Path, catalogue: Catalogue, recorded: dict[str, Any]) -> PromptEncoder:
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     return PromptEncoder(
-        tokenizer, catalogue, max_title_tokens=recorded["max_title_tokens"], template=_template(recorded)
+        tokenizer,
+        catalogue,
+        max_title_tokens=recorded["max_title_tokens"],
+        template=_template(recorded),
+        begin=beginning_of(tokenizer, recorded.get("add_bos_token", "false")),  # older folders have no such setting
     )
 
 

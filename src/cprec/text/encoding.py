@@ -33,13 +33,13 @@ def encode_pieces(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 class TemplateMarks:
     """Finds the template's fixed tokens in documents, so that a loss may leave them out."""
 
-    def __init__(self, tokenizer: Any, template: Template, domains: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, template: Template, domains: Sequence[str], begin: Sequence[int] = ()) -> None:
         line, next_, *tags = encode_pieces(
             tokenizer, [template.line, template.next, *(template.tag(domain) for domain in domains)]
         )
         self._marks = [np.array(line), np.array(next_)]
         self._tags = sorted(map(np.array, tags), key=len)
-        self._mixed_head = np.array(encode_pieces(tokenizer, [template.head(template.mixed_scope)])[0])
+        self._mixed_head = np.array([*begin, *encode_pieces(tokenizer, [template.head(template.mixed_scope)])[0]])
 
     def in_titles(self, tokens: Ragged) -> np.ndarray:
         """bool per token: whether it is of a title, or the end-of-sequence that closes the last one.
@@ -85,12 +85,18 @@ class PromptEncoder:
     """Turns item rows of a catalogue into documents, prompts and titles of token ids.
 
     `tokenizer` is a fast Hugging Face tokenizer with an end-of-sequence token; titles, and the other fields of items
-    that the template asks for, keep at most `max_title_tokens` tokens each. Raises ConfigError if the tokenizer has no
-    end-of-sequence token.
+    that the template asks for, keep at most `max_title_tokens` tokens each. Documents and prompts begin with the tokens
+    `begin` (`tokenizer.beginning_of`). Raises ConfigError if the tokenizer has no end-of-sequence token.
     """
 
     def __init__(
-        self, tokenizer: Any, catalogue: Catalogue, *, max_title_tokens: int = 32, template: Template | None = None
+        self,
+        tokenizer: Any,
+        catalogue: Catalogue,
+        *,
+        max_title_tokens: int = 32,
+        template: Template | None = None,
+        begin: Sequence[int] = (),
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise ConfigError("the tokenizer has no end-of-sequence token, which closes every document and title")
@@ -104,8 +110,8 @@ class PromptEncoder:
             return encode_pieces(tokenizer, texts)
 
         t, domains = self.template, list(catalogue.domains)
-        parts = encode([t.line, t.next, t.head(t.mixed_scope)])
-        heads = encode([t.head(domain) for domain in domains])
+        mixed_head, *heads = ([*begin, *head] for head in encode([t.head(name) for name in [t.mixed_scope, *domains]]))
+        parts = [*encode([t.line, t.next]), mixed_head]
         tags = encode([t.tag(domain) for domain in domains])
         frame = Ragged.of(parts + [[self.eos_id]] + heads + tags)
         self._set_pieces(

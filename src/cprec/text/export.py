@@ -457,8 +457,8 @@ def write_text(out: Export) -> None:
     """text.jsonl and text_heldout.jsonl, the documents of pre-training; completions_DOMAIN.jsonl and
     completions_DOMAIN_validation.jsonl, prompts and completions of fine-tuning.
 
-    Where domains are chosen, mixed documents, which tell of others, are left out. There is no end-of-sequence token in
-    the text: LLaMA-Factory and TRL add it.
+    Where domains are chosen, mixed documents, which tell of others, are left out. There is no token that begins or ends
+    a sequence in the text: LLaMA-Factory and TRL add them as the tokenizer does.
     """
     tokenizer = load_tokenizer(str(out.folder / "tokenizer"))
     info: dict[str, Any] = {}
@@ -548,9 +548,9 @@ def _chats(shards: Shards, tokenizer: Any) -> _Entries:
 
 
 def _decoded(shards: Shards, tokenizer: Any, rows: np.ndarray, stops: np.ndarray | None = None) -> list[str]:
-    """The text of some documents, up to the end-of-sequence token or to `stops`."""
-    tokens = shards.rows
-    pieces = [tokens[row][: -1 if stops is None else stops[row]].tolist() for row in rows.tolist()]
+    """The text of some documents, without the tokens that begin each, up to the end-of-sequence token or to `stops`."""
+    tokens, begin = shards.rows, len(shards.manifest.get("about", {}).get("begin", ()))
+    pieces = [tokens[row][begin : -1 if stops is None else stops[row]].tolist() for row in rows.tolist()]
     return list(tokenizer.batch_decode(pieces, clean_up_tokenization_spaces=False)) if pieces else []
 
 
@@ -580,13 +580,14 @@ def _write_lines(out: Export, name: str, rows: np.ndarray, entries: _Entries) ->
 def _tokenise_again(out: Export, name: str, shards: Shards, tokenizer: Any, rows: np.ndarray) -> None:
     """Note of how many documents the text gives our tokens again, on a sample spread over the file.
 
-    Not all of them must: we tokenise title by title, which other tokenizers than the tiny one may join, and a title
-    that was cut to its tokens may end inside a character.
+    The tokenizer adds what it adds to a text. Not all of them must: we tokenise title by title, which other tokenizers
+    than the tiny one may join, and a title that was cut to its tokens may end inside a character.
     """
     sample = rows[np.linspace(0, len(rows) - 1, min(len(rows), MAX_SAMPLED)).astype(np.int64)]
     texts, tokens = _decoded(shards, tokenizer, sample), shards.rows
-    again = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    equal = sum(ids == tokens[row][:-1].tolist() for ids, row in zip(again, sample.tolist(), strict=True))
+    again = tokenizer(texts)["input_ids"] if texts else []
+    ours = [tokens[row].tolist() for row in sample.tolist()]
+    equal = sum(mine in (ids, [*ids, mine[-1]]) for ids, mine in zip(again, ours, strict=True))
     out.notes.setdefault("tokenised_again", {})[name] = {"checked": len(sample), "equal": equal}
     if equal < len(sample):
         say(f"note: {name}: of {len(sample):,} documents tokenised again, {len(sample) - equal:,} give other tokens")

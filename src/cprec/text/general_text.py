@@ -21,11 +21,13 @@ BATCH = 256
 """Texts that are tokenised at once."""
 
 
-def text_shards(folder: Path, files: Sequence[str], tokenizer: Any, max_tokens: int) -> str:
+def text_shards(folder: Path, files: Sequence[str], tokenizer: Any, max_tokens: int, begin: Sequence[int] = ()) -> str:
     """The folder of token shards of some files' texts: made once, inside `folder`, named by what they are made from.
 
     Each text ends with end-of-sequence; one of more than `max_tokens` tokens is cut into pieces of nearly equal length,
-    each a document. Raises ConfigError for a file of another kind, DataError for one without text.
+    each a document that begins with the tokens `begin`.
+
+    Raises ConfigError for a file of another kind, DataError for one without text.
     """
     paths = [Path(file) for file in files]
     for path in paths:
@@ -35,6 +37,7 @@ def text_shards(folder: Path, files: Sequence[str], tokenizer: Any, max_tokens: 
             )
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     made_from = [*map(file_sha256, paths), hashlib.sha256(vocabulary.encode()).hexdigest(), str(max_tokens)]
+    made_from += map(str, begin)
     target = folder / hashlib.sha256(" ".join(made_from).encode()).hexdigest()[:16]
     if target.is_dir():
         try:
@@ -48,7 +51,7 @@ def text_shards(folder: Path, files: Sequence[str], tokenizer: Any, max_tokens: 
             before = len(documents)
             for texts in _batches(path):
                 for ids in tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]:
-                    documents += _pieces(np.array([*ids, tokenizer.eos_token_id]), max_tokens)
+                    documents += documents_of([*ids, tokenizer.eos_token_id], max_tokens, begin)
                 progress.advance(len(texts))
             if len(documents) == before:
                 raise DataError(f"{path} has no text")
@@ -65,8 +68,14 @@ def text_shards(folder: Path, files: Sequence[str], tokenizer: Any, max_tokens: 
     return str(target)
 
 
-def _pieces(ids: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    return np.array_split(ids, -(-len(ids) // max_tokens))
+def documents_of(ids: Sequence[int], max_tokens: int, begin: Sequence[int] = ()) -> list[np.ndarray]:
+    """A text as documents of at most `max_tokens` tokens and nearly equal length, each begun with `begin`.
+
+    >>> [document.tolist() for document in documents_of([5, 6, 7, 1], 3, begin=[2])]
+    [[2, 5, 6], [2, 7, 1]]
+    """
+    pieces = np.array_split(np.asarray(ids, dtype=np.int64), -(-len(ids) // (max_tokens - len(begin))))
+    return [np.concatenate([np.asarray(begin, dtype=np.int64), piece]) for piece in pieces]
 
 
 def read_texts(path: Path) -> Iterator[str]:

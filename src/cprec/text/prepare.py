@@ -76,6 +76,9 @@ class PrepareConfig:
     """The base model's tokenizer (a Hugging Face name or folder), or `tiny`: a byte-level BPE trained on the titles."""
     vocabulary_size: int = 8192
     """Of the tiny tokenizer."""
+    add_bos_token: Literal["auto", "true", "false"] = "auto"
+    """Whether documents and prompts begin with the tokenizer's beginning-of-sequence token; auto: as it begins a text
+    itself, which is how its model was trained."""
     max_title_tokens: int = 32
     """Titles are cut to this many tokens; items whose cut titles are equal cannot be told apart."""
     item_fields: tuple[str, ...] = (TITLE,)
@@ -261,7 +264,12 @@ def _changed(config: PrepareConfig, folder: Path) -> list[str]:
     for table in old.get("tables", ()):
         for name in ("encoding", "decimal"):  # a folder may be older than these
             table.setdefault(name, getattr(TableSource, name))
-    return sorted(name for name in old.keys() | new.keys() if name not in HOW and old.get(name) != new.get(name))
+    changed = {name for name in old.keys() | new.keys() if name not in HOW and old.get(name) != new.get(name)}
+    if "add_bos_token" not in old:  # from before there was this setting, when nothing stood before a text
+        changed.discard("add_bos_token")
+        if _beginning(config, folder):
+            changed.add("add_bos_token (none were added; add_bos_token=false goes on so)")
+    return sorted(changed)
 
 
 def _files(config: PrepareConfig) -> dict[tuple[str, str], list[Path]]:
@@ -363,7 +371,13 @@ def _write_tables(config: PrepareConfig, folder: Path) -> None:
     tokenizer = _tokenizer(config, catalogue)
     of_tokenizer = _tokenizer_hashes(config, hashes)  # a hub's model has its copy here now
     tokenizer.save_pretrained(folder / "tokenizer")
-    encoder = PromptEncoder(tokenizer, catalogue, max_title_tokens=config.max_title_tokens, template=config.template())
+    encoder = PromptEncoder(
+        tokenizer,
+        catalogue,
+        max_title_tokens=config.max_title_tokens,
+        template=config.template(),
+        begin=_beginning(config, folder),
+    )
     encoder.save(folder / ENCODER)
     _count_shared(config, folder, tokenizer, encoder)
     inputs = _input_hashes(folder)
@@ -525,15 +539,24 @@ def _tokenizer(config: PrepareConfig, catalogue: Catalogue) -> Any:
     return train_on_titles(catalogue, pretrain_domains(config, catalogue), config.vocabulary_size, config.template())
 
 
+def _beginning(config: PrepareConfig, folder: Path) -> list[int]:
+    """The tokens that documents begin with, by the tokenizer in a data folder."""
+    from cprec.text.tokenizer import beginning_of, load_tokenizer
+
+    return beginning_of(load_tokenizer(str(folder / "tokenizer")), config.add_bos_token)
+
+
 def pretrain_domains(config: PrepareConfig, catalogue: Catalogue) -> tuple[str, ...]:
     return config.pretrain_domains or catalogue.domains
 
 
 def _about(config: PrepareConfig, catalogue: Catalogue, folder: Path) -> dict[str, Any]:
     """What a model must know of the data that it was trained on: it travels from shard manifests to `cprec.json`."""
+    begin = _beginning(config, folder)
     return {
         "template": asdict(config.template()),
         "max_title_tokens": config.max_title_tokens,
+        **({"begin": begin} if begin else {}),  # missing where nothing stands before a text
         "history": config.history,
         "max_history": config.max_history,
         "catalogue_sha256": catalogue.digest(),

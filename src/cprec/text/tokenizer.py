@@ -73,6 +73,33 @@ def train_on_titles(catalogue: Catalogue, domains: Sequence[str], vocabulary_siz
     )
 
 
+def beginning_of(tokenizer: Any, add_bos_token: str = "auto") -> list[int]:
+    """The tokens that stand before every document and prompt.
+
+    With `auto` they are those that the tokenizer itself puts before a text (a beginning-of-sequence token, or none);
+    with `true` its beginning-of-sequence token, where it puts none; with `false` none. Raises ConfigError where it has
+    no such token.
+    """
+    if add_bos_token == "false":
+        return []
+    whole, bare = tokenizer("x")["input_ids"], tokenizer("x", add_special_tokens=False)["input_ids"]
+    places = [place for place in range(len(whole)) if whole[place : place + len(bare)] == bare]
+    if not places:
+        raise ConfigError(
+            "the tokenizer writes 'x' otherwise where it adds special tokens, so what it puts before a text cannot be "
+            "told: set add_bos_token=false"
+        )
+    begin = [int(token) for token in whole[: places[0]]]
+    if begin or add_bos_token == "auto":
+        return begin
+    if tokenizer.bos_token_id is None:
+        raise ConfigError(
+            "add_bos_token=true, but the tokenizer has no beginning-of-sequence token: leave it at auto, which begins "
+            "texts as the tokenizer does"
+        )
+    return [int(tokenizer.bos_token_id)]
+
+
 def load_tokenizer(name_or_path: str) -> Any:
     """The tokenizer of a Hugging Face model, by name or folder."""
     from transformers import AutoTokenizer

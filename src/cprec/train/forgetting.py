@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow as pa
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.errors import ConfigError, DataError
 from cprec.text.corpus import Corpus
-from cprec.text.general_text import read_texts
+from cprec.text.general_text import documents_of, read_texts
 from cprec.text.shards import Shards
 from cprec.text.stream import TokenStream, one_phase
 
@@ -21,22 +22,28 @@ GENERAL_TEXT = "general text"
 
 
 def general_text_batches(
-    tokenizer: Any, row_tokens: int, path: str = "", *, rows_per_batch: int = 8, max_tokens: int = 50_000
+    tokenizer: Any,
+    row_tokens: int,
+    path: str = "",
+    *,
+    begin: Sequence[int] = (),
+    rows_per_batch: int = 8,
+    max_tokens: int = 50_000,
 ) -> TokenStream:
     """Packed rows of a fixed general text, the same for the same arguments: iterate over them.
 
     The text is one of our own, some 600 words on everyday things, or the first `max_tokens` tokens of the file `path`:
     JSON lines or Parquet with a column `text`, or plain .txt. Each text ends with end-of-sequence; longer ones than a
-    row are cut into pieces of nearly equal length, each a document. Perplexities compare between models of one
-    tokenizer only.
+    row are cut into pieces of nearly equal length, each a document, begun with the tokens `begin`. Perplexities compare
+    between models of one tokenizer only.
 
     Raises ConfigError if there is no such file or it is of another kind, DataError if it has no text to predict.
     """
     documents: list[np.ndarray] = []
     num_tokens = 0
     for text in _own_texts() if not path else _texts_of(Path(path)):
-        ids = np.array([*_ids(tokenizer, text), tokenizer.eos_token_id])[: max_tokens - num_tokens]
-        documents += np.array_split(ids, -(-len(ids) // row_tokens))
+        ids = [*_ids(tokenizer, text), tokenizer.eos_token_id][: max_tokens - num_tokens]
+        documents += documents_of(ids, row_tokens, begin)
         num_tokens += len(ids)
         if num_tokens >= max_tokens:
             break
@@ -44,7 +51,7 @@ def general_text_batches(
         raise DataError(f"{path} has no text: give one with a few hundred words, or leave it out for our own")
     return TokenStream(
         Corpus.of(_in_memory(documents)),
-        one_phase(num_tokens),
+        one_phase(sum(map(len, documents))),
         rows_per_step=rows_per_batch,
         row_tokens=row_tokens,
         seed=0,

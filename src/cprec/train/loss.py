@@ -9,7 +9,7 @@ from torch import nn
 
 from cprec import distributed
 from cprec.errors import ConfigError
-from cprec.models import blocks_of, packed_hidden, trunk_and_head
+from cprec.models import blocks_of, output_scale, packed_hidden, trunk_and_head
 from cprec.text.stream import IGNORE, Batch
 
 CHUNK = 256
@@ -95,8 +95,8 @@ class PackedLoss(nn.Module):
 
     def __init__(self, model: Any, *, bf16: bool = False) -> None:
         super().__init__()
-        trunk_and_head(model)  # refuses output layers that this loss would get wrong
         self.model = model
+        self.scale = output_scale(model)  # refuses output layers that this loss would get wrong
         self.bf16 = bf16
 
     def forward(
@@ -109,7 +109,10 @@ class PackedLoss(nn.Module):
         with distributed.autocast(input_ids_RT.device, self.bf16):
             hidden_RTD = packed_hidden(self.model, input_ids_RT, position_ids_RT)
         dtype = torch.bfloat16 if self.bf16 else torch.float32
-        return linear_cross_entropy(hidden_RTD.flatten(0, 1)[at_N], head.weight, targets[at_N], dtype)
+        hidden_ND = hidden_RTD.flatten(0, 1)[at_N]
+        if self.scale != 1:
+            hidden_ND = hidden_ND * self.scale
+        return linear_cross_entropy(hidden_ND, head.weight, targets[at_N], dtype)
 
     def of(self, batch: Batch, device: torch.device) -> torch.Tensor:
         """The loss of rows as the stream gives them."""

@@ -132,7 +132,9 @@ def behaviour_and_more(config: PretrainConfig) -> list[Group]:
         tokenizer = load_tokenizer(str(data / "tokenizer"))
 
         def make() -> str:
-            return text_shards(Path(config.output_dir) / "general_text", config.replay, tokenizer, config.max_length)
+            begin = groups[0].shards.manifest["about"].get("begin", ())
+            where = Path(config.output_dir) / "general_text"
+            return text_shards(where, config.replay, tokenizer, config.max_length, begin)
 
         text = open_shards(Path(distributed.by_first(make)))
         groups.append(Group(TEXT, TEXT, text, np.arange(len(text))))
@@ -223,7 +225,8 @@ def _titles_only(config: PretrainConfig, corpus: Corpus) -> Callable[[np.ndarray
 
     domains = [group.domain for group in corpus.groups if group.kind == SPECIFIC]
     about = corpus.groups[0].shards.manifest["about"]
-    marks = TemplateMarks(load_tokenizer(f"{config.data}/tokenizer"), Template(**about["template"]), domains)
+    tokenizer, template = load_tokenizer(f"{config.data}/tokenizer"), Template(**about["template"])
+    marks = TemplateMarks(tokenizer, template, domains, about.get("begin", ()))
     is_text = np.array([group.kind == TEXT for group in corpus.groups])
 
     def is_target(documents: np.ndarray, tokens: Ragged) -> np.ndarray:

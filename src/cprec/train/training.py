@@ -267,7 +267,7 @@ def run_training(
     `finished` does.
     """
     from cprec import distributed
-    from cprec.models import check_isolation, load_model, num_parameters
+    from cprec.models import check_attention, check_isolation, load_model, num_parameters
     from cprec.progress import say
     from cprec.text.tokenizer import load_tokenizer
     from cprec.train.attention import use_document_attention
@@ -304,25 +304,36 @@ def run_training(
     device = distributed.pick_device()
     bf16 = distributed.use_bf16(config.bf16, device)
     tokenizer = load_tokenizer(str(data / "tokenizer"))
+    begin, base = about.get("begin", []), read_done(config.model_name_or_path)
+    if base is not None and base.get("begin", []) != begin:
+        say(
+            f"note: documents begin with the tokens {begin}, and those that {config.model_name_or_path} was trained on "
+            f"with {base.get('begin', [])}: add_bos_token of `cprec prepare` decides"
+        )
     text = _general_text(config)
     if text is not None:
         rows = config.per_device_train_batch_size
-        held_out = general_text_batches(tokenizer, config.max_length, text, rows_per_batch=rows)
+        held_out = general_text_batches(tokenizer, config.max_length, text, begin=begin, rows_per_batch=rows)
         validation = validation | {GENERAL_TEXT: held_out}
     is_trunk = about["stage"] == "pretrain" and fork_of is None and config.lr_scheduler_type != "cosine"
+
+    def unloaded() -> Any:
+        return without_weights(lambda: _make_model(config, tokenizer, unloaded_model))
 
     def will_take() -> Estimate:
         return estimate_plan(
             config,
             plan,
-            without_weights(lambda: _make_model(config, tokenizer, unloaded_model)),
+            unloaded(),
             device=device,
             bf16=bf16,
             heldout_tokens=sum(each.num_tokens for each in validation.values()),
             num_stable=int(is_trunk),
         )
 
+    longest = int(stream.corpus.lengths.max())
     if config.dry_run:
+        _check_fits(config, unloaded(), len(tokenizer), longest, about)
         say(str(will_take()))
         return output_dir
     if config.resume_from_checkpoint == "never":
@@ -330,9 +341,10 @@ def run_training(
 
     attention = None if config.attn_implementation == "auto" else config.attn_implementation
     model = _make_model(config, tokenizer, partial(load_model, attn_implementation=attention)).to(device)
-    _check_vocabulary(config, model, len(tokenizer))
+    _check_fits(config, model, len(tokenizer), longest, about)
+    positions_given = check_attention(model)
     recompiled = config.torch_compile and config.gradient_checkpointing
-    if attention is None and device.type == "cpu" and not recompiled:
+    if attention is None and device.type == "cpu" and not recompiled and positions_given:
         use_document_attention(model, compiled=config.torch_compile)
     check_isolation(model)
     loss = prepare_loss(
@@ -545,11 +557,40 @@ def model_identity(folder: str | Path, hashes: FileHashes) -> str:
     return _sha256(json.dumps([found, about], sort_keys=True))
 
 
-def _check_vocabulary(config: TrainingConfig, model: Any, vocabulary_size: int) -> None:
+def _check_fits(config: TrainingConfig, model: Any, vocabulary_size: int, longest: int, about: dict[str, Any]) -> None:
+    """Whether a model has room for the tokens, the rows and the titles; `longest` is that of the documents.
+
+    Raises ConfigError where it has not; says where documents go beyond what it was made for.
+    """
+    from cprec.models import context_of, has_learned_positions
+    from cprec.progress import say
+    from cprec.text.prompts import Template
+
+    name, context = config.model_name_or_path, context_of(model)
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < vocabulary_size:
         raise ConfigError(
-            f"{config.model_name_or_path} has {rows:,} token embeddings but the tokens in {config.data} were made "
-            f"with a "
-            f"vocabulary of {vocabulary_size:,}: run `cprec prepare` with tokenizer={config.model_name_or_path}"
+            f"{name} has {rows:,} token embeddings but the tokens in {config.data} were made with a vocabulary of "
+            f"{vocabulary_size:,}: run `cprec prepare` with tokenizer={name}"
+        )
+    if context is None:
+        return
+    titles = about["max_title_tokens"] * len(Template(**about["template"]).item_fields)
+    if titles >= context:
+        raise ConfigError(
+            f"items may have {titles:,} tokens (max_title_tokens={about['max_title_tokens']}), but {name} reads "
+            f"{context:,} at once (max_position_embeddings), prompts included: prepare the data with a smaller "
+            "max_title_tokens"
+        )
+    if config.max_length > context and has_learned_positions(model):
+        raise ConfigError(
+            f"max_length={config.max_length:,}, but {name} has learnt {context:,} positions and no more "
+            f"(max_position_embeddings): set max_length={context}, with data prepared with "
+            f"max_document_tokens={context} or less"
+        )
+    if longest > context:
+        say(
+            f"note: documents have up to {longest:,} tokens, and {name} was made to read {context:,} at once "
+            f"(max_position_embeddings): the positions beyond are new to it, and rankings cut histories to fit; "
+            f"max_document_tokens={context} of `cprec prepare` makes shorter documents"
         )

@@ -45,11 +45,27 @@ def test_titles_inside_one_another_never_meet() -> None:
         assert not set(drawn.tolist()) & {1, 2, 3}
 
 
-def test_too_few_items_say_so() -> None:
-    with pytest.raises(ValueError, match="only 3 items are outside the history of query 'q'"):
-        draw_candidates("q", 0, np.array([0, 1]), TITLES[:5], 20, seed=0)
-    with pytest.raises(ValueError, match="clearly different titles"):
-        draw_candidates("q", 0, np.array([0]), ["same"] * 30, 20, seed=0)
+@pytest.mark.parametrize(
+    ("taken", "titles", "weights", "expected"),
+    [
+        ([0, 1], TITLES[:5], None, [0, 2, 3, 4]),  # all that the user did not have
+        ([0, 1, 2, 3, 4], TITLES[:5], None, [0]),
+        ([0], ["same"] * 30, None, [0]),
+        ([0], TITLES[:5], [9, 0, 1, 0, 1], [0, 2, 4]),  # those with training events
+    ],
+)
+def test_where_there_are_fewer_all_are_taken(
+    taken: list[int], titles: list[str], weights: list[int] | None, expected: list[int]
+) -> None:
+    given = None if weights is None else np.array(weights)
+    drawn = draw_candidates("q", 0, np.array(taken), titles, 20, seed=0, weights=given)
+    assert sorted(drawn.tolist()) == expected
+
+
+def test_as_many_as_there_are_are_found_however_rarely_they_are_drawn() -> None:
+    weights = np.array([10**9, *[1] * 19])
+    drawn = draw_candidates("q", 5, np.array([0, 5]), TITLES[:20], 19, seed=0, weights=weights)
+    assert sorted(drawn.tolist()) == list(range(1, 20))
 
 
 def test_frozen_sets_are_read_back(tmp_path) -> None:

@@ -165,11 +165,22 @@ def test_a_sample_of_queries_is_seeded_and_in_order(config: EvaluateConfig, spli
     assert [query.query_id for query in all_of_them] == every
 
 
-def test_a_domain_without_queries_and_too_many_candidates_are_named(config: EvaluateConfig, split: Split) -> None:
+def test_a_domain_without_queries_is_named(config: EvaluateConfig, split: Split) -> None:
     with pytest.raises(ConfigError, match="name 'toys' in target_domains"):
         read_questions(config, split, "toys")
-    with pytest.raises(ConfigError, match="num_candidates=100 but only"):
-        read_questions(replace(config, num_candidates=100), split, "books")
+
+
+def test_queries_with_fewer_candidates_than_asked_for_are_counted(config: EvaluateConfig, split: Split) -> None:
+    many = replace(config, num_candidates=53)
+    questions = read_questions(many, split, "books")
+    sizes = [len(mine) for mine in questions.candidates["uniform"]]
+    few = [size for size in sizes if size < 53]
+    assert few and max(sizes) <= 53
+    (note,) = [note for note in questions.notes if "(uniform)" in note]
+    assert f"for {len(few)} of {len(sizes)} queries ({min(few)} at least)" in note
+    assert all(target in mine for target, mine in zip(questions.target, questions.candidates["uniform"], strict=True))
+    assert "popularity" not in questions.candidates  # fewer items than that have training events
+    assert read_questions(replace(config, num_candidates=20), split, "books").notes == []
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------

@@ -328,3 +328,20 @@ def test_what_was_written_is_matched_to_one_candidate() -> None:
     assert match("Dune Messiah and then", titles) is None  # two titles occur
     assert match("Emma", titles) is None  # two candidates have it
     assert match("Ulysses", titles) is None
+
+
+def test_logits_that_a_model_scales_are_scaled_here() -> None:
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    torch.manual_seed(0)
+    granite = GraniteForCausalLM(
+        GraniteConfig(
+            vocab_size=100, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, logits_scaling=6.0, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+        )
+    ).eval()  # fmt: skip
+    granite.get_output_embeddings().weight.mul_(40)
+    expected = granite(input_ids=torch.tensor([[*PROMPTS[0], *ENDED[8]]])).logits[0].log_softmax(-1)
+    expected = sum(float(expected[2 + place, token]) for place, token in enumerate(ENDED[8]))
+    (scores,) = score_candidates(PromptTree(granite, [np.array(PROMPTS[0])]), [Ragged.of([ENDED[8]])])
+    assert scores.tolist() == pytest.approx([expected], abs=1e-4)

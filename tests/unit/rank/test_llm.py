@@ -88,6 +88,25 @@ def test_scores_are_those_of_the_rendered_prompt(
     assert full.scores[full.item_ids.index("b2")] == full.scores[full.item_ids.index("b4")]  # equal titles
 
 
+def test_prompts_begin_as_the_model_was_trained(
+    make: Callable[..., LLMRecommender], tokenizer: Any, teacher_forced: Score
+) -> None:
+    prompt = tokenizer(render(Template(), "specific", "books", [("books", "Dune")]))["input_ids"]
+    title = [*tokenizer(" Emma")["input_ids"], tokenizer.eos_token_id]
+    for begin in ([], [7], [7, 9]):
+        (found,) = make(begin=begin).rank([query("b0", candidates=("b2",))], k=1)
+        assert found.scores[0] == pytest.approx(teacher_forced([*begin, *prompt], title), abs=1e-4)
+
+
+def test_a_context_without_room_for_a_title_is_refused(tokenizer: Any, catalogue: Catalogue) -> None:
+    short = tiny_model(
+        len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=48
+    )
+    with pytest.raises(ConfigError, match=r"context of 48 tokens has no room .* title of max_title_tokens=32"):
+        LLMRecommender(short, tokenizer, catalogue)
+    assert LLMRecommender(short, tokenizer, catalogue, max_title_tokens=4).rank([query("b0", "b1")], k=2)
+
+
 def test_it_follows_the_protocol(make: Callable[..., LLMRecommender]) -> None:
     recommender = make(name="ours")
     assert isinstance(recommender, Protocol) and recommender.name == "ours"
@@ -325,6 +344,10 @@ def test_a_model_folder_is_all_it_takes(make: Callable[..., LLMRecommender], fol
     assert [item.item_id for item in found] == [item.item_id for item in expected]
     assert np.allclose([item.score for item in found], [item.score for item in expected], rtol=0.05)
     assert LLMRecommender.from_pretrained(str(folder), domain="books", name="mine").domain == "books"
+    about = json.loads((folder / "cprec.json").read_text())
+    (folder / "cprec.json").write_text(json.dumps(about | {"begin": [7]}))
+    begun = LLMRecommender.from_pretrained(folder)._prompts([query("g0", domain="games")])[0]
+    assert begun.tolist() == [7, *made._prompts([query("g0", domain="games")])[0]]
 
 
 def test_what_is_no_finished_model_is_refused(folder: Path) -> None:

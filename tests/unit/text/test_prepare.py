@@ -27,6 +27,7 @@ from cprec.errors import ConfigError, DataError
 from cprec.provenance import to_dict
 from cprec.text import documents
 from cprec.text.certificate import audit
+from cprec.text.export import export
 from cprec.text.prepare import PrepareConfig, prepare
 from cprec.text.shards import open_shards
 from cprec.text.tokenizer import load_tokenizer
@@ -453,6 +454,44 @@ def test_other_fields_of_items_are_in_every_text_and_certified(config: PrepareCo
     shown = re.findall(r" The book; house \d; kind \d(?=\n|<eos>)", text)
     assert len(shown) == text.count("The book") == shards.column("num_events").sum() and len(set(shown)) > 15
     assert shards.manifest["about"]["template"]["item_fields"] == ["title", "brand", "categories"]
+
+
+def test_every_document_begins_as_the_tokenizer_begins_a_text(config: PrepareConfig, tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    plain = prepare(replace(config, target_domains=("toys",)))
+    tokenizer = load_tokenizer(str(plain / "tokenizer"))
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    tokenizer.save_pretrained(tmp_path / "base")
+    settings = {"target_domains": ("toys",), "tokenizer": str(tmp_path / "base")}
+    folder = prepare(replace(config, output_dir=str(tmp_path / "begun"), **settings))
+    assert json.loads((folder / "certificate.json").read_text())["clean"]
+    for name in ("shards/train", "shards/heldout", "examples/toys/train", "examples/toys/validation"):
+        begun, before = open_shards(folder / name), open_shards(plain / name)
+        assert "begin" not in before.manifest["about"] and begun.manifest["about"]["begin"] == [bos]
+        assert len(begun) == len(before) > 0
+        for row in range(len(begun)):
+            assert begun.rows[row].tolist() == [bos, *before.rows[row].tolist()]
+        assert (begun.column("target_start") == before.column("target_start") + 1).all()
+
+    text = export(folder, "text", tmp_path / "text")
+    about = json.loads((text / "export.json").read_text())["tokenised_again"]["text.jsonl"]
+    assert about["equal"] == about["checked"] > 0 and "<s>" not in (text / "text.jsonl").read_text()
+
+    # A folder from before there was the setting, when nothing stood before a text.
+    record = json.loads((plain / "run.json").read_text())
+    assert record["config"].pop("add_bos_token") == "auto"
+    (plain / "run.json").write_text(json.dumps(record))
+    assert prepare(replace(config, target_domains=("toys",))) == plain
+    old = replace(config, output_dir=str(tmp_path / "begun"), **settings)
+    record = json.loads((folder / "run.json").read_text())
+    del record["config"]["add_bos_token"]
+    (folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"other settings of add_bos_token \(none were added; add_bos_token=false"):
+        prepare(old)
+    assert prepare(replace(old, add_bos_token="false")) == folder
 
 
 def test_unseen_users_are_asked_but_never_learnt_from(config: PrepareConfig, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from cprec.errors import ConfigError
-from cprec.text.tokenizer import EOS, PAD, load_tokenizer, train_tokenizer
+from cprec.text.tokenizer import EOS, PAD, beginning_of, load_tokenizer, train_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,39 @@ def test_a_saved_tokenizer_loads_as_the_same(tokenizer: Any, tmp_path: Path) -> 
     text = " Dune\n- [games] Ludo! 42"
     assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert (loaded.eos_token_id, loaded.pad_token_id) == (1, 0)
+
+
+def that_adds(single: str, *special: str) -> Any:
+    """A tokenizer that writes a text as a template says."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = train_tokenizer(["the cat x"], 270)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    names = {name: tokenizer.convert_tokens_to_ids(name) for name in (EOS, *special)}
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=list(names.items()))
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("single", "special", "expected"),
+    [
+        ("$A", (), []),
+        ("<s> $A", ("<s>",), ["<s>"]),
+        ("<s> $A <eos>", ("<s>",), ["<s>"]),
+        ("$A <eos>", (), []),
+        ("[gMASK] <sop> $A", ("[gMASK]", "<sop>"), ["[gMASK]", "<sop>"]),
+    ],
+)
+def test_texts_begin_as_the_tokenizer_begins_them(single: str, special: tuple[str, ...], expected: list[str]) -> None:
+    tokenizer = that_adds(single, *special)
+    assert tokenizer.convert_ids_to_tokens(beginning_of(tokenizer)) == expected
+    assert beginning_of(tokenizer, "false") == []
+
+
+def test_a_beginning_may_be_asked_for_where_there_is_a_token(tokenizer: Any) -> None:
+    with_token = that_adds("$A", "<s>")
+    with_token.bos_token = "<s>"
+    assert beginning_of(with_token) == []
+    assert with_token.convert_ids_to_tokens(beginning_of(with_token, "true")) == ["<s>"]
+    with pytest.raises(ConfigError, match="add_bos_token=true, but the tokenizer has no beginning-of-sequence token"):
+        beginning_of(tokenizer, "true")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -291,6 +292,51 @@ def test_a_vocabulary_that_does_not_fit_the_base_is_refused(
     tiny_model(40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path / "base")
     with pytest.raises(ConfigError, match=r"has 40 token embeddings but the tokens .* vocabulary of \d+: run `cprec"):
         pretrain(config(model_name_or_path=str(tmp_path / "base")))
+
+
+def gpt2(folder: Path, positions: int) -> str:
+    """A model with learnt positions."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = GPT2Config(vocab_size=400, n_embd=16, n_layer=1, n_head=2, n_positions=positions)
+    GPT2LMHeadModel(shape).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_rows_longer_than_learnt_positions_are_refused(
+    config: Callable[..., PretrainConfig], tmp_path: Path, dry_run: bool
+) -> None:
+    base = gpt2(tmp_path / "base", 64)
+    with pytest.raises(ConfigError, match=r"max_length=96, but .*base has learnt 64 positions and no more .* set max_"):
+        pretrain(config(model_name_or_path=base, max_length=96, dry_run=dry_run))
+    with pytest.raises(ConfigError, match=r"items may have 32 tokens .* reads 20 at once"):
+        pretrain(config(model_name_or_path=gpt2(tmp_path / "short", 20), dry_run=dry_run))
+
+
+def test_learnt_positions_that_suffice_are_trained_on(config: Callable[..., PretrainConfig], tmp_path: Path) -> None:
+    base = gpt2(tmp_path / "base", 96)
+    pretrain(config(model_name_or_path=base, dry_run=True))  # what it takes is told of any list of blocks
+    folder = pretrain(config(model_name_or_path=base, num_train_epochs=0.1))
+    assert read_done(folder)["tokens"] > 0  # type: ignore[index]
+
+
+def test_documents_beyond_a_rotary_context_are_told_of(
+    config: Callable[..., PretrainConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cprec.models import tiny_model
+
+    for positions in (40, 128):
+        folder = tmp_path / str(positions)
+        tiny_model(
+            400, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=positions
+        ).save_pretrained(folder)
+        pretrain(config(model_name_or_path=str(folder), dry_run=True))
+        told = re.search(
+            r"documents have up to (\d+) tokens, and .* was made to read 40 at once", capsys.readouterr().err
+        )
+        assert (told is not None) == (positions == 40)
+        assert told is None or int(told[1]) > 40
 
 
 def test_nothing_held_out_is_measured_if_not_wanted(config: Callable[..., PretrainConfig]) -> None:
