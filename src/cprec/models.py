@@ -209,6 +209,12 @@ def check_isolation(model: Any, documents: Sequence[Sequence[int]] = ((5, 6, 7, 
             moved.append(packed[0] - packed[1])
         finally:
             model.train(was_training)
+    if not bool(torch.isfinite(alone).all()):
+        name = getattr(model, "name_or_path", "") or type(model).__name__
+        raise ConfigError(
+            f"model_name_or_path={name!r}: what the model makes of a few tokens is not finite: its weights are "
+            "damaged. Bring them back from a good copy, or train it again"
+        )
     error = torch.cat(moved).abs().max().item() / max(alone.abs().max().item(), 1e-12)
     if not error < 1e-3:
         attention = getattr(model.config, "_attn_implementation", "unknown")

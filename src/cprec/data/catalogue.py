@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cprec.errors import DataError, UnknownItemError
-from cprec.schema import BRAND, CATEGORIES, DESCRIPTION, ITEM_ID, PRICE, TITLE
+from cprec.schema import BRAND, CATEGORIES, DESCRIPTION, ITEM_ID, PRICE, TITLE, Item
 
 MAX_UNKNOWN_SHOWN = 5
 
@@ -114,6 +114,14 @@ class Catalogue:
         """The row of an item by id, else by title as `find_titles` knows it; None where there is neither."""
         row = self.row_of_id(domain, text)
         return row if row is not None else self.row_of_title(domain, text)
+
+    def item_of(self, domain: str, text: str) -> Item | None:
+        """The item that a text means, as `row_of` knows it: of the domain, else of the others in their order."""
+        for name in [domain, *(other for other in self.domains if other != domain)]:
+            row = self.row_of(name, text)
+            if row is not None:
+                return Item(name, str(self.item_id[row]))
+        return None
 
     def row_of_id(self, domain: str, item_id: str) -> int | None:
         """The row of an item of a domain; None where there is none."""
