@@ -21,7 +21,6 @@ from cprec.schema import id_text
 
 USER, HISTORY = "user_id", "history"
 SEPARATOR = "|"
-SUFFIXES = (".csv", ".jsonl", ".parquet")
 ROWS_AT_ONCE = 512
 
 NO_USER = "no user id"

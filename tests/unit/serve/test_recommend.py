@@ -18,7 +18,7 @@ from cprec.data.catalogue import Catalogue
 from cprec.errors import ConfigError, DataError
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import Item
-from cprec.serve import recommend as stage
+from cprec.serve import lists as stage
 from cprec.serve.recommend import RecommendConfig, recommend
 
 USERS = [f"user, {number}" for number in range(23)]
@@ -100,7 +100,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def lists(path: Path) -> dict[str, tuple[str, list[str]]]:
+def lists_of(path: Path) -> dict[str, tuple[str, list[str]]]:
     """Of each user the source and the items."""
     found: dict[str, tuple[str, list[str]]] = {}
     for row in read(path):
@@ -154,7 +154,7 @@ def test_a_mended_file_asks_for_changed_users_only(tmp_path: Path, capsys: pytes
     source, output = tmp_path / "in.csv", tmp_path / "out.csv"
     recommend(config(write(source, broken), output), Ascending())
     assert rejected(output) == [("11", "u9", "gone", "item is not in the catalogue")]
-    assert lists(output)["u9"] == ("model", [" spaced ", "7"])
+    assert lists_of(output)["u9"] == ("model", [" spaced ", "7"])
     told = " ".join(capsys.readouterr().err.split())
     assert "out.csv.rejected.csv lists what was left out (item is not in the catalogue: 1)" in told
     again = Ascending()
@@ -207,7 +207,7 @@ def test_one_user_stops_no_batch(suffix: str, tmp_path: Path, capsys: pytest.Cap
     source, output = write(tmp_path / f"in{suffix}", rows), tmp_path / "out.jsonl"
     recommend(config(source, output, k=3), Ascending(), Popular())
     popular = ("popularity", sorted(ITEMS)[::-1][:3])
-    assert lists(output) == {
+    assert lists_of(output) == {
         "a": ("model", [*left[:3], *[name for name in sorted(ITEMS) if name != "i1"][:3]]),
         "b": ("model", sorted(ITEMS)[:2]),
         **dict.fromkeys("def", popular),
@@ -231,7 +231,7 @@ def test_one_user_stops_no_batch(suffix: str, tmp_path: Path, capsys: pytest.Cap
 def test_without_popularity_a_history_that_says_nothing_has_no_list(tmp_path: Path) -> None:
     source, output = write(tmp_path / "in.csv", [("a", ["i0"]), ("b", [])]), tmp_path / "out.csv"
     recommend(config(source, output), Ascending())
-    assert list(lists(output)) == ["a"]
+    assert list(lists_of(output)) == ["a"]
     ((line, user, item, reason),) = rejected(output)
     assert (line, user, item) == ("3", "b", "") and "the model has no popularity.parquet" in reason
 
@@ -273,7 +273,7 @@ def test_parquet_columns_of_any_type(column: Any, events: list[str], user: Any, 
     recommender, output = Ascending(), tmp_path / "out.csv"
     recommend(config(tmp_path / "in.parquet", output), recommender, Popular())
     assert [[item.item_id for item in history] for history in recommender.asked] == ([events] if events else [])
-    assert list(lists(output)) == [name]
+    assert list(lists_of(output)) == [name]
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_json_that_is_odd(tmp_path: Path) -> None:
     recommender = Ascending()
     recommend(config(tmp_path / "in.jsonl", output), recommender, Popular())
     assert [[item.item_id for item in history] for history in recommender.asked] == [["9", "7"]]
-    assert {user: source for user, (source, _) in lists(output).items()} == {
+    assert {user: source for user, (source, _) in lists_of(output).items()} == {
         "12345678901234567890": "model",
         "b": "popularity",
     }
@@ -335,7 +335,7 @@ def test_malformed_rows_of_csv_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text(text)
     output = tmp_path / "out.csv"
     recommend(config(tmp_path / "in.csv", output), Ascending())
-    assert list(lists(output)) == ["c"]
+    assert list(lists_of(output)) == ["c"]
     assert {(line, reason) for line, _, _, reason in rejected(output)} == {
         ("2", "malformed row: too many columns"),
         ("3", "malformed row: missing columns"),
