@@ -272,7 +272,8 @@ def _call_recommend(verb: Verb, options: argparse.Namespace) -> None:
 
     from cprec import Recommender  # loads torch: only now that the settings are known to be right
 
-    load_object(verb.function)(config, Recommender.from_pretrained(options.model))
+    recommender = Recommender.from_pretrained(options.model)
+    load_object(verb.function)(config, recommender, _popularity(options.model, recommender.catalogue))
 
 
 def _call_serve(verb: Verb, options: argparse.Namespace) -> None:
@@ -328,10 +329,25 @@ def _serve(verb: Verb, settings: Any) -> None:
     for folder, engine in zip(config.models, engines, strict=True):
         if engine.catalogue.digest() != digest:
             raise ConfigError(f"{folder} has another catalogue than {config.models[0]}: serve them by themselves")
-    load_object(verb.function)(config, engines, _stand_ins(config, digest))
+    load_object(verb.function)(config, engines, _stand_ins(config, engines[0].catalogue))
 
 
-def _stand_ins(config: Any, digest: str) -> list[Any]:
+def _popularity(model: str, catalogue: Any) -> Any:
+    """The popular items by what the model folder holds or, for one made before it did, the data folder that it names;
+    None where neither says."""
+    from pathlib import Path
+
+    from cprec.baselines.popularity import PopularityRecommender
+    from cprec.provenance import CONFIG_FILE, read_resolved
+
+    found = PopularityRecommender.read(model, catalogue)
+    if found is None and Path(model, CONFIG_FILE).is_file():
+        data = read_resolved(model)["config"].get("data")
+        found = PopularityRecommender.read(data, catalogue) if data else None
+    return found
+
+
+def _stand_ins(config: Any, catalogue: Any) -> list[Any]:
     """The baselines that answer where the model has no time; none where the data of the model is not here."""
     from pathlib import Path
 
@@ -341,19 +357,24 @@ def _stand_ins(config: Any, digest: str) -> list[Any]:
     from cprec.progress import say
     from cprec.provenance import read_resolved
 
-    without = "no list stands in for a model that is late; give data=FOLDER, the folder that it was made from"
+    def popular_alone(why: str) -> list[Any]:
+        popular = _popularity(config.models[0], catalogue)
+        stands = "popular items alone stand in" if popular else "no list stands in"
+        say(f"{why}: {stands} for a model that is late; give data=FOLDER, the folder that it was made from")
+        return [popular] if popular else []
+
     data = config.data
     if data is None:
         data = read_resolved(config.models[0])["config"].get("data")
         if data is None or not Path(data).is_dir():
-            say(f"{data} is not here: {without}")
-            return []
+            return popular_alone(f"{data} is not here")
     split = read_split(data)
-    if split.catalogue.digest() != digest:
+    if split.catalogue.digest() != catalogue.digest():
         if config.data is not None:
-            raise ConfigError(f"data={data!r} has another catalogue than {config.models[0]}: {without}")
-        say(f"{data} has another catalogue than {config.models[0]}: {without}")
-        return []
+            raise ConfigError(
+                f"data={data!r} has another catalogue than {config.models[0]}: give the folder that it was made from"
+            )
+        return popular_alone(f"{data} has another catalogue than {config.models[0]}")
     return [TransitionGraphRecommender(split), PopularityRecommender(split)]
 
 

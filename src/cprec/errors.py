@@ -33,6 +33,10 @@ class TrainingError(CPRecError):
     """Training cannot go on (a loss or gradient that is not finite, say); the last checkpoint is intact."""
 
 
+class ModelError(CPRecError):
+    """A model says nothing that can be used: its scores are not finite; the message names its folder."""
+
+
 class UnknownItemError(CPRecError, KeyError):
     """An item id or title is not in the catalogue; the message lists the ids and the nearest ones known."""
 

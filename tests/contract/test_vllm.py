@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from cprec.data.catalogue import Catalogue
-from cprec.errors import ConfigError
+from cprec.errors import ConfigError, ModelError
 from cprec.models import tiny_model
 from cprec.rank.llm import LLMRecommender
 from cprec.recommender import Ranking, RankingQuery
@@ -140,7 +140,7 @@ class LLM:
     def _output(self, row: torch.Tensor, params: SamplingParams) -> Any:
         token = int(row.argmax())
         number = params.logprobs
-        kept = {} if number is None else {int(at): float(row[at]) for at in row.topk(number).indices}
+        kept = {int(at): float(row[at]) for at in (token, *row.topk(number or 0).indices)}
         logprobs = None if number is None else [{at: SimpleNamespace(logprob=value) for at, value in kept.items()}]
         return SimpleNamespace(outputs=[SimpleNamespace(token_ids=[token], logprobs=logprobs)])
 
@@ -226,6 +226,33 @@ def test_lists_read_by_vllm_are_those_of_the_model(folder: Path, second_runner: 
     assert [each.item_id for each in recommender.recommend(["red cup x"], 3)] == [
         each.item_id for each in expected.recommend(["red cup x"], 3)
     ]
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+@pytest.mark.parametrize("damage", [np.nan, np.inf, 1e30], ids=["nan", "inf", "overflow"])
+def test_a_model_whose_scores_are_no_numbers_is_named(folder: Path, engine: Any, damage: float, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = damage  # finite weights may overflow as well
+    weights["model.embed_tokens.weight"][5] = damage
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    options = {"second_runner": True} if engine == "vllm" else {}
+    recommender = LLMRecommender.from_pretrained(broken, engine=engine, engine_options=options)
+    *full, candidates = queries()
+    for asked, mode in (
+        (full, "exact"),
+        (full, "beam"),
+        (full, "auto"),
+        ([candidates], None),
+        ([candidates], "generate"),
+    ):
+        with pytest.raises(ModelError, match=rf"{broken}: the model's scores are not finite.*train the model again"):
+            recommender.rank(asked, 4, mode)
 
 
 @pytest.mark.usefixtures("stand_in")

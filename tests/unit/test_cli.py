@@ -192,7 +192,8 @@ def test_a_stage_runs_from_a_file(tmp_path: Path) -> None:
 def test_recommend_for_a_history_on_the_command_line() -> None:
     assert cli.main(["recommend", "model", "--history", "Red car, small", "b", "--k", "3", "beam=8"]) == 0
     assert cli.main(["recommend", "model", "beam=8", "--domain", "toys", "--history", "a=b", "--history", "c"]) == 0
-    (first, recommender), (second, _) = calls
+    (first, recommender, popular), (second, *_) = calls
+    assert popular is None
     assert first == FakeRecommendConfig(model="model", history=("Red car, small", "b"), k=3, beam=8)
     assert second == FakeRecommendConfig(model="model", history=("a=b", "c"), domain="toys", beam=8)
     assert recommender.folder == "model"

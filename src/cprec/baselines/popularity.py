@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from cprec.baselines.domain import DomainRecommender
 from cprec.baselines.ranking import ScoringRecommender
 from cprec.baselines.search import Choice, OneOf, Real
+from cprec.data.catalogue import Catalogue
+from cprec.data.dataset import POPULARITY
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import ConfigError
@@ -42,6 +45,19 @@ class PopularityRecommender(ScoringRecommender):
     def __init__(self, split: Split) -> None:
         self.catalogue = split.catalogue
         self._count = np.bincount(split.train.item, minlength=len(split.catalogue))
+
+    @classmethod
+    def read(cls, folder: str | Path, catalogue: Catalogue) -> PopularityRecommender | None:
+        """By the counts that a data folder or a model folder holds; None where it holds none."""
+        path = Path(folder, POPULARITY)
+        if not path.is_file():
+            return None
+        table = pq.read_table(path)
+        row = catalogue.rows_of_pairs(table["domain"], table["item_id"])
+        made = cls.__new__(cls)
+        made.catalogue = catalogue
+        made._count = np.bincount(row[row >= 0], table["num_events"].to_numpy()[row >= 0], len(catalogue))
+        return made
 
     def scores(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
         """See `ScoringRecommender.scores`."""

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from cprec.data.cleaning import clean_title, spelling
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.errors import DataError, UnknownItemError
-from cprec.schema import BRAND, CATEGORIES, DESCRIPTION, ITEM_ID, PRICE, TITLE
+from cprec.schema import BRAND, CATEGORIES, DESCRIPTION, ITEM_ID, PRICE, TITLE, Item
 
 MAX_UNKNOWN_SHOWN = 5
 
@@ -76,6 +76,11 @@ class Catalogue:
         rows = [self.look_up(title, domain, "title", elsewhere=False) for title in titles]
         keys = [title if row is None else str(self.title[row]) for title, row in zip(titles, rows, strict=True)]
         return self._look_up(domain, titles, keys, known, "id or title", self._near_titles)
+
+    def item_of(self, domain: str, text: str) -> Item | None:
+        """The item that a text means, as `look_up` knows it; None where there is none. Raises as it does."""
+        row = self.look_up(text, domain)
+        return None if row is None else Item(self.domains[self.domain[row]], str(self.item_id[row]))
 
     def row_of_id(self, domain: str, item_id: str) -> int | None:
         """The row of an item of a domain; None where there is none."""

@@ -41,6 +41,8 @@ from cprec.schema import (
 )
 
 MANIFEST = "dataset.json"
+POPULARITY = "popularity.parquet"
+"""Training events of every item: domain, item_id, num_events. Of a data folder, and of the models made from it."""
 
 NUM_SLOTS = 4096
 

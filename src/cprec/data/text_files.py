@@ -69,7 +69,7 @@ def read_delimited(
     schema = pa.schema([*((name, pa.string()) for name in names), (LINE, pa.int64())])
 
     def batches() -> Iterator[pa.RecordBatch]:
-        for parsed in _parsed(path, form, header=header, encoding=encoding):
+        for parsed in parsed_blocks(path, form, header=header, encoding=encoding):
             bad.extend(parsed.bad)
             yield pa.record_batch([*parsed.columns, pa.array(parsed.lines, pa.int64())], schema=schema)
 
@@ -197,7 +197,7 @@ def _identifier(name: str) -> str:
 # ---- from the file ---------------------------------------------------------------------------------------------------
 
 
-def _parsed(path: Path, form: Form, *, header: bool, encoding: str) -> Iterator[Parsed]:
+def parsed_blocks(path: Path, form: Form, *, header: bool, encoding: str = "utf-8") -> Iterator[Parsed]:
     """The rows of a file, a block at a time."""
     from cprec.data.delimited import TOO_LONG, parse_block, set_aside
 

@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from cprec.distributed import autocast
 from cprec.models import attending_by, output_scale, trunk_and_head
 from cprec.rank.cache import PrefixCache
+from cprec.rank.finite import require_finite
 
 PROMPT_TREE = "prompt_tree"
 """The name under which transformers knows the attention."""
@@ -113,7 +114,9 @@ class PromptTree:
         return len(self._lengths)
 
     def log_probs(self, hidden_MD: torch.Tensor, row_N: torch.Tensor, token_N: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of tokens, each the next one after a state, whose rows ascend: float64[N]."""
+        """Log-probabilities of tokens, each the next one after a state, whose rows ascend: float64[N].
+
+        Raises ModelError where they are not finite."""
         size = max(1, LOGITS // int(self._head.weight.shape[0]))
         starts = torch.arange(0, len(hidden_MD) + size, size, device=row_N.device)
         ends = torch.searchsorted(row_N, starts).tolist()
@@ -123,12 +126,16 @@ class PromptTree:
                 continue
             logits = self.logits(hidden_MD[start : start + size])
             row = row_N[low:high] - start
-            pieces.append((logits[row, token_N[low:high]] - logits.logsumexp(-1)[row]).double())
+            normaliser = logits.logsumexp(-1)
+            require_finite(normaliser)
+            pieces.append((logits[row, token_N[low:high]] - normaliser[row]).double())
         return torch.cat(pieces)
 
     def likeliest(self, hidden_MD: torch.Tensor) -> torch.Tensor:
         """The likeliest next token after each state: int64[M]."""
-        return self.logits(hidden_MD).argmax(-1)
+        likeliest = self.logits(hidden_MD).max(-1)
+        require_finite(likeliest.values)
+        return likeliest.indices
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of the next token: float32[..., V]."""

@@ -16,7 +16,7 @@ import torch
 from cprec import distributed
 from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged, offsets_of
-from cprec.errors import ConfigError
+from cprec.errors import ConfigError, DataError, ModelError
 from cprec.models import load_model
 from cprec.rank.cache import PrefixCache
 from cprec.rank.decoding import Found, search
@@ -25,7 +25,7 @@ from cprec.rank.reading import ModelReader, Reader, Tree
 from cprec.rank.scoring import score_candidates
 from cprec.rank.trie import Trie
 from cprec.recommender import Certificate, Ranking, RankingQuery
-from cprec.schema import SPECIFIC, Item
+from cprec.schema import SPECIFIC, Item, id_text
 from cprec.text.encoding import PromptEncoder
 from cprec.text.prompts import Template
 from cprec.text.tokenizer import load_tokenizer
@@ -103,6 +103,8 @@ class LLMRecommender:
                 "it and nothing can be proven; choose mode='beam', or score 'sum' or 'mean'"
             )
         self.name = name
+        self.source = name
+        """Where the model is from, for messages: its folder, if it is from one."""
         self.domain = domain
         self.catalogue = catalogue
         self.history_kind = history
@@ -175,7 +177,9 @@ class LLMRecommender:
             model = VLLMReader.open(folder, **{"dtype": dtype, **(engine_options or {})})
         else:
             model = load_model(folder, device=device)
-        return cls(model, load_tokenizer(str(folder)), Catalogue.read(folder), **settings | options)
+        made = cls(model, load_tokenizer(str(folder)), Catalogue.read(folder), **settings | options)
+        made.source = str(folder)
+        return made
 
     def rank(
         self,
@@ -190,9 +194,16 @@ class LLMRecommender:
         gap. Reading prompts, the beam and scoring candidates take the time that they take.
 
         Raises UnknownItemError for items that the catalogue does not have, ConfigError for queries without candidates
-        in mode `generate`.
+        in mode `generate`, ModelError where the model's scores are not finite.
         """
-        mode = mode or self.mode
+        try:
+            return self._rank(queries, k, mode or self.mode, stop)
+        except ModelError as error:
+            raise ModelError(f"{self.source}: {error}") from None
+
+    def _rank(
+        self, queries: Sequence[RankingQuery], k: int, mode: Mode, stop: Callable[[], bool] | None
+    ) -> list[Ranking]:
         if mode == "generate" and any(query.candidates is None for query in queries):
             raise ConfigError("mode='generate' ranks candidates: give each query some")
         prompts = self._prompts(queries)
@@ -214,19 +225,22 @@ class LLMRecommender:
                         rankings = self._rank_candidates(tree, domain, asked)
                     else:
                         rankings = self._rank_catalogue(tree, domain, asked, k, mode, stop)
+                        for query, ranking in zip(asked, rankings, strict=True):
+                            self._require_items(query, ranking)
                     for number, ranking in zip(batch, rankings, strict=True):
                         out[number] = ranking
         return [ranking for ranking in out if ranking is not None]
 
     def recommend(
-        self, history: Sequence[str | Item], k: int = 10, *, domain: str | None = None, exclude_seen: bool = True
+        self, history: Sequence[str | int | Item], k: int = 10, *, domain: str | None = None, exclude_seen: bool = True
     ) -> list[Recommendation]:
         """The `k` best next items for a history of item ids or titles, oldest first.
 
-        Texts are ids or titles, as `Catalogue.look_up` knows them, of the target domain or else of another. `domain` is
-        the domain to recommend from; by default the one the model was fine-tuned for. `exclude_seen` leaves out the
-        items of the history, and those of the same text (title, and other fields where the model has them). Of a
-        history longer than the model was trained on, or than its context, the latest events are read, with a warning.
+        Texts are ids or titles, as `Catalogue.look_up` knows them, of the target domain or else of another; a whole number
+        is an id that is written so. `domain` is the domain to recommend from; by default the one the model was
+        fine-tuned for. `exclude_seen` leaves out the items of the history, and those of the same text (title, and other
+        fields where the model has them). Of a history longer than the model was trained on, or than its context, the
+        latest events are read, with a warning.
 
         Raises UnknownItemError for texts that are neither id nor title or may mean several titles, ValueError if `k`
         exceeds the items there are.
@@ -235,7 +249,7 @@ class LLMRecommender:
 
     def recommend_many(
         self,
-        histories: Sequence[Sequence[str | Item]],
+        histories: Sequence[Sequence[str | int | Item]],
         k: int = 10,
         *,
         domain: str | None = None,
@@ -257,7 +271,7 @@ class LLMRecommender:
             )
         return out
 
-    def _query(self, history: Sequence[str | Item], k: int, domain: str, exclude_seen: bool) -> RankingQuery:
+    def _query(self, history: Sequence[str | int | Item], k: int, domain: str, exclude_seen: bool) -> RankingQuery:
         """The query of a history, with warnings of what is not read; raises as `recommend` does."""
         items = tuple(event if isinstance(event, Item) else self._find(event, domain) for event in history)
         seen = [item.item_id for item in items if item.domain == domain and exclude_seen]
@@ -280,13 +294,16 @@ class LLMRecommender:
             )
         return query
 
-    def _find(self, text: str, domain: str) -> Item:
+    def _find(self, event: str | int, domain: str) -> Item:
         """An item by id or title, of the target domain first."""
-        row = self.catalogue.look_up(text, domain)
-        if row is None:
+        text = id_text(event)
+        if text is None:
+            raise DataError(f"{event!r} in the history is neither an id nor a title: leave it out")
+        item = self.catalogue.item_of(domain, text)
+        if item is None:
             self.catalogue.find_titles(domain, [text])  # raises, naming the nearest titles
             raise AssertionError("a title that look_up does not find must be unknown")
-        return Item(self.catalogue.domains[self.catalogue.domain[row]], str(self.catalogue.item_id[row]))
+        return item
 
     @property
     def item_fields(self) -> tuple[str, ...]:
@@ -472,6 +489,18 @@ class LLMRecommender:
         if self.score == "corrected":
             return [score - self._without_history(domain, mine) for score, mine in zip(scores, rows, strict=True)]
         return scores
+
+    def _require_items(self, query: RankingQuery, ranking: Ranking) -> None:
+        """Raise ModelError where a full ranking has no item although it may have some, and no budget was spent."""
+        if ranking.item_ids or (ranking.certificate is not None and not ranking.certificate.exact):
+            return
+        ids = self.catalogue.item_id[self.catalogue.rows_of(query.domain)]
+        gone = self.withdrawn.get(query.domain, frozenset()) | query.uncounted
+        in_reach = sum(_may(query, item) and item not in gone for item in ids)
+        if in_reach:
+            raise ModelError(
+                f"none of the {in_reach:,} items of {query.domain!r} in reach was found, which must not be"
+            )
 
     def _generate(self, tree: Tree, domain: str, queries: Sequence[RankingQuery]) -> list[Ranking]:
         written = write(tree, self.trie(domain).end, self._encoder.max_item_tokens)

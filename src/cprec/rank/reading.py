@@ -40,11 +40,14 @@ class Tree(Protocol):
         ...
 
     def log_probs(self, hidden_MD: torch.Tensor, row_N: torch.Tensor, token_N: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of tokens, each the next one after a state, whose rows ascend: float64[N]."""
+        """Log-probabilities of tokens, each the next one after a state, whose rows ascend: float64[N].
+
+        Raises ModelError where the model's scores are not finite; a token that it forbids has -inf.
+        """
         ...
 
     def likeliest(self, hidden_MD: torch.Tensor) -> torch.Tensor:
-        """The likeliest next token after each state: int64[M]."""
+        """The likeliest next token after each state: int64[M]. Raises ModelError as `log_probs` does."""
         ...
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from cprec.errors import ConfigError
+from cprec.rank.finite import require_finite
 
 PROCESSOR = "cprec.rank.vllm_processor:ChildrenOnly"
 """Where the engine's process finds the processor."""
@@ -112,12 +113,17 @@ class VLLMTree:
         values = [
             each.logprobs[0][token].logprob for each, tokens in zip(found, asked, strict=True) for token in tokens
         ]
-        return torch.tensor(values, dtype=torch.float64)
+        made = torch.tensor(values, dtype=torch.float64)
+        require_finite(made[made != -torch.inf])  # NaN is what the processor makes of a distribution that is none
+        return made
 
     def likeliest(self, hidden_MD: torch.Tensor) -> torch.Tensor:
         """See `Tree.likeliest`."""
-        found = self._ask(hidden_MD, [{}] * len(hidden_MD))
-        return torch.tensor([each.token_ids[0] for each in found], dtype=torch.long)
+        found = self._ask(hidden_MD, [{"logprobs": 0}] * len(hidden_MD))
+        tokens = [each.token_ids[0] for each in found]
+        logits = [each.logprobs[0][token].logprob for each, token in zip(found, tokens, strict=True)]
+        require_finite(torch.tensor(logits, dtype=torch.float64))
+        return torch.tensor(tokens, dtype=torch.long)
 
     def _ask(self, hidden_MD: torch.Tensor, options: Sequence[dict[str, Any]]) -> list[Any]:
         """One token after each state, and what the engine says of it."""

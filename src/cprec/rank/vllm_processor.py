@@ -19,7 +19,8 @@ CHILDREN = "cprec_children"
 
 class ChildrenOnly(LogitsProcessor, LogitsProcessorV2):
     """Puts log-probabilities, over the whole vocabulary, in the place of the logits of a request's children, and -inf
-    everywhere else. Requests that name no children are left alone.
+    everywhere else. Requests that name no children are left alone. Where the logits are no distribution, children get
+    NaN, which the one that asks refuses.
 
     vLLM has two model runners, whose processors differ in how they learn of requests: by rows that move
     (`update_state`) or by slots that stay (`add_request`). This one serves both.
@@ -75,7 +76,9 @@ class ChildrenOnly(LogitsProcessor, LogitsProcessorV2):
         sizes = torch.tensor([len(children) for _, children in mine], device=logits.device)
         token = torch.from_numpy(np.concatenate([children for _, children in mine])).to(logits.device)
         row = torch.repeat_interleave(rows, sizes)
-        kept = logits[row, token] - torch.repeat_interleave(logits[rows].logsumexp(-1), sizes)
+        normaliser = logits[rows].logsumexp(-1)
+        normaliser = torch.where(normaliser.isfinite(), normaliser, torch.nan)
+        kept = logits[row, token] - torch.repeat_interleave(normaliser, sizes)
         logits[rows] = -torch.inf
         logits[row, token] = kept
         return logits

@@ -4,9 +4,10 @@
 
 import asyncio
 import hmac
+import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -61,16 +62,21 @@ def make_app(
     max_body_mb: float = 4.0,
     body_seconds: float = 10.0,
     max_requests: int = 1_000,
+    cors: Sequence[str] = (),
+    root_path: str = "",
 ) -> Any:
     """The ASGI application of a service; closing it closes the service.
 
     With `token`, all but the page and the health checks ask for it. A body larger than `max_body_mb` is refused with
     413, one that is not there after `body_seconds` with 408; requests beyond `max_requests` at one time with 503.
+    Pages of the origins `cors` may ask from a browser. `root_path` is what a proxy strips from the front of paths.
     """
     from fastapi import Body, FastAPI, Query, Request, Response
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+    from fastapi.routing import APIRoute
     from starlette.exceptions import HTTPException
+    from starlette.middleware.cors import CORSMiddleware
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -81,7 +87,7 @@ def make_app(
         401: {"model": m.Problem, "description": "The token is missing or wrong"},
         408: {"model": m.Problem, "description": "The body took too long"},
         413: {"model": m.Problem, "description": "The body is too large"},
-        415: {"model": m.Problem, "description": "The body is not JSON"},
+        415: {"model": m.Problem, "description": "The body is not JSON, or is compressed"},
         422: {"model": m.Problem, "description": "A field is wrong, or names what is not in the catalogue"},
         503: {"model": m.Problem, "description": "Overload, or no time: try again after `Retry-After` seconds"},
     }
@@ -91,7 +97,25 @@ def make_app(
         description="Next-item recommendations by a language model over the titles of a catalogue.",
         lifespan=lifespan,
         responses=problems,
+        redirect_slashes=False,
     )
+
+    class OnceRequest(Request):
+        async def json(self) -> Any:
+            return json.loads(
+                await self.body(), object_pairs_hook=_once, parse_constant=_no_constant, parse_int=_whole_number
+            )
+
+    class Route(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
+            handle = super().get_route_handler()
+
+            async def handle_once(request: Request) -> Response:
+                return await handle(OnceRequest(request.scope, request.receive))
+
+            return handle_once
+
+    app.router.route_class = Route
 
     def problem(status: int, error: str, unknown: list[str], headers: dict[str, str] | None = None) -> JSONResponse:
         body = {"error": _sendable(error), "unknown": [_sendable(text) for text in unknown]}
@@ -104,7 +128,7 @@ def make_app(
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        found = [".".join(map(str, each["loc"])) + ": " + each["msg"] for each in error.errors()]
+        found = [_mistake(each) for each in error.errors()]
         more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
         return problem(422, "; ".join(found[:5]) + more, [])
 
@@ -119,7 +143,9 @@ def make_app(
     @app.post("/v1/recommend", response_model=m.RecommendResponse | m.RecommendResponses)
     async def recommend(
         request: Request,
-        body: Annotated[m.RecommendRequests | m.RecommendRequest, Body(openapi_examples=RECOMMEND_EXAMPLES)],
+        body: Annotated[
+            m.RecommendRequests | m.RecommendRequest, m.OneOrSeveral(), Body(openapi_examples=RECOMMEND_EXAMPLES)
+        ],
     ) -> Any:
         """The next items for one history or for several, by the deadline, and how each list was made."""
         several = isinstance(body, m.RecommendRequests)
@@ -204,17 +230,45 @@ def make_app(
         headers = {"content-security-policy": "frame-ancestors 'none'"}  # which no <meta> can say; it has the rest
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
 
-    max_bytes = int(max_body_mb * (1 << 20))
-    return Gate(app, service, token=token, max_bytes=max_bytes, body_seconds=body_seconds, max_requests=max_requests)
+    gate = Gate(
+        app,
+        service,
+        token=token,
+        max_bytes=int(max_body_mb * (1 << 20)),
+        body_seconds=body_seconds,
+        max_requests=max_requests,
+        root_path=root_path,
+    )
+    if not cors:
+        return gate
+    # Outside the gate: a browser asks for leave without a token, and must be able to read refusals.
+    return CORSMiddleware(
+        gate,
+        allow_origins=list(cors),
+        allow_methods=["GET", "HEAD", "POST", "PUT", "DELETE"],
+        allow_headers=["Authorization", "Content-Type"],
+        expose_headers=["Retry-After"],
+    )
 
 
 class Gate:
-    """Before every route: room, the token, the whole body within its limits, and the time that all takes."""
+    """Before every route: room, the token, the whole body within its limits, and the time that all takes.
+
+    HEAD is answered as GET is, without the body; a slash at the end of a path means nothing.
+    """
 
     def __init__(
-        self, app: App, service: Service, *, token: str | None, max_bytes: int, body_seconds: float, max_requests: int
+        self,
+        app: App,
+        service: Service,
+        *,
+        token: str | None,
+        max_bytes: int,
+        body_seconds: float,
+        max_requests: int,
+        root_path: str = "",
     ) -> None:
-        self._app, self._service, self._token = app, service, token
+        self._app, self._service, self._token, self._root_path = app, service, token, root_path
         self._max_bytes, self._body_seconds = max_bytes, body_seconds
         self._room = max_requests
 
@@ -223,21 +277,29 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.monotonic(), HUNG_UP
+        began, status, method = time.monotonic(), HUNG_UP, scope["method"]
+        path = scope["path"]
+        if path == self._root_path or path.startswith(self._root_path + "/"):  # of a proxy that does not strip it
+            path = path[len(self._root_path) :]
+        path = path.rstrip("/") or "/"
+        scope = {**scope, "path": self._root_path + path, "root_path": self._root_path}
+        scope["method"] = "GET" if method == "HEAD" else method
 
         async def noting(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+            elif method == "HEAD":
+                message = {**message, "body": b""}
             await send(message)
 
         self._room -= 1
         try:
-            if self._room < 0 and scope["path"] not in OPEN | {"/metrics"}:  # overload can be watched
+            if self._room < 0 and path not in OPEN | {"/metrics"}:  # overload can be watched
                 self._service.metrics.shed()
                 await _refuse(noting, 503, "too many requests at one time", {"retry-after": "1"})
                 return
-            if self._token is not None and scope["path"] not in OPEN and not self._has_token(scope):
+            if self._token is not None and path not in OPEN and not self._has_token(scope):
                 await _refuse(
                     noting, 401, "send the header Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"}
                 )
@@ -252,12 +314,14 @@ class Gate:
                 discard = partial(self._discard, receive) if too_large.more else None
                 await _refuse(noting, 413, error, _CLOSE, discard)
             else:
-                if body is not None:
+                if body and (refusal := _not_json(scope)):
+                    await _refuse(noting, 415, refusal, {})
+                elif body is not None:
                     await self._app(scope, _replayed(body, receive), noting)
         finally:
             self._room += 1
             route = getattr(scope.get("route"), "path", "other")
-            self._service.metrics.request(scope["method"], route, status, time.monotonic() - began)
+            self._service.metrics.request(method, route, status, time.monotonic() - began)
 
     def _has_token(self, scope: Scope) -> bool:
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
@@ -313,8 +377,6 @@ async def _refuse(
     before_end: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
     """Answer at once; the connection may be closed only after `before_end`."""
-    import json
-
     body = json.dumps({"error": error, "unknown": []}).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **headers}
     pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
@@ -323,6 +385,50 @@ async def _refuse(
     if before_end is not None:
         await before_end()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _not_json(scope: Scope) -> str | None:
+    """Why a body that came cannot be read, by what its headers say."""
+    headers = {name: value.decode("latin-1").strip().lower() for name, value in scope["headers"]}
+    kind, encoding = headers.get(b"content-type", ""), headers.get(b"content-encoding", "")
+    if encoding not in ("", "identity"):
+        return f"a body with Content-Encoding {encoding} is not read: send it as it is"
+    name = kind.partition(";")[0].strip()
+    if not (name == "application/json" or (name.startswith("application/") and name.endswith("+json"))):
+        return f"send JSON, with the header Content-Type: application/json (it was {name or 'absent'})"
+    return None
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON whose keys are told apart: of two that are equal, one would count and the other not."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise json.JSONDecodeError(f"the key {twice!r} occurs twice in one object", "", 0)
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise json.JSONDecodeError(f"{name} is no number of JSON", "", 0)
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > m.MAX_TEXT:
+        raise json.JSONDecodeError(f"a number of {len(digits):,} digits", "", 0)
+    return int(digits)
+
+
+def _mistake(error: dict[str, Any]) -> str:
+    """A mistake that pydantic found: where, in the form that was sent, and what."""
+    if error["type"] == "json_invalid":
+        return f"body: this is no JSON: {error['ctx']['error']}"
+    where = ".".join(str(part) for part in error["loc"] if part not in m.TAGS)
+    if error["type"] == "dataclass_type":
+        return f"{where}: Input should be an object"
+    if error["type"] == "unexpected_keyword_argument":
+        return f"{where}: there is no such field here"
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}"
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -80,6 +80,12 @@ class Engine(Protocol):
         ...
 
 
+def reads_nothing(engine: Engine, query: RankingQuery) -> bool:
+    """Whether the engine reads no event of a history: what it would say is the same for everybody."""
+    in_domain = any(item.domain == query.domain for item in query.history)
+    return not in_domain and not (query.history and engine.shown(query))
+
+
 class Baseline(Recommender, Protocol):
     """A recommender that answers at once, where the model has no time."""
 

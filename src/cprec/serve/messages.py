@@ -6,7 +6,9 @@ The limits stand in the fields' metadata, under the names that pydantic knows.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from cprec.schema import MAX_WHOLE, id_text
 
 MAX_K = 100
 """Items that one list may have."""
@@ -21,6 +23,64 @@ LONGEST_DEADLINE = 60_000.0
 
 STRICT: dict[str, Any] = {"extra": "forbid"}
 """A field that is not known is refused: a filter with a slip in its name would not filter."""
+
+
+TAGS = frozenset({"an event", "an id", "one", "several"})
+"""What stands in the places of errors where a body may have one of two forms; no field is called so."""
+
+
+class _Id:
+    """Lets pydantic take whole numbers for ids, as the readers of files do."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_before_validator_function(_as_id, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
+        return {"anyOf": [handler(schema), {"type": "integer"}]}
+
+
+def _as_id(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer() and abs(value) < MAX_WHOLE)
+    if isinstance(value, bool) or not is_whole:
+        raise ValueError("an id is text or a whole number")
+    return id_text(value)
+
+
+Id = Annotated[str, _Id()]
+"""An id, as text or as a whole number."""
+
+
+class _Event:
+    """Lets pydantic tell an object from an id before it looks for mistakes, so that it names those of one form."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        forms = {"an event": handler.generate_schema(Event), "an id": handler.generate_schema(Id)}
+        return core_schema.tagged_union_schema(
+            forms, discriminator=lambda value: "an event" if isinstance(value, (dict, Event)) else "an id"
+        )
+
+
+class OneOrSeveral:
+    """The same for a body: it holds several requests where it has a field `requests`."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        def form(value: Any) -> str:
+            is_several = "requests" in value if isinstance(value, dict) else isinstance(value, RecommendRequests)
+            return "several" if is_several else "one"
+
+        forms = {
+            "several": handler.generate_schema(RecommendRequests),
+            "one": handler.generate_schema(RecommendRequest),
+        }
+        return core_schema.tagged_union_schema(forms, discriminator=form)
 
 
 def _list(about: str, most: int | None = None, least: int | None = None) -> dict[str, Any]:
@@ -44,7 +104,7 @@ class Event:
     """A past event, by item id or by title."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-    item_id: str | None = None
+    item_id: Id | None = None
     title: str | None = None
     domain: str | None = field(default=None, metadata={"description": "by default the one recommended from"})
 
@@ -53,17 +113,21 @@ class Event:
             raise ValueError("an event has an item_id or a title: give one of them")
 
 
+AnyEvent = Annotated[Event | str, _Event()]
+"""A past event, or its id or title alone."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecommendRequest:
     """One user who is to be recommended something."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-    history: list[Event | str] = field(metadata=_HISTORY)
+    history: list[AnyEvent] = field(metadata=_HISTORY)
     domain: str | None = field(default=None, metadata=_DOMAIN)
     k: int = field(default=10, metadata={"description": "items to return", "ge": 1, "le": MAX_K})
     exclude_seen: bool = field(default=True, metadata={"description": "leave out the items of the history"})
-    allow: list[str] | None = field(default=None, metadata=_list("item ids that alone may be returned"))
-    deny: list[str] = field(default_factory=list, metadata=_list("item ids that must not be returned"))
+    allow: list[Id] | None = field(default=None, metadata=_list("item ids that alone may be returned"))
+    deny: list[Id] = field(default_factory=list, metadata=_list("item ids that must not be returned"))
     mode: Literal["auto", "exact", "beam"] = field(
         default="auto",
         metadata={"description": "exact: search until proven; auto: the same within a budget; beam: a fixed cost"},
@@ -85,8 +149,8 @@ class ScoreRequest:
     """Candidates to score after a history."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-    history: list[Event | str] = field(metadata=_HISTORY)
-    candidates: list[str] = field(metadata=_list("item ids of the domain", MAX_CANDIDATES, 1))
+    history: list[AnyEvent] = field(metadata=_HISTORY)
+    candidates: list[Id] = field(metadata=_list("item ids of the domain", MAX_CANDIDATES, 1))
     domain: str | None = field(default=None, metadata=_DOMAIN)
     deadline_ms: float | None = field(default=None, metadata=_DEADLINE)
     model: str | None = field(default=None, metadata=_MODEL)
@@ -97,8 +161,8 @@ class ExplainRequest:
     """An item whose score is to be traced to the events of a history."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-    history: list[Event | str] = field(metadata=_HISTORY)
-    item_id: str
+    history: list[AnyEvent] = field(metadata=_HISTORY)
+    item_id: Id
     domain: str | None = field(default=None, metadata=_DOMAIN)
     deadline_ms: float | None = field(default=None, metadata=_DEADLINE)
     model: str | None = field(default=None, metadata=_MODEL)
@@ -109,7 +173,7 @@ class NewItem:
     """An item to add, or the new text of one that is there."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-    item_id: str = field(metadata={"min_length": 1, "max_length": MAX_TEXT})
+    item_id: Id = field(metadata={"min_length": 1, "max_length": MAX_TEXT})
     domain: str
     title: str = field(metadata={"min_length": 1, "max_length": MAX_TEXT})
     brand: str = field(default="", metadata={"max_length": MAX_TEXT})
@@ -143,7 +207,9 @@ class RecommendResponse:
     """A list, best first, and how it was made."""
 
     items: list[ScoredItem]
-    mode: str = field(metadata={"description": "exact, beam, or the name of a baseline"})
+    mode: str = field(
+        metadata={"description": "exact, beam, or the name of a baseline; popularity where the model reads no event"}
+    )
     degraded: bool = field(metadata={"description": "the deadline, or a failure, left no better list"})
     proven: bool = field(metadata={"description": "the model ranks no other item higher"})
     milliseconds: float

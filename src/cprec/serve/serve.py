@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import resource
 import signal
 import socket
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 TOKEN = "CPREC_TOKEN"
 """The environment variable with the token: a command line can be read by everybody on the machine."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+OWN_PATHS = ("v1", "docs", "redoc", "openapi.json", "health", "ready", "metrics")
+"""What paths of the service begin with."""
 MAX_CONNECTIONS = 4_000
 """Beyond these, or half of the files that the process may open, uvicorn answers 503 by itself; the application sheds
 load long before."""
@@ -67,6 +70,11 @@ class ServeConfig:
     """Prefixes that mode auto reads for a user at most."""
     max_body_mb: float = 4.0
     """Largest body of a request, in MiB."""
+    cors: tuple[str, ...] = ()
+    """Origins whose pages may ask from a browser, as https://shop.example; * lets all. By default none but the
+    service's own."""
+    root_path: str = ""
+    """What a proxy strips from the front of paths, as /recommender, so that /docs finds its way back."""
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -76,6 +84,18 @@ class ServeConfig:
         for name in ("deadline_ms", "max_batch", "beam_width", "max_nodes", "max_body_mb"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+        for origin in self.cors:
+            if not (origin == "*" or re.fullmatch(r"https?://[^/\s?#,]+", origin)):
+                raise ConfigError(
+                    f"cors={origin!r}: an origin is scheme and host, with the port if it is not the usual one and "
+                    "without a slash at the end, as https://shop.example or http://localhost:3000; * lets all"
+                )
+        if self.root_path and not re.fullmatch(r"(/[\w.~-]+)+", self.root_path):
+            raise ConfigError(
+                f"root_path={self.root_path!r} must begin with a slash and end without one, as /recommender"
+            )
+        if (first := self.root_path[1:].partition("/")[0]) in OWN_PATHS:
+            raise ConfigError(f"root_path={self.root_path!r}: /{first} is a path of the service itself; choose another")
         if self.cache_mb < 0:
             raise ConfigError(f"cache_mb={self.cache_mb} must not be below 0")
 
@@ -122,7 +142,13 @@ def serve(config: ServeConfig, engines: Sequence[Engine], baselines: Sequence[Ba
             deadline_ms=config.deadline_ms,
             max_batch=config.max_batch,
         )
-        app = make_app(service, token=config.token, max_body_mb=config.max_body_mb)
+        app = make_app(
+            service,
+            token=config.token,
+            max_body_mb=config.max_body_mb,
+            cors=config.cors,
+            root_path=config.root_path,
+        )
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         server = uvicorn.Server(
             uvicorn.Config(

@@ -15,12 +15,12 @@ import pyarrow.compute as pc
 from cprec import __version__
 from cprec.data.catalogue import Catalogue, TextKind
 from cprec.data.cleaning import clean_title, has_word
-from cprec.errors import CPRecError, UnknownItemError
+from cprec.errors import CPRecError, ModelError, UnknownItemError
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import Item
 from cprec.serve import messages as m
 from cprec.serve.batching import Answer, Ask, Batcher, Job, Overloaded, is_whole
-from cprec.serve.engine import Baseline, Engine
+from cprec.serve.engine import Baseline, Engine, reads_nothing
 from cprec.serve.items import ItemStore, StoredItem, with_items, withdrawn_of
 from cprec.serve.metrics import Metrics
 
@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 log = logging.getLogger("cprec.serve")
 
+POPULARITY = "popularity"
+"""The baseline that answers for histories that say nothing."""
 UNHEALTHY = 3
 """Calls of an engine that fail one after the other until the service calls itself ill."""
 PATIENCE_MS = 30_000.0
@@ -122,6 +124,7 @@ class Service:
             self.metrics.gauge(name, about, lambda field=field: sum(getattr(cache, field) for cache in caches))  # type: ignore[misc]
         self.closing = False
         """It takes no more requests."""
+        self._is_broken = False
 
     def close(self) -> None:
         """Answer what waits, then stop; changes of items are on disk already."""
@@ -131,8 +134,8 @@ class Service:
 
     @property
     def is_healthy(self) -> bool:
-        """False once an engine fails every time; a restart may help."""
-        return self._batcher.failures < UNHEALTHY
+        """False once an engine fails every time, or a model has said what is no number; a restart may help."""
+        return not self._is_broken and self._batcher.failures < UNHEALTHY
 
     def engine(self, name: str | None = None) -> Engine:
         """An engine as it is now, with all items that were put. Raises Refused for a name that is none."""
@@ -153,9 +156,10 @@ class Service:
         """
         began = self._clock()
         questions = [await self._question(request, began) for request in requests]
+        popular = [await self._popular(question) for question in questions]
         jobs = [question.job() for question in questions]
-        self._submit(jobs)
-        lists = (self._list(question, job) for question, job in zip(questions, jobs, strict=True))
+        self._submit([job for job, found in zip(jobs, popular, strict=True) if found is None])
+        lists = (self._list(*each) for each in zip(questions, jobs, popular, strict=True))
         return await self._unless(hung_up, asyncio.gather(*lists))
 
     async def _question(self, request: m.RecommendRequest, began: float) -> _Question:
@@ -174,9 +178,25 @@ class Service:
         )
         return _Question(engine, query, request.k, request.mode, request.deadline_ms or self._deadline_ms, began)
 
-    async def _list(self, question: _Question, job: Job) -> m.RecommendResponse:
-        """The engine's list; where that is late, short or fails, a baseline's."""
+    async def _popular(self, question: _Question) -> Ranking | None:
+        """The popular items, where the model reads no event of the history and as many are popular as may be had."""
+        baseline = next((each for each in self._baselines if each.name == POPULARITY), None)
+        engine, query = question.engine, question.query
+        if baseline is None or not reads_nothing(engine, query):
+            return None
+        found = await asyncio.to_thread(_baseline_ranking, baseline, question)
+        gone = query.exclude | engine.withdrawn.get(query.domain, frozenset())
+        num_left = len(query.allow - gone if query.allow is not None else engine.catalogue.rows_of(query.domain))
+        num_left -= len(gone) if query.allow is None else 0
+        return found if len(found.item_ids) >= min(question.k, num_left) else None
+
+    async def _list(self, question: _Question, job: Job, popular: Ranking | None) -> m.RecommendResponse:
+        """The popular items where they are to be had; else the engine's list or, where that is late, short or fails, a
+        baseline's."""
+        if popular is not None:
+            return self._response(question, popular, POPULARITY, degraded=False, proven=False)
         k, late, ranking = question.k, False, None
+        broken: ModelError | None = None
         try:
             answer = await self._answer(job)
         except TimeoutError:
@@ -185,6 +205,7 @@ class Service:
             raise
         except Exception as error:
             self._failed(error)
+            broken = error if isinstance(error, ModelError) else None
         else:
             ranking, late = answer.rankings[0], answer.stopped
         if ranking is not None:
@@ -194,6 +215,8 @@ class Service:
                 if question.mode == "beam":
                     mode, degraded = "beam", not is_whole(ranking, k)
                 return self._response(question, found, mode, degraded, proven)
+        if not self._baselines and broken is not None:
+            raise Refused(500, str(broken))
         if not self._baselines:
             raise self._shed(1, "the model could not answer in time" if late else "the model failed")
         name, found = await asyncio.to_thread(self._stand_in, question)
@@ -325,7 +348,8 @@ class Service:
             raise
         except Exception as error:
             self._failed(error)
-            raise Refused(500, "the model failed; the log of the service says why") from error
+            why = str(error) if isinstance(error, ModelError) else "the model failed; the log of the service says why"
+            raise Refused(500, why) from error
 
     # ---- jobs --------------------------------------------------------------------------------------------------------
 
@@ -357,6 +381,7 @@ class Service:
 
     def _failed(self, error: Exception) -> None:
         self.metrics.failed()
+        self._is_broken = self._is_broken or isinstance(error, ModelError)
         log.error("the engine failed: %s", error, exc_info=error)
 
     def _milliseconds(self, began: float) -> float:

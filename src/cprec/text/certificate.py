@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cprec.data.catalogue import Catalogue
-from cprec.data.dataset import NUM_SLOTS, part_path, read_catalogue, read_manifest, read_split, slot_of
+from cprec.data.dataset import NUM_SLOTS, POPULARITY, part_path, read_catalogue, read_manifest, read_split, slot_of
 from cprec.data.leakage import (
     MAX_EXAMPLES,
     Grammar,
@@ -42,7 +42,7 @@ from cprec.errors import ConfigError, DataError, ShardError
 from cprec.progress import say
 from cprec.provenance import CONFIG_FILE, file_sha256, read_resolved
 from cprec.schema import CONTEXT, MIXED, SPLITS, TEST, TRAIN, VALIDATION
-from cprec.text.documents import POPULARITY, ROW_GROUPS, read_queries_of_part
+from cprec.text.documents import ROW_GROUPS, read_queries_of_part
 from cprec.text.encoding import PromptEncoder
 from cprec.text.prompts import Template
 from cprec.text.shards import DOCUMENTS, DTYPES, TOKENS, Shards, read_piece, read_shard_manifest

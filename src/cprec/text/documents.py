@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cprec.data.catalogue import Catalogue
-from cprec.data.dataset import finish_part, read_catalogue, read_manifest
+from cprec.data.dataset import POPULARITY, finish_part, read_catalogue, read_manifest
 from cprec.data.interactions import Interactions
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.data.sequences import build_sequences
@@ -36,7 +36,6 @@ from cprec.text.shards import join_shards, write_shards
 RULES, ENCODER, PARTS = "rules.json", "encoder", "parts"
 """Names inside an unfinished data folder: what `write_part` needs, and what it writes."""
 
-POPULARITY = "popularity.parquet"
 
 ROW_GROUPS = b"parts"
 """Key in a queries file's metadata: the part that each of its row groups is from."""

@@ -462,6 +462,7 @@ def _general_text(config: TrainingConfig) -> str | None:
 def _publish(output_dir: Path, data: Path, model: Any, tokenizer: Any, done: dict[str, Any], *, merge: bool) -> None:
     """Turn output_dir into a model folder: everything is written aside and moved in, `cprec.json` last."""
     from cprec import distributed
+    from cprec.data.dataset import POPULARITY
     from cprec.models import load_model, merge_adapters
     from cprec.train.checkpoint import whole_weights, write_folder
 
@@ -477,6 +478,8 @@ def _publish(output_dir: Path, data: Path, model: Any, tokenizer: Any, done: dic
             merge_adapters(adapted).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         shutil.copytree(data / "items", folder / "items")
+        if (data / POPULARITY).is_file():  # what histories that say nothing are answered with
+            shutil.copy2(data / POPULARITY, folder / POPULARITY)
         (folder / DONE).write_text(json.dumps(done, indent=1) + "\n")
 
     def write_and_move() -> None:

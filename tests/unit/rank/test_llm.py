@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from cprec.data.catalogue import Catalogue
-from cprec.errors import ConfigError, DataError, UnknownItemError
+from cprec.errors import ConfigError, DataError, ModelError, UnknownItemError
 from cprec.models import tiny_model
+from cprec.rank.decoding import Found
 from cprec.rank.llm import LLMRecommender
 from cprec.recommender import RankingQuery
 from cprec.recommender import Recommender as Protocol
@@ -219,6 +221,30 @@ def test_users_who_come_back_get_the_same(make: Callable[..., LLMRecommender]) -
         assert found.scores == pytest.approx(expected.scores, abs=1e-4)
 
 
+def test_a_token_that_the_model_forbids_is_no_fault(make: Callable[..., LLMRecommender]) -> None:
+    recommender = make()
+    tree = recommender.reader.read([np.array([2, 3])])
+    plain, row = tree.logits(tree.prompt_hidden_UD)[0].double(), torch.zeros(3, dtype=torch.long)
+    masked = plain.clone()
+    masked[[7, 9]] = -torch.inf
+    tree.logits = lambda hidden: masked.float()[None]  # type: ignore[method-assign]
+    found = tree.log_probs(tree.prompt_hidden_UD, row, torch.tensor([5, 7, 8]))
+    rest = [token for token in range(len(plain)) if token not in (7, 9)]
+    expected = plain[[5, 8]] - plain[rest].logsumexp(0)
+    assert found[[0, 2]].tolist() == pytest.approx(expected.tolist(), abs=1e-5) and found[1] == -torch.inf
+
+
+def test_a_list_without_items_while_there_are_some_is_an_error(
+    make: Callable[..., LLMRecommender], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = np.zeros(0, dtype=np.int64)
+    found = Found(items=nothing, scores=nothing.astype(float), kth=-np.inf, bound=-np.inf, expanded=1)
+    monkeypatch.setattr("cprec.rank.llm.search", lambda tree, *_, **__: [found] * tree.num_users)
+    assert make().rank([query("b0", allow=frozenset())], 2)[0].item_ids == ()
+    with pytest.raises(ModelError, match="none of the 5 items of 'books' in reach was found"):
+        make().rank([query("b0", exclude=frozenset({"b0"}))], 2)
+
+
 # ---- recommending ----------------------------------------------------------------------------------------------------
 
 
@@ -272,6 +298,11 @@ def test_another_domain_may_be_asked_for(make: Callable[..., LLMRecommender]) ->
 
 
 def test_unknown_texts_are_named_with_what_is_near(make: Callable[..., LLMRecommender]) -> None:
+    for nothing in (None, float("nan"), " "):
+        with pytest.raises(DataError, match="in the history is neither an id nor a title: leave it out"):
+            make().recommend(["Dune", nothing])
+    with pytest.raises(UnknownItemError, match="'9'"):  # a whole number is an id that is written so
+        make().recommend([9])
     with pytest.raises(UnknownItemError, match=r"'Dune Mesiah' \(nearest: 'Dune Messiah'"):
         make().recommend(["Dune", "Dune Mesiah"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import threading
@@ -13,7 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
+from cprec.errors import ConfigError, ModelError
 from cprec.serve.items import FILE, ItemStore
+from cprec.serve.serve import ServeConfig
 from cprec.serve.service import Service
 
 Served = Callable[..., Any]
@@ -447,3 +450,163 @@ def test_metrics_count_requests_batches_and_lists(client: httpx.Client) -> None:
     assert metric(client, 'cprec_request_seconds_count{method="POST",route="/v1/recommend",status="422"}') == 1
     assert metric(client, 'cprec_lists_total{degraded="false",mode="exact"}') == 3
     assert metric(client, "cprec_batch_queries_count") == 3 and metric(client, "cprec_queue_queries") == 0
+
+
+# ---- a model that says no numbers, and histories that say nothing ----------------------------------------------------
+
+
+def test_scores_that_are_no_numbers_end_the_service(engine: Any, last_first: Any, served: Served) -> None:
+    def broken(*_: Any) -> None:
+        raise ModelError("runs/ft: the model's scores are not finite")
+
+    for baselines in ([], [last_first]):
+        with served(Service([engine], baselines, deadline_ms=60_000)) as client:
+            assert client.get("/ready").status_code == 200
+            engine.before = [broken]
+            refused = client.post("/v1/score", json={"history": ["b0"], "candidates": ["b1"]})
+            assert (
+                refused.status_code == 500 and "runs/ft: the model's scores are not finite" in refused.json()["error"]
+            )
+            assert client.get("/ready").status_code == client.get("/health").status_code == 503
+            listed = asked(client, "b0", k=1)
+            if baselines:
+                assert (listed.json()["mode"], listed.json()["degraded"]) == ("last first", True)
+            else:
+                assert listed.status_code == 500 and "are not finite" in listed.json()["error"]
+            engine.before = []
+            assert client.get("/ready").status_code == 503  # weights do not heal
+
+
+def test_a_history_that_says_nothing_gets_the_popular_items(engine: Any, last_first: Any, served: Served) -> None:
+    last_first.name = "popularity"
+    engine.shown = lambda query: tuple(item for item in query.history if item.domain == query.domain)
+    with served(Service([engine], [last_first], deadline_ms=60_000)) as client:
+        warmed = len(engine.calls)
+        for history in ([], ["g0"]):  # the engine reads books alone
+            told = asked(client, *history, k=2, deny=["b6"]).json()
+            assert [item["item_id"] for item in told["items"]] == ["b5", "b4"]
+            assert (told["mode"], told["degraded"], told["proven"]) == ("popularity", False, False)
+        assert ids(asked(client, k=50, allow=["b1", "b2"])) == ["b2", "b1"]  # all that there are
+        assert len(engine.calls) == warmed
+        answers = client.post("/v1/recommend", json={"requests": [{"history": []}, {"history": ["b0"]}]}).json()
+        assert [one["mode"] for one in answers["responses"]] == ["popularity", "exact"]
+        last_first.most = 1
+        assert asked(client, k=2).json()["mode"] == "exact"  # too few are popular
+
+
+# ---- how it is asked -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/v1/about", "/v1/items", "/openapi.json"])
+def test_head_is_get_without_a_body(path: str, client: httpx.Client) -> None:
+    got, head = client.get(path), client.head(path)
+    assert head.status_code == got.status_code == 200 and head.content == b""
+    assert head.headers["content-length"] == str(len(got.content))
+    assert head.headers["content-type"] == got.headers["content-type"]
+    if path.startswith("/v1"):
+        assert metric(client, f'cprec_request_seconds_count{{method="HEAD",route="{path}",status="200"}}') == 1
+
+
+def test_pages_of_other_origins_ask_only_if_they_may(engine: Any, served: Served, shared: httpx.Client) -> None:
+    ask = {"Origin": "https://shop.example", "Access-Control-Request-Method": "POST"}
+    ask["Access-Control-Request-Headers"] = "authorization,content-type"
+    assert shared.options("/v1/recommend", headers=ask).status_code == 405
+    assert "access-control-allow-origin" not in asked(shared, "b0").headers
+    options = {"cors": ["https://shop.example"], "token": "se-cret"}
+    with served(Service([engine], deadline_ms=60_000), **options) as client:
+        leave = client.options("/v1/recommend", headers=ask)  # browsers send no token with this
+        assert leave.status_code == 200
+        assert leave.headers["access-control-allow-origin"] == "https://shop.example"
+        assert {"Authorization", "Content-Type"} <= set(leave.headers["access-control-allow-headers"].split(", "))
+        for token, status in (("se-cret", 200), ("wrong", 401)):
+            headers = {"Origin": "https://shop.example", "Authorization": f"Bearer {token}"}
+            answer = client.post("/v1/recommend", json={"history": ["b0"]}, headers=headers)
+            assert answer.status_code == status
+            assert answer.headers["access-control-allow-origin"] == "https://shop.example"
+        other = ask | {"Origin": "https://other.example"}
+        assert "access-control-allow-origin" not in client.options("/v1/recommend", headers=other).headers
+
+
+@pytest.mark.parametrize("prefix", ["", "/shop/rec"], ids=["stripped", "kept"])
+def test_behind_a_proxy_that_adds_a_prefix(prefix: str, engine: Any, served: Served) -> None:
+    with served(Service([engine], deadline_ms=60_000), root_path="/shop/rec", token="se-cret") as client:
+        assert client.get(f"{prefix}/health").status_code == client.get(f"{prefix}/").status_code == 200
+        assert client.get(f"{prefix}/docs").status_code == 401
+        client.headers["Authorization"] = "Bearer se-cret"
+        assert "'/shop/rec/openapi.json'" in client.get(f"{prefix}/docs").text
+        described = client.get(f"{prefix}/openapi.json").json()
+        assert described["servers"] == [{"url": "/shop/rec"}] and "/v1/recommend" in described["paths"]
+        for path in ("/v1/recommend", "/v1/recommend/"):
+            assert ids(client.post(prefix + path, json={"history": ["b0"], "k": 1})) == ["b1"]
+
+
+def test_whole_numbers_are_ids(engine: Any, served: Served, tmp_path: Path) -> None:
+    with served(Service([engine], store=ItemStore(tmp_path), deadline_ms=60_000)) as client:
+        large = 2**63 + 1
+        assert put(client, {"item_id": 9, "title": "Nine"}, {"item_id": large, "title": "Large"}).status_code == 200
+        for nine in (9, 9.0, "9"):
+            for history in ([nine, large], [{"item_id": nine}, {"item_id": str(large)}]):
+                assert asked(client, *history, k=1).status_code == 200
+                assert [item.item_id for item in engine.calls[-1][-1].history] == ["9", str(large)]
+        assert ids(asked(client, allow=[9, large, "b0"], deny=[9])) == [str(large), "b0"]
+        scored = client.post("/v1/score", json={"history": [], "candidates": [9]})
+        assert ids(scored) == ["9"]
+        assert client.post("/v1/explain", json={"history": [9], "item_id": large}).json()["item_id"] == str(large)
+        for wrong in (True, 9.5, 1e300, None, ["9"]):
+            refused = asked(client, wrong)
+            assert refused.json()["error"] == "body.history.0: an id is text or a whole number"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"history": ["b0"], "k": 101}, "body.k: Input should be less than or equal to 100"),
+        ({"requests": [{"history": ["b0"], "k": 0}]}, "body.requests.0.k: Input should be greater than or equal to 1"),
+        ({"requests": [], "history": ["b0"]}, "body.history: there is no such field here"),
+        ({"history": ["b0"], "denny": []}, "body.denny: there is no such field here"),
+        ({"history": [{"item_id": True}]}, "body.history.0.item_id: an id is text or a whole number"),
+        ({"history": [{}]}, "body.history.0: an event has an item_id or a title: give one of them"),
+        ({}, "body.history: Field required"),
+        (["b0"], "body: Input should be an object"),
+    ],
+)
+def test_what_is_wrong_is_said_of_the_form_that_was_sent(body: Any, message: str, shared: httpx.Client) -> None:
+    error = shared.post("/v1/recommend", json=body).json()["error"]
+    assert error == message or ("requests" in body and "history" in body and error.endswith(message))
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "message"),
+    [
+        (b'{"history": ["b0"], "history": ["b1"]}', {}, 422, "the key 'history' occurs twice"),
+        (b'{"history": [NaN]}', {}, 422, "NaN is no number of JSON"),
+        (b'{"history": [' + b"9" * 5_000 + b"]}", {}, 422, "a number of 5,000 digits"),
+        (b'{"history": ["b0"]', {}, 422, "body: this is no JSON"),
+        (gzip.compress(b'{"history": []}'), {"content-encoding": "gzip"}, 415, "Content-Encoding gzip is not read"),
+        (b'{"history": []}', {"content-type": "text/plain"}, 415, "Content-Type: application/json (it was text/plain)"),
+        (b'{"history": ["b0"]}', {"content-type": "application/json; charset=utf-8"}, 200, ""),
+        (b'\xef\xbb\xbf{"history": ["b0"]}', {}, 200, ""),
+    ],
+    ids=["twice", "nan", "digits", "cut", "gzip", "text", "charset", "mark"],
+)
+def test_bodies_in_other_forms(
+    body: bytes, headers: dict[str, str], status: int, message: str, shared: httpx.Client
+) -> None:
+    answer = shared.post("/v1/recommend", content=body, headers={"content-type": "application/json"} | headers)
+    assert answer.status_code == status and message in answer.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cors": ("https://shop.example/",)}, "without a slash at the end"),
+        ({"cors": ("shop.example",)}, "an origin is scheme and host"),
+        ({"root_path": "rec"}, "must begin with a slash and end without one"),
+        ({"root_path": "/rec/"}, "must begin with a slash and end without one"),
+        ({"root_path": "/v1/rec"}, "/v1 is a path of the service itself"),
+    ],
+)
+def test_origins_and_prefixes_are_checked(settings: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ServeConfig(models=("m",), **settings)
+    ServeConfig(models=("m",), cors=("*", "http://localhost:3000"), root_path="/shop/rec-2")

@@ -1,140 +1,406 @@
-"""Files of histories: whatever stops it, each user is there once in the end."""
+"""Files of histories: whatever stops it and whatever is in them, each user is there once in the end."""
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Sequence
+import sqlite3
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cprec.data.catalogue import Catalogue
 from cprec.errors import ConfigError, DataError
-from cprec.serve import recommend as stage
+from cprec.recommender import Ranking, RankingQuery
+from cprec.schema import Item
+from cprec.serve import lists as stage
 from cprec.serve.recommend import RecommendConfig, recommend
 
 USERS = [f"user, {number}" for number in range(23)]
+ITEMS = [f"i{number}" for number in range(6)] + ["7", "9", "None", " spaced "]
 
 
 class Killed(BaseException):
     """Stands for a signal: nothing catches it."""
 
 
-class Echo:
-    """Recommends the last event again, k times."""
+class Ascending:
+    """Ranks the items of `shop` as the catalogue has them; a score says how many events the history has."""
+
+    name, domain, max_history, cache = "ascending", "shop", 10, None
+    withdrawn: Mapping[str, frozenset[str]] = {}
 
     def __init__(self, killed_at: int = 1 << 30) -> None:
-        self.asked: list[str] = []
+        def table(ids: Sequence[str]) -> pa.Table:
+            return pa.table({"item_id": sorted(ids), "title": [f"Tea, {name}" for name in sorted(ids)]})
+
+        self.catalogue = Catalogue.from_tables({"other": table(["o1"]), "shop": table(ITEMS)})
+        self.asked: list[tuple[Item, ...]] = []
         self._killed_at = killed_at
 
-    def recommend(self, history: Sequence[str], k: int = 10, **_: Any) -> list[Any]:
-        return self.recommend_many([history], k)[0]
-
-    def recommend_many(self, histories: Sequence[Sequence[str]], k: int = 10, **_: Any) -> list[list[Any]]:
-        self.asked += [history[-1] for history in histories]
+    def rank(self, queries: Sequence[RankingQuery], k: int, mode: Any = None, stop: Any = None) -> list[Ranking]:
+        self.asked += [query.history for query in queries]
         if len(self.asked) > self._killed_at:
             raise Killed
-        if any(history[-1] == "unknown" for history in histories):
-            raise ValueError("no such item")
-        return [
-            [SimpleNamespace(item_id=f"{h[-1]}-{rank}", title=f"Ti\ntle {h[-1]}", score=-rank / 3) for rank in range(k)]
-            for h in histories
-        ]
+        out = []
+        for query in queries:
+            ids = [name for name in self.catalogue.arrow_ids("shop").to_pylist() if name not in query.exclude][:k]
+            out.append(Ranking("", tuple(ids), tuple(-place - len(query.history) / 7 for place in range(len(ids)))))
+        return out
+
+    def shown(self, query: RankingQuery) -> tuple[Item, ...]:
+        return tuple(item for item in query.history if item.domain == "shop")
+
+    def with_items(self, *_: Any) -> Any:
+        raise NotImplementedError
+
+    recommend = with_items
+
+
+class Popular(Ascending):
+    """The last items are the popular ones."""
+
+    def rank(self, queries: Sequence[RankingQuery], k: int, mode: Any = None, stop: Any = None) -> list[Ranking]:
+        ids = self.catalogue.arrow_ids("shop").to_pylist()[::-1][:k]
+        return [Ranking("", tuple(ids), tuple(range(k, 0, -1))[: len(ids)]) for _ in queries]
 
 
 @pytest.fixture(autouse=True)
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "USERS_AT_ONCE", 4)
+    monkeypatch.setattr(stage, "ROW_GROUP", 8)
 
 
-@pytest.fixture(params=[".csv", ".jsonl", ".parquet"])
-def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    path = tmp_path / f"histories{request.param}"
-    rows = [{"user_id": user, "history": ["a", f"item {number}"]} for number, user in enumerate(USERS)]
+def write(path: Path, rows: Sequence[tuple[Any, Any]]) -> Path:
     if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=3)
+        users, histories = zip(*rows, strict=True)
+        pq.write_table(pa.table({"user_id": users, "history": histories}), path, row_group_size=3)
     elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text("".join(json.dumps({"user_id": user, "history": history}) + "\n" for user, history in rows))
     else:
-        lines = [f'"{row["user_id"]}",{"|".join(row["history"])}' for row in rows]
+        lines = [f'"{user}",{"|".join(history)}' for user, history in rows]
         path.write_text("\n".join(["user_id,history", *lines]) + "\n")
     return path
 
 
-def users_of(path: Path) -> list[tuple[str, int, str]]:
+def read(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".parquet":
         rows = pq.read_table(path).to_pylist()
     elif path.suffix == ".jsonl":
         rows = [json.loads(line) for line in path.read_text().splitlines()]
     else:
-        import csv
-
         with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    assert rows and list(rows[0]) == ["user_id", "rank", "item_id", "title", "score"]
-    return [(row["user_id"], int(row["rank"]), row["item_id"]) for row in rows]
+            rows = [row | {"rank": int(row["rank"]), "score": float(row["score"])} for row in csv.DictReader(file)]
+    assert all(list(row) == ["user_id", "rank", "item_id", "title", "score", "source"] for row in rows)
+    return rows
 
 
-EXPECTED = [(user, rank, f"item {n}-{rank - 1}") for n, user in enumerate(USERS) for rank in (1, 2)]
+def lists_of(path: Path) -> dict[str, tuple[str, list[str]]]:
+    """Of each user the source and the items."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for row in read(path):
+        found.setdefault(row["user_id"], (row["source"], []))[1].append(row["item_id"])
+    return found
+
+
+def rejected(output: Path) -> list[tuple[str, ...]]:
+    with open(f"{output}.rejected.csv", newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["file", "line", "user_id", "item_id", "reason"]
+    return [tuple(row[1:]) for row in rows]
+
+
+def config(source: Path, output: Path, **settings: Any) -> RecommendConfig:
+    return RecommendConfig(**{"model": "m", "input": str(source), "output": str(output), "k": 2} | settings)
+
+
+HISTORIES = [["i0", f"i{number % 6}", *["i1"] * number] for number in range(23)]
+EXPECTED = [
+    (user, rank, item)
+    for user, history in zip(USERS, HISTORIES, strict=True)
+    for rank, item in enumerate([name for name in sorted(ITEMS) if name not in history][:2], 1)
+]
+
+
+@pytest.fixture(params=[".csv", ".jsonl", ".parquet"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return write(tmp_path / f"histories{request.param}", list(zip(USERS, HISTORIES, strict=True)))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 @pytest.mark.parametrize("killed_at", [0, 3, 9, 21])
 def test_a_run_killed_goes_on_where_it_was(source: Path, suffix: str, killed_at: int, tmp_path: Path) -> None:
-    output = tmp_path / f"recs{suffix}"
-    config = RecommendConfig(model="m", input=str(source), output=str(output), k=2)
+    output, whole = tmp_path / f"recs{suffix}", tmp_path / f"whole{suffix}"
     with pytest.raises(Killed):
-        recommend(config, Echo(killed_at))
+        recommend(config(source, output), Ascending(killed_at))
     assert not output.exists()
-    again = Echo()
-    recommend(config, again)
-    assert users_of(output) == EXPECTED
+    again = Ascending()
+    recommend(config(source, output), again)
+    assert [(row["user_id"], row["rank"], row["item_id"]) for row in read(output)] == EXPECTED
     assert len(again.asked) == len(USERS) - killed_at // 4 * 4  # what was whole is not asked again
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([source.name, output.name])
+    assert {path.name for path in tmp_path.iterdir()} == {source.name, output.name}
+    recommend(config(source, whole), Ascending())
+    assert read(whole) == read(output)
 
 
-def test_parts_of_another_command_are_not_mixed_in(source: Path, tmp_path: Path) -> None:
-    config = RecommendConfig(model="m", input=str(source), output=str(tmp_path / "recs.csv"), k=2)
-    with pytest.raises(Killed):
-        recommend(config, Echo(5))
-    other = RecommendConfig(model="m", input=str(source), output=str(tmp_path / "recs.csv"), k=3)
-    with pytest.raises(ConfigError, match=r"recs.csv.parts holds parts of another run \(k differ\): remove it"):
-        recommend(other, Echo())
-    with open(source, "ab") as file:
-        file.write(b"\n")
-    with pytest.raises(ConfigError, match="input_sha256 differ"):
-        recommend(config, Echo())
+def test_a_mended_file_asks_for_changed_users_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [(f"u{number}", [f"i{number % 5}"] * (1 + number // 5)) for number in range(20)]
+    broken = [*rows[:9], ("u9", ["i0", "gone"]), *rows[10:]]
+    source, output = tmp_path / "in.csv", tmp_path / "out.csv"
+    recommend(config(write(source, broken), output), Ascending())
+    assert rejected(output) == [("11", "u9", "gone", "item is not in the catalogue")]
+    assert lists_of(output)["u9"] == ("model", [" spaced ", "7"])
+    told = " ".join(capsys.readouterr().err.split())
+    assert "out.csv.rejected.csv lists what was left out (item is not in the catalogue: 1)" in told
+    again = Ascending()
+    recommend(config(write(source, [("new", ["i5", "i4"]), *rows]), output), again)
+    assert [[item.item_id for item in history] for history in again.asked] == [["i5", "i4"]] + [["i4"] * 2]
+    assert {path.name for path in tmp_path.iterdir()} == {"in.csv", "out.csv"}  # nothing was left out
+    recommend(config(source, tmp_path / "whole.csv"), Ascending())
+    assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
-def test_a_history_that_cannot_be_answered_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "in.jsonl"
-    rows = [{"user_id": f"u{number}", "history": ["a"]} for number in range(6)] + [
-        {"user_id": "w", "history": ["unknown"]}
+def test_lists_of_another_model_or_other_settings_are_made_anew(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"1")
+    source = write(tmp_path / "in.csv", [("a", ["i0"]), ("b", ["i1", "gone"])])
+    output = tmp_path / "out.csv"
+
+    def num_asked(**settings: Any) -> int:
+        recommender = Ascending()
+        recommend(config(source, output, model=str(model), **settings), recommender)
+        return len(recommender.asked)
+
+    assert [num_asked(), num_asked(), num_asked(k=3), num_asked(k=3, exclude_seen=False)] == [2, 0, 2, 2]
+    (model / "model.safetensors").write_bytes(b"2")
+    assert num_asked() == 2
+    Path(f"{output}.lists").write_bytes(b"no database" * 99)
+    with pytest.raises(DataError, match=r"out.csv.lists cannot be used .*remove it to rank all users anew"):
+        num_asked()
+    Path(f"{output}.lists").unlink()
+    other = sqlite3.connect(f"{output}.lists")
+    other.execute("CREATE TABLE t (x)")
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(DataError, match=r"wait if another command writes the same output"):
+        num_asked()
+    other.close()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_one_user_stops_no_batch(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    left = [name for name in sorted(ITEMS) if name not in ("i0", "i1")]
+    rows = [
+        ("a", ["i0", "gone", "i1"]),
+        ("b", sorted(ITEMS)[2:]),  # two items are left
+        ("c", sorted(ITEMS)),  # none is
+        ("d", []),
+        ("e", ["gone"]),
+        ("f", ["o1"]),  # of another domain: the model reads nothing of it
+        ("a", ["i1"]),
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = RecommendConfig(model="m", input=str(path), output=str(tmp_path / "out.csv"), k=1)
-    with pytest.raises(DataError, match=r"in.jsonl, user 'w': no such item"):
-        recommend(config, Echo())
-    missing = RecommendConfig(model="m", input=str(tmp_path / "no.csv"), output=str(tmp_path / "out.csv"))
+    source, output = write(tmp_path / f"in{suffix}", rows), tmp_path / "out.jsonl"
+    recommend(config(source, output, k=3), Ascending(), Popular())
+    popular = ("popularity", sorted(ITEMS)[::-1][:3])
+    assert lists_of(output) == {
+        "a": ("model", [*left[:3], *[name for name in sorted(ITEMS) if name != "i1"][:3]]),
+        "b": ("model", sorted(ITEMS)[:2]),
+        **dict.fromkeys("def", popular),
+    }
+    line = 1 + (suffix == ".csv")
+    unknown = "item is not in the catalogue"
+    assert rejected(output) == [
+        (str(line), "a", "gone", unknown),
+        (str(line + 2), "c", "", "no item is left outside the history"),
+        (str(line + 4), "e", "gone", unknown),
+    ]
+    told = " ".join(capsys.readouterr().err.split())
+    assert "up to 3 recommendations for each of 6 users, 3 of them popular items, for want of a history" in told
+    assert "shorter lists, since fewer items are left: 1" in told
+    assert "rows with the user_id of a row before, and a list of their own: 1" in told
+    with pytest.raises(DataError, match=rf"line {line}, user 'a': {unknown}: 'gone' \(strict stops"):
+        recommend(config(source, tmp_path / "strict.csv", strict=True), Ascending(), Popular())
+    assert not (tmp_path / "strict.csv").exists()
+
+
+def test_without_popularity_a_history_that_says_nothing_has_no_list(tmp_path: Path) -> None:
+    source, output = write(tmp_path / "in.csv", [("a", ["i0"]), ("b", [])]), tmp_path / "out.csv"
+    recommend(config(source, output), Ascending())
+    assert list(lists_of(output)) == ["a"]
+    ((line, user, item, reason),) = rejected(output)
+    assert (line, user, item) == ("3", "b", "") and "the model has no popularity.parquet" in reason
+
+
+def test_a_file_of_which_nothing_is_known_is_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.csv", [("a", ["x"]), ("b", ["y", "z"])])
+    with pytest.raises(DataError, match=r"none of its 3 events is an item of other, shop, as 'x' in line 2"):
+        recommend(config(source, tmp_path / "out.csv"), Ascending(), Popular())
+    assert {path.name for path in tmp_path.iterdir()} == {"in.csv"}
+
+
+# ---- forms -----------------------------------------------------------------------------------------------------------
+
+ITEM_LISTS: list[tuple[Any, list[str]]] = [
+    (pa.array([["9", None, "i1"]]), ["9", "i1"]),
+    (pa.array([[9, None, 7]]), ["9", "7"]),
+    (pa.array([[9.0, None, 7.0]]), ["9", "7"]),
+    (pa.array([[float("nan"), 7.0]]), ["7"]),
+    (pa.array([[9, 7]], pa.list_(pa.uint8(), 2)), ["9", "7"]),
+    (pa.array([[Decimal("9.00")]]), ["9"]),
+    (pa.array([["9", "i1"]], pa.large_list(pa.large_string())), ["9", "i1"]),
+    (pa.array([["9", "i1"]], pa.list_(pa.string_view())), ["9", "i1"]),
+    (pa.array([["9", "i1"]], pa.list_(pa.dictionary(pa.int32(), pa.string()))), ["9", "i1"]),
+    (pa.array(["9|i1"]).dictionary_encode(), ["9", "i1"]),
+    (pa.array(["9||i1|"], pa.large_string()), ["9", "i1"]),
+    (pa.array([9]), ["9"]),
+    (pa.array([None], pa.list_(pa.string())), []),
+]
+
+
+@pytest.mark.parametrize(("column", "events"), ITEM_LISTS, ids=lambda value: str(getattr(value, "type", "")))
+@pytest.mark.parametrize(
+    ("user", "name"),
+    [(pa.array([1.0]), "1"), (pa.array([2**60 + 1]), str(2**60 + 1)), (pa.array(["01"]).dictionary_encode(), "01")],
+    ids=["float", "int", "text"],
+)
+def test_parquet_columns_of_any_type(column: Any, events: list[str], user: Any, name: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"history": column, "user_id": user, "k": [5]}), tmp_path / "in.parquet")
+    recommender, output = Ascending(), tmp_path / "out.csv"
+    recommend(config(tmp_path / "in.parquet", output), recommender, Popular())
+    assert [[item.item_id for item in history] for history in recommender.asked] == ([events] if events else [])
+    assert list(lists_of(output)) == [name]
+
+
+@pytest.mark.parametrize(
+    ("cell", "events"),
+    [
+        ("i1|i0", ["i1", "i0"]),
+        (" i1 | 9 |", ["i1", "9"]),
+        ('" spaced |tea, I1"', [" spaced ", "i1"]),
+        ('"[""i1"", 9, 7.0, null]"', ["i1", "9", "7"]),
+        ("\"['i1', 'i0']\"", ["i1", "i0"]),
+        ("None", ["None"]),
+    ],
+)
+def test_cells_of_csv(cell: str, events: list[str], tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_bytes(f"\ufeffuser_id,x,history\r\na,0,{cell}\r\n".encode())
+    recommender = Ascending()
+    recommend(config(tmp_path / "in.csv", tmp_path / "out.csv"), recommender)
+    assert [[item.item_id for item in history] for history in recommender.asked] == [events]
+
+
+def test_json_that_is_odd(tmp_path: Path) -> None:
+    lines = [
+        '{"user_id": 12345678901234567890, "history": [9, 7.0, NaN, null, true, {"item_id": "i1"}]}',
+        "",
+        '{"history": ["i1"]}',
+        '{"user_id": "b"}',
+        '{"user_id": "c", "history": "i1|i2", "history": "i3"}',
+        '{"user_id": "d", ',
+        '["e"]',
+        '{"user_id": null, "history": ["i1"]}',
+        '{"user_id": "f", "history": {"i1": 1}}',
+    ]
+    (tmp_path / "in.jsonl").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    output = tmp_path / "out.csv"
+    recommender = Ascending()
+    recommend(config(tmp_path / "in.jsonl", output), recommender, Popular())
+    assert [[item.item_id for item in history] for history in recommender.asked] == [["9", "7"]]
+    assert {user: source for user, (source, _) in lists_of(output).items()} == {
+        "12345678901234567890": "model",
+        "b": "popularity",
+    }
+    found = {(line, reason) for line, _, _, reason in rejected(output)}
+    assert found == {
+        ("1", "no item id"),
+        ("1", "item is not in the catalogue"),  # 'true', as the readers of logs have it
+        ("1", "neither an id nor a title"),
+        ("3", "no user id"),
+        ("5", "malformed row: a key occurs twice"),
+        ("6", "malformed row: no JSON object"),
+        ("7", "malformed row: no JSON object"),
+        ("8", "no user id"),
+        ("9", "history is no list"),
+    }
+
+
+def test_malformed_rows_of_csv_are_left_out(tmp_path: Path) -> None:
+    long = "i1|" * 100_000  # longer than a field that Python's csv takes
+    text = f'user_id,history\na,i1,i2\nb\nc,{long}\n,i1\nd,"i1\n'
+    (tmp_path / "in.csv").write_text(text)
+    output = tmp_path / "out.csv"
+    recommend(config(tmp_path / "in.csv", output), Ascending())
+    assert list(lists_of(output)) == ["c"]
+    assert {(line, reason) for line, _, _, reason in rejected(output)} == {
+        ("2", "malformed row: too many columns"),
+        ("3", "malformed row: missing columns"),
+        ("4", "no item id"),
+        ("5", "no user id"),
+        ("6", "malformed row: quote is not closed"),
+    }
+
+
+def _with_struct(path: Path) -> None:
+    pq.write_table(pa.table({"user_id": ["a"], "history": [{"item": "i1"}]}), path)
+
+
+def _bytes(data: bytes) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(data) and None
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("in.csv", _bytes(b"a,i001|i002\n"), r"no column user_id and none history; the header has 'a', 'i001\|i002'"),
+        ("in.csv", _bytes(b"user_id;history\na;i1\n"), "none history; the header has 'user_id;history'"),
+        ("in.csv", _bytes(b""), "has no header"),
+        ("in.csv", _bytes(b"user_id,history,history\n"), "column history is there twice"),
+        ("in.csv", _bytes("user_id,history\na,i1\n".encode("utf-16")), "is UTF-16 or UTF-32: save it as UTF-8"),
+        (
+            "in.jsonl",
+            _bytes(b'{"user_id": 1, "items": []}\n'),
+            "no column history; no object names it; the keys are 'user_id', 'items'",
+        ),
+        ("in.parquet", _bytes(b"user_id,history\n"), "cannot be read as Parquet"),
+        ("in.parquet", _with_struct, r"column 'history' holds struct<item: string>: write user_id as text"),
+    ],
+)
+def test_a_file_that_is_no_file_of_histories(
+    name: str, make: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    make(tmp_path / name)
+    with pytest.raises(DataError, match=message):
+        recommend(config(tmp_path / name, tmp_path / "out.csv"), Ascending())
+    assert [path.name for path in tmp_path.iterdir()] == [name]
     with pytest.raises(DataError, match="no.csv does not exist"):
-        recommend(missing, Echo())
+        recommend(config(tmp_path / "no.csv", tmp_path / "out.csv"), Ascending())
 
 
-def test_no_more_than_a_part_is_in_memory(monkeypatch: pytest.MonkeyPatch, source: Path, tmp_path: Path) -> None:
+def test_a_domain_is_needed(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.csv", [("a", ["i0"])])
+    with pytest.raises(ConfigError, match="domain='films': name one of other, shop"):
+        recommend(config(source, tmp_path / "out.csv", domain="films"), Ascending())
+
+
+def test_no_more_than_a_batch_is_ranked_at_once(monkeypatch: pytest.MonkeyPatch, source: Path, tmp_path: Path) -> None:
     sizes = []
+    rank = Ascending.rank
     monkeypatch.setattr(
-        stage, "_write", lambda path, rows, write=stage._write: (sizes.append(len(rows)), write(path, rows))
+        Ascending, "rank", lambda self, queries, k: sizes.append(len(queries)) or rank(self, queries, k)
     )
-    recommend(RecommendConfig(model="m", input=str(source), output=str(tmp_path / "o.csv"), k=2), Echo())
-    assert sizes == [8] * 5 + [6]
+    recommend(config(source, tmp_path / "o.parquet"), Ascending())
+    assert sizes == [4] * 5 + [3]
+    assert pq.ParquetFile(tmp_path / "o.parquet").num_row_groups > 3
 
 
 def test_a_file_without_rows_gives_one_without_rows(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("")
     for suffix in (".csv", ".jsonl", ".parquet"):
         output = tmp_path / f"out{suffix}"
-        recommend(RecommendConfig(model="m", input=str(tmp_path / "in.jsonl"), output=str(output)), Echo())
-        assert output.exists()
+        recommend(config(tmp_path / "in.jsonl", output), Ascending())
+        assert read(output) == []

@@ -17,14 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from cprec import cli
-from cprec.data.dataset import part_path, read_split, slot_of
+from cprec.data.dataset import POPULARITY, part_path, read_split, slot_of
 from cprec.data.ragged import Ragged
 from cprec.data.sources.tables import TableSource
 from cprec.data.splits import Split, SplitSpec
 from cprec.provenance import file_sha256
 from cprec.schema import TEST, TRAIN, VALIDATION
 from cprec.text.certificate import CERTIFICATE, audit, violated
-from cprec.text.documents import POPULARITY, ROW_GROUPS
+from cprec.text.documents import ROW_GROUPS
 from cprec.text.prepare import PrepareConfig, prepare
 from cprec.text.prompts import Template
 from cprec.text.shards import MANIFEST, TOKENS, join_shards, open_shards, write_shards

@@ -203,8 +203,7 @@ class TableSource:
 
     def files(self) -> dict[str, list[Path]]:
         """The files of each table (interactions, items) that are there now."""
-        named = {"interactions": self.interactions, "items": self.items}
-        return {table: matching_files(patterns) for table, patterns in named.items() if patterns is not None}
+        return {table: matching_files(form.path) for table, form in self.forms().items()}
 
 
 def _check_form(form: TableSource | TableFiles, key: str, fields: Sequence[str]) -> None:
