@@ -236,8 +236,8 @@ class LLMRecommender:
     ) -> list[Recommendation]:
         """The `k` best next items for a history of item ids or titles, oldest first.
 
-        Texts are ids or titles, as `Catalogue.look_up` knows them, of the target domain or else of another; a whole number
-        is an id that is written so. `domain` is the domain to recommend from; by default the one the model was
+        Texts are ids or titles, as `Catalogue.look_up` knows them, of the target domain or else of another; a whole
+        number is an id that is written so. `domain` is the domain to recommend from; by default the one the model was
         fine-tuned for. `exclude_seen` leaves out the items of the history, and those of the same text (title, and other
         fields where the model has them). Of a history longer than the model was trained on, or than its context, the
         latest events are read, with a warning.
