@@ -32,13 +32,18 @@ def write(tree: Tree, end: int, max_tokens: int) -> list[np.ndarray]:
 
 
 def match(text: str, titles: Sequence[str]) -> int | None:
-    """The candidate that a text means: the one whose title it is, else the only one whose title occurs in it; None if
-    there is none or there are several. Case and outer spaces do not matter."""
-    said = text.strip().casefold()
-    names = [title.strip().casefold() for title in titles]
+    """The candidate that a text means: the one whose title it is, else in another case, else the only one whose title
+    occurs in it; None if there is none or there are several. Outer spaces do not matter.
+
+    >>> match("Us ", ["US", "Us", "Go"]), match("us", ["US", "Us"]), match("I say GO", ["Go", "Chess"])
+    (1, None, 0)
+    """
+    exact, names = text.strip(), [title.strip() for title in titles]
+    said, folded = exact.casefold(), [name.casefold() for name in names]
     for found in (
-        [n for n, name in enumerate(names) if name == said],
-        [n for n, name in enumerate(names) if name in said],
+        [n for n, name in enumerate(names) if name == exact],
+        [n for n, name in enumerate(folded) if name == said],
+        [n for n, name in enumerate(folded) if name in said],
     ):
         if found:
             return found[0] if len(found) == 1 else None

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from cprec import __version__
 from cprec.data.catalogue import Catalogue, TextKind
-from cprec.data.cleaning import clean_title, has_word
+from cprec.data.cleaning import clean_title, has_word, spelling
 from cprec.errors import CPRecError, ModelError, UnknownItemError
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import Item
@@ -522,18 +522,18 @@ class _Titles:
 
     def __init__(self, catalogue: Catalogue) -> None:
         self.catalogue = catalogue
-        self._lower = pa.array([title.casefold() for title in catalogue.title], pa.string())
+        self._spelt = pa.array([spelling(title) for title in catalogue.title], pa.string())
 
     def find(self, query: str, domain: str | None) -> Sequence[int]:
         """Rows whose id is the query, then those whose title has all its words, or parts of words."""
         catalogue = self.catalogue
         domains = catalogue.domains if domain is None else (domain,)
         exact = [row for name in domains if (row := catalogue.row_of_id(name, query)) is not None]
-        words = clean_title(query).casefold().split()
+        words = spelling(query).split()
         if not words and query.strip():
             return exact
         first, last = (catalogue.rows_of(name)[[0, -1]] for name in (domains[0], domains[-1]))
-        start, titles = int(first[0]), self._lower.slice(int(first[0]), int(last[1]) - int(first[0]) + 1)
+        start, titles = int(first[0]), self._spelt.slice(int(first[0]), int(last[1]) - int(first[0]) + 1)
         kept = pa.array([True]).take(pa.array([0] * len(titles), pa.int8()))
         for word in words:
             kept = pc.and_(kept, pc.match_substring(titles, word))

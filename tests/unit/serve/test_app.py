@@ -294,6 +294,9 @@ def test_titles_are_looked_up_as_written_first_and_equal_ones_are_seen_together(
     with served(Service([engine], [last_first], ItemStore(tmp_path), deadline_ms=60_000)) as client:
         put(client, {"item_id": "c0", "title": "DUNE"}, {"item_id": "c1", "title": "Emma"})
         assert ids(asked(client, "DUNE", k=1)) == ["b0"]
+        put(client, {"item_id": "c2", "title": "\u0645\u06cc\u200c\u062e Ｇｏ"})
+        assert ids(client.get("/v1/items", params={"query": "go \u0645\u06cc\u062e", "domain": "books"})) == ["c2"]
+        client.delete("/v1/items", params={"item_id": "c2", "domain": "books"})
         refused = asked(client, "dune", k=1)
         assert refused.status_code == 422 and refused.json()["unknown"] == ["dune"]
         assert "may mean 'Dune' (b0 of books), 'DUNE' (c0 of books)" in refused.json()["error"]
