@@ -375,6 +375,8 @@ def _convert_tuple(value: Any, annotation: Any, where: str, current: Any) -> Any
     if isinstance(value, str):
         value = [entry.strip() for entry in value.split(",")] if value.strip() else []
         value = value[:-1] if value and value[-1] == "" else value  # "a," is a tuple of one, as in Python
+    if isinstance(value, Settings):
+        raise _refused(value, annotation, where, f"; its entries are numbered: {where}.0.{next(iter(value))}, say")
     if not isinstance(value, (list, tuple)):
         raise _refused(value, annotation, where, ", entries separated by commas")
     if fixed and len(value) != len(arguments):

@@ -19,6 +19,8 @@ from cprec.errors import ConfigError
 from cprec.field_help import describe_fields, field_docs, show_value
 from cprec.provenance import WEIGHTS, FileHashes, file_sha256, model_hashes, read_resolved, save_resolved, to_dict
 from cprec.recipes.arms import ARMS
+from cprec.settings import parse_overrides
+from cprec.text.prepare import PrepareConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +232,11 @@ def test_a_table_is_its_files_or_those_with_settings(
     assert from_mapping(TableSource, to_dict(source)) == source
     plain = TableSource(domain="toys", interactions="l.csv", items="i.csv")
     assert resolve(plain, ["items.separator=|"]).items == TableFiles(path=("i.csv",), separator="|")
+
+
+def test_entries_of_a_list_are_numbered() -> None:
+    with pytest.raises(ConfigError, match=r"its entries are numbered: tables\.0\.items, say"):
+        from_mapping(PrepareConfig, parse_overrides(["output_dir=d", "target_domains=a", "tables.items=i.csv"]))
 
 
 def test_a_wrong_setting_of_a_table_is_named(tmp_path: Path) -> None:

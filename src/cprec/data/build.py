@@ -61,6 +61,9 @@ CONFLICT = "item id occurs before with another title"
 
 MAX_TITLES_SHOWN = 3
 
+NO_ID = ("NULL", "null", "None", "none", "NaN", "nan", "NA", "N/A", "n/a", "<NA>", "\\N", "undefined")
+"""Ids that are probably none: what programs write for a missing value."""
+
 PROBLEM = "problem"
 """Column of a source's tables, if it has one: why a row cannot be used, or null."""
 
@@ -296,6 +299,7 @@ class _DomainBuilder:
             self._set_aside_malformed("items", items)
             self.items = self._judge_items(items)
             events = self._judge_interactions(tables.interactions)
+            self._tell_of_ids(events)
         self.files = _source_files(self.domain, tables)
         self.events = self._in_order(events)
         self._count("usable")
@@ -318,6 +322,20 @@ class _DomainBuilder:
                 self.tell(
                     f"note: {self.domain}: {numbers.num_unread - numbers.num_unclear:,} values of {name} are no "
                     f"numbers, as {numbers.unread!r}, and are left out"
+                )
+
+    def _tell_of_ids(self, events: Any) -> None:
+        """Say which ids look as if a program had lost them; they are kept as they stand."""
+        items = self.items.filter(self.items["reason"].isnull())
+        for name, table, rows in ((USER_ID, events, "events"), (ITEM_ID, items, "items")):
+            is_rounded = table[name].like("_.%E+%") & table[name].re_search(r"^\d\.\d+E\+\d+$")
+            is_odd = table[name].isin(NO_ID) | is_rounded
+            found = table.aggregate(n=is_odd.sum(), example=table[name].max(where=is_odd))
+            counts = self.engine.to_arrow(found).to_pylist()[0]
+            if counts["n"]:
+                self.tell(
+                    f"note: {self.domain}: {counts['n']:,} {rows} have an id such as {counts['example']!r}, which is "
+                    "taken as it stands: is it a missing value, or a number that a spreadsheet has rounded?"
                 )
 
     # ---- judging rows ----

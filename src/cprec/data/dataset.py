@@ -68,6 +68,9 @@ def slot_of(platform: str, user_id: str) -> int:
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """What `dataset.json` holds. Raises DataError where it is missing or of another version."""
     path = Path(folder, MANIFEST)
+    if not Path(folder).is_dir():
+        what = "is no folder" if Path(folder).exists() else "does not exist"
+        raise DataError(f"{folder} {what}: give a data folder that `cprec prepare` wrote")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

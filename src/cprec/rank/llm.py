@@ -156,7 +156,8 @@ class LLMRecommender:
                 if unfinished
                 else ("give the output_dir of `cprec pretrain` or `cprec finetune`")
             )
-            raise ConfigError(f"{folder} holds no finished model of CPRec (no cprec.json): {why}")
+            what = "holds no finished model of CPRec (no cprec.json)" if folder.exists() else "does not exist"
+            raise ConfigError(f"{folder} {what}: {why}")
         about = json.loads((folder / "cprec.json").read_text())
         device = distributed.pick_device()
         settings: dict[str, Any] = {

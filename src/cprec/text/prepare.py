@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -335,6 +335,8 @@ def _write_tables(config: PrepareConfig, folder: Path) -> None:
     from cprec.text.documents import ENCODER
     from cprec.text.encoding import PromptEncoder
 
+    sources = _sources(config)
+    _check_domains(config, [source.domain for source in sources])
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     before = time.time_ns()
@@ -346,7 +348,7 @@ def _write_tables(config: PrepareConfig, folder: Path) -> None:
         if found is not None
     }
     build_tables(
-        _sources(config),
+        sources,
         folder,
         min_user_events=config.k_core,
         min_item_events=config.k_core,
@@ -365,7 +367,6 @@ def _write_tables(config: PrepareConfig, folder: Path) -> None:
         if file_state(path) != state:
             raise DataError(f"{path} was changed while it was read: run the command again once it is written")
     catalogue = read_catalogue(folder)
-    _check_domains(config, catalogue)
     _rules(config, folder, catalogue).save(folder)
     hashes = FileHashes(folder)
     tokenizer = _tokenizer(config, catalogue)
@@ -523,11 +524,11 @@ def _sources(config: PrepareConfig) -> list[Any]:
     return sources
 
 
-def _check_domains(config: PrepareConfig, catalogue: Catalogue) -> None:
+def _check_domains(config: PrepareConfig, domains: Sequence[str]) -> None:
     for field in ("target_domains", "pretrain_domains"):
-        unknown = sorted(set(getattr(config, field)) - set(catalogue.domains))
+        unknown = sorted(set(getattr(config, field)) - set(domains))
         if unknown:
-            raise ConfigError(f"{field} names {', '.join(unknown)}, but the data has: {', '.join(catalogue.domains)}")
+            raise ConfigError(f"{field} names {', '.join(unknown)}, but the data has: {', '.join(sorted(domains))}")
 
 
 def _tokenizer(config: PrepareConfig, catalogue: Catalogue) -> Any:

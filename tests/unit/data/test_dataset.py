@@ -417,6 +417,8 @@ def test_wrong_settings_are_named(tmp_path: Path, settings: dict[str, Any], mess
 def test_folders_that_are_no_data_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is no data folder: there is no dataset.json in it; run `cprec prepare` first"):
         read_dataset(tmp_path)
+    with pytest.raises(DataError, match="nowhere does not exist: give a data folder that `cprec prepare` wrote"):
+        read_dataset(tmp_path / "nowhere")
     folder = build(tmp_path, source_of([("a", "x", 1), ("a", "y", 2)]))
     path = folder / "interactions" / "domain=toys" / "part-0.parquet"
     table = pq.read_table(path)

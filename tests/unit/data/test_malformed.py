@@ -304,6 +304,9 @@ DELIMITED = [
     Case("quotes as ordinary characters", rows(f'"a,i1,{T}'), kept=('"a',), settings={"quote": ""}),
     Case("newlines in quotes of a bad row", rows('"a\nb",i1'), {2: FEW, 3: FEW}),
     Case("no end of the last line", (HEAD + GOOD)[:-1]),
+    Case("a note for Excel", b"sep=;\n" + HEAD + GOOD,
+         error=r"the first line, 'sep=;', is a note for Excel: delete it, and set interactions.separator=\";\""),
+    Case("no header", GOOD, error="That looks like a row: where a file has no header, say what its 3 columns are: int"),
     Case("another separator", (HEAD + GOOD).replace(b",", b";"),
          error='a semicolon separates .*: set interactions.separator=";"'),
     Case("a separator of two characters", (rows(f"a,i1,{T},", "b")).replace(b",", b"::"), {2: MANY, 3: FEW},
@@ -500,3 +503,32 @@ def test_fractions_of_seconds_are_cut_off(tmp_path: Path) -> None:
 def test_separators_and_quotes_that_cannot_be_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="the quote is one character or none, the separator is another"):
         TableSource(domain="toys", interactions="log.csv", **settings)
+
+
+def test_what_is_kept_but_odd_is_said(tmp_path: Path) -> None:
+    """Ids that a program has lost stay ids; numbers that are none are left out; both are told, with an example."""
+    values = ["4,5", "85 %", "N/A", "3"]
+    events = [f"g{n},i1,{T + n},{values[n % 4]}" for n in range(12)] + [f"\\N,i1,{T},", f"8.4123E+12,i1,{T},"]
+    text = "\n".join(["user_id;item_id;timestamp;rating", *(";".join(event.split(",", 3)) for event in events)])
+    (tmp_path / "log.csv").write_text(text)
+    (tmp_path / "items.csv").write_text("item_id;title;price\ni1;Ball;1,234\ni2;Doll;3\n")
+    source = TableSource(
+        domain="toys",
+        interactions=str(tmp_path / "log.csv"),
+        items=str(tmp_path / "items.csv"),
+        separator=";",
+    )
+    said: list[str] = []
+    folder = build_dataset(
+        [source], tmp_path / "data", min_user_events=0, min_item_events=0, progress=lambda line: said.append(line)
+    )
+    assert [line for line in said if "note" in line] == [
+        "note: toys: the comma in rating is the decimal sign, as in '4,5'",
+        "note: toys: 3 values of rating are no numbers, as '85 %', and are left out",
+        "note: toys: 1 values of price are another number with a decimal point than with a decimal comma, as '1,234', "
+        "and are left out; say which it is: items.decimal=. or items.decimal=,",
+        "note: toys: 2 events have an id such as '\\\\N', which is taken as it stands: is it a missing value, or a "
+        "number that a spreadsheet has rounded?",
+    ]
+    about = read_manifest(folder)["domains"]["toys"]
+    assert (about["unread_ratings"], about["unread_prices"], about["decimal_commas"]) == (3, 1, ["rating"])

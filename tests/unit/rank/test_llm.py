@@ -382,6 +382,8 @@ def test_a_model_folder_is_all_it_takes(make: Callable[..., LLMRecommender], fol
 
 
 def test_what_is_no_finished_model_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere does not exist: give the output_dir"):
+        LLMRecommender.from_pretrained("nowhere")
     (folder / "cprec.json").unlink()
     refusal = re.escape(f"{folder} holds no finished model of CPRec (no cprec.json): ")
     with pytest.raises(ConfigError, match=refusal + "give the output_dir"):

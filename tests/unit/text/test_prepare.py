@@ -353,6 +353,12 @@ def test_a_folder_made_before_tables_had_settings_of_their_own_is_reused(config:
     assert contents(prepare(config)) == before
 
 
+def test_a_domain_that_no_source_has_is_found_before_anything_is_read(config: PrepareConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="target_domains names toy, but the data has: books, games, toys"):
+        prepare(replace(config, target_domains=("toy",)))
+    assert not list(tmp_path.glob("whole*"))
+
+
 @pytest.mark.parametrize("partition", ["3/3", "1", "a/b", "-1/2", "0/0"])
 def test_a_partition_is_i_of_n(config: PrepareConfig, partition: str) -> None:
     with pytest.raises(ConfigError, match="write i/n with i from 0 to n-1"):

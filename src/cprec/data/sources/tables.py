@@ -408,6 +408,11 @@ def _header(path: Path, separator: str, quote: str, typed: bool, encoding: str, 
     from cprec.data.text_files import first_line
 
     line = first_line(path, encoding)
+    if told := re.fullmatch(r'"?sep=(.)"?', line.strip(" ,;\t")) or re.fullmatch("sep=([,;\t])", line):
+        raise DataError(
+            f"{path}: the first line, {line!r}, is a note for Excel: delete it, and set "
+            f"{key}separator={json.dumps(told[1])} if that is not the separator already"
+        )
     names = _split(line, separator, quote)
     if names is None:
         raise DataError(
