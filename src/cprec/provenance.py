@@ -143,7 +143,10 @@ def shortened(changes: Sequence[str], most: int = 5) -> str:
     return "; ".join(changes[:most]) + (f"; and {more:,} more" if more > 0 else "")
 
 
-WEIGHTS = ("config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "pytorch_model*.bin")
+WEIGHTS = (
+    *("config.json", "generation_config.json", "*.safetensors", "*.index.json", "pytorch_model*.bin"),
+    *("adapter_config.json", "adapter_model.bin"),
+)
 TOKENIZER = (
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
     *("*.model", "*.tiktoken"),

@@ -96,6 +96,13 @@ def test_a_fingerprint_is_of_the_rows_that_are_read(database: str) -> None:
     assert after("DELETE FROM events WHERE rating = 0") == []
     assert after("UPDATE stock.items SET brand = NULL") == ["items"]
     assert after("INSERT INTO events FROM events LIMIT 1") == ["interactions", "items"]
+    query = "SELECT customer AS t, item_id, happened FROM events"  # in SQL a column t comes before a table t
+    renamed = {"user_id": "t", "timestamp": "happened"}
+    before = source(database, query, columns=renamed).fingerprints()
+    with duckdb.connect(database.removeprefix("duckdb://")) as connection:
+        connection.execute("UPDATE events SET happened = happened + 1")
+    now = source(database, query, columns=renamed).fingerprints()
+    assert now["interactions"] != before["interactions"] and now["items"] == before["items"]
     for url in ("duckdb:///no/such.db", "sqlite:///no/such.db"):
         assert source(url).fingerprints() == {"interactions": None, "items": None}
 

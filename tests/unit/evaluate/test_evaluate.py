@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cprec.baselines import lineup
 from cprec.baselines.popularity import PopularityRecommender
 from cprec.baselines.random import RandomRecommender
 from cprec.data.dataset import read_manifest, read_split
@@ -27,7 +28,7 @@ from cprec.evaluate.evaluate import Entrant, EvaluateConfig, check_certificate, 
 from cprec.evaluate.questions import FULL, FULL_WITH_SEEN, NEW_ITEMS, SAMPLED, Questions, read_questions
 from cprec.evaluate.tables import metrics_of
 from cprec.recommender import Certificate, Ranking, RankingQuery, Recommender
-from cprec.run import SCORES, evaluate_models
+from cprec.run import SCORES, baseline_entrants, evaluate_models
 from cprec.text.prepare import PrepareConfig, prepare
 
 
@@ -351,7 +352,7 @@ def test_saved_rankings_are_scored_again_without_torch_and_examples_show_the_bes
     again = (
         "import sys\n"
         "from cprec.evaluate.evaluate import EvaluateConfig\n"
-        "from cprec.run import evaluate_models\n"
+        "from cprec.run import baseline_entrants, evaluate_models\n"
         f"evaluate_models(EvaluateConfig(**{settings!r}))\n"
         "assert not {'torch', 'ibis', 'transformers'} & sys.modules.keys()\n"
     )
@@ -458,6 +459,35 @@ def test_the_seed_decides_random_and_seeds_train_what_is_trained(config: Evaluat
         evaluate_models(mine)
         lists.append(pq.read_table(rankings_path(mine, "books", "random", FULL))["item_id"].to_pylist())
     assert lists[0] == lists[2] != lists[1]
+
+
+def test_a_trained_baseline_of_other_data_learns_elsewhere(
+    config: EvaluateConfig, split: Split, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder holds what it learnt from the data before, and it would be left out of the table."""
+    folders: list[Path] = []
+
+    class Settings:
+        def make(self, split: Split, domain: str, *, seed: int, folder: Path) -> Recommender:
+            folders.append(folder)
+            return PopularityRecommender(split)
+
+        def __repr__(self) -> str:
+            return "settings"
+
+    monkeypatch.setattr(lineup, "settings_of", lambda name, changed=None: Settings())
+    mine = replace(config, baselines=("SASRec",))
+
+    def open_it() -> None:
+        (entrant,) = baseline_entrants(mine, split, "books")
+        entrant.open()
+
+    open_it()
+    open_it()
+    manifest = data / "dataset.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"note": "prepared anew"}))
+    open_it()
+    assert folders[0] == folders[1] != folders[2] and folders[2].parent == folders[0].parent
 
 
 def test_what_an_arm_opened_is_let_go_before_the_next_is_opened(

@@ -34,6 +34,7 @@ class Ascending:
 
     name, domain, max_history, cache = "ascending", "shop", 10, None
     withdrawn: Mapping[str, frozenset[str]] = {}
+    item_fields: tuple[str, ...] = ("title",)
 
     def __init__(self, killed_at: int = 1 << 30) -> None:
         def table(ids: Sequence[str]) -> pa.Table:

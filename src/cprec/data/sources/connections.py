@@ -219,16 +219,16 @@ class ConnectionSource:
 
 
 _ROW_HASH = {
-    "duckdb": "hash(t)::HUGEINT",
-    "postgres": "hashtextextended(t::text, 0)::NUMERIC",
-    "postgresql": "hashtextextended(t::text, 0)::NUMERIC",
+    "duckdb": "hash(cprec_row)::HUGEINT",
+    "postgres": "hashtextextended(cprec_row::text, 0)::NUMERIC",
+    "postgresql": "hashtextextended(cprec_row::text, 0)::NUMERIC",
 }
-"""Kind of connection -> the hash of a row t there, as a number that can be summed."""
+"""Kind of connection -> the hash of a whole row there, as a number that can be summed."""
 
 
 def _fingerprint(connection: Any, expression: Any) -> str | None:
     """The number of rows of an expression and a sum over their hashes, made by the database; None where it cannot."""
-    query = f"SELECT count(*), sum({_ROW_HASH[connection.name]}) FROM ({connection.compile(expression)}) t"
+    query = f"SELECT count(*), sum({_ROW_HASH[connection.name]}) FROM ({connection.compile(expression)}) cprec_row"
     if connection.name == "duckdb":
         import duckdb
 
