@@ -172,8 +172,8 @@ def _measured_scale(inner: Any) -> float:
         try:
             logits = inner(input_ids=ids, position_ids=positions, use_cache=False).logits.double()
             ours = head(trunk(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state).double()
-        except _UNFIT as error:
-            raise ConfigError(f"{name} does not read tokens and their positions alone ({error}){_SUPPORTED}") from error
+        except _UNFIT as unfit:
+            raise ConfigError(f"{name} does not read tokens and their positions alone ({unfit}){_SUPPORTED}") from unfit
     scale, error = 1.0, torch.inf
     if logits.shape == ours.shape:
         measured = float((logits * ours).sum() / ours.square().sum())
@@ -380,8 +380,8 @@ def check_attention(model: Any) -> bool:
         try:
             with attending_by(trunk, PROBE):
                 found = trunk(input_ids=ids, position_ids=positions, use_cache=False, tree=probe).last_hidden_state
-        except _UNFIT as error:
-            why = str(error)
+        except _UNFIT as unfit:
+            why = f"{type(unfit).__name__}: {unfit}"
     num_layers = inner.config.get_text_config().num_hidden_layers
     if found is not None:
         error = float((found.double() - expected).abs().max() / expected.abs().max())

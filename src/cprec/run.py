@@ -36,11 +36,15 @@ def run(recipe: Recipe) -> dict[str, Any]:
 
     Raises InputChanged where a folder that is there was made from other input, and names those that were made from it.
     """
+    from cprec.baselines.lineup import names_of
     from cprec.progress import say
     from cprec.text.prepare import prepare
     from cprec.train.finetune import finetune
     from cprec.train.pretrain import pretrain
 
+    names_of(recipe.evaluate.baselines)  # what the last stage would refuse is refused before the first
+    if recipe.evaluate.tuned and not Path(recipe.evaluate.tuned).is_file():
+        raise ConfigError(f"tuned={recipe.evaluate.tuned!r} does not exist: make it with `cprec tune`")
     targets = recipe.prepare.target_domains
     pretraining, finetuning = recipe.pretrain, recipe.finetune
     stages = 2 + bool(pretraining) + (len(targets) if finetuning else 0)

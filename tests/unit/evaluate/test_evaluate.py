@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -602,3 +603,19 @@ def test_the_protocol_says_what_numbers_depend_on(config: EvaluateConfig, split:
     assert "leave-one-out" in lines["split"]
     assert lines["seen items"].startswith("may be recommended again in the main table")
     assert "at most 50 a domain" in lines["queries"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"baselines": ("tea",)}, "no 'tea'"), ({"tuned": "gone.json"}, "tuned='gone.json' does not")],
+)
+def test_what_the_last_stage_of_a_run_refuses_is_refused_before_the_first(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    from cprec.recipes.demo import demo
+    from cprec.run import run
+
+    recipe = demo(output_dir=str(tmp_path / "demo"))
+    with pytest.raises(ConfigError, match=message):
+        run(replace(recipe, evaluate=replace(recipe.evaluate, **changes)))
+    assert not (tmp_path / "demo").exists()

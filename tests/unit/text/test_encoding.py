@@ -11,7 +11,7 @@ import pytest
 from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
 from cprec.errors import ConfigError
-from cprec.text.encoding import PromptEncoder
+from cprec.text.encoding import PromptEncoder, TemplateMarks
 from cprec.text.prompts import Template, render
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -187,3 +187,22 @@ def test_titles_are_tokenised_in_batches(tokenizer: Any, catalogue: Catalogue, m
         monkeypatch.setattr("cprec.text.encoding.BATCH", size)
         found = PromptEncoder(tokenizer, catalogue).titles(rows)
         assert (found.values.tolist(), found.offsets.tolist()) == (expected.values.tolist(), expected.offsets.tolist())
+
+
+@pytest.mark.parametrize("kind", ["specific", "mixed"])
+def test_what_begins_a_document_changes_nothing_else(tokenizer: Any, catalogue: Catalogue, kind: str) -> None:
+    plain, begun = (PromptEncoder(tokenizer, catalogue, begin=begin) for begin in ([], [7, 9]))
+    events, domains = Ragged.of([[0, 1, 2], [2]]), np.array([0, 0])
+    (tokens, targets), (before, targets_before) = (each.documents(kind, domains, events) for each in (begun, plain))
+    assert [tokens[row].tolist() for row in range(2)] == [[7, 9, *before[row]] for row in range(2)]
+    assert (targets == targets_before + 2).all()
+    assert (begun.frame_tokens(kind, domains) == plain.frame_tokens(kind, domains) + 2).all()
+    shown = begun.fit(kind, domains[:1], Ragged.of([[0, 1, 2]]), 60)
+    assert len(begun.prompts(kind, domains[:1], shown)[0]) <= 60
+    marks = [TemplateMarks(tokenizer, Template(), catalogue.domains, begin) for begin in ([7, 9], [])]
+    in_titles, in_titles_before = (
+        mark.in_titles(Ragged(of.values.astype(np.int64), of.offsets))
+        for mark, of in zip(marks, (tokens, before), strict=True)
+    )
+    assert in_titles.sum() == in_titles_before.sum() > 0
+    assert not in_titles[tokens.offsets[:-1]].any() and not in_titles[tokens.offsets[:-1] + 1].any()
