@@ -157,6 +157,7 @@ def serve(config: ServeConfig, engines: Sequence[Engine], baselines: Sequence[Ba
                 access_log=False,
                 server_header=False,
                 lifespan="on",
+                ws="none",
                 limit_concurrency=_max_connections(),
                 timeout_keep_alive=IDLE_SECONDS,
                 timeout_graceful_shutdown=GRACE_SECONDS,

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from cprec.data.engine import connect
+from cprec.data.sources.lines import as_text
 from cprec.data.sources.tables import _as_text
 from cprec.data.text_files import Scalar
 from cprec.schema import id_text
@@ -46,6 +47,11 @@ def test_a_value_of_json_becomes_what_its_key_becomes(tmp_path: Path) -> None:
         expected = engine.to_arrow(rows)["id"].to_pylist()
     assert [id_text(_json(value)) for value in values] == expected
     assert [id_text(json.loads(value)) for value in values] == expected  # as Python reads it
+
+
+@pytest.mark.parametrize("value", ["a", 7, 7.0, 7.5, 2**70, None])
+def test_a_value_of_a_python_literal_becomes_text_alike(value: Any) -> None:
+    assert as_text(value) == id_text(value)
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cprec.data.text_files import LINE, SHOWN, text_blocks
+from cprec.schema import id_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -52,6 +53,8 @@ def as_text(value: Any) -> str | None:
     if isinstance(value, (list, tuple, set)):
         texts = [text for text in map(as_text, value) if text]
         return ", ".join(sorted(texts) if isinstance(value, set) else texts)
+    if isinstance(value, (int, float)):  # 12.0 is the id 12, as in every other form
+        return id_text(value)
     return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
