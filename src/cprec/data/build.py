@@ -402,14 +402,14 @@ class _DomainBuilder:
         import ibis
 
         changed = items.filter(items["before"].notnull())
-        self.titles = {"changed": int(self.engine.value(changed.count())), "examples": []}
-        self.titles["made_equal"] = 0
+        self.titles = {"changed": int(self.engine.value(changed.count())), "examples": [], "made_equal": 0}
         if not self.titles["changed"]:
             return
         first = self.engine.to_arrow(changed.order_by("sequence").select("before", "clean").head(MAX_TITLES_SHOWN))
         self.titles["examples"] = [[row["before"], row["clean"]] for row in first.to_pylist()]
-        alike = items.semi_join(changed, "clean").group_by("clean")
-        alike = alike.aggregate(n=ibis._.count(), spellings=ibis.coalesce(items["before"], items["clean"]).nunique())
+        alike = items.semi_join(changed, "clean")
+        spellings = ibis.coalesce(alike["before"], alike["clean"]).nunique()
+        alike = alike.group_by("clean").aggregate(n=alike.count(), spellings=spellings)
         several = alike.filter(alike["spellings"] > 1)
         self.titles["made_equal"] = int(self.engine.value(several["n"].sum()) or 0)
         shown = "; ".join(f"{_shown(before)} -> {_shown(after)}" for before, after in self.titles["examples"])
