@@ -329,9 +329,8 @@ class _DomainBuilder:
         items = self.items.filter(self.items["reason"].isnull())
         for name, table, rows in ((USER_ID, events, "events"), (ITEM_ID, items, "items")):
             is_rounded = table[name].like("_.%E+%") & table[name].re_search(r"^\d\.\d+E\+\d+$")
-            is_odd = table[name].isin(NO_ID) | is_rounded
-            found = table.aggregate(n=is_odd.sum(), example=table[name].max(where=is_odd))
-            counts = self.engine.to_arrow(found).to_pylist()[0]
+            odd = table.filter(table[name].isin(NO_ID) | is_rounded)
+            counts = self.engine.to_arrow(odd.aggregate(n=odd.count(), example=odd[name].max())).to_pylist()[0]
             if counts["n"]:
                 self.tell(
                     f"note: {self.domain}: {counts['n']:,} {rows} have an id such as {counts['example']!r}, which is "

@@ -56,8 +56,9 @@ def read_numbers(engine: TableEngine, table: Any, column: str | None, decimal: D
     there = ~text.strip().lower().isin(NO_VALUE)
     plain = _finite(text.try_cast("float64"))
     if decimal != ",":
-        unread = ibis.ifelse(there & plain.isnull(), text, ibis.null("string"))
-        if not engine.value(unread.count()):
+        # A case looks at the text only where there is no number: this runs over every row of a log.
+        unread = ibis.ifelse(plain.isnull() & text.notnull(), there, False)
+        if not engine.value(unread.sum()):
             return Numbers(plain)
     bare = text.re_replace(_AROUND, "")
     point, comma = _reading(bare, ".", ","), _reading(bare, ",", ".")
