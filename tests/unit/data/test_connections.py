@@ -6,8 +6,10 @@ import json
 import os
 import pwd
 import shutil
+import sqlite3
 import subprocess
 from collections.abc import Iterator
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,33 @@ def test_a_fingerprint_is_of_the_rows_that_are_read(database: str) -> None:
     assert now["interactions"] != before["interactions"] and now["items"] == before["items"]
     for url in ("duckdb:///no/such.db", "sqlite:///no/such.db"):
         assert source(url).fingerprints() == {"interactions": None, "items": None}
+
+
+def test_a_sqlite_file_has_a_fingerprint_and_is_not_made(tmp_path: Path) -> None:
+    path = tmp_path / "shop.sqlite"
+    url = f"sqlite://{path}"
+    asked = source(url, "SELECT * FROM events WHERE rating > 0", "items")
+    with pytest.raises(DataError, match=r"shop.sqlite does not exist \(url of domain 'toys'\)"):
+        build_dataset([asked], tmp_path / "none")
+    assert asked.fingerprints() == {"interactions": None, "items": None} and not path.exists()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE events (customer TEXT, item_id TEXT, happened INTEGER, rating REAL, note)")
+        connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, 'x')", LOG)
+        connection.execute("CREATE TABLE items (item_id TEXT, title TEXT, brand TEXT)")
+        connection.executemany("INSERT INTO items VALUES (?, ?, ?)", ITEMS)
+    before = asked.fingerprints()
+    assert before["interactions"] and before["interactions"].startswith("SQLite: 240 rows, ")
+    assert before["items"] and before["items"].startswith("SQLite: 5 rows, ")
+
+    def after(statement: str) -> list[str]:
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute(statement)
+        now = asked.fingerprints()
+        return [table for table in before if now[table] != before[table]]
+
+    assert after("UPDATE events SET note = 'y' WHERE customer = 'u1'") == []
+    assert after("UPDATE items SET title = 'Title, the 5th' WHERE item_id = 'i4'") == ["items"]
+    assert after("INSERT INTO events SELECT * FROM events WHERE rating = 4 LIMIT 1") == ["interactions", "items"]
 
 
 def test_times_of_the_database_are_read(database: str, from_files: Path, tmp_path: Path) -> None:

@@ -121,10 +121,11 @@ class ConnectionSource:
 
         url = re.sub(r"\$\{?(\w+)\}?", self._variable, self.url)
         kind = self.url.partition("://")[0]
-        if kind == "duckdb":
+        if kind in ("duckdb", "sqlite"):  # both would make a file that is not there
             path = Path(url.partition("://")[2])
             if not path.is_file():
                 raise DataError(f"{path} does not exist (url of domain {self.domain!r})")
+        if kind == "duckdb":
             url += "?read_only=True"
         try:
             return ibis.connect(url)
@@ -219,6 +220,7 @@ class ConnectionSource:
 
 
 _ROW_HASH = {
+    "sqlite": "cprec_hash({columns})",
     "duckdb": "hash(cprec_row)::HUGEINT",
     "postgres": "hashtextextended(cprec_row::text, 0)::NUMERIC",
     "postgresql": "hashtextextended(cprec_row::text, 0)::NUMERIC",
@@ -228,12 +230,18 @@ _ROW_HASH = {
 
 def _fingerprint(connection: Any, expression: Any) -> str | None:
     """The number of rows of an expression and a sum over their hashes, made by the database; None where it cannot."""
-    query = f"SELECT count(*), sum({_ROW_HASH[connection.name]}) FROM ({connection.compile(expression)}) cprec_row"
+    columns = ", ".join('"' + name.replace('"', '""') + '"' for name in expression.columns)
+    row_hash = _ROW_HASH[connection.name].format(columns=columns)
+    query = f"SELECT count(*), sum({row_hash}) FROM ({connection.compile(expression)}) cprec_row"
     if connection.name == "duckdb":
         import duckdb
 
         kind = f"DuckDB {duckdb.__version__}"  # its hash may be another one in the next version
         rows = connection.con.sql(query).fetchall()
+    elif connection.name == "sqlite":
+        kind = "SQLite"
+        connection.con.create_function("cprec_hash", -1, _hash_values, deterministic=True)
+        rows = connection.con.execute(query).fetchall()
     else:
         import psycopg
 
@@ -245,6 +253,13 @@ def _fingerprint(connection: Any, expression: Any) -> str | None:
             return None
     [(number, total)] = rows
     return f"{kind}: {number} rows, {total or 0}"
+
+
+def _hash_values(*values: Any) -> int:
+    """A hash of a row for SQLite, which has none: of 32 bits, so that the sum over a table is no number too large."""
+    import hashlib
+
+    return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=4).digest())
 
 
 def _tables(connection: Any) -> list[str]:
