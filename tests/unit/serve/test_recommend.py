@@ -166,6 +166,14 @@ def test_a_mended_file_asks_for_changed_users_only(tmp_path: Path, capsys: pytes
     assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
+def test_equal_histories_are_ranked_once_and_answered_each(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.csv", [(f"u{number}", ["i0"]) for number in range(10)])
+    recommender = Ascending()
+    recommend(config(source, tmp_path / "out.csv"), recommender)
+    assert len(recommender.asked) == 1
+    assert lists_of(tmp_path / "out.csv") == {f"u{number}": ("model", [" spaced ", "7"]) for number in range(10)}
+
+
 def test_lists_of_another_model_or_other_settings_are_made_anew(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
