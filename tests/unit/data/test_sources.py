@@ -294,7 +294,10 @@ def test_json_that_is_not_one_object_per_line_is_refused(write: Write) -> None:
         ({"domain": "Toys & Games"}, "domain='Toys & Games': use letters, digits, _ - and dots.*'Toys_Games', say"),
         ({"platform": ""}, "platform='': use letters"),
         ({"columns": {"user": "customer"}}, "columns maps user, which is not canonical; canonical columns .* user_id"),
-        ({"timestamps": "unix"}, "timestamps='unix': expected auto, seconds, milliseconds, iso, order"),
+        (
+            {"timestamps": "unix"},
+            "timestamps='unix': expected auto, seconds, milliseconds, microseconds, nanoseconds, iso, order",
+        ),
         ({"separator": ""}, "separator is empty"),
         ({"items": ()}, "items of domain 'toys' names no file"),
     ],
