@@ -478,25 +478,31 @@ def find_columns(
 ) -> dict[str, str]:
     """The source column of each canonical one: the one mapped, or the first default name that is there.
 
-    Raises DataError for a mapped column that is in no file, and for a required one that is not found.
+    Databases fold names to upper or lower case: a name that is not there exactly so is found in another case.
+
+    Raises DataError for a required column that is not found, and where several could be meant.
     """
-    lower = {name.lower(): name for name in reversed(raw.columns)}
     found: dict[str, str] = {}
     for name in fields:
-        if name in mapping:
-            if mapping[name] in raw.columns:
-                found[name] = mapping[name]
-            elif name in required:
-                raise _missing_column(domain, raw, name, "", mapping[name])
-            continue
-        for alias in DEFAULT_NAMES[name]:
-            if alias in raw.columns or alias.lower() in lower:
-                found[name] = alias if alias in raw.columns else lower[alias.lower()]
-                break
-        else:
-            if name in required:
-                raise _missing_column(domain, raw, name, "")
+        wanted = (mapping[name],) if name in mapping else DEFAULT_NAMES[name]
+        columns = next(filter(None, (_named(raw.columns, alias) for alias in wanted)), [])
+        if len(columns) > 1:
+            raise DataError(
+                f"{raw.files[0]}: {' and '.join(map(repr, columns))} of the {raw.what} of domain {domain!r} may each "
+                f"be meant by {name}: give the columns different names, or map the right one: columns.{name}=COLUMN"
+            )
+        if columns:
+            found[name] = columns[0]
+        elif name in required:
+            raise _missing_column(domain, raw, name, "", mapping.get(name))
     return found
+
+
+def _named(columns: Sequence[str], name: str) -> list[str]:
+    """The columns of a name, or, where there is none, of that name in another case."""
+    return [other for other in columns if other == name] or [
+        other for other in columns if other.lower() == name.lower()
+    ]
 
 
 def _missing_column(domain: str, raw: RawTable, name: str, otherwise: str, mapped: str | None = None) -> DataError:
