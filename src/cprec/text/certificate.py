@@ -15,7 +15,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cprec.data.catalogue import Catalogue
-from cprec.data.dataset import NUM_SLOTS, part_path, read_catalogue, read_manifest, read_split, slot_of
+from cprec.data.dataset import (
+    NUM_SLOTS,
+    part_path,
+    read_catalogue,
+    read_manifest,
+    read_split,
+    slot_of,
+    with_microsecond,
+)
 from cprec.data.interactions import join_time
 from cprec.data.leakage import (
     MAX_EXAMPLES,
@@ -593,8 +601,7 @@ class _Auditor:
     def queries(self, domain: str, name: str) -> dict[str, Any]:
         """The queries of this part's users, as rows of the log's users and of the catalogue; -1 where unknown."""
         table = read_queries_of_part(self._folder / "queries" / domain / f"{name}.parquet", self._part)
-        table = table.combine_chunks()
-        microsecond = table["microsecond"].to_numpy() if "microsecond" in table.column_names else 0
+        table = with_microsecond(table).combine_chunks()
         catalogue, lengths = self._split.catalogue, pc.list_value_length(table["history_item"]).to_numpy()
         history = catalogue.rows_of_pairs(
             pc.list_flatten(table["history_domain"]), pc.list_flatten(table["history_item"])
@@ -603,7 +610,9 @@ class _Auditor:
             "query_id": table["query_id"].to_numpy(),
             "user": self._user_rows(table),
             "target": catalogue.rows_of_pairs(table["domain"], table["target"]),
-            "time": join_time(table["timestamp"].to_numpy(), microsecond, self._split.domains[domain].has_times),
+            "time": join_time(
+                table["timestamp"].to_numpy(), table["microsecond"].to_numpy(), self._split.domains[domain].has_times
+            ),
             "history": Ragged(history, offsets_of(lengths)),
         }
 

@@ -199,8 +199,10 @@ def test_positions_with_fractions_keep_their_order(tmp_path: Path) -> None:
     assert sorted(catalogue.item_id[log.item].tolist()) == ["a", "a", "b", "c", "d"]
 
 
-@pytest.mark.parametrize("order", [[2.5, 2.25, 2.75], [2**62 + 1, 2**62, 2**62 + 2]])
-def test_the_source_s_order_of_equal_times_has_all_its_digits(order: list[float], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "order", [[2.5, 2.25, 2.75], [2**62 + 1, 2**62, 2**62 + 2], [naive(START + n) for n in (2, 1, 3)]]
+)
+def test_the_source_s_order_of_equal_times_has_all_its_digits(order: list[Any], tmp_path: Path) -> None:
     items = pa.table({"item_id": ["a", "b", "c"], "title": ["a", "b", "c"]})
     log = pa.table({"user_id": ["u"] * 3, "item_id": ["a", "b", "c"], "timestamp": [5, 5, 5], "order": order})
     source = MemorySource("films", "shop", items, log)

@@ -237,8 +237,7 @@ def _is_query(connection: Any, asked: str) -> bool:
 
 def _statement(connection: Any, asked: str) -> str:
     """The one statement of a query, without comments and semicolons before and after it."""
-    from sqlglot import errors, tokenize
-    from sqlglot.tokens import TokenType
+    from sqlglot import TokenType, errors, tokenize
 
     try:
         tokens = tokenize(asked, dialect=connection.dialect)

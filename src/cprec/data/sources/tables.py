@@ -433,7 +433,7 @@ def canonical_tables(
         _number(table, log_columns.get(RATING), "float64").name("rating"),
         _unread(table, log_columns.get(RATING)).name("rating_unread"),
         _or_null(table, "problem" if "problem" in log.columns else None).name("problem"),
-        _or_null(table, log_columns.get(ORDER)).try_cast(POSITION).name("position"),
+        _position(engine, _or_null(table, log_columns.get(ORDER))).name("position"),
         table["source_file"].name("file"),
         table["line_in_file"].cast("int64").name("line"),
         table["sequence"],
@@ -567,6 +567,15 @@ def _number(table: Any, column: str | None, kind: str) -> Any:
         return ibis.null(kind)
     number = table[column].try_cast("float64")
     return ibis.ifelse(number.isnan() | number.isinf(), ibis.null("float64"), number).try_cast(kind)
+
+
+def _position(engine: TableEngine, value: Any) -> Any:
+    """The source's own order: numbers with all their digits, and times as microseconds."""
+    kind = value.type()
+    if kind.is_timestamp() or kind.is_date():
+        seconds, microsecond = _times(engine, value, "iso")
+        value = seconds * 10**6 + microsecond
+    return value.try_cast(POSITION)
 
 
 def _price(table: Any, column: str | None) -> Any:
