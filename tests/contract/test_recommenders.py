@@ -313,7 +313,7 @@ def test_what_is_held_out_changes_nothing(name: str, setting: Setting, asked: Se
     other = replace(
         log,
         item=np.where(held_out, log.item[::-1], log.item),
-        timestamp=np.where(held_out, log.timestamp + 10**9, log.timestamp),
+        time=np.where(held_out, log.time + 10**15, log.time),
     )
     queries = [query for query in asked if query.domain == "kitchen"]
     first, second = (

@@ -18,7 +18,7 @@ from cprec.data.build import build_dataset
 from cprec.data.catalogue import Catalogue
 from cprec.data.cleaning import clean_title, spelling
 from cprec.data.dataset import read_dataset, read_manifest
-from cprec.data.interactions import Interactions, stable_order
+from cprec.data.interactions import SECOND, Interactions, stable_order
 from cprec.data.sequences import build_sequences, interleaved
 from cprec.data.sources.memory import MemorySource
 from cprec.data.splits import Split, SplitSpec, make_split
@@ -47,14 +47,14 @@ def split_of(rows: list[tuple[int, int, int, int]], timeless: bool = True, spec:
         user_id=np.array(["a", "b", "c", "d"], dtype=object),
         user=user[order],
         item=(domain * NUM_ITEMS + item)[order],
-        timestamp=time[order],
+        time=time[order],
         rating=np.full(len(rows), np.nan),
     )
     infos = {name: DomainInfo(name, "shop", not (timeless and name == "games")) for name in DOMAINS}
     return make_split(catalogue, log, infos, spec)
 
 
-def apply_rules(rows: list[tuple[str, str, int]], least_user: int, least_item: int) -> list[tuple[str, str, int]]:
+def apply_rules(rows: list[tuple[str, str, float]], least_user: int, least_item: int) -> list[tuple[str, str, float]]:
     """The rules of `build_dataset` in plain Python: (user, item, time) sorted by user, time and place in the source."""
     kept = sorted(dict.fromkeys(rows), key=lambda row: (row[0], row[2]))
     while True:
@@ -69,17 +69,17 @@ def apply_rules(rows: list[tuple[str, str, int]], least_user: int, least_item: i
 
 
 @st.composite
-def some_events(draw: st.DrawFn) -> list[tuple[str, str, int]]:
-    """Events of one domain, by a seed: enough of them that a core is mostly left."""
+def some_events(draw: st.DrawFn) -> list[tuple[str, str, float]]:
+    """Events of one domain, by a seed, some a part of a second apart: enough of them that a core is mostly left."""
     generator = random.Random(draw(st.integers(0, 1_000_000)))
     size = draw(st.sampled_from([40, 55, 25, 3]))
-    return [(generator.choice("abcdef"), generator.choice("wxyz"), generator.randrange(12)) for _ in range(size)]
+    return [(generator.choice("abcdef"), generator.choice("wxyz"), generator.randrange(12) / 8) for _ in range(size)]
 
 
 @settings(max_examples=5)  # each one starts an engine
 @given(some_events(), st.sampled_from([3, 5, 8, 2, 0]), st.sampled_from([3, 6, 0]))
 def test_rules_in_the_table_engine_equal_plain_python(
-    rows: list[tuple[str, str, int]], least_user: int, least_item: int
+    rows: list[tuple[str, str, float]], least_user: int, least_item: int
 ) -> None:
     users, items, times = (list(column) for column in zip(*rows, strict=True))
     titles = sorted(set(items))
@@ -99,7 +99,7 @@ def test_rules_in_the_table_engine_equal_plain_python(
             return
         catalogue, log, _ = read_dataset(path)
         manifest = read_manifest(path)
-    found = zip(log.user_id[log.user], catalogue.item_id[log.item], log.timestamp.tolist(), strict=True)
+    found = zip(log.user_id[log.user], catalogue.item_id[log.item], (log.time / SECOND).tolist(), strict=True)
     assert sorted(found, key=lambda row: row[0]) == expected, "users by id; the rest is in order"
     check_counts(manifest["domains"]["toys"], len(rows), expected)
 
@@ -227,8 +227,8 @@ def test_a_spelling_is_that_of_itself_and_of_the_clean_title(text: str) -> None:
 
 
 def apply_pooled_rules(
-    rows: dict[str, list[tuple[str, str, int]]], least_user: int, least_item: int
-) -> dict[str, list[tuple[str, str, int]]]:
+    rows: dict[str, list[tuple[str, str, float]]], least_user: int, least_item: int
+) -> dict[str, list[tuple[str, str, float]]]:
     """The rules with the users of all domains counted together, in plain Python."""
     kept = {domain: sorted(dict.fromkeys(some), key=lambda row: (row[0], row[2])) for domain, some in rows.items()}
     while True:
@@ -252,9 +252,9 @@ def apply_pooled_rules(
     st.sampled_from([3, 6, 0]),
 )
 def test_a_pooled_core_equals_plain_python(
-    films: list[tuple[str, str, int]],
-    toys: list[tuple[str, str, int]],
-    books: list[tuple[str, str, int]],
+    films: list[tuple[str, str, float]],
+    toys: list[tuple[str, str, float]],
+    books: list[tuple[str, str, float]],
     least_user: int,
     least_item: int,
 ) -> None:
@@ -287,12 +287,12 @@ def test_a_pooled_core_equals_plain_python(
     for number, domain in enumerate(catalogue.domains):
         mask = catalogue.domain[log.item] == number
         ids = catalogue.item_id[log.item[mask]]
-        found = zip(log.user_id[log.user[mask]], ids, log.timestamp[mask].tolist(), strict=True)
+        found = zip(log.user_id[log.user[mask]], ids, (log.time[mask] / SECOND).tolist(), strict=True)
         assert sorted(found, key=lambda row: row[0]) == expected[domain]
         check_counts(manifest["domains"][domain], len((shop | library)[domain]), expected[domain])
 
 
-def check_counts(about: dict[str, Any], num_read: int, left: list[tuple[str, str, int]]) -> None:
+def check_counts(about: dict[str, Any], num_read: int, left: list[tuple[str, str, float]]) -> None:
     """Each rule's report: what it left and removed adds up from what was read to what is there."""
     counts = about["counts"]
     assert counts[0]["events"] == num_read

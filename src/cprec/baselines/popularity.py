@@ -115,7 +115,7 @@ class RecentPopularityRecommender(DomainRecommender):
         mine = split.catalogue.domain[log.item] == split.catalogue.domain_index(domain)
         if not mine.any():
             raise ConfigError(f"domain {domain!r} has no training event to count: choose another domain or split")
-        time = log.timestamp[mine]
+        time = log.time[mine]
         if settings.of == "span":
             since = time.max() - settings.share * (time.max() - time.min())
         else:

@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 from cprec.data.cleaning import clean_title, has_word, one_line
 from cprec.data.dataset import MANIFEST, NUM_SLOTS, TIE, finish_part, part_path
 from cprec.data.engine import TableEngine, connect
-from cprec.data.sources.tables import OUT_OF_RANGE, SECONDS_AMONG, SourceTables
+from cprec.data.interactions import join_time
+from cprec.data.sources.tables import COARSER, OUT_OF_RANGE, SourceTables
 from cprec.errors import ConfigError, DataError
 from cprec.provenance import file_sha256
 from cprec.schema import (
@@ -32,6 +33,7 @@ from cprec.schema import (
     CATEGORIES,
     DESCRIPTION,
     ITEM_ID,
+    MICROSECOND,
     ORDER,
     PRICE,
     RATING,
@@ -149,7 +151,8 @@ def build_tables(
     `core_scope="pooled"` a user's events of all domains of the platform count together.
 
     `tie_order` orders a user's events of equal time: as in the `source`, by `item_id`, or by a `shuffle` that depends
-    on `seed`, user, item and source order alone. Times of a domain without real times are kept as given.
+    on `seed`, user, item and source order alone. Positions of a domain without real times are kept as given, or, where
+    some have fractions, numbered for each user.
 
     Rejected rows go to `rejected.parquet` and are counted by reason; `strict` stops at the first one. `progress` is
     told of each step. The parts (`num_parts`, a power of two; None: about a million events each) hold the same users in
@@ -215,12 +218,14 @@ def _check(sources: Sequence[Source], rules: Rules, num_parts: int | None) -> No
 def count_times(
     folder: Path, engine: str, memory_limit: str | None = None, spill: str | Path | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct times of all events of a folder that `build_tables` wrote, rising, and how many events each has."""
+    """The distinct times of all events of a folder that `build_tables` wrote, in microseconds, rising, and how many
+    events each has; for domains with real times."""
     with connect(engine, memory_limit=memory_limit, spill=folder if spill is None else spill) as opened:
-        times = opened.read_parquet(folder / "interactions" / "*" / "part-*.parquet").select(TIMESTAMP)
-        counted = times.group_by(TIMESTAMP).aggregate(n=times.count()).order_by(TIMESTAMP)
-        table = opened.to_arrow(counted)
-    return table[TIMESTAMP].to_numpy(), table["n"].to_numpy()
+        events = opened.read_parquet(folder / "interactions" / "*" / "part-*.parquet")
+        key = [TIMESTAMP, MICROSECOND]
+        table = opened.to_arrow(events.group_by(key).aggregate(n=events.count()).order_by(key))
+    timestamp, microsecond, counts = (table[name].to_numpy() for name in (*key, "n"))
+    return join_time(timestamp, microsecond, has_times=True), counts
 
 
 # ---- rejected rows ---------------------------------------------------------------------------------------------------
@@ -426,7 +431,7 @@ class _DomainBuilder:
         usable = log.filter(~_is_blank(log[USER_ID]), ~_is_blank(log[ITEM_ID]), log[TIMESTAMP].notnull())
         if PROBLEM in log.columns:
             usable = usable.filter(usable[PROBLEM].isnull())
-        columns = (USER_ID, ITEM_ID, TIMESTAMP, RATING, "position", "sequence")
+        columns = (USER_ID, ITEM_ID, TIMESTAMP, MICROSECOND, RATING, "position", "sequence")
         events = self.engine.materialise(usable.semi_join(good_items, ITEM_ID).select(*columns))
         num_rows = self.counts[0]["events"]
         if self.engine.value(events.count()) == num_rows:
@@ -507,18 +512,18 @@ class _DomainBuilder:
         head = (
             f"{examples[0]['file']}: {count:,} of {total:,} rows of the {what} of domain {self.domain!r} cannot be used"
         )
-        if reason in (OUT_OF_RANGE, SECONDS_AMONG):
+        if reason in (OUT_OF_RANGE, *COARSER.values()):
             values = ", ".join(repr(row["time_text"]) for row in examples)
             return (
                 f"{head}: {reason}: {values}. They were read as {self.tables.time_format}: say timestamps=seconds, "
-                "milliseconds, iso or order"
+                "milliseconds, microseconds, nanoseconds, iso or order"
             )
         if reason == BAD_TIME:
             values = ", ".join(repr(row["time_text"]) for row in examples)
             return (
-                f"{head}, because their timestamp cannot be read: {values}. Accepted are seconds or milliseconds since "
-                "1970 (timestamps=seconds, milliseconds), ISO dates as 2014-07-23 or 2014-07-23T18:00:00 "
-                "(timestamps=iso), or the order of rows alone (timestamps=order)"
+                f"{head}, because their timestamp cannot be read: {values}. Accepted are seconds since 1970 or "
+                "finer units (timestamps=seconds, milliseconds, microseconds, nanoseconds), ISO dates as 2014-07-23 or "
+                "2014-07-23T18:00:00 (timestamps=iso), or the order of rows alone (timestamps=order)"
             )
         if reason == UNKNOWN_ITEM:
             values = ", ".join(repr(row[ITEM_ID]) for row in examples)
@@ -552,6 +557,7 @@ class _DomainBuilder:
         import ibis
 
         tables = self.tables
+        has_fractions = bool(self.engine.value(events[MICROSECOND].max()))
         if "order" in tables.columns["interactions"]:  # positions of the source, which may repeat or be absent
             by_source = {"group_by": events[USER_ID], "order_by": [events["position"], events["sequence"]]}
             order = ibis.row_number().over(**by_source).cast("int64")
@@ -561,6 +567,11 @@ class _DomainBuilder:
         if not tables.has_times and TIMESTAMP not in tables.columns["interactions"]:
             place = {"group_by": events[USER_ID], "order_by": events[ORDER]}
             events = events.mutate(timestamp=ibis.row_number().over(**place).cast("int64"))
+        if has_fractions and not tables.has_times:  # only the order of positions counts: they need no fractions
+            place = {"group_by": events[USER_ID], "order_by": [events[TIMESTAMP], events[MICROSECOND]]}
+            events = events.mutate(ibis.dense_rank().over(**place).cast("int64").name(TIMESTAMP))
+        if not (has_fractions and tables.has_times):
+            events = events.drop(MICROSECOND)  # 0 everywhere, and added again when the events are written
         if self.rules.tie_order == "shuffle":
             key = ibis.literal(f"{self.rules.seed}\x1f{self.source.platform}\x1f{self.domain}\x1f")
             place = {"group_by": events[USER_ID], "order_by": events[ORDER]}
@@ -574,7 +585,7 @@ class _DomainBuilder:
         """Of events of one user, item and time the first in the source stays."""
         import ibis
 
-        events, key = self.events, [USER_ID, ITEM_ID, TIMESTAMP]
+        events, key = self.events, [USER_ID, ITEM_ID, *self._time_columns]
         several = events.group_by(key).having(events.count() > 1).aggregate()
         several = self.engine.materialise(several)
         if self.engine.value(several.count()):
@@ -607,7 +618,15 @@ class _DomainBuilder:
     @property
     def _event_order(self) -> list[str]:
         """A user's events: by time, then by the chosen order of ties, and at last as in the source."""
-        return [TIMESTAMP, *{"source": [], "item_id": [ITEM_ID], "shuffle": [TIE]}[self.rules.tie_order], ORDER]
+        return [
+            *self._time_columns,
+            *{"source": [], "item_id": [ITEM_ID], "shuffle": [TIE]}[self.rules.tie_order],
+            ORDER,
+        ]
+
+    @property
+    def _time_columns(self) -> list[str]:
+        return [name for name in (TIMESTAMP, MICROSECOND) if name in self.events.columns]
 
     def _replace(self, expression: Any) -> int:
         """Put other events in the place of `events`; returns how many fewer they are."""
@@ -655,6 +674,8 @@ class _DomainBuilder:
         digits = [ibis.literal("0123456789abcdef").find(digest.substr(place, 1)) for place in range(3)]
         slot = digits[0] * 256 + digits[1] * 16 + digits[2]
         events = self.events.mutate(part=(slot // (NUM_SLOTS // num_parts)).cast("int32"))
+        if MICROSECOND not in events.columns:
+            events = events.mutate(ibis.literal(0, "int32").name(MICROSECOND))
         target = part_path(folder, "interactions", self.domain, 0).parent
         self.engine.write_parts(events, target, "part")
         self.engine.discard(self.events)

@@ -2,7 +2,7 @@
 
     DATA/dataset.json                                  what was read, which rules held, what they left
     DATA/items/domain=D/part-0.parquet                 item_id, title, brand, categories, description, price
-    DATA/interactions/domain=D/part-N.parquet          user_id, item_id, timestamp, rating, order, split
+    DATA/interactions/domain=D/part-N.parquet          user_id, item_id, timestamp, microsecond, rating, order, split
     DATA/rejected.parquet                              file, line, reason, row
 
 Users are cut into `NUM_SLOTS` slots by a hash of platform and id, and slots into parts, so that part N holds the same
@@ -25,11 +25,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cprec.data.catalogue import Catalogue
-from cprec.data.interactions import Interactions, stable_order
+from cprec.data.interactions import Interactions, join_time, stable_order
 from cprec.data.splits import Split, SplitSpec
 from cprec.errors import DataError
 from cprec.schema import (
     ITEM_ID,
+    MICROSECOND,
     ORDER,
     RATING,
     SCHEMA_VERSION,
@@ -146,6 +147,13 @@ def read_split(folder: str | Path, part: int | None = None, catalogue: Catalogue
     return Split(log.catalogue, log.interactions, split, SplitSpec(**spec), read_domains(folder))
 
 
+def with_microsecond(events: pa.Table) -> pa.Table:
+    """Events or queries with `microsecond`: folders of earlier versions have whole seconds, and no such column."""
+    if MICROSECOND in events.column_names:
+        return events
+    return events.append_column(MICROSECOND, pa.array(np.zeros(events.num_rows, dtype=np.int32)))
+
+
 def finish_part(
     folder: str | Path,
     part: int,
@@ -203,6 +211,7 @@ _COLUMNS = {
     USER_ID: pa.string(),
     ITEM_ID: pa.string(),
     TIMESTAMP: pa.int64(),
+    MICROSECOND: pa.int32(),
     RATING: pa.float64(),
     ORDER: pa.int64(),
 }
@@ -229,8 +238,13 @@ def _read_log(folder: Path, catalogue: Catalogue, part: int | None = None, *, is
     item = np.concatenate(
         [_item_rows(catalogue, name, table) for name, table in zip(catalogue.domains, tables, strict=True)]
     )
-    timestamp = _column(tables, TIMESTAMP).to_numpy()
-    row = _event_order(rules["tie_order"], catalogue, tables, user, item, timestamp)
+    row = _event_order(rules["tie_order"], catalogue, tables, user, item)
+    time = np.concatenate(
+        [
+            join_time(table[TIMESTAMP].to_numpy(), table[MICROSECOND].to_numpy(), domains[name].has_times)
+            for name, table in zip(catalogue.domains, tables, strict=True)
+        ]
+    )
     if is_sorted:
         _check_sorted(folder, catalogue, tables, row)
     split = None
@@ -245,7 +259,7 @@ def _read_log(folder: Path, catalogue: Catalogue, part: int | None = None, *, is
         user_id=user_id,
         user=user[row],
         item=item[row],
-        timestamp=timestamp[row],
+        time=time[row],
         rating=_column(tables, RATING).fill_null(float("nan")).to_numpy()[row],
     )
     return _Log(catalogue, interactions, tables, row, split)
@@ -263,6 +277,7 @@ def _read_parts(folder: Path, domain: str, parts: Sequence[int], *, has_tie: boo
             table = pq.ParquetFile(path).read()
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(f"{path} cannot be read: {error}; prepare the data again") from None
+        table = with_microsecond(table)
         names = [*columns, *([SPLIT] if SPLIT in table.column_names else [])]
         schema = pa.schema([(name, columns.get(name, pa.string())) for name in names])
         found.append(table.select(names).cast(schema))
@@ -298,14 +313,13 @@ def _event_order(
     tables: Sequence[pa.Table],
     user: np.ndarray,
     item: np.ndarray,
-    timestamp: np.ndarray,
 ) -> np.ndarray:
     """Events by (user, time, tie order), as rows of the tables put one after the other.
 
     Events of one time in two domains are ordered by item id or by the shuffle where that is the tie order; no source
     tells their order, so with source order the domain's name decides.
     """
-    keys = [user, timestamp]
+    keys = [user, _column(tables, TIMESTAMP).to_numpy(), _column(tables, MICROSECOND).to_numpy()]
     if tie_order == "item_id":
         keys.append(catalogue.item_id_rank[item])
     elif tie_order == "shuffle":

@@ -89,6 +89,10 @@ class TableEngine(ABC):
         """Write the rows of each value n of an int column to `folder/part-n.parquet`, in any order, without it."""
 
     @abstractmethod
+    def microsecond(self, moment: Any) -> Any:
+        """What a column of times has beyond whole seconds, in microseconds."""
+
+    @abstractmethod
     def translated_errors(self, what: str) -> AbstractContextManager[None]:
         """Turn the engine's errors into DataError: they concern a file, memory or disk."""
 
@@ -218,6 +222,9 @@ class DuckDBEngine(TableEngine):
     def close(self) -> None:
         self.backend.disconnect()
 
+    def microsecond(self, moment: Any) -> Any:
+        return moment.cast("timestamp").microsecond()  # DuckDB takes none from times with a zone
+
     def to_arrow(self, expression: Any) -> pa.Table:
         return self.backend.to_pyarrow(expression)
 
@@ -312,6 +319,10 @@ class SparkEngine(TableEngine):
         for name, value in settings.items():
             builder = builder.config(name, value)
         return builder.getOrCreate()
+
+    def microsecond(self, moment: Any) -> Any:
+        seconds = moment.cast("timestamp('UTC')").cast("float64")
+        return ((seconds - seconds.floor()) * 1_000_000).round()
 
     def close(self) -> None:
         self._text.close()

@@ -1,4 +1,7 @@
-"""Interactions: every event of every user, in time order, as flat arrays."""
+"""Interactions: every event of every user, in time order, as flat arrays.
+
+Tables hold a time as `timestamp`, whole seconds, and `microsecond`, the rest; arrays hold it as one number.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,13 @@ import numpy as np
 
 from cprec.data.ragged import offsets_of
 
+SECOND = 1_000_000
+"""Microseconds."""
+
 
 @dataclass(frozen=True)
 class Interactions:
-    """Events sorted by (user, timestamp, tie order); users sorted by (platform, user_id).
+    """Events sorted by (user, time, tie order); users sorted by (platform, user_id).
 
     A user's events of all domains stand in one run. Where a domain's times are real (`DomainInfo.has_times`) they are
     comparable with those of other domains; elsewhere only the order within one user and domain means anything.
@@ -27,8 +33,8 @@ class Interactions:
     """int64[num_events]: the row of the user, never falling."""
     item: np.ndarray
     """int64[num_events]: the row of the item in the catalogue."""
-    timestamp: np.ndarray
-    """int64[num_events]: seconds UTC, or a position where the domain has no times."""
+    time: np.ndarray
+    """int64[num_events]: microseconds since 1970 UTC, or a position where the domain has no times."""
     rating: np.ndarray
     """float64[num_events], NaN where absent."""
 
@@ -41,7 +47,7 @@ class Interactions:
             self,
             user=self.user[mask],
             item=self.item[mask],
-            timestamp=self.timestamp[mask],
+            time=self.time[mask],
             rating=self.rating[mask],
         )
 
@@ -50,10 +56,25 @@ class Interactions:
         return offsets_of(np.bincount(self.user, minlength=len(self.user_id)))
 
 
+def join_time(timestamp: np.ndarray, microsecond: np.ndarray, has_times: bool) -> np.ndarray:
+    """The two columns of a table as one time: microseconds since 1970 UTC, or the position as it is."""
+    return timestamp * SECOND + microsecond if has_times else timestamp
+
+
+def split_time(time: np.ndarray, has_times: bool) -> tuple[np.ndarray, np.ndarray]:
+    """A time as the two columns of a table, `timestamp` and `microsecond`.
+
+    >>> [part.tolist() for part in split_time(np.array([1_500_000, -1]), has_times=True)]
+    [[1, -1], [500000, 999999]]
+    """
+    timestamp, microsecond = np.divmod(time, SECOND) if has_times else (time, np.zeros_like(time))
+    return timestamp, microsecond.astype(np.int32)
+
+
 def stable_order(*keys: np.ndarray) -> np.ndarray:
     """Rows sorted by integer keys, the first one first; rows equal in all keys stay as they are.
 
-    As many keys as fit are packed into one 64-bit number, whose argsort is several times faster than one per key; only
+    As many bits of them as fit are packed into one number, whose argsort is several times faster than one per key; only
     rows that are equal so far are sorted by the rest.
 
     >>> stable_order(np.array([1, 0, 1, 0]), np.array([5, 9, -7, 2])).tolist()
@@ -63,17 +84,18 @@ def stable_order(*keys: np.ndarray) -> np.ndarray:
     assert size < 1 << 32
     if not size:
         return np.empty(0, dtype=np.int64)
-    packed, used, bits = np.zeros(size, dtype=np.int64), 0, 0
-    for key in keys:
+    packed, bits, rest = np.zeros(size, dtype=np.int64), 0, list(keys)
+    while rest and bits < 63:
+        key = rest.pop(0).astype(np.int64)
         low, high = int(key.min()), int(key.max())
         width = (high - low).bit_length()
-        if bits + width > 63:
-            break
-        packed = (packed << width) | (key.astype(np.int64) - low)
-        used, bits = used + 1, bits + width
-    if not used:  # the first key needs all 64 bits: its ranks need fewer
-        ranks = np.unique(keys[0], return_inverse=True)[1]
-        return stable_order(ranks, *keys[1:])
+        offset = key.view(np.uint64) - np.uint64(low % (1 << 64))  # unsigned: it may need all 64 bits
+        kept = min(width, 63 - bits)
+        if kept < width:  # the highest bits of it; the others are a key of their own
+            rest.insert(0, (offset & np.uint64((1 << (width - kept)) - 1)).view(np.int64))
+            offset >>= np.uint64(width - kept)
+        packed = (packed << kept) | offset.view(np.int64)
+        bits += kept
     order = np.argsort(packed)
     packed = packed[order]
     same = packed[1:] == packed[:-1]
@@ -81,7 +103,7 @@ def stable_order(*keys: np.ndarray) -> np.ndarray:
         tied = np.flatnonzero(np.r_[False, same] | np.r_[same, False])
         run = np.cumsum(np.r_[True, packed[tied][1:] != packed[tied][:-1]])
         rows = np.sort(order[tied] | run << 32) & 0xFFFFFFFF  # within a run of equal keys, as they came
-        if used < len(keys):
-            rows = rows[stable_order(run, *(key[rows] for key in keys[used:]))]
+        if rest:
+            rows = rows[stable_order(run, *(key[rows] for key in rest))]
         order[tied] = rows
     return order

@@ -456,7 +456,7 @@ def check_times(
 def check_queries(split: Split, domain: str, part: str, queries: Mapping[str, Any]) -> Property:
     """Every query asks for an event of its domain and part, and shows only what the user did before it.
 
-    `queries` has query_id, user (rows of the log's users), target (catalogue rows), timestamp and history (Ragged of
+    `queries` has query_id, user (rows of the log's users), target (catalogue rows), time and history (Ragged of
     catalogue rows). An item may stand in the history as often as the user had it before the event asked for: in the
     domain, or in others with real times, but for their test events (these too with global-time, where they are past).
     """
@@ -468,12 +468,12 @@ def check_queries(split: Split, domain: str, part: str, queries: Mapping[str, An
     width, user = len(catalogue), queries["user"]
     # The event asked for: the last one of the part with this user, item and time; -1 where there is none.
     askable = np.flatnonzero(of_domain & split.events(part))
-    times, key = _distinct(log.timestamp[askable]), log.user[askable] * width + log.item[askable]
+    times, key = _distinct(log.time[askable]), log.user[askable] * width + log.item[askable]
     pairs = _distinct(key)
     asked_pair = _place(pairs, np.where(queries["target"] < 0, -1, user * width + queries["target"]))
-    asked_time = _place(times, queries["timestamp"])
+    asked_time = _place(times, queries["time"])
     asked = np.where((asked_pair < 0) | (asked_time < 0), -1, asked_pair * len(times) + asked_time)
-    moments = _place(pairs, key) * len(times) + _place(times, log.timestamp[askable])
+    moments = _place(pairs, key) * len(times) + _place(times, log.time[askable])
     found = _Occurrences(moments, np.ones(len(moments), dtype=bool)).last(asked)
     event = np.where(found < 0, -1, np.append(askable, -1)[found])
     # How often each query shows an item, and how often its user had that item before the event asked for.
@@ -517,7 +517,7 @@ def find_ties(split: Split, domain: str, part: str, tie_order: str) -> list[Obse
     log, catalogue = split.interactions, split.catalogue
     rows = np.flatnonzero(catalogue.domain[log.item] == catalogue.domain_index(domain))
     user, item, part_of = log.user[rows], catalogue.item_id_rank[log.item[rows]], split.part[rows]
-    place, size, _ = runs(user, log.timestamp[rows])
+    place, size, _ = runs(user, log.time[rows])
     first = np.flatnonzero(place == 0)
 
     def of_group(reduce: np.ufunc, values: np.ndarray) -> np.ndarray:

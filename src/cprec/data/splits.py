@@ -94,18 +94,44 @@ class SplitSpec:
         )
 
     def dates(self) -> tuple[int, int]:
-        """`validation_from` and `test_from` in seconds UTC."""
-        return _seconds("validation_from", self.validation_from), _seconds("test_from", self.test_from)
+        """`validation_from` and `test_from` in microseconds since 1970 UTC."""
+        return _time("validation_from", self.validation_from), _time("test_from", self.test_from)
 
 
-def _seconds(name: str, text: str | None) -> int:
-    from datetime import datetime
+def _time(name: str, text: str | None) -> int:
+    from datetime import datetime, timedelta
 
     try:
         moment = datetime.fromisoformat(text or "")
     except ValueError:
         raise ConfigError(f"{name}={text!r} is no ISO date; write 2014-07-23 or 2014-07-23T18:00:00") from None
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+    since = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - datetime.fromtimestamp(0, UTC)
+    return since // timedelta(microseconds=1)
+
+
+def in_seconds(time: int) -> int | float:
+    """Microseconds as seconds, as files have cuts: whole where they are. Exact until the year 2106.
+
+    >>> in_seconds(1_577_836_802_535_001), in_seconds(1_577_836_802_000_000)
+    (1577836802.535001, 1577836802)
+    """
+    return time / 1_000_000 if time % 1_000_000 else time // 1_000_000
+
+
+def from_seconds(seconds: int | float) -> int:
+    """What `in_seconds` was made of."""
+    return round(seconds * 1_000_000)
+
+
+def format_time(time: int) -> str:
+    """Microseconds since 1970 for people, in UTC.
+
+    >>> format_time(1_577_836_802_535_000)
+    '2020-01-01 00:00:02.535000'
+    """
+    from datetime import datetime, timedelta
+
+    return str(datetime(1970, 1, 1) + timedelta(microseconds=time))
 
 
 @dataclass(frozen=True)
@@ -125,8 +151,8 @@ class Queries:
     """Q rows of catalogue rows, oldest first."""
     target: np.ndarray
     """int64[Q]: catalogue rows."""
-    timestamp: np.ndarray
-    """int64[Q]: when the target happened."""
+    time: np.ndarray
+    """int64[Q]: when the target happened, as in the interactions."""
 
     def __len__(self) -> int:
         return len(self.target)
@@ -211,7 +237,7 @@ class Split:
             event=event,
             history=Ragged(log.item[known[place]], offsets),
             target=log.item[event],
-            timestamp=log.timestamp[event],
+            time=log.time[event],
         )
 
     def _query_ids(self, domain: str, part: str, user: np.ndarray, serial: np.ndarray) -> np.ndarray:
@@ -257,8 +283,8 @@ def make_split(
 
     if spec.method == GLOBAL_TIME:
         first_validation, first_test = cuts or cut_times(spec, domains, *_count_times(interactions))
-        part = (interactions.timestamp >= first_validation).astype(np.int8)
-        part[interactions.timestamp >= first_test] = 2
+        part = (interactions.time >= first_validation).astype(np.int8)
+        part[interactions.time >= first_test] = 2
     else:
         part = _from_the_end(catalogue, interactions, *spec.numbers())
     if spec.unseen_user_share:
@@ -324,14 +350,14 @@ def runs(*keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _count_times(interactions: Interactions) -> tuple[np.ndarray, np.ndarray]:
     import numpy as np
 
-    times, counts = np.unique(interactions.timestamp, return_counts=True)
+    times, counts = np.unique(interactions.time, return_counts=True)
     return times, counts
 
 
 def cut_times(
     spec: SplitSpec, domains: Mapping[str, DomainInfo], times: np.ndarray, counts: np.ndarray
 ) -> tuple[int, int]:
-    """The first moment of validation and of test, with global-time: seconds UTC.
+    """The first moment of validation and of test, with global-time: microseconds since 1970 UTC.
 
     `times` are the distinct times of all events, rising, and `counts` how many events each has. Cuts taken from
     fractions fall on a time that occurs; all events of one time go the same way, so the held-out shares may be a little
@@ -360,14 +386,8 @@ def cut_times(
     if not sizes.all():
         empty = ", ".join(name for name, size in zip(SPLITS, sizes, strict=False) if not size)
         raise ConfigError(
-            f"method={GLOBAL_TIME} with validation from {_day(validation_from)} and test from {_day(test_from)} "
-            f"leaves no event for {empty}; the log runs from {_day(int(times[0]))} to {_day(int(times[-1]))}: choose "
-            "other dates or fractions"
+            f"method={GLOBAL_TIME} with validation from {format_time(validation_from)} and test from "
+            f"{format_time(test_from)} leaves no event for {empty}; the log runs from {format_time(int(times[0]))} to "
+            f"{format_time(int(times[-1]))}: choose other dates or fractions"
         )
     return validation_from, test_from
-
-
-def _day(seconds: int) -> str:
-    from datetime import datetime
-
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")

@@ -54,8 +54,8 @@ def slices_of(
     if split.domains[domain].has_times:
         of_domain = trained & (split.catalogue.domain[log.item] == split.catalogue.domain_index(domain))
         first_N = np.full(len(mine), np.iinfo(np.int64).max)
-        np.minimum.at(first_N, log.item[of_domain] - mine[0], log.timestamp[of_domain])
-        edges = np.quantile(log.timestamp[of_domain], [0, 1]) if of_domain.any() else np.zeros(2)
+        np.minimum.at(first_N, log.item[of_domain] - mine[0], log.time[of_domain])
+        edges = np.quantile(log.time[of_domain], [0, 1]) if of_domain.any() else np.zeros(2)
         thirds = edges[0] + (edges[1] - edges[0]) * np.array([1, 2]) / 3
         names = np.array(["first third", "middle third", "last third"], dtype=object)
         when = names[np.searchsorted(thirds, first_N[target_Q])]

@@ -6,7 +6,6 @@ import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cprec.data.catalogue import Catalogue
-from cprec.data.dataset import NUM_SLOTS, POPULARITY, part_path, read_catalogue, read_manifest, read_split, slot_of
+from cprec.data.dataset import (
+    NUM_SLOTS,
+    POPULARITY,
+    part_path,
+    read_catalogue,
+    read_manifest,
+    read_split,
+    slot_of,
+    with_microsecond,
+)
+from cprec.data.interactions import join_time
 from cprec.data.leakage import (
     MAX_EXAMPLES,
     Grammar,
@@ -37,7 +46,7 @@ from cprec.data.leakage import (
     read_events,
 )
 from cprec.data.ragged import Ragged, offsets_of
-from cprec.data.splits import GLOBAL_TIME, Split, SplitSpec, make_split
+from cprec.data.splits import GLOBAL_TIME, Split, SplitSpec, format_time, from_seconds, make_split
 from cprec.errors import ConfigError, DataError, ShardError
 from cprec.progress import say
 from cprec.provenance import CONFIG_FILE, file_sha256, read_resolved
@@ -308,22 +317,23 @@ def _identity(folder: Path) -> str:
 
 def _check_cuts(recorded: dict[str, Any], manifest: dict[str, Any], times: np.ndarray) -> Property:
     """The split is the one that the settings ask for. `times`: see `_count_times`."""
+    cuts = _cuts(manifest)
     spec, problems, checked = SplitSpec(**recorded["split"]), [], 1
     if manifest["split"] != recorded["split"]:
         problems.append(f"dataset.json has {manifest['split']}, {CONFIG_FILE} {recorded['split']}")
-    if spec.method == GLOBAL_TIME and manifest.get("cuts"):
+    if spec.method == GLOBAL_TIME and cuts:
         total, *around = times.tolist()
         validation, test = spec.fractions()
         shares = {VALIDATION: 1 - validation - test, TEST: 1 - test}
         for number, name in enumerate((VALIDATION, TEST)):
             checked += 1
-            cut, (below, upto) = manifest["cuts"][name], around[2 * number : 2 * number + 2]
+            cut, (below, upto) = cuts[name], around[2 * number : 2 * number + 2]
             if spec.test_from is not None:
                 right = cut == spec.dates()[number]
             else:
                 right = below <= int(total * shares[name]) < upto
             if not right:
-                problems.append(f"{name} from {_moment(cut)}, before which there are {below:,} of {total:,} events")
+                problems.append(f"{name} from {format_time(cut)}, before which there are {below:,} of {total:,} events")
     return Property(
         name="split: it is the one of the settings, and its cuts lie where they say",
         checked=checked,
@@ -332,16 +342,18 @@ def _check_cuts(recorded: dict[str, Any], manifest: dict[str, Any], times: np.nd
     )
 
 
+def _cuts(manifest: dict[str, Any]) -> dict[str, int] | None:
+    """The cuts that dataset.json has, in microseconds; None where there are none."""
+    cuts = manifest.get("cuts")
+    return {name: from_seconds(seconds) for name, seconds in cuts.items()} if cuts else None
+
+
 def _count_times(split: Split, cuts: dict[str, int] | None) -> list[int]:
     """How many events there are; with cuts also before and up to the one of validation, before and up to that of
     test."""
-    time = split.interactions.timestamp
+    time = split.interactions.time
     moments = [cuts[VALIDATION], cuts[VALIDATION] + 1, cuts[TEST], cuts[TEST] + 1] if cuts else []
     return [len(time), *(int((time < moment).sum()) for moment in moments)]
-
-
-def _moment(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def _check_popularity(folder: Path, catalogue: Catalogue, counted: Sequence[Path]) -> Property:
@@ -458,7 +470,7 @@ def audit_part(folder: Path, part: int) -> dict[str, Any]:
     return {
         "properties": [p.to_dict() for p in properties],
         "observations": [o.to_dict() for o in observations],
-        "times": _count_times(split, manifest.get("cuts")),
+        "times": _count_times(split, _cuts(manifest)),
     }
 
 
@@ -476,7 +488,7 @@ class _Auditor:
     ) -> None:
         log, catalogue = split.interactions, split.catalogue
         self._folder, self._part, self._split, self._grammar = folder, part, split, grammar
-        self._seed, self._cuts = recorded["seed"], manifest.get("cuts")
+        self._seed, self._cuts = recorded["seed"], _cuts(manifest)
         platforms = pa.array(log.platforms, pa.string()).take(pa.array(log.user_platform))
         self._user_keys = _keys(platforms, pa.array(log.user_id, pa.string()))
         self.users = _named(platforms, pa.array(log.user_id, pa.string()))
@@ -563,7 +575,7 @@ class _Auditor:
             ]
         if self._cuts:
             cut = self._cuts[TEST if validates else VALIDATION]
-            properties.append(check_times(name, events, user, log.user, self._title, log.timestamp, cut, labels))
+            properties.append(check_times(name, events, user, log.user, self._title, log.time, cut, labels))
         if split.spec.unseen_user_share and not validates:
             unseen = np.unique(log.user[split.events(CONTEXT)])
             properties.append(check_absent(f"{name}: no unseen user", user, unseen, self.users))
@@ -594,7 +606,7 @@ class _Auditor:
     def queries(self, domain: str, name: str) -> dict[str, Any]:
         """The queries of this part's users, as rows of the log's users and of the catalogue; -1 where unknown."""
         table = read_queries_of_part(self._folder / "queries" / domain / f"{name}.parquet", self._part)
-        table = table.combine_chunks()
+        table = with_microsecond(table).combine_chunks()
         catalogue, lengths = self._split.catalogue, pc.list_value_length(table["history_item"]).to_numpy()
         history = catalogue.rows_of_pairs(
             pc.list_flatten(table["history_domain"]), pc.list_flatten(table["history_item"])
@@ -603,7 +615,9 @@ class _Auditor:
             "query_id": table["query_id"].to_numpy(),
             "user": self._user_rows(table),
             "target": catalogue.rows_of_pairs(table["domain"], table["target"]),
-            "timestamp": table["timestamp"].to_numpy(),
+            "time": join_time(
+                table["timestamp"].to_numpy(), table["microsecond"].to_numpy(), self._split.domains[domain].has_times
+            ),
             "history": Ragged(history, offsets_of(lengths)),
         }
 

@@ -24,10 +24,19 @@ import pyarrow.parquet as pq
 
 from cprec.data.catalogue import Catalogue
 from cprec.data.dataset import POPULARITY, finish_part, read_catalogue, read_manifest
-from cprec.data.interactions import Interactions
+from cprec.data.interactions import Interactions, split_time
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.data.sequences import build_sequences
-from cprec.data.splits import Queries, Split, SplitSpec, comparable_domains, make_split, user_shares
+from cprec.data.splits import (
+    Queries,
+    Split,
+    SplitSpec,
+    comparable_domains,
+    from_seconds,
+    in_seconds,
+    make_split,
+    user_shares,
+)
 from cprec.errors import ConfigError, DataError
 from cprec.schema import KINDS, SPECIFIC, TEST, TRAIN, VALIDATION, DomainInfo
 from cprec.text.encoding import PromptEncoder
@@ -49,7 +58,7 @@ class DocumentRules:
     pretrain_domains: tuple[str, ...]
     split: SplitSpec
     cuts: tuple[int, int] | None
-    """First moments of validation and test of the whole log, with global-time."""
+    """First moments of validation and test of the whole log, with global-time: microseconds since 1970 UTC."""
     mixed_order: str
     document_order: str
     min_events: int
@@ -62,13 +71,15 @@ class DocumentRules:
     seed: int
 
     def save(self, folder: Path) -> None:
-        (folder / RULES).write_text(json.dumps(asdict(self)), encoding="utf-8")
+        fields = asdict(self) | {"cuts": self.cuts and [in_seconds(cut) for cut in self.cuts]}
+        (folder / RULES).write_text(json.dumps(fields), encoding="utf-8")
         _open.cache_clear()  # what this process read before was of other settings
 
     @classmethod
     def read(cls, folder: Path) -> DocumentRules:
         fields = json.loads((folder / RULES).read_text(encoding="utf-8"))
         fields["split"] = SplitSpec(**fields["split"])
+        fields["cuts"] = fields["cuts"] and [from_seconds(cut) for cut in fields["cuts"]]
         names = ("target_domains", "pretrain_domains", "cuts")
         return cls(**fields | {name: fields[name] if fields[name] is None else tuple(fields[name]) for name in names})
 
@@ -275,10 +286,12 @@ def shuffled(rows: Ragged, seed: int) -> Ragged:
 
 
 def queries_table(split: Split, queries: Queries, domain: str) -> pa.Table:
-    """Queries as a table: query_id, platform, user_id, domain, history_domain, history_item, target, timestamp."""
+    """Queries as a table: query_id, platform, user_id, domain, history_domain, history_item, target, timestamp,
+    microsecond."""
     catalogue, log = split.catalogue, split.interactions
     names = np.array(catalogue.domains, dtype=object)
     offsets = pa.array(queries.history.offsets.astype(np.int32))
+    timestamp, microsecond = split_time(queries.time, split.domains[domain].has_times)
 
     def lists(values: np.ndarray) -> Any:
         return pa.ListArray.from_arrays(offsets, pa.array(values, pa.string()))
@@ -292,7 +305,8 @@ def queries_table(split: Split, queries: Queries, domain: str) -> pa.Table:
             "history_domain": lists(names[catalogue.domain[queries.history.values]]),
             "history_item": lists(catalogue.item_id[queries.history.values]),
             "target": pa.array(catalogue.item_id[queries.target], pa.string()),
-            "timestamp": pa.array(queries.timestamp, pa.int64()),
+            "timestamp": pa.array(timestamp, pa.int64()),
+            "microsecond": pa.array(microsecond, pa.int32()),
         }
     )
 

@@ -27,7 +27,8 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from cprec.data.dataset import part_path, read_catalogue, read_manifest
+from cprec.data.dataset import part_path, read_catalogue, read_manifest, with_microsecond
+from cprec.data.interactions import SECOND
 from cprec.data.ragged import offsets_of
 from cprec.data.splits import runs
 from cprec.errors import ConfigError, DataError, LeakageError
@@ -38,6 +39,7 @@ from cprec.schema import (
     CATEGORIES,
     CONTEXT,
     ITEM_ID,
+    MICROSECOND,
     PRICE,
     RATING,
     SPECIFIC,
@@ -183,6 +185,7 @@ _NO_EVENTS = pa.schema(
         (USER_ID, pa.string()),
         (ITEM_ID, pa.string()),
         (TIMESTAMP, pa.int64()),
+        (MICROSECOND, pa.int32()),
         (RATING, pa.float64()),
         (SPLIT, pa.string()),
     ]
@@ -210,7 +213,7 @@ def _write_events(
         writers = {name: stack.enter_context(open_writer(out.target / domain / name, empty.schema)) for name in files}
         out.rows.update({f"{domain}/{name}": 0 for name in files})
         for path in paths:
-            table = _open(path).read()
+            table = with_microsecond(_open(path).read())
             num_unrated += table[RATING].null_count
             num_events += table.num_rows
             for name, parts in files.items():
@@ -311,9 +314,16 @@ def _atomic(table: pa.Table, mask: np.ndarray) -> Iterator[pa.Table]:
         "user_id:token": table[USER_ID],
         "item_id:token": table[ITEM_ID],
         "rating:float": pc.fill_null(table[RATING], 1.0),
-        "timestamp:float": table[TIMESTAMP],
+        "timestamp:float": _seconds_text(table),
     }
     yield pa.table(columns)
+
+
+def _seconds_text(table: pa.Table) -> pa.ChunkedArray:
+    """Seconds with all their digits, as 1577836802 or 1577836802.535000."""
+    whole, rest = (table[name].cast(pa.string()) for name in (TIMESTAMP, MICROSECOND))
+    full = pc.binary_join_element_wise(whole, pc.utf8_lpad(rest, 6, "0"), ".")
+    return pc.if_else(pc.equal(table[MICROSECOND], 0), whole, full)
 
 
 def _with_history(table: pa.Table, mask: np.ndarray) -> Iterator[pa.Table]:
@@ -360,7 +370,7 @@ FRAMES: dict[str, dict[str, str]] = {
     "rectools": {USER_ID: "user_id", ITEM_ID: "item_id", RATING: "weight", TIMESTAMP: "datetime"},
     "replay": {USER_ID: "query_id", ITEM_ID: "item_id", RATING: "rating", TIMESTAMP: "timestamp"},
 }
-"""Canonical column to the library's; RecTools has moments, RePlay seconds."""
+"""Canonical column to the library's; RecTools has moments, RePlay seconds as floats."""
 
 ITEMS = "items"
 
@@ -392,7 +402,9 @@ def read_frame(folder: str | Path, format: str, domain: str, part: str) -> Any:
         return _item_frame(out.items(domain)).to_pandas()
     rows = [
         frame
-        for table in itertools.chain([_NO_EVENTS], (_open(path).read() for path in out.events(domain)))
+        for table in itertools.chain(
+            [_NO_EVENTS], (with_microsecond(_open(path).read()) for path in out.events(domain))
+        )
         for frame in _frame(format)(table, pc.equal(table[SPLIT], part).to_numpy())
     ]
     return pa.concat_tables(rows).to_pandas()
@@ -415,10 +427,14 @@ def _frame(format: str) -> Callable[[pa.Table, np.ndarray], Iterator[pa.Table]]:
         table = table.filter(pa.array(mask))
         columns = {}
         for name, theirs in FRAMES[format].items():
-            column = pc.fill_null(table[name], 1.0) if name == RATING else table[name]
-            if theirs == "datetime":
-                column = column.cast(pa.timestamp("s")).cast(pa.timestamp("us"))  # Parquet has no seconds
-            columns[theirs] = column
+            columns[theirs] = pc.fill_null(table[name], 1.0) if name == RATING else table[name]
+        if format == "rectools":
+            whole = columns["datetime"].cast(pa.timestamp("s")).cast(pa.timestamp("us"))  # Parquet has no seconds
+            columns["datetime"] = pc.add(whole, table[MICROSECOND].cast(pa.int64()).cast(pa.duration("us")))
+        else:
+            columns["timestamp"] = pc.add(
+                columns["timestamp"].cast(pa.float64()), pc.divide(table[MICROSECOND].cast(pa.float64()), SECOND)
+            )
         yield pa.table(columns)
 
     return shape

@@ -444,6 +444,7 @@ def _finish(config: PrepareConfig, folder: Path) -> None:
     """Put the parts together, say what there is, and certify it; what an interrupted run did of it is not done
     again."""
     from cprec.data.dataset import read_catalogue, read_manifest, write_manifest
+    from cprec.data.splits import in_seconds
     from cprec.text.certificate import audit, violated
     from cprec.text.documents import DocumentRules, is_joined, join_parts, remove_parts
 
@@ -451,7 +452,7 @@ def _finish(config: PrepareConfig, folder: Path) -> None:
         manifest = read_manifest(folder)
         cuts = DocumentRules.read(folder).cuts
         manifest["split"] = asdict(config.split)
-        manifest["cuts"] = cuts and dict(zip((VALIDATION, TEST), cuts, strict=True))
+        manifest["cuts"] = cuts and dict(zip((VALIDATION, TEST), map(in_seconds, cuts), strict=True))
         write_manifest(folder, manifest)
         join_parts(folder, {"about": _about(config, read_catalogue(folder), folder)})
     remove_parts(folder)

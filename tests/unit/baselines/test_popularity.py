@@ -26,7 +26,7 @@ def make_split(events: list[tuple[str, int]], *, test: int = 0, has_times: bool 
         user_id=np.array(["u"], dtype=object),
         user=np.zeros(size, dtype=np.int64),
         item=np.array([int(item[1:]) for item, _ in events]),
-        timestamp=np.array([time for _, time in events]),
+        time=np.array([time for _, time in events]),
         rating=np.full(size, np.nan),
     )
     part = np.zeros(size, dtype=np.int8)

@@ -35,7 +35,7 @@ def make_split(events: list[tuple[int, int]], domain_of_item: list[int], titles:
         user_id=np.array([f"u{n}" for n in range(user.max() + 1)], dtype=object),
         user=user,
         item=np.array([i for _, i in events]),
-        timestamp=np.arange(len(events)),
+        time=np.arange(len(events)),
         rating=np.full(len(events), np.nan),
     )
     domains = {name: DomainInfo(name, "p", True) for name in names}

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from cprec.data.catalogue import Catalogue
-from cprec.data.interactions import Interactions, stable_order
+from cprec.data.interactions import SECOND, Interactions, stable_order
 from cprec.schema import DomainInfo
 
 Log = tuple[Catalogue, Interactions, dict[str, DomainInfo]]
@@ -37,7 +37,7 @@ def make_log() -> Callable[..., Log]:
             user_id=np.array(users, dtype=object),
             user=user[order],
             item=item[order],
-            timestamp=time[order],
+            time=time[order] * SECOND,
             rating=np.full(len(rows), np.nan),
         )
         return catalogue, log, {d: DomainInfo(d, "shop", d not in timeless) for d in catalogue.domains}

@@ -19,9 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from cprec.data.build import build_dataset
+from cprec.data.engine import connect
 from cprec.data.sources.connections import ConnectionSource
 from cprec.data.sources.tables import TableSource
 from cprec.errors import ConfigError, DataError
+from cprec.schema import TIMESTAMP
 
 LOG = [(f"u{n % 7}", f"i{n % 5}", 1_406_116_800 + 60 * n, float(n % 5)) for n in range(300)]
 ITEMS = [(f"i{n}", f"Title, the {n}th", "Acme" if n else None) for n in range(5)]
@@ -158,6 +160,74 @@ def test_what_cannot_be_read_is_named(database: str, tmp_path: Path) -> None:
         source("shop.db")
 
 
+EVENTS = "SELECT customer, item_id, happened, rating FROM events"
+QUERIES = (
+    "EVENTS",
+    '"Events"',
+    "shop.main.events",
+    "-- the log\nevents;",
+    "odd-name",
+    "SELECT CUSTOMER AS customer, item_id AS Item_Id, happened, rating FROM EVENTS",
+    f"{EVENTS} ; ; -- all of it\n",
+    f"-- all\n/* of it */ {EVENTS} -- all",
+    f"(({EVENTS}))",
+    f"with e as ({EVENTS}) -- first\nselect * from e;",
+    "FROM events",
+    "TABLE events",
+    f"({EVENTS} LIMIT 0) UNION ALL ({EVENTS})",
+    "SELECT a.*, b.secret FROM events a JOIN (SELECT DISTINCT secret FROM events) b USING (secret)",
+    "PIVOT (SELECT *, 'k' AS k FROM events) ON k USING any_value(secret)",
+)
+
+
+@pytest.mark.parametrize("log", QUERIES)
+def test_any_query_and_any_name_that_the_database_takes_is_read(log: str, database: str) -> None:
+    with duckdb.connect(database.removeprefix("duckdb://")) as connection:
+        connection.execute('CREATE VIEW "odd-name" AS FROM events')
+    with connect() as engine:
+        found = source(database, log).load(engine).interactions
+        rows = engine.to_arrow(found.order_by("timestamp")).to_pylist()
+    assert [(row["user_id"], row["item_id"], row["timestamp"], row["rating"]) for row in rows] == LOG
+
+
+@pytest.mark.parametrize(
+    ("log", "columns", "message"),
+    [
+        (
+            "SELECT a.*, b.* FROM events a JOIN events b USING (happened)",
+            {},
+            "'customer' and 'customer' of .* be meant",
+        ),
+        (
+            'SELECT customer AS "ID", item_id AS "Id", happened FROM events',
+            {"user_id": "id", "item_id": "Id"},
+            "'ID' and 'Id' of the interactions of domain 'toys' may each be meant by user_id",
+        ),
+        (
+            'SELECT customer AS "ID", item_id AS "id", happened FROM events',
+            {"user_id": "ID", "item_id": "id"},
+            "'ID' and 'id' of domain 'toys' differ in upper and lower case alone",
+        ),
+        ("SELECT 1; SELECT 2", {}, "several; give one query"),
+        ("", {}, "no statement"),
+        ("SELECT ';", {}, "cannot be read"),
+    ],
+)
+def test_what_may_mean_several_columns_is_named(log: str, columns: dict[str, str], message: str, database: str) -> None:
+    mapped = {"user_id": "customer", "timestamp": "happened"} | columns
+    with connect() as engine, pytest.raises(DataError, match=message):
+        source(database, log, columns=mapped).load(engine)
+
+
+def test_columns_are_found_in_the_case_that_the_database_gives(database: str) -> None:
+    log = 'SELECT customer AS "CUSTOMER", item_id AS "ITEM_ID", happened AS "HAPPENED" FROM events'
+    items = 'SELECT item_id AS "ITEM_ID", title AS "TITLE" FROM stock.items'
+    with connect() as engine:
+        tables = source(database, log, items).load(engine)
+        assert engine.value(tables.interactions[TIMESTAMP].nunique()) == len(LOG)
+    assert tables.columns["interactions"]["user_id"] == "CUSTOMER"
+
+
 # ---- PostgreSQL ------------------------------------------------------------------------------------------------------
 
 
@@ -222,15 +292,22 @@ def test_a_postgres_server_gives_what_files_give(server: str, from_files: Path, 
         with connection.cursor() as cursor:
             cursor.executemany("INSERT INTO events VALUES (%s, %s, %s, %s, 'x')", LOG)
             cursor.executemany("INSERT INTO stock.items VALUES (%s, %s, %s)", ITEMS)
+        connection.execute('CREATE VIEW "Odd" AS SELECT * FROM events')
+        connection.execute("ALTER DATABASE postgres SET default_transaction_read_only = on")
     url = f"postgres://cprec@/postgres?host={server}"
     for number, log in enumerate(
         (
             "events",
+            "EVENTS",
             "SELECT customer, item_id, to_timestamp(happened) AS happened, rating FROM events",
+            '-- all\n(SELECT customer AS "CUSTOMER", item_id, happened::numeric(20, 6), rating FROM "Odd"); -- of it',
+            "WITH e AS (TABLE events) SELECT e.*, 'a' AS note FROM e ORDER BY happened;",
         )
     ):
         folder = build_dataset([source(url, log)], tmp_path / f"data{number}")
         assert tables(folder) == tables(from_files)
+    with pytest.raises(DataError, match="'customer' and 'customer' of the interactions"):
+        build_dataset([source(url, "SELECT a.*, b.* FROM events a, events b")], tmp_path / "none")
     with pytest.raises(DataError, match="'event', cannot be read; it has events"):
         build_dataset([source(url, "event")], tmp_path / "none")
     with pytest.raises(DataError, match="cannot be reached"):

@@ -207,7 +207,7 @@ def test_the_manifest_says_what_was_read(tmp_path: Path) -> None:
     assert (catalogue.brand.tolist(), catalogue.categories.tolist()) == (["by Acme"], [""])
     assert interactions.rating.tolist() == [4.0]
     names = pq.read_table(folder / "interactions").column_names
-    assert names == ["user_id", "item_id", "timestamp", "rating", "order", "domain"]
+    assert names == ["user_id", "item_id", "timestamp", "microsecond", "rating", "order", "domain"]
     names = pq.read_table(folder / "items").column_names
     assert names == ["item_id", "title", "brand", "categories", "description", "price", "domain"]
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -326,7 +326,7 @@ HEAD = "user_id,item_id,timestamp\n"
             HEAD + '"u","i1","07 23, 2014"\n"v","i1","07 24, 2014"\n',
             ITEMS,
             r"2 of 2 rows of the interactions of domain 'toys' cannot be used, because their timestamp cannot be read: "
-            r"'07 23, 2014', '07 24, 2014'. Accepted are seconds or milliseconds .* ISO dates .*timestamps=order",
+            r"'07 23, 2014', '07 24, 2014'. Accepted are seconds since 1970 or .* ISO dates .*timestamps=order",
         ),
         (
             HEAD + "u,x1,1406116800\nu,x2,1406116801\nu,i1,1406116802\n",

@@ -394,7 +394,10 @@ def test_what_an_encoding_does_not_have_is_set_aside(tmp_path: Path, write: Writ
         ({"domain": "Toys & Games"}, "domain='Toys & Games': use letters, digits, _ - and dots.*'Toys_Games', say"),
         ({"platform": ""}, "platform='': use letters"),
         ({"columns": {"user": "customer"}}, "columns maps user, which is not canonical; canonical columns .* user_id"),
-        ({"timestamps": "unix"}, "timestamps='unix': expected auto, seconds, milliseconds, iso, order"),
+        (
+            {"timestamps": "unix"},
+            "timestamps='unix': expected auto, seconds, milliseconds, microseconds, nanoseconds, iso, order",
+        ),
         ({"separator": ""}, "separator is empty"),
         ({"items": ()}, "items of domain 'toys' names no file"),
     ],

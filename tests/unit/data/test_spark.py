@@ -39,13 +39,23 @@ def assert_equal_folders(first: Path, second: Path) -> None:
 def dirty_log(folder: Path, seed: int) -> tuple[str, str]:
     """A log with everything that a rule looks at."""
     generator = random.Random(seed)
-    times = [*range(1_406_116_800, 1_406_116_840), "", "soon", " 1406116800", "1e9", "nan", "99999999999", "-1"]
+    times = [
+        *range(1_406_116_800, 1_406_116_820),
+        *(f"1406116802.{n:03}" for n in range(0, 40, 2)),
+        "",
+        "soon",
+        " 1406116800",
+        "1e9",
+        "nan",
+        "99999999999",
+        "-1",
+    ]
     lines = ["user_id,item_id,timestamp,rating,position"]
     for _ in range(600):
         user = generator.choice(["", " ", "ann", "bob", "Ann", "ann ", "007", "7", "élan", *map(str, range(20))])
         item = generator.choice(["", "x9", *(f"i{n}" for n in range(12))])
         rating = generator.choice(["", "4", "4.5", "good", "1e1"])
-        position = generator.choice(["", "1", "2", "x"])
+        position = generator.choice(["", "1", "2", "1.5", "9007199254740993", "x"])
         lines.append(f"{user},{item},{generator.choice(times)},{rating},{position}")
     lines.append("cut,short")
     (folder / "log.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")

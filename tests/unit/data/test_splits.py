@@ -44,7 +44,7 @@ def test_specific_queries_by_hand(make_log: Callable[..., Any]) -> None:
     assert test.query_id.tolist() == ["books/shop/alice/test"]
     assert names[test.history[0]].tolist() == ["b1", "b2", "b3"], "the validation event is known by then"
     assert names[test.target].tolist() == ["b4"]
-    assert test.timestamp.tolist() == [40]
+    assert test.time.tolist() == [40_000_000]
     validation = split.queries("books", "validation", max_history=1)
     assert names[validation.history[0]].tolist() == ["b2"], "the latest event only"
     assert names[validation.target].tolist() == ["b3"]
@@ -195,9 +195,9 @@ def test_cuts_of_a_whole_log_hold_in_its_parts(make_log: Callable[..., Any]) -> 
     catalogue, log, domains = make_log(rows)
     spec = SplitSpec(method="global-time", validation_fraction=0.2, test_fraction=0.2)
     whole = make_split(catalogue, log, domains, spec)
-    times, counts = np.unique(log.timestamp, return_counts=True)
+    times, counts = np.unique(log.time, return_counts=True)
     cuts = cut_times(spec, domains, times, counts)
-    assert cuts == (303, 404), "the 19th and the 25th of 30 events"
+    assert cuts == (303_000_000, 404_000_000), "the 19th and the 25th of 30 events"
     found = [
         make_split(catalogue, log.select(mask), domains, spec, cuts=cuts).part.tolist()
         for mask in (log.user < 2, (log.user >= 2) & (log.user < 5), log.user == 5)

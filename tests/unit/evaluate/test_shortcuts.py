@@ -74,7 +74,7 @@ def world(*, has_times: bool = True, events: Sequence[Sequence[int]] = EVENTS) -
         user_id=np.array([f"u{n}" for n in range(len(events))], dtype=object),
         user=np.repeat(np.arange(len(events)), lengths),
         item=np.concatenate([np.array(of_user) for of_user in events]),
-        timestamp=np.concatenate([np.array(of_user) for of_user in days]),
+        time=np.concatenate([np.array(of_user) for of_user in days]),
         rating=np.full(sum(lengths), np.nan),
     )
     return make_split(catalogue, log, {"shop": DomainInfo("shop", "p", has_times)}, SplitSpec())

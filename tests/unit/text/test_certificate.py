@@ -18,6 +18,7 @@ import pytest
 
 from cprec import cli
 from cprec.data.dataset import POPULARITY, part_path, read_split, slot_of
+from cprec.data.interactions import SECOND
 from cprec.data.ragged import Ragged
 from cprec.data.sources.tables import TableSource
 from cprec.data.splits import Split, SplitSpec
@@ -688,7 +689,7 @@ def earlier(shop: Shop, row: dict[str, Any]) -> tuple[str, int]:
     log, catalogue = shop.split.interactions, shop.split.catalogue
     mine = (log.user_id[log.user] == row["user_id"]) & (catalogue.domain[log.item] == 0)
     event = np.flatnonzero(mine)[0]
-    return str(catalogue.item_id[log.item[event]]), int(log.timestamp[event])
+    return str(catalogue.item_id[log.item[event]]), int(log.time[event] // SECOND)
 
 
 def show(row: dict[str, Any], domain: str, item: str) -> None:
@@ -747,7 +748,7 @@ def test_a_mixed_history_that_shows_a_later_or_a_test_event_of_another_domain_is
     def games(row: dict[str, Any]) -> list[int]:
         """Test events of games: later ones, or (they may never be shown with last-n) earlier ones."""
         mine = tests & (log.user_id[log.user] == row["user_id"])
-        mine &= (log.timestamp > row["timestamp"]) if by_time else (log.timestamp < row["timestamp"])
+        mine &= (log.time > row["timestamp"] * SECOND) if by_time else (log.time < row["timestamp"] * SECOND)
         shown = dict.fromkeys(row["history_item"])
         return [event for event in np.flatnonzero(mine) if catalogue.item_id[log.item[event]] not in shown]
 

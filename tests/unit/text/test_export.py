@@ -18,6 +18,7 @@ import pytest
 from cprec import cli
 from cprec.data import build
 from cprec.data.dataset import read_split
+from cprec.data.interactions import SECOND
 from cprec.data.sources.recbole import RecBoleSource
 from cprec.data.sources.synthetic import SyntheticConfig
 from cprec.data.sources.tables import TableSource
@@ -106,7 +107,7 @@ def events(data: Path, domain: str, part: str | None = None) -> list[tuple[str, 
     mask = catalogue.domain[log.item] == catalogue.domain_index(domain)
     if part:
         mask &= split.events(part)
-    rows = zip(log.user_id[log.user[mask]], catalogue.item_id[log.item[mask]], log.timestamp[mask], strict=True)
+    rows = zip(log.user_id[log.user[mask]], catalogue.item_id[log.item[mask]], log.time[mask] // SECOND, strict=True)
     return [(user, item, int(time)) for user, item, time in rows]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -49,14 +51,15 @@ class ConnectionSource:
     """What Ibis connects to, as duckdb://shop.db or postgres://user@host/database. $NAME is the environment variable of
     that name: write passwords so, because settings are recorded."""
     interactions: str
-    """The log: a table, schema.table, or a query that begins with SELECT or WITH; one row per event."""
+    """The log: a table, schema.table, or any query that the database takes; one row per event."""
     items: str
     """The items and their titles: a table, schema.table, or a query."""
     columns: dict[str, str] = field(default_factory=dict)
     """Where canonical columns (user_id, item_id, timestamp, rating, order, title, brand, categories, description,
     price) have another name, as user_id:customer."""
     timestamps: TimeFormat = "auto"
-    """seconds, milliseconds, iso (dates and timestamps of the database too), order, or auto."""
+    """seconds, milliseconds, microseconds, nanoseconds, iso (dates and timestamps of the database too), order, or
+    auto."""
 
     def __post_init__(self) -> None:
         check_names(self.domain, self.platform)
@@ -109,7 +112,8 @@ class ConnectionSource:
                 return found
             try:
                 for table, (asked, fields) in tables.items():
-                    found[table] = _fingerprint(connection, self._chosen(connection, table, asked, fields)[1])
+                    _, rows, columns, places = self._chosen(connection, table, asked, fields)
+                    found[table] = _fingerprint(connection, rows.query(places), columns)
             except DataError:  # there is no such table now
                 pass
             finally:
@@ -166,23 +170,25 @@ class ConnectionSource:
 
         from cprec.data.text_files import LINE
 
-        place, expression = self._chosen(connection, what, asked, fields)
-        columns = list(expression.columns)
-        schema = pa.schema([*expression.schema().to_pyarrow(), pa.field(LINE, pa.int64())])
+        place, found, columns, places = self._chosen(connection, what, asked, fields)
+        schema = pa.schema(
+            [pa.field(name, found.schema.field(at).type) for name, at in zip(columns, places, strict=True)]
+        )
         digest = hashlib.sha256()
 
         def numbered() -> Iterator[pa.RecordBatch]:
             row = 0
-            for batch in _batches(connection, expression):
-                batch = pa.Table.from_batches([batch]).select(columns).cast(expression.schema().to_pyarrow())
-                numbers = pa.array(range(row + 1, row + batch.num_rows + 1), pa.int64())
-                row += batch.num_rows
-                for part in batch.append_column(LINE, numbers).combine_chunks().to_batches():
+            for batch in found.batches(places):
+                table = pa.Table.from_batches([batch]).rename_columns(columns).cast(schema)  # whatever names it has
+                numbers = pa.array(range(row + 1, row + table.num_rows + 1), pa.int64())
+                row += table.num_rows
+                for part in table.append_column(LINE, numbers).combine_chunks().to_batches():
                     digest.update(part.serialize())
                     yield part.replace_schema_metadata(None)
 
         try:
-            rows = engine.from_batches(pa.RecordBatchReader.from_batches(schema, numbered()))
+            lined = schema.append(pa.field(LINE, pa.int64()))
+            rows = engine.from_batches(pa.RecordBatchReader.from_batches(lined, numbered()))
         except DataError:
             raise
         except Exception as error:
@@ -191,29 +197,43 @@ class ConnectionSource:
         rows = rows.mutate(ibis.literal(place).name("source_file"), rows[LINE].name("sequence"))
         return RawTable(what, rows, tuple(columns), (), (Path(place),))
 
-    def _chosen(self, connection: Any, what: str, asked: str, fields: Sequence[str]) -> tuple[str, Any]:
-        """Where a table is, in words, and the columns of it that are read."""
+    def _chosen(
+        self, connection: Any, what: str, asked: str, fields: Sequence[str]
+    ) -> tuple[str, _Rows, list[str], list[int]]:
+        """Where a table is, in words, its rows, and the columns of it that are read: their names and places."""
         place = f"{self.shown}/{what}"
-        table = self._table(connection, what, asked)
-        raw = RawTable(what, table, tuple(table.columns), (), (Path(place),))
+        found = self._open(connection, what, asked)
+        raw = RawTable(what, None, tuple(found.schema.names), (), (Path(place),))
         required = (USER_ID, ITEM_ID) if what == "interactions" else (ITEM_ID, TITLE)
         columns = list(dict.fromkeys(find_columns(self.domain, raw, fields, self.columns, required).values()))
-        return place, table.select(columns)
+        if alike := sorted(name for name in columns if [other.lower() for other in columns].count(name.lower()) > 1):
+            raise DataError(
+                f"{place}: columns {' and '.join(map(repr, alike))} of domain {self.domain!r} differ in upper and "
+                "lower case alone: give one of them another name in a query"
+            )
+        return place, found, columns, [raw.columns.index(name) for name in columns]
 
-    def _table(self, connection: Any, what: str, asked: str) -> Any:
+    def _open(self, connection: Any, what: str, asked: str) -> _Rows:
+        """The rows of a table, where `asked` is a name or the database has a table of that name; else of a query."""
+        hint = ""
         try:
-            if re.match(r"\s*(select|with)\b", asked, re.I):
-                return _query(connection, f"cprec_{what}", asked.rstrip().rstrip(";"))
-            schema, _, name = asked.rpartition(".")
-            return connection.table(name, database=schema or None)
-        except Exception as error:
-            import difflib
-
+            name = _name(connection, asked)
+            if name is None and not _is_query(connection, asked):
+                schema, _, last = asked.rpartition(".")
+                with suppress(Exception):  # a name with signs that have no place in one, as my-table
+                    return _of_table(connection, connection.table(last, database=schema or None))
+            if name is None:
+                return _of_query(connection, _statement(connection, asked))
             try:
-                near = difflib.get_close_matches(asked.rpartition(".")[2], _tables(connection), n=3, cutoff=0.4)
+                return _of_table(connection, _table(connection, name))
+            except _Ambiguous:
+                raise
             except Exception:
-                near = []
-            hint = f"; it has {', '.join(near)}" if near else ""
+                with suppress(Exception):
+                    near = difflib.get_close_matches(name[-1], _tables(connection), n=3, cutoff=0.4)
+                    hint = f"; it has {', '.join(near)}" if near else ""
+                raise
+        except Exception as error:
             raise DataError(
                 f"{self.shown}: {what} of domain {self.domain!r}, {asked!r}, cannot be read{hint} ({_brief(error, '')})"
             ) from None
@@ -228,11 +248,11 @@ _ROW_HASH = {
 """Kind of connection -> the hash of a whole row there, as a number that can be summed."""
 
 
-def _fingerprint(connection: Any, expression: Any) -> str | None:
-    """The number of rows of an expression and a sum over their hashes, made by the database; None where it cannot."""
-    columns = ", ".join('"' + name.replace('"', '""') + '"' for name in expression.columns)
-    row_hash = _ROW_HASH[connection.name].format(columns=columns)
-    query = f"SELECT count(*), sum({row_hash}) FROM ({connection.compile(expression)}) cprec_row"
+def _fingerprint(connection: Any, query: str, columns: Sequence[str]) -> str | None:
+    """The number of rows of a query and a sum over their hashes, made by the database; None where it cannot."""
+    quoted = ", ".join('"' + name.replace('"', '""') + '"' for name in columns)
+    row_hash = _ROW_HASH[connection.name].format(columns=quoted)
+    query = f"SELECT count(*), sum({row_hash}) FROM (\n{query}\n) cprec_row"
     if connection.name == "duckdb":
         import duckdb
 
@@ -247,7 +267,7 @@ def _fingerprint(connection: Any, expression: Any) -> str | None:
 
         kind = "PostgreSQL"
         try:
-            with connection.con.cursor() as cursor:
+            with connection.con.transaction(), connection.con.cursor() as cursor:
                 rows = cursor.execute(query).fetchall()
         except psycopg.Error:  # what speaks its protocol may lack the function
             return None
@@ -262,6 +282,83 @@ def _hash_values(*values: Any) -> int:
     return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=4).digest())
 
 
+# ---- names and queries -----------------------------------------------------------------------------------------------
+
+
+class _Ambiguous(Exception):
+    """Several names are meant."""
+
+
+def _name(connection: Any, asked: str) -> tuple[str, ...] | None:
+    """The parts of a table's name, as the database writes names: catalog, schema and table, or fewer; None of a query.
+
+    A name may have quotes, and comments and a semicolon around it.
+    """
+    from sqlglot import errors, exp, maybe_parse
+
+    try:
+        table = maybe_parse(asked, into=exp.Table, dialect=connection.dialect)
+    except errors.SqlglotError:
+        return None
+    is_name = isinstance(table.this, exp.Identifier) and not table.alias and not table.args.get("joins")
+    return tuple(part for part in (table.catalog, table.db, table.name) if part) if is_name else None
+
+
+def _is_query(connection: Any, asked: str) -> bool:
+    """Whether the text reads as a query; of what no other database knows this cannot be told."""
+    from sqlglot import errors, exp, parse_one
+
+    try:
+        return isinstance(parse_one(asked, dialect=connection.dialect), (exp.Query, exp.Values, exp.Pivot))
+    except errors.SqlglotError:
+        return False
+
+
+def _statement(connection: Any, asked: str) -> str:
+    """The one statement of a query, without comments and semicolons before and after it."""
+    from sqlglot import TokenType, errors, tokenize
+
+    try:
+        tokens = tokenize(asked, dialect=connection.dialect)
+    except errors.SqlglotError:
+        return asked.strip().rstrip(";")
+    while tokens and tokens[-1].token_type == TokenType.SEMICOLON:
+        tokens.pop()
+    if not tokens or any(token.token_type == TokenType.SEMICOLON for token in tokens):
+        raise ValueError("it holds no statement, or several; give one query")
+    return asked[tokens[0].start : tokens[-1].end + 1]
+
+
+def _table(connection: Any, name: tuple[str, ...]) -> Any:
+    """A table by its name; where there is none exactly so, by the one that differs in upper and lower case alone."""
+    *place, last = name
+    database: Any = tuple(place) if len(place) > 1 else place[0] if place else None
+    try:
+        return connection.table(last, database=database)
+    except Exception as error:
+        if connection.name == "duckdb":  # finds names in any case by itself
+            raise
+        try:
+            if place and (folded := _folded(place[-1], connection.list_databases())):
+                database = (*place[:-1], folded) if len(place) > 1 else folded
+            found = _folded(last, connection.list_tables(database=database))
+        except _Ambiguous:
+            raise
+        except Exception:
+            found = None
+        if found is None:
+            raise error from None
+        return connection.table(found, database=database)
+
+
+def _folded(name: str, names: Sequence[str]) -> str | None:
+    """The one of some names that is `name` but for upper and lower case, None where there is none."""
+    found = [other for other in names if other.lower() == name.lower()]
+    if len(found) > 1 and name not in found:
+        raise _Ambiguous(f"{' and '.join(map(repr, sorted(found)))} are there: write the one that is meant")
+    return name if name in found else next(iter(found), None)
+
+
 def _tables(connection: Any) -> list[str]:
     if connection.name == "duckdb":
         rows = connection.con.sql("SELECT table_name FROM information_schema.tables").fetchall()
@@ -269,36 +366,98 @@ def _tables(connection: Any) -> list[str]:
     return list(connection.list_tables())
 
 
-def _query(connection: Any, name: str, query: str) -> Any:
-    """A query as a table. Where Ibis's own way fails with today's drivers, through a temporary view of this session."""
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What a table or a query gives."""
+
+    schema: pa.Schema
+    """All its columns; a query may give several the same name."""
+    batches: Callable[[Sequence[int]], Iterator[pa.RecordBatch]]
+    """The columns at some places, in batches, asked for so that the database sends no more at once."""
+    query: Callable[[Sequence[int]], str]
+    """The query of these columns, as the database takes it."""
+
+
+def _of_table(connection: Any, table: Any) -> _Rows:
+    def query(places: Sequence[int]) -> str:
+        return str(connection.compile(table.select([table[place] for place in places])))
+
+    def batches(places: Sequence[int]) -> Iterator[pa.RecordBatch]:
+        expression = table.select([table[place] for place in places])
+        if connection.name == "duckdb":
+            yield from connection.con.sql(query(places)).to_arrow_reader(BATCH_ROWS)
+        elif connection.name == "postgres":
+            yield from _from_postgres(connection, query(places), expression.schema().to_pyarrow())
+        else:
+            yield from connection.to_pyarrow_batches(expression, chunk_size=BATCH_ROWS)
+
+    return _Rows(table.schema().to_pyarrow(), batches, query)
+
+
+def _of_query(connection: Any, query: str) -> _Rows:
+    """A query, handed over as it is where Ibis's own way takes fewer, or fails with today's drivers."""
     if connection.name == "duckdb":
-        connection.con.sql(f"CREATE TEMP VIEW {name} AS {query}")
-    elif connection.name == "postgres":
-        with connection.con.cursor() as cursor:
-            cursor.execute(f"CREATE TEMP VIEW {name} AS {query}")
-    else:
-        return connection.sql(query)
-    return connection.table(name)
+        return _of_duckdb(connection.con, query)
+    if connection.name == "postgres":
+        return _of_postgres(connection, query)
+    return _of_table(connection, connection.sql(query))
 
 
-def _batches(connection: Any, expression: Any) -> Iterator[pa.RecordBatch]:
-    """The rows of an expression a batch at a time, asked for so that the database sends no more at once."""
-    if connection.name == "duckdb":
-        yield from connection.con.sql(connection.compile(expression)).to_arrow_reader(BATCH_ROWS)
-    elif connection.name == "postgres":
-        yield from _from_postgres(connection, expression)
-    else:
-        yield from connection.to_pyarrow_batches(expression, chunk_size=BATCH_ROWS)
+def _of_duckdb(connection: Any, query: str) -> _Rows:
+    import pyarrow as pa
+
+    relation = connection.sql(query)
+    if relation is None:
+        raise ValueError("it gives no rows")
+    types = [
+        field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        for field in relation.limit(0).to_arrow_table().schema
+    ]
+    schema = pa.schema([pa.field(name, kind) for name, kind in zip(relation.columns, types, strict=True)])
+
+    def numbered(places: Sequence[int]) -> str:
+        return ", ".join(f"#{place + 1}" for place in places)
+
+    def batches(places: Sequence[int]) -> Iterator[pa.RecordBatch]:
+        yield from relation.project(numbered(places)).to_arrow_reader(BATCH_ROWS)
+
+    return _Rows(schema, batches, lambda places: relation.project(numbered(places)).sql_query())
 
 
-def _from_postgres(connection: Any, expression: Any) -> Iterator[pa.RecordBatch]:
+def _of_postgres(connection: Any, query: str) -> _Rows:
+    import ibis
+    import pyarrow as pa
+    from ibis.backends.sql.datatypes import PostgresType
+
+    with connection.con.transaction(), connection.con.cursor() as cursor:
+        cursor.execute(f"SELECT * FROM (\n{query}\n) AS asked LIMIT 0")
+        names = [column.name for column in cursor.description]
+        kinds = [(cursor.pgresult.ftype(place), cursor.pgresult.fmod(place)) for place in range(len(names))]
+        spelt = [cursor.execute("SELECT format_type(%s, %s)", kind).fetchone()[0] for kind in kinds]
+    types = [ibis.schema({"column": PostgresType.from_string(kind)}).to_pyarrow().field(0).type for kind in spelt]
+
+    def chosen(places: Sequence[int]) -> str:
+        numbered = ", ".join(f"c{place}" for place in range(len(names)))
+        wanted = ", ".join(f"c{place}" for place in places)
+        return f"SELECT {wanted} FROM (\n{query}\n) AS asked({numbered})"
+
+    def batches(places: Sequence[int]) -> Iterator[pa.RecordBatch]:
+        schema = pa.schema([(f"c{place}", types[place]) for place in places])
+        yield from _from_postgres(connection, chosen(places), schema)
+
+    return _Rows(pa.schema([pa.field(name, kind) for name, kind in zip(names, types, strict=True)]), batches, chosen)
+
+
+def _from_postgres(connection: Any, query: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """Through a cursor of the server: an ordinary one brings the whole result at once."""
     import pyarrow as pa
 
-    schema = expression.schema().to_pyarrow()
     with connection.con.transaction(), connection.con.cursor(name="cprec") as cursor:
         cursor.itersize = BATCH_ROWS
-        cursor.execute(connection.compile(expression))
+        cursor.execute(query)
         while rows := cursor.fetchmany(BATCH_ROWS):
             columns = zip(*rows, strict=True)
             yield pa.record_batch(

@@ -22,7 +22,7 @@ class MemorySource:
     items: pa.Table
     """item_id, title; optionally brand, categories, description, price."""
     interactions: pa.Table
-    """user_id, item_id, timestamp (int64 seconds UTC, or a position); optionally rating, order."""
+    """user_id, item_id, timestamp (seconds UTC, or a position); optionally rating, order."""
     has_times: bool = True
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ from cprec.schema import (
 if TYPE_CHECKING:
     from cprec.data.engine import TableEngine
 
-TimeFormat = Literal["auto", "seconds", "milliseconds", "iso", "order"]
+TimeFormat = Literal["auto", "seconds", "milliseconds", "microseconds", "nanoseconds", "iso", "order"]
 
 DEFAULT_NAMES: dict[str, tuple[str, ...]] = {
     USER_ID: ("user_id", "user", "userId", "uid", "reviewerID", "customer_id", "visitorid"),
@@ -72,9 +72,9 @@ class SourceTables:
     """item_id, title, brand, categories, description (text), price (float64), file (text), line, sequence (int64), and
     problem (text): why the row cannot be used, or null."""
     interactions: Any
-    """user_id, item_id (text), timestamp (int64 seconds, null where it could not be parsed), time_text (text), rating
-    (float64), position (int64, the source's own order, or null), file (text), line, sequence (int64), and problem
-    (text): why the row cannot be used, or null."""
+    """user_id, item_id (text), timestamp (int64 seconds, null where it could not be parsed), microsecond (int32: what
+    the time has beyond seconds), time_text (text), rating (float64), position (decimal, the source's own order, or
+    null), file (text), line, sequence (int64), and problem (text): why the row cannot be used, or null."""
     malformed: tuple[tuple[str, Any], ...] = ()
     """(items or interactions, table) of the rows that could not be taken apart: file, line, reason, row."""
     has_times: bool = True
@@ -133,9 +133,9 @@ class TableSource:
     """Where canonical columns (user_id, item_id, timestamp, rating, order, title, brand, categories, description,
     price) have another name in the files, as user_id:customer."""
     timestamps: TimeFormat = "auto"
-    """seconds or milliseconds since 1970 (UTC), iso (2014-07-23T18:00:00, UTC unless it says otherwise), order
-    (numbers, or just the order of rows, that only mean something within one user), or auto, which tells the first
-    three apart."""
+    """seconds, milliseconds, microseconds or nanoseconds since 1970 (UTC), iso (2014-07-23T18:00:00.250, UTC unless it
+    says otherwise), order (numbers, or just the order of rows, that only mean something within one user), or auto,
+    which tells all but the last apart. Parts of a second count, down to a microsecond."""
     separator: str | None = None
     """Between fields of delimited files; None: a comma in .csv, a tab in .tsv."""
     quote: str = '"'
@@ -540,22 +540,27 @@ def canonical_tables(
     time_format = timestamps
     if timestamps == "auto":
         time_format = _detect_time_format(engine, domain, log, log_columns[TIMESTAMP])
+    timestamp, microsecond = _times(engine, raw_time, time_format)
+    order = log_columns.get(ORDER)
+    ordered_by_time = order is not None and table[order].type().is_temporal()
     numbers = {
-        name: read_numbers(engine, raw.table, found.get(name), raw.decimal)
-        for name, raw, found in (
-            (RATING, log, log_columns),
-            (ORDER, log, log_columns),
-            (PRICE, catalogue, item_columns),
+        name: read_numbers(engine, raw.table, column, raw.decimal)
+        for name, raw, column in (
+            (RATING, log, log_columns.get(RATING)),
+            (ORDER, log, None if ordered_by_time else order),
+            (PRICE, catalogue, item_columns.get(PRICE)),
         )
     }
+    position = _position(engine, _or_null(table, order))
     interactions = table.select(
         _as_text(table[log_columns[USER_ID]]).name("user_id"),
         _as_text(table[log_columns[ITEM_ID]]).name("item_id"),
-        _seconds(raw_time, time_format).name("timestamp"),
+        timestamp.name("timestamp"),
+        microsecond.name("microsecond"),
         raw_time.cast("string").name("time_text"),
         numbers[RATING].values.name("rating"),
         _or_null(table, "problem" if "problem" in log.columns else None).name("problem"),
-        _number(table, log_columns.get(ORDER), "int64").name("position"),
+        ibis.coalesce(position, numbers[ORDER].values.try_cast(POSITION)).name("position"),
         table["source_file"].name("file"),
         table["line_in_file"].cast("int64").name("line"),
         table["sequence"],
@@ -602,25 +607,31 @@ def find_columns(
 ) -> dict[str, str]:
     """The source column of each canonical one: the one mapped, or the first default name that is there.
 
-    Raises DataError for a mapped column that is in no file, and for a required one that is not found.
+    Databases fold names to upper or lower case: a name that is not there exactly so is found in another case.
+
+    Raises DataError for a required column that is not found, and where several could be meant.
     """
-    lower = {name.lower(): name for name in reversed(raw.columns)}
     found: dict[str, str] = {}
     for name in fields:
-        if name in mapping:
-            if mapping[name] in raw.columns:
-                found[name] = mapping[name]
-            else:
-                raise _missing_column(domain, raw, name, "", mapping[name])
-            continue
-        for alias in DEFAULT_NAMES[name]:
-            if alias in raw.columns or alias.lower() in lower:
-                found[name] = alias if alias in raw.columns else lower[alias.lower()]
-                break
-        else:
-            if name in required:
-                raise _missing_column(domain, raw, name, "")
+        wanted = (mapping[name],) if name in mapping else DEFAULT_NAMES[name]
+        columns = next(filter(None, (_named(raw.columns, alias) for alias in wanted)), [])
+        if len(columns) > 1:
+            raise DataError(
+                f"{raw.files[0]}: {' and '.join(map(repr, columns))} of the {raw.what} of domain {domain!r} may each "
+                f"be meant by {name}: give the columns different names, or map the right one: columns.{name}=COLUMN"
+            )
+        if columns:
+            found[name] = columns[0]
+        elif name in mapping or name in required:
+            raise _missing_column(domain, raw, name, "", mapping.get(name))
     return found
+
+
+def _named(columns: Sequence[str], name: str) -> list[str]:
+    """The columns of a name, or, where there is none, of that name in another case."""
+    return [other for other in columns if other == name] or [
+        other for other in columns if other.lower() == name.lower()
+    ]
 
 
 def _missing_column(domain: str, raw: RawTable, name: str, otherwise: str, mapped: str | None = None) -> DataError:
@@ -679,13 +690,13 @@ def _exact(number: Any) -> Any:
     return ibis.ifelse(~number.isnan() & (number.abs() < EXACT), number, ibis.null("float64")).cast("float64")
 
 
-def _number(table: Any, column: str | None, kind: str) -> Any:
-    import ibis
-
-    if column is None:
-        return ibis.null(kind)
-    number = table[column].try_cast("float64")
-    return ibis.ifelse(number.isnan() | number.isinf(), ibis.null("float64"), number).try_cast(kind)
+def _position(engine: TableEngine, value: Any) -> Any:
+    """The source's own order: numbers with all their digits, and times as microseconds."""
+    kind = value.type()
+    if kind.is_timestamp() or kind.is_date():
+        seconds, microsecond = _times(engine, value, "iso")
+        value = seconds * 10**6 + microsecond
+    return value.try_cast(POSITION)
 
 
 # ---- timestamps ------------------------------------------------------------------------------------------------------
@@ -695,16 +706,22 @@ EXACT = 2.0**53
 MIN_SECONDS = 1e8
 """Smaller numbers (before March 1973) are no times of a log: auto takes them for positions, and asks."""
 MAX_SECONDS = 1e11
-"""Larger numbers (from the year 5138 on) are no seconds: auto takes them for milliseconds."""
-MAX_MILLISECONDS = 1e14
-"""Larger numbers are microseconds or nanoseconds, which are not accepted."""
+"""Larger numbers (from the year 5138 on) are no seconds: auto takes them for a finer unit, each for 1,000 times as
+large ones."""
+PER_SECOND = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
+POSITION = "decimal(38, 9)"
+"""Positions may have all the digits of an int64, or a fraction."""
 LATEST_SECONDS = 4_102_444_800
 """The year 2100: from then on, and before 1970, no event has happened."""
 MIXED_SHARE = 0.1
 """Where more of the times than this are of another format, auto asks; fewer are rejected row by row."""
 
 OUT_OF_RANGE = "timestamp before 1970 or after 2099"
-SECONDS_AMONG = "timestamp in seconds among milliseconds"
+COARSER = {
+    "milliseconds": "timestamp in seconds among milliseconds",
+    "microseconds": "timestamp in a coarser unit among microseconds",
+    "nanoseconds": "timestamp in a coarser unit among nanoseconds",
+}
 TOO_EARLY = "timestamp before March 1973, which auto takes for none"
 
 
@@ -713,20 +730,37 @@ def _moment(value: Any) -> Any:
     return value if value.type().is_timestamp() else value.try_cast("timestamp('UTC')")
 
 
-def _seconds(value: Any, time_format: str) -> Any:
-    """int64 seconds since 1970 UTC, or positions; null where a value is not of the format."""
+def _times(engine: TableEngine, value: Any, time_format: str) -> tuple[Any, Any]:
+    """int64 seconds since 1970 UTC, or positions, and int32 microseconds beyond them; null where a value is not of the
+    format."""
     import ibis
 
     if time_format == "iso":
-        return _moment(value).truncate("s").epoch_seconds().cast("int64")
+        moment = _moment(value)
+        return moment.truncate("s").epoch_seconds().cast("int64"), engine.microsecond(moment).cast("int32")
     number = value.try_cast("float64")
-    if time_format == "milliseconds":
-        number = number / 1000
-    floor = _exact(number).floor().cast("int64")
     if time_format == "order":  # positions may have more digits than a float
-        return ibis.coalesce(floor, value.try_cast("int64"))
+        floor = _exact(number).floor()
+        timestamp = ibis.coalesce(floor.cast("int64"), value.try_cast("int64"))
+        return timestamp, ibis.coalesce(_rest(number - floor, 1), 0).cast("int32")
+    per_second = PER_SECOND[time_format]
+    seconds = number / per_second
+    floor = _exact(seconds).floor()
+    rest = _rest(number - floor * per_second, per_second)
+    if time_format == "nanoseconds":  # they have more digits than a float, and no fraction
+        whole = value.try_cast("int64")
+        beyond = whole % per_second
+        exact = ((whole - beyond) / per_second).round()
+        floor = ibis.ifelse(whole >= 0, exact, floor)
+        rest = (beyond / 1000).floor()
     # Where there is a number but no time can be as large, it is told from what cannot be read.
-    return ibis.ifelse(floor.isnull() & (number.abs() < 1e300), LATEST_SECONDS, floor)
+    timestamp = ibis.ifelse(floor.isnull() & (seconds.abs() < 1e300), LATEST_SECONDS, floor.cast("int64"))
+    return timestamp, rest.cast("int32")
+
+
+def _rest(rest: Any, per_second: int) -> Any:
+    """A part of a second in whole microseconds, the nearest of the same second."""
+    return (rest * (10**6 / per_second)).round().clip(0, 999_999)
 
 
 def _time_problem(seconds: Any, time_format: str, *, is_guessed: bool) -> Any:
@@ -737,15 +771,15 @@ def _time_problem(seconds: Any, time_format: str, *, is_guessed: bool) -> Any:
     if time_format == "order":
         return none
     cases = [((seconds < 0) | (seconds >= LATEST_SECONDS), OUT_OF_RANGE)]
-    if time_format == "milliseconds":
-        cases.append((seconds < MAX_SECONDS / 1000, SECONDS_AMONG))
+    if time_format in COARSER:
+        cases.append((seconds < MIN_SECONDS, COARSER[time_format]))
     if time_format == "seconds" and is_guessed:
         cases.append((seconds < MIN_SECONDS, TOO_EARLY))
     return ibis.cases(*cases, else_=none)
 
 
 def _detect_time_format(engine: TableEngine, domain: str, log: RawTable, column: str) -> str:
-    """seconds, milliseconds or iso: what most values are. Raises DataError where they are of several formats, of none,
+    """seconds, a finer unit, or iso: what most values are. Raises DataError where they are of several formats, of none,
     or look like positions."""
     import ibis
 
@@ -756,9 +790,8 @@ def _detect_time_format(engine: TableEngine, domain: str, log: RawTable, column:
     number = value.try_cast("float64")
     size = number.abs()
     families = {
-        "seconds": (size >= MIN_SECONDS) & (size < MAX_SECONDS),
-        "milliseconds": (size >= MAX_SECONDS) & (size < MAX_MILLISECONDS),
-        "microseconds": (size >= MAX_MILLISECONDS) & (size < 1e300),
+        unit: (size >= MIN_SECONDS * per_second) & (size < MAX_SECONDS * per_second)
+        for unit, per_second in PER_SECOND.items()
     }
     if kind.is_string():
         families["iso"] = _moment(ibis.ifelse(number.isnull(), value, ibis.null("string"))).notnull()
@@ -771,7 +804,6 @@ def _detect_time_format(engine: TableEngine, domain: str, log: RawTable, column:
         return repr(engine.value(value.cast("string").min(where=holds)))
 
     where = f"{log.files[0]}: the values of {column} (domain {domain!r})"
-    finer = counts.pop("microseconds")
     best, *others = sorted(counts, key=lambda name: -counts[name])
     for other in others:
         if counts[other] > MIXED_SHARE * (counts[best] + counts[other]):
@@ -780,11 +812,6 @@ def _detect_time_format(engine: TableEngine, domain: str, log: RawTable, column:
                 f"{counts[other]:,} {other} (as {example(families[other])}); write all of them alike, or choose one "
                 f"with timestamps={best}, which rejects the others"
             )
-    if finer > counts[best]:
-        raise DataError(
-            f"{where} are too large for milliseconds since 1970, as {example(families['microseconds'])}: are they "
-            "microseconds or nanoseconds? Divide them, or write dates as 2014-07-23T18:00:00"
-        )
     if counts.get("iso", 0) > numbers or not numbers or middle is None:
         return "iso"  # where nothing can be parsed, rows are rejected one by one, and the message shows some
     if middle < MIN_SECONDS:
