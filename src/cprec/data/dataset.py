@@ -131,7 +131,7 @@ def read_split(folder: str | Path, part: int | None = None, catalogue: Catalogue
 
 
 def with_microsecond(events: pa.Table) -> pa.Table:
-    """A table of events or queries that has `microsecond`: folders of earlier versions have whole seconds, and no such column."""
+    """A table of events or queries with `microsecond`: folders of earlier versions have whole seconds, and none."""
     if MICROSECOND in events.column_names:
         return events
     return events.append_column(MICROSECOND, pa.array(np.zeros(events.num_rows, dtype=np.int32)))
