@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import operator
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -416,7 +417,7 @@ class _DomainBuilder:
         alike = alike.group_by("clean").aggregate(n=alike.count(), spellings=spellings)
         several = alike.filter(alike["spellings"] > 1)
         self.titles["made_equal"] = int(self.engine.value(several["n"].sum()) or 0)
-        shown = "; ".join(f"{_shown(before)} -> {_shown(after)}" for before, after in self.titles["examples"])
+        shown = "; ".join(_change(before, after) for before, after in self.titles["examples"])
         equal = self.titles["made_equal"]
         self.tell(
             f"{self.domain}: titles that cleaning changed: {self.titles['changed']:,}, as {shown}"
@@ -750,9 +751,22 @@ def _problem(table: Any) -> list[tuple[Any, Any]]:
     return [(table[PROBLEM].notnull(), table[PROBLEM])] if PROBLEM in table.columns else []
 
 
-def _shown(title: str, most: int = 80) -> str:
-    """A title in quotes, with what is invisible spelt out; a long one is cut."""
-    return repr(title) if len(title) <= most else f"{title[:most]!r}..."
+def _change(before: str, after: str, most: int = 60) -> str:
+    """What became of a title, in quotes, with what is invisible spelt out; of a long one the part that changed.
+
+    >>> _change("a pot  for tea", "a pot for tea")
+    "'a pot  for tea' -> 'a pot for tea'"
+    >>> _change("x" * 50 + "5\u201d", "x" * 50 + "5", most=8)
+    "...'xxx5\u201d' -> ...'xxx5'"
+    """
+    start = max(0, len(os.path.commonprefix([before, after])) - most // 2)
+    start = 0 if len(before) <= most else start
+
+    def shown(title: str) -> str:
+        part = title[start : start + most]
+        return "..." * (start > 0) + repr(part) + "..." * (start + most < len(title))
+
+    return f"{shown(before)} -> {shown(after)}"
 
 
 def _is_blank(column: Any) -> Any:

@@ -10,6 +10,9 @@ from cprec.data.ragged import Ragged
 from cprec.schema import BRAND, CATEGORIES, TITLE
 from cprec.text.encoding import PromptEncoder
 
+SPELT = 0.5
+"""Tokens for each character from which on a text is spelt in pieces rather than read in words: the tokenizer is of
+another language. English has some 0.25."""
 NOTABLE = 0.01
 """Share of a domain's items, or loss of NDCG, from which on `notes` says something."""
 MAX_SHOWN = 3
@@ -47,10 +50,12 @@ def shared_texts(encoder: PromptEncoder, tokenizer: Any, domain: str, events_I: 
     text, _ = catalogue.texts_of(domain, encoder.template.item_fields)
     family = np.bincount(read_as)[read_as]
     some = np.flatnonzero(family > 1)
-    whole = encoder.whole_titles(tokenizer, rows[some]).numbers()
+    uncut = encoder.whole_titles(tokenizer, rows[some])
+    whole = uncut.numbers()
     unknown = np.flatnonzero(_has(tokens, tokenizer.unk_token_id))
     empty = np.flatnonzero(tokens.lengths == 0)
     titles = catalogue.title[rows]
+    characters = sum(map(len, titles[some]))
     return {
         "items": len(rows),
         "texts": len(np.unique(read_as)),
@@ -60,6 +65,7 @@ def shared_texts(encoder: PromptEncoder, tokenizer: Any, domain: str, events_I: 
         "equal": int((np.bincount(text)[text] > 1).sum()),
         "equal_once_tokenised": int(_holds_several(whole, text[some]).sum()),
         "equal_once_cut": int(_holds_several(read_as[some], whole).sum()),
+        "tokens_per_character": round(len(uncut.values) / characters, 2) if characters else 0.0,
         "unknown_tokens": len(unknown),
         "empty": len(empty),
         "examples": {
@@ -96,10 +102,12 @@ def _what_to_do(domain: str, found: dict[str, Any], encoder: PromptEncoder) -> s
     catalogue, used = encoder.catalogue, encoder.template.item_fields
     rows = catalogue.rows_of(domain)
     more = [name for name in (BRAND, CATEGORIES) if name not in used and (getattr(catalogue, name)[rows] != "").any()]
+    is_spelt = found["equal_once_cut"] and found["tokens_per_character"] >= SPELT
+    is_foreign = found["equal_once_tokenised"] or is_spelt
     beside = f"(prepare.item_fields={','.join((*used, *more[:1]) if more else (TITLE, BRAND))})"
     ways = [
         "raise max_title_tokens" if found["equal_once_cut"] else "",
-        "choose a tokenizer for their language" if found["equal_once_cut"] or found["equal_once_tokenised"] else "",
+        "choose a tokenizer for their language" if is_foreign else "",
         f"put another field beside the title {beside}" if more or len(used) == 1 else "",
         "write what sets them apart into their titles" if not more else "",
     ]

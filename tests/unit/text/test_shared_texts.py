@@ -71,6 +71,7 @@ def test_items_of_one_text_are_counted_by_what_made_them_equal(by_words: Any) ->
         "equal": 2,
         "equal_once_tokenised": 5,  # Red and red, Drachen and Papierdrachen
         "equal_once_cut": 2,
+        "tokens_per_character": 0.21,
         "unknown_tokens": 2,
         "empty": 0,
         "examples": {
@@ -114,7 +115,16 @@ def test_titles_of_a_script_that_is_cut_early() -> None:
         encoder = PromptEncoder(tokenizer, catalogue, max_title_tokens=most)
         found = shared_texts(encoder, tokenizer, "toys", np.zeros(11))
         assert (found["equal_once_cut"], found["unknown_tokens"]) == (shared, 0)
-        assert len(notes("toys", found, encoder)) == (shared > 0)
+        told = notes("toys", found, encoder)
+        assert len(told) == (shared > 0)
+        assert all("Raise max_title_tokens, or choose a tokenizer for their language" in note for note in told)
+
+
+def test_no_other_tokenizer_for_titles_that_are_read_in_words() -> None:
+    tokenizer = train_tokenizer(["River Tulip Hazel", "River Tulip Amber"] * 9, 400)
+    encoder = PromptEncoder(tokenizer, catalogue_of(["River Tulip Hazel", "River Tulip Amber"]), max_title_tokens=2)
+    (note,) = notes("toys", shared_texts(encoder, tokenizer, "toys", np.ones(2)), encoder)
+    assert "Raise max_title_tokens, or put another field beside the title" in note
 
 
 @pytest.fixture
