@@ -9,7 +9,7 @@
 constraint step of each (mask and choice), the score of every title by our passes to teacher forcing of each, and a
 user who comes back. FILE has one title a line; without it titles are generated. `models`, trained models on the test
 queries of a data folder: exact search and beams of 10, 20 and 50 on the same queries (metrics, time, prefixes read,
-share of the exact list). `grow`: prefixes read and time as the catalogue grows by generated titles, and as K does,
+share of the exact list, distinct scores among the K best). `grow`: prefixes read and time as the catalogue grows by generated titles, and as K does,
 trained and random.
 """
 
@@ -260,7 +260,8 @@ def models(args: argparse.Namespace) -> None:
     print(f"{args.domain}, {len(queries):,} queries, K = {args.k}, {torch.get_num_threads()} threads")
     for name, folder in (text.split("=", 1) for text in args.model):
         print(
-            f"\n{name}\n{'':10} NDCG   Recall  ms/query  prefixes  proven  of exact list  mean gap   NDCG less exact's"
+            f"\n{name}\n{'':10} NDCG   Recall  ms/query  prefixes  proven  of exact list  mean gap  scores   NDCG less "
+            "exact's"
         )
         exact: dict[str, set[str]] = {}
         true_gain = np.zeros(0)
@@ -282,11 +283,12 @@ def models(args: argparse.Namespace) -> None:
                 exact = {ranking.query_id: set(ranking.item_ids) for ranking in rankings}
             share = np.mean([len(exact[r.query_id] & set(r.item_ids)) / len(exact[r.query_id]) for r in rankings])
             proofs = [ranking.certificate for ranking in rankings]
+            distinct = np.mean([len(set(ranking.scores[: args.k])) for ranking in rankings])
             print(
                 f"{mode if mode == 'exact' else f'beam {width}':9} {ndcg(better, tied, args.k).mean():7.4f} "
                 f"{recall(better, tied, args.k).mean():7.4f} {1e3 * seconds / len(rankings):8.1f} "
                 f"{np.mean([p.expanded for p in proofs]):9.0f} {np.mean([p.exact for p in proofs]):7.1%} "
-                f"{share:12.1%} {np.mean([p.gap for p in proofs]):10.2f}"
+                f"{share:12.1%} {np.mean([p.gap for p in proofs]):10.2f} {distinct:7.1f}"
                 + "   {:+.4f} ({:+.4f} to {:+.4f})".format(*bootstrap_interval(gain - true_gain, seed=0))
             )
 
