@@ -6,11 +6,11 @@
 
 `decode`, a random model of 10 M parameters: the ten best of a beam of 10 by `generate` with a trie as
 `prefix_allowed_tokens_fn` and by ours (users a second, equal lists and scores, time to that of the prompts), one
-constraint step of each (mask and choice), the score of every title by our passes to teacher forcing of each, and a
-user who comes back. FILE has one title a line; without it titles are generated. `models`, trained models on the test
-queries of a data folder: exact search and beams of 10, 20 and 50 on the same queries (metrics, time, prefixes read,
-share of the exact list, distinct scores among the K best). `grow`: prefixes read and time as the catalogue grows by generated titles, and as K does,
-trained and random.
+constraint step of each (mask and choice), the score of every title by our passes to teacher forcing of each, and a user
+who comes back. FILE has one title a line; without it titles are generated. `models`, trained models on the test queries
+of a data folder: exact search and beams of 10, 20 and 50 on the same queries (metrics, time, prefixes read, share of
+the exact list, distinct scores among the K best). `grow`: prefixes read and time as the catalogue grows by generated
+titles, and as K does, trained and random.
 """
 
 from __future__ import annotations
