@@ -280,8 +280,18 @@ def has_learned_positions(model: Any) -> bool:
 
 
 def context_of(model: Any) -> int | None:
-    """Tokens that a model was made to read at most; None where its configuration does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """Tokens that a model was made to read at most; None where its configuration does not say.
+
+    Of rotary positions of the kind `longrope` (Phi-3 with 128,000 tokens) only the original context counts: beyond it
+    all positions of a batch change with its longest text, so that a score would depend on who stands beside it.
+    """
+    config = model.config.get_text_config()
+    context: int | None = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        original = getattr(config, "original_max_position_embeddings", None)
+        context = rope.get("original_max_position_embeddings", original) or context
+    return context
 
 
 def merge_adapters(model: Any) -> Any:

@@ -16,6 +16,7 @@ from cprec.models import (
     blocks_of,
     check_attention,
     check_isolation,
+    context_of,
     load_model,
     merge_adapters,
     num_parameters,
@@ -480,6 +481,16 @@ def test_attention_that_ours_cannot_stand_for_is_refused_by_name(kind: str, why:
     model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**shape | sizes))
     with pytest.raises(ConfigError, match=why):
         check_attention(model)
+
+
+def test_of_a_stretched_context_the_original_counts() -> None:
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    factors = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 10_000.0}
+    shape = SHAPE | {"max_position_embeddings": 256, "original_max_position_embeddings": 64, "pad_token_id": 0}
+    model = Phi3ForCausalLM(Phi3Config(**shape, rope_parameters=factors))
+    assert context_of(model) == 64
+    assert context_of(tiny_llama(max_position_embeddings=256)) == 256
 
 
 def test_what_is_tried_when_a_model_is_opened_leaves_it_as_it_was() -> None:

@@ -62,7 +62,11 @@ def draw_candidates(
                 drawn = np.searchsorted(upto, generator.random(4 * size) * upto[-1], side="right")
             if choose(drawn):
                 return generator.permutation(np.array(chosen))
-    choose(generator.permutation(np.flatnonzero(drawable)))  # all that are left, each once
+    left = np.flatnonzero(drawable)  # each once: what draws without replacement, by the same weights, would give
+    if weights is None:
+        choose(generator.permutation(left))
+    else:
+        choose(left[np.argsort(generator.exponential(size=len(left)) / np.asarray(weights)[left])])
     return generator.permutation(np.array(chosen))
 
 

@@ -75,8 +75,10 @@ class Questions:
 def read_questions(config: EvaluateConfig, split: Split, domain: str) -> Questions:
     """The queries of a domain and their candidate sets, which are drawn and frozen on first use.
 
-    A query whose user had nearly all items of the domain has fewer candidates; how many such there are is said. Raises
-    ConfigError for a domain without queries, and DataError where frozen candidates are of other queries.
+    A query has fewer candidates where its user had nearly all items, or where the target's title is part of most
+    others; how many such there are is said.
+
+    Raises ConfigError for a domain without queries, and DataError where frozen candidates are of other queries.
     """
     path = Path(config.data) / "queries" / domain / f"{config.part}.parquet"
     if not path.is_file():
@@ -141,8 +143,8 @@ def _small_sets(
             alone = f", {np.sum(few == 1):,} of them the target alone" if (few == 1).any() else ""
             notes.append(
                 f"candidates ({how}): fewer than num_candidates={config.num_candidates} for {few.size:,} of "
-                f"{len(rows):,} queries ({few.min()} at least{alone}), for there are no more that their users did not "
-                "have"
+                f"{len(rows):,} queries ({few.min()} at least{alone}), for no more are outside their users' "
+                "histories with titles that can be told apart"
             )
     return notes
 

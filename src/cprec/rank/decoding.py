@@ -219,7 +219,8 @@ class _Search:
         if widest > number or self.max_nodes is not None or self.timed:
             column = torch.arange(len(prefixes), device=self.device) - (counts.cumsum(0) - counts)[prefixes.user]
             grid = torch.full((self.users, widest), -torch.inf, dtype=torch.float64, device=self.device)
-            grid[prefixes.user, column] = prefixes.bound
+            # a prefix may be impossible (-inf), and must still come before the padding
+            grid[prefixes.user, column] = prefixes.bound.clamp(min=torch.finfo(torch.float64).min)
             best = grid.topk(min(number, widest), dim=1).indices
             real = torch.arange(best.shape[1], device=self.device) < torch.minimum(wanted, counts)[:, None]
             chosen[((counts.cumsum(0) - counts)[:, None] + best)[real]] = True

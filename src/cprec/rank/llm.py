@@ -65,9 +65,9 @@ class LLMRecommender:
 
     `score` is log P(item), the `sum` over the title's tokens less log n; its `mean`, the same divided by the number of
     tokens; or the sum less what it is under an empty history (`corrected` for popularity), in which the share cancels,
-    and which is exact for candidates. Over the full catalogue a corrected score may
-    rise along a title, so no prefix bounds it: `exact` refuses it, and the others put the titles that a beam found by
-    sum into corrected order, with no certificate.
+    and which is exact for candidates. Over the full catalogue a corrected score may rise along a title, so no prefix
+    bounds it: `exact` refuses it, and the others put the titles that a beam found by sum into corrected order, with no
+    certificate.
 
     `cache_bytes` of memory keep what was read of prompts, for users who come back.
     """
@@ -500,7 +500,8 @@ class LLMRecommender:
         in_reach = sum(_may(query, item) and item not in gone for item in ids)
         if in_reach:
             raise ModelError(
-                f"none of the {in_reach:,} items of {query.domain!r} in reach was found, which must not be"
+                f"none of the {in_reach:,} items of {query.domain!r} in reach was found: this is a mistake of CPRec, "
+                "please report it"
             )
 
     def _generate(self, tree: Tree, domain: str, queries: Sequence[RankingQuery]) -> list[Ranking]:

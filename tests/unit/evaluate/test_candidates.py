@@ -68,6 +68,14 @@ def test_as_many_as_there_are_are_found_however_rarely_they_are_drawn() -> None:
     assert sorted(drawn.tolist()) == list(range(1, 20))
 
 
+def test_what_is_hard_to_draw_follows_the_weights_too() -> None:
+    """One item takes all draws; of the others those of weight 1,000 come before those of a thousandth."""
+    titles = [f"{chr(97 + row % 26)}{row:03}" for row in range(111)]
+    weights = np.array([1e15, *[1e3] * 10, *[1e-3] * 100])
+    drawn = draw_candidates("q", 0, np.array([0]), titles, 11, seed=0, weights=weights)
+    assert sorted(drawn.tolist()) == list(range(11))
+
+
 def test_frozen_sets_are_read_back(tmp_path) -> None:
     path = tmp_path / "candidates.parquet"
     write_candidates(path, ["q1", "q2"], [["a", "b"], ["c", "d"]])

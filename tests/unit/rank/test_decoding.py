@@ -253,6 +253,24 @@ def test_a_large_family_does_not_fill_the_list(model: Any, teacher_forced: Score
         assert found.exact and set(found.items.tolist()) == ahead
 
 
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_titles_that_are_impossible_come_last(model: Any, of_item: OfItem, width: int) -> None:
+    """As where an engine masks tokens: their prefixes are told from what fills up a batch of users."""
+    tree = PromptTree(model, [np.array(prompt) for prompt in PROMPTS])
+    log_probs = tree.log_probs
+
+    def masked(hidden: Any, row: Any, token: Any) -> Any:
+        return log_probs(hidden, row, token).masked_fill(token == 9, -torch.inf)
+
+    tree.log_probs = masked  # type: ignore[method-assign]
+    possible, impossible = {0, 1, 2, 5, 6, 7}, {3, 4, 8}
+    allowed = [None, np.array([0, 3]), np.array([8])]
+    found = search_trie(tree, Trie.build(Ragged.of(ENDED)), k=9, width=width, allowed=allowed, max_nodes=100)
+    for result, mine in zip(found, (possible | impossible, {0, 3}, {8}), strict=True):
+        assert result.exact and set(result.items.tolist()) == mine
+        assert set(result.items[np.isinf(result.scores)].tolist()) == mine & impossible
+
+
 def test_all_items_at_once(model: Any, of_item: OfItem, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cprec.rank.scoring.TITLES", 7)  # several blocks
     trie = Trie.build(Ragged.of(ENDED))
