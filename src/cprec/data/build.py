@@ -334,7 +334,7 @@ class _DomainBuilder:
         """Say which ids look as if a program had lost them; they are kept as they stand."""
         items = self.items.filter(self.items["reason"].isnull())
         for name, table, rows in ((USER_ID, events, "events"), (ITEM_ID, items, "items")):
-            is_rounded = table[name].like("_.%E+%") & table[name].re_search(r"^\d\.\d+E\+\d+$")
+            is_rounded = table[name].lower().like("_%e%") & table[name].re_search(r"^\d(\.\d+)?[eE]\+?\d+$")
             odd = table.filter(table[name].isin(NO_ID) | is_rounded)
             counts = self.engine.to_arrow(odd.aggregate(n=odd.count(), example=odd[name].max())).to_pylist()[0]
             if counts["n"]:
@@ -420,7 +420,7 @@ class _DomainBuilder:
         shown = "; ".join(_change(before, after) for before, after in self.titles["examples"])
         equal = self.titles["made_equal"]
         self.tell(
-            f"{self.domain}: titles that cleaning changed: {self.titles['changed']:,}, as {shown}"
+            f"note: {self.domain}: titles that cleaning changed: {self.titles['changed']:,}, as {shown}"
             + (f"; items that it gave one title with others: {equal:,}" if equal else "")
         )
 

@@ -308,7 +308,7 @@ def test_titles_that_cleaning_changed_made_equal_or_emptied_are_counted_and_show
     assert about["rejected"] == {"title without a word": 1, "title without a word once it is cleaned": 1}
     assert about["num_items"] == 6
     assert (
-        "toys: titles that cleaning changed: 3, as 'Tom &amp; Jerry' -> 'Tom & Jerry'; 'Ball...' -> 'Ball'; "
+        "note: toys: titles that cleaning changed: 3, as 'Tom &amp; Jerry' -> 'Tom & Jerry'; 'Ball...' -> 'Ball'; "
         "'Kite\\u200b' -> 'Kite'; items that it gave one title with others: 2"
     ) in told
     assert told[-1].endswith(

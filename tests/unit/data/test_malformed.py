@@ -307,7 +307,7 @@ DELIMITED = [
     Case("no end of the last line", (HEAD + GOOD)[:-1]),
     Case("a note for Excel", b"sep=;\n" + HEAD + GOOD,
          error=r"the first line, 'sep=;', is a note for Excel: delete it, and set interactions.separator=\";\""),
-    Case("no header", GOOD, error="That looks like a row: where a file has no header, say what its 3 columns are: int"),
+    Case("no header", GOOD, error="where a file has no header, say what its 3 columns are, in order, as int"),
     Case("another separator", (HEAD + GOOD).replace(b",", b";"),
          error='a semicolon separates .*: set interactions.separator=";"'),
     Case("a separator of two characters", (rows(f"a,i1,{T},", "b")).replace(b",", b"::"), {2: MANY, 3: FEW},
@@ -504,7 +504,7 @@ def test_separators_and_quotes_that_cannot_be_are_refused(settings: dict[str, An
 def test_what_is_kept_but_odd_is_said(tmp_path: Path) -> None:
     """Ids that a program has lost stay ids; numbers that are none are left out; both are told, with an example."""
     values = ["4,5", "85 %", "N/A", "3"]
-    events = [f"g{n},i1,{T + n},{values[n % 4]}" for n in range(12)] + [f"\\N,i1,{T},", f"8.4123E+12,i1,{T},"]
+    events = [f"g{n},i1,{T + n},{values[n % 4]}" for n in range(12)] + [f"\\N,i1,{T},", f"8e+12,i1,{T},"]
     text = "\n".join(["user_id;item_id;timestamp;rating", *(";".join(event.split(",", 3)) for event in events)])
     (tmp_path / "log.csv").write_text(text)
     (tmp_path / "items.csv").write_text("item_id;title;price\ni1;Ball;1,234\ni2;Doll;3\n")

@@ -338,11 +338,33 @@ def test_a_file_without_a_header(write: Write) -> None:
     names = ("user_id", "item_id", "rating", "timestamp")
     with pytest.raises(DataError) as raised:
         load(table_source(write, text))
-    assert "where a file has no header, say what its 4 columns are: interactions.names=NAME," in str(raised.value)
+    assert "where a file has no header, say what its 4 columns are, in order, as interactions.names=" in str(
+        raised.value
+    )
+    assert "Map it" not in str(raised.value)
     source = table_source(write, text)
     source = replace(source, interactions=TableFiles(path=source.interactions, names=names))
     rows = load(source)[0]
     assert [(row["user_id"], row["rating"], row["line"]) for row in rows] == [("u", 5.0, 1), ("v", 4.0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("decimal", "order", "expected"),
+    [
+        ("auto", ["999,5", "1.000,5", "1.234", "1.100,0", "1.050"], [0, 1, 4, 3, 2]),
+        (",", ["2.345", "12"], [1, 0]),
+        (".", ["1,234", "12", "9007199254740993", "9007199254740992"], [1, 0, 3, 2]),
+    ],
+)
+def test_positions_are_read_with_the_decimal_sign_of_their_column(
+    write: Write, decimal: Any, order: list[str], expected: list[int]
+) -> None:
+    log = write(
+        "log.csv", "user_id;item_id;timestamp;order\n" + "".join(f"u;i{n};{NOON};{v}\n" for n, v in enumerate(order))
+    )
+    items = write("it.csv", "item_id;title\n" + "".join(f"i{n};Ball {n}\n" for n in range(len(order))))
+    rows = load(TableSource(domain="toys", interactions=log, items=items, separator=";", decimal=decimal))[0]
+    assert [row["item_id"] for row in sorted(rows, key=lambda row: row["position"])] == [f"i{n}" for n in expected]
 
 
 @pytest.mark.parametrize("text", ["u,,5\n", "u,5,5\n"])

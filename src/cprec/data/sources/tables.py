@@ -410,14 +410,14 @@ def _header(path: Path, separator: str, quote: str, typed: bool, encoding: str, 
     line = first_line(path, encoding)
     if told := re.fullmatch(r'"?sep=(.)"?', line.strip(" ,;\t")) or re.fullmatch("sep=([,;\t])", line):
         raise DataError(
-            f"{path}: the first line, {line!r}, is a note for Excel: delete it, and set "
-            f"{key}separator={json.dumps(told[1])} if that is not the separator already"
+            f"{path}: the first line, {line!r}, is a note for Excel: delete it"
+            + (f", and set {key}separator={json.dumps(told[1])} if that is not the separator already" if key else "")
         )
     names = _split(line, separator, quote)
     if names is None:
         raise DataError(
-            f"{path}: the header {line[:200]!r} has a quote that is not closed; names stand on one line. Set "
-            f'{key}quote="" if quotes are ordinary characters in this file'
+            f"{path}: the header {line[:200]!r} has a quote that is not closed; names stand on one line"
+            + (f'. Set {key}quote="" if quotes are ordinary characters in this file' if key else "")
         )
     if len(names) == 1:
         found = {other: len(_split(line, other, quote) or ()) for other in SEPARATORS if other != separator}
@@ -425,8 +425,8 @@ def _header(path: Path, separator: str, quote: str, typed: bool, encoding: str, 
         if found[other] > 1:
             raise DataError(
                 f"{path}: with {SEPARATORS.get(separator, repr(separator))} as separator the header is the single "
-                f"column {line!r}; it looks as if {SEPARATORS[other]} separates the fields: set "
-                f"{key}separator={json.dumps(other)}"
+                f"column {line!r}; it looks as if {SEPARATORS[other]} separates the fields"
+                + (f": set {key}separator={json.dumps(other)}" if key else "")
             )
     if typed:
         names = [name.partition(":")[0] for name in names]
@@ -450,13 +450,12 @@ _DATUM = re.compile(r"[+-]?\d+([.,]\d+)*|\d{4}-\d\d?-\d\d?([ T].*)?")
 
 
 def _no_header(names: Sequence[str], key: str) -> str:
-    """A hint for names that look like a row: numbers or dates."""
-    if not any(_DATUM.fullmatch(name.strip()) for name in names):
+    """A hint for names that look like a row: numbers or dates; none where `key` says that there is no such setting."""
+    if not key or not any(_DATUM.fullmatch(name.strip()) for name in names):
         return ""
-    given = ",".join(["NAME"] * len(names))
     return (
-        f". That looks like a row: where a file has no header, say what its {len(names)} columns are: "
-        f"{key}names={given} (as user_id,item_id,timestamp)"
+        f". That looks like a row: where a file has no header, say what its {len(names)} columns are, in order, as "
+        f"{key}names=user_id,item_id,timestamp for three"
     )
 
 
@@ -542,7 +541,7 @@ def canonical_tables(
         time_format = _detect_time_format(engine, domain, log, log_columns[TIMESTAMP])
     timestamp, microsecond = _times(engine, raw_time, time_format)
     order = log_columns.get(ORDER)
-    ordered_by_time = order is not None and table[order].type().is_temporal()
+    ordered_by_time = order is not None and _is_moment(table[order].type())
     numbers = {
         name: read_numbers(engine, raw.table, column, raw.decimal)
         for name, raw, column in (
@@ -551,7 +550,7 @@ def canonical_tables(
             (PRICE, catalogue, item_columns.get(PRICE)),
         )
     }
-    position = _position(engine, _or_null(table, order))
+    position = _position(engine, _or_null(table, order), numbers[ORDER].values)
     interactions = table.select(
         _as_text(table[log_columns[USER_ID]]).name("user_id"),
         _as_text(table[log_columns[ITEM_ID]]).name("item_id"),
@@ -560,7 +559,7 @@ def canonical_tables(
         raw_time.cast("string").name("time_text"),
         numbers[RATING].values.name("rating"),
         _or_null(table, "problem" if "problem" in log.columns else None).name("problem"),
-        ibis.coalesce(position, numbers[ORDER].values.try_cast(POSITION)).name("position"),
+        position.name("position"),
         table["source_file"].name("file"),
         table["line_in_file"].cast("int64").name("line"),
         table["sequence"],
@@ -618,7 +617,8 @@ def find_columns(
         if len(columns) > 1:
             raise DataError(
                 f"{raw.files[0]}: {' and '.join(map(repr, columns))} of the {raw.what} of domain {domain!r} may each "
-                f"be meant by {name}: give the columns different names, or map the right one: columns.{name}=COLUMN"
+                f"be meant by {name}: give the columns different names, or map the right one: "
+                f"{raw.key}columns.{name}=COLUMN"
             )
         if columns:
             found[name] = columns[0]
@@ -639,10 +639,11 @@ def _missing_column(domain: str, raw: RawTable, name: str, otherwise: str, mappe
     hint = ""
     if raw.what == "items" and name == TITLE:
         hint = "; every item needs a title, because it is what a language model reads"
+    no_header = _no_header(raw.columns, raw.key)
     return DataError(
         f"{raw.files[0]}: no column for {name} (looked for {looked_for}); the {raw.what} of domain {domain!r} have "
-        f"{', '.join(map(repr, raw.columns))}{_no_header(raw.columns, raw.key) if raw.key else ''}. Map it: "
-        f"{raw.key}columns.{name}=COLUMN{otherwise}{hint}"
+        f"{', '.join(map(repr, raw.columns))}"
+        + (no_header or f". Map it: {raw.key}columns.{name}=COLUMN{otherwise}{hint}")
     )
 
 
@@ -690,13 +691,25 @@ def _exact(number: Any) -> Any:
     return ibis.ifelse(~number.isnan() & (number.abs() < EXACT), number, ibis.null("float64")).cast("float64")
 
 
-def _position(engine: TableEngine, value: Any) -> Any:
-    """The source's own order: numbers with all their digits, and times as microseconds."""
+def _position(engine: TableEngine, value: Any, number: Any) -> Any:
+    """The source's own order: numbers with all their digits, and times as microseconds.
+
+    `number` is what the text of the column was read as, with the decimal sign that it has.
+    """
+    import ibis
+
     kind = value.type()
-    if kind.is_timestamp() or kind.is_date():
+    if _is_moment(kind):
         seconds, microsecond = _times(engine, value, "iso")
         value = seconds * 10**6 + microsecond
+    elif kind.is_string():  # a float lacks digits of a long whole number
+        whole = ibis.ifelse(value.re_search(r"^\s*[+-]?\d+\s*$"), value, ibis.null("string"))
+        return ibis.coalesce(whole.try_cast(POSITION), number.try_cast(POSITION))
     return value.try_cast(POSITION)
+
+
+def _is_moment(kind: Any) -> bool:
+    return bool(kind.is_timestamp() or kind.is_date())
 
 
 # ---- timestamps ------------------------------------------------------------------------------------------------------
