@@ -106,6 +106,7 @@ class Service:
             self._engines = self._changed(tuple(self._store.items.values()))
             self._titles = _Titles(self.engine().catalogue)
         for engine in self._engines.values():  # builds what is built once, before anybody waits for it
+            engine.catalogue.index(engine.item_fields)
             for domain in engine.catalogue.domains:
                 engine.rank([RankingQuery(query_id="", domain=domain, history=())], 1, "beam")
         self._batcher = Batcher(
@@ -507,6 +508,8 @@ class Service:
     def _store_and_build(self, items: Sequence[StoredItem]) -> tuple[dict[str, Engine], _Titles]:
         """The engines with changed items; what they cannot take is not stored."""
         engines = self._changed(items)
+        for engine in engines.values():
+            engine.catalogue.index(engine.item_fields)
         titles = _Titles(next(iter(engines.values())).catalogue)
         self._store.append(items)
         return engines, titles
@@ -522,7 +525,7 @@ class _Titles:
 
     def __init__(self, catalogue: Catalogue) -> None:
         self.catalogue = catalogue
-        self._spelt = pa.array([spelling(title) for title in catalogue.title], pa.string())
+        self._spelt = pa.array(catalogue.spellings, pa.string())
 
     def find(self, query: str, domain: str | None) -> Sequence[int]:
         """Rows whose id is the query, then those whose title has all its words, or parts of words."""

@@ -8,12 +8,16 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from cprec.data import catalogue as catalogue_module
+from cprec.data.cleaning import spelling
+from cprec.data.ragged import offsets_of
 from cprec.errors import ConfigError, ModelError
 from cprec.serve.items import FILE, ItemStore
 from cprec.serve.serve import ServeConfig
@@ -303,6 +307,25 @@ def test_titles_are_looked_up_as_written_first_and_equal_ones_are_seen_together(
         seen = asked(client, {"title": "emma"}, k=9)
         assert not {"b2", "c1"} & set(ids(seen)) and len(ids(seen)) == 7
         assert len(ids(asked(client, "emma", k=9, exclude_seen=False))) == 9
+
+
+def test_the_event_loop_spells_no_catalogue(
+    engine: Any, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What look-ups by title, and of equal texts, are answered from is built before requests see the items."""
+    built: list[str] = []
+    monkeypatch.setattr(catalogue_module, "spelling", lambda text: built.append(text) or spelling(text))
+    monkeypatch.setattr(catalogue_module, "offsets_of", lambda counts: built.append("texts") or offsets_of(counts))
+    engine.catalogue = replace(engine.catalogue)  # with nothing built yet
+    with served(Service([engine], store=ItemStore(tmp_path), deadline_ms=60_000)) as client:
+        for new in ({"item_id": "c0", "title": "DUNE"}, {"item_id": "c1", "title": "New"}):
+            built.clear()
+            assert ids(asked(client, "ULYSSES", k=9, allow=["b4", "b1"])) == ["b1"]
+            assert built == ["ULYSSES"]
+            put(client, new)
+        built.clear()
+        assert asked(client, "dune").status_code == 422
+        assert built == ["dune"]
 
 
 def test_a_change_is_made_whole_or_not_at_all(engine: Any, served: Served, tmp_path: Path) -> None:
