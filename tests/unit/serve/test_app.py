@@ -520,6 +520,19 @@ def test_a_history_that_says_nothing_gets_the_popular_items(engine: Any, last_fi
         assert asked(client, k=2).json()["mode"] == "exact"  # too few are popular
 
 
+def test_popular_items_make_nobody_wait(engine: Any, last_first: Any, served: Served) -> None:
+    """Two baseline calls and the model's go on at the same time: each waits for the others."""
+    last_first.name = "popularity"
+    with served(Service([engine], [last_first], deadline_ms=60_000)) as client:
+        together, rank = threading.Barrier(3, timeout=10), last_first.rank
+        last_first.rank = lambda queries, k: together.wait() >= 0 and rank(queries, k)
+        engine.before.append(lambda *_: together.wait())
+        requests = [{"history": [], "domain": "games"}, {"history": []}, {"history": ["b0"]}]
+        answers = client.post("/v1/recommend", json={"requests": requests}).json()["responses"]
+        assert [one["mode"] for one in answers] == ["popularity", "popularity", "exact"]
+        assert [one["items"][0]["item_id"] for one in answers] == ["g3", "b6", "b1"]
+
+
 # ---- how it is asked -------------------------------------------------------------------------------------------------
 
 
@@ -608,12 +621,14 @@ def test_what_is_wrong_is_said_of_the_form_that_was_sent(body: Any, message: str
         (b'{"history": [NaN]}', {}, 422, "NaN is no number of JSON"),
         (b'{"history": [' + b"9" * 5_000 + b"]}", {}, 422, "a number of 5,000 digits"),
         (b'{"history": ["b0"]', {}, 422, "body: this is no JSON"),
+        (b"[" * 100_000, {}, 422, "body: this is no JSON: lists or objects are nested too deeply"),
+        (b'{"history": ["\xff"]}', {}, 422, "body: this is no JSON: byte 14 is not UTF-8"),
         (gzip.compress(b'{"history": []}'), {"content-encoding": "gzip"}, 415, "Content-Encoding gzip is not read"),
         (b'{"history": []}', {"content-type": "text/plain"}, 415, "Content-Type: application/json (it was text/plain)"),
         (b'{"history": ["b0"]}', {"content-type": "application/json; charset=utf-8"}, 200, ""),
         (b'\xef\xbb\xbf{"history": ["b0"]}', {}, 200, ""),
     ],
-    ids=["twice", "nan", "digits", "cut", "gzip", "text", "charset", "mark"],
+    ids=["twice", "nan", "digits", "cut", "deep", "bytes", "gzip", "text", "charset", "mark"],
 )
 def test_bodies_in_other_forms(
     body: bytes, headers: dict[str, str], status: int, message: str, shared: httpx.Client
