@@ -13,6 +13,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,8 @@ class FileHashes:
             os.replace(aside, self._path)
             self._changed = False
         except OSError:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):  # on a disk that is read only nothing can be removed either
+                aside.unlink()
 
 
 _COARSE_CLOCK = 2_000_000_000
@@ -166,8 +168,9 @@ def model_hashes(name_or_path: Path | str, patterns: Iterable[str], hashes: File
     paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     found = {path.relative_to(folder).as_posix(): hashes.of(path) for path in sorted(paths)}
     if "adapter_config.json" in found:
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-        found |= {f"base/{name}": value for name, value in model_hashes(base, patterns, hashes).items()}
+        about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        if base := about["base_model_name_or_path"]:
+            found |= {f"base/{name}": value for name, value in model_hashes(base, patterns, hashes).items()}
     return found
 
 

@@ -498,6 +498,17 @@ def test_an_arm_goes_with_other_settings_and_one_stage() -> None:
         find_config("demo", ["arm=no_mix"])
 
 
+def test_hashes_are_not_kept_on_a_disk_that_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    for name in ("write_text", "unlink"):
+        monkeypatch.setattr(Path, name, refuse)
+    hashes = FileHashes(tmp_path)
+    hashes.add("weights", (1, 0, 0), "hash", when=0)
+    hashes.save()
+
+
 def test_a_model_of_the_hub_is_the_commit_of_its_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its name says nothing of its files: the copy on this machine may be replaced by a newer one."""
     from huggingface_hub import constants

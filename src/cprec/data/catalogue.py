@@ -107,7 +107,7 @@ class Catalogue:
             return None
         key = spelling(text)
         for those in (domains[:1], domains[1:]):
-            found = [row for name in those for row in self._rows_of_spelling(name, key)]
+            found = [row for name in those for row in self._rows_of_spelling[self.domain_index(name)].get(key, ())]
             if len(found) > 1:
                 names = [
                     f"{str(self.title[row])!r} ({self.item_id[row]} of {self.domains[self.domain[row]]})"
@@ -214,25 +214,28 @@ class Catalogue:
             rows.append(dict(zip(self.title[of_domain], of_domain.tolist(), strict=True)))
         return rows
 
-    def _rows_of_spelling(self, domain: str, key: str) -> list[int]:
-        """The first row of each title of a domain that has this spelling."""
-        titles = self._row_of_title[self.domain_index(domain)]
-        title = self._title_of_spelling[self.domain_index(domain)].get(key, ())
-        if isinstance(title, str):
-            return [titles[title]]
-        return sorted(row for title, row in titles.items() if spelling(title) == key) if title is None else []
+    @cached_property
+    def spellings(self) -> list[str]:
+        """The spelling of each row's title."""
+        return [spelling(title) for title in self.title]
 
     @cached_property
-    def _title_of_spelling(self) -> list[dict[str, str | None]]:
-        """By domain, the title that has a spelling; None where several have it."""
+    def _rows_of_spelling(self) -> list[dict[str, tuple[int, ...]]]:
+        """By domain, the first row of each title that has a spelling."""
         out = []
-        for titles in self._row_of_title:
-            known: dict[str, str | None] = {}
-            for title in titles:
-                key = spelling(title)
-                known[key] = None if key in known else title
+        for row_of_title in self._row_of_title:
+            known: dict[str, tuple[int, ...]] = {}
+            for row in sorted(row_of_title.values()):
+                key = self.spellings[row]
+                known[key] = (*known.get(key, ()), row)
             out.append(known)
         return out
+
+    def index(self, fields: Sequence[str] = (TITLE,)) -> None:
+        """Build now what `look_up` and, for items of these fields, `of_equal_text` build when they are first asked."""
+        _ = self._row_of_id, self._rows_of_spelling
+        for domain in self.domains:
+            self.texts_of(domain, fields)
 
     def texts_of(self, domain: str, fields: Sequence[str]) -> tuple[np.ndarray, Ragged]:
         """For each item of a domain the number of its text, and for each text its items, by place in the domain."""

@@ -102,9 +102,7 @@ def make_app(
 
     class OnceRequest(Request):
         async def json(self) -> Any:
-            return json.loads(
-                await self.body(), object_pairs_hook=_once, parse_constant=_no_constant, parse_int=_whole_number
-            )
+            return _json(await self.body())
 
     class Route(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
@@ -397,6 +395,16 @@ def _not_json(scope: Scope) -> str | None:
     if not (name == "application/json" or (name.startswith("application/") and name.endswith("+json"))):
         return f"send JSON, with the header Content-Type: application/json (it was {name or 'absent'})"
     return None
+
+
+def _json(body: bytes) -> Any:
+    """What a body says. Raises JSONDecodeError, which names what is wrong with it."""
+    try:
+        return json.loads(body, object_pairs_hook=_once, parse_constant=_no_constant, parse_int=_whole_number)
+    except RecursionError:
+        raise json.JSONDecodeError("lists or objects are nested too deeply", "", 0) from None
+    except UnicodeDecodeError as error:
+        raise json.JSONDecodeError(f"byte {error.start:,} is not {error.encoding.upper()}", "", 0) from None
 
 
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 
 from cprec import __version__
 from cprec.errors import ConfigError, DataError, UnknownItemError
+from cprec.provenance import TOKENIZER, WEIGHTS, FileHashes, model_hashes
 from cprec.recommender import RankingQuery
 from cprec.schema import Item
 from cprec.serve.engine import Baseline, Engine, reads_nothing
@@ -64,6 +65,7 @@ def answer_file(config: RecommendConfig, recommender: Recommends, popular: Basel
     num_rows = count_rows(source)
     if (old := _beside(output, ".parts")).is_dir():
         say(f"{old} is of an earlier version, and is not read: remove it")
+    output.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as opened:
         lists = opened.enter_context(_Lists(_beside(output, ".lists"), _made_of(config, domain)))
         rejected = opened.enter_context(_Rejected(_beside(output, ".rejected.csv"), source, config.strict))
@@ -219,24 +221,11 @@ def _key(query: RankingQuery) -> bytes:
 
 def _made_of(config: RecommendConfig, domain: str) -> str:
     """A hash of what decides a list beside the history: the files of the model, and the settings."""
-    folder = Path(config.model)
-    base = folder / "adapter_config.json"
-    folders = [folder]
-    if base.is_file():
-        folders.append(Path(json.loads(base.read_text(encoding="utf-8")).get("base_model_name_or_path") or ""))
-    paths = [
-        path
-        for each in folders
-        for pattern in ("*.safetensors", "*.bin", "*.json", "items/*/*.parquet")
-        for path in sorted(each.glob(pattern))
-        if path.name != "run.json"
-    ]
-    about = [__version__, domain, config.k, config.exclude_seen]
-    digest = hashlib.sha256(json.dumps(about).encode())
-    for path in paths:
-        with open(path, "rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
+    hashes = FileHashes(config.model)
+    files = model_hashes(config.model, (*WEIGHTS, *TOKENIZER, "cprec.json", "items/*/*.parquet"), hashes)
+    hashes.save()
+    about = [__version__, domain, config.k, config.exclude_seen, files]
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 class _Lists:
@@ -255,8 +244,9 @@ class _Lists:
             ) from None
 
     def _open(self, made_of: str) -> None:
-        self._file = sqlite3.connect(self.path)
-        self._file.execute("PRAGMA locking_mode = EXCLUSIVE")
+        self._file = sqlite3.connect(self.path, timeout=0)
+        self._file.execute("PRAGMA locking_mode = EXCLUSIVE")  # what is locked stays so until it is closed
+        self._file.execute("BEGIN EXCLUSIVE")
         self._file.execute("CREATE TABLE IF NOT EXISTS made_of (sha256 TEXT)")
         self._file.execute("CREATE TABLE IF NOT EXISTS lists (history BLOB PRIMARY KEY, best TEXT) WITHOUT ROWID")
         self._file.execute("CREATE TEMP TABLE users (user_id TEXT PRIMARY KEY) WITHOUT ROWID")

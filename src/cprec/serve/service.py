@@ -97,6 +97,7 @@ class Service:
         assert len(self._engines) == len(engines) > 0, "engines need names of their own"
         self._default = engines[0].name
         self._baselines = tuple(baselines)
+        self._popularity = next((each for each in baselines if each.name == POPULARITY), None)
         self._store = store or ItemStore(None)
         self._deadline_ms = deadline_ms
         self._clock = clock
@@ -106,6 +107,7 @@ class Service:
             self._engines = self._changed(tuple(self._store.items.values()))
             self._titles = _Titles(self.engine().catalogue)
         for engine in self._engines.values():  # builds what is built once, before anybody waits for it
+            engine.catalogue.index(engine.item_fields)
             for domain in engine.catalogue.domains:
                 engine.rank([RankingQuery(query_id="", domain=domain, history=())], 1, "beam")
         self._batcher = Batcher(
@@ -156,10 +158,9 @@ class Service:
         """
         began = self._clock()
         questions = [await self._question(request, began) for request in requests]
-        popular = [await self._popular(question) for question in questions]
-        jobs = [question.job() for question in questions]
-        self._submit([job for job, found in zip(jobs, popular, strict=True) if found is None])
-        lists = (self._list(*each) for each in zip(questions, jobs, popular, strict=True))
+        jobs = [None if self._may_be_popular(question) else question.job() for question in questions]
+        self._submit([job for job in jobs if job is not None])
+        lists = (self._list(*each) for each in zip(questions, jobs, strict=True))
         return await self._unless(hung_up, asyncio.gather(*lists))
 
     async def _question(self, request: m.RecommendRequest, began: float) -> _Question:
@@ -178,23 +179,31 @@ class Service:
         )
         return _Question(engine, query, request.k, request.mode, request.deadline_ms or self._deadline_ms, began)
 
+    def _may_be_popular(self, question: _Question) -> bool:
+        """Whether the model reads no event of the history, and popular items are known."""
+        return self._popularity is not None and reads_nothing(question.engine, question.query)
+
     async def _popular(self, question: _Question) -> Ranking | None:
-        """The popular items, where the model reads no event of the history and as many are popular as may be had."""
-        baseline = next((each for each in self._baselines if each.name == POPULARITY), None)
+        """The popular items, where as many are popular as may be had."""
+        assert self._popularity is not None
         engine, query = question.engine, question.query
-        if baseline is None or not reads_nothing(engine, query):
-            return None
-        found = await asyncio.to_thread(_baseline_ranking, baseline, question)
+        found = await asyncio.to_thread(_baseline_ranking, self._popularity, question)
         gone = query.exclude | engine.withdrawn.get(query.domain, frozenset())
         num_left = len(query.allow - gone if query.allow is not None else engine.catalogue.rows_of(query.domain))
         num_left -= len(gone) if query.allow is None else 0
         return found if len(found.item_ids) >= min(question.k, num_left) else None
 
-    async def _list(self, question: _Question, job: Job, popular: Ranking | None) -> m.RecommendResponse:
-        """The popular items where they are to be had; else the engine's list or, where that is late, short or fails, a
-        baseline's."""
-        if popular is not None:
-            return self._response(question, popular, POPULARITY, degraded=False, proven=False)
+    async def _list(self, question: _Question, job: Job | None) -> m.RecommendResponse:
+        """The engine's list or, where that is late, short or fails, a baseline's.
+
+        Without a job it is the popular items or, where these are too few, what it is with one.
+        """
+        if job is None:
+            popular = await self._popular(question)
+            if popular is not None:
+                return self._response(question, popular, POPULARITY, degraded=False, proven=False)
+            job = question.job()
+            self._submit([job])
         k, late, ranking = question.k, False, None
         broken: ModelError | None = None
         try:
@@ -507,6 +516,8 @@ class Service:
     def _store_and_build(self, items: Sequence[StoredItem]) -> tuple[dict[str, Engine], _Titles]:
         """The engines with changed items; what they cannot take is not stored."""
         engines = self._changed(items)
+        for engine in engines.values():
+            engine.catalogue.index(engine.item_fields)
         titles = _Titles(next(iter(engines.values())).catalogue)
         self._store.append(items)
         return engines, titles
@@ -522,7 +533,7 @@ class _Titles:
 
     def __init__(self, catalogue: Catalogue) -> None:
         self.catalogue = catalogue
-        self._spelt = pa.array([spelling(title) for title in catalogue.title], pa.string())
+        self._spelt = pa.array(catalogue.spellings, pa.string())
 
     def find(self, query: str, domain: str | None) -> Sequence[int]:
         """Rows whose id is the query, then those whose title has all its words, or parts of words."""

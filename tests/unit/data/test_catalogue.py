@@ -7,7 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from cprec.data import catalogue as catalogue_module
 from cprec.data.catalogue import Catalogue
+from cprec.data.cleaning import spelling
 from cprec.errors import DataError, UnknownItemError
 
 
@@ -113,6 +115,18 @@ def test_a_spelling_of_several_titles_is_refused_with_their_names(alike: Catalog
         alike.look_up("DUNE", "films")
     assert alike.look_up("DUNE", "games") == alike.find("games", ["g1"])[0]
     assert alike.look_up("Dune", "films", elsewhere=False) is None
+
+
+def test_a_look_up_spells_its_own_text_alone(alike: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
+    alike.index()
+    spelt: list[str] = []
+    monkeypatch.setattr(catalogue_module, "spelling", lambda text: spelt.append(text) or spelling(text))
+    monkeypatch.setattr(catalogue_module, "offsets_of", None)  # what `of_equal_text` needs is there too
+    assert alike.look_up("STRASSE", "films") == alike.find("films", ["f7"])[0]
+    with pytest.raises(UnknownItemError):
+        alike.look_up("uS", "films")
+    assert spelt == ["STRASSE", "uS"]
+    assert alike.of_equal_text("films", ["f4"]) == {"f3", "f4"}
 
 
 def test_items_of_equal_text_are_found_by_the_fields_in_use() -> None:

@@ -8,12 +8,16 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from cprec.data import catalogue as catalogue_module
+from cprec.data.cleaning import spelling
+from cprec.data.ragged import offsets_of
 from cprec.errors import ConfigError, ModelError
 from cprec.serve.items import FILE, ItemStore
 from cprec.serve.serve import ServeConfig
@@ -305,6 +309,25 @@ def test_titles_are_looked_up_as_written_first_and_equal_ones_are_seen_together(
         assert len(ids(asked(client, "emma", k=9, exclude_seen=False))) == 9
 
 
+def test_the_event_loop_spells_no_catalogue(
+    engine: Any, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What look-ups by title, and of equal texts, are answered from is built before requests see the items."""
+    built: list[str] = []
+    monkeypatch.setattr(catalogue_module, "spelling", lambda text: built.append(text) or spelling(text))
+    monkeypatch.setattr(catalogue_module, "offsets_of", lambda counts: built.append("texts") or offsets_of(counts))
+    engine.catalogue = replace(engine.catalogue)  # with nothing built yet
+    with served(Service([engine], store=ItemStore(tmp_path), deadline_ms=60_000)) as client:
+        for new in ({"item_id": "c0", "title": "DUNE"}, {"item_id": "c1", "title": "New"}):
+            built.clear()
+            assert ids(asked(client, "ULYSSES", k=9, allow=["b4", "b1"])) == ["b1"]
+            assert built == ["ULYSSES"]
+            put(client, new)
+        built.clear()
+        assert asked(client, "dune").status_code == 422
+        assert built == ["dune"]
+
+
 def test_a_change_is_made_whole_or_not_at_all(engine: Any, served: Served, tmp_path: Path) -> None:
     with served(Service([engine], store=ItemStore(tmp_path), deadline_ms=60_000)) as client:
         wrong: list[tuple[dict[str, str], str]] = [
@@ -497,6 +520,19 @@ def test_a_history_that_says_nothing_gets_the_popular_items(engine: Any, last_fi
         assert asked(client, k=2).json()["mode"] == "exact"  # too few are popular
 
 
+def test_popular_items_make_nobody_wait(engine: Any, last_first: Any, served: Served) -> None:
+    """Two baseline calls and the model's go on at the same time: each waits for the others."""
+    last_first.name = "popularity"
+    with served(Service([engine], [last_first], deadline_ms=60_000)) as client:
+        together, rank = threading.Barrier(3, timeout=10), last_first.rank
+        last_first.rank = lambda queries, k: together.wait() >= 0 and rank(queries, k)
+        engine.before.append(lambda *_: together.wait())
+        requests = [{"history": [], "domain": "games"}, {"history": []}, {"history": ["b0"]}]
+        answers = client.post("/v1/recommend", json={"requests": requests}).json()["responses"]
+        assert [one["mode"] for one in answers] == ["popularity", "popularity", "exact"]
+        assert [one["items"][0]["item_id"] for one in answers] == ["g3", "b6", "b1"]
+
+
 # ---- how it is asked -------------------------------------------------------------------------------------------------
 
 
@@ -585,12 +621,14 @@ def test_what_is_wrong_is_said_of_the_form_that_was_sent(body: Any, message: str
         (b'{"history": [NaN]}', {}, 422, "NaN is no number of JSON"),
         (b'{"history": [' + b"9" * 5_000 + b"]}", {}, 422, "a number of 5,000 digits"),
         (b'{"history": ["b0"]', {}, 422, "body: this is no JSON"),
+        (b"[" * 100_000, {}, 422, "body: this is no JSON: lists or objects are nested too deeply"),
+        (b'{"history": ["\xff"]}', {}, 422, "body: this is no JSON: byte 14 is not UTF-8"),
         (gzip.compress(b'{"history": []}'), {"content-encoding": "gzip"}, 415, "Content-Encoding gzip is not read"),
         (b'{"history": []}', {"content-type": "text/plain"}, 415, "Content-Type: application/json (it was text/plain)"),
         (b'{"history": ["b0"]}', {"content-type": "application/json; charset=utf-8"}, 200, ""),
         (b'\xef\xbb\xbf{"history": ["b0"]}', {}, 200, ""),
     ],
-    ids=["twice", "nan", "digits", "cut", "gzip", "text", "charset", "mark"],
+    ids=["twice", "nan", "digits", "cut", "deep", "bytes", "gzip", "text", "charset", "mark"],
 )
 def test_bodies_in_other_forms(
     body: bytes, headers: dict[str, str], status: int, message: str, shared: httpx.Client

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -13,7 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import constants
 
+from cprec import provenance
 from cprec.data.catalogue import Catalogue
 from cprec.errors import ConfigError, DataError
 from cprec.recommender import Ranking, RankingQuery
@@ -193,12 +194,59 @@ def test_lists_of_another_model_or_other_settings_are_made_anew(tmp_path: Path) 
     with pytest.raises(DataError, match=r"out.csv.lists cannot be used .*remove it to rank all users anew"):
         num_asked()
     Path(f"{output}.lists").unlink()
-    other = sqlite3.connect(f"{output}.lists")
-    other.execute("CREATE TABLE t (x)")
-    other.execute("BEGIN EXCLUSIVE")
-    with pytest.raises(DataError, match=r"wait if another command writes the same output"):
+    assert [num_asked(), num_asked()] == [2, 0]
+    with (
+        stage._Lists(Path(f"{output}.lists"), stage._made_of(config(source, output, model=str(model)), "shop")),
+        pytest.raises(DataError, match=r"is locked\): wait if another command writes the same output"),
+    ):
         num_asked()
-    other.close()
+
+
+def test_lists_are_of_the_files_that_decide_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, hub = tmp_path / "model", tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
+
+    def made(name: str, text: str) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return stage._made_of(config(tmp_path / "in.csv", tmp_path / "out.csv", model=str(model)), "shop")
+
+    commits = ["c" * 40, "d" * 40]
+    for commit in commits:
+        made(f"hub/models--someone--base/snapshots/{commit}/config.json", "{}")
+    adapter = "model/adapter_config.json"
+    decide = [
+        made(adapter, '{"base_model_name_or_path": null}'),
+        made(adapter, '{"base_model_name_or_path": "someone/base"}'),
+        *(made("hub/models--someone--base/refs/main", commit) for commit in commits),
+        made("model/adapter_model.safetensors", "1"),
+        made("model/tokenizer.json", "{}"),
+        made("model/cprec.json", "{}"),
+        made("model/items/domain=shop/part-0.parquet", "1"),
+    ]
+    assert len(set(decide)) == len(decide)
+    for name in ("hashes.json", "run.json", "log.jsonl"):
+        assert made(f"model/{name}", "[]") == decide[-1]
+    monkeypatch.chdir(tmp_path)
+    of_none = made(adapter, '{"base_model_name_or_path": null}')
+    assert made("config.json", "of the working folder, which is no base") == of_none
+
+
+def test_weights_that_were_not_touched_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, read = tmp_path / "model.safetensors", []
+    weights.write_bytes(b"1")
+    monkeypatch.setattr(provenance, "_COARSE_CLOCK", -(10**12))
+    monkeypatch.setattr(provenance, "file_sha256", lambda path: read.append(path) or "hash")
+    for _ in range(2):
+        stage._made_of(config(tmp_path / "in.csv", tmp_path / "out.csv", model=str(tmp_path)), "shop")
+    assert read == [weights]
+
+
+def test_the_folder_of_the_output_is_made(tmp_path: Path) -> None:
+    source, output = write(tmp_path / "in.csv", [("a", ["i0"])]), tmp_path / "no" / "such" / "out.csv"
+    recommend(config(source, output), Ascending())
+    assert list(lists_of(output)) == ["a"]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
