@@ -314,7 +314,8 @@ def test_a_postgres_server_gives_what_files_give(server: str, from_files: Path, 
         build_dataset([source(f"postgres://cprec@/no_such_database?host={server}")], tmp_path / "none")
     before = source(url).fingerprints()
     assert before["interactions"] and before["interactions"].startswith("PostgreSQL: 300 rows, ")
-    with psycopg.connect(host=server, user="cprec", dbname="postgres", autocommit=True) as connection:
+    writing = {"autocommit": True, "options": "-c default_transaction_read_only=off"}
+    with psycopg.connect(host=server, user="cprec", dbname="postgres", **writing) as connection:
         connection.execute("UPDATE events SET note = 'y'")  # it is not read, and the rows stand in another order
         assert source(url).fingerprints() == before
         connection.execute("UPDATE events SET rating = 0.5 WHERE item_id = 'i3'")
