@@ -153,6 +153,11 @@ def test_a_sqlite_file_is_known_by_its_hash_and_is_not_made(tmp_path: Path) -> N
         log = path.with_name("shop.sqlite-wal")
         now = f"SQLite file with changes in {log.name}: {file_sha256(path)} {file_sha256(log)}"
         assert asked.fingerprints(file_sha256) == dict.fromkeys(before, now)
+
+        def refused(path: Path) -> str:
+            raise PermissionError(13, "Permission denied", str(path))
+
+        assert "Permission denied" in str(asked.fingerprints(refused)["items"])
     assert asked.fingerprints(file_sha256)["items"] == f"SQLite file: {file_sha256(path)}" != before["items"]
 
 
@@ -332,7 +337,8 @@ def test_a_postgres_server_gives_what_files_give(server: str, from_files: Path, 
         build_dataset([source(f"postgres://cprec@/no_such_database?host={server}")], tmp_path / "none")
     before = source(url).fingerprints(file_sha256)
     assert before["interactions"] and before["interactions"].startswith("PostgreSQL: 300 rows, ")
-    with psycopg.connect(host=server, user="cprec", dbname="postgres", autocommit=True) as connection:
+    writing = "-c default_transaction_read_only=off"
+    with psycopg.connect(host=server, user="cprec", dbname="postgres", autocommit=True, options=writing) as connection:
         connection.execute("UPDATE events SET note = 'y'")  # it is not read, and the rows stand in another order
         assert source(url).fingerprints(file_sha256) == before
         connection.execute("UPDATE events SET rating = 0.5 WHERE item_id = 'i3'")

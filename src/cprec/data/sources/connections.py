@@ -106,7 +106,11 @@ class ConnectionSource:
         found: dict[str, str | DataError | None] = dict.fromkeys(tables)
         kind = self.url.partition("://")[0]
         if kind == "sqlite":
-            return dict.fromkeys(tables, _sqlite_fingerprint(_file(self._address()), file_hash))
+            path = _file(self._address())
+            try:
+                return dict.fromkeys(tables, _sqlite_fingerprint(path, file_hash))
+            except OSError as error:
+                return dict.fromkeys(tables, DataError(_brief(error, "")))
         if kind not in _ROW_HASH:
             return found
         with warnings.catch_warnings():
