@@ -294,17 +294,27 @@ def _changed_inputs(config: PrepareConfig, folder: Path) -> list[str]:
         else:
             unseen.append(f"the files of {domain}/{table} are gone")
     for source in config.connections:
-        for table, now_is in source.fingerprints().items():
-            name = f"{source.domain}/{table}"
-            was = recorded.get(name)
-            if was is None or now_is is None or was.partition(":")[0] != now_is.partition(":")[0]:
-                unseen.append(f"{name} in {source.shown}, which gives nothing to compare it by")
+        try:
+            found = source.fingerprints(hashes.of)
+        except (ConfigError, DataError) as error:
+            unseen.append(f"the database of {source.domain} cannot be reached now ({error})")
+            continue
+        for table, now_is in found.items():
+            was, name = recorded.get(_of_table(source, table)), f"{source.domain}/{table} in {source.shown}"
+            if was is None:
+                unseen.append(f"{name}, which gave nothing to compare it by")
+            elif isinstance(now_is, DataError):
+                changed.append(f"{name} cannot be read now: {now_is}")
+            elif now_is is None or was.partition(":")[0] != now_is.partition(":")[0]:
+                kinds = [str(value).partition(":")[0] for value in (was, now_is)]
+                unseen.append(f"{name}, which gave the hash of a {kinds[0]} then and of a {kinds[1]} now")
             elif was != now_is:
-                changed.append(f"{name} in {source.shown} changed")
+                changed.append(f"{name} changed")
     tokenizer = {name: sha256 for name, sha256 in recorded.items() if name.startswith(_TOKENIZER)}
     if tokenizer:
-        if found := _tokenizer_hashes(config, hashes):
-            changed += [f"{change} (tokenizer={config.tokenizer})" for change in differences(tokenizer, found)]
+        if of_tokenizer := _tokenizer_hashes(config, hashes):
+            changes = differences(tokenizer, of_tokenizer)
+            changed += [f"{change.removeprefix(_TOKENIZER)} (tokenizer={config.tokenizer})" for change in changes]
         else:
             unseen.append(f"tokenizer={config.tokenizer} is gone")
     hashes.save()
@@ -316,8 +326,13 @@ def _changed_inputs(config: PrepareConfig, folder: Path) -> list[str]:
     return changed
 
 
-_TOKENIZER = "tokenizer/"
-"""What begins the names of a tokenizer's files among the recorded inputs."""
+_TOKENIZER = "tokenizer://"
+"""What begins the names of a tokenizer's files among the recorded inputs; no path has two slashes in a row."""
+
+
+def _of_table(source: ConnectionSource, table: str) -> str:
+    """The name of a table's fingerprint among the recorded inputs."""
+    return f"fingerprint://{source.domain}/{table}"
 
 
 def _tokenizer_hashes(config: PrepareConfig, hashes: FileHashes) -> dict[str, str]:
@@ -341,11 +356,12 @@ def _write_tables(config: PrepareConfig, folder: Path) -> None:
     folder.mkdir(parents=True)
     before = time.time_ns()
     states = {path: file_state(path) for paths in _files(config).values() for path in paths}
+    hashes = FileHashes(folder)
     fingerprints = {
-        f"{source.domain}/{table}": found
+        _of_table(source, table): found
         for source in config.connections
-        for table, found in source.fingerprints().items()
-        if found is not None
+        for table, found in source.fingerprints(hashes.of).items()
+        if isinstance(found, str)
     }
     build_tables(
         sources,
@@ -368,7 +384,6 @@ def _write_tables(config: PrepareConfig, folder: Path) -> None:
             raise DataError(f"{path} was changed while it was read: run the command again once it is written")
     catalogue = read_catalogue(folder)
     _rules(config, folder, catalogue).save(folder)
-    hashes = FileHashes(folder)
     tokenizer = _tokenizer(config, catalogue)
     of_tokenizer = _tokenizer_hashes(config, hashes)  # a hub's model has its copy here now
     tokenizer.save_pretrained(folder / "tokenizer")

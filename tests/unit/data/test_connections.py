@@ -23,6 +23,7 @@ from cprec.data.engine import connect
 from cprec.data.sources.connections import ConnectionSource
 from cprec.data.sources.tables import TableSource
 from cprec.errors import ConfigError, DataError
+from cprec.provenance import file_sha256
 from cprec.schema import TIMESTAMP
 
 LOG = [(f"u{n % 7}", f"i{n % 5}", 1_406_116_800 + 60 * n, float(n % 5)) for n in range(300)]
@@ -86,13 +87,13 @@ def test_tables_and_queries_of_duckdb_give_what_files_give(database: str, from_f
 
 def test_a_fingerprint_is_of_the_rows_that_are_read(database: str) -> None:
     query = "SELECT * FROM events WHERE rating > 0"
-    before = source(database, query).fingerprints()
+    before = source(database, query).fingerprints(file_sha256)
     assert before["interactions"] and ": 240 rows, " in before["interactions"]
 
     def after(statement: str) -> list[str]:
         with duckdb.connect(database.removeprefix("duckdb://")) as connection:
             connection.execute(statement)
-        now = source(database, query).fingerprints()
+        now = source(database, query).fingerprints(file_sha256)
         return [table for table in before if now[table] != before[table]]
 
     assert after("UPDATE events SET secret = 'y'") == []
@@ -102,40 +103,62 @@ def test_a_fingerprint_is_of_the_rows_that_are_read(database: str) -> None:
     assert after("INSERT INTO events FROM events LIMIT 1") == ["interactions", "items"]
     query = "SELECT customer AS t, item_id, happened FROM events"  # in SQL a column t comes before a table t
     renamed = {"user_id": "t", "timestamp": "happened"}
-    before = source(database, query, columns=renamed).fingerprints()
+    before = source(database, query, columns=renamed).fingerprints(file_sha256)
     with duckdb.connect(database.removeprefix("duckdb://")) as connection:
         connection.execute("UPDATE events SET happened = happened + 1")
-    now = source(database, query, columns=renamed).fingerprints()
+    now = source(database, query, columns=renamed).fingerprints(file_sha256)
     assert now["interactions"] != before["interactions"] and now["items"] == before["items"]
     for url in ("duckdb:///no/such.db", "sqlite:///no/such.db"):
-        assert source(url).fingerprints() == {"interactions": None, "items": None}
+        with pytest.raises(DataError, match=r"such.db does not exist \(url of domain 'toys'\)"):
+            source(url).fingerprints(file_sha256)
 
 
-def test_a_sqlite_file_has_a_fingerprint_and_is_not_made(tmp_path: Path) -> None:
+def test_a_table_that_cannot_be_read_leaves_the_other_its_fingerprint(database: str, tmp_path: Path) -> None:
+    """One that is gone, and a value that fails only while the query runs."""
+    before = source(database).fingerprints(file_sha256)
+    query = "SELECT customer, item_id, happened::BIGINT AS happened FROM events"
+    with duckdb.connect(database.removeprefix("duckdb://")) as connection:
+        connection.execute("ALTER TABLE events ALTER happened TYPE TEXT")
+        connection.execute("UPDATE events SET happened = 'soon' WHERE customer = 'u3'")
+    for log, reason in ((query, "Could not convert string 'soon'"), ("event", "it has events")):
+        now = source(database, log).fingerprints(file_sha256)
+        assert isinstance(now["interactions"], DataError) and reason in str(now["interactions"])
+        assert now["items"] == before["items"]
+        with pytest.raises(DataError, match=f"{reason}|domain 'toys'"):
+            build_dataset([source(database, log)], tmp_path / "none")
+
+
+@pytest.mark.filterwarnings("ignore:The .future.infer_string. option")  # set by Ibis
+def test_a_sqlite_file_is_known_by_its_hash_and_is_not_made(tmp_path: Path) -> None:
     path = tmp_path / "shop.sqlite"
-    url = f"sqlite://{path}"
-    asked = source(url, "SELECT * FROM events WHERE rating > 0", "items")
+    asked = source(f"sqlite://{path}", "SELECT * FROM events WHERE rating > 0", "items")
     with pytest.raises(DataError, match=r"shop.sqlite does not exist \(url of domain 'toys'\)"):
         build_dataset([asked], tmp_path / "none")
-    assert asked.fingerprints() == {"interactions": None, "items": None} and not path.exists()
+    with pytest.raises(DataError, match=r"shop.sqlite does not exist \(url of domain 'toys'\)"):
+        asked.fingerprints(file_sha256)
+    assert not path.exists()
     with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("PRAGMA journal_mode = wal")
         connection.execute("CREATE TABLE events (customer TEXT, item_id TEXT, happened INTEGER, rating REAL, note)")
         connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, 'x')", LOG)
         connection.execute("CREATE TABLE items (item_id TEXT, title TEXT, brand TEXT)")
         connection.executemany("INSERT INTO items VALUES (?, ?, ?)", ITEMS)
-    before = asked.fingerprints()
-    assert before["interactions"] and before["interactions"].startswith("SQLite: 240 rows, ")
-    assert before["items"] and before["items"].startswith("SQLite: 5 rows, ")
+    before = asked.fingerprints(file_sha256)
+    assert before == dict.fromkeys(("interactions", "items"), f"SQLite file: {file_sha256(path)}")
+    build_dataset([asked], tmp_path / "data")
+    assert asked.fingerprints(file_sha256) == before, "reading it changes nothing"
+    with closing(sqlite3.connect(path)) as connection:
+        with connection:
+            connection.execute("UPDATE events SET rating = 9")
+        log = path.with_name("shop.sqlite-wal")
+        now = f"SQLite file with changes in {log.name}: {file_sha256(path)} {file_sha256(log)}"
+        assert asked.fingerprints(file_sha256) == dict.fromkeys(before, now)
 
-    def after(statement: str) -> list[str]:
-        with closing(sqlite3.connect(path)) as connection, connection:
-            connection.execute(statement)
-        now = asked.fingerprints()
-        return [table for table in before if now[table] != before[table]]
+        def refused(path: Path) -> str:
+            raise PermissionError(13, "Permission denied", str(path))
 
-    assert after("UPDATE events SET note = 'y' WHERE customer = 'u1'") == []
-    assert after("UPDATE items SET title = 'Title, the 5th' WHERE item_id = 'i4'") == ["items"]
-    assert after("INSERT INTO events SELECT * FROM events WHERE rating = 4 LIMIT 1") == ["interactions", "items"]
+        assert "Permission denied" in str(asked.fingerprints(refused)["items"])
+    assert asked.fingerprints(file_sha256)["items"] == f"SQLite file: {file_sha256(path)}" != before["items"]
 
 
 def test_times_of_the_database_are_read(database: str, from_files: Path, tmp_path: Path) -> None:
@@ -312,14 +335,14 @@ def test_a_postgres_server_gives_what_files_give(server: str, from_files: Path, 
         build_dataset([source(url, "event")], tmp_path / "none")
     with pytest.raises(DataError, match="cannot be reached"):
         build_dataset([source(f"postgres://cprec@/no_such_database?host={server}")], tmp_path / "none")
-    before = source(url).fingerprints()
+    before = source(url).fingerprints(file_sha256)
     assert before["interactions"] and before["interactions"].startswith("PostgreSQL: 300 rows, ")
-    writing = {"autocommit": True, "options": "-c default_transaction_read_only=off"}
-    with psycopg.connect(host=server, user="cprec", dbname="postgres", **writing) as connection:
+    writing = "-c default_transaction_read_only=off"
+    with psycopg.connect(host=server, user="cprec", dbname="postgres", autocommit=True, options=writing) as connection:
         connection.execute("UPDATE events SET note = 'y'")  # it is not read, and the rows stand in another order
-        assert source(url).fingerprints() == before
+        assert source(url).fingerprints(file_sha256) == before
         connection.execute("UPDATE events SET rating = 0.5 WHERE item_id = 'i3'")
-        after = source(url).fingerprints()
+        after = source(url).fingerprints(file_sha256)
         assert after["interactions"] != before["interactions"] and after["items"] == before["items"]
         connection.execute("UPDATE events SET rating = 3 WHERE item_id = 'i3'")
-        assert source(url).fingerprints() == before
+        assert source(url).fingerprints(file_sha256) == before

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,7 +125,19 @@ CHANGES: dict[str, tuple[Callable[[], Any], str]] = {
     "atomic items": (write("atomic/books.item", "thing 5", "thing 9"), "atomic/books.item changed"),
     "rows of a table": (sql("INSERT INTO log VALUES ('u0', 'i1', 1600000000)"), "games/interactions in duckdb://shop"),
     "a value of a table": (sql("UPDATE items SET title = 'a' WHERE item_id = 'i2'"), "games/items in duckdb://shop.db"),
-    "a tokenizer": (append("base/tokenizer_config.json", "\n"), "tokenizer/tokenizer_config.json changed"),
+    "a table less": (
+        sql("DROP TABLE log"),
+        "games/interactions in duckdb://shop.db cannot be read now: .*there is no such table",
+    ),
+    "a column renamed": (
+        sql("ALTER TABLE items RENAME title TO t"),
+        "games/items in duckdb://shop.db cannot be read now: .*title",
+    ),
+    "both tables": (
+        sql("DROP TABLE log; UPDATE items SET title = 'a' WHERE item_id = 'i2'"),
+        "games/interactions in .* cannot be read now: .*; games/items in duckdb://shop.db changed",
+    ),
+    "a tokenizer": (append("base/tokenizer_config.json", "\n"), r"tokenizer_config.json changed \(tokenizer=base\)"),
 }
 
 
@@ -189,7 +203,7 @@ def test_input_that_is_gone_is_told(here: Path, capsys: pytest.CaptureFixture[st
     for name in (
         "toys/interactions are gone",
         "books/items are gone",
-        "games/items in duckdb://shop.db",
+        "the database of games cannot be reached now (shop.db does not exist",
         "base is gone",
     ):
         assert name in said, said
@@ -207,10 +221,63 @@ def test_folders_made_before_are_compared_by_the_hashes_they_have(
     record["inputs"] = {entry["path"]: entry["sha256"] for entry in read_manifest("data")["sources"]}
     Path("data/run.json").write_text(json.dumps(record))
     prepare(CONFIG)
-    assert "games/interactions in duckdb://shop.db, which gives nothing to compare" in capsys.readouterr().err
+    assert "games/interactions in duckdb://shop.db, which gave nothing to compare it by" in capsys.readouterr().err
     append("logs/a.csv", "\n")()
     with pytest.raises(InputChanged, match="logs/a.csv changed"):
         prepare(CONFIG)
+
+
+def test_names_of_recorded_inputs_are_those_of_one_input_each(here: Path) -> None:
+    """Sources lie where names of the tokenizer's files and tables might, and two domains share a database."""
+    for name in ("tokenizer", "games"):
+        Path(name).mkdir()
+    shutil.copy("logs/a.csv", "tokenizer/ev.csv")
+    shutil.copy("logs/b.csv", "games/interactions.csv")
+    (games,) = CONFIG.connections
+    config = replace(
+        CONFIG,
+        output_dir="named",
+        tables=(
+            replace(CONFIG.tables[0], interactions="tokenizer/*.csv"),
+            replace(CONFIG.tables[0], domain="books", interactions="games/*.csv"),
+        ),
+        recbole=(),
+        connections=(games, replace(games, domain="films", interactions="SELECT * FROM log WHERE user_id = 'u1'")),
+    )
+    prepare(config)
+    recorded = json.loads(Path("named/run.json").read_text())["inputs"]
+    assert {(entry["path"], entry["sha256"]) for entry in read_manifest("named")["sources"]} <= recorded.items()
+    assert recorded["duckdb://shop.db/games/interactions"] != recorded["duckdb://shop.db/films/interactions"]
+    prepare(config)
+    append("tokenizer/ev.csv", "\n")()
+    with pytest.raises(InputChanged, match="other input: tokenizer/ev.csv changed. Choose"):
+        prepare(config)
+
+
+@pytest.mark.filterwarnings("ignore:The .future.infer_string. option")  # set by Ibis
+def test_a_sqlite_file_that_is_being_written_cannot_be_compared(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (games,) = CONFIG.connections
+    config = replace(CONFIG, output_dir="lite", connections=(replace(games, url="sqlite://shop.sqlite"),))
+    with closing(sqlite3.connect("shop.sqlite")) as connection:
+        connection.execute("PRAGMA journal_mode = wal")
+        with connection:
+            connection.execute("CREATE TABLE log (user_id, item_id, timestamp)")
+            rows = [line.split(",") for line in log().splitlines()]
+            connection.executemany("INSERT INTO log VALUES (?, ?, ?)", [(u, i, int(time)) for u, i, time in rows])
+            connection.execute("CREATE TABLE items (item_id, title)")
+            connection.executemany("INSERT INTO items VALUES (?, ?)", [t.split(",") for t in titles().splitlines()])
+    prepare(config)
+    prepare(config)
+    assert "cannot be seen" not in capsys.readouterr().err
+    with closing(sqlite3.connect("shop.sqlite")) as connection:
+        with connection:
+            connection.execute("DELETE FROM items WHERE item_id = 'i5'")
+        prepare(config)
+        assert "hash of a SQLite file then and of a SQLite file with changes in shop.sqlite-wal now" in (
+            capsys.readouterr().err
+        )
+    with pytest.raises(InputChanged, match="games/interactions in sqlite://shop.sqlite changed; games/items in"):
+        prepare(config)
 
 
 def small(**settings: Any) -> PrepareConfig:

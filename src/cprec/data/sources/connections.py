@@ -92,43 +92,54 @@ class ConnectionSource:
         tables = canonical_tables(engine, self.domain, log, items, self.columns, self.timestamps, items_in_log=False)
         return replace(tables, files=(), hashes=hashes)
 
-    def fingerprints(self) -> dict[str, str | None]:
-        """What the database says of the rows of each table: their number, and a sum over their hashes.
+    def fingerprints(self, file_hash: Callable[[Path], str]) -> dict[str, str | DataError | None]:
+        """What tells whether the rows of each table are others: text that begins with its kind and a colon.
 
-        A change of any value that is read changes it, another order of rows does not. It begins with the kind of hash
-        and a colon: only those of one kind can be compared. None where the database has no such hash, or cannot be
-        reached now.
+        Only those of one kind can be compared. SQLite has no hash: there it is that of the file, by `file_hash`.
+        DuckDB and PostgreSQL give the number of the rows that are read, and a sum over their hashes: a change of any
+        value that is read changes it, another order of rows does not. None of any other database.
+
+        A table that cannot be read gives the error instead. Raises DataError or ConfigError where the database cannot
+        be reached.
         """
         tables = {"interactions": (self.interactions, INTERACTION_FIELDS), "items": (self.items, ITEM_FIELDS)}
-        found: dict[str, str | None] = dict.fromkeys(tables)
-        if self.url.partition("://")[0] not in _ROW_HASH:
+        found: dict[str, str | DataError | None] = dict.fromkeys(tables)
+        kind = self.url.partition("://")[0]
+        if kind == "sqlite":
+            path = _file(self._address())
+            try:
+                return dict.fromkeys(tables, _sqlite_fingerprint(path, file_hash))
+            except OSError as error:
+                return dict.fromkeys(tables, DataError(_brief(error, "")))
+        if kind not in _ROW_HASH:
             return found
         with warnings.catch_warnings():
             # As in `connect` of the engine: Ibis calls a method of DuckDB that DuckDB has renamed.
             warnings.filterwarnings("ignore", r"fetch_arrow_table\(\) is deprecated", DeprecationWarning)
-            try:
-                connection = self._connect()
-            except (ConfigError, DataError):
-                return found
+            connection = self._connect()
             try:
                 for table, (asked, fields) in tables.items():
-                    _, rows, columns, places = self._chosen(connection, table, asked, fields)
-                    found[table] = _fingerprint(connection, rows.query(places), columns)
-            except DataError:  # there is no such table now
-                pass
+                    try:
+                        _, rows, _, places = self._chosen(connection, table, asked, fields)
+                        found[table] = _fingerprint(connection, rows.query(places))
+                    except Exception as error:  # of a table, a column or a value
+                        found[table] = DataError(_brief(error, ""))
             finally:
                 connection.disconnect()
         return found
 
+    def _address(self) -> str:
+        """The address with its variables. Raises DataError where it is of a file that is not there."""
+        url = re.sub(r"\$\{?(\w+)\}?", self._variable, self.url)
+        if self.url.partition("://")[0] in ("duckdb", "sqlite") and not _file(url).is_file():  # both would make one
+            raise DataError(f"{_file(url)} does not exist (url of domain {self.domain!r})")
+        return url
+
     def _connect(self) -> Any:
         import ibis
 
-        url = re.sub(r"\$\{?(\w+)\}?", self._variable, self.url)
+        url = self._address()
         kind = self.url.partition("://")[0]
-        if kind in ("duckdb", "sqlite"):  # both would make a file that is not there
-            path = Path(url.partition("://")[2])
-            if not path.is_file():
-                raise DataError(f"{path} does not exist (url of domain {self.domain!r})")
         if kind == "duckdb":
             url += "?read_only=True"
         try:
@@ -201,7 +212,7 @@ class ConnectionSource:
         self, connection: Any, what: str, asked: str, fields: Sequence[str]
     ) -> tuple[str, _Rows, list[str], list[int]]:
         """Where a table is, in words, its rows, and the columns of it that are read: their names and places."""
-        place = f"{self.shown}/{what}"
+        place = f"{self.shown}/{self.domain}/{what}"  # several domains may share the address
         found = self._open(connection, what, asked)
         raw = RawTable(what, None, tuple(found.schema.names), (), (Path(place),))
         required = (USER_ID, ITEM_ID) if what == "interactions" else (ITEM_ID, TITLE)
@@ -240,7 +251,6 @@ class ConnectionSource:
 
 
 _ROW_HASH = {
-    "sqlite": "cprec_hash({columns})",
     "duckdb": "hash(cprec_row)::HUGEINT",
     "postgres": "hashtextextended(cprec_row::text, 0)::NUMERIC",
     "postgresql": "hashtextextended(cprec_row::text, 0)::NUMERIC",
@@ -248,38 +258,35 @@ _ROW_HASH = {
 """Kind of connection -> the hash of a whole row there, as a number that can be summed."""
 
 
-def _fingerprint(connection: Any, query: str, columns: Sequence[str]) -> str | None:
-    """The number of rows of a query and a sum over their hashes, made by the database; None where it cannot."""
-    quoted = ", ".join('"' + name.replace('"', '""') + '"' for name in columns)
-    row_hash = _ROW_HASH[connection.name].format(columns=quoted)
-    query = f"SELECT count(*), sum({row_hash}) FROM (\n{query}\n) cprec_row"
+def _fingerprint(connection: Any, query: str) -> str:
+    """The number of rows of a query and a sum over their hashes, made by the database."""
+    query = f"SELECT count(*), sum({_ROW_HASH[connection.name]}) FROM (\n{query}\n) cprec_row"
     if connection.name == "duckdb":
         import duckdb
 
         kind = f"DuckDB {duckdb.__version__}"  # its hash may be another one in the next version
         rows = connection.con.sql(query).fetchall()
-    elif connection.name == "sqlite":
-        kind = "SQLite"
-        connection.con.create_function("cprec_hash", -1, _hash_values, deterministic=True)
-        rows = connection.con.execute(query).fetchall()
     else:
-        import psycopg
-
         kind = "PostgreSQL"
-        try:
-            with connection.con.transaction(), connection.con.cursor() as cursor:
-                rows = cursor.execute(query).fetchall()
-        except psycopg.Error:  # what speaks its protocol may lack the function
-            return None
+        with connection.con.transaction(), connection.con.cursor() as cursor:
+            rows = cursor.execute(query).fetchall()
     [(number, total)] = rows
     return f"{kind}: {number} rows, {total or 0}"
 
 
-def _hash_values(*values: Any) -> int:
-    """A hash of a row for SQLite, which has none: of 32 bits, so that the sum over a table is no number too large."""
-    import hashlib
+def _sqlite_fingerprint(path: Path, file_hash: Callable[[Path], str]) -> str:
+    """The hash of a SQLite file, and of the log beside it where that has changes not yet in the file.
 
-    return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=4).digest())
+    That is of another kind: who closes the file last moves the changes into it, which alters both.
+    """
+    log = path.with_name(f"{path.name}-wal")
+    if log.is_file() and log.stat().st_size:
+        return f"SQLite file with changes in {log.name}: {file_hash(path)} {file_hash(log)}"
+    return f"SQLite file: {file_hash(path)}"
+
+
+def _file(url: str) -> Path:
+    return Path(url.partition("://")[2])
 
 
 # ---- names and queries -----------------------------------------------------------------------------------------------
@@ -467,5 +474,9 @@ def _from_postgres(connection: Any, query: str, schema: pa.Schema) -> Iterator[p
 
 def _brief(error: Exception, secret: str) -> str:
     """The first line of an error, without the address that may hold a password."""
+    from ibis.common.exceptions import TableNotFound
+
+    if isinstance(error, TableNotFound):  # it says the name alone
+        return "there is no such table"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].replace(secret, "...") if secret else lines[0]
