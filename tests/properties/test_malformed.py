@@ -137,6 +137,7 @@ def rows_of(parsed: delimited.Parsed) -> list[tuple[Any, ...]]:
     return list(zip(parsed.lines.tolist(), *(column.to_pylist() for column in parsed.columns), strict=True))
 
 
+@pytest.mark.slow
 @settings(max_examples=20)  # each one reads three files
 @given(
     st.lists(st.sampled_from(["a,b\n", "a," + "b" * 30 + "\n", '"a\nb",c\n', '"' + "c\n" * 20, "d" * 70]), max_size=9)

@@ -197,6 +197,7 @@ def test_a_format_is_read(name: str, tmp_path: Path) -> None:
     assert about["platform"] == FORMATS[name].platform
 
 
+@pytest.mark.slow
 def test_categories_and_genres_are_text(tmp_path: Path) -> None:
     for name, expected in (
         ("amazon-2014", "Beauty, Bath"),

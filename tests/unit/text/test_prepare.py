@@ -463,6 +463,7 @@ def test_other_fields_of_items_are_in_every_text_and_certified(config: PrepareCo
     assert shards.manifest["about"]["template"]["item_fields"] == ["title", "brand", "categories"]
 
 
+@pytest.mark.slow
 def test_every_document_begins_as_the_tokenizer_begins_a_text(config: PrepareConfig, tmp_path: Path) -> None:
     from tokenizers.processors import TemplateProcessing
 
