@@ -27,11 +27,11 @@ import numpy as np
 import torch
 
 from cprec.data.ragged import Ragged
-from cprec.rank.attention import PromptTree
-from cprec.rank.cache import PrefixCache
-from cprec.rank.decoding import search
-from cprec.rank.scoring import score_catalogue
-from cprec.rank.trie import Trie
+from cprec.search.attention import PromptTree
+from cprec.search.cache import PrefixCache
+from cprec.search.decoding import search
+from cprec.search.scoring import score_catalogue
+from cprec.search.trie import Trie
 
 VOCABULARY, END, LONGEST = 8192, 1, 12
 
@@ -248,11 +248,11 @@ def _copy(cache: PrefixCache) -> PrefixCache:
 
 def models(args: argparse.Namespace) -> None:
     from cprec.data.dataset import read_split
-    from cprec.evaluate.evaluate import EvaluateConfig
-    from cprec.evaluate.metrics import ndcg, recall
+    from cprec.evaluate.config import EvaluateConfig
     from cprec.evaluate.questions import read_questions
     from cprec.evaluate.statistics import bootstrap_interval
     from cprec.rank.llm import LLMRecommender
+    from cprec.ranks import ndcg, recall
 
     config = EvaluateConfig(data=args.data, output_dir="unused", max_queries=args.queries, k=args.k)
     questions = read_questions(config, read_split(args.data), args.domain)
@@ -295,7 +295,7 @@ def models(args: argparse.Namespace) -> None:
 
 def grow(args: argparse.Namespace) -> None:
     from cprec.data.dataset import read_split
-    from cprec.evaluate.evaluate import EvaluateConfig
+    from cprec.evaluate.config import EvaluateConfig
     from cprec.evaluate.questions import read_questions
     from cprec.models import tiny_model
     from cprec.rank.llm import LLMRecommender

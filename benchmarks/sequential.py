@@ -146,9 +146,9 @@ def ours(folder: Path, name: str, asked: dict[str, Any]) -> dict[str, Any]:
     from cprec.data.catalogue import Catalogue
     from cprec.data.ragged import Ragged, gather, offsets_of
     from cprec.evaluate.evaluate import BATCH, as_table
-    from cprec.evaluate.metrics import ndcg
     from cprec.evaluate.questions import FULL, FULL_WITH_SEEN, Questions
     from cprec.evaluate.tables import metrics_of
+    from cprec.ranks import ndcg
     from cprec.recommender import RankingQuery
     from cprec.schema import Item
     from cprec.train.loop import train

@@ -15,7 +15,7 @@ from cprec import cli
 
 PACKAGE = Path(__file__).parents[1] / "src" / "cprec"
 
-BASE = frozenset({"errors", "schema", "recommender", "provenance", "progress", "machine"})
+BASE = frozenset({"errors", "schema", "recommender", "ranks", "files", "provenance", "progress", "machine"})
 BELOW = {
     **dict.fromkeys(BASE, BASE),
     "data": BASE,
@@ -23,7 +23,8 @@ BELOW = {
     "distributed": BASE,
     "models": BASE | {"data", "text", "distributed"},
     "train": BASE | {"data", "text", "models", "distributed"},
-    "rank": BASE | {"data", "text", "models", "distributed"},
+    "search": BASE | {"data", "models", "distributed"},
+    "rank": BASE | {"data", "text", "models", "distributed", "search"},
     "baselines": BASE | {"data"},
     "evaluate": BASE | {"data"},
     "serve": BASE | {"data"},
@@ -39,7 +40,7 @@ TOP = frozenset(
 EXCEPTIONS = {
     "baselines": {
         *("cprec.train.loop", "cprec.train.schedule", "cprec.train.loss", "cprec.train.checkpoint"),
-        *("cprec.train.training", "cprec.text.stream", "cprec.distributed", "cprec.evaluate.metrics"),
+        *("cprec.train.training", "cprec.text.stream", "cprec.distributed"),
     }
 }
 """A baseline that is trained uses the one training loop and what that hands out, and the metrics to choose weights."""

@@ -26,7 +26,8 @@ from cprec.config import find_config, recipes
 from cprec.field_help import describe_fields
 from cprec.recipe import STAGE_CONFIGS, Recipe
 from cprec.settings import load_object
-from cprec.text.prompts import Template, render
+from cprec.text.config import Template
+from cprec.text.prompts import render
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

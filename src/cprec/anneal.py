@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cprec.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cprec.train.pretrain import PretrainConfig
+    from cprec.train.config import PretrainConfig
 
 Data = Literal["same", "mixed_late", "sft_late"]
 FORKS = "forks"
@@ -84,7 +84,8 @@ def anneal(config: AnnealConfig) -> dict[str, Any]:
     from cprec.evaluate.forks import print_forks, write_forks
     from cprec.progress import say
     from cprec.provenance import read_resolved, save_resolved
-    from cprec.train.pretrain import PretrainConfig, fork
+    from cprec.train.config import PretrainConfig
+    from cprec.train.pretrain import fork
 
     run = Path(config.run)
     stable = _stable(run, config.start)
@@ -197,7 +198,8 @@ def _fine_tune(
 ) -> None:
     """Fine-tune every branch alike; adds next-item perplexity and, from validation queries, ranking to its row."""
     from cprec.progress import say
-    from cprec.train.finetune import FinetuneConfig, finetune
+    from cprec.train.config import FinetuneConfig
+    from cprec.train.finetune import finetune
 
     models: dict[str, str] = {}
     for name, start in starts.items():
@@ -232,7 +234,8 @@ def _fine_tune(
 
 def _rank(config: AnnealConfig, data: str, domain: str, models: dict[str, str], folder: Path) -> dict[str, Any]:
     from cprec.data.dataset import read_split
-    from cprec.evaluate.evaluate import EvaluateConfig, evaluate
+    from cprec.evaluate.config import EvaluateConfig
+    from cprec.evaluate.evaluate import evaluate
     from cprec.run import model_entrants
 
     settings = EvaluateConfig(

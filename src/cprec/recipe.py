@@ -7,20 +7,19 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from cprec.evaluate.evaluate import EvaluateConfig
-    from cprec.text.prepare import PrepareConfig
-    from cprec.train.finetune import FinetuneConfig
-    from cprec.train.pretrain import PretrainConfig
+    from cprec.evaluate.config import EvaluateConfig
+    from cprec.text.config import PrepareConfig
+    from cprec.train.config import FinetuneConfig, PretrainConfig
 
 STAGE_CONFIGS = {
-    "prepare": "cprec.text.prepare:PrepareConfig",
-    "pretrain": "cprec.train.pretrain:PretrainConfig",
-    "finetune": "cprec.train.finetune:FinetuneConfig",
-    "evaluate": "cprec.evaluate.evaluate:EvaluateConfig",
+    "prepare": "cprec.text.config:PrepareConfig",
+    "pretrain": "cprec.train.config:PretrainConfig",
+    "finetune": "cprec.train.config:FinetuneConfig",
+    "evaluate": "cprec.evaluate.config:EvaluateConfig",
     "anneal": "cprec.anneal:AnnealConfig",
     "tune": "cprec.baselines.tune:TuneConfig",
-    "recommend": "cprec.serve.recommend:RecommendConfig",
-    "serve": "cprec.serve.serve:ServeConfig",
+    "recommend": "cprec.serve.config:RecommendConfig",
+    "serve": "cprec.serve.config:ServeConfig",
 }
 """Where each stage's configuration class lives: `module:class`."""
 

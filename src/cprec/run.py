@@ -22,10 +22,11 @@ from cprec.recommender import Ranking, RankingQuery, Recommender
 
 if TYPE_CHECKING:
     from cprec.data.splits import Split
-    from cprec.evaluate.evaluate import Entrant, EvaluateConfig
+    from cprec.evaluate.config import EvaluateConfig
+    from cprec.evaluate.evaluate import Entrant
     from cprec.rank.llm import LLMRecommender, Mode
     from cprec.recipe import Recipe
-    from cprec.text.prepare import PrepareConfig
+    from cprec.text.config import PrepareConfig
 
 FINETUNED, CPREC = "fine-tuning only", "CPRec-style"
 NUM_EXAMPLES = 3

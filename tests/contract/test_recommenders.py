@@ -18,7 +18,7 @@ from cprec.data.sources.memory import MemorySource
 from cprec.data.sources.synthetic import OracleRecommender, SyntheticConfig, SyntheticWorld
 from cprec.data.splits import Split, SplitSpec, make_split
 from cprec.errors import ConfigError
-from cprec.evaluate.metrics import ndcg
+from cprec.ranks import ndcg
 from cprec.recommender import Ranking, RankingQuery, Recommender
 from cprec.schema import MIXED, SPECIFIC, TEST, Item
 

@@ -10,8 +10,9 @@ import yaml
 
 from cprec import cli
 from cprec.data.dataset import read_manifest
-from cprec.text.mixture import Mixture
-from cprec.train.pretrain import PretrainConfig, behaviour_and_more, pretrain_plan
+from cprec.text.config import Mixture
+from cprec.train.config import PretrainConfig
+from cprec.train.pretrain import behaviour_and_more, pretrain_plan
 
 DOMAINS = {
     # folder: platform, timestamps

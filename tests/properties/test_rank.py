@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from cprec.data.ragged import Ragged
 from cprec.models import tiny_model
-from cprec.rank.attention import PromptTree
-from cprec.rank.decoding import search
-from cprec.rank.scoring import score_candidates
-from cprec.rank.trie import Trie
+from cprec.search.attention import PromptTree
+from cprec.search.decoding import search
+from cprec.search.scoring import score_candidates
+from cprec.search.trie import Trie
 
 EOS = 1
 # few tokens, so that titles repeat and begin alike

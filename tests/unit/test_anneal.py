@@ -10,9 +10,11 @@ from cprec import cli
 from cprec.anneal import TRUNK, AnnealConfig, anneal
 from cprec.data.sources.synthetic import SyntheticConfig
 from cprec.errors import ConfigError
-from cprec.text.prepare import PrepareConfig, prepare
-from cprec.train.pretrain import PretrainConfig, pretrain
-from cprec.train.training import TinyModel, read_done, read_log
+from cprec.text.config import PrepareConfig
+from cprec.text.prepare import prepare
+from cprec.train.config import PretrainConfig, TinyModel
+from cprec.train.pretrain import pretrain
+from cprec.train.training import read_done, read_log
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import torch
 
 from cprec.errors import ConfigError
 from cprec.models import check_attention, check_isolation, output_scale, packed_hidden
-from cprec.rank.attention import PromptTree
+from cprec.search.attention import PromptTree
 from cprec.train.attention import use_document_attention
 from cprec.train.loss import PackedLoss
 

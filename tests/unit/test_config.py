@@ -20,7 +20,7 @@ from cprec.field_help import describe_fields, field_docs, show_value
 from cprec.provenance import WEIGHTS, FileHashes, file_sha256, model_hashes, read_resolved, save_resolved, to_dict
 from cprec.recipes.arms import ARMS
 from cprec.settings import parse_overrides
-from cprec.text.prepare import PrepareConfig
+from cprec.text.config import PrepareConfig
 
 
 @dataclass(frozen=True, kw_only=True)

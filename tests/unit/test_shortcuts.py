@@ -10,7 +10,8 @@ import pytest
 from cprec.data.sources.tables import TableSource
 from cprec.errors import ConfigError
 from cprec.shortcuts import PAGE, RECORD, audit_shortcuts
-from cprec.text.prepare import PrepareConfig, prepare
+from cprec.text.config import PrepareConfig
+from cprec.text.prepare import prepare
 
 NUM_ITEMS, NUM_USERS = 12, 24
 

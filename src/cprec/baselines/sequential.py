@@ -30,8 +30,8 @@ from cprec.data.interactions import Interactions, stable_order
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.data.splits import Split
 from cprec.errors import ConfigError
-from cprec.evaluate.metrics import ndcg
 from cprec.progress import say
+from cprec.ranks import ndcg
 from cprec.recommender import RankingQuery
 from cprec.schema import VALIDATION
 from cprec.text.stream import IGNORE, Batch

@@ -178,7 +178,7 @@ def mean_ndcg(recommender: Recommender, queries: Sequence[RankingQuery], targets
     """Mean NDCG@10 of rankings of the queries; ties count with their expected value over all orders."""
     import numpy as np
 
-    from cprec.evaluate.metrics import ndcg
+    from cprec.ranks import ndcg
 
     better, tied = [], []
     for start in range(0, len(queries), BATCH):

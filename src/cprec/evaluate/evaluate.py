@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cprec.errors import ConfigError, CPRecError, DataError, LeakageError
+from cprec.evaluate.config import EvaluateConfig
 from cprec.provenance import file_sha256
 from cprec.recommender import Ranking, Recommender
 
@@ -27,74 +28,6 @@ SAMPLE = 100
 BATCH = 256
 """Queries handed to a recommender at once."""
 FLATTERED = "validation events chose the weights of trained baselines, and tuned settings, and so flatter them"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Settings of evaluation."""
-
-    data: str
-    """Data folder that `cprec prepare` wrote."""
-    output_dir: str
-    """Where rankings, metrics and the report go."""
-    baselines: tuple[str, ...] = ("random", "popularity", "transition graph")
-    """Baselines to rank beside the models, by name; `all`: every one there is (docs/evaluation.md)."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds to train each baseline with that is trained by gradient steps; of several, each is a row of its own."""
-    tuned: str = ""
-    """A file that `cprec tune` wrote: its settings take the place of the baselines' defaults."""
-    models: dict[str, str] = field(default_factory=dict)
-    """Model folders to rank with, by the name they have in tables. A folder fine-tuned on a domain ranks that domain
-    only; a pre-trained one ranks all."""
-    domains: tuple[str, ...] = ()
-    """Domains to rank; none named means every one that has queries."""
-    part: Literal["test", "validation"] = "test"
-    """Held-out events that are asked for."""
-    k: int = 10
-    """Length of the rankings of the full catalogue; metrics are cut at 5 and at this."""
-    exclude_seen: bool = True
-    """Leave out the items of the query's history in the main table. Results with them and without come from the same
-    scores, and both are in the report."""
-    max_queries: int = 0
-    """Rank a seeded sample of at most this many queries a domain; 0 ranks all."""
-    num_candidates: int = 20
-    """Size of the frozen candidate sets: the target and others, drawn uniformly, and by popularity."""
-    mode: Literal["auto", "exact", "beam"] = "auto"
-    """How models rank the full catalogue: `exact` proves that no better item is left; `auto` too, but for queries that
-    have read `max_nodes` prefixes; `beam` keeps `beam_width` prefixes at each depth. Tables say what was proven, and
-    of a beam what share of the exact lists it found."""
-    beam_width: int = 20
-    """Prefixes that a beam keeps at each depth."""
-    max_nodes: int = 2000
-    """Prefixes that `auto` reads for a query at most."""
-    score: Literal["sum", "mean", "corrected"] = "sum"
-    """Log-probability of a title: summed over its tokens, their mean, or the sum less what it is under an empty history
-    (`corrected` for popularity; over the full catalogue that puts what a beam found into another order)."""
-    generate: bool = False
-    """Also let models write the next title freely and look for it among the candidates."""
-    uncertified: bool = False
-    """Rank although a leakage certificate is missing or does not cover a model; every table then says so."""
-    seed: int = 0
-    """Decides candidates, the sample of queries, bootstrap samples, and what other baselines draw (random, iALS)."""
-
-    def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(f"seeds={self.seeds}: give one or more, all different")
-        if self.k < 5:
-            raise ConfigError(f"k={self.k} must be at least 5")
-        if self.num_candidates < 2:
-            raise ConfigError(f"num_candidates={self.num_candidates} must be at least 2")
-        if self.max_queries < 0 or self.beam_width < 1:
-            raise ConfigError(
-                f"max_queries={self.max_queries} and beam_width={self.beam_width} must not be below 0 and 1"
-            )
-        if self.max_nodes < 1:
-            raise ConfigError(f"max_nodes={self.max_nodes} must be at least 1")
-        if self.score == "corrected" and self.mode == "exact":
-            raise ConfigError(
-                "score=corrected with mode=exact: a corrected score may rise along a title, so nothing can be proven; "
-                "choose mode=auto or mode=beam"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,8 @@
-"""Metrics as pure functions: of a target's rank, with ties at their expected value, and of what lists hold.
+"""Metrics of lists as pure functions: how much of the catalogue they show, and how alike what they hold is.
 
-**Of ranks.** Every query has one target. `better` is the number of items scored above it and `tied` the size of its
-group of equal scores, itself included (0 if the target was not returned at all). In a random order of the group the
-target's rank is uniform over better + 1 .. better + tied, and each metric is averaged over those ranks (McSherry and
-Najork 2008).
-
-**Of lists.** Lists come flat: `list_N` says to which of `num_lists` lists an entry belongs, `item_N` its item's
-position in the catalogue. They are cut at K first (`first_k`); of items that tie with the K-th those count that the
-list names first. What has no value (the novelty of an empty list) is NaN: whoever takes a mean leaves it out.
+Lists come flat: `list_N` says to which of `num_lists` lists an entry belongs, `item_N` its item's position in the
+catalogue. They are cut at K first (`first_k`); of items that tie with the K-th those count that the list names first.
+What has no value (the novelty of an empty list) is NaN: whoever takes a mean leaves it out.
 
 Suffixes: Q queries, N entries of all lists, I items of the catalogue, D terms of a vocabulary, L lists.
 """
@@ -15,91 +10,17 @@ Suffixes: Q queries, N entries of all lists, I items of the catalogue, D terms o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from cprec.ranks import ranks_up_to
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 HEAD_SHARE = 0.2
 """Share of the catalogue's items that are its head: the 20 of the rule of 80 and 20."""
-
-
-# ---- of ranks --------------------------------------------------------------------------------------------------------
-
-
-def _expected(better_Q: np.ndarray, tied_Q: np.ndarray, upto: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Mean of a metric over the ranks of a tie group, from its sum over ranks 1..n; 0 where the target is missing."""
-    better, tied = np.asarray(better_Q, dtype=np.int64), np.asarray(tied_Q, dtype=np.int64)
-    return np.where(tied > 0, (upto(better + tied) - upto(better)) / np.maximum(tied, 1), 0.0)
-
-
-def _gain(better_Q: np.ndarray, tied_Q: np.ndarray, gain_K: np.ndarray) -> np.ndarray:
-    """Expected value of a metric that is `gain_K[r - 1]` at rank r, and 0 past the last."""
-    summed = np.concatenate([[0.0], np.cumsum(gain_K)])
-    return _expected(better_Q, tied_Q, lambda rank: summed[np.minimum(rank, len(gain_K))])
-
-
-def _ranks(k: int) -> np.ndarray:
-    if k < 1:
-        raise ValueError(f"k={k} must be at least 1: it is the rank that a metric is cut at")
-    return np.arange(1, k + 1)
-
-
-def recall(better_Q: np.ndarray, tied_Q: np.ndarray, k: int) -> np.ndarray:
-    """Recall@K: the probability that the target is among the first K. With one target it equals HitRate@K.
-
-    Raises ValueError if k is below 1, as every metric with a cut does.
-
-    >>> recall(np.array([0, 9, 10, 9]), np.array([1, 1, 1, 2]), 10).tolist()
-    [1.0, 1.0, 0.0, 0.5]
-    """
-    return _gain(better_Q, tied_Q, np.ones_like(_ranks(k), dtype=float))
-
-
-def precision(better_Q: np.ndarray, tied_Q: np.ndarray, k: int) -> np.ndarray:
-    """Precision@K: the share of the first K that is the target, at most 1 / K. Short lists are divided by K too.
-
-    >>> precision(np.array([0, 3, 4, 3]), np.array([1, 1, 1, 2]), 4).tolist()
-    [0.25, 0.25, 0.0, 0.125]
-    """
-    return recall(better_Q, tied_Q, k) / k
-
-
-def ndcg(better_Q: np.ndarray, tied_Q: np.ndarray, k: int) -> np.ndarray:
-    """NDCG@K: 1 / log2(rank + 1) up to rank K; the best achievable is 1, for there is one target.
-
-    Source: Järvelin and Kekäläinen (2002), with the discount of Burges et al. (2005), which is below 1 from rank 2 on.
-
-    >>> ndcg(np.array([0, 2, 10]), np.array([1, 1, 1]), 10).round(3).tolist()
-    [1.0, 0.5, 0.0]
-    """
-    return _gain(better_Q, tied_Q, 1 / np.log2(_ranks(k) + 1))
-
-
-def reciprocal_rank(better_Q: np.ndarray, tied_Q: np.ndarray, k: int | None = None) -> np.ndarray:
-    """1 / rank of the target, 0 where it was not returned or stands past rank `k`; its mean is MRR (Voorhees 1999).
-
-    >>> reciprocal_rank(np.array([0, 1, 0, 0]), np.array([1, 1, 2, 0])).tolist()
-    [1.0, 0.5, 0.75, 0.0]
-    >>> reciprocal_rank(np.array([1, 2, 1]), np.array([1, 1, 2]), 2).tolist()
-    [0.5, 0.0, 0.25]
-    """
-    last = int((np.asarray(better_Q) + np.asarray(tied_Q)).max(initial=1)) if k is None else k
-    return _gain(better_Q, tied_Q, 1 / _ranks(last))
-
-
-def average_precision(better_Q: np.ndarray, tied_Q: np.ndarray, k: int) -> np.ndarray:
-    """Average precision cut at K: the mean over relevant items of the precision where each stands; its mean is MAP@K.
-
-    With one target it is the precision at the target's rank, so it equals the reciprocal rank cut at K.
-
-    >>> average_precision(np.array([0, 3, 4]), np.array([1, 1, 1]), 4).round(6).tolist()
-    [1.0, 0.25, 0.0]
-    """
-    return reciprocal_rank(better_Q, tied_Q, k)
 
 
 def valid_ratio(num_valid_Q: np.ndarray) -> float:
@@ -126,7 +47,7 @@ def first_k(list_N: np.ndarray, k: int) -> np.ndarray:
     [True, True, True, False, True]
     """
     lists = np.asarray(list_N)
-    _ranks(k)
+    ranks_up_to(k)
     order = np.argsort(lists, kind="stable")
     begins = np.searchsorted(lists[order], lists[order])
     first = np.empty(len(lists), dtype=bool)

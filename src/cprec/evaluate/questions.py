@@ -22,7 +22,7 @@ from cprec.schema import TRAIN, Item
 
 if TYPE_CHECKING:
     from cprec.data.splits import Split
-    from cprec.evaluate.evaluate import EvaluateConfig
+    from cprec.evaluate.config import EvaluateConfig
 
 FULL, FULL_WITH_SEEN, GENERATED, NEW_ITEMS = "full", "full_with_seen", "generate", "new_items"
 SAMPLED = {UNIFORM: "candidates_uniform", POPULARITY: "candidates_popularity"}

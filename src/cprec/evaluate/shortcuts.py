@@ -23,9 +23,9 @@ from cprec.data.ragged import Ragged
 from cprec.data.splits import Queries, Split
 from cprec.data.titles import title_vectors
 from cprec.errors import ConfigError
-from cprec.evaluate.metrics import ndcg, recall
 from cprec.evaluate.statistics import ALPHA, POWER, SAMPLES, bootstrap_interval
 from cprec.progress import track
+from cprec.ranks import ndcg, recall
 from cprec.recommender import Ranking, RankingQuery, Recommender
 from cprec.schema import SPECIFIC, TEST, Item
 

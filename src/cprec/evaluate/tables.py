@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cprec import ranks
 from cprec.evaluate import metrics
 from cprec.evaluate.questions import FULL
 from cprec.evaluate.seeds import model_of, together
@@ -37,22 +38,16 @@ def metrics_of(rankings: pa.Table, questions: Questions, k: int, protocol: str =
     query, item = _places(rankings, [query.query_id for query in asked])
     answers = dict(zip((query.query_id for query in questions.queries), questions.target, strict=True))
     targets = np.array([answers[query.query_id] for query in asked], dtype=object)
-    score = rankings["score"].to_numpy()
-    hit = item == targets[query]
-    of_target = np.full(len(asked), np.nan)
-    of_target[query[hit]] = score[hit]
-    found = ~np.isnan(of_target)
-    better = np.bincount(query[score > of_target[query]], minlength=len(found))
-    tied = np.where(found, np.bincount(query[score == of_target[query]], minlength=len(found)), 0)
+    better, tied = ranks.count(query, rankings["score"].to_numpy(), item == targets[query], len(asked))
     columns: dict[str, np.ndarray] = {"num_better": better, "num_tied": tied}
-    columns["num_valid"] = np.bincount(query, minlength=len(found))
+    columns["num_valid"] = np.bincount(query, minlength=len(asked))
     for cut in sorted({1, 5, k}):
-        columns[f"recall@{cut}"] = metrics.recall(better, tied, cut)
+        columns[f"recall@{cut}"] = ranks.recall(better, tied, cut)
     for cut in sorted({5, k}):
-        columns[f"ndcg@{cut}"] = metrics.ndcg(better, tied, cut)
-    columns[f"precision@{k}"] = metrics.precision(better, tied, k)
-    columns[f"map@{k}"] = metrics.average_precision(better, tied, k)
-    return columns | {"mrr": metrics.reciprocal_rank(better, tied)}
+        columns[f"ndcg@{cut}"] = ranks.ndcg(better, tied, cut)
+    columns[f"precision@{k}"] = ranks.precision(better, tied, k)
+    columns[f"map@{k}"] = ranks.average_precision(better, tied, k)
+    return columns | {"mrr": ranks.reciprocal_rank(better, tied)}
 
 
 def _places(rankings: pa.Table, query_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

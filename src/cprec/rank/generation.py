@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from cprec.rank.reading import Tree
+from cprec.search.reading import Tree
 
 
 def write(tree: Tree, end: int, max_tokens: int) -> list[np.ndarray]:

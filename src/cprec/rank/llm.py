@@ -18,16 +18,16 @@ from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.errors import ConfigError, DataError, ModelError
 from cprec.models import load_model
-from cprec.rank.cache import PrefixCache
-from cprec.rank.decoding import Found, search
 from cprec.rank.generation import match, write
-from cprec.rank.reading import ModelReader, Reader, Tree
-from cprec.rank.scoring import score_candidates
-from cprec.rank.trie import Trie
 from cprec.recommender import Certificate, Ranking, RankingQuery
 from cprec.schema import SPECIFIC, Item, id_text
+from cprec.search.cache import PrefixCache
+from cprec.search.decoding import Found, search
+from cprec.search.reading import ModelReader, Reader, Tree
+from cprec.search.scoring import score_candidates
+from cprec.search.trie import Trie
+from cprec.text.config import Template
 from cprec.text.encoding import PromptEncoder
-from cprec.text.prompts import Template
 from cprec.text.tokenizer import load_tokenizer
 
 Mode = Literal["auto", "exact", "beam", "generate"]

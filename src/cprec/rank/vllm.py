@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from cprec.errors import ConfigError
-from cprec.rank.finite import require_finite
+from cprec.search.finite import require_finite
 
 PROCESSOR = "cprec.rank.vllm_processor:ChildrenOnly"
 """Where the engine's process finds the processor."""

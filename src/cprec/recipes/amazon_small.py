@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from cprec.data.sources.tables import TableSource
-from cprec.evaluate.evaluate import EvaluateConfig
+from cprec.evaluate.config import EvaluateConfig
 from cprec.recipe import Recipe
-from cprec.text.mixture import Mixture
-from cprec.text.prepare import PrepareConfig
-from cprec.train.finetune import FinetuneConfig
-from cprec.train.pretrain import PretrainConfig
-from cprec.train.training import TinyModel
+from cprec.text.config import Mixture, PrepareConfig
+from cprec.train.config import FinetuneConfig, PretrainConfig, TinyModel
 
 FOLDERS = {
     "beauty": "amazon14_beauty",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from cprec.errors import ConfigError
-from cprec.evaluate.evaluate import EvaluateConfig
+from cprec.evaluate.config import EvaluateConfig
 from cprec.recipe import Recipe
 from cprec.recipes.amazon_small import FOLDERS as AMAZON
 from cprec.recipes.amazon_small import source
-from cprec.text.prepare import PrepareConfig
+from cprec.text.config import PrepareConfig
 
 FOLDERS = {**AMAZON, "movielens": "movielens_100k"}
 """Domain -> the folder with its items.parquet and interactions.parquet."""

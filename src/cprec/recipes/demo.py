@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from cprec.data.sources.synthetic import SyntheticConfig
-from cprec.evaluate.evaluate import EvaluateConfig
+from cprec.evaluate.config import EvaluateConfig
 from cprec.recipe import Recipe
-from cprec.text.prepare import PrepareConfig
-from cprec.train.finetune import FinetuneConfig
-from cprec.train.pretrain import PretrainConfig
-from cprec.train.training import TinyModel
+from cprec.text.config import PrepareConfig
+from cprec.train.config import FinetuneConfig, PretrainConfig, TinyModel
 
 SIZE = TinyModel(hidden_size=128, num_hidden_layers=2, num_attention_heads=4)
 

@@ -25,9 +25,9 @@ from cprec.errors import ConfigError, DataError, UnknownItemError
 from cprec.provenance import TOKENIZER, WEIGHTS, FileHashes, model_hashes
 from cprec.recommender import RankingQuery
 from cprec.schema import Item
+from cprec.serve.config import RecommendConfig
 from cprec.serve.engine import Baseline, Engine, reads_nothing
 from cprec.serve.histories import ROWS_AT_ONCE, USER, Row, count_rows, read_histories
-from cprec.serve.recommend import RecommendConfig
 
 T = TypeVar("T")
 

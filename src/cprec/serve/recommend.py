@@ -3,54 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from cprec.errors import ConfigError
+from cprec.serve.config import RecommendConfig
 
 if TYPE_CHECKING:
     from cprec.serve.engine import Baseline
     from cprec.serve.lists import Recommends
-
-SUFFIXES = (".csv", ".jsonl", ".parquet")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecommendConfig:
-    """Settings of recommendation."""
-
-    model: str
-    """Model folder that `cprec pretrain` or `cprec finetune` wrote."""
-    history: tuple[str, ...] = ()
-    """One history, oldest event first: item ids or titles."""
-    domain: str | None = None
-    """Domain to recommend from; by default the one the model was fine-tuned for."""
-    k: int = 10
-    """Items to recommend."""
-    input: str | None = None
-    """File of histories: CSV (columns user_id and history, events separated by |), JSONL or Parquet (a list). Of a
-    user with fewer items left than `k` the list is shorter; one whose history says nothing gets the popular items."""
-    output: str | None = None
-    """File to write for `input`, CSV, JSONL or Parquet by its name: user_id, rank, item_id, title, score, and source,
-    which is model or popularity."""
-    exclude_seen: bool = True
-    """Leave out the items of the history."""
-    strict: bool = False
-    """Stop at the first row or event that cannot be used. By default these are left out, counted, and listed in
-    OUTPUT.rejected.csv."""
-
-    def __post_init__(self) -> None:
-        if bool(self.history) == bool(self.input):
-            raise ConfigError("give either --history with ids or titles, oldest first, or --input FILE with many")
-        if self.input and not self.output:
-            raise ConfigError("--input needs --output FILE (.csv, .jsonl or .parquet)")
-        if self.k < 1:
-            raise ConfigError(f"k={self.k} must be at least 1")
-        for name in ("input", "output"):
-            path = getattr(self, name)
-            if path and Path(path).suffix not in SUFFIXES:
-                raise ConfigError(f"{name}={path!r}: only .csv, .jsonl and .parquet files are known")
 
 
 def recommend(config: RecommendConfig, recommender: Recommends, popular: Baseline | None = None) -> None:

@@ -51,9 +51,9 @@ from cprec.errors import ConfigError, DataError, ShardError
 from cprec.progress import say
 from cprec.provenance import CONFIG_FILE, file_sha256, read_resolved
 from cprec.schema import CONTEXT, MIXED, SPLITS, TEST, TRAIN, VALIDATION
+from cprec.text.config import Template
 from cprec.text.documents import ROW_GROUPS, read_queries_of_part
 from cprec.text.encoding import PromptEncoder
-from cprec.text.prompts import Template
 from cprec.text.shards import DOCUMENTS, DTYPES, TOKENS, Shards, read_piece, read_shard_manifest
 from cprec.text.tokenizer import TINY, beginning_of, load_tokenizer, train_on_titles
 from cprec.text.workers import num_workers, run_parts

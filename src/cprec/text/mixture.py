@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cprec.errors import ConfigError
 from cprec.schema import MIXED, SPECIFIC
+from cprec.text.config import Mixture
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,35 +15,6 @@ if TYPE_CHECKING:
     from cprec.text.corpus import Group
 
 TEXT, EXAMPLES = "general text", "examples"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mixture:
-    """Shares of the tokens that a phase of training reads; shards are made once, whatever these say."""
-
-    mixed_share: float = 0.5
-    """Of the behaviour sequences' tokens, the share of all-domain mixed ones; the rest is domain-specific (our
-    reconstruction: 1:1)."""
-    domain_temperature: float = 0.7
-    """Domains share the specific tokens in proportion to (number of events) ** this: 1 as they come, 0 all alike."""
-    domain_weights: Mapping[str, float] = field(default_factory=dict)
-    """Factors on what the temperature gives single domains: 2 doubles a domain's weight, 0 leaves it out."""
-    text_share: float = 0.0
-    """Share of all tokens from the general text in `replay`."""
-    examples_share: float = 0.0
-    """Share of all tokens from fine-tuning examples of the pre-training domains (loss on their targets only)."""
-
-    def __post_init__(self) -> None:
-        for name in ("mixed_share", "text_share", "examples_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must lie in 0..1")
-        if self.text_share + self.examples_share > 1:
-            raise ConfigError(
-                f"text_share={self.text_share} and examples_share={self.examples_share} are more than all tokens"
-            )
-        for domain, weight in self.domain_weights.items():
-            if not weight >= 0:
-                raise ConfigError(f"domain_weights.{domain}={weight} must be 0 or more")
 
 
 def shares(groups: Sequence[Group], mixture: Mixture) -> np.ndarray:

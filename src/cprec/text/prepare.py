@@ -7,16 +7,12 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from cprec.data.sources.connections import ConnectionSource
-from cprec.data.sources.public import PublicSource
-from cprec.data.sources.recbole import RecBoleSource
-from cprec.data.sources.synthetic import SyntheticConfig
 from cprec.data.sources.tables import TableSource
-from cprec.data.splits import SplitSpec
 from cprec.errors import ConfigError, DataError, InputChanged, LeakageError
 from cprec.provenance import (
     CONFIG_FILE,
@@ -31,131 +27,12 @@ from cprec.provenance import (
     shortened,
     to_dict,
 )
-from cprec.schema import MIXED, SPECIFIC, TEST, TITLE, VALIDATION
-from cprec.text.prompts import Template
+from cprec.schema import MIXED, SPECIFIC, TEST, VALIDATION
+from cprec.text.config import PrepareConfig
 
 if TYPE_CHECKING:
     from cprec.data.catalogue import Catalogue
     from cprec.text.encoding import PromptEncoder
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
-    """Settings of data preparation."""
-
-    output_dir: str
-    """The data folder to write."""
-    tables: tuple[TableSource, ...] = ()
-    """Domains in Parquet, CSV or JSONL files, one entry each."""
-    recbole: tuple[RecBoleSource, ...] = ()
-    """Domains in RecBole's atomic files, one entry each."""
-    public: tuple[PublicSource, ...] = ()
-    """Public data sets in their own files, one entry each."""
-    connections: tuple[ConnectionSource, ...] = ()
-    """Domains in a database or warehouse, one entry each."""
-    synthetic: SyntheticConfig | None = None
-    """The synthetic world, for trying things out."""
-    target_domains: tuple[str, ...]
-    """Domains to fine-tune and evaluate on."""
-    pretrain_domains: tuple[str, ...] = ()
-    """Domains to pre-train on; none named means all. A target that is not among them is *unseen*: neither its items
-    nor the users it is tested on occur in pre-training."""
-    k_core: int = 5
-    """Users and items with fewer events in a domain are left out, repeatedly; 0 keeps all."""
-    k_core_scope: Literal["domain", "pooled"] = "domain"
-    """What counts as a user's events for k_core: those of the domain, or of all domains of the platform."""
-    deduplicate: bool = True
-    """Events of the same user, item and time count once."""
-    drop_consecutive_repeats: bool = True
-    """Leave out an event of the same item as the user's event before."""
-    tie_order: Literal["source", "item_id", "shuffle"] = "source"
-    """Order of a user's events of equal time. It decides held-out events where times are coarse."""
-    split: SplitSpec = SplitSpec()
-    """What is held out, in every domain."""
-    tokenizer: str = "tiny"
-    """The base model's tokenizer (a Hugging Face name or folder), or `tiny`: a byte-level BPE trained on the titles."""
-    vocabulary_size: int = 8192
-    """Of the tiny tokenizer."""
-    add_bos_token: Literal["auto", "true", "false"] = "auto"
-    """Whether documents and prompts begin with the tokenizer's beginning-of-sequence token; auto: as it begins a text
-    itself, which is how its model was trained."""
-    max_title_tokens: int = 32
-    """Titles are cut to this many tokens; items whose cut titles are equal cannot be told apart."""
-    item_fields: tuple[str, ...] = (TITLE,)
-    """What stands for an item in every text: title, or title and brand or categories or both, each cut to
-    max_title_tokens; they tell items of equal titles apart."""
-    mixed_order: Literal["time", "interleave"] = "time"
-    """How mixed sequences order events of several domains: by time, which leaves out domains whose times are only an
-    order; or interleaved, which spreads the events of those evenly among the user's others (no one knows when they
-    happened)."""
-    document_order: Literal["time", "shuffled"] = "time"
-    """Events inside the documents to pre-train on: in time order, or shuffled, the arm that asks what order gives.
-    Held-out documents, examples and queries stay in time order."""
-    min_events: int = 5
-    """Shortest behaviour sequence to pre-train on."""
-    max_events: int = 20
-    """Longer sequences are cut into chunks of nearly equal size."""
-    max_document_tokens: int = 1024
-    """A chunk with more tokens is cut in two again."""
-    history: Literal["specific", "mixed"] = "specific"
-    """What prompts of fine-tuning and evaluation show: the target domain's events, or those of all domains."""
-    max_history: int = 10
-    """Events in a prompt at most, the latest ones; queries keep the whole history."""
-    min_history: int = 3
-    """Events in a prompt at least; shorter ones give no example and no query."""
-    heldout_share: float = 0.005
-    """Share of users whose sequences are only used to measure perplexity, by hash of the user."""
-    strict: bool = False
-    """Stop at the first bad row instead of setting it aside in rejected.parquet."""
-    engine: str = "duckdb"
-    """What runs the steps that concern all rows: duckdb, or a Spark session (spark://...)."""
-    memory_limit: str | None = None
-    """Memory for the table engine, as 8GB; None: 60 % of what is free."""
-    spill_dir: str | None = None
-    """Where the table engine puts what does not fit into memory; None: inside the unfinished data folder."""
-    workers: int | None = None
-    """Processes that write documents side by side; None: one for each core. The result does not depend on it."""
-    partition: str | None = None
-    """i/n, from 0/n to (n-1)/n: write only every n-th part of the documents, on a scheduler, say; the same command with
-    each i, in any order or at once, gives the same folder as one without. The last to finish puts the parts
-    together."""
-    seed: int = 0
-    """Decides the held-out users and shuffled ties."""
-
-    def __post_init__(self) -> None:
-        if not (self.tables or self.recbole or self.public or self.connections or self.synthetic):
-            raise ConfigError(
-                "no source of data: give tables=..., recbole=..., public=..., connections=... or synthetic=... (see "
-                "`cprec prepare --help`)"
-            )
-        if not self.target_domains:
-            raise ConfigError("target_domains is empty: name at least one domain to fine-tune and evaluate on")
-        self.template()
-        if not 0 <= self.heldout_share < 1:
-            raise ConfigError(f"heldout_share={self.heldout_share} must lie in 0..1")
-        for name in ("max_title_tokens", "min_events", "max_events", "max_history", "max_document_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"workers={self.workers} must be at least 1")
-        self.share()
-        if self.min_events < 2 or self.max_events < self.min_events:
-            raise ConfigError(
-                f"min_events={self.min_events} must be at least 2 and at most max_events={self.max_events}"
-            )
-        if not 0 <= self.min_history <= self.max_history:
-            raise ConfigError(f"min_history={self.min_history} must lie in 0..max_history={self.max_history}")
-
-    def template(self) -> Template:
-        """The template with the item fields that are asked for. Raises ConfigError for others than there are."""
-        return Template(item_fields=self.item_fields)
-
-    def share(self) -> tuple[int, int]:
-        """`partition` as numbers: (0, 1) where there is none."""
-        number, slash, count = (self.partition or "0/1").partition("/")
-        if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-            raise ConfigError(f"partition={self.partition!r}: write i/n with i from 0 to n-1, as 0/4")
-        return int(number), int(count)
 
 
 HOW = ("output_dir", "engine", "memory_limit", "spill_dir", "workers", "partition")

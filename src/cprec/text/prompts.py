@@ -18,49 +18,9 @@ space.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from cprec.errors import ConfigError
-from cprec.schema import BRAND, CATEGORIES, KINDS, MIXED, TITLE
-
-ITEM_FIELDS = (TITLE, BRAND, CATEGORIES)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Template:
-    """The fixed parts of the unified template. Raises ConfigError for item fields that are not in ITEM_FIELDS."""
-
-    scope: str = "Domain:"
-    history: str = "\nHistory:"
-    line: str = "\n-"
-    next: str = "\nNext:"
-    mixed_scope: str = "multiple"
-    item_fields: tuple[str, ...] = (TITLE,)
-    """What stands for an item: its title, then what else it has."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "item_fields", tuple(self.item_fields))  # a list where it was read from a file
-        wrong = set(self.item_fields) - set(ITEM_FIELDS)
-        if self.item_fields[:1] != (TITLE,) or wrong or len(set(self.item_fields)) < len(self.item_fields):
-            raise ConfigError(
-                f"item_fields={', '.join(self.item_fields)}: begin with title, then brand or categories, each once"
-            )
-
-    def head(self, scope: str) -> str:
-        """Everything before the first line; `scope` is a domain's name or `mixed_scope`."""
-        return f"{self.scope} {scope}{self.history}"
-
-    def tag(self, domain: str) -> str:
-        """What stands before each title of a mixed sequence, so that domain switches are visible."""
-        return f" [{domain}]"
-
-    def title(self, title: str) -> str:
-        """A title as a piece: with the space that separates it from the dash, the tag or `Next:`."""
-        return f" {title}"
-
-    def field(self, text: str) -> str:
-        """Another field of an item as a piece after its title; nothing where the item has none."""
-        return f"; {text}" if text else ""
+from cprec.schema import KINDS, MIXED
+from cprec.text.config import Template
 
 
 def render(

@@ -9,7 +9,7 @@ from cprec.errors import ConfigError
 
 if TYPE_CHECKING:
     from cprec.data.catalogue import Catalogue
-    from cprec.text.prompts import Template
+    from cprec.text.config import Template
 
 TINY = "tiny"
 EOS = "<eos>"

@@ -28,8 +28,8 @@ from cprec.text.stream import Batch, TokenStream
 from cprec.train.loss import CHUNK, PackedLoss
 
 if TYPE_CHECKING:
+    from cprec.train.config import TrainingConfig
     from cprec.train.plan import Plan
-    from cprec.train.training import TrainingConfig
 
 FP32, BF16 = 4, 2
 """Bytes of a number."""

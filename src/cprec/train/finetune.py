@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from cprec.errors import ConfigError
-from cprec.train.training import TrainingConfig
+from cprec.train.config import FinetuneConfig
 
 if TYPE_CHECKING:
     from cprec.text.shards import Shards
     from cprec.text.stream import TokenStream
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TrainingConfig):
-    """Settings of fine-tuning."""
-
-    domain: str
-    """The target domain: one that `cprec prepare` wrote examples for."""
-    num_train_epochs: float = 3.0
-    """Passes over the examples."""
-    anneal_steps: float = 0.95
-    """Annealing: with warm-up 0.05 the learning rate falls from the peak on."""
-    warmup_steps: float = 0.05
-    """Warm-up: a fraction of all steps if below 1, else a number of steps."""
-    anneal_shape: Literal["1-sqrt", "linear", "cosine", "exponential"] = "cosine"
-    """How the learning rate falls."""
 
 
 def finetune(config: FinetuneConfig) -> Path:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from cprec.text.stream import Phase, TokenStream
+    from cprec.train.config import TrainingConfig
     from cprec.train.schedule import Schedule
-    from cprec.train.training import TrainingConfig
 
 FEW_STEPS = 50
 """Optimizer steps below which a run says that it can hardly learn."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from cprec.errors import ConfigError
 from cprec.schema import SPECIFIC
-from cprec.text.mixture import Mixture
-from cprec.train.training import TrainingConfig
+from cprec.text.config import Mixture
+from cprec.train.config import PretrainConfig, TrainingConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,45 +19,6 @@ if TYPE_CHECKING:
     from cprec.text.shards import Shards
     from cprec.text.stream import TokenStream
     from cprec.train.plan import Plan
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig(TrainingConfig):
-    """Settings of continual pre-training."""
-
-    mixture: Mixture = Mixture()
-    """What is read, and in which shares."""
-    warmup_mixture: Mixture | None = None
-    """Another mixture while the learning rate rises; none: the same."""
-    anneal_mixture: Mixture | None = None
-    """Another mixture while it falls; none: the same."""
-    max_passes: float = 0
-    """How often a domain's documents (or the mixed ones, or the general text) are read at most; what one may not have,
-    the others get. 0: as often as the shares ask."""
-    replay: tuple[str, ...] = ()
-    """Files of general text, JSON lines or Parquet with a column `text`, or plain .txt, for `mixture.text_share`."""
-    loss: Literal["all", "items_only"] = "all"
-    """Which tokens of behaviour sequences the loss covers: all, or the items' titles without the fixed template."""
-    continue_from: str = ""
-    """A stable checkpoint of another run (RUN/stable-STEP): its weights and optimizer go on with these data, without a
-    warm-up."""
-
-    branch_length: float = 0.0
-    """What `cprec anneal` sets in the branches of a run: their annealing as a share of all their tokens, in place of
-    `anneal_steps`, which then says where the run began to anneal. 0: no branch."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.branch_length < 1:
-            raise ConfigError(f"branch_length={self.branch_length} must be a share of the tokens, in 0..1")
-        if self.max_passes < 0:
-            raise ConfigError(f"max_passes={self.max_passes} must be above 0, or 0 for no cap")
-        if self.continue_from and self.warmup_mixture:
-            raise ConfigError("continue_from goes on without a warm-up: leave warmup_mixture out")
-        if self.continue_from and not re.fullmatch(r"stable-\d+", Path(self.continue_from).name):
-            raise ConfigError(
-                f"continue_from={self.continue_from}: give the stable checkpoint of a run, as RUN/stable-1200"
-            )
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -218,9 +177,9 @@ def _titles_only(config: PretrainConfig, corpus: Corpus) -> Callable[[np.ndarray
     """Which tokens are of titles (with the end that closes the last); all are where a document is general text."""
     import numpy as np
 
+    from cprec.text.config import Template
     from cprec.text.encoding import TemplateMarks
     from cprec.text.mixture import TEXT
-    from cprec.text.prompts import Template
     from cprec.text.tokenizer import load_tokenizer
 
     domains = [group.domain for group in corpus.groups if group.kind == SPECIFIC]

@@ -8,10 +8,9 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from cprec.errors import ConfigError, InputChanged
 from cprec.provenance import (
@@ -26,6 +25,7 @@ from cprec.provenance import (
     shortened,
     to_dict,
 )
+from cprec.train.config import TrainingConfig
 
 if TYPE_CHECKING:
     from cprec.text.stream import TokenStream
@@ -33,133 +33,6 @@ if TYPE_CHECKING:
     from cprec.train.plan import Plan
 
 DONE, LOG = "cprec.json", "log.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TinyModel:
-    """Size of the decoder that `model_name_or_path=tiny` makes from random weights."""
-
-    hidden_size: int = 128
-    """Width of the residual stream."""
-    num_hidden_layers: int = 2
-    """Transformer blocks."""
-    num_attention_heads: int = 4
-    """Heads; must divide hidden_size."""
-
-    def __post_init__(self) -> None:
-        if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 2:
-            raise ConfigError(
-                f"hidden_size={self.hidden_size} must be num_attention_heads={self.num_attention_heads} times an "
-                f"even number"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """Settings of pre-training and fine-tuning; names are Hugging Face's where one exists."""
-
-    data: str
-    """Data folder that `cprec prepare` wrote."""
-    output_dir: str
-    """Where the model folder, its checkpoints and its log go."""
-    model_name_or_path: str = "tiny"
-    """A causal language model: a Hugging Face name, a model folder, or `tiny` (small, from random weights)."""
-    tiny: TinyModel = TinyModel()
-    """Size of the tiny model; unused otherwise."""
-    lora_rank: int = 0
-    """Rank of LoRA adapters on all linear layers; 0 trains all weights."""
-    lora_alpha: int = 32
-    """Scale of the LoRA update (alpha / rank)."""
-    lora_merge: bool = False
-    """Add the adapters into the weights of the finished model: a plain one, which no longer needs its base."""
-    learning_rate: float = 1e-4
-    """Peak learning rate (our reconstruction: 1e-4 up to 0.6 B parameters, 5e-5 for 1-3 B; small models from random
-    weights want 1e-3 and more)."""
-    num_train_epochs: float = 1.0
-    """Passes over the training tokens; a fraction is allowed."""
-    max_length: int = 1024
-    """Tokens of a packed row."""
-    per_device_train_batch_size: int = 8
-    """Packed rows of a forward pass."""
-    gradient_accumulation_steps: int = 1
-    """Forward passes of an optimizer step."""
-    weight_decay: float = 0.1
-    """AdamW's decay of matrices; norms are left out."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
-    bf16: Literal["auto", "true", "false"] = "auto"
-    """Compute in bf16 with fp32 weights; auto: where the machine has instructions for it."""
-    lr_scheduler_type: Literal["wsa", "constant_with_warmup", "cosine", "constant"] = "wsa"
-    """Warmup-stable-annealing; or without the annealing; a cosine over all that warm-up leaves; or the peak only."""
-    schedule_unit: Literal["steps", "tokens"] = "steps"
-    """What the learning rate follows: optimizer steps, or the tokens read by the end of each."""
-    attn_implementation: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"] = "auto"
-    """How attention is computed; auto: as transformers chooses, but on a CPU inside documents only, which is
-    quicker. All must keep packed documents apart on this model."""
-    gradient_checkpointing: bool = False
-    """Recompute each block in the backward pass: much less memory for about a third more time."""
-    torch_compile: bool = False
-    """Compile each block: faster steps after a first one of a minute or so."""
-    fsdp: bool = False
-    """Under torchrun, spread weights, gradients and optimizer over the processes; else each holds them whole."""
-    ddp_timeout: int = 1800
-    """Seconds that a process waits for the others before it gives up."""
-    warmup_steps: float = 0.03
-    """Warm-up: a fraction of all steps if below 1, else a number of steps."""
-    anneal_steps: float = 0.15
-    """Annealing at the end: a fraction of all steps if below 1, else a number of steps; 0 stays at the peak."""
-    anneal_shape: Literal["1-sqrt", "linear", "cosine", "exponential"] = "1-sqrt"
-    """How the learning rate falls."""
-    min_lr_ratio: float = 0.1
-    """The last learning rate, as a share of the peak."""
-    seed: int = 0
-    """Decides the order of documents and the tiny model's first weights."""
-    save_steps: int = 500
-    """Steps between checkpoints."""
-    save_total_limit: int = 2
-    """Checkpoints kept."""
-    logging_steps: int = 10
-    """Steps between lines of log.jsonl."""
-    eval_steps: int = 500
-    """Steps between measurements of held-out perplexity."""
-    eval_tokens: int = 50_000
-    """Held-out tokens measured per domain and kind, at most."""
-    resume_from_checkpoint: Literal["auto", "never"] = "auto"
-    """auto goes on from the newest checkpoint in output_dir; never starts again."""
-    report_to: tuple[str, ...] = ("auto",)
-    """Where the numbers of the log go as well: tensorboard, wandb, mlflow, trackio; none; auto: TensorBoard where it is
-    installed."""
-    run_name: str = ""
-    """What they are filed under there; empty: the name of output_dir."""
-    general_text: str = "auto"
-    """A text whose perplexity is measured with the held-out sets, to see what training makes a model forget: a file
-    (.txt, or .jsonl or Parquet with a column `text`), none, or auto: one of our own, but none for `tiny`, which knows
-    nothing to forget."""
-    dry_run: bool = False
-    """Show the plan (steps, tokens, mixture, learning rate) and what it will take (memory, disk, time); train
-    nothing."""
-
-    def __post_init__(self) -> None:
-        positive = (
-            "learning_rate num_train_epochs max_length per_device_train_batch_size gradient_accumulation_steps "
-            "max_grad_norm save_steps save_total_limit logging_steps eval_steps ddp_timeout"
-        )
-        for name in positive.split():
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
-        for name in ("weight_decay", "warmup_steps", "anneal_steps", "eval_tokens", "lora_rank"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise ConfigError(f"min_lr_ratio={self.min_lr_ratio} must lie in 0..1")
-        if self.lora_merge and not self.lora_rank:
-            raise ConfigError(
-                "lora_merge=true has no adapters to merge with lora_rank=0: set lora_rank, or leave it out"
-            )
-
-    @property
-    def rows_per_step(self) -> int:
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
 
 _FREE = (
@@ -567,7 +440,7 @@ def _check_fits(config: TrainingConfig, model: Any, vocabulary_size: int, longes
     """
     from cprec.models import context_of, has_learned_positions
     from cprec.progress import say
-    from cprec.text.prompts import Template
+    from cprec.text.config import Template
 
     name, context = config.model_name_or_path, context_of(model)
     rows = model.get_input_embeddings().weight.shape[0]

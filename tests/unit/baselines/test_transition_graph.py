@@ -15,7 +15,7 @@ from cprec.data.catalogue import Catalogue
 from cprec.data.interactions import Interactions
 from cprec.data.splits import Split, SplitSpec
 from cprec.errors import ConfigError
-from cprec.evaluate.metrics import ndcg, recall
+from cprec.ranks import ndcg, recall
 from cprec.recommender import RankingQuery, Recommender
 from cprec.schema import DomainInfo, Item
 

@@ -15,7 +15,8 @@ import pytest
 from cprec.data.build import build_dataset
 from cprec.data.sources.tables import TableSource
 from cprec.errors import ConfigError, DataError
-from cprec.text.prepare import PrepareConfig, prepare
+from cprec.text.config import PrepareConfig
+from cprec.text.prepare import prepare
 
 pytestmark = [
     pytest.mark.spark,

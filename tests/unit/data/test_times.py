@@ -226,7 +226,8 @@ def test_a_folder_made_before_has_whole_seconds(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Clicks some milliseconds apart, split by time within one second."""
-    from cprec.text.prepare import PrepareConfig, prepare
+    from cprec.text.config import PrepareConfig
+    from cprec.text.prepare import prepare
 
     folder = tmp_path_factory.mktemp("shop")
     generator = random.Random(5)

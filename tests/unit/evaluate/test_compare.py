@@ -26,7 +26,7 @@ from cprec.evaluate.comparison_report import (
     print_tables,
     title_of,
 )
-from cprec.evaluate.metrics import ndcg, recall, reciprocal_rank
+from cprec.ranks import ndcg, recall, reciprocal_rank
 
 SETTINGS = {
     "domain": "Books",

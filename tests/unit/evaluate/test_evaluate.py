@@ -25,12 +25,14 @@ from cprec.data.dataset import read_manifest, read_split
 from cprec.data.sources.synthetic import SyntheticConfig
 from cprec.data.splits import Split
 from cprec.errors import ConfigError, CPRecError, DataError, LeakageError
-from cprec.evaluate.evaluate import Entrant, EvaluateConfig, check_certificate, evaluate, protocol_of, rankings_path
+from cprec.evaluate.config import EvaluateConfig
+from cprec.evaluate.evaluate import Entrant, check_certificate, evaluate, protocol_of, rankings_path
 from cprec.evaluate.questions import FULL, FULL_WITH_SEEN, NEW_ITEMS, SAMPLED, Questions, read_questions
 from cprec.evaluate.tables import metrics_of
 from cprec.recommender import Certificate, Ranking, RankingQuery, Recommender
 from cprec.run import SCORES, baseline_entrants, evaluate_models
-from cprec.text.prepare import PrepareConfig, prepare
+from cprec.text.config import PrepareConfig
+from cprec.text.prepare import prepare
 
 
 @pytest.fixture(scope="module")

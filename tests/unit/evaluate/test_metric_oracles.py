@@ -13,17 +13,8 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_array
 
-from cprec.evaluate.metrics import (
-    average_precision,
-    coverage,
-    first_k,
-    intra_list_diversity,
-    ndcg,
-    novelty,
-    precision,
-    recall,
-    reciprocal_rank,
-)
+from cprec.evaluate.metrics import coverage, first_k, intra_list_diversity, novelty
+from cprec.ranks import average_precision, ndcg, precision, recall, reciprocal_rank
 
 pytestmark = pytest.mark.slow
 

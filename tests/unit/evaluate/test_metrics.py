@@ -11,21 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
-from cprec.evaluate.metrics import (
-    average_precision,
-    coverage,
-    first_k,
-    gini,
-    head,
-    intra_list_diversity,
-    ndcg,
-    novelty,
-    precision,
-    recall,
-    reciprocal_rank,
-    tail_share,
-    valid_ratio,
-)
+from cprec.evaluate.metrics import coverage, first_k, gini, head, intra_list_diversity, novelty, tail_share, valid_ratio
+from cprec.ranks import average_precision, ndcg, precision, recall, reciprocal_rank
 
 
 def one(function, better, tied, *arguments):

@@ -17,12 +17,13 @@ import torch
 from cprec.data.catalogue import Catalogue
 from cprec.errors import ConfigError, DataError, ModelError, UnknownItemError
 from cprec.models import tiny_model
-from cprec.rank.decoding import Found
 from cprec.rank.llm import LLMRecommender
 from cprec.recommender import RankingQuery
 from cprec.recommender import Recommender as Protocol
 from cprec.schema import Item
-from cprec.text.prompts import Template, render
+from cprec.search.decoding import Found
+from cprec.text.config import Template
+from cprec.text.prompts import render
 from cprec.text.tokenizer import train_tokenizer
 
 BOOKS = ("Dune", "Dune Messiah", "Emma", "War & Peace", "Emma", "Ulysses")

@@ -19,8 +19,8 @@ from cprec.data import catalogue as catalogue_module
 from cprec.data.cleaning import spelling
 from cprec.data.ragged import offsets_of
 from cprec.errors import ConfigError, ModelError
+from cprec.serve.config import ServeConfig
 from cprec.serve.items import FILE, ItemStore
-from cprec.serve.serve import ServeConfig
 from cprec.serve.service import Service
 
 Served = Callable[..., Any]

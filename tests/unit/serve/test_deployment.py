@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from cprec.serve.serve import TOKEN, ServeConfig
+from cprec.serve.config import TOKEN, ServeConfig
 from cprec.settings import from_mapping, parse_overrides
 
 ROOT = Path(__file__).parents[3]

@@ -20,7 +20,8 @@ from cprec.errors import ConfigError, DataError
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import Item
 from cprec.serve import lists as stage
-from cprec.serve.recommend import RecommendConfig, recommend
+from cprec.serve.config import RecommendConfig
+from cprec.serve.recommend import recommend
 
 USERS = [f"user, {number}" for number in range(23)]
 ITEMS = [f"i{number}" for number in range(6)] + ["7", "9", "None", " spaced "]

@@ -27,8 +27,9 @@ from cprec.errors import ConfigError, DataError, LeakageError
 from cprec.provenance import file_sha256
 from cprec.schema import CONTEXT, SPLITS, TEST, TRAIN, VALIDATION
 from cprec.text import export as exports
+from cprec.text.config import PrepareConfig
 from cprec.text.export import FORMATS, FRAMES, MAX_LIST, export, read_frame
-from cprec.text.prepare import PrepareConfig, prepare
+from cprec.text.prepare import prepare
 from cprec.text.shards import open_shards
 from cprec.text.tokenizer import load_tokenizer
 

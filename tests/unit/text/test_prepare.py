@@ -28,8 +28,9 @@ from cprec.errors import ConfigError, DataError
 from cprec.provenance import to_dict
 from cprec.text import documents
 from cprec.text.certificate import audit
+from cprec.text.config import PrepareConfig
 from cprec.text.export import export
-from cprec.text.prepare import PrepareConfig, prepare
+from cprec.text.prepare import prepare
 from cprec.text.shards import open_shards
 from cprec.text.tokenizer import load_tokenizer
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cprec.text.prompts import Template, render
+from cprec.text.config import Template
+from cprec.text.prompts import render
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 BOOKS = [("books", "Dune"), ("books", "War & Peace, Vol. 2")]

@@ -22,10 +22,11 @@ from cprec.data.sources.public import PublicSource
 from cprec.data.sources.recbole import RecBoleSource
 from cprec.data.sources.tables import TableSource
 from cprec.errors import DataError, InputChanged
-from cprec.evaluate.evaluate import EvaluateConfig
+from cprec.evaluate.config import EvaluateConfig
 from cprec.provenance import FileHashes, differences, file_sha256
 from cprec.text import prepare as stage
-from cprec.text.prepare import PrepareConfig, prepare
+from cprec.text.config import PrepareConfig
+from cprec.text.prepare import prepare
 from cprec.text.tokenizer import train_tokenizer
 
 USERS, ITEMS, EVENTS = 8, 6, 6
@@ -390,8 +391,7 @@ def test_differences_are_those_of_names_and_hashes() -> None:
 def test_a_run_names_what_was_made_from_changed_input(here: Path) -> None:
     from cprec.recipe import Recipe
     from cprec.run import run
-    from cprec.train.finetune import FinetuneConfig
-    from cprec.train.pretrain import PretrainConfig
+    from cprec.train.config import FinetuneConfig, PretrainConfig
 
     recipe = Recipe(
         name="test",

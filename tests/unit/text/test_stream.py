@@ -10,8 +10,9 @@ import pytest
 
 from cprec.data.ragged import Ragged
 from cprec.errors import ConfigError
+from cprec.text.config import Mixture
 from cprec.text.corpus import Corpus, behaviour_groups
-from cprec.text.mixture import Mixture, shares
+from cprec.text.mixture import shares
 from cprec.text.shards import Shards, write_shards
 from cprec.text.stream import IGNORE, Phase, TokenStream, one_phase
 

@@ -20,9 +20,10 @@ from cprec.errors import TrainingError
 from cprec.provenance import to_dict
 from cprec.text.stream import TokenStream
 from cprec.train.checkpoint import checkpoints, damage
+from cprec.train.config import PretrainConfig, TinyModel
 from cprec.train.loop import LOG, read_log, split_rows
-from cprec.train.pretrain import PretrainConfig, pretrain
-from cprec.train.training import TinyModel, read_done
+from cprec.train.pretrain import pretrain
+from cprec.train.training import read_done
 
 MakeConfig = Callable[..., PretrainConfig]
 PATIENCE = 120

@@ -16,6 +16,7 @@ from cprec.models import add_lora, packed_hidden, tiny_model
 from cprec.text.stream import TokenStream
 from cprec.train import estimate as module
 from cprec.train.checkpoint import TrainState, save_checkpoint
+from cprec.train.config import PretrainConfig
 from cprec.train.estimate import (
     estimate,
     estimate_plan,
@@ -31,7 +32,6 @@ from cprec.train.estimate import (
 from cprec.train.loop import make_optimizer
 from cprec.train.loss import PackedLoss
 from cprec.train.plan import make_plan
-from cprec.train.pretrain import PretrainConfig
 
 ROWS, ROW_TOKENS, VOCABULARY = 2, 64, 300
 CPU = torch.device("cpu")

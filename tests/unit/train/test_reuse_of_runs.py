@@ -17,8 +17,9 @@ from cprec.errors import ConfigError, InputChanged
 from cprec.models import tiny_model
 from cprec.provenance import FileHashes
 from cprec.text.tokenizer import load_tokenizer
-from cprec.train.finetune import FinetuneConfig, finetune
-from cprec.train.pretrain import PretrainConfig, pretrain
+from cprec.train.config import FinetuneConfig, PretrainConfig
+from cprec.train.finetune import finetune
+from cprec.train.pretrain import pretrain
 from cprec.train.training import model_identity, read_done
 
 SHARED: dict[str, Any] = {

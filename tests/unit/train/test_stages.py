@@ -17,15 +17,16 @@ import pytest
 from cprec.errors import ConfigError, DataError, ShardError
 from cprec.provenance import to_dict
 from cprec.rank.llm import LLMRecommender
-from cprec.text.mixture import Mixture
+from cprec.text.config import Mixture
 from cprec.text.shards import open_shards
 from cprec.text.tokenizer import load_tokenizer
 from cprec.train import training
 from cprec.train.checkpoint import checkpoints, read_state
-from cprec.train.finetune import FinetuneConfig, finetune
+from cprec.train.config import FinetuneConfig, PretrainConfig, TinyModel
+from cprec.train.finetune import finetune
 from cprec.train.loop import LOG, read_log
-from cprec.train.pretrain import PretrainConfig, behaviour_and_more, fork, pretrain, pretrain_plan
-from cprec.train.training import DONE, TinyModel, read_done
+from cprec.train.pretrain import behaviour_and_more, fork, pretrain, pretrain_plan
+from cprec.train.training import DONE, read_done
 
 SOURCE = Path(__file__).parents[3] / "src"
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from cprec.data.ragged import Ragged, offsets_of
-from cprec.rank.reading import Tree
-from cprec.rank.trie import Trie, build_block, levels_of, sort_titles
+from cprec.search.reading import Tree
+from cprec.search.trie import Trie, build_block, levels_of, sort_titles
 
 TITLES = 128
 """Titles of all users together whose prefixes are read in one pass."""

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from cprec.errors import ConfigError
-from cprec.rank.reading import Tree
-from cprec.rank.trie import Trie
+from cprec.search.reading import Tree
+from cprec.search.trie import Trie
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from cprec.models import check_attention, context_of, output_scale
-from cprec.rank.attention import PromptTree
-from cprec.rank.cache import PrefixCache
+from cprec.search.attention import PromptTree
+from cprec.search.cache import PrefixCache
 
 
 class Tree(Protocol):

@@ -11,8 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from cprec.distributed import autocast
 from cprec.models import attending_by, output_scale, trunk_and_head
-from cprec.rank.cache import PrefixCache
-from cprec.rank.finite import require_finite
+from cprec.search.cache import PrefixCache
+from cprec.search.finite import require_finite
 
 PROMPT_TREE = "prompt_tree"
 """The name under which transformers knows the attention."""

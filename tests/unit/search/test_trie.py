@@ -7,7 +7,7 @@ import pytest
 
 from cprec.data.ragged import Ragged
 from cprec.errors import DataError
-from cprec.rank.trie import LONGEST, Trie
+from cprec.search.trie import LONGEST, Trie
 
 EOS = 1
 TITLES = [[5, EOS], [5, 7, EOS], [4, 7, EOS], [5, 7, EOS]]  # "5", "5 7", "4 7" and once more "5 7"

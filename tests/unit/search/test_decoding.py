@@ -10,13 +10,13 @@ import torch
 
 from cprec.data.ragged import Ragged
 from cprec.errors import ConfigError
-from cprec.rank.attention import PromptTree
-from cprec.rank.cache import PrefixCache
-from cprec.rank.decoding import Found
-from cprec.rank.decoding import search as search_trie
 from cprec.rank.generation import match, write
-from cprec.rank.scoring import score_candidates, score_catalogue
-from cprec.rank.trie import Trie
+from cprec.search.attention import PromptTree
+from cprec.search.cache import PrefixCache
+from cprec.search.decoding import Found
+from cprec.search.decoding import search as search_trie
+from cprec.search.scoring import score_candidates, score_catalogue
+from cprec.search.trie import Trie
 
 EOS = 1
 PROMPTS = [[40, 41, 42], [50], [60, 61, 62, 63, 64, 65, 66, 67]]
@@ -272,7 +272,7 @@ def test_titles_that_are_impossible_come_last(model: Any, of_item: OfItem, width
 
 
 def test_all_items_at_once(model: Any, of_item: OfItem, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cprec.rank.scoring.TITLES", 7)  # several blocks
+    monkeypatch.setattr("cprec.search.scoring.TITLES", 7)  # several blocks
     trie = Trie.build(Ragged.of(ENDED))
     scores = score_catalogue(PromptTree(model, [np.array(prompt) for prompt in PROMPTS]), trie)
     for prompt, mine in zip(PROMPTS, scores, strict=True):

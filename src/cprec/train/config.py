@@ -1,0 +1,193 @@
+"""Settings of pre-training and fine-tuning."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cprec.errors import ConfigError
+from cprec.text.config import Mixture
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyModel:
+    """Size of the decoder that `model_name_or_path=tiny` makes from random weights."""
+
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    num_hidden_layers: int = 2
+    """Transformer blocks."""
+    num_attention_heads: int = 4
+    """Heads; must divide hidden_size."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 2:
+            raise ConfigError(
+                f"hidden_size={self.hidden_size} must be num_attention_heads={self.num_attention_heads} times an "
+                f"even number"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Settings of pre-training and fine-tuning; names are Hugging Face's where one exists."""
+
+    data: str
+    """Data folder that `cprec prepare` wrote."""
+    output_dir: str
+    """Where the model folder, its checkpoints and its log go."""
+    model_name_or_path: str = "tiny"
+    """A causal language model: a Hugging Face name, a model folder, or `tiny` (small, from random weights)."""
+    tiny: TinyModel = TinyModel()
+    """Size of the tiny model; unused otherwise."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters on all linear layers; 0 trains all weights."""
+    lora_alpha: int = 32
+    """Scale of the LoRA update (alpha / rank)."""
+    lora_merge: bool = False
+    """Add the adapters into the weights of the finished model: a plain one, which no longer needs its base."""
+    learning_rate: float = 1e-4
+    """Peak learning rate (our reconstruction: 1e-4 up to 0.6 B parameters, 5e-5 for 1-3 B; small models from random
+    weights want 1e-3 and more)."""
+    num_train_epochs: float = 1.0
+    """Passes over the training tokens; a fraction is allowed."""
+    max_length: int = 1024
+    """Tokens of a packed row."""
+    per_device_train_batch_size: int = 8
+    """Packed rows of a forward pass."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes of an optimizer step."""
+    weight_decay: float = 0.1
+    """AdamW's decay of matrices; norms are left out."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    bf16: Literal["auto", "true", "false"] = "auto"
+    """Compute in bf16 with fp32 weights; auto: where the machine has instructions for it."""
+    lr_scheduler_type: Literal["wsa", "constant_with_warmup", "cosine", "constant"] = "wsa"
+    """Warmup-stable-annealing; or without the annealing; a cosine over all that warm-up leaves; or the peak only."""
+    schedule_unit: Literal["steps", "tokens"] = "steps"
+    """What the learning rate follows: optimizer steps, or the tokens read by the end of each."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"] = "auto"
+    """How attention is computed; auto: as transformers chooses, but on a CPU inside documents only, which is
+    quicker. All must keep packed documents apart on this model."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass: much less memory for about a third more time."""
+    torch_compile: bool = False
+    """Compile each block: faster steps after a first one of a minute or so."""
+    fsdp: bool = False
+    """Under torchrun, spread weights, gradients and optimizer over the processes; else each holds them whole."""
+    ddp_timeout: int = 1800
+    """Seconds that a process waits for the others before it gives up."""
+    warmup_steps: float = 0.03
+    """Warm-up: a fraction of all steps if below 1, else a number of steps."""
+    anneal_steps: float = 0.15
+    """Annealing at the end: a fraction of all steps if below 1, else a number of steps; 0 stays at the peak."""
+    anneal_shape: Literal["1-sqrt", "linear", "cosine", "exponential"] = "1-sqrt"
+    """How the learning rate falls."""
+    min_lr_ratio: float = 0.1
+    """The last learning rate, as a share of the peak."""
+    seed: int = 0
+    """Decides the order of documents and the tiny model's first weights."""
+    save_steps: int = 500
+    """Steps between checkpoints."""
+    save_total_limit: int = 2
+    """Checkpoints kept."""
+    logging_steps: int = 10
+    """Steps between lines of log.jsonl."""
+    eval_steps: int = 500
+    """Steps between measurements of held-out perplexity."""
+    eval_tokens: int = 50_000
+    """Held-out tokens measured per domain and kind, at most."""
+    resume_from_checkpoint: Literal["auto", "never"] = "auto"
+    """auto goes on from the newest checkpoint in output_dir; never starts again."""
+    report_to: tuple[str, ...] = ("auto",)
+    """Where the numbers of the log go as well: tensorboard, wandb, mlflow, trackio; none; auto: TensorBoard where it is
+    installed."""
+    run_name: str = ""
+    """What they are filed under there; empty: the name of output_dir."""
+    general_text: str = "auto"
+    """A text whose perplexity is measured with the held-out sets, to see what training makes a model forget: a file
+    (.txt, or .jsonl or Parquet with a column `text`), none, or auto: one of our own, but none for `tiny`, which knows
+    nothing to forget."""
+    dry_run: bool = False
+    """Show the plan (steps, tokens, mixture, learning rate) and what it will take (memory, disk, time); train
+    nothing."""
+
+    def __post_init__(self) -> None:
+        positive = (
+            "learning_rate num_train_epochs max_length per_device_train_batch_size gradient_accumulation_steps "
+            "max_grad_norm save_steps save_total_limit logging_steps eval_steps ddp_timeout"
+        )
+        for name in positive.split():
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+        for name in ("weight_decay", "warmup_steps", "anneal_steps", "eval_tokens", "lora_rank"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ConfigError(f"min_lr_ratio={self.min_lr_ratio} must lie in 0..1")
+        if self.lora_merge and not self.lora_rank:
+            raise ConfigError(
+                "lora_merge=true has no adapters to merge with lora_rank=0: set lora_rank, or leave it out"
+            )
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainingConfig):
+    """Settings of continual pre-training."""
+
+    mixture: Mixture = Mixture()
+    """What is read, and in which shares."""
+    warmup_mixture: Mixture | None = None
+    """Another mixture while the learning rate rises; none: the same."""
+    anneal_mixture: Mixture | None = None
+    """Another mixture while it falls; none: the same."""
+    max_passes: float = 0
+    """How often a domain's documents (or the mixed ones, or the general text) are read at most; what one may not have,
+    the others get. 0: as often as the shares ask."""
+    replay: tuple[str, ...] = ()
+    """Files of general text, JSON lines or Parquet with a column `text`, or plain .txt, for `mixture.text_share`."""
+    loss: Literal["all", "items_only"] = "all"
+    """Which tokens of behaviour sequences the loss covers: all, or the items' titles without the fixed template."""
+    continue_from: str = ""
+    """A stable checkpoint of another run (RUN/stable-STEP): its weights and optimizer go on with these data, without a
+    warm-up."""
+
+    branch_length: float = 0.0
+    """What `cprec anneal` sets in the branches of a run: their annealing as a share of all their tokens, in place of
+    `anneal_steps`, which then says where the run began to anneal. 0: no branch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.branch_length < 1:
+            raise ConfigError(f"branch_length={self.branch_length} must be a share of the tokens, in 0..1")
+        if self.max_passes < 0:
+            raise ConfigError(f"max_passes={self.max_passes} must be above 0, or 0 for no cap")
+        if self.continue_from and self.warmup_mixture:
+            raise ConfigError("continue_from goes on without a warm-up: leave warmup_mixture out")
+        if self.continue_from and not re.fullmatch(r"stable-\d+", Path(self.continue_from).name):
+            raise ConfigError(
+                f"continue_from={self.continue_from}: give the stable checkpoint of a run, as RUN/stable-1200"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainingConfig):
+    """Settings of fine-tuning."""
+
+    domain: str
+    """The target domain: one that `cprec prepare` wrote examples for."""
+    num_train_epochs: float = 3.0
+    """Passes over the examples."""
+    anneal_steps: float = 0.95
+    """Annealing: with warm-up 0.05 the learning rate falls from the peak on."""
+    warmup_steps: float = 0.05
+    """Warm-up: a fraction of all steps if below 1, else a number of steps."""
+    anneal_shape: Literal["1-sqrt", "linear", "cosine", "exponential"] = "cosine"
+    """How the learning rate falls."""
