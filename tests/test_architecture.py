@@ -24,6 +24,7 @@ BELOW = {
     "models": BASE | {"data", "text", "distributed"},
     "train": BASE | {"data", "text", "models", "distributed"},
     "search": BASE | {"data", "models", "distributed"},
+    "systems": BASE | {"data", "text", "models", "distributed", "train", "search"},
     "rank": BASE | {"data", "text", "models", "distributed", "search"},
     "baselines": BASE | {"data"},
     "evaluate": BASE | {"data"},
