@@ -334,12 +334,10 @@ class LLMRecommender:
             rows = self.catalogue.rows_of(domain)
 
             def name(row: int) -> str:
-                return f"item {self.catalogue.item_id[rows[row]]!r} of {domain!r}"
+                return f"the title of item {self.catalogue.item_id[rows[row]]!r} of {domain!r}"
 
             trie = Trie.build(self._encoder.titles(rows, end=True), name)
-            if self.withdrawn.get(domain):
-                trie.withdraw(self._positions(domain, self.withdrawn[domain]))
-            self._tries[domain] = trie
+            self._tries[domain] = trie.with_stock(self._in_stock(domain))
         return self._tries[domain]
 
     def with_items(self, catalogue: Catalogue, withdrawn: Mapping[str, frozenset[str]]) -> LLMRecommender:
@@ -367,13 +365,17 @@ class LLMRecommender:
                 continue
             if not self._encoder.same_titles(before, out._encoder, after):
                 continue
-            gone, was_gone = (r.withdrawn.get(domain, frozenset()) for r in (out, self))
-            out._tries[domain] = trie = copy.copy(trie)  # what changes in it is replaced, never written into
-            trie.put_back(out._positions(domain, was_gone - gone))
-            trie.withdraw(out._positions(domain, gone - was_gone))
+            in_stock = out._in_stock(domain)
+            out._tries[domain] = trie if np.array_equal(trie.in_stock, in_stock) else trie.with_stock(in_stock)
         for domain in self._tries:
             out.trie(domain)
         return out
+
+    def _in_stock(self, domain: str) -> np.ndarray:
+        """Which items of a domain are not withdrawn: bool[number of items]."""
+        in_stock = np.ones(len(self.catalogue.rows_of(domain)), dtype=bool)
+        in_stock[self._positions(domain, self.withdrawn.get(domain, frozenset()))] = False
+        return in_stock
 
     def _positions(self, domain: str, items: frozenset[str]) -> np.ndarray:
         """Where items stand among those of their domain."""
