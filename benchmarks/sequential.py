@@ -141,8 +141,8 @@ def ours(folder: Path, name: str, asked: dict[str, Any]) -> dict[str, Any]:
     """Train by the library's loop until the budget is spent, then rank every user's last item."""
     import torch
 
-    from cprec.baselines.sasrec import SASRec
-    from cprec.baselines.sequential import ItemLoss, TrainedRecommender, TrainingLog
+    from cprec.systems.recipes.sasrec import SASRec
+    from cprec.systems.fit import ItemLoss, TrainedRecommender, TrainingLog
     from cprec.data.catalogue import Catalogue
     from cprec.data.ragged import Ragged, gather, offsets_of
     from cprec.evaluate.evaluate import BATCH, as_table

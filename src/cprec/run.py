@@ -37,7 +37,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
 
     Raises InputChanged where a folder that is there was made from other input, and names those that were made from it.
     """
-    from cprec.baselines.lineup import names_of
+    from cprec.lineup import names_of
     from cprec.progress import say
     from cprec.text.prepare import prepare
     from cprec.train.finetune import finetune
@@ -210,7 +210,7 @@ def baseline_entrants(config: EvaluateConfig, split: Split, domain: str) -> list
 
     Raises ConfigError for names that are none.
     """
-    from cprec.baselines.lineup import BASELINES, identity_of, is_trained, names_of
+    from cprec.lineup import BASELINES, identity_of, is_trained, names_of
     from cprec.evaluate.evaluate import Entrant
     from cprec.evaluate.seeds import arm_of
     from cprec.progress import say
@@ -246,7 +246,7 @@ def _tuned(config: EvaluateConfig, domain: str, names: Sequence[str]) -> dict[st
 
     Raises ConfigError for a file that is none, or of other data.
     """
-    from cprec.baselines.tune import read_results
+    from cprec.tune import read_results
     from cprec.progress import say
     from cprec.provenance import file_sha256
 
@@ -282,7 +282,7 @@ class _Baseline:
 
     @cached_property
     def made(self) -> Recommender:
-        from cprec.baselines.lineup import settings_of
+        from cprec.lineup import settings_of
         from cprec.provenance import file_sha256
 
         settings = settings_of(self._name, self._tuned)

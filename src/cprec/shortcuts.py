@@ -34,7 +34,7 @@ def audit_shortcuts(
 
     Raises ConfigError for a folder, domain or model that is not there.
     """
-    from cprec.baselines.lineup import BASELINES, settings_of
+    from cprec.lineup import BASELINES, settings_of
     from cprec.data.dataset import read_manifest, read_split
     from cprec.evaluate.shortcut_report import print_shortcuts, write_shortcuts
     from cprec.evaluate.shortcuts import shortcut_audit
@@ -99,7 +99,7 @@ def _protocol(folder: Path, split: Split, tie_order: str, max_queries: int) -> d
 
 def _open(model: str) -> tuple[str | None, Recommender]:
     """The domain that a model folder was fine-tuned on, None for every domain, and its recommender."""
-    from cprec.baselines.lineup import BASELINES
+    from cprec.lineup import BASELINES
     from cprec.train.training import read_done
 
     about = read_done(model)

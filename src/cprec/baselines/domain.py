@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import sparse
 
-from cprec.baselines.ranking import ScoringRecommender
+from cprec.scoring import ScoringRecommender
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import ConfigError

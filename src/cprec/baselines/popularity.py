@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from cprec.baselines.domain import DomainRecommender
-from cprec.baselines.ranking import ScoringRecommender
-from cprec.baselines.search import Choice, OneOf, Real
+from cprec.scoring import ScoringRecommender
+from cprec.choices import Choice, OneOf, Real
 from cprec.data.catalogue import Catalogue
 from cprec.data.dataset import POPULARITY
 from cprec.data.ragged import Ragged

@@ -10,8 +10,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from cprec.baselines.ranking import ScoringRecommender
-from cprec.baselines.search import Choice
+from cprec.scoring import ScoringRecommender
+from cprec.choices import Choice
 from cprec.data.catalogue import Catalogue
 from cprec.data.splits import Split
 from cprec.recommender import RankingQuery

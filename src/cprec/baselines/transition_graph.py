@@ -11,8 +11,8 @@ import numpy as np
 from scipy import sparse
 
 from cprec.baselines.domain import ages, check_domain
-from cprec.baselines.ranking import ScoringRecommender
-from cprec.baselines.search import Choice, Real, Whole
+from cprec.scoring import ScoringRecommender
+from cprec.choices import Choice, Real, Whole
 from cprec.baselines.text import domain_titles, title_scores
 from cprec.data.splits import Split
 from cprec.errors import ConfigError

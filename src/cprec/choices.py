@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 if TYPE_CHECKING:
-    from cprec.baselines.ranking import ScoringRecommender
+    from cprec.scoring import ScoringRecommender
     from cprec.data.splits import Split
 
 

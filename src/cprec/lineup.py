@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cprec.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cprec.baselines.search import Settings
+    from cprec.choices import Settings
     from cprec.data.splits import Split
 
 ALL = "all"
