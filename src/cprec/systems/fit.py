@@ -210,7 +210,9 @@ class WeightedTerms:
         vectors = self._model.vectors()
         states, targets = self._model.states(vectors, rows)
         return {
-            name: term(states, targets, vectors.items_VD) if weight == 1 else weight * term(states, targets, vectors.items_VD)
+            name: term(states, targets, vectors.items_VD)
+            if weight == 1
+            else weight * term(states, targets, vectors.items_VD)
             for name, (weight, term) in self._terms.items()
         }
 
@@ -273,7 +275,11 @@ def fit(settings: SystemSettings, split: Split, domain: str, seed: int, folder: 
         stage.trainable.module.to(device)
         title = f"{domain}: training {name}" + (f", stage {number} of {len(stages)}" if len(stages) > 1 else "")
         finished.append(_fit_stage(settings, stage, validation, seed, folder / f"stage-{number}", title))
-    record = {"made_from": made_from, "stages": finished, "seconds": round(sum(done["seconds"] for done in finished), 3)}
+    record = {
+        "made_from": made_from,
+        "stages": finished,
+        "seconds": round(sum(done["seconds"] for done in finished), 3),
+    }
     write_whole(folder / RECORD, json.dumps(record, indent=1) + "\n")
     recommender = stages[-1].recommender()
     recommender.seconds = record["seconds"]

@@ -46,6 +46,10 @@ class TrainingSequences:
     def titles(self) -> list[str]:
         return [str(title) for title in self.catalogue.title[self.catalogue.rows_of(self.domain)]]
 
+    @property
+    def item_ids(self) -> list[str]:
+        return [str(item) for item in self.catalogue.item_id[self.catalogue.rows_of(self.domain)]]
+
     @classmethod
     def of(cls, split: Split, domain: str) -> TrainingSequences:
         """Raises Unsuitable if no user has two training events in the domain."""
@@ -60,10 +64,9 @@ class TrainingSequences:
 
     def digest(self) -> str:
         """SHA-256 of everything there is to learn from."""
-        ids = self.catalogue.item_id[self.catalogue.rows_of(self.domain)]
         content = (
             *(self.sequences.values.tobytes(), self.sequences.offsets.tobytes(), "\n".join(self.users).encode()),
-            *("\n".join(map(str, ids)).encode(), "\n".join(self.titles).encode()),
+            *("\n".join(self.item_ids).encode(), "\n".join(self.titles).encode()),
         )
         return hashlib.sha256(b"\0".join(content)).hexdigest()
 

@@ -199,14 +199,19 @@ def of_first(term: Term) -> Term:
     return lambda hidden_NWD, target_N, weight_VD: term(hidden_NWD[:, 0], target_N, weight_VD)
 
 
-def likeness(hidden_NWD: torch.Tensor, target_N: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
-    """Minus the mean Kullback-Leibler divergence between the item distributions of a target's states, over all ordered
-    pairs of two; minimising it spreads the states (Tang et al. 2025, equation 9). The second of a pair has no gradient,
-    as in their code."""
-    log_NWV = (hidden_NWD @ weight_VD.T).log_softmax(-1)
-    share_NWV = log_NWV.exp()
-    negative_entropy_NW = (share_NWV * log_NWV).sum(-1)
-    cross_NWW = share_NWV @ log_NWV.detach().mT
-    num_states = hidden_NWD.shape[1]
-    divergence_NWW = negative_entropy_NW[:, :, None] - cross_NWW  # 0 on the diagonal
-    return -divergence_NWW.sum() / (num_states * (num_states - 1))
+def likeness(temperature: float = 1.0) -> Term:
+    """Minus the mean Kullback-Leibler divergence between the item distributions of a target's states, [N, W, D], over
+    all ordered pairs of two; minimising it spreads the states (Tang et al. 2025, equation 9). The second of a pair has no
+    gradient, as in their code."""
+
+    def term(hidden_NWD: torch.Tensor, target_N: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+        log_NWV = (hidden_NWD @ weight_VD.T / temperature).log_softmax(-1)
+        share_NWV = log_NWV.exp()
+        # KL(p, q) = sum of p log p - sum of p log q, for each ordered pair; 0 on the diagonal.
+        negative_entropy_NW = (share_NWV * log_NWV).sum(-1)
+        cross_NWW = share_NWV @ log_NWV.detach().mT
+        divergence_NWW = negative_entropy_NW[:, :, None] - cross_NWW
+        num_states = hidden_NWD.shape[1]
+        return -divergence_NWW.sum() / (num_states * (num_states - 1))
+
+    return term

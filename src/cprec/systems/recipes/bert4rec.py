@@ -59,9 +59,18 @@ class BERT4Rec(NextItemSettings, SelfAttentionSettings):
 
 
 PUBLISHED = BERT4Rec(
-    **{"objective": "softmax", "num_negatives": 0, "hidden_size": 64, "num_heads": 2, "mask_share": 0.2},
-    **{"last_share": 0.0, "dropout": 0.1, "learning_rate": 1e-4, "batch_size": 256, "num_epochs": 200},
-    **{"anneal": 0.0, "patience": 3},
+    objective="softmax",
+    num_negatives=0,
+    hidden_size=64,
+    num_heads=2,
+    mask_share=0.2,
+    last_share=0.0,
+    dropout=0.1,
+    learning_rate=1e-4,
+    batch_size=256,
+    num_epochs=200,
+    anneal=0.0,
+    patience=3,
 )
 """BERT4Rec as first published: 64 dimensions, two layers and heads, a fifth of the items masked, learning rate 1e-4;
 200 passes over every row."""

@@ -35,8 +35,14 @@ class GRU4Rec(NextItemSettings):
 
 
 PUBLISHED = GRU4Rec(
-    **{"objective": "bpr_max", "num_negatives": 2048, "hidden_size": 100, "dropout": 0.0, "batch_size": 32},
-    **{"learning_rate": 1e-3, "num_epochs": 10, "anneal": 0.0},
+    objective="bpr_max",
+    num_negatives=2048,
+    hidden_size=100,
+    dropout=0.0,
+    batch_size=32,
+    learning_rate=1e-3,
+    num_epochs=10,
+    anneal=0.0,
 )
 """GRU4Rec as Hidasi and Karatzoglou (2018) have it: BPR-max with 2,048 shared negatives, 100 units, batches of 32, ten
 epochs. Negatives are uniform (there by a power of popularity), and the optimizer is AdamW (there Adagrad)."""

@@ -68,8 +68,14 @@ class LightGCN(GraphSettings):
 
 
 PUBLISHED = LightGCN(
-    **{"objective": "bpr", "num_negatives": 1, "num_layers": 3, "learning_rate": 1e-3, "batch_size": 2048},
-    **{"num_epochs": 200, "anneal": 0.0, "patience": 3},
+    objective="bpr",
+    num_negatives=1,
+    num_layers=3,
+    learning_rate=1e-3,
+    batch_size=2048,
+    num_epochs=200,
+    anneal=0.0,
+    patience=3,
 )
 """LightGCN as first published: pairs with one negative (BPR), three layers, learning rate 1e-3, batches of 2,048; 200
 passes for 1,000."""

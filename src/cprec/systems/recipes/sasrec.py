@@ -80,8 +80,15 @@ SAMPLED = SASRec(objective="sampled_softmax", num_negatives=1024, num_epochs=20)
 many."""
 
 PUBLISHED = SASRec(
-    **{"objective": "bce", "num_negatives": 1, "hidden_size": 50, "num_heads": 1, "batch_size": 128},
-    **{"learning_rate": 1e-3, "num_epochs": 200, "anneal": 0.0, "patience": 3},
+    objective="bce",
+    num_negatives=1,
+    hidden_size=50,
+    num_heads=1,
+    batch_size=128,
+    learning_rate=1e-3,
+    num_epochs=200,
+    anneal=0.0,
+    patience=3,
 )
 """SASRec as first published, for sparse data: binary cross-entropy against one negative, 50 dimensions, one head,
 dropout 0.5, no annealing. Negatives may be items of the user's history (there they are drawn outside it)."""
