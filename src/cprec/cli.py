@@ -129,7 +129,7 @@ VERBS = (
         "as much time for each, and writes those with the best NDCG@10 on validation queries to a file that "
         "evaluate.tuned=FILE reads. Interrupted, the same command goes on with the next baseline. Needs the extra "
         "cprec[tune].",
-        "cprec.baselines.tune:tune",
+        "cprec.tune:tune",
         "cprec tune runs/demo/data output=runs/demo/tuned.json domains=books trials=10",
     ),
     Verb(

@@ -17,7 +17,7 @@ STAGE_CONFIGS = {
     "finetune": "cprec.train.config:FinetuneConfig",
     "evaluate": "cprec.evaluate.config:EvaluateConfig",
     "anneal": "cprec.anneal:AnnealConfig",
-    "tune": "cprec.baselines.tune:TuneConfig",
+    "tune": "cprec.tune:TuneConfig",
     "recommend": "cprec.serve.config:RecommendConfig",
     "serve": "cprec.serve.config:ServeConfig",
 }

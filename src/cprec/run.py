@@ -37,7 +37,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
 
     Raises InputChanged where a folder that is there was made from other input, and names those that were made from it.
     """
-    from cprec.baselines.lineup import names_of
+    from cprec.lineup import names_of
     from cprec.progress import say
     from cprec.text.prepare import prepare
     from cprec.train.finetune import finetune
@@ -103,7 +103,7 @@ def evaluate_models(config: EvaluateConfig) -> dict[str, Any]:
     A model folder that is gone is no hindrance where its rankings were saved: they are scored again.
     """
     from cprec.evaluate.evaluate import saved_model
-    from cprec.train.training import read_done
+    from cprec.train.folder import read_done
 
     models: dict[str, dict[str, str]] = {domain: {} for domain in config.domains or _queried_domains(config)}
     for arm, folder in config.models.items():
@@ -140,7 +140,7 @@ def _report(
     from cprec.evaluate.report import latex_table, markdown_table, print_report, write_html
     from cprec.progress import say
     from cprec.provenance import read_resolved, save_resolved
-    from cprec.train.training import LOG, read_done, read_log
+    from cprec.train.folder import LOG, read_done, read_log
 
     split = read_split(config.data)
     pretrained = read_resolved(config.data)["config"]["pretrain_domains"] or split.catalogue.domains
@@ -210,18 +210,14 @@ def baseline_entrants(config: EvaluateConfig, split: Split, domain: str) -> list
 
     Raises ConfigError for names that are none.
     """
-    from cprec.baselines.lineup import BASELINES, identity_of, is_trained, names_of
     from cprec.evaluate.evaluate import Entrant
     from cprec.evaluate.seeds import arm_of
-    from cprec.progress import say
+    from cprec.lineup import identity_of, is_trained, names_of
 
     names = names_of(config.baselines)
     tuned = _tuned(config, domain, names)
     entrants = []
     for name in names:
-        if reason := BASELINES[name].unfit(split, domain):
-            say(f"{domain}: {name} is left out: {reason}")
-            continue
         for seed in config.seeds if is_trained(name) else [config.seed]:
             shown = arm_of(name, seed) if len(config.seeds) > 1 and is_trained(name) else name
             baseline = _Baseline(shown, name, config, split, domain, seed, tuned.get(name))
@@ -246,9 +242,9 @@ def _tuned(config: EvaluateConfig, domain: str, names: Sequence[str]) -> dict[st
 
     Raises ConfigError for a file that is none, or of other data.
     """
-    from cprec.baselines.tune import read_results
     from cprec.progress import say
     from cprec.provenance import file_sha256
+    from cprec.tune import read_results
 
     if not config.tuned:
         return {}
@@ -282,7 +278,7 @@ class _Baseline:
 
     @cached_property
     def made(self) -> Recommender:
-        from cprec.baselines.lineup import settings_of
+        from cprec.lineup import settings_of
         from cprec.provenance import file_sha256
 
         settings = settings_of(self._name, self._tuned)
@@ -313,7 +309,7 @@ def model_entrants(config: EvaluateConfig, domain: str, arms: dict[str, str]) ->
     from cprec.evaluate.evaluate import Entrant, saved_model
     from cprec.progress import say
     from cprec.provenance import FileHashes
-    from cprec.train.training import model_identity, read_done
+    from cprec.train.folder import model_identity, read_done
 
     entrants, hashes = [], FileHashes(config.output_dir)
     for arm, folder in arms.items():
@@ -350,7 +346,7 @@ def _gone(arm: str, folder: str) -> None:
 
 
 def _model_cost(folder: str) -> dict[str, float]:
-    from cprec.train.training import read_done
+    from cprec.train.folder import read_done
 
     about = read_done(folder) or {}
     names = {"num_parameters": "num_parameters", "seconds": "train_seconds"}

@@ -13,11 +13,10 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from cprec.baselines import tune as tuning
+from cprec import tune as tuning
 from cprec.baselines.item_knn import ItemKNN
 from cprec.baselines.popularity import Popularity, PopularityRecommender
-from cprec.baselines.search import Choice, OneOf, Real, Whole
-from cprec.baselines.tune import TuneConfig, mean_ndcg, read_results, tune, tuned_settings, validation_queries
+from cprec.choices import Choice, OneOf, Real, Whole
 from cprec.data.build import build_dataset
 from cprec.data.dataset import finish_part
 from cprec.data.sources.memory import MemorySource
@@ -25,6 +24,7 @@ from cprec.data.sources.synthetic import SyntheticConfig, SyntheticWorld
 from cprec.data.splits import Split, SplitSpec, make_split
 from cprec.errors import ConfigError
 from cprec.recommender import Ranking, RankingQuery
+from cprec.tune import TuneConfig, mean_ndcg, read_results, tune, tuned_settings, validation_queries
 
 optuna = pytest.importorskip("optuna")
 
