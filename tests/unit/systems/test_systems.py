@@ -101,8 +101,8 @@ def test_targets_follow_their_inputs_and_padding_has_none(split: Split) -> None:
     stream = WindowStream(TrainingLog.of(split, "ring"), MODELS[0], seed=0)
     batch = stream.batch(1)
     real = batch.rows["targets"] != IGNORE
-    assert ((batch.rows["input_ids"][real] + 1) % NUM_ITEMS == batch.rows["targets"][real]).all()
-    assert (batch.rows["input_ids"][~real] == NUM_ITEMS).all()
+    assert ((batch.rows["items"][real] + 1) % NUM_ITEMS == batch.rows["targets"][real]).all()
+    assert (batch.rows["items"][~real] == NUM_ITEMS).all()
     assert real.sum() == batch.num_tokens == batch.counts[NEXT_ITEM]
 
 
@@ -110,10 +110,10 @@ def test_masks_hide_what_they_ask_for(split: Split) -> None:
     settings = BERT4Rec(max_length=5, mask_share=0.4, last_share=0.5, batch_size=90)
     stream = MaskedStream(TrainingLog.of(split, "ring"), settings, seed=0)
     batch = stream.batch(0)
-    masked = batch.rows["input_ids"] == NUM_ITEMS + MASK
+    masked = batch.rows["items"] == NUM_ITEMS + MASK
     np.testing.assert_array_equal(masked, batch.rows["targets"] != IGNORE)
     assert masked.any(1).all(), "every row asks for something"
-    lengths = (batch.rows["input_ids"] != NUM_ITEMS).sum(1)
+    lengths = (batch.rows["items"] != NUM_ITEMS).sum(1)
     only_last = masked.sum(1) == 1
     last = masked[np.arange(90), lengths - 1]
     assert 0.4 < (only_last & last).mean() < 1
