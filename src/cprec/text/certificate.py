@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cprec.data.catalogue import Catalogue
+from cprec.data.config import GLOBAL_TIME, SplitSpec
 from cprec.data.dataset import (
     NUM_SLOTS,
     POPULARITY,
@@ -46,7 +47,7 @@ from cprec.data.leakage import (
     read_events,
 )
 from cprec.data.ragged import Ragged, offsets_of
-from cprec.data.splits import GLOBAL_TIME, Split, SplitSpec, format_time, from_seconds, make_split
+from cprec.data.splits import Split, format_time, from_seconds, make_split
 from cprec.errors import ConfigError, DataError, ShardError
 from cprec.progress import say
 from cprec.provenance import CONFIG_FILE, file_sha256, read_resolved
