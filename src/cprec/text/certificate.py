@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cprec.data.catalogue import Catalogue
+from cprec.data.config import GLOBAL_TIME, SplitSpec
 from cprec.data.dataset import POPULARITY, event_files, part_path, read_catalogue
 from cprec.data.leakage import MAX_EXAMPLES, Observation, Property, add_up, find_near_duplicates
-from cprec.data.splits import GLOBAL_TIME, SplitSpec, format_time
+from cprec.data.splits import format_time
 from cprec.errors import ConfigError, DataError, ShardError
 from cprec.files import write_whole
 from cprec.progress import say

@@ -23,20 +23,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cprec.data.catalogue import Catalogue
+from cprec.data.config import SplitSpec
 from cprec.data.dataset import POPULARITY, finish_part, read_catalogue, read_manifest
 from cprec.data.interactions import Interactions, split_time
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.data.sequences import build_sequences
-from cprec.data.splits import (
-    Queries,
-    Split,
-    SplitSpec,
-    comparable_domains,
-    from_seconds,
-    in_seconds,
-    make_split,
-    user_shares,
-)
+from cprec.data.splits import Queries, Split, comparable_domains, from_seconds, in_seconds, make_split, user_shares
 from cprec.errors import ConfigError, DataError
 from cprec.schema import KINDS, SPECIFIC, TEST, TRAIN, VALIDATION, DomainInfo
 from cprec.text.encoding import PromptEncoder
