@@ -99,7 +99,7 @@ def _is_complete(config: PrepareConfig, folder: Path) -> bool:
     if not folder.exists():
         return False
     if not (folder / CONFIG_FILE).is_file():
-        raise ConfigError(f"{folder} exists and is no data folder: choose another output_dir or delete it")
+        raise ConfigError(f"{folder} exists and is not a data folder: choose another output_dir or delete it")
     if changed := _changed(config, folder):
         raise ConfigError(
             f"{folder} was prepared with other settings of {', '.join(changed)}: choose another output_dir or delete it"

@@ -340,7 +340,7 @@ def test_a_complete_folder_is_reused_and_no_other_is_touched(
         prepare(replace(config, k_core=2, seed=1))
     assert contents(folder) == before
     (tmp_path / "other").mkdir()
-    with pytest.raises(ConfigError, match="other exists and is no data folder"):
+    with pytest.raises(ConfigError, match="other exists and is not a data folder"):
         prepare(replace(config, output_dir=str(tmp_path / "other")))
 
 
@@ -589,5 +589,5 @@ def test_a_run_is_audited_by_its_folder(config: PrepareConfig, tmp_path: Path) -
     (tmp_path / "run" / "data" / "certificate.json").unlink()
     assert audit(tmp_path / "run", workers=1)["clean"]
     assert (tmp_path / "run" / "data" / "certificate.json").is_file()
-    with pytest.raises(ConfigError, match="is no data folder"):
+    with pytest.raises(ConfigError, match="is not a data folder"):
         audit(tmp_path)
