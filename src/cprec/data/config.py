@@ -330,6 +330,29 @@ class SyntheticConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must lie in 0..50")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where the logs come from."""
+
+    tables: tuple[TableSource, ...] = ()
+    """Domains in Parquet, CSV or JSONL files, one entry each."""
+    recbole: tuple[RecBoleSource, ...] = ()
+    """Domains in RecBole's atomic files, one entry each."""
+    public: tuple[PublicSource, ...] = ()
+    """Public data sets in their own files, one entry each."""
+    connections: tuple[ConnectionSource, ...] = ()
+    """Domains in a database or warehouse, one entry each."""
+    synthetic: SyntheticConfig | None = None
+    """The synthetic world, for trying things out."""
+
+    def __post_init__(self) -> None:
+        if not (self.tables or self.recbole or self.public or self.connections or self.synthetic):
+            raise ConfigError(
+                "no source of data: give tables=..., recbole=..., public=..., connections=... or synthetic=... (see "
+                "`cprec prepare --help`)"
+            )
+
+
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
