@@ -82,6 +82,12 @@ def mean_of_steps(hidden_RWD: torch.Tensor) -> torch.Tensor:
 
 PUBLISHED = ReaRec(
     max_length=50,
-    hidden_size=256, learning_rate=1e-3, num_epochs=100, first_epochs=2, temperature=0.07, anneal=0.0, patience=3
+    hidden_size=256,
+    learning_rate=1e-3,
+    num_epochs=100,
+    first_epochs=2,
+    temperature=0.07,
+    anneal=0.0,
+    patience=3,
 )
 """ReaRec with the dimensions, heads, dropout, temperature, steps and weights of the code; 100 passes at most."""
