@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.schema import MIXED, SPECIFIC
-
-if TYPE_CHECKING:
-    from cprec.text.shards import Shards
+from cprec.text.shards import Shards
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,14 +90,13 @@ class Corpus:
         offsets = offsets_of(self.lengths[documents])
         tokens = np.empty(offsets[-1], dtype=np.int64)
         first_target = np.ones(len(documents), dtype=np.int64)
-        of = self.group[documents]
-        for number in np.unique(of):
-            group, mine = self.groups[number], np.flatnonzero(of == number)
+        group_of = self.group[documents]
+        for number in np.unique(group_of):
+            group, mine = self.groups[number], np.flatnonzero(group_of == number)
             rows = group.documents[documents[mine] - self._starts[number]]
             found = group.shards.take(rows)
-            tokens[np.repeat(offsets[mine] - found.offsets[:-1], found.lengths) + np.arange(len(found.values))] = (
-                found.values
-            )
+            # The tokens of the i-th document found go where the documents asked for have their mine[i]-th.
+            tokens[np.repeat(offsets[mine], found.lengths) + found.place_of] = found.values
             if group.targets_only:
                 first_target[mine] = group.shards.column("target_start")[rows]
         return Ragged(tokens, offsets), first_target

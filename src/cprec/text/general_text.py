@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.errors import ConfigError, DataError, ShardError
@@ -96,8 +97,6 @@ def read_texts(path: Path) -> Iterator[str]:
                 if text.strip():
                     yield text
     elif path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
         file = pq.ParquetFile(path)
         if "text" not in file.schema_arrow.names:
             raise DataError(f"{path} has no column text; it has {', '.join(file.schema_arrow.names)}")
