@@ -1,4 +1,4 @@
-"""What training reads: documents of several shard folders as one list, in groups that a mixture weighs."""
+"""The documents that training reads: those of several shard folders as one list, in groups that a mixture weighs."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from cprec.text.shards import Shards
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Documents that a mixture weighs together: one domain's specific ones, all mixed ones, or those of one source."""
+    """Documents with one weight in a mixture: a domain's specific ones, all mixed ones, or those of another source."""
 
     name: str
-    """As `books (specific)`, `mixed`, `general text`, `examples of books`."""
+    """For example `books (specific)`, `mixed`, `general text` or `examples of books`."""
     kind: str
     """specific, mixed, general text or examples."""
     shards: Shards
     documents: np.ndarray
     """Their row numbers in the shards: int64[D]."""
     domain: str = ""
-    """Of specific ones and examples."""
+    """The domain of specific documents and of examples; empty for others."""
     targets_only: bool = False
     """Whether the loss covers the target's tokens alone."""
 
@@ -45,7 +45,7 @@ class Group:
 def behaviour_groups(shards: Shards) -> list[Group]:
     """The groups of a shard folder of behaviour sequences: specific ones by domain, then mixed ones.
 
-    Read from the manifest's list of pieces (runs of documents of one domain and kind).
+    They are read from the manifest, which lists the pieces (runs of documents of one domain and kind).
     """
     rows: dict[tuple[bool, str], list[np.ndarray]] = {}
     start = 0
@@ -63,7 +63,7 @@ def behaviour_groups(shards: Shards) -> list[Group]:
 
 
 class Corpus:
-    """The documents of several groups as one list; suffix D = documents in all, the first group's first."""
+    """The documents of several groups as one list, group after group; D is the number of documents in all."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self.groups = tuple(groups)

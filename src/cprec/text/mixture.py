@@ -1,4 +1,4 @@
-"""The mixture: which share of the tokens each domain and kind has."""
+"""Computes a mixture: the share of the tokens that each domain and kind of document has."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ TEXT, EXAMPLES = "general text", "examples"
 
 
 def shares(groups: Sequence[Group], mixture: Mixture) -> np.ndarray:
-    """The share of all tokens that each group is to have, float64[groups], summing to 1.
+    """The share of all tokens that each group should have: float64[groups], summing to 1.
 
-    General text and examples get their shares; of the rest, mixed sequences get `mixed_share` and domains divide what
-    is left in proportion to (events in the domain) ** temperature, times their weight. A kind without documents leaves
-    its share to the others. Raises ConfigError for a weight of a domain that is not there, for a share of text or
-    examples that are not there, and where nothing is left to read.
+    General text and examples get their shares. Of the rest, mixed sequences get `mixed_share`, and the domains divide
+    what is left in proportion to (events in the domain) ** temperature, times their weight. A kind without documents
+    leaves its share to the others. Raises ConfigError for the weight of a domain that has no documents, for a share of
+    text or examples where there are none, and where nothing is left to read.
     """
     domains = [group.domain for group in groups if group.kind == SPECIFIC]
     for domain in mixture.domain_weights:
@@ -49,7 +49,7 @@ def shares(groups: Sequence[Group], mixture: Mixture) -> np.ndarray:
     if by_domain.any():
         weight += rest * (1 - mixed_share) * by_domain / by_domain.sum()
     if not weight.sum() > 0:
-        raise ConfigError("the mixture leaves nothing to read: every share or weight that has documents is 0")
+        raise ConfigError("the mixture leaves nothing to read: whatever has documents has a share or weight of 0")
     return weight / weight.sum()
 
 
