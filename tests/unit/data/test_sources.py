@@ -231,7 +231,9 @@ def test_a_missing_file_is_named_with_similar_ones(write: Write, tmp_path: Path)
 def test_folders_and_unknown_kinds_of_files_are_refused(write: Write, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is a folder; for the interactions of domain 'toys' give its files"):
         load(TableSource(domain="toys", interactions=str(tmp_path)))
-    with pytest.raises(DataError, match="suffix, and .xlsx is not known; accepted are .parquet, .csv"):
+    with pytest.raises(
+        DataError, match="suffix tells the kind of a file, and .xlsx is not known; accepted are .parquet, .csv"
+    ):
         load(TableSource(domain="toys", interactions=write("log.xlsx", "x")))
 
 
