@@ -39,7 +39,7 @@ from cprec.data.splits import (
     user_shares,
 )
 from cprec.errors import ConfigError, DataError
-from cprec.files import whole_file, whole_folder
+from cprec.files import whole_folder
 from cprec.schema import KINDS, SPECIFIC, TEST, TRAIN, VALIDATION, DomainInfo
 from cprec.text.config import DocumentRules
 from cprec.text.encoding import PromptEncoder
@@ -360,7 +360,7 @@ def _join_tables(sources: list[Path], target: Path) -> None:
     sources the metadata has under `ROW_GROUPS`."""
     numbers = [number for number, source in enumerate(sources) if pq.read_metadata(source).num_rows]
     schema = pq.read_schema(sources[0]).with_metadata({ROW_GROUPS: json.dumps(numbers)})
-    with whole_file(target) as unfinished, pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(target, schema, compression="zstd") as writer:
         for number in numbers:
             table = pq.ParquetFile(sources[number]).read().replace_schema_metadata(schema.metadata)
             writer.write_table(table, row_group_size=table.num_rows)

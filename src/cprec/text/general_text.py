@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from cprec.data.ragged import Ragged
 from cprec.errors import ConfigError, DataError, ShardError
+from cprec.files import whole_folder
 from cprec.progress import say, track
 from cprec.provenance import file_sha256
 from cprec.text.mixture import TEXT
@@ -56,7 +57,8 @@ def text_shards(folder: Path, files: Sequence[str], tokenizer: Any, max_tokens: 
         "target_start": np.ones(len(rows), dtype=np.int64),
     }
     about = {"vocabulary_size": len(tokenizer), "files": [path.name for path in paths], "made_from": made_from}
-    write_shards(target, rows, columns, about)
+    with whole_folder(target) as unfinished:
+        write_shards(unfinished, rows, columns, about)
     return str(target)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,6 @@ import pyarrow.parquet as pq
 
 from cprec.data.ragged import Ragged, gather
 from cprec.errors import ShardError
-from cprec.files import whole_folder
 from cprec.provenance import file_sha256
 from cprec.schema import KINDS
 from cprec.text.encoding import token_dtype
@@ -97,8 +97,9 @@ def manifest_sha256(manifest: dict[str, Any]) -> str:
 def write_shards(
     folder: Path, documents: Ragged, columns: dict[str, Any], about: dict[str, Any], *, part: int = 0
 ) -> Shards:
-    """Write documents of token ids; the folder appears complete or not at all.
+    """Write documents of token ids into a folder, in place of what is there.
 
+    The manifest comes last, but only a folder written inside `files.whole_folder` appears complete or not at all.
     `columns` has the values of the index, `domain` and `kind` among them, one for each document. `about` goes into the
     manifest and must hold `vocabulary_size`, which decides between uint16 and uint32. Neighbouring documents of one
     domain and kind are a piece: one row group of the index, which the manifest lists with `part`.
@@ -147,32 +148,33 @@ def join_shards(folder: Path, sources: Sequence[Path], about: dict[str, Any]) ->
 
 def _write(folder: Path, pieces: Iterable[Piece], schema: pa.Schema, about: dict[str, Any]) -> None:
     """Write pieces one after the other, and a manifest that lists them."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     dtype = token_dtype(about["vocabulary_size"])
     listed, num_tokens, num_documents = [], 0, 0
-    with whole_folder(folder) as target:
-        with (
-            open(target / TOKENS, "wb") as file,
-            pq.ParquetWriter(target / DOCUMENTS, schema, compression="zstd") as writer,
-        ):
-            for where, tokens, index in pieces:
-                tokens.astype(dtype, copy=False).tofile(file)
-                # Offsets in the whole file: the tokens before the piece, and those of its documents before each.
-                lengths = index["length"].to_numpy()
-                offsets = pa.array(num_tokens + np.cumsum(lengths) - lengths)
-                index = index.set_column(0, schema.field(0), offsets)
-                writer.write_table(index, row_group_size=max(1, index.num_rows))
-                listed.append({**where, "num_documents": index.num_rows, "num_tokens": len(tokens)})
-                num_tokens += len(tokens)
-                num_documents += index.num_rows
-        manifest = {
-            **about,
-            "dtype": dtype.name,
-            "num_documents": num_documents,
-            "num_tokens": num_tokens,
-            "pieces": listed,
-            "sha256": {name: file_sha256(target / name) for name in (TOKENS, DOCUMENTS)},
-        }
-        (target / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    with (
+        open(folder / TOKENS, "wb") as file,
+        pq.ParquetWriter(folder / DOCUMENTS, schema, compression="zstd") as writer,
+    ):
+        for where, tokens, index in pieces:
+            tokens.astype(dtype, copy=False).tofile(file)
+            # Offsets in the whole file: the tokens before the piece, and those of its documents before each.
+            lengths = index["length"].to_numpy()
+            offsets = pa.array(num_tokens + np.cumsum(lengths) - lengths)
+            index = index.set_column(0, schema.field(0), offsets)
+            writer.write_table(index, row_group_size=max(1, index.num_rows))
+            listed.append({**where, "num_documents": index.num_rows, "num_tokens": len(tokens)})
+            num_tokens += len(tokens)
+            num_documents += index.num_rows
+    manifest = {
+        **about,
+        "dtype": dtype.name,
+        "num_documents": num_documents,
+        "num_tokens": num_tokens,
+        "pieces": listed,
+        "sha256": {name: file_sha256(folder / name) for name in (TOKENS, DOCUMENTS)},
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_piece(folder: Path, manifest: dict[str, Any], place: int) -> Shards:
