@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cprec.errors import ConfigError, InputChanged
 from cprec.recipe import CPREC, FINETUNED
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from cprec.data.splits import Split
     from cprec.evaluate.config import EvaluateConfig
     from cprec.evaluate.evaluate import Entrant
-    from cprec.rank.llm import LLMRecommender, Mode
+    from cprec.rank.llm import LLMRecommender
     from cprec.recipe import Recipe
     from cprec.text.config import PrepareConfig
 
@@ -103,7 +103,7 @@ def evaluate_models(config: EvaluateConfig) -> dict[str, Any]:
     A model folder that is gone is no hindrance where its rankings were saved: they are scored again.
     """
     from cprec.evaluate.evaluate import saved_model
-    from cprec.train.training import read_done
+    from cprec.train.folder import read_done
 
     models: dict[str, dict[str, str]] = {domain: {} for domain in config.domains or _queried_domains(config)}
     for arm, folder in config.models.items():
@@ -140,7 +140,7 @@ def _report(
     from cprec.evaluate.report import latex_table, markdown_table, print_report, write_html
     from cprec.progress import say
     from cprec.provenance import read_resolved, save_resolved
-    from cprec.train.training import LOG, read_done, read_log
+    from cprec.train.folder import LOG, read_done, read_log
 
     split = read_split(config.data)
     pretrained = read_resolved(config.data)["config"]["pretrain_domains"] or split.catalogue.domains
@@ -313,7 +313,7 @@ def model_entrants(config: EvaluateConfig, domain: str, arms: dict[str, str]) ->
     from cprec.evaluate.evaluate import Entrant, saved_model
     from cprec.progress import say
     from cprec.provenance import FileHashes
-    from cprec.train.training import model_identity, read_done
+    from cprec.train.folder import model_identity, read_done
 
     entrants, hashes = [], FileHashes(config.output_dir)
     for arm, folder in arms.items():
@@ -350,7 +350,7 @@ def _gone(arm: str, folder: str) -> None:
 
 
 def _model_cost(folder: str) -> dict[str, float]:
-    from cprec.train.training import read_done
+    from cprec.train.folder import read_done
 
     about = read_done(folder) or {}
     names = {"num_parameters": "num_parameters", "seconds": "train_seconds"}
@@ -381,7 +381,7 @@ class _ModelFolder:
 class _InMode:
     """The same model, which ranks in another mode."""
 
-    def __init__(self, model: _ModelFolder, mode: Mode) -> None:
+    def __init__(self, model: _ModelFolder, mode: Literal["exact", "generate"]) -> None:
         self.name, self._model, self._mode = model.name, model, mode
 
     def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:

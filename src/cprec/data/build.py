@@ -11,23 +11,26 @@ import functools
 import json
 import operator
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cprec.data.cleaning import clean_title, has_word, one_line
-from cprec.data.dataset import MANIFEST, NUM_SLOTS, TIE, finish_part, part_path
+from cprec.data.config import ConnectionSource, PublicSource, RecBoleSource, Rules, TableSource
+from cprec.data.dataset import MANIFEST, NUM_SLOTS, TIE, finish_part, part_path, read_manifest
 from cprec.data.engine import TableEngine, connect
 from cprec.data.interactions import join_time
+from cprec.data.sources import connections, memory, public, recbole, tables
+from cprec.data.sources.memory import MemorySource
 from cprec.data.sources.tables import COARSER, OUT_OF_RANGE, SourceTables
 from cprec.errors import ConfigError, DataError
+from cprec.files import whole_folder
 from cprec.provenance import file_sha256
 from cprec.schema import (
     BRAND,
@@ -49,9 +52,6 @@ REJECTED = "rejected.parquet"
 PART_EVENTS = 1 << 20
 """About how many events a part holds; a part is what one process has in memory."""
 
-TieOrder = Literal["source", "item_id", "shuffle"]
-CoreScope = Literal["domain", "pooled"]
-
 NO_USER = "no user id"
 NO_ITEM = "no item id"
 BAD_TIME = "timestamp cannot be read"
@@ -71,72 +71,37 @@ PROBLEM = "problem"
 """Column of a source's tables, if it has one: why a row cannot be used, or null."""
 
 
-class Source(Protocol):
-    """One domain of one platform, in whatever form its rows have."""
+Source = TableSource | RecBoleSource | PublicSource | ConnectionSource | MemorySource
+"""One domain of one platform, in whatever form its rows have."""
 
-    @property
-    def domain(self) -> str: ...
-
-    @property
-    def platform(self) -> str: ...
-
-    def load(self, engine: TableEngine) -> SourceTables:
-        """The rows as Ibis tables of an engine."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """What `build_dataset` does to the rows; see there."""
-
-    min_user_events: int
-    min_item_events: int
-    core_scope: CoreScope
-    tie_order: TieOrder
-    seed: int
-    deduplicate: bool
-    drop_consecutive_repeats: bool
-    strict: bool
-
-    @property
-    def has_core(self) -> bool:
-        return max(self.min_user_events, self.min_item_events) > 1
+LOADERS: dict[type, Callable[[TableEngine, Any], SourceTables]] = {
+    TableSource: tables.load,
+    RecBoleSource: recbole.load,
+    PublicSource: public.load,
+    ConnectionSource: connections.load,
+    MemorySource: memory.load,
+}
+"""What reads the rows of each kind of source, as Ibis tables of an engine."""
 
 
-def build_dataset(sources: Sequence[Source], folder: str | Path, **settings: Any) -> Path:
+def build_dataset(sources: Sequence[Source], folder: str | Path, rules: Rules, **settings: Any) -> Path:
     """`build_tables`, and every part put in order: canonical tables without a split."""
-
-    def build(unfinished: Path) -> None:
-        build_tables(sources, unfinished, **settings)
-        for part in range(json.loads((unfinished / MANIFEST).read_text(encoding="utf-8"))["num_parts"]):
-            finish_part(unfinished, part)
-
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is there already: choose another folder, or delete it")
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        build(unfinished)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with whole_folder(folder) as unfinished:
+        build_tables(sources, unfinished, rules, **settings)
+        for part in range(read_manifest(unfinished)["num_parts"]):
+            finish_part(unfinished, part)
     return folder
 
 
 def build_tables(
     sources: Sequence[Source],
     folder: Path,
+    rules: Rules,
     *,
-    min_user_events: int = 5,
-    min_item_events: int = 5,
-    core_scope: CoreScope = "domain",
-    tie_order: TieOrder = "source",
     seed: int = 0,
-    deduplicate: bool = True,
-    drop_consecutive_repeats: bool = True,
-    strict: bool = False,
     engine: str = "duckdb",
     memory_limit: str | None = None,
     spill: str | Path | None = None,
@@ -147,9 +112,9 @@ def build_tables(
 
     Rules, per domain: events of one user, item and time count once (`deduplicate`, the first in the source stays); an
     event of the same item as the user's event before is left out (`drop_consecutive_repeats`); users and items with
-    fewer events than the minimum are left out (0 or 1: no minimum). The last two repeat until nothing changes, so that
-    both hold of the result. Where a minimum is set, items without events leave the catalogue. With
-    `core_scope="pooled"` a user's events of all domains of the platform count together.
+    fewer than `k_core` events are left out (0 or 1: none are). The last two repeat until nothing changes, so that
+    both hold of the result. Where there is a minimum, items without events leave the catalogue. With
+    `k_core_scope="pooled"` a user's events of all domains of the platform count together.
 
     `tie_order` orders a user's events of equal time: as in the `source`, by `item_id`, or by a `shuffle` that depends
     on `seed`, user, item and source order alone. Positions of a domain without real times are kept as given, or, where
@@ -162,24 +127,14 @@ def build_tables(
     Raises DataError for files or columns that are missing, for a domain more than half of whose rows are rejected for
     one reason, and where nothing is left; ConfigError for domains given twice.
     """
-    rules = Rules(
-        min_user_events=min_user_events,
-        min_item_events=min_item_events,
-        core_scope=core_scope,
-        tie_order=tie_order,
-        seed=seed,
-        deduplicate=deduplicate,
-        drop_consecutive_repeats=drop_consecutive_repeats,
-        strict=strict,
-    )
-    _check(sources, rules, num_parts)
+    _check(sources, num_parts)
     tell = progress or (lambda message: None)
     with (
         connect(engine, memory_limit=memory_limit, spill=folder if spill is None else spill) as opened,
         _RejectedRows(folder / REJECTED, rules.strict) as rejected,
     ):
         builders = [
-            _DomainBuilder(opened, source, rules, rejected, tell)
+            _DomainBuilder(opened, source, rules, seed, rejected, tell)
             for source in sorted(sources, key=lambda source: source.domain)
         ]
         for builder in builders:
@@ -192,7 +147,7 @@ def build_tables(
             builder.write(folder, parts)
     manifest = {
         "schema_version": SCHEMA_VERSION,
-        "rules": {key: value for key, value in asdict(rules).items() if key != "strict"},
+        "rules": _recorded(rules, seed),
         "num_parts": parts,
         "domains": {builder.domain: builder.about() for builder in builders},
         "sources": [entry for builder in builders for entry in builder.files],
@@ -200,20 +155,28 @@ def build_tables(
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _check(sources: Sequence[Source], rules: Rules, num_parts: int | None) -> None:
+def _check(sources: Sequence[Source], num_parts: int | None) -> None:
     if not sources:
         raise ConfigError("no source of data is given")
     domains = [source.domain for source in sources]
     twice = sorted({domain for domain in domains if domains.count(domain) > 1})
     if twice:
         raise ConfigError(f"domain {twice[0]!r} has more than one source; give all its files to one source")
-    if rules.tie_order not in get_args(TieOrder):
-        raise ConfigError(f"tie_order={rules.tie_order!r}: expected {', '.join(get_args(TieOrder))}")
-    for name in ("min_user_events", "min_item_events"):
-        if getattr(rules, name) < 0:
-            raise ConfigError(f"{name}={getattr(rules, name)} must be at least 0")
     if num_parts is not None and not (1 <= num_parts <= NUM_SLOTS and num_parts & (num_parts - 1) == 0):
         raise ConfigError(f"num_parts={num_parts}: expected a power of two from 1 to {NUM_SLOTS}")
+
+
+def _recorded(rules: Rules, seed: int) -> dict[str, Any]:
+    """The rules under the names that manifests have; `strict` changes nothing in what is written."""
+    return {
+        "min_user_events": rules.k_core,
+        "min_item_events": rules.k_core,
+        "core_scope": rules.k_core_scope,
+        "tie_order": rules.tie_order,
+        "seed": seed,
+        "deduplicate": rules.deduplicate,
+        "drop_consecutive_repeats": rules.drop_consecutive_repeats,
+    }
 
 
 def count_times(
@@ -277,6 +240,7 @@ class _DomainBuilder:
     engine: TableEngine
     source: Source
     rules: Rules
+    seed: int
     rejected_rows: _RejectedRows
     tell: Callable[[str], None]
     counts: list[dict[str, Any]] = field(default_factory=list)
@@ -297,7 +261,7 @@ class _DomainBuilder:
     def read(self) -> None:
         """Read and judge the rows, and apply the rules that look at single users: `items` and `events`."""
         self.tell(f"{self.domain}: reading")
-        self.tables = tables = self.source.load(self.engine)
+        self.tables = tables = LOADERS[type(self.source)](self.engine, self.source)
         self._tell_of_numbers()
         with self.engine.translated_errors(f"reading domain {self.domain!r}"):
             items = self.engine.materialise(tables.items)
@@ -574,7 +538,7 @@ class _DomainBuilder:
         if not (has_fractions and tables.has_times):
             events = events.drop(MICROSECOND)  # 0 everywhere, and added again when the events are written
         if self.rules.tie_order == "shuffle":
-            key = ibis.literal(f"{self.rules.seed}\x1f{self.source.platform}\x1f{self.domain}\x1f")
+            key = ibis.literal(f"{self.seed}\x1f{self.source.platform}\x1f{self.domain}\x1f")
             place = {"group_by": events[USER_ID], "order_by": events[ORDER]}
             events = events.mutate(place=ibis.row_number().over(**place))  # does not change with other users' rows
             for name in (USER_ID, ITEM_ID, "place"):
@@ -652,11 +616,7 @@ class _DomainBuilder:
         self._count(rule, consecutive_repeats=repeats, too_few_events=rare)
         if not self.num_events:
             steps = "; ".join(f"{step['rule']}: {step['events']:,} events" for step in self.counts)
-            raise DataError(
-                f"nothing is left of domain {self.domain!r} ({steps}): lower the minimum number of events of a "
-                f"user ({self.rules.min_user_events}) and of an item ({self.rules.min_item_events}): k_core in "
-                "`cprec prepare`"
-            )
+            raise DataError(f"nothing is left of domain {self.domain!r} ({steps}): lower k_core={self.rules.k_core}")
 
     def write(self, folder: Path, num_parts: int) -> None:
         """Write the items, and the events in parts."""
@@ -664,7 +624,7 @@ class _DomainBuilder:
 
         items = self.items
         kept = items.filter(items["reason"].isnull())
-        if self.rules.has_core:
+        if self.rules.k_core > 1:
             kept = kept.semi_join(self.events, ITEM_ID)
         texts = {TITLE: kept["clean"], BRAND: kept["clean_brand"], CATEGORIES: kept["clean_categories"]}
         kept = kept.select(ITEM_ID, **texts, description=kept[DESCRIPTION], price=kept[PRICE]).order_by(ITEM_ID)
@@ -712,7 +672,7 @@ class _DomainBuilder:
 
 def _core_groups(builders: Sequence[_DomainBuilder], rules: Rules) -> list[list[_DomainBuilder]]:
     """The domains whose events of a user count together."""
-    if rules.core_scope == "domain":
+    if rules.k_core_scope == "domain":
         return [[builder] for builder in builders]
     groups: Mapping[str, list[_DomainBuilder]] = {builder.source.platform: [] for builder in builders}
     for builder in builders:
@@ -722,7 +682,7 @@ def _core_groups(builders: Sequence[_DomainBuilder], rules: Rules) -> list[list[
 
 def _apply_core(group: Sequence[_DomainBuilder], rules: Rules) -> None:
     """Drop consecutive repeats and rare users and items until nothing changes."""
-    if not (rules.drop_consecutive_repeats or rules.has_core):
+    if not (rules.drop_consecutive_repeats or rules.k_core > 1):
         return
     repeats, rare = Counter[str](), Counter[str]()
     while True:
@@ -730,16 +690,16 @@ def _apply_core(group: Sequence[_DomainBuilder], rules: Rules) -> None:
         for builder in group:
             if rules.drop_consecutive_repeats:
                 repeats[builder.domain] += builder.drop_repeats()
-        if rules.min_user_events > 1:
+        if rules.k_core > 1:
             counts = functools.reduce(lambda one, other: one.union(other), [b.counts_of(USER_ID) for b in group])
             counts = group[0].engine.materialise(counts.group_by(USER_ID).aggregate(n=counts["n"].sum()))
             for builder in group:
-                rare[builder.domain] += builder.keep_frequent(USER_ID, counts, rules.min_user_events)
+                rare[builder.domain] += builder.keep_frequent(USER_ID, counts, rules.k_core)
             group[0].engine.discard(counts)
-        if rules.min_item_events > 1:
+        if rules.k_core > 1:
             for builder in group:
                 counts = builder.counts_of(ITEM_ID)
-                rare[builder.domain] += builder.keep_frequent(ITEM_ID, counts, rules.min_item_events)
+                rare[builder.domain] += builder.keep_frequent(ITEM_ID, counts, rules.k_core)
         if rare.total() == num_rare:
             break
     for builder in group:

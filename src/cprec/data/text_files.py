@@ -265,15 +265,6 @@ _UNDECODED = "cprec-undecoded"
 codecs.register_error(_UNDECODED, _undecoded)
 
 
-def is_encoding(name: str) -> bool:
-    """Whether there is such an encoding of text."""
-    try:
-        "a".encode(name)
-    except (LookupError, ValueError):
-        return False
-    return True
-
-
 def _file_blocks(path: Path) -> Iterator[bytes]:
     is_gzip = path.suffix.lower() == ".gz"
     try:

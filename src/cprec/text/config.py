@@ -6,12 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cprec.data.sources.connections import ConnectionSource
-from cprec.data.sources.public import PublicSource
-from cprec.data.sources.recbole import RecBoleSource
-from cprec.data.sources.synthetic import SyntheticConfig
-from cprec.data.sources.tables import TableSource
-from cprec.data.splits import SplitSpec
+from cprec.data.config import ConnectionSource, PublicSource, RecBoleSource, SplitSpec, SyntheticConfig, TableSource
 from cprec.errors import ConfigError
 from cprec.schema import BRAND, CATEGORIES, TITLE
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cprec.data.catalogue import Catalogue
+from cprec.data.config import SplitSpec
 from cprec.data.dataset import POPULARITY, finish_part, read_catalogue, read_manifest
 from cprec.data.interactions import Interactions, split_time
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.data.sequences import build_sequences
-from cprec.data.splits import (
-    Queries,
-    Split,
-    SplitSpec,
-    comparable_domains,
-    from_seconds,
-    in_seconds,
-    make_split,
-    user_shares,
-)
+from cprec.data.splits import Queries, Split, comparable_domains, from_seconds, in_seconds, make_split, user_shares
 from cprec.errors import ConfigError, DataError
 from cprec.schema import KINDS, SPECIFIC, TEST, TRAIN, VALIDATION, DomainInfo
 from cprec.text.encoding import PromptEncoder
@@ -46,8 +38,24 @@ RULES, ENCODER, PARTS = "rules.json", "encoder", "parts"
 """Names inside an unfinished data folder: what `write_part` needs, and what it writes."""
 
 
+QUERY_COLUMNS = frozenset(
+    ("query_id", "platform", "user_id", "domain", "history_domain", "history_item", "target", "timestamp")
+)
+"""Columns that every file of queries has; `microsecond` is missing from older ones."""
+
 ROW_GROUPS = b"parts"
 """Key in a queries file's metadata: the part that each of its row groups is from."""
+
+
+def shard_names(target_domains: Sequence[str], examples: Sequence[str] = (TRAIN, VALIDATION)) -> list[str]:
+    """The shard folders of a data folder, with the named parts of the examples."""
+    behaviour = ["shards/train", "shards/heldout"]
+    return behaviour + [f"examples/{domain}/{part}" for domain in target_domains for part in examples]
+
+
+def query_names(target_domains: Sequence[str], parts: Sequence[str] = (VALIDATION, TEST)) -> list[str]:
+    """The files of queries of a data folder."""
+    return [f"queries/{domain}/{part}.parquet" for domain in target_domains for part in parts]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,14 +329,12 @@ def join_parts(folder: Path, about: Mapping[str, Any]) -> None:
     """
     rules, encoder = _open(folder)
     parts = [folder / PARTS / f"part-{part}" for part in range(read_manifest(folder)["num_parts"])]
-    for name in _shard_names(rules):
+    for name in shard_names(rules.target_domains):
         full = {**about, "vocabulary_size": encoder.vocabulary_size}
         join_shards(folder / name, [part / name for part in parts], full)
-    for domain in rules.target_domains:
-        (folder / "queries" / domain).mkdir(parents=True, exist_ok=True)
-        for name in (VALIDATION, TEST):
-            place = Path("queries", domain, f"{name}.parquet")
-            _join_tables([part / place for part in parts], folder / place)
+    for name in query_names(rules.target_domains):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        _join_tables([part / name for part in parts], folder / name)
     counts = sum(np.load(part / "popularity.npy") for part in parts)
     write_popularity(folder, encoder.catalogue, counts)
     (folder / RULES).unlink()
@@ -340,12 +346,6 @@ def remove_parts(folder: Path) -> None:
     for leftover in (PARTS, ENCODER):
         if (folder / leftover).exists():
             shutil.rmtree(folder / leftover)
-
-
-def _shard_names(rules: DocumentRules) -> Iterator[str]:
-    yield from ("shards/train", "shards/heldout")
-    for domain in rules.target_domains:
-        yield from (f"examples/{domain}/train", f"examples/{domain}/validation")
 
 
 def _join_tables(sources: list[Path], target: Path) -> None:

@@ -11,8 +11,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cprec.data.sources.connections import ConnectionSource
-from cprec.data.sources.tables import TableSource
+from cprec.data.config import ConnectionSource, Rules, TableSource
+from cprec.data.sources.files import files_of
 from cprec.errors import ConfigError, DataError, InputChanged, LeakageError
 from cprec.provenance import (
     CONFIG_FILE,
@@ -99,7 +99,7 @@ def _is_complete(config: PrepareConfig, folder: Path) -> bool:
     if not folder.exists():
         return False
     if not (folder / CONFIG_FILE).is_file():
-        raise ConfigError(f"{folder} exists and is no data folder: choose another output_dir or delete it")
+        raise ConfigError(f"{folder} exists and is not a data folder: choose another output_dir or delete it")
     if changed := _changed(config, folder):
         raise ConfigError(
             f"{folder} was prepared with other settings of {', '.join(changed)}: choose another output_dir or delete it"
@@ -152,7 +152,7 @@ def _changed(config: PrepareConfig, folder: Path) -> list[str]:
 def _files(config: PrepareConfig) -> dict[tuple[str, str], list[Path]]:
     """The files that each table of each domain is read from, as they are there now; none where all are gone."""
     sources: list[Any] = [*config.tables, *config.recbole, *config.public]
-    return {(source.domain, table): paths for source in sources for table, paths in source.files().items()}
+    return {(source.domain, table): paths for source in sources for table, paths in files_of(source).items()}
 
 
 def _changed_inputs(config: PrepareConfig, folder: Path) -> list[str]:
@@ -172,7 +172,7 @@ def _changed_inputs(config: PrepareConfig, folder: Path) -> list[str]:
             unseen.append(f"the files of {domain}/{table} are gone")
     for source in config.connections:
         try:
-            found = source.fingerprints(hashes.of)
+            found = _fingerprints(source, hashes)
         except (ConfigError, DataError) as error:
             unseen.append(f"the database of {source.domain} cannot be reached now ({error})")
             continue
@@ -212,6 +212,12 @@ def _of_table(source: ConnectionSource, table: str) -> str:
     return f"fingerprint://{source.domain}/{table}"
 
 
+def _fingerprints(source: ConnectionSource, hashes: FileHashes) -> dict[str, str | DataError | None]:
+    from cprec.data.sources.connections import fingerprints  # needs Ibis, which machines that train may lack
+
+    return fingerprints(source, hashes.of)
+
+
 def _tokenizer_hashes(config: PrepareConfig, hashes: FileHashes) -> dict[str, str]:
     from cprec.text.tokenizer import TINY
 
@@ -237,20 +243,21 @@ def _write_tables(config: PrepareConfig, folder: Path) -> None:
     fingerprints = {
         _of_table(source, table): found
         for source in config.connections
-        for table, found in source.fingerprints(hashes.of).items()
+        for table, found in _fingerprints(source, hashes).items()
         if isinstance(found, str)
     }
     build_tables(
         sources,
         folder,
-        min_user_events=config.k_core,
-        min_item_events=config.k_core,
-        core_scope=config.k_core_scope,
-        deduplicate=config.deduplicate,
-        drop_consecutive_repeats=config.drop_consecutive_repeats,
-        tie_order=config.tie_order,
+        Rules(
+            k_core=config.k_core,
+            k_core_scope=config.k_core_scope,
+            deduplicate=config.deduplicate,
+            drop_consecutive_repeats=config.drop_consecutive_repeats,
+            tie_order=config.tie_order,
+            strict=config.strict,
+        ),
         seed=config.seed,
-        strict=config.strict,
         engine=config.engine,
         memory_limit=config.memory_limit,
         spill=config.spill_dir,
@@ -306,8 +313,9 @@ def _count_shared(config: PrepareConfig, folder: Path, tokenizer: Any, encoder: 
 
 def _rules(config: PrepareConfig, folder: Path, catalogue: Catalogue) -> Any:
     from cprec.data.build import count_times
+    from cprec.data.config import GLOBAL_TIME
     from cprec.data.dataset import read_domains
-    from cprec.data.splits import GLOBAL_TIME, cut_times
+    from cprec.data.splits import cut_times
     from cprec.text.documents import DocumentRules
 
     cuts = None

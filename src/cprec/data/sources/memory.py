@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cprec.data.sources.tables import RawTable, SourceTables, canonical_tables, check_names
+from cprec.data.sources.tables import RawTable, SourceTables, canonical_tables
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,37 +25,35 @@ class MemorySource:
     """user_id, item_id, timestamp (seconds UTC, or a position); optionally rating, order."""
     has_times: bool = True
 
-    def __post_init__(self) -> None:
-        check_names(self.domain, self.platform)
 
-    def load(self, engine: TableEngine) -> SourceTables:
-        """The rows of both tables. Raises DataError for a missing column."""
-        from dataclasses import replace
-        from pathlib import Path
+def load(engine: TableEngine, source: MemorySource) -> SourceTables:
+    """The rows of both tables. Raises DataError for a missing column."""
+    from dataclasses import replace
+    from pathlib import Path
 
-        import ibis
+    import ibis
 
-        from cprec.data.text_files import LINE
+    from cprec.data.text_files import LINE
 
-        raw = []
-        for what, table in (("interactions", self.interactions), ("items", self.items)):
-            numbered = table.append_column(LINE, [_numbers(table.num_rows)])
-            rows = engine.from_arrow(numbered)
-            place = f"memory/{self.domain}/{what}"
-            rows = rows.mutate(ibis.literal(place).name("source_file"), rows[LINE].name("sequence"))
-            raw.append(RawTable(what, rows, tuple(table.column_names), (), (Path(place),)))
-        tables = canonical_tables(
-            engine,
-            self.domain,
-            raw[0],
-            raw[1],
-            {},
-            "seconds" if self.has_times else "order",
-            items_in_log=False,
-        )
-        hashes = {f"memory/{self.domain}/interactions": _sha256(self.interactions)}
-        hashes[f"memory/{self.domain}/items"] = _sha256(self.items)
-        return replace(tables, files=(), hashes=hashes)
+    raw = []
+    for what, table in (("interactions", source.interactions), ("items", source.items)):
+        numbered = table.append_column(LINE, [_numbers(table.num_rows)])
+        rows = engine.from_arrow(numbered)
+        place = f"memory/{source.domain}/{what}"
+        rows = rows.mutate(ibis.literal(place).name("source_file"), rows[LINE].name("sequence"))
+        raw.append(RawTable(what, rows, tuple(table.column_names), (), (Path(place),)))
+    tables = canonical_tables(
+        engine,
+        source.domain,
+        raw[0],
+        raw[1],
+        {},
+        "seconds" if source.has_times else "order",
+        items_in_log=False,
+    )
+    hashes = {f"memory/{source.domain}/interactions": _sha256(source.interactions)}
+    hashes[f"memory/{source.domain}/items"] = _sha256(source.items)
+    return replace(tables, files=(), hashes=hashes)
 
 
 def _numbers(count: int) -> pa.Array:

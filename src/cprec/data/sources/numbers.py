@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+from cprec.data.config import DecimalSign
 
 if TYPE_CHECKING:
     from cprec.data.engine import TableEngine
-
-DecimalSign = Literal["auto", ".", ","]
 
 NO_VALUE = ("", "nan", "na", "n/a", "#n/a", "<na>", "null", "none", "nil", "\\n", "-", "--")
 """Texts that mean that there is no number, upper and lower case alike."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cprec.data.sources.readers import Read, delimited
+from cprec.data.sources.readers import Format, Read, delimited
 from cprec.data.sources.tables import RawTable
 
 if TYPE_CHECKING:
@@ -86,23 +86,4 @@ def _encoding(path: Path) -> str:
     return "utf-8"
 
 
-FORMATS: dict[str, dict[str, Any]] = {
-    "online-retail": {
-        "platform": "online-retail",
-        "interactions": (
-            "Online Retail.csv",
-            "OnlineRetail.csv",
-            "online_retail.csv",
-            "online_retail_II.csv",
-            "data.csv",
-        ),
-        "items": (),
-        "read_interactions": _read,
-        "read_items": _read,
-        "timestamps": "iso",
-        "columns": {"user_id": "customer"},
-        "licence": "Online Retail (UCI Machine Learning Repository): CC BY 4.0",
-        "urls": ("https://archive.ics.uci.edu/static/public/352/data.csv",),
-        "page": "https://archive.ics.uci.edu/dataset/352/online+retail",
-    },
-}
+FORMATS = {"online-retail": Format(interactions=_read, timestamps="iso", columns={"user_id": "customer"})}

@@ -1,9 +1,9 @@
-"""How the files of a public data set are read: each function makes a reader, (engine, what, files) -> `RawTable`."""
+"""How the files of a public data set are read: each function makes a reader."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,19 @@ if TYPE_CHECKING:
     from cprec.data.engine import TableEngine
 
 Read = Callable[["TableEngine", str, tuple[Path, ...]], RawTable]
+"""Reads some files of a table (interactions or items)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How the files of one public data set are read."""
+
+    interactions: Read
+    items: Read | None = None
+    """None where the events name their item."""
+    timestamps: str
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Canonical column to the source's, where the usual names do not find it."""
 
 
 _LISTS = ("title", "categories", "category", "description")

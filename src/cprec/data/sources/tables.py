@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import glob
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
-from cprec.data.sources.numbers import DecimalSign, Numbers, read_numbers
-from cprec.errors import ConfigError, DataError
+from cprec.data.config import INTERACTION_FIELDS, ITEM_FIELDS, DecimalSign, TableFiles, TableSource
+from cprec.data.sources.files import DELIMITED, JSON_LINES, PARQUET, find_files, suffix_of
+from cprec.data.sources.numbers import Numbers, read_numbers
+from cprec.errors import DataError
 from cprec.schema import (
     BRAND,
     CATEGORIES,
@@ -29,8 +29,6 @@ from cprec.schema import (
 if TYPE_CHECKING:
     from cprec.data.engine import TableEngine
 
-TimeFormat = Literal["auto", "seconds", "milliseconds", "microseconds", "nanoseconds", "iso", "order"]
-
 DEFAULT_NAMES: dict[str, tuple[str, ...]] = {
     USER_ID: ("user_id", "user", "userId", "uid", "reviewerID", "customer_id", "visitorid"),
     ITEM_ID: ("item_id", "item", "itemId", "iid", "parent_asin", "asin", "product_id", "movieId", "itemid"),
@@ -45,11 +43,6 @@ DEFAULT_NAMES: dict[str, tuple[str, ...]] = {
 }
 """Names under which a column is found without being mapped, the first one that is there; upper and lower case alike."""
 
-INTERACTION_FIELDS = (USER_ID, ITEM_ID, TIMESTAMP, RATING, ORDER)
-ITEM_FIELDS = (ITEM_ID, TITLE, BRAND, CATEGORIES, DESCRIPTION, PRICE)
-
-_FIELDS = {"interactions": INTERACTION_FIELDS, "items": ITEM_FIELDS}
-
 CLEANED = (TITLE, BRAND, CATEGORIES)
 MAX_TITLE = 10_000
 """Characters of an item's text at most: a longer title rejects the item, longer brands and categories are left out."""
@@ -57,11 +50,7 @@ LONG_TITLE = f"title of more than {MAX_TITLE:,} characters"
 
 SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar", "::": "two colons"}
 
-_DELIMITED = {".csv": ",", ".tsv": "\t", ".inter": "\t", ".item": "\t"}
-_JSON = (".jsonl", ".ndjson", ".json")
-_PARQUET = (".parquet", ".pq")
 _OWN_NAMES = ("line_in_file", "source_file", "sequence", "problem")
-_DOMAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -93,160 +82,6 @@ class SourceTables:
     """What stands before the settings of a table (items, interactions) where each has its own, as `items.`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TableFiles:
-    """The files of one table, with settings of their own."""
-
-    PLAIN: ClassVar = "path"
-
-    path: str | tuple[str, ...]
-    """A file, a pattern as logs/part-*.parquet, or several."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Where canonical columns have another name in these files; they come before the domain's."""
-    names: tuple[str, ...] = ()
-    """Of delimited files without a header: the names of their columns, in order."""
-    separator: str | None = None
-    """Between fields of delimited files; None: as for the domain."""
-    quote: str | None = None
-    """Around fields of delimited files; None: as for the domain."""
-    encoding: str | None = None
-    """Of text files; None: as for the domain."""
-    decimal: DecimalSign | None = None
-    """Of numbers in text; None: as for the domain."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableSource:
-    """One domain in Parquet, CSV, TSV or JSON-lines files (the suffix tells; .csv, .tsv and .jsonl also with .gz)."""
-
-    domain: str
-    """Name of the domain: letters, digits, _ - and dots."""
-    platform: str = "default"
-    """Users of one platform are the same people in all its domains."""
-    interactions: str | tuple[str, ...] | TableFiles
-    """The log: a file, a pattern as logs/part-*.parquet, or several; one row per event. With settings of its own:
-    {path: orders.csv, columns: {item_id: product}, separator: ";"}."""
-    items: str | tuple[str, ...] | TableFiles | None = None
-    """The items and their titles: a file, a pattern, several, or those with settings of their own. None: the log itself
-    has a title in every row."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Where canonical columns (user_id, item_id, timestamp, rating, order, title, brand, categories, description,
-    price) have another name in the files, as user_id:customer."""
-    timestamps: TimeFormat = "auto"
-    """seconds, milliseconds, microseconds or nanoseconds since 1970 (UTC), iso (2014-07-23T18:00:00.250, UTC unless it
-    says otherwise), order (numbers, or just the order of rows, that only mean something within one user), or auto,
-    which tells all but the last apart. Parts of a second count, down to a microsecond."""
-    separator: str | None = None
-    """Between fields of delimited files; None: a comma in .csv, a tab in .tsv."""
-    quote: str = '"'
-    """Around fields of delimited files that hold a separator; empty where quotes are ordinary characters."""
-    encoding: str = "utf-8"
-    """Of text files, as Python names it: utf-8, windows-1252, latin-1, utf-16 or gb18030, say."""
-    decimal: DecimalSign = "auto"
-    """Before the decimals of numbers in text: a point, a comma, or auto, which finds it out of each column; what stays
-    unclear (is 1,234 above a thousand?) is left out, and counted."""
-
-    def __post_init__(self) -> None:
-        check_names(self.domain, self.platform)
-        if self.timestamps not in get_args(TimeFormat):
-            raise ConfigError(f"timestamps={self.timestamps!r}: expected {', '.join(get_args(TimeFormat))}")
-        for name in ("interactions", "items"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            given = value.path if isinstance(value, TableFiles) else value
-            paths = tuple(str(path) for path in ((given,) if isinstance(given, (str, os.PathLike)) else given))
-            if not paths or not all(paths):
-                raise ConfigError(f"{name} of domain {self.domain!r} names no file")
-            object.__setattr__(self, name, replace(value, path=paths) if isinstance(value, TableFiles) else paths)
-        _check_form(self, "", tuple(DEFAULT_NAMES))
-        for name, form in self.forms().items():
-            if isinstance(getattr(self, name), TableFiles):
-                fields = (*INTERACTION_FIELDS, *ITEM_FIELDS) if self.items is None else _FIELDS[name]
-                _check_form(form, f"{name}.", fields)
-
-    def forms(self) -> dict[str, TableFiles]:
-        """How each table (interactions, items) is written: its own settings, else the domain's."""
-        found = {}
-        for name in ("interactions", "items"):
-            own = getattr(self, name)
-            if own is None:
-                continue
-            own = own if isinstance(own, TableFiles) else TableFiles(path=own)
-            fields = _FIELDS[name] if self.items is not None else DEFAULT_NAMES
-            shared = {column: source for column, source in self.columns.items() if column in fields}
-            found[name] = replace(
-                own,
-                columns={**shared, **own.columns},
-                separator=self.separator if own.separator is None else own.separator,
-                quote=self.quote if own.quote is None else own.quote,
-                encoding=own.encoding or self.encoding,
-                decimal=own.decimal or self.decimal,
-            )
-        return found
-
-    def load(self, engine: TableEngine) -> SourceTables:
-        """The rows of all files. Raises DataError for a missing file or column, or a separator that cannot be right."""
-        forms = self.forms()
-        read = {name: read_files(engine, self.domain, name, form) for name, form in forms.items()}
-        log = read["interactions"]
-        return canonical_tables(
-            engine,
-            self.domain,
-            log,
-            read.get("items", log),
-            forms["interactions"].columns,
-            self.timestamps,
-            items_in_log=self.items is None,
-            item_mapping=forms["items"].columns if "items" in forms else None,
-        )
-
-    def files(self) -> dict[str, list[Path]]:
-        """The files of each table (interactions, items) that are there now."""
-        return {table: matching_files(form.path) for table, form in self.forms().items()}
-
-
-def _check_form(form: TableSource | TableFiles, key: str, fields: Sequence[str]) -> None:
-    """Raise ConfigError for settings of a table (`key` as `items.`), or of a domain, that cannot be."""
-    from cprec.data.text_files import is_encoding
-
-    unknown = sorted(set(form.columns) - set(fields))
-    if unknown:
-        raise ConfigError(
-            f"{key}columns maps {', '.join(unknown)}, which is not canonical{f' in the {key[:-1]}' if key else ''}; "
-            f"canonical columns (on the left of each pair) are {', '.join(dict.fromkeys(fields))}"
-        )
-    if form.separator == "":
-        raise ConfigError(f"{key}separator is empty; give the character between fields, or none for the usual one")
-    between, quote = form.separator or ",", form.quote or ""
-    if len(quote) > 1 or any(sign in between + quote for sign in "\r\n\0") or between in quote:
-        raise ConfigError(
-            f"{key}separator={form.separator!r}, {key}quote={form.quote!r}: the quote is one character or none, the "
-            "separator is another, and neither ends a line"
-        )
-    if not is_encoding(form.encoding or "utf-8"):
-        raise ConfigError(
-            f"{key}encoding={form.encoding!r} is no encoding of text that Python has; write utf-8, windows-1252, "
-            "latin-1, utf-16 or gb18030, say"
-        )
-    if form.decimal not in (None, *get_args(DecimalSign)):
-        raise ConfigError(f"{key}decimal={form.decimal!r}: expected auto, a point or a comma")
-    names = [name.lower() for name in getattr(form, "names", ())]
-    if len(set(names)) < len(names) or not all(name.strip() for name in names):
-        raise ConfigError(f"{key}names={','.join(names)}: every column needs a name of its own (case does not count)")
-
-
-def check_names(domain: str, platform: str) -> None:
-    """Raise ConfigError unless a domain and a platform can name folders and queries."""
-    for what, name in (("domain", domain), ("platform", platform)):
-        if not _DOMAIN.fullmatch(name):
-            suggestion = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("_.-") or "shop"
-            raise ConfigError(
-                f"{what}={name!r}: use letters, digits, _ - and dots, beginning with a letter or digit: "
-                f"{suggestion!r}, say"
-            )
-
-
 @dataclass(frozen=True)
 class RawTable:
     """The rows of a source's files, under the names that the files use."""
@@ -263,6 +98,23 @@ class RawTable:
     """Before the decimals of numbers in text."""
 
 
+def load(engine: TableEngine, source: TableSource) -> SourceTables:
+    """The rows of all files. Raises DataError for a missing file or column, or a separator that cannot be right."""
+    forms = source.forms()
+    read = {name: read_files(engine, source.domain, name, form) for name, form in forms.items()}
+    log = read["interactions"]
+    return canonical_tables(
+        engine,
+        source.domain,
+        log,
+        read.get("items", log),
+        forms["interactions"].columns,
+        source.timestamps,
+        items_in_log=source.items is None,
+        item_mapping=forms["items"].columns if "items" in forms else None,
+    )
+
+
 def read_files(
     engine: TableEngine, domain: str, what: str, form: TableFiles, *, typed_header: bool = False
 ) -> RawTable:
@@ -275,26 +127,26 @@ def read_files(
 
     key = "" if typed_header else f"{what}."
     patterns, encoding, quote = form.path, form.encoding or UTF8, form.quote or ""
-    files = find_files(domain, what, (patterns,) if isinstance(patterns, str) else patterns)
+    files = find_files(domain, what, patterns)
     columns: tuple[str, ...] = ()
     read: list[tuple[Any, Any | None]] = []
     for number, path in enumerate(files):
-        kind = _suffix(path)
+        kind = suffix_of(path)
         bad = None
-        if kind in _PARQUET:
+        if kind in PARQUET:
             try:
                 table = engine.read_parquet(path)
             except DataError as error:
                 raise DataError(f"{error}; it is damaged or no Parquet file: write or fetch it again") from None
             table = table.rename({_free(name): name for name in table.columns if name != LINE})
             names = tuple(name for name in table.columns if name != LINE)
-        elif kind in _JSON:
+        elif kind in JSON_LINES:
             keys = _json_keys(path, form.columns, encoding)
             table, bad = engine.read_json_lines(path, keys, encoding=encoding)
             table = table.rename({_free(name): str(name) for name in keys})
             names = tuple(map(_free, keys))
         else:
-            between = form.separator or _DELIMITED[kind]
+            between = form.separator or DELIMITED[kind]
             names = form.names or _header(path, between, quote, typed_header, encoding, key)
             names = tuple(map(_free, names))
             table, bad = engine.read_delimited(
@@ -302,11 +154,11 @@ def read_files(
             )
         if number == 0:
             columns = names
-        elif missing := [name for name in columns if name not in names and kind not in _JSON]:
+        elif missing := [name for name in columns if name not in names and kind not in JSON_LINES]:
             raise DataError(
                 f"{path} has no column {', '.join(missing)}, which {files[0]} has; it has {', '.join(names)}"
             )
-        columns = (*columns, *(name for name in names if name not in columns)) if kind in _JSON else columns
+        columns = (*columns, *(name for name in names if name not in columns)) if kind in JSON_LINES else columns
         read.append((table, bad))
     return replace(raw_table(what, files, columns, read), key=key, decimal=form.decimal or "auto")
 
@@ -349,58 +201,6 @@ def _with_columns(table: Any, columns: Sequence[str]) -> Any:
 
     absent = [ibis.null("string").name(name) for name in columns if name not in table.columns]
     return table.mutate(*absent).select(*columns, LINE, "source_file", "sequence")
-
-
-def find_files(domain: str, what: str, patterns: Sequence[str]) -> tuple[Path, ...]:
-    """The files that paths and patterns name. Raises DataError for one that is missing or of no known kind."""
-    found: list[Path] = []
-    for pattern in patterns:
-        path, matches = Path(pattern).expanduser(), matching_files((pattern,))
-        if path.is_dir():
-            raise DataError(
-                f"{path} is a folder; for the {what} of domain {domain!r} give its files, as {path}/*.parquet"
-            )
-        if not matches:
-            raise DataError(f"{path} does not exist ({what} of domain {domain!r}){_similar(path)}")
-        found += matches
-    found = list(dict.fromkeys(found))  # patterns may overlap
-    for path in found:
-        if _suffix(path) not in (*_PARQUET, *_JSON, *_DELIMITED):
-            raise DataError(
-                f"{path}: the kind of file is told by its suffix, and {path.suffix or 'none'} is not known; accepted "
-                f"are "
-                ".parquet, .csv, .tsv, .jsonl, and the latter three with .gz"
-            )
-        if path.is_dir():
-            raise DataError(f"{path} is a folder; for the {what} of domain {domain!r} give its files, as {path}/*")
-        if path.stat().st_size == 0:
-            raise DataError(f"{path} is empty ({what} of domain {domain!r})")
-    return tuple(found)
-
-
-def matching_files(patterns: str | Sequence[str]) -> list[Path]:
-    """What is there of paths and patterns, each once, in their order."""
-    found: list[Path] = []
-    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        path = Path(pattern).expanduser()
-        found += [path] if path.exists() else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-    return list(dict.fromkeys(found))
-
-
-def _similar(path: Path) -> str:
-    import difflib
-
-    folder = path.parent
-    if not folder.is_dir():
-        return f"; there is no folder {folder} either"
-    names = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=3)
-    return f"; {folder} has {', '.join(names)}" if names else ""
-
-
-def _suffix(path: Path) -> str:
-    name = path.name.lower().removesuffix(".gz")
-    suffix = Path(name).suffix
-    return "" if path.suffix.lower() == ".gz" and suffix in _PARQUET else suffix
 
 
 def _header(path: Path, separator: str, quote: str, typed: bool, encoding: str, key: str) -> tuple[str, ...]:
