@@ -6,6 +6,7 @@ size and times of every file that was hashed, so that a file which was not touch
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import hashlib
 import json
@@ -13,8 +14,9 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,48 @@ def to_dict(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"a configuration cannot hold {value!r} of type {type(value).__name__}")
+
+
+@lru_cache(maxsize=256)
+def code_sha256(module: str) -> str:
+    """SHA-256 of the source of a module of this package and of all its modules that it imports, directly or not.
+
+    Imports in functions count, those for types alone do not: it changes with any code that may run.
+    """
+    seen: dict[str, bytes] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        path = _source_of(name)
+        if name in seen or path is None:
+            continue
+        seen[name] = path.read_bytes()
+        waiting += _imported(ast.parse(seen[name]))
+    sources = (f"{name}\n{len(source)}\n".encode() + source for name, source in sorted(seen.items()))
+    return hashlib.sha256(b"".join(sources)).hexdigest()
+
+
+def _source_of(module: str) -> Path | None:
+    """The file of a module of this package; None for names that are none."""
+    first, *rest = module.split(".")
+    package = Path(__file__).parent
+    if first != package.name:
+        return None
+    found = package.joinpath(*rest)
+    candidates = (found / "__init__.py", found.with_suffix(".py"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _imported(tree: ast.AST) -> Iterator[str]:
+    """The names that import statements may mean, a module or what is in it; not those under `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+            yield from _imported(node)
 
 
 def file_sha256(path: Path | str) -> str:

@@ -37,7 +37,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
 
     Raises InputChanged where a folder that is there was made from other input, and names those that were made from it.
     """
-    from cprec.baselines.lineup import names_of
+    from cprec.lineup import names_of
     from cprec.progress import say
     from cprec.text.prepare import prepare
     from cprec.train.finetune import finetune
@@ -210,18 +210,14 @@ def baseline_entrants(config: EvaluateConfig, split: Split, domain: str) -> list
 
     Raises ConfigError for names that are none.
     """
-    from cprec.baselines.lineup import BASELINES, identity_of, is_trained, names_of
     from cprec.evaluate.evaluate import Entrant
     from cprec.evaluate.seeds import arm_of
-    from cprec.progress import say
+    from cprec.lineup import identity_of, is_trained, names_of
 
     names = names_of(config.baselines)
     tuned = _tuned(config, domain, names)
     entrants = []
     for name in names:
-        if reason := BASELINES[name].unfit(split, domain):
-            say(f"{domain}: {name} is left out: {reason}")
-            continue
         for seed in config.seeds if is_trained(name) else [config.seed]:
             shown = arm_of(name, seed) if len(config.seeds) > 1 and is_trained(name) else name
             baseline = _Baseline(shown, name, config, split, domain, seed, tuned.get(name))
@@ -246,9 +242,9 @@ def _tuned(config: EvaluateConfig, domain: str, names: Sequence[str]) -> dict[st
 
     Raises ConfigError for a file that is none, or of other data.
     """
-    from cprec.baselines.tune import read_results
     from cprec.progress import say
     from cprec.provenance import file_sha256
+    from cprec.tune import read_results
 
     if not config.tuned:
         return {}
@@ -282,7 +278,7 @@ class _Baseline:
 
     @cached_property
     def made(self) -> Recommender:
-        from cprec.baselines.lineup import settings_of
+        from cprec.lineup import settings_of
         from cprec.provenance import file_sha256
 
         settings = settings_of(self._name, self._tuned)

@@ -34,10 +34,10 @@ def audit_shortcuts(
 
     Raises ConfigError for a folder, domain or model that is not there.
     """
-    from cprec.baselines.lineup import BASELINES, settings_of
     from cprec.data.dataset import read_manifest, read_split
     from cprec.evaluate.shortcut_report import print_shortcuts, write_shortcuts
     from cprec.evaluate.shortcuts import shortcut_audit
+    from cprec.lineup import LINEUP, settings_of
     from cprec.progress import say
     from cprec.schema import TEST
 
@@ -50,13 +50,13 @@ def audit_shortcuts(
     asked = domains or [name for number, name in enumerate(split.catalogue.domains) if number in tested]
     if not asked:
         raise ConfigError(f"{folder} has no test event in any domain: there is nothing to audit")
-    baselines = [GRAPH, *(model for model in models if model in BASELINES and model != GRAPH)]
-    opened = {model: _open(model) for model in models if model not in BASELINES}
+    baselines = [GRAPH, *(model for model in models if model in LINEUP and model != GRAPH)]
+    opened = {model: _open(model) for model in models if model not in LINEUP}
     audits = []
     for domain in asked:
         recommenders: dict[str, Recommender] = {}
         for name in baselines:
-            if reason := BASELINES[name].unfit(split, domain):
+            if reason := LINEUP[name].unfit(split, domain):
                 say(f"{domain}: without {name}: {reason}")
             else:
                 weights = folder / "shortcuts" / re.sub("[^a-z0-9]+", "-", name.lower()) / domain
@@ -99,14 +99,14 @@ def _protocol(folder: Path, split: Split, tie_order: str, max_queries: int) -> d
 
 def _open(model: str) -> tuple[str | None, Recommender]:
     """The domain that a model folder was fine-tuned on, None for every domain, and its recommender."""
-    from cprec.baselines.lineup import BASELINES
+    from cprec.lineup import LINEUP
     from cprec.train.folder import read_done
 
     about = read_done(model)
     if about is None:
         raise ConfigError(
             f"model {model!r} is neither a folder with a finished model of CPRec nor a baseline; these are "
-            f"{', '.join(BASELINES)}"
+            f"{', '.join(LINEUP)}"
         )
     from cprec import Recommender as Opened  # loads torch
 

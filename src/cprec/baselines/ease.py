@@ -12,7 +12,7 @@ from scipy import sparse
 from scipy.linalg import lapack
 
 from cprec.baselines.domain import DomainRecommender, profiles, training_matrix
-from cprec.baselines.search import Choice, Real
+from cprec.choices import Choice, Real
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import ConfigError

@@ -16,14 +16,14 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from cprec.baselines.domain import DomainRecommender
-from cprec.baselines.ranking import ScoringRecommender
-from cprec.baselines.search import Choice, OneOf, Real
+from cprec.choices import Choice, OneOf, Real
 from cprec.data.catalogue import Catalogue
 from cprec.data.dataset import POPULARITY
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import ConfigError
 from cprec.recommender import RankingQuery
+from cprec.scoring import ScoringRecommender
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,21 +11,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cprec.baselines.bert4rec import BERT4Rec, MaskedStream
-from cprec.baselines.gru4rec import GRU4Rec
-from cprec.baselines.lightgcn import LightGCN, Smoothed
-from cprec.baselines.objectives import objective_loss
-from cprec.baselines.sasrec import MASK, SASRec, SelfAttention
-from cprec.baselines.sequential import (
-    NEXT_ITEM,
-    BatchStream,
-    TrainedBaseline,
-    TrainedRecommender,
-    TrainingLog,
-    WindowStream,
-    recent,
-    windows,
-)
 from cprec.batch import IGNORE
 from cprec.data.build import build_dataset
 from cprec.data.config import Rules, SplitSpec
@@ -35,6 +20,20 @@ from cprec.data.sources.memory import MemorySource
 from cprec.data.splits import Split, make_split
 from cprec.errors import ConfigError
 from cprec.schema import TEST
+from cprec.systems.fit import (
+    BatchStream,
+    TrainedBaseline,
+    TrainedRecommender,
+    TrainingLog,
+    WindowStream,
+    recent,
+    windows,
+)
+from cprec.systems.recipes.bert4rec import BERT4Rec, MaskedStream
+from cprec.systems.recipes.gru4rec import GRU4Rec
+from cprec.systems.recipes.lightgcn import LightGCN, Smoothed
+from cprec.systems.recipes.sasrec import MASK, SASRec, SelfAttention
+from cprec.systems.terms import objective_loss
 
 NUM_ITEMS = 12
 """The world is a ring: after item n comes item n + 1, round and round, from a start of each user's own."""
@@ -169,7 +168,7 @@ def test_objectives_against_negatives_are_what_their_formulas_say(
 def test_gradients_of_sampled_softmax_are_those_of_its_formula(
     chunk: int, scored: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cprec.baselines.objectives.CHUNK", chunk)
+    monkeypatch.setattr("cprec.systems.terms.CHUNK", chunk)
     hidden, weight = (each.double().requires_grad_() for each in scored[:2])
     target = scored[2]
     torch.manual_seed(5)
@@ -263,13 +262,13 @@ def test_a_history_is_encoded_as_its_last_position_is_read(causal: bool, monkeyp
     rows = torch.randint(NUM_ITEMS, (5, 9)).masked_fill(torch.arange(9) >= lengths[:, None], NUM_ITEMS)
     expected = model.hidden(rows)[torch.arange(5), (lengths - 1).clamp(min=0)]
     for positions in (1, 20, 4096):
-        monkeypatch.setattr("cprec.baselines.sasrec.ENCODE_POSITIONS", positions)
+        monkeypatch.setattr("cprec.systems.recipes.sasrec.ENCODE_POSITIONS", positions)
         torch.testing.assert_close(model.encode(rows, lengths, torch.full((5,), -1)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_ranks_are_counted_as_sorting_would(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cprec.baselines.sequential.SCORES", 3 * NUM_ITEMS)
-    monkeypatch.setattr("cprec.baselines.sequential.ITEM_BLOCK", 5)
+    monkeypatch.setattr("cprec.systems.fit.SCORES", 3 * NUM_ITEMS)
+    monkeypatch.setattr("cprec.systems.fit.ITEM_BLOCK", 5)
     recommender = replace(MODELS[0], num_epochs=1).make(split, "ring")
     histories, targets, users = asked(split)
     scores = recommender.score_histories(histories, np.full(len(histories), -1)).numpy()

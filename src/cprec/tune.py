@@ -16,7 +16,7 @@ from cprec.errors import ConfigError
 if TYPE_CHECKING:
     import optuna
 
-    from cprec.baselines.search import Choice, Settings
+    from cprec.choices import Choice, Settings
     from cprec.data.splits import Split
     from cprec.recommender import RankingQuery, Recommender
 
@@ -37,7 +37,7 @@ def tune(config: TuneConfig, baselines: Mapping[str, Settings] | None = None) ->
 
     Raises ConfigError where Optuna is missing, a name is unknown, or a domain has no validation query.
     """
-    from cprec.baselines import lineup
+    from cprec import lineup
     from cprec.data.dataset import read_split
     from cprec.progress import track
     from cprec.provenance import file_sha256
@@ -83,7 +83,7 @@ def search(
     tried: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """The best settings of one baseline in one domain, as `tune` reports them; `tried` is called after each trial."""
-    from cprec.baselines.search import can_be
+    from cprec.choices import can_be
 
     optuna = _optuna()
     template: Any = start  # that it is a dataclass, a protocol cannot say
@@ -190,7 +190,7 @@ def _optuna() -> Any:
 
 
 def _suggest(trial: optuna.Trial, name: str, choice: Choice) -> Any:
-    from cprec.baselines.search import OneOf, Whole
+    from cprec.choices import OneOf, Whole
 
     if isinstance(choice, OneOf):
         return trial.suggest_categorical(name, choice.values)

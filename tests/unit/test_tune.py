@@ -13,12 +13,11 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from cprec.baselines import tune as tuning
+from cprec import tune as tuning
 from cprec.baselines.config import TuneConfig
 from cprec.baselines.item_knn import ItemKNN
 from cprec.baselines.popularity import Popularity, PopularityRecommender
-from cprec.baselines.search import Choice, OneOf, Real, Whole
-from cprec.baselines.tune import mean_ndcg, read_results, tune, tuned_settings, validation_queries
+from cprec.choices import Choice, OneOf, Real, Whole
 from cprec.data.build import build_dataset
 from cprec.data.config import Rules, SplitSpec, SyntheticConfig
 from cprec.data.dataset import finish_part
@@ -27,6 +26,7 @@ from cprec.data.sources.synthetic import SyntheticWorld
 from cprec.data.splits import Split, make_split
 from cprec.errors import ConfigError
 from cprec.recommender import Ranking, RankingQuery
+from cprec.tune import mean_ndcg, read_results, tune, tuned_settings, validation_queries
 
 optuna = pytest.importorskip("optuna")
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged, offsets_of
+from cprec.errors import ConfigError
 from cprec.recommender import Ranking, RankingQuery
 
 BATCH = 256
@@ -106,3 +107,12 @@ def kth_largest(values: np.ndarray, k: int) -> float:
     bound = np.sort(np.maximum.reduceat(values, starts))[-k]
     reached = values[values >= bound]
     return float(np.sort(reached)[len(reached) - k])
+
+
+def check_domain(name: str, made_for: Sequence[str], asked: str) -> None:
+    """Raise ConfigError unless a recommender was made for the domain that it is asked about."""
+    if asked not in made_for:
+        raise ConfigError(
+            f"{name} was made for domain {', '.join(map(repr, made_for))} and is asked about {asked!r}: "
+            "make one for that domain"
+        )
