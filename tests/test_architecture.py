@@ -52,6 +52,16 @@ GPU_STACK = frozenset(
 """All that a machine that trains is sure to have. PyTorch needs Jinja2, and that needs MarkupSafe."""
 
 BEYOND_AT_TOP = {
+    **{f"cprec.data.{name}": {"ibis"} for name in ("build", "judging")},
+    "cprec.data.engine": {"ibis", "duckdb"},
+    **{
+        f"cprec.data.sources.{name}": {"ibis"}
+        for name in (
+            *("amazon_reviews", "goodreads", "memory", "movielens", "numbers", "online_retail", "raw", "tables"),
+            "times",
+        )
+    },
+    "cprec.data.sources.connections": {"ibis", "duckdb", "sqlglot"},
     "cprec.rank.vllm_processor": {"vllm"},  # vLLM loads it into a process of its own
     "cprec.serve.app": {"fastapi", "starlette"},
     "cprec.serve.messages": {"pydantic_core"},
@@ -98,7 +108,7 @@ TRAINED_WITH = frozenset(
 TORCH = frozenset({"torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers"})
 
 EXTRAS = frozenset(
-    {"fastapi", "uvicorn", "prometheus_client", "optuna", "matplotlib", "vllm", "huggingface_hub", "pyspark"}
+    {"fastapi", "uvicorn", "prometheus_client", "optuna", "matplotlib", "vllm", "huggingface_hub", "pyspark", "py4j"}
     | {
         "ibis",
         "duckdb",
@@ -278,6 +288,16 @@ def test_imports_point_down() -> None:
             if part_of(used.module) not in BELOW[part]:
                 wrong.append(f"{shown(module, used)}: {part} must not import {used.module}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_modules_import_each_other() -> None:
+    """Neither at their tops nor in functions. What is imported for types alone does not count: it never runs."""
+    edges = {
+        module: {used.module for used in imports(module) if not used.for_types and used.module in modules()}
+        for module in modules()
+    }
+    found = [" <-> ".join(sorted(group)) for group in circles(edges)]
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize("promise", range(4))

@@ -92,7 +92,7 @@ class TableSource:
     unclear (is 1,234 above a thousand?) is left out, and counted."""
 
     def __post_init__(self) -> None:
-        _check_names(self.domain, self.platform)
+        check_names(self.domain, self.platform)
         _check_time_format(self.timestamps)
         for name in ("interactions", "items"):
             value = getattr(self, name)
@@ -150,7 +150,7 @@ class RecBoleSource:
     """seconds, milliseconds, iso, order, or auto; a log without a timestamp column is taken to be in order."""
 
     def __post_init__(self) -> None:
-        _check_names(self.domain, self.platform)
+        check_names(self.domain, self.platform)
         _check_time_format(self.timestamps)
         _check_columns(self.columns)
         object.__setattr__(self, "prefix", str(self.prefix))
@@ -214,7 +214,7 @@ class PublicSource:
             object.__setattr__(self, "domain", re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_"))
         if not self.platform:
             object.__setattr__(self, "platform", own_platform)
-        _check_names(self.domain, self.platform)
+        check_names(self.domain, self.platform)
 
     def _check_category(self, example: str | None) -> None:
         if example and not self.category:
@@ -251,7 +251,7 @@ class ConnectionSource:
     auto."""
 
     def __post_init__(self) -> None:
-        _check_names(self.domain, self.platform)
+        check_names(self.domain, self.platform)
         _check_columns(self.columns)
         _check_time_format(self.timestamps)
         if "://" not in self.url:
@@ -328,6 +328,29 @@ class SyntheticConfig:
         for name in ("popularity_strength", "taste_strength", "habit_strength", "cross_domain_strength"):
             if not 0 <= getattr(self, name) <= 50:
                 raise ConfigError(f"{name}={getattr(self, name)} must lie in 0..50")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where the logs come from."""
+
+    tables: tuple[TableSource, ...] = ()
+    """Domains in Parquet, CSV or JSONL files, one entry each."""
+    recbole: tuple[RecBoleSource, ...] = ()
+    """Domains in RecBole's atomic files, one entry each."""
+    public: tuple[PublicSource, ...] = ()
+    """Public data sets in their own files, one entry each."""
+    connections: tuple[ConnectionSource, ...] = ()
+    """Domains in a database or warehouse, one entry each."""
+    synthetic: SyntheticConfig | None = None
+    """The synthetic world, for trying things out."""
+
+    def __post_init__(self) -> None:
+        if not (self.tables or self.recbole or self.public or self.connections or self.synthetic):
+            raise ConfigError(
+                "no source of data: give tables=..., recbole=..., public=..., connections=... or synthetic=... (see "
+                "`cprec prepare --help`)"
+            )
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -457,7 +480,7 @@ def _microseconds(name: str, text: str | None) -> int:
     return since // timedelta(microseconds=1)
 
 
-def _check_names(domain: str, platform: str) -> None:
+def check_names(domain: str, platform: str) -> None:
     """Raise ConfigError unless a domain and a platform can name folders and queries."""
     for what, name in (("domain", domain), ("platform", platform)):
         if not _NAME.fullmatch(name):

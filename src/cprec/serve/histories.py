@@ -17,8 +17,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cprec.data.delimited import Form
-from cprec.data.text_files import KEY_TWICE, NO_OBJECT, SHOWN, first_line, parsed_blocks, text_blocks
+from cprec.data.delimited import SHOWN, Form
+from cprec.data.text_files import KEY_TWICE, NO_OBJECT, first_line, parsed_blocks, text_blocks
 from cprec.errors import DataError
 from cprec.schema import id_text
 

@@ -285,9 +285,9 @@ def test_an_interrupted_run_goes_on(
     "where",
     [
         "text.documents.join_shards",
-        "text.certificate.audit",
+        "text.prepare.audit",
         *("data.build.count_times", "text.documents._join_tables"),
-        *("text.documents.write_popularity", "text.documents.remove_parts"),
+        *("text.documents.write_popularity", "text.prepare.remove_parts"),
     ],
 )
 @pytest.mark.slow

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import ibis
+
 from cprec.data.sources.readers import Format, changed, json_lines, python_literals
 
 REVIEW = ("reviewerID", "asin", "unixReviewTime", "overall")
@@ -19,8 +21,6 @@ PRODUCT_2023 = ("parent_asin", "title", "store", "categories", "description", "p
 
 
 def _without_scripts(products: Any) -> Any:
-    import ibis
-
     title = products["title"]
     return products.mutate(title=ibis.ifelse(title.contains("getTime"), ibis.null("string"), title))
 

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import duckdb
+import ibis
+import pyarrow as pa
+from ibis.backends.sql.datatypes import PostgresType
+from ibis.common.exceptions import TableNotFound
+from sqlglot import TokenType, exp, maybe_parse, parse_one, tokenize
+from sqlglot.errors import SqlglotError
 
 from cprec.data.config import INTERACTION_FIELDS, ITEM_FIELDS, ConnectionSource
-from cprec.data.sources.tables import RawTable, SourceTables, canonical_tables, find_columns
+from cprec.data.engine import TableEngine
+from cprec.data.sources.columns import find_columns
+from cprec.data.sources.raw import RawTable
+from cprec.data.sources.tables import SourceTables, canonical_tables
+from cprec.data.text_files import LINE
 from cprec.errors import ConfigError, DataError
 from cprec.schema import ITEM_ID, TITLE, USER_ID
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from cprec.data.engine import TableEngine
 
 EXTRAS = {"postgres": "postgres", "postgresql": "postgres"}
 """Kinds of connections that have an extra of this package; for others it is one of Ibis's."""
@@ -32,8 +40,6 @@ BATCH_ROWS = 1 << 16
 
 def load(engine: TableEngine, source: ConnectionSource) -> SourceTables:
     """The rows of both tables, only the columns needed. Raises DataError for an unknown table or column."""
-    from dataclasses import replace
-
     connection = _connect(source)
     hashes: dict[str, str] = {}
     try:
@@ -41,19 +47,19 @@ def load(engine: TableEngine, source: ConnectionSource) -> SourceTables:
         items = _read(engine, source, connection, "items", source.items, ITEM_FIELDS, hashes)
     finally:
         connection.disconnect()
-    tables = canonical_tables(engine, source.domain, log, items, source.columns, source.timestamps, items_in_log=False)
+    tables = canonical_tables(engine, source.domain, log, items, source.columns, source.timestamps)
     return replace(tables, files=(), hashes=hashes)
 
 
 def fingerprints(source: ConnectionSource, file_hash: Callable[[Path], str]) -> dict[str, str | DataError | None]:
-    """What tells whether the rows of each table are others: text that begins with its kind and a colon.
+    """A text for each table that changes when its rows change. It begins with its kind and a colon; only texts of one
+    kind can be compared.
 
-    Only those of one kind can be compared. SQLite has no hash: there it is that of the file, by `file_hash`.
     DuckDB and PostgreSQL give the number of the rows that are read, and a sum over their hashes: a change of any
-    value that is read changes it, another order of rows does not. None of any other database.
+    value that is read changes it, another order of rows does not. SQLite has no hash: there it is that of the file, by
+    `file_hash`. Any other database gives None, and a table that cannot be read gives the error.
 
-    A table that cannot be read gives the error instead. Raises DataError or ConfigError where the database cannot
-    be reached.
+    Raises DataError or ConfigError where the database cannot be reached.
     """
     tables = {"interactions": (source.interactions, INTERACTION_FIELDS), "items": (source.items, ITEM_FIELDS)}
     found: dict[str, str | DataError | None] = dict.fromkeys(tables)
@@ -83,7 +89,7 @@ def fingerprints(source: ConnectionSource, file_hash: Callable[[Path], str]) -> 
 
 
 def _address(source: ConnectionSource) -> str:
-    """The address with its variables. Raises DataError where it is of a file that is not there."""
+    """The address with its variables filled in. Raises DataError where it names a file that is not there."""
     url = re.sub(r"\$\{?(\w+)\}?", partial(_variable, source), source.url)
     if source.url.partition("://")[0] in ("duckdb", "sqlite") and not _file(url).is_file():  # both would make one
         raise DataError(f"{_file(url)} does not exist (url of domain {source.domain!r})")
@@ -91,8 +97,6 @@ def _address(source: ConnectionSource) -> str:
 
 
 def _connect(source: ConnectionSource) -> Any:
-    import ibis
-
     url = _address(source)
     kind = source.url.partition("://")[0]
     if kind == "duckdb":
@@ -125,14 +129,7 @@ def _read(
     fields: Sequence[str],
     hashes: dict[str, str],
 ) -> RawTable:
-    """The columns needed of a table or query, numbered, with the engine."""
-    import hashlib
-
-    import ibis
-    import pyarrow as pa
-
-    from cprec.data.text_files import LINE
-
+    """The columns that are needed of a table or query, copied into the engine, with the number of each row."""
     place, found, columns, places = _chosen(source, connection, what, asked, fields)
     schema = pa.schema([pa.field(name, found.schema.field(at).type) for name, at in zip(columns, places, strict=True)])
     digest = hashlib.sha256()
@@ -140,7 +137,9 @@ def _read(
     def numbered() -> Iterator[pa.RecordBatch]:
         row = 0
         for batch in found.batches(places):
-            table = pa.Table.from_batches([batch]).rename_columns(columns).cast(schema)  # whatever names it has
+            table = (
+                pa.Table.from_batches([batch]).rename_columns(columns).cast(schema)
+            )  # the database may have other names
             numbers = pa.array(range(row + 1, row + table.num_rows + 1), pa.int64())
             row += table.num_rows
             for part in table.append_column(LINE, numbers).combine_chunks().to_batches():
@@ -162,7 +161,7 @@ def _read(
 def _chosen(
     source: ConnectionSource, connection: Any, what: str, asked: str, fields: Sequence[str]
 ) -> tuple[str, _Rows, list[str], list[int]]:
-    """Where a table is, in words, its rows, and the columns of it that are read: their names and places."""
+    """A table's name in messages, its rows, and the names and places of the columns that are read."""
     place = f"{source.shown}/{source.domain}/{what}"  # several domains may share the address
     found = _open(source, connection, what, asked)
     raw = RawTable(what, None, tuple(found.schema.names), (), (Path(place),))
@@ -214,8 +213,6 @@ def _fingerprint(connection: Any, query: str) -> str:
     """The number of rows of a query and a sum over their hashes, made by the database."""
     query = f"SELECT count(*), sum({_ROW_HASH[connection.name]}) FROM (\n{query}\n) cprec_row"
     if connection.name == "duckdb":
-        import duckdb
-
         kind = f"DuckDB {duckdb.__version__}"  # its hash may be another one in the next version
         rows = connection.con.sql(query).fetchall()
     else:
@@ -229,7 +226,8 @@ def _fingerprint(connection: Any, query: str) -> str:
 def _sqlite_fingerprint(path: Path, file_hash: Callable[[Path], str]) -> str:
     """The hash of a SQLite file, and of the log beside it where that has changes not yet in the file.
 
-    That is of another kind: who closes the file last moves the changes into it, which alters both.
+    With a log the fingerprint is of another kind: the program that closes the file last moves the changes into it,
+    which alters both files and no row.
     """
     log = path.with_name(f"{path.name}-wal")
     if log.is_file() and log.stat().st_size:
@@ -253,33 +251,27 @@ def _name(connection: Any, asked: str) -> tuple[str, ...] | None:
 
     A name may have quotes, and comments and a semicolon around it.
     """
-    from sqlglot import errors, exp, maybe_parse
-
     try:
         table = maybe_parse(asked, into=exp.Table, dialect=connection.dialect)
-    except errors.SqlglotError:
+    except SqlglotError:
         return None
     is_name = isinstance(table.this, exp.Identifier) and not table.alias and not table.args.get("joins")
     return tuple(part for part in (table.catalog, table.db, table.name) if part) if is_name else None
 
 
 def _is_query(connection: Any, asked: str) -> bool:
-    """Whether the text reads as a query; of what no other database knows this cannot be told."""
-    from sqlglot import errors, exp, parse_one
-
+    """Whether the text reads as a query; a form that only this one database knows cannot be told."""
     try:
         return isinstance(parse_one(asked, dialect=connection.dialect), (exp.Query, exp.Values, exp.Pivot))
-    except errors.SqlglotError:
+    except SqlglotError:
         return False
 
 
 def _statement(connection: Any, asked: str) -> str:
     """The one statement of a query, without comments and semicolons before and after it."""
-    from sqlglot import TokenType, errors, tokenize
-
     try:
         tokens = tokenize(asked, dialect=connection.dialect)
-    except errors.SqlglotError:
+    except SqlglotError:
         return asked.strip().rstrip(";")
     while tokens and tokens[-1].token_type == TokenType.SEMICOLON:
         tokens.pop()
@@ -366,8 +358,6 @@ def _of_query(connection: Any, query: str) -> _Rows:
 
 
 def _of_duckdb(connection: Any, query: str) -> _Rows:
-    import pyarrow as pa
-
     relation = connection.sql(query)
     if relation is None:
         raise ValueError("it gives no rows")
@@ -387,10 +377,6 @@ def _of_duckdb(connection: Any, query: str) -> _Rows:
 
 
 def _of_postgres(connection: Any, query: str) -> _Rows:
-    import ibis
-    import pyarrow as pa
-    from ibis.backends.sql.datatypes import PostgresType
-
     with connection.con.transaction(), connection.con.cursor() as cursor:
         cursor.execute(f"SELECT * FROM (\n{query}\n) AS asked LIMIT 0")
         names = [column.name for column in cursor.description]
@@ -412,8 +398,6 @@ def _of_postgres(connection: Any, query: str) -> _Rows:
 
 def _from_postgres(connection: Any, query: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """Through a cursor of the server: an ordinary one brings the whole result at once."""
-    import pyarrow as pa
-
     with connection.con.transaction(), connection.con.cursor(name="cprec") as cursor:
         cursor.itersize = BATCH_ROWS
         cursor.execute(query)
@@ -426,8 +410,6 @@ def _from_postgres(connection: Any, query: str, schema: pa.Schema) -> Iterator[p
 
 def _brief(error: Exception, secret: str) -> str:
     """The first line of an error, without the address that may hold a password."""
-    from ibis.common.exceptions import TableNotFound
-
     if isinstance(error, TableNotFound):  # it says the name alone
         return "there is no such table"
     lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import ibis
+
 from cprec.data.sources.readers import Format, changed, json_lines
 
 SHELF = ("user_id", "book_id", "date_added", "rating")
@@ -18,8 +20,6 @@ MONTHS = "JanFebMarAprMayJunJulAugSepOctNovDec"
 
 def iso_time(text: Any) -> Any:
     """ "Fri Jul 28 00:00:00 -0700 2017" as "2017-07-28T00:00:00-07:00"; what is shaped otherwise stays as it is."""
-    import ibis
-
     month = ((ibis.literal(MONTHS).find(text.substr(4, 3)) / 3).floor().cast("int64") + 1).cast("string").lpad(2, "0")
     moment = (
         text.substr(26, 4) + "-" + month + "-" + text.substr(8, 2) + "T" + text.substr(11, 8) + text.substr(20, 3)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import ibis
+
 from cprec.data.sources.readers import Format, Read, changed, delimited
 
 GENRES = [
@@ -35,8 +37,6 @@ RATING = ("userId", "movieId", "rating", "timestamp")
 
 def _name_genres(films: Any) -> Any:
     """The flags of u.item as one text."""
-    import ibis
-
     named = [ibis.ifelse(films[genre] == "1", genre + ", ", "") for genre in GENRES]
     text = named[0]
     for name in named[1:]:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cprec.data.config import PublicSource
+from cprec.data.download import download_files, verify_files
+from cprec.data.engine import TableEngine
 from cprec.data.sources import amazon_reviews, goodreads, lastfm, movielens, online_retail, steam, yelp
 from cprec.data.sources.layouts import LAYOUTS, find_file
 from cprec.data.sources.readers import Format
 from cprec.data.sources.tables import SourceTables, canonical_tables
 from cprec.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from cprec.data.engine import TableEngine
 
 FORMATS: dict[str, Format] = {
     **amazon_reviews.FORMATS,
@@ -28,8 +26,6 @@ FORMATS: dict[str, Format] = {
 
 def load(engine: TableEngine, source: PublicSource) -> SourceTables:
     """The rows of the files, downloaded first if asked for. Raises DataError for a file that is missing."""
-    from cprec.data.download import verify_files
-
     layout, form = LAYOUTS[source.format], FORMATS[source.format]
     if source.download and any(
         find_file(source, names) is None for names in (layout.interactions, layout.items) if names
@@ -38,15 +34,11 @@ def load(engine: TableEngine, source: PublicSource) -> SourceTables:
     paths = tuple(_found(source, names) for names in (layout.interactions, layout.items) if names)
     verify_files(Path(source.folder), paths)
     log = form.interactions(engine, "interactions", paths[:1])
-    items = form.items(engine, "items", paths[1:]) if form.items else log
-    return canonical_tables(
-        engine, source.domain, log, items, form.columns, form.timestamps, items_in_log=form.items is None
-    )
+    items = form.items(engine, "items", paths[1:]) if form.items else None
+    return canonical_tables(engine, source.domain, log, items, form.columns, form.timestamps)
 
 
 def _download(source: PublicSource) -> None:
-    from cprec.data.download import download_files
-
     layout = LAYOUTS[source.format]
     if not layout.urls:
         files = " and ".join(names[0] for names in (layout.interactions, layout.items) if names)

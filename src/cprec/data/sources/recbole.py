@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from cprec.data.config import INTERACTION_FIELDS, RecBoleSource
-from cprec.data.sources.tables import SourceTables, canonical_tables, find_columns, read_files
+from cprec.data.engine import TableEngine
+from cprec.data.sources.columns import find_columns
+from cprec.data.sources.table_files import read_files
+from cprec.data.sources.tables import SourceTables, canonical_tables
 from cprec.schema import TIMESTAMP
-
-if TYPE_CHECKING:
-    from cprec.data.engine import TableEngine
 
 
 def load(engine: TableEngine, source: RecBoleSource) -> SourceTables:
@@ -21,4 +19,4 @@ def load(engine: TableEngine, source: RecBoleSource) -> SourceTables:
     has_time = TIMESTAMP in find_columns(source.domain, log, INTERACTION_FIELDS, source.columns, required=())
     if timestamps == "auto" and not has_time:
         timestamps = "order"
-    return canonical_tables(engine, source.domain, log, read["items"], source.columns, timestamps, items_in_log=False)
+    return canonical_tables(engine, source.domain, log, read["items"], source.columns, timestamps)
