@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cprec.errors import ConfigError, InputChanged
 from cprec.recommender import Ranking, RankingQuery, Recommender
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cprec.data.splits import Split
     from cprec.evaluate.config import EvaluateConfig
     from cprec.evaluate.evaluate import Entrant
-    from cprec.rank.llm import LLMRecommender, Mode
+    from cprec.rank.llm import LLMRecommender
     from cprec.recipe import Recipe
     from cprec.text.config import PrepareConfig
 
@@ -381,7 +381,7 @@ class _ModelFolder:
 class _InMode:
     """The same model, which ranks in another mode."""
 
-    def __init__(self, model: _ModelFolder, mode: Mode) -> None:
+    def __init__(self, model: _ModelFolder, mode: Literal["exact", "generate"]) -> None:
         self.name, self._model, self._mode = model.name, model, mode
 
     def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:

@@ -18,6 +18,7 @@ from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.errors import ConfigError, DataError, ModelError
 from cprec.models import load_model
+from cprec.rank.config import Mode, RankConfig, Score
 from cprec.rank.generation import match, write
 from cprec.recommender import Certificate, Ranking, RankingQuery
 from cprec.schema import SPECIFIC, Item, id_text
@@ -30,8 +31,6 @@ from cprec.text.config import Template
 from cprec.text.encoding import PromptEncoder
 from cprec.text.tokenizer import load_tokenizer
 
-Mode = Literal["auto", "exact", "beam", "generate"]
-Score = Literal["sum", "mean", "corrected"]
 FIRST_BEAM = 8
 """Prefixes of each depth that the exact search begins with, and reads at a time, or K if that is more."""
 
@@ -60,8 +59,8 @@ class LLMRecommender:
     - `exact`: search until no better item can be left, with a certificate;
     - `auto`: the same, but a query that has read `max_nodes` prefixes gets the best found, and its certificate the gap;
     - `beam`: the `beam_width` best prefixes of each depth; the certificate has the gap;
-    - `generate` (candidates only): the model writes freely, and what it writes is looked for among the candidates; a
-      ranking holds one item or none.
+    - `generate` (candidates only, named in the call of `rank`): the model writes freely, and what it writes is looked
+      for among the candidates; a ranking holds one item or none.
 
     `score` is log P(item), the `sum` over the title's tokens less log n; its `mean`, the same divided by the number of
     tokens; or the sum less what it is under an empty history (`corrected` for popularity), in which the share cancels,
@@ -97,11 +96,7 @@ class LLMRecommender:
         """`model` is a causal language model of transformers, or a `Reader`, which has its own cache and precision.
         `begin` are the tokens that prompts begin with, as what the model was trained on (`cprec.json` has them).
         `seconds` limits how long a batch of `batch_size` queries searches for more than a beam has found."""
-        if mode in ("exact", "generate") and score == "corrected":
-            raise ConfigError(
-                f"score='corrected' with mode={mode!r}: a corrected score may rise along a title, so no prefix bounds "
-                "it and nothing can be proven; choose mode='beam', or score 'sum' or 'mean'"
-            )
+        self.ranking = RankConfig(mode=mode, beam_width=beam_width, max_nodes=max_nodes, score=score)
         self.name = name
         self.source = name
         """Where the model is from, for messages: its folder, if it is from one."""
@@ -109,11 +104,7 @@ class LLMRecommender:
         self.catalogue = catalogue
         self.history_kind = history
         self.max_history = max_history
-        self.mode = mode
-        self.beam_width = beam_width
-        self.max_nodes = max_nodes
         self.seconds = seconds
-        self.score = score
         self.batch_size = batch_size
         self._tokenizer = tokenizer
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -186,7 +177,7 @@ class LLMRecommender:
         self,
         queries: Sequence[RankingQuery],
         k: int,
-        mode: Mode | None = None,
+        mode: Mode | Literal["generate"] | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> list[Ranking]:
         """See `Recommender.rank`. Prompts of similar length share a batch. `mode` takes the place of the recommender's.
@@ -198,12 +189,12 @@ class LLMRecommender:
         in mode `generate`, ModelError where the model's scores are not finite.
         """
         try:
-            return self._rank(queries, k, mode or self.mode, stop)
+            return self._rank(queries, k, mode or self.ranking.mode, stop)
         except ModelError as error:
             raise ModelError(f"{self.source}: {error}") from None
 
     def _rank(
-        self, queries: Sequence[RankingQuery], k: int, mode: Mode, stop: Callable[[], bool] | None
+        self, queries: Sequence[RankingQuery], k: int, mode: str, stop: Callable[[], bool] | None
     ) -> list[Ranking]:
         if mode == "generate" and any(query.candidates is None for query in queries):
             raise ConfigError("mode='generate' ranks candidates: give each query some")
@@ -408,24 +399,24 @@ class LLMRecommender:
         domain: str,
         queries: Sequence[RankingQuery],
         k: int,
-        mode: Mode,
+        mode: str,
         stop: Callable[[], bool] | None,
     ) -> list[Ranking]:
         rows, trie = self.catalogue.rows_of(domain), self.trie(domain)
-        corrected = self.score == "corrected"
+        corrected = self.ranking.score == "corrected"
         beam = mode == "beam" or corrected
         found = search(
             tree,
             trie,
-            k=max(k, self.beam_width) if corrected else k,
-            width=max(self.beam_width if beam else FIRST_BEAM, k),
+            k=max(k, self.ranking.beam_width) if corrected else k,
+            width=max(self.ranking.beam_width if beam else FIRST_BEAM, k),
             exact=not beam,
             excluded=[self._positions(domain, query.exclude | query.uncounted) for query in queries],
             allowed=[None if query.allow is None else self._positions(domain, query.allow) for query in queries],
-            max_nodes=self.max_nodes if mode == "auto" and not beam else None,
+            max_nodes=self.ranking.max_nodes if mode == "auto" and not beam else None,
             seconds=self.seconds,
             stop=stop,
-            per_token=self.score == "mean",
+            per_token=self.ranking.score == "mean",
         )
         if corrected:
             found = self._corrected(found, domain, k)
@@ -485,9 +476,9 @@ class LLMRecommender:
             score + self._log_share(domain, mine)
             for score, mine in zip(score_candidates(tree, titles), rows, strict=True)
         ]
-        if self.score == "mean":
+        if self.ranking.score == "mean":
             return [score / text.lengths for score, text in zip(scores, titles, strict=True)]
-        if self.score == "corrected":
+        if self.ranking.score == "corrected":
             return [score - self._without_history(domain, mine) for score, mine in zip(scores, rows, strict=True)]
         return scores
 
