@@ -147,6 +147,14 @@ def read_split(folder: str | Path, part: int | None = None, catalogue: Catalogue
     return Split(log.catalogue, log.interactions, split, SplitSpec(**spec), read_domains(folder))
 
 
+def event_files(folder: str | Path) -> list[str]:
+    """The files that `read_split` reads, as paths in the folder: the manifest, each domain's items and its events."""
+    tables = [
+        path for name in ("items", "interactions") for path in sorted(Path(folder, name).glob("*/part-*.parquet"))
+    ]
+    return [MANIFEST, *(path.relative_to(folder).as_posix() for path in tables)]
+
+
 def with_microsecond(events: pa.Table) -> pa.Table:
     """Events or queries with `microsecond`: folders of earlier versions have whole seconds, and no such column."""
     if MICROSECOND in events.column_names:

@@ -18,6 +18,7 @@ from cprec.data.catalogue import Catalogue
 from cprec.data.dataset import (
     NUM_SLOTS,
     POPULARITY,
+    event_files,
     part_path,
     read_catalogue,
     read_manifest,
@@ -129,6 +130,7 @@ def audit(folder: str | Path, workers: int | None = None) -> dict[str, Any]:
             for name in _query_names(recorded)
             if name in readable
         },
+        "events": {name: files[name] for name in event_files(folder)},
         "catalogue_sha256": digest,
         "files": files,
     }

@@ -344,6 +344,20 @@ def test_everything_that_is_read_is_hashed(shop: Shop) -> None:
     assert set(certificate["queries"]) == {f"{d}/{p}" for d in ("books", "toys") for p in (VALIDATION, TEST)}
 
 
+def test_the_events_that_baselines_learn_from_are_hashed(copy: Callable[..., Shop]) -> None:
+    shop = copy(certified=True)
+    interactions = {
+        part_path(Path(), "interactions", domain, part).as_posix() for domain in DOMAINS for part in range(2)
+    }
+    items = {part_path(Path(), "items", domain, 0).as_posix() for domain in DOMAINS}
+    certificate = json.loads((shop.folder / CERTIFICATE).read_text())
+    assert certificate["events"] == {
+        name: file_sha256(shop.folder / name) for name in {"dataset.json"} | interactions | items
+    }
+    shop.edit_json(CERTIFICATE, lambda older: older.pop("events"))  # as certificates once were
+    assert shop.audit()["events"] == certificate["events"], "`cprec audit` adds it"
+
+
 def test_documents_written_again_are_the_same(shop: Shop) -> None:
     for name in ("shards/train", "examples/toys/validation"):
         before = open_shards(shop.folder / name).sha256
