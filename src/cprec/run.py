@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cprec.errors import ConfigError, InputChanged
+from cprec.recipe import CPREC, FINETUNED
 from cprec.recommender import Ranking, RankingQuery, Recommender
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from cprec.recipe import Recipe
     from cprec.text.config import PrepareConfig
 
-FINETUNED, CPREC = "fine-tuning only", "CPRec-style"
 NUM_EXAMPLES = 3
 
 
@@ -78,7 +78,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
             if arm == FINETUNED:
                 begin(f"fine-tune on {domain}")
             say(f"{domain}: {arm}")
-            folder = f"{finetuning.output_dir}/{domain}/{arm.lower().replace(' ', '-')}"
+            folder = recipe.model_folder(domain, arm)
             finetune(replace(finetuning, domain=domain, model_name_or_path=base, output_dir=folder))
             models[domain][arm] = runs[f"{domain}: {arm}"] = folder
     begin("evaluate")

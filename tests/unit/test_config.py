@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import cprec.recipe
 from cprec import config as configs
 from cprec import provenance
 from cprec.config import describe_recipe, find_config, from_mapping, from_yaml, resolve, to_yaml
@@ -315,10 +316,10 @@ def tiny(*, data: Path, num_steps: int = 10) -> TinyRecipe:
 
 @pytest.fixture
 def with_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configs, "recipes", lambda: {"tiny": tiny})
-    stages = dict.fromkeys(("prepare", "pretrain", "finetune", "evaluate"), f"{__name__}:Stage")
-    monkeypatch.setattr(configs, "STAGE_CONFIGS", stages)
-    monkeypatch.setattr(configs.Recipe, "LAZY_TYPES", stages)
+    monkeypatch.setattr(configs, "RECIPES", {"tiny": tiny})
+    monkeypatch.setattr(configs, "STAGE_CONFIGS", dict.fromkeys(("prepare", "pretrain", "finetune", "evaluate"), Stage))
+    for name in ("PrepareConfig", "PretrainConfig", "FinetuneConfig", "EvaluateConfig"):
+        monkeypatch.setattr(cprec.recipe, name, Stage)  # what the annotations of Recipe name
 
 
 @pytest.mark.usefixtures("with_recipe")
@@ -389,7 +390,7 @@ class TestRecipes:
 
 
 def test_every_recipe_can_be_described_and_has_a_first_line() -> None:
-    for name, recipe in configs.recipes().items():
+    for name, recipe in configs.RECIPES.items():
         assert describe_recipe(name, recipe).startswith(name)
         assert (recipe.__doc__ or "").strip(), f"recipe {name} needs a docstring: it is its help"
 

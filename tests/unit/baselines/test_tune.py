@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from cprec.baselines import tune as tuning
+from cprec.baselines.config import TuneConfig
 from cprec.baselines.item_knn import ItemKNN
 from cprec.baselines.popularity import Popularity, PopularityRecommender
 from cprec.baselines.search import Choice, OneOf, Real, Whole
-from cprec.baselines.tune import TuneConfig, mean_ndcg, read_results, tune, tuned_settings, validation_queries
+from cprec.baselines.tune import mean_ndcg, read_results, tune, tuned_settings, validation_queries
 from cprec.data.build import build_dataset
 from cprec.data.dataset import finish_part
 from cprec.data.sources.memory import MemorySource
