@@ -15,7 +15,7 @@ from cprec.verbs import VERBS
 
 PACKAGE = Path(__file__).parents[1] / "src" / "cprec"
 
-BASE = frozenset({"errors", "schema", "recommender", "ranks", "files", "provenance", "progress", "machine"})
+BASE = frozenset({"errors", "schema", "recommender", "ranks", "files", "batch", "provenance", "progress", "machine"})
 BELOW = {
     **dict.fromkeys(BASE, BASE),
     "data": BASE,
@@ -40,7 +40,7 @@ TOP = frozenset(
 EXCEPTIONS = {
     "baselines": {
         *("cprec.train.loop", "cprec.train.schedule", "cprec.train.loss", "cprec.train.checkpoint"),
-        *("cprec.train.training", "cprec.text.stream", "cprec.distributed"),
+        *("cprec.train.folder", "cprec.train.trainable", "cprec.distributed"),
     }
 }
 """A baseline that is trained uses the one training loop and what that hands out, and the metrics to choose weights."""

@@ -105,7 +105,7 @@ def _mixture(trunk: PretrainConfig, data: ForkData) -> Any:
 
 
 def _log(run: Path) -> list[dict[str, Any]]:
-    from cprec.train.training import LOG, read_log
+    from cprec.train.folder import LOG, read_log
 
     return read_log(run / LOG) if (run / LOG).is_file() else []
 
@@ -122,7 +122,7 @@ def _trunk_row(run: Path, stable: Path) -> dict[str, Any]:
 def _branch_row(folder: Path, stable: Path) -> dict[str, Any]:
     """What a branch cost, without what it shares, and where its held-out perplexity ended."""
     from cprec.train.checkpoint import read_state
-    from cprec.train.training import read_done
+    from cprec.train.folder import read_done
 
     done, state = read_done(folder) or {}, read_state(stable)
     heldout = [line["heldout"] for line in _log(folder) if line.get("heldout")]

@@ -34,7 +34,7 @@ def training_report(folder: Path | str) -> Path:
 def training_runs(folder: Path) -> list[TrainingRun]:
     """The runs in a folder and below it, pre-training first, then by name; a run without a line of log is left out."""
     from cprec.evaluate.training_report import TrainingRun
-    from cprec.train.training import LOG, read_done, read_log
+    from cprec.train.folder import LOG, read_done, read_log
 
     found = []
     for log in sorted(folder.rglob(LOG)):

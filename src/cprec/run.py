@@ -103,7 +103,7 @@ def evaluate_models(config: EvaluateConfig) -> dict[str, Any]:
     A model folder that is gone is no hindrance where its rankings were saved: they are scored again.
     """
     from cprec.evaluate.evaluate import saved_model
-    from cprec.train.training import read_done
+    from cprec.train.folder import read_done
 
     models: dict[str, dict[str, str]] = {domain: {} for domain in config.domains or _queried_domains(config)}
     for arm, folder in config.models.items():
@@ -140,7 +140,7 @@ def _report(
     from cprec.evaluate.report import latex_table, markdown_table, print_report, write_html
     from cprec.progress import say
     from cprec.provenance import read_resolved, save_resolved
-    from cprec.train.training import LOG, read_done, read_log
+    from cprec.train.folder import LOG, read_done, read_log
 
     split = read_split(config.data)
     pretrained = read_resolved(config.data)["config"]["pretrain_domains"] or split.catalogue.domains
@@ -313,7 +313,7 @@ def model_entrants(config: EvaluateConfig, domain: str, arms: dict[str, str]) ->
     from cprec.evaluate.evaluate import Entrant, saved_model
     from cprec.progress import say
     from cprec.provenance import FileHashes
-    from cprec.train.training import model_identity, read_done
+    from cprec.train.folder import model_identity, read_done
 
     entrants, hashes = [], FileHashes(config.output_dir)
     for arm, folder in arms.items():
@@ -350,7 +350,7 @@ def _gone(arm: str, folder: str) -> None:
 
 
 def _model_cost(folder: str) -> dict[str, float]:
-    from cprec.train.training import read_done
+    from cprec.train.folder import read_done
 
     about = read_done(folder) or {}
     names = {"num_parameters": "num_parameters", "seconds": "train_seconds"}

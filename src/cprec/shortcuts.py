@@ -100,7 +100,7 @@ def _protocol(folder: Path, split: Split, tie_order: str, max_queries: int) -> d
 def _open(model: str) -> tuple[str | None, Recommender]:
     """The domain that a model folder was fine-tuned on, None for every domain, and its recommender."""
     from cprec.baselines.lineup import BASELINES
-    from cprec.train.training import read_done
+    from cprec.train.folder import read_done
 
     about = read_done(model)
     if about is None:

@@ -13,8 +13,8 @@ from cprec.errors import ConfigError
 from cprec.text.config import PrepareConfig
 from cprec.text.prepare import prepare
 from cprec.train.config import AnnealConfig, PretrainConfig, TinyModel
+from cprec.train.folder import read_done, read_log
 from cprec.train.pretrain import pretrain
-from cprec.train.training import read_done, read_log
 
 
 @pytest.fixture(scope="module")
