@@ -130,7 +130,7 @@ def test_the_readme_can_be_followed(
     out, err = capsys.readouterr()
     assert "log-probability" in out and "transition graph" in out
     assert "warning" not in err
-    folders = README.read_text().partition("### What is in the folders")[2].partition("\n## ")[0]
+    folders = (ROOT / "docs" / "data.md").read_text().partition("## What is in the folders")[2].partition("\n## ")[0]
     for name, text in zip(("data", "books"), folders.split("A model folder"), strict=True):
         parts = re.findall(r"`(\w+(?:/|\.\w+))`", text)
         assert len(parts) >= 3
