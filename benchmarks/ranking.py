@@ -30,8 +30,8 @@ from cprec.data.ragged import Ragged
 from cprec.search.attention import PromptTree
 from cprec.search.cache import PrefixCache
 from cprec.search.decoding import search
-from cprec.search.scoring import score_catalogue
-from cprec.search.trie import Trie
+from cprec.search.scoring import score_candidates
+from cprec.search.trie import Trie, sort_sequences
 
 VOCABULARY, END, LONGEST = 8192, 1, 12
 
@@ -213,13 +213,14 @@ def decode(args: argparse.Namespace) -> None:
         print(f"  one constraint step, {rows} rows: {1e3 * mask:.2f} and {1e3 * step:.3f} ms ({mask / step:.0f}x)")
     prompt = np.random.default_rng(0).integers(2, VOCABULARY, 256)
     some = grown(titles, 4000, VOCABULARY)
-    trie = Trie.build(Ragged.of(some))
+    every = Ragged.of(some)
+    every = every.take(sort_sequences(every))  # so that prefixes in common are read in one pass
     sample = [some[row] for row in np.linspace(0, len(some) - 1, 16).astype(int)]
     batch = torch.zeros(16, 256 + LONGEST + 1, dtype=torch.long)
     for row, title in enumerate(sample):
         batch[row, : 256 + len(title)] = torch.tensor([*prompt, *title])
     whole, naive = median_of(
-        1, lambda: score_catalogue(PromptTree(model, [prompt]), trie), lambda: model(batch).logits.log_softmax(-1)
+        1, lambda: score_candidates(PromptTree(model, [prompt]), [every]), lambda: model(batch).logits.log_softmax(-1)
     )
     naive *= len(some) / 16
     print(
@@ -299,9 +300,8 @@ def grow(args: argparse.Namespace) -> None:
     recommender = LLMRecommender.from_pretrained(args.model)
     questions = read_queries(args.data, args.domain, TEST, max_queries=args.queries)
     prompts = recommender._prompts(questions.queries)
-    trie = recommender.trie(args.domain)
-    rows = trie.titles(np.unique(trie.leaf))
-    titles = [tuple(rows[row].tolist()) for row in range(len(rows))]
+    rows = recommender._encoder.titles(recommender.catalogue.rows_of(args.domain), end=True)
+    titles = sorted({tuple(rows[row].tolist()) for row in range(len(rows))})
     trained = recommender.reader.model
     untrained = tiny_model(
         trained.config.vocab_size, hidden_size=192, num_hidden_layers=3, num_attention_heads=4

@@ -24,6 +24,7 @@ BELOW = {
     "models": BASE | {"data", "text", "distributed"},
     "train": BASE | {"data", "text", "models", "distributed"},
     "search": BASE | {"data", "models", "distributed"},
+    "systems": BASE | {"data", "text", "models", "distributed", "train", "search"},
     "rank": BASE | {"data", "text", "models", "distributed", "search"},
     "baselines": BASE | {"data"},
     "evaluate": BASE | {"data"},
@@ -50,6 +51,12 @@ GPU_STACK = frozenset(
     + ("numpy", "scipy", "pyarrow", "yaml", "rich", "typer")
 )
 """All that a training machine may be sure to have; anything else is imported inside the function that needs it."""
+
+PREPARATION = ("cprec.data.engine", "cprec.data.judging", "cprec.data.build", "cprec.data.sources")
+"""Modules that only data preparation loads, on a machine that has Ibis and DuckDB."""
+
+WITHOUT_ENGINE = ("cprec.data.sources.files", "cprec.data.sources.layouts", "cprec.data.sources.synthetic")
+"""Modules beside those that are loaded elsewhere too: to see whether files changed, and to rank by the true chances."""
 
 INSIDE = {"cprec.rank.vllm_processor": "vllm"}
 """Modules that a library loads into a process of its own, and that library."""
@@ -108,6 +115,13 @@ def imports(path: Path) -> Iterator[Import]:
     yield from visit(ast.parse(path.read_text(encoding="utf-8")), True)
 
 
+def needs_engine(module: str) -> bool:
+    """Whether a module may be loaded by data preparation alone."""
+    parts = module.split(".")
+    ancestors = {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
+    return module not in WITHOUT_ENGINE and module != "cprec.data.sources" and bool(ancestors & set(PREPARATION))
+
+
 def test_imports_point_down() -> None:
     wrong = []
     for module, path in modules().items():
@@ -131,12 +145,24 @@ def test_modules_need_only_the_gpu_stack_to_be_imported() -> None:
     wrong = []
     for module, path in modules().items():
         known = sys.stdlib_module_names | GPU_STACK | {"cprec", INSIDE.get(module)}
+        if needs_engine(module):
+            known |= {"ibis", "duckdb", "sqlglot"}
         for used in imports(path):
             name = used.module.split(".")[0]
             if used.at_import and name not in known:
                 wrong.append(
                     f"{path.relative_to(PACKAGE)}:{used.line}: import {name} inside the function that needs it"
                 )
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_preparation_loads_the_table_engine() -> None:
+    wrong = [
+        f"{path.relative_to(PACKAGE)}:{used.line}: import {used.module} inside the function that needs it"
+        for module, path in modules().items()
+        for used in imports(path)
+        if used.at_import and needs_engine(used.module) and not needs_engine(module)
+    ]
     assert not wrong, "\n".join(wrong)
 
 
@@ -183,7 +209,7 @@ def test_the_command_line_is_light_until_a_stage_runs(arguments: str, code: int)
 
 
 def test_scoring_saved_rankings_loads_neither_torch_nor_ibis() -> None:
-    judges = [module for module in modules() if part_of(module) in {"data", "evaluate"}]
+    judges = [name for name in modules() if part_of(name) in {"data", "evaluate"} and not needs_engine(name)]
     names, printed, exit_code = loaded_by("-c", "".join(f"import {module}\n" for module in judges))
     assert exit_code == 0, printed
     assert not names & {"torch", "transformers", "ibis", "duckdb", "matplotlib"}

@@ -15,7 +15,8 @@ from typing import Any
 
 from cprec.baselines import lineup
 from cprec.baselines.tune import read_results
-from cprec.data.sources.synthetic import OracleRecommender, SyntheticConfig, SyntheticWorld
+from cprec.data.config import SyntheticConfig
+from cprec.data.sources.synthetic import OracleRecommender, SyntheticWorld
 from cprec.data.splits import Split
 from cprec.errors import ConfigError
 from cprec.evaluate.config import EvaluateConfig

@@ -8,7 +8,7 @@ import pytest
 
 from cprec import cli
 from cprec.anneal import TRUNK, anneal
-from cprec.data.sources.synthetic import SyntheticConfig
+from cprec.data.config import SyntheticConfig
 from cprec.errors import ConfigError
 from cprec.text.config import PrepareConfig
 from cprec.text.prepare import prepare

@@ -15,7 +15,7 @@ import cprec.recipe
 from cprec import config as configs
 from cprec import provenance
 from cprec.config import describe_recipe, find_config, from_mapping, from_yaml, resolve, to_yaml
-from cprec.data.sources.tables import TableFiles, TableSource
+from cprec.data.config import TableFiles, TableSource
 from cprec.errors import ConfigError
 from cprec.field_help import describe_fields, field_docs, show_value
 from cprec.provenance import WEIGHTS, FileHashes, file_sha256, model_hashes, read_resolved, save_resolved, to_dict

@@ -25,8 +25,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cprec.data.catalogue import Catalogue
+from cprec.data.config import SplitSpec
 from cprec.data.interactions import Interactions, join_time, stable_order
-from cprec.data.splits import Split, SplitSpec
+from cprec.data.splits import Split
 from cprec.errors import DataError
 from cprec.schema import (
     ITEM_ID,

@@ -28,10 +28,11 @@ from cprec.baselines.sequential import (
 )
 from cprec.batch import IGNORE
 from cprec.data.build import build_dataset
+from cprec.data.config import Rules, SplitSpec
 from cprec.data.dataset import read_dataset
 from cprec.data.ragged import Ragged
 from cprec.data.sources.memory import MemorySource
-from cprec.data.splits import Split, SplitSpec, make_split
+from cprec.data.splits import Split, make_split
 from cprec.errors import ConfigError
 from cprec.schema import TEST
 
@@ -60,7 +61,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
         }
     )
     folder = tmp_path_factory.mktemp("ring") / "data"
-    build_dataset([MemorySource("ring", "p", items, log)], folder, min_user_events=0, min_item_events=0)
+    build_dataset([MemorySource("ring", "p", items, log)], folder, Rules(k_core=0))
     return make_split(*read_dataset(folder), SplitSpec())
 
 

@@ -20,8 +20,8 @@ import pytest
 from cprec.baselines import lineup
 from cprec.baselines.popularity import PopularityRecommender
 from cprec.baselines.random import RandomRecommender
+from cprec.data.config import SyntheticConfig
 from cprec.data.dataset import read_split
-from cprec.data.sources.synthetic import SyntheticConfig
 from cprec.data.splits import Split
 from cprec.entrants import SCORES, baseline_entrants, model_entrants
 from cprec.errors import ConfigError, CPRecError, DataError, InputChanged, LeakageError, Unsuitable

@@ -256,7 +256,7 @@ def test_a_list_without_items_while_there_are_some_is_an_error(
 ) -> None:
     nothing = np.zeros(0, dtype=np.int64)
     found = Found(items=nothing, scores=nothing.astype(float), kth=-np.inf, bound=-np.inf, expanded=1)
-    monkeypatch.setattr("cprec.rank.llm.search", lambda tree, *_, **__: [found] * tree.num_users)
+    monkeypatch.setattr("cprec.search.ranking.search", lambda tree, *_, **__: [found] * tree.num_users)
     assert make().rank([query("b0", allow=frozenset())], 2)[0].item_ids == ()
     with pytest.raises(ModelError, match="none of the 5 items of 'books' in reach was found"):
         make().rank([query("b0", exclude=frozenset({"b0"}))], 2)

@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from cprec import cli
+from cprec.data.config import SplitSpec, TableSource
 from cprec.data.dataset import POPULARITY, part_path, read_split, slot_of
 from cprec.data.interactions import SECOND
 from cprec.data.ragged import Ragged
-from cprec.data.sources.tables import TableSource
-from cprec.data.splits import Split, SplitSpec
+from cprec.data.splits import Split
 from cprec.provenance import file_sha256
 from cprec.schema import TEST, TRAIN, VALIDATION
 from cprec.text.certificate import CERTIFICATE, audit, violated
