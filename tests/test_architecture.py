@@ -47,9 +47,10 @@ EXCEPTIONS = {
 
 GPU_STACK = frozenset(
     ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
-    + ("numpy", "scipy", "pyarrow", "yaml", "rich", "typer")
+    + ("numpy", "scipy", "pyarrow", "yaml", "rich", "jinja2", "markupsafe", "typer")
 )
-"""All that a training machine may be sure to have; anything else is imported inside the function that needs it."""
+"""All that a training machine may be sure to have; anything else is imported inside the function that needs it. PyTorch
+needs Jinja2, and that needs MarkupSafe."""
 
 INSIDE = {"cprec.rank.vllm_processor": "vllm"}
 """Modules that a library loads into a process of its own, and that library."""

@@ -137,7 +137,9 @@ def _report(
     """Evaluate every arm and baseline on every domain, then write and print the report."""
     from cprec.data.dataset import read_manifest, read_split
     from cprec.evaluate.evaluate import evaluate, protocol_of
-    from cprec.evaluate.report import latex_table, markdown_table, print_report, write_html
+    from cprec.evaluate.report_page import latex_table, markdown_table, print_report, write_report_page
+    from cprec.evaluate.results import Example, read_report
+    from cprec.evaluate.training_run import TrainingRun
     from cprec.progress import say
     from cprec.provenance import read_resolved, save_resolved
     from cprec.train.training import LOG, read_done, read_log
@@ -178,11 +180,13 @@ def _report(
     temporary = folder / "report.json.incomplete"
     temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     temporary.replace(folder / "report.json")
-    logs = {name: read_log(Path(runs[name]) / LOG) for name in finished}
-    write_html(folder / "report.html", report, logs, examples)
+    trained = {name: TrainingRun(name, read_log(Path(runs[name]) / LOG), about) for name, about in finished.items()}
+    results = read_report(folder / "report.json")
+    shown = [Example(**example) for example in examples]
+    write_report_page(folder / "report.html", results, trained, shown)
     for name, table_of in (("tables.md", markdown_table), ("tables.tex", latex_table)):
-        (folder / name).write_text("\n".join(table_of(report, domain) for domain in domains))
-    print_report(report, examples[:NUM_EXAMPLES])
+        (folder / name).write_text("\n".join(table_of(results, domain) for domain in domains))
+    print_report(results, shown[:NUM_EXAMPLES])
     say(f"wrote {folder / 'report.json'}, report.html, tables.md and tables.tex")
     return report
 
