@@ -48,9 +48,10 @@ EXCEPTIONS = {
 
 GPU_STACK = frozenset(
     ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
-    + ("numpy", "scipy", "pyarrow", "yaml", "rich", "typer")
+    + ("numpy", "scipy", "pyarrow", "yaml", "rich", "jinja2", "markupsafe", "typer")
 )
-"""All that a training machine may be sure to have; anything else is imported inside the function that needs it."""
+"""All that a training machine may be sure to have; anything else is imported inside the function that needs it. PyTorch
+needs Jinja2, and that needs MarkupSafe."""
 
 PREPARATION = ("cprec.data.engine", "cprec.data.judging", "cprec.data.build", "cprec.data.sources")
 """Modules that only data preparation loads, on a machine that has Ibis and DuckDB."""

@@ -29,7 +29,7 @@ def anneal(config: AnnealConfig) -> dict[str, Any]:
     the folder holds no pre-training run with a stable checkpoint.
     """
     from cprec.config import from_mapping
-    from cprec.evaluate.forks import print_forks, write_forks
+    from cprec.evaluate.fork_page import print_forks, write_forks
     from cprec.progress import say
     from cprec.provenance import read_resolved, save_resolved
     from cprec.train.pretrain import fork

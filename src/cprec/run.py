@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from cprec.baselines import lineup
 from cprec.data.dataset import read_split
@@ -24,11 +23,12 @@ from cprec.errors import ConfigError, InputChanged
 from cprec.evaluate.config import EvaluateConfig
 from cprec.evaluate.coverage import certificate_summary
 from cprec.evaluate.evaluate import evaluate, protocol_of
-from cprec.evaluate.examples import examples_of
+from cprec.evaluate.examples import NUM_EXAMPLES, examples_of
 from cprec.evaluate.questions import read_queries
 from cprec.evaluate.rankings import rankings_path, read_rankings
-from cprec.evaluate.report import latex_table, markdown_table, print_report, write_html
+from cprec.evaluate.report_page import latex_table, markdown_table, print_report, write_report_page
 from cprec.evaluate.results import FULL, DomainResult, Example, Report, TrainedModel, write_report
+from cprec.evaluate.training_run import TrainingRun
 from cprec.files import write_whole
 from cprec.progress import say
 from cprec.provenance import read_resolved, save_resolved
@@ -215,15 +215,10 @@ def _examples(config: EvaluateConfig, split: Split, result: DomainResult, arms: 
 
 def _publish(folder: Path, report: Report, examples: Sequence[Example], runs: Mapping[str, str]) -> None:
     """Write a report in all its forms, and print it."""
+    trained = {name: TrainingRun(name, read_log(Path(run) / LOG), read_done(run) or {}) for name, run in runs.items()}
     write_report(folder / "report.json", report)
-    logs = {name: read_log(Path(run) / LOG) for name, run in runs.items()}
-    import json
-    from dataclasses import asdict
-
-    shown: Any = json.loads((folder / "report.json").read_text())
-    told = [asdict(example) for example in examples]
-    write_html(folder / "report.html", shown, logs, told)
+    write_report_page(folder / "report.html", report, trained, examples)
     for name, table_of in (("tables.md", markdown_table), ("tables.tex", latex_table)):
-        write_whole(folder / name, "\n".join(table_of(shown, domain) for domain in report.domains))
-    print_report(shown, told[:3])
+        write_whole(folder / name, "\n".join(table_of(report, domain) for domain in report.domains))
+    print_report(report, examples[:NUM_EXAMPLES])
     say(f"wrote {folder / 'report.json'}, report.html, tables.md and tables.tex")
