@@ -280,7 +280,7 @@ def models(args: argparse.Namespace) -> None:
                 true_gain = gain
                 exact = {ranking.query_id: set(ranking.item_ids) for ranking in rankings}
             share = np.mean([len(exact[r.query_id] & set(r.item_ids)) / len(exact[r.query_id]) for r in rankings])
-            proofs = [ranking.certificate for ranking in rankings]
+            proofs = [ranking.proof for ranking in rankings]
             distinct = np.mean([len(set(ranking.scores[: args.k])) for ranking in rankings])
             print(
                 f"{mode if mode == 'exact' else f'beam {width}':9} {ndcg(better, tied, args.k).mean():7.4f} "

@@ -114,8 +114,8 @@ def table_of(rankings: Sequence[Ranking], protocol: Protocol, domain: str) -> pa
     if protocol.name == FULL:
         pairs = zip(rankings, protocol.queries, strict=True)
         columns["seen"] = pa.array([i in query.uncounted for r, query in pairs for i in r.item_ids], pa.bool_())
-    if any(ranking.certificate is not None for ranking in rankings):
-        proofs = [ranking.certificate for ranking in rankings]
+    if any(ranking.proof is not None for ranking in rankings):
+        proofs = [ranking.proof for ranking in rankings]
         columns["gap"] = repeated([p.gap if p else None for p in proofs], pa.float64())
         columns["expanded"] = repeated([p.expanded if p else None for p in proofs], pa.int32())
     return pa.table(columns)

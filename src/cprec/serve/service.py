@@ -218,7 +218,7 @@ class Service:
         else:
             ranking, late = answer.rankings[0], answer.stopped
         if ranking is not None:
-            proven = ranking.certificate is not None and ranking.certificate.exact
+            proven = ranking.proof is not None and ranking.proof.exact
             if proven or is_whole(ranking, k) or (ranking.item_ids and not self._baselines):
                 found, mode, degraded = ranking, "exact" if proven else "beam", late and not proven
                 if question.mode == "beam":

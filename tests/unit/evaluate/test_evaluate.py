@@ -44,7 +44,7 @@ from cprec.evaluate.results import (
 from cprec.evaluate.tables import metrics_of
 from cprec.provenance import FileHashes
 from cprec.rank.config import RankConfig
-from cprec.recommender import Certificate, Ranking, RankingQuery, Recommender
+from cprec.recommender import Proof, Ranking, RankingQuery, Recommender
 from cprec.run import evaluate_models
 from cprec.text.config import PrepareConfig
 from cprec.text.prepare import prepare
@@ -266,9 +266,9 @@ class Certified(Knowing):
     def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
         out = []
         for number, ranking in enumerate(super().rank(queries, k)):
-            proof = Certificate(gap=0.0 if number % 2 else 0.5, expanded=7)
+            proof = Proof(gap=0.0 if number % 2 else 0.5, expanded=7)
             items = ranking.item_ids if number % 2 else (self._other[ranking.query_id],)
-            out.append(replace(ranking, item_ids=items, certificate=proof))
+            out.append(replace(ranking, item_ids=items, proof=proof))
         return out
 
     def __init__(self, questions: Questions) -> None:
