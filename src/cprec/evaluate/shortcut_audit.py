@@ -23,6 +23,7 @@ from cprec.data.ragged import Ragged
 from cprec.data.splits import Queries, Split
 from cprec.data.titles import title_vectors
 from cprec.errors import ConfigError
+from cprec.evaluate.results import Interval
 from cprec.evaluate.statistics import ALPHA, POWER, SAMPLES, bootstrap_interval
 from cprec.progress import track
 from cprec.ranks import ndcg, recall
@@ -49,15 +50,6 @@ VARIANTS: Mapping[str, int | None] = {
 
 ONE_STEP, TWO_STEPS, BACKWARD, FROM_ANY = "one step", "two steps", "one step backward", "one step from any event"
 USERS, TITLES = "shared users", "titles"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """A mean with its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,33 +175,27 @@ def shortcut_audit(
     queries = split.queries(domain, TEST, history_kind=SPECIFIC, max_history=max(len(split.interactions), 1))
     if not len(queries):
         raise ConfigError(f"domain {domain!r} has no test event with a history before it: nothing can be asked of it")
-    first = int(split.catalogue.rows_of(domain)[0])
-    history, target_Q = Ragged(queries.history.values - first, queries.history.offsets), queries.target - first
+    rows = split.catalogue.rows_of(domain)
+    # Items are counted from 0 in the domain.
+    history, target_Q = Ragged(queries.history.values - int(rows[0]), queries.history.offsets), queries.target - rows[0]
     last_Q = history.values[history.offsets[1:] - 1]
     user, item = training_events(split, domain)
-    count_N = np.bincount(item, minlength=len(split.catalogue.rows_of(domain)))
+    count_N = np.bincount(item, minlength=len(rows))
     graph = transitions(user, item, len(count_N))
     chosen = np.sort(np.random.default_rng(seed).permutation(len(queries))[:max_queries])
-
-    work = len(queries) + len(chosen) * (2 + len(VARIANTS) * len(models))
+    titles = [str(title) for title in split.catalogue.title[rows]]
+    vectors = {USERS: user_vectors(user, item, len(count_N)), TITLES: title_vectors(titles)}
+    work = len(queries) + len(chosen) * (len(vectors) + len(VARIANTS) * len(models))
     with track(work, f"{domain}: shortcuts", unit="queries") as progress:
         reach = reaches(graph, count_N, history, target_Q, progress.advance)
         similarity = {
-            name: similarity_of(vectors, last_Q[chosen], target_Q[chosen], progress.advance)
-            for name, vectors in (
-                (USERS, user_vectors(user, item, len(count_N))),
-                (
-                    TITLES,
-                    title_vectors([str(title) for title in split.catalogue.title[split.catalogue.rows_of(domain)]]),
-                ),
-            )
+            name: similarity_of(of_kind, last_Q[chosen], target_Q[chosen], progress.advance)
+            for name, of_kind in vectors.items()
         }
-        dependence = tuple(
+        dependence = [
             dependence_of(name, model, split, queries, chosen, seed=seed, done=progress.advance)
             for name, model in models.items()
-        )
-    lengths = history.lengths
-    repeats = user[1:] == user[:-1]
+        ]
     return ShortcutAudit(
         domain=domain,
         num_items=len(count_N),
@@ -218,14 +204,14 @@ def shortcut_audit(
         sample=len(chosen),
         seed=seed,
         tie_order=tie_order,
-        median_history=float(np.median(lengths)),
-        longer={size: float((lengths > size).mean()) for size in (1, 2, 5)},
+        median_history=float(np.median(history.lengths)),
+        longer={size: float((history.lengths > size).mean()) for size in (1, 2, 5)},
         targets=targets_of(split, domain, history, target_Q, count_N),
-        immediate_repeats=float((item[1:] == item[:-1])[repeats].mean()) if repeats.any() else 0.0,
+        immediate_repeats=immediate_repeats(user, item),
         out_degree=out_degree_of(graph, last_Q),
         reach=reach,
         similarity=similarity,
-        dependence=dependence,
+        dependence=tuple(dependence),
     )
 
 
@@ -237,6 +223,16 @@ def training_events(split: Split, domain: str) -> tuple[np.ndarray, np.ndarray]:
     log, mine = split.train, split.catalogue.rows_of(domain)
     at = np.flatnonzero(split.catalogue.domain[log.item] == split.catalogue.domain_index(domain))
     return log.user[at], log.item[at] - mine[0]
+
+
+def immediate_repeats(user: np.ndarray, item: np.ndarray) -> float:
+    """Share of events, first ones of a user aside, of the same item as the event before.
+
+    >>> immediate_repeats(np.array([0, 0, 0, 1]), np.array([5, 5, 6, 6]))
+    0.5
+    """
+    same_user = user[1:] == user[:-1]
+    return float((item[1:] == item[:-1])[same_user].mean()) if same_user.any() else 0.0
 
 
 def transitions(user: np.ndarray, item: np.ndarray, num_items: int) -> sparse.csr_array:
