@@ -37,13 +37,15 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cprec import distributed
+from cprec.batch import Batch
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.distributed import pick_device, use_bf16
 from cprec.text.corpus import Corpus
 from cprec.text.shards import write_shards
 from cprec.text.stream import TokenStream, one_phase
 from cprec.train.attention import use_document_attention
-from cprec.train.loop import train
+from cprec.train.loop import Cadence, Optimisation, train
 from cprec.train.loss import PackedLoss, prepare_loss
 from cprec.train.schedule import make_schedule
 
@@ -97,6 +99,12 @@ def stream_of(rows: Ragged, folder: Path, vocabulary_size: int, row_tokens: int,
     return TokenStream(Corpus.of(shards), plan, rows_per_step=num_rows, row_tokens=row_tokens, seed=0)
 
 
+def loss_of(loss: PackedLoss, batch: Batch) -> torch.Tensor:
+    """The summed loss of a batch."""
+    (value,) = loss.losses(distributed.to_device(batch.rows, next(loss.parameters()).device)).values()
+    return value
+
+
 def prepared(model: Any, stream: TokenStream, bf16: bool, variant: str = "") -> PackedLoss:
     """The model as a stage prepares it; a compiled one has met every shape of batch once."""
     device, compiled = next(model.parameters()).device, variant == "compiled"
@@ -104,14 +112,14 @@ def prepared(model: Any, stream: TokenStream, bf16: bool, variant: str = "") -> 
         use_document_attention(model, compiled=compiled)
     loss = prepare_loss(model, bf16=bf16, torch_compile=compiled)
     if compiled:
-        batches = {batch.input_ids_RT.shape: batch for batch in stream}
+        batches = {batch.rows["input_ids"].shape: batch for batch in stream}
         for batch in batches.values():
-            loss.of(batch, device).backward()
+            loss_of(loss, batch).backward()
         loss.zero_grad(set_to_none=True)
     return loss
 
 
-def ours(loss: PackedLoss, stream: TokenStream, folder: Path, bf16: bool) -> None:
+def ours(loss: PackedLoss, stream: TokenStream, folder: Path) -> None:
     """One pass by the loop itself, logging as it does."""
     num_steps = stream.num_steps
     train(
@@ -127,16 +135,9 @@ def ours(loss: PackedLoss, stream: TokenStream, folder: Path, bf16: bool) -> Non
             shape="linear",
         ),
         output_dir=folder,
-        num_accumulation=1,
-        weight_decay=0.1,
-        max_grad_norm=1.0,
-        bf16=bf16,
-        save_steps=10**9,
-        save_total_limit=1,
-        logging_steps=10,
-        eval_steps=10**9,
+        optimisation=Optimisation(weight_decay=0.1, max_grad_norm=1.0),
+        cadence=Cadence(logging_steps=10, eval_steps=10**9, save_steps=10**9, save_total_limit=1),
         validate=dict,
-        resume_from=None,
         description="ours",
     )
 
@@ -265,7 +266,7 @@ def compare(name: str, bf16: bool, rounds: int, num_documents: int, with_trl: bo
             model, where = copy.deepcopy(base), Path(tempfile.mkdtemp(dir=folder))
             if contestant.startswith("ours"):
                 loss = prepared(model, stream, bf16, contestant.removeprefix("ours").removeprefix(", "))
-                return lambda: ours(loss, stream, where, bf16)
+                return lambda: ours(loss, stream, where)
             make = {"Trainer, padded to the longest": trainer, "TRL, packed": sft_trainer}[contestant]
             return make(model, rows, where, bf16)
 
@@ -293,8 +294,8 @@ def compare(name: str, bf16: bool, rounds: int, num_documents: int, with_trl: bo
         alone = statistics.median(seconds(lambda: list(stream)) for _ in range(5))
         watch = Largest()
         with watch:
-            PackedLoss(copy.deepcopy(base), bf16=bf16).of(stream.batch(0), torch.device("cpu")).backward()
-        positions = stream.batch(0).input_ids_RT.size
+            loss_of(PackedLoss(copy.deepcopy(base), bf16=bf16), stream.batch(0)).backward()
+        positions = stream.batch(0).rows["input_ids"].size
         print(
             f"  rows {stream.fill:.1%} full; {1 - clock[0] / of_ours:.1%} of the time is none of forward, backward and "
             f"optimizer\n  the stream alone {num_tokens / alone:,.0f} tokens/s, "
@@ -327,9 +328,9 @@ def on_gpu(row_tokens: int = 2048, num_rows: int = 16) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             stream = stream_of(rows, Path(temporary), size["vocab_size"], row_tokens, num_rows)
             loss = prepared(model, stream, True, variant)
-            ours(loss, stream, Path(temporary) / "warm", True)
+            ours(loss, stream, Path(temporary) / "warm")
             torch.cuda.reset_peak_memory_stats()
-            spent = seconds(lambda: ours(loss, stream, Path(temporary) / "run", True))  # noqa: B023
+            spent = seconds(lambda: ours(loss, stream, Path(temporary) / "run"))  # noqa: B023
         matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2)  # the tied head once, as it is used
         context = float((np.diff(rows.offsets) ** 2).sum()) / len(rows.values) / 2
         width = size["num_attention_heads"] * size["head_dim"]

@@ -116,7 +116,6 @@ class Clocked:
     def __init__(self, stream: Any, budget: float, num_warm: int) -> None:
         self._stream, self._budget, self._num_warm = stream, budget, num_warm
         self.num_steps, self.num_tokens = stream.num_steps, stream.num_tokens
-        self.mixture_asked, self.mixture_until = stream.mixture_asked, stream.mixture_until
         self._start, self._latest = time.process_time(), 0
         self.seconds, self.steps, self.targets = 0.0, 0, 0
 
@@ -133,7 +132,7 @@ class Clocked:
             if self.seconds >= self._budget:
                 raise Spent
         batch = self._stream.batch(step)
-        self._latest = batch.num_targets
+        self._latest = sum(batch.counts.values())
         return batch
 
 
@@ -142,16 +141,18 @@ def ours(folder: Path, name: str, asked: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from cprec.baselines.sasrec import SASRec
-    from cprec.baselines.sequential import ItemLoss, TrainedRecommender, TrainingLog
+    from cprec.baselines.sequential import ItemTrainable, TrainedRecommender, TrainingLog
     from cprec.data.catalogue import Catalogue
     from cprec.data.ragged import Ragged, gather, offsets_of
-    from cprec.evaluate.evaluate import BATCH, as_table
-    from cprec.evaluate.questions import FULL, FULL_WITH_SEEN, Questions
+    from cprec.evaluate.evaluate import BATCH
+    from cprec.evaluate.questions import Questions
+    from cprec.evaluate.rankings import table_of
+    from cprec.evaluate.results import FULL_WITH_SEEN
     from cprec.evaluate.tables import metrics_of
     from cprec.ranks import ndcg
     from cprec.recommender import RankingQuery
     from cprec.schema import Item
-    from cprec.train.loop import train
+    from cprec.train.loop import Cadence, Optimisation, train
     from cprec.train.schedule import WSA
 
     torch.set_num_threads(1)
@@ -177,20 +178,13 @@ def ours(folder: Path, name: str, asked: dict[str, Any]) -> dict[str, Any]:
     try:
         with tempfile.TemporaryDirectory() as temporary:
             train(
-                ItemLoss(model, settings.objective, settings.num_negatives, asked["bf16"]),
+                ItemTrainable(model, settings.objective, settings.num_negatives, asked["bf16"]),
                 stream,
                 lambda step: schedule.after(1 + int(999 * stream.share())),
                 output_dir=Path(temporary),
-                num_accumulation=1,
-                weight_decay=settings.weight_decay,
-                max_grad_norm=5.0,
-                bf16=False,
-                save_steps=10**9,
-                save_total_limit=1,
-                logging_steps=20,
-                eval_steps=10**9,
+                optimisation=Optimisation(weight_decay=settings.weight_decay, max_grad_norm=5.0),
+                cadence=Cadence(logging_steps=20, eval_steps=10**9, save_steps=10**9, save_total_limit=1),
                 validate=dict,
-                resume_from=None,
                 description="ours",
             )
     except Spent:
@@ -217,9 +211,9 @@ def ours(folder: Path, name: str, asked: dict[str, Any]) -> dict[str, Any]:
         number = [int(query.query_id) for query in queries]
         names = [query.query_id for query in queries]
         questions = Questions(domain="items", queries=queries, target=ids[target[number]].tolist(), user=names)
-        table = as_table(rankings, questions, FULL)
-        columns = [metrics_of(table, questions, 10, protocol) for protocol in (FULL, FULL_WITH_SEEN)]
-        return float(columns[1]["ndcg@10"].mean())
+        protocol = questions.protocols()[0]
+        columns = metrics_of(table_of(rankings, protocol, "items"), protocol, 10, FULL_WITH_SEEN)
+        return float(columns["ndcg@10"].mean())
 
     begin = time.process_time()
     quality = counted(False)

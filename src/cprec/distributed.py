@@ -9,11 +9,12 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -99,6 +100,15 @@ def all_equal(value: str) -> bool:
     if num_ranks() > 1:
         dist.all_gather_object(values, value)
     return len(set(values)) == 1
+
+
+def any_rank(value: bool) -> bool:
+    """Whether the value is true in any process. They agree on their CPUs, and wait for no other device."""
+    if num_ranks() == 1:
+        return value
+    votes = torch.tensor(int(value))
+    dist.all_reduce(votes)
+    return bool(votes)
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
@@ -197,6 +207,14 @@ def pick_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else torch.device("cuda")
+
+
+def to_device(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
+    """The arrays as tensors on a device; the copy to a GPU waits for nothing."""
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    if device.type == "cuda":
+        tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
 def describe(device: torch.device) -> str:

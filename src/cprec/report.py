@@ -9,7 +9,7 @@ from cprec.evaluate.training_page import print_training, training_page
 from cprec.evaluate.training_run import TrainingRun
 from cprec.files import write_whole
 from cprec.progress import say
-from cprec.train.training import LOG, read_done, read_log
+from cprec.train.folder import LOG, read_done, read_log
 
 PAGE = "training.html"
 

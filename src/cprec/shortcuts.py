@@ -17,7 +17,7 @@ from cprec.provenance import file_sha256, git_commit, versions
 from cprec.rank.llm import LLMRecommender
 from cprec.recommender import Recommender
 from cprec.schema import TEST
-from cprec.train.training import read_done
+from cprec.train.folder import read_done
 
 GRAPH = "transition graph"
 PAGE, RECORD = "shortcuts.html", "shortcuts.json"

@@ -13,10 +13,11 @@ import pytest
 from cprec.baselines.search import Settings
 from cprec.data.build import build_dataset
 from cprec.data.catalogue import Catalogue
+from cprec.data.config import Rules, SplitSpec, SyntheticConfig
 from cprec.data.dataset import read_dataset
 from cprec.data.sources.memory import MemorySource
-from cprec.data.sources.synthetic import OracleRecommender, SyntheticConfig, SyntheticWorld
-from cprec.data.splits import Split, SplitSpec, make_split
+from cprec.data.sources.synthetic import OracleRecommender, SyntheticWorld
+from cprec.data.splits import Split, make_split
 from cprec.errors import ConfigError
 from cprec.ranks import ndcg
 from cprec.recommender import Ranking, RankingQuery, Recommender
@@ -60,7 +61,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     tables = world.tables()
     sources = [MemorySource(domain, world.domains[domain].platform, *tables[domain]) for domain in DOMAINS]
     folder = tmp_path_factory.mktemp("contract") / "data"
-    build_dataset(sources, folder, min_user_events=0, min_item_events=0)
+    build_dataset(sources, folder, Rules(k_core=0))
     split = make_split(*read_dataset(folder), SplitSpec())
     return Setting(world, split, *_queries(split, "kitchen", SPECIFIC))
 

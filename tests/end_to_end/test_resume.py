@@ -19,8 +19,8 @@ from cprec.text.prepare import prepare
 from cprec.train import training
 from cprec.train.checkpoint import OPTIMIZER, checkpoints
 from cprec.train.config import PretrainConfig
+from cprec.train.folder import LOG, read_done, read_log
 from cprec.train.pretrain import pretrain
-from cprec.train.training import LOG, read_done, read_log
 
 ROOT = Path(__file__).parents[2]
 

@@ -86,10 +86,11 @@ FAMILIES = [tiny_qwen3, tiny_llama, tiny_smollm, tiny_gemma]
 
 def train_two_steps(model: Any) -> None:
     """Two steps on packed rows of two documents each."""
-    from cprec.train.loop import make_optimizer
     from cprec.train.loss import PackedLoss
+    from cprec.train.trainable import make_optimizer
 
-    loss, optimizer = PackedLoss(model), make_optimizer(model, weight_decay=0.1)
+    loss = PackedLoss(model)
+    optimizer = make_optimizer(loss, weight_decay=0.1)
     ids = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]] * 2)
     targets = torch.where(positions.roll(-1, 1) > 0, ids.roll(-1, 1), -100)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cprec.data.sources.tables import TableSource
+from cprec.data.config import TableSource
 from cprec.errors import ConfigError
 from cprec.shortcuts import PAGE, RECORD, audit_shortcuts
 from cprec.text.config import PrepareConfig

@@ -8,10 +8,10 @@ import numpy as np
 
 from cprec.baselines.objectives import Objective
 from cprec.baselines.sasrec import MASK, SASRec, SelfAttention
-from cprec.baselines.sequential import BatchStream, ItemModel, TrainingLog, padded, recent, windows
+from cprec.baselines.sequential import NEXT_ITEM, BatchStream, ItemModel, TrainingLog, padded, recent, windows
+from cprec.batch import IGNORE, Batch
 from cprec.data.ragged import Ragged
 from cprec.errors import ConfigError
-from cprec.text.stream import IGNORE, Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,4 +92,10 @@ class MaskedStream(BatchStream):
         masked[none] = is_last[none]
         inputs = np.where(masked, self._pad + MASK, rows)
         targets = np.where(masked, rows, IGNORE)
-        return Batch(inputs, np.zeros_like(inputs), targets, int(lengths.sum()), members)
+        return Batch(
+            rows={"input_ids": inputs, "targets": targets},
+            counts={NEXT_ITEM: int(masked.sum())},
+            num_tokens=int(lengths.sum()),
+            examples=members,
+            blank={"targets": IGNORE},
+        )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cprec.baselines.sequential import ItemModel, TrainedBaseline, TrainingLog
-from cprec.text.stream import IGNORE
+from cprec.batch import IGNORE
 
 
 @dataclass(frozen=True, kw_only=True)

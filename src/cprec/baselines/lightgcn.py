@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from cprec.baselines.objectives import Objective
 from cprec.baselines.search import Choice, OneOf, Real, Whole
-from cprec.baselines.sequential import BatchStream, ItemModel, TrainedBaseline, TrainingLog
-from cprec.text.stream import Batch
+from cprec.baselines.sequential import NEXT_ITEM, BatchStream, ItemModel, TrainedBaseline, TrainingLog
+from cprec.batch import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +73,12 @@ class PairStream(BatchStream):
     def batch(self, step: int) -> Batch:
         """See `BatchStream.batch`."""
         pairs = self.members(step)
-        users, items = self._user[pairs, None], self._item[pairs, None]
-        return Batch(users, np.zeros_like(users), items, len(pairs), pairs)
+        return Batch(
+            rows={"input_ids": self._user[pairs, None], "targets": self._item[pairs, None]},
+            counts={NEXT_ITEM: len(pairs)},
+            num_tokens=len(pairs),
+            examples=pairs,
+        )
 
 
 class Neighbours(NamedTuple):

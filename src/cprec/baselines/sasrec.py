@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from cprec.baselines.search import Choice, Whole
 from cprec.baselines.sequential import ItemModel, TrainedBaseline, TrainingLog
+from cprec.batch import IGNORE
 from cprec.errors import ConfigError
-from cprec.text.stream import IGNORE
 
 INITIAL = 0.02
 """Standard deviation of vectors before training."""

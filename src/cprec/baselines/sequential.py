@@ -25,6 +25,7 @@ from cprec import distributed
 from cprec.baselines.objectives import Objective, check_objective, objective_loss
 from cprec.baselines.ranking import ScoringRecommender
 from cprec.baselines.search import Choice, OneOf, Real
+from cprec.batch import IGNORE, Batch
 from cprec.data.catalogue import Catalogue
 from cprec.data.interactions import Interactions, stable_order
 from cprec.data.ragged import Ragged, offsets_of
@@ -34,12 +35,14 @@ from cprec.progress import say
 from cprec.ranks import ndcg
 from cprec.recommender import RankingQuery
 from cprec.schema import VALIDATION
-from cprec.text.stream import IGNORE, Batch
 from cprec.train.checkpoint import newest_intact, remove_checkpoints
-from cprec.train.loop import train
+from cprec.train.folder import LOG, read_log
+from cprec.train.loop import Cadence, Optimisation, train
 from cprec.train.schedule import WSA
-from cprec.train.training import LOG, read_log
+from cprec.train.trainable import decay_matrices
 
+NEXT_ITEM = "next_item"
+"""The name of the one loss term."""
 POOL = 32
 """Batches among which windows are sorted by length: enough that a batch holds hardly any padding."""
 VALIDATION_QUERIES = 4000
@@ -74,24 +77,18 @@ class ItemModel(nn.Module, ABC):
     def items(self) -> torch.Tensor:
         """Vectors of all items: VD."""
 
-    def save_pretrained(self, folder: Path, *, state_dict: Mapping[str, torch.Tensor]) -> None:
-        """Write weights as a checkpoint wants them."""
-        save_file(dict(state_dict), folder / "model.safetensors")
 
-
-class ItemLoss(nn.Module):
-    """An item model as its loss, as the training loop wants it."""
+class ItemTrainable:
+    """An item model with its objective, as a `Trainable`."""
 
     def __init__(self, model: ItemModel, objective: Objective, num_negatives: int, bf16: bool) -> None:
-        super().__init__()
-        self.model, self._objective, self._num_negatives = model, objective, num_negatives
+        self.module, self._objective, self._num_negatives = model, objective, num_negatives
         self._dtype = torch.bfloat16 if bf16 else torch.float32
 
-    def of(self, batch: Batch, device: torch.device) -> torch.Tensor:
-        """The loss summed over the targets of rows as a stream gives them."""
-        ids, targets = (torch.from_numpy(array).to(device) for array in (batch.input_ids_RT, batch.targets_RT))
-        hidden_ND, target_N, weight_VD = self.model(ids, targets)
-        return objective_loss(
+    def losses(self, rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `Trainable.losses`."""
+        hidden_ND, target_N, weight_VD = self.module(rows["input_ids"], rows["targets"])
+        loss = objective_loss(
             self._objective,
             hidden_ND,
             weight_VD,
@@ -99,6 +96,15 @@ class ItemLoss(nn.Module):
             num_negatives=self._num_negatives,
             dtype=self._dtype,
         )
+        return {NEXT_ITEM: loss}
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """See `Trainable.parameter_groups`."""
+        return decay_matrices(self.module, weight_decay)
+
+    def save(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+        """See `Trainable.save`."""
+        save_file(dict(weights), folder / "model.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,14 +245,6 @@ class BatchStream(ABC):
             batches += [pool[first : first + self._size] for first in range(0, len(pool), self._size)]
         return [batches[number] for number in generator.permutation(len(batches))]
 
-    def mixture_asked(self) -> dict[str, float]:
-        """Nothing is mixed."""
-        return {}
-
-    def mixture_until(self, step: int) -> dict[str, float]:
-        """Nothing is mixed."""
-        return {}
-
     def __iter__(self) -> Iterator[Batch]:
         return (self.batch(step) for step in range(self.num_steps))
 
@@ -266,7 +264,14 @@ class WindowStream(BatchStream):
         has_next = np.arange(1, rows.shape[1]) < lengths[:, None]
         targets = np.where(has_next, rows[:, 1:], IGNORE)
         inputs = np.where(has_next, rows[:, :-1], self._pad)
-        return Batch(inputs, np.zeros_like(inputs), targets, int((lengths - 1).sum()), members)
+        num_targets = int((lengths - 1).sum())
+        return Batch(
+            rows={"input_ids": inputs, "targets": targets},
+            counts={NEXT_ITEM: num_targets},
+            num_tokens=num_targets,
+            examples=members,
+            blank={"targets": IGNORE},
+        )
 
 
 def windows(sequences: Ragged, max_targets: int) -> Ragged:
@@ -446,21 +451,19 @@ def _trained(settings: TrainedBaseline, split: Split, domain: str, seed: int, fo
         _write(record, {"made_from": made_from})
         try:
             train(
-                ItemLoss(model, settings.objective, settings.num_negatives, distributed.use_bf16("auto", device)),
+                ItemTrainable(model, settings.objective, settings.num_negatives, distributed.use_bf16("auto", device)),
                 stream,
                 lambda step: schedule.after(step + 1),
                 output_dir=folder,
-                num_accumulation=1,
-                weight_decay=settings.weight_decay,
-                max_grad_norm=5.0,
-                bf16=False,
-                save_steps=max(1, stream.num_steps // 4),
-                save_total_limit=1,
-                logging_steps=max(1, stream.num_steps // 100),
-                eval_steps=max(1, stream.num_steps // 15),
+                optimisation=Optimisation(weight_decay=settings.weight_decay, max_grad_norm=5.0, seed=seed),
+                cadence=Cadence(
+                    logging_steps=max(1, stream.num_steps // 100),
+                    eval_steps=max(1, stream.num_steps // 15),
+                    save_steps=max(1, stream.num_steps // 4),
+                    save_total_limit=1,
+                ),
                 validate=validate,
                 resume_from=newest_intact(folder),
-                seed=seed,
                 description=f"{domain}: training {name}",
             )
         except _Enough:

@@ -25,8 +25,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cprec.data.catalogue import Catalogue
+from cprec.data.config import SplitSpec
 from cprec.data.interactions import Interactions, join_time, stable_order
-from cprec.data.splits import Split, SplitSpec
+from cprec.data.splits import Split
 from cprec.errors import DataError
 from cprec.schema import (
     ITEM_ID,
@@ -145,6 +146,14 @@ def read_split(folder: str | Path, part: int | None = None, catalogue: Catalogue
         raise DataError(f"{folder} has no split yet: run `cprec prepare` to its end")
     split = np.zeros(0, dtype=np.int8) if log.split is None else log.split
     return Split(log.catalogue, log.interactions, split, SplitSpec(**spec), read_domains(folder))
+
+
+def event_files(folder: str | Path) -> list[str]:
+    """The files that `read_split` reads, as paths in the folder: the manifest, each domain's items and its events."""
+    tables = [
+        path for name in ("items", "interactions") for path in sorted(Path(folder, name).glob("*/part-*.parquet"))
+    ]
+    return [MANIFEST, *(path.relative_to(folder).as_posix() for path in tables)]
 
 
 def with_microsecond(events: pa.Table) -> pa.Table:

@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cprec.data.catalogue import Catalogue
+from cprec.data.config import GLOBAL_TIME
 from cprec.data.interactions import stable_order
 from cprec.data.ragged import Ragged, offsets_of
-from cprec.data.splits import GLOBAL_TIME, Split, comparable_domains, runs
+from cprec.data.splits import Split, comparable_domains, runs
 from cprec.schema import TEST
 
 MAX_EXAMPLES = 5

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from cprec.data.config import GLOBAL_TIME, LEAVE_ONE_OUT, SplitSpec
 from cprec.errors import ConfigError
 from cprec.schema import CONTEXT, SPECIFIC, SPLITS, TEST, TRAIN, VALIDATION, DomainInfo
 
@@ -19,94 +19,6 @@ if TYPE_CHECKING:
     from cprec.data.catalogue import Catalogue
     from cprec.data.interactions import Interactions
     from cprec.data.ragged import Ragged
-
-LEAVE_ONE_OUT = "leave-one-out"
-LAST_N = "last-n"
-GLOBAL_TIME = "global-time"
-METHODS = (LEAVE_ONE_OUT, LAST_N, GLOBAL_TIME)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitSpec:
-    """What is held out of training, in every domain."""
-
-    method: Literal["leave-one-out", "last-n", "global-time"] = "leave-one-out"
-    """leave-one-out: of each user and domain the last event tests and the one before validates. last-n: the last
-    num_test events test and the num_validation before them validate. global-time: two dates, the same in all
-    domains."""
-    num_validation: int | None = None
-    """last-n: events of each user and domain that validate, 1 unless given."""
-    num_test: int | None = None
-    """last-n: events of each user and domain that test, the latest ones, 1 unless given."""
-    validation_fraction: float | None = None
-    """global-time: share of all events that validate, 0.1 unless the dates are given."""
-    test_fraction: float | None = None
-    """global-time: share of all events that test, the latest ones, 0.1 unless the dates are given."""
-    validation_from: str | None = None
-    """global-time: first moment of validation, ISO date or date and time (UTC), in place of the fractions."""
-    test_from: str | None = None
-    """global-time: first moment of test, ISO date or date and time (UTC), in place of the fractions."""
-
-    unseen_user_share: float = 0.0
-    """Share of users (by hash of the seed and the user) nothing of whom trains, in any domain: their events before the
-    held-out ones are only shown as history. Their validation queries are among those that validate."""
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(f"method={self.method!r}: expected {', '.join(METHODS)}")
-        fractions = {name: getattr(self, name) for name in ("validation_fraction", "test_fraction")}
-        dates = {name: getattr(self, name) for name in ("validation_from", "test_from")}
-        numbers = {name: getattr(self, name) for name in ("num_validation", "num_test")}
-        given = [name for name, value in (fractions | dates).items() if value is not None]
-        if self.method != GLOBAL_TIME and given:
-            raise ConfigError(f"{given[0]} means something for method={GLOBAL_TIME} only, not for {self.method}")
-        for name, number in numbers.items():
-            if number is not None and self.method != LAST_N:
-                raise ConfigError(f"{name} means something for method={LAST_N} only, not for {self.method}")
-            if number is not None and number < 1:
-                raise ConfigError(f"{name}={number} must be at least 1")
-        if not 0 <= self.unseen_user_share < 1:
-            raise ConfigError(f"unseen_user_share={self.unseen_user_share} must lie between 0 and 1")
-        for name, fraction in fractions.items():
-            if fraction is not None and not 0 < fraction < 1:
-                raise ConfigError(f"{name}={fraction} must lie between 0 and 1")
-        if sum(self.fractions()) >= 1:
-            raise ConfigError(
-                f"validation_fraction and test_fraction sum to {sum(self.fractions())}: nothing would train"
-            )
-        has_date = [name for name, value in dates.items() if value is not None]
-        if len(has_date) == 1 or (has_date and len(given) > len(has_date)):
-            raise ConfigError("give validation_from and test_from together, and no fractions beside them; or no dates")
-        if has_date:
-            validation, test = self.dates()
-            if not validation < test:
-                raise ConfigError(f"validation_from={self.validation_from} must be before test_from={self.test_from}")
-
-    def numbers(self) -> tuple[int, int]:
-        """Events of each user and domain that validate and that test, where they are counted from the end."""
-        return self.num_validation or 1, self.num_test or 1
-
-    def fractions(self) -> tuple[float, float]:
-        """Shares of events that validate and that test."""
-        return (
-            0.1 if self.validation_fraction is None else self.validation_fraction,
-            0.1 if self.test_fraction is None else self.test_fraction,
-        )
-
-    def dates(self) -> tuple[int, int]:
-        """`validation_from` and `test_from` in microseconds since 1970 UTC."""
-        return _time("validation_from", self.validation_from), _time("test_from", self.test_from)
-
-
-def _time(name: str, text: str | None) -> int:
-    from datetime import datetime, timedelta
-
-    try:
-        moment = datetime.fromisoformat(text or "")
-    except ValueError:
-        raise ConfigError(f"{name}={text!r} is no ISO date; write 2014-07-23 or 2014-07-23T18:00:00") from None
-    since = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - datetime.fromtimestamp(0, UTC)
-    return since // timedelta(microseconds=1)
 
 
 def in_seconds(time: int) -> int | float:

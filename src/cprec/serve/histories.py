@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cprec.data.delimited import Form
-from cprec.data.text_files import KEY_TWICE, NO_OBJECT, SHOWN, first_line, parsed_blocks, text_blocks
+from cprec.data.delimited import SHOWN, Form
+from cprec.data.text_files import KEY_TWICE, NO_OBJECT, first_line, parsed_blocks, text_blocks
 from cprec.errors import DataError
 from cprec.schema import id_text
 

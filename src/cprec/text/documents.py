@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,22 +23,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cprec.data.catalogue import Catalogue
+from cprec.data.config import SplitSpec
 from cprec.data.dataset import POPULARITY, finish_part, read_catalogue, read_manifest
 from cprec.data.interactions import Interactions, split_time
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.data.sequences import build_sequences
-from cprec.data.splits import (
-    Queries,
-    Split,
-    SplitSpec,
-    comparable_domains,
-    from_seconds,
-    in_seconds,
-    make_split,
-    user_shares,
-)
+from cprec.data.splits import Queries, Split, comparable_domains, from_seconds, in_seconds, make_split, user_shares
 from cprec.errors import ConfigError, DataError
+from cprec.files import whole_file, whole_folder
 from cprec.schema import KINDS, SPECIFIC, TEST, TRAIN, VALIDATION, DomainInfo
+from cprec.text.config import DocumentRules
 from cprec.text.encoding import PromptEncoder
 from cprec.text.shards import join_shards, write_shards
 
@@ -46,53 +40,60 @@ RULES, ENCODER, PARTS = "rules.json", "encoder", "parts"
 """Names inside an unfinished data folder: what `write_part` needs, and what it writes."""
 
 
+QUERY_COLUMNS = frozenset(
+    ("query_id", "platform", "user_id", "domain", "history_domain", "history_item", "target", "timestamp")
+)
+"""Columns that every file of queries has; `microsecond` is missing from older ones."""
+
 ROW_GROUPS = b"parts"
 """Key in a queries file's metadata: the part that each of its row groups is from."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DocumentRules:
-    """How events become documents; the fields are those of `PrepareConfig`."""
+def shard_names(target_domains: Sequence[str], examples: Sequence[str] = (TRAIN, VALIDATION)) -> list[str]:
+    """The shard folders of a data folder, with the named parts of the examples."""
+    behaviour = ["shards/train", "shards/heldout"]
+    return behaviour + [f"examples/{domain}/{part}" for domain in target_domains for part in examples]
 
-    target_domains: tuple[str, ...]
-    pretrain_domains: tuple[str, ...]
-    split: SplitSpec
-    cuts: tuple[int, int] | None
-    """First moments of validation and test of the whole log, with global-time: microseconds since 1970 UTC."""
-    mixed_order: str
-    document_order: str
-    min_events: int
-    max_events: int
-    max_document_tokens: int
-    history: str
-    max_history: int
-    min_history: int
-    heldout_share: float
-    seed: int
 
-    def save(self, folder: Path) -> None:
-        fields = asdict(self) | {"cuts": self.cuts and [in_seconds(cut) for cut in self.cuts]}
-        (folder / RULES).write_text(json.dumps(fields), encoding="utf-8")
-        _open.cache_clear()  # what this process read before was of other settings
+def query_names(target_domains: Sequence[str], parts: Sequence[str] = (VALIDATION, TEST)) -> list[str]:
+    """The files of queries of a data folder."""
+    return [f"queries/{domain}/{part}.parquet" for domain in target_domains for part in parts]
 
-    @classmethod
-    def read(cls, folder: Path) -> DocumentRules:
-        fields = json.loads((folder / RULES).read_text(encoding="utf-8"))
-        fields["split"] = SplitSpec(**fields["split"])
-        fields["cuts"] = fields["cuts"] and [from_seconds(cut) for cut in fields["cuts"]]
-        names = ("target_domains", "pretrain_domains", "cuts")
-        return cls(**fields | {name: fields[name] if fields[name] is None else tuple(fields[name]) for name in names})
+
+def save_rules(folder: Path, rules: DocumentRules, cuts: tuple[int, int] | None) -> None:
+    """Write what `write_part` needs besides the encoder.
+
+    `cuts` are the first moments of validation and test where the whole log is split in time: microseconds since 1970
+    UTC.
+    """
+    fields = asdict(rules) | {"cuts": cuts and [in_seconds(cut) for cut in cuts]}
+    (folder / RULES).write_text(json.dumps(fields), encoding="utf-8")
+    _open.cache_clear()  # what this process read before was of other settings
+
+
+def read_rules(folder: Path) -> tuple[DocumentRules, tuple[int, int] | None]:
+    """The rules and the cuts that `save_rules` wrote."""
+    fields = json.loads((folder / RULES).read_text(encoding="utf-8"))
+    cuts = fields.pop("cuts")
+    fields["split"] = SplitSpec(**fields["split"])
+    for name in ("target_domains", "pretrain_domains"):
+        fields[name] = tuple(fields[name])
+    return DocumentRules(**fields), cuts and (from_seconds(cuts[0]), from_seconds(cuts[1]))
 
 
 @functools.lru_cache(maxsize=1)
-def _open(folder: Path) -> tuple[DocumentRules, PromptEncoder]:
-    catalogue = read_catalogue(folder)
-    return DocumentRules.read(folder), PromptEncoder.load(folder / ENCODER, catalogue)
+def _open(folder: Path) -> tuple[DocumentRules, tuple[int, int] | None, PromptEncoder]:
+    """What every part of a folder needs; read once for all parts of a process."""
+    rules, cuts = read_rules(folder)
+    return rules, cuts, PromptEncoder.load(folder / ENCODER, read_catalogue(folder))
 
 
-def is_written(folder: Path, part: int) -> bool:
-    """Whether a part is complete."""
-    return (folder / PARTS / f"part-{part}").is_dir()
+def unwritten_parts(folder: Path) -> list[int]:
+    """The parts of an unfinished data folder that no process has written yet; none once they are put together."""
+    if is_joined(folder):
+        return []
+    parts = range(read_manifest(folder)["num_parts"])
+    return [part for part in parts if not (folder / PARTS / f"part-{part}").is_dir()]
 
 
 def is_joined(folder: Path) -> bool:
@@ -101,25 +102,21 @@ def is_joined(folder: Path) -> bool:
 
 
 def write_part(folder: Path, part: int) -> dict[str, int]:
-    """Order and split the events of a part and write what they give, aside; returns how many of each there are."""
-    rules, encoder = _open(folder)
-    target = folder / PARTS / f"part-{part}"
-    aside = target.with_name(f"{target.name}.incomplete")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    """Order and split the events of a part and write what they give; returns how many of each there are."""
+    rules, cuts, encoder = _open(folder)
 
     def decide(catalogue: Catalogue, log: Interactions, domains: dict[str, DomainInfo]) -> Split:
-        return make_split(catalogue, log, domains, rules.split, cuts=rules.cuts, seed=rules.seed)
+        return make_split(catalogue, log, domains, rules.split, cuts=cuts, seed=rules.seed)
 
-    split = finish_part(folder, part, decide, encoder.catalogue)
-    assert split is not None
-    writer = _PartWriter(rules, split, encoder, aside, part)
-    writer.write_behaviour()
-    for domain in rules.target_domains:
-        writer.write_examples(domain)
-        writer.write_queries(domain)
-    np.save(aside / "popularity.npy", np.bincount(split.train.item, minlength=len(split.catalogue)))
-    aside.rename(target)
+    with whole_folder(folder / PARTS / f"part-{part}") as target:
+        split = finish_part(folder, part, decide, encoder.catalogue)
+        assert split is not None
+        writer = _PartWriter(rules, split, encoder, target, part)
+        writer.write_behaviour()
+        for domain in rules.target_domains:
+            writer.write_examples(domain)
+            writer.write_queries(domain)
+        np.save(target / "popularity.npy", np.bincount(split.train.item, minlength=len(split.catalogue)))
     return writer.counts
 
 
@@ -319,16 +316,14 @@ def join_parts(folder: Path, about: Mapping[str, Any]) -> None:
 
     It may be called again after an interruption. `remove_parts` is to follow.
     """
-    rules, encoder = _open(folder)
+    rules, _, encoder = _open(folder)
     parts = [folder / PARTS / f"part-{part}" for part in range(read_manifest(folder)["num_parts"])]
-    for name in _shard_names(rules):
+    for name in shard_names(rules.target_domains):
         full = {**about, "vocabulary_size": encoder.vocabulary_size}
         join_shards(folder / name, [part / name for part in parts], full)
-    for domain in rules.target_domains:
-        (folder / "queries" / domain).mkdir(parents=True, exist_ok=True)
-        for name in (VALIDATION, TEST):
-            place = Path("queries", domain, f"{name}.parquet")
-            _join_tables([part / place for part in parts], folder / place)
+    for name in query_names(rules.target_domains):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        _join_tables([part / name for part in parts], folder / name)
     counts = sum(np.load(part / "popularity.npy") for part in parts)
     write_popularity(folder, encoder.catalogue, counts)
     (folder / RULES).unlink()
@@ -342,22 +337,15 @@ def remove_parts(folder: Path) -> None:
             shutil.rmtree(folder / leftover)
 
 
-def _shard_names(rules: DocumentRules) -> Iterator[str]:
-    yield from ("shards/train", "shards/heldout")
-    for domain in rules.target_domains:
-        yield from (f"examples/{domain}/train", f"examples/{domain}/validation")
-
-
 def _join_tables(sources: list[Path], target: Path) -> None:
-    """The rows of some Parquet files in one: a row group for each that has rows, and in `ROW_GROUPS` its number."""
-    aside = target.with_suffix(".incomplete")
+    """Write the rows of several Parquet files as one: a row group for each that has rows, whose number among the
+    sources the metadata has under `ROW_GROUPS`."""
     numbers = [number for number, source in enumerate(sources) if pq.read_metadata(source).num_rows]
     schema = pq.read_schema(sources[0]).with_metadata({ROW_GROUPS: json.dumps(numbers)})
-    with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
+    with whole_file(target) as unfinished, pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
         for number in numbers:
             table = pq.ParquetFile(sources[number]).read().replace_schema_metadata(schema.metadata)
             writer.write_table(table, row_group_size=table.num_rows)
-    aside.rename(target)
 
 
 def read_queries_of_part(path: Path, part: int) -> pa.Table:

@@ -24,7 +24,7 @@ from cprec.text.encoding import token_dtype
 TOKENS, DOCUMENTS, MANIFEST = "tokens.bin", "documents.parquet", "manifest.json"
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
-_INDEX = {
+INDEX = {
     "offset": pa.int64(),
     "length": pa.int64(),
     "domain": pa.string(),
@@ -34,7 +34,7 @@ _INDEX = {
     "user_id": pa.string(),
     "target_start": pa.int64(),
 }
-"""The columns of the index of documents."""
+"""The columns of the index of documents, and their types."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Shards:
     def concatenate(cls, pieces: Sequence[Shards], manifest: dict[str, Any]) -> Shards:
         """Pieces that `read_piece` gave, one after the other, in memory."""
         if not pieces:
-            empty = pa.table({name: pa.array([], kind) for name, kind in _INDEX.items()})
+            empty = pa.table({name: pa.array([], kind) for name, kind in INDEX.items()})
             return cls(np.empty(0, dtype=DTYPES[manifest["dtype"]]), empty, manifest)
         starts = np.cumsum([0, *(len(piece.tokens) for piece in pieces)])
         tables = [
@@ -81,8 +81,13 @@ class Shards:
 
     @property
     def sha256(self) -> str:
-        """Identity of the shard: the hash of its manifest, which holds the hash of each file."""
-        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+        """The identity of the shards: see `manifest_sha256`."""
+        return manifest_sha256(self.manifest)
+
+
+def manifest_sha256(manifest: dict[str, Any]) -> str:
+    """The identity of a shard folder: the hash of its manifest, which holds the hash of each file."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def write_shards(
@@ -95,7 +100,7 @@ def write_shards(
     kind that stand together are a piece: one row group of the index, listed in the manifest with `part`.
     """
     full = {"offset": documents.offsets[:-1], "length": documents.lengths, **columns}
-    index = pa.table({name: pa.array(values, _INDEX[name]) for name, values in full.items()})
+    index = pa.table({name: pa.array(values, INDEX[name]) for name, values in full.items()})
     starts = _piece_starts(columns["domain"], columns["kind"])
 
     def pieces() -> Iterator[tuple[dict[str, Any], np.ndarray, pa.Table]]:

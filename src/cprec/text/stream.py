@@ -12,32 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cprec.batch import IGNORE, Batch
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.errors import ConfigError
 from cprec.text.corpus import Corpus
 from cprec.text.packing import pack
 
-IGNORE = -100
-"""Marks a position that predicts nothing (the value that torch's cross-entropy ignores)."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Packed rows; suffix R = rows, T = tokens in a row."""
-
-    input_ids_RT: np.ndarray
-    position_ids_RT: np.ndarray
-    """Restarts at 0 at each document, which is how attention knows where documents begin."""
-    targets_RT: np.ndarray
-    """The token that follows, or IGNORE: at the end of a document, in padding and where the loss is masked."""
-    num_tokens: int
-    """Tokens of documents, padding left out."""
-    documents: np.ndarray
-    """Their places in the corpus, in order."""
-
-    @property
-    def num_targets(self) -> int:
-        return int((self.targets_RT != IGNORE).sum())
+NEXT_TOKEN = "next_token"
+"""The name of the one loss term of packed rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +176,11 @@ class TokenStream:
         return self._rows.take(np.arange(self._first_row[step], self._first_row[step + 1])).values
 
     def batch(self, step: int) -> Batch:
-        """The rows of a step."""
+        """The rows of a step: `input_ids`, `position_ids` and `targets`, int64[R, T] each.
+
+        Position ids restart at 0 at each document, which is how attention knows where documents begin. A target is the
+        token that follows, or IGNORE: at the end of a document, in padding and where the loss is masked.
+        """
         rows = np.arange(self._first_row[step], self._first_row[step + 1])
         taken = self._rows.take(rows)
         documents, rows_of = taken.values, np.repeat(np.arange(len(rows)), taken.lengths)
@@ -217,9 +203,13 @@ class TokenStream:
         if self._is_target is not None:
             predicted &= self._is_target(documents, tokens)
         targets[flat[predicted] - 1] = tokens.values[predicted]
-        shape = (len(rows), self.row_tokens)
+        arrays = {"input_ids": input_ids, "position_ids": positions, "targets": targets}
         return Batch(
-            input_ids.reshape(shape), positions.reshape(shape), targets.reshape(shape), len(tokens.values), documents
+            rows={name: array.reshape(len(rows), self.row_tokens) for name, array in arrays.items()},
+            counts={NEXT_TOKEN: int(predicted.sum())},
+            num_tokens=len(tokens.values),
+            examples=documents,
+            blank={"targets": IGNORE},
         )
 
     def __iter__(self) -> Iterator[Batch]:

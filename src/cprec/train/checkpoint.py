@@ -24,6 +24,7 @@ import torch
 from cprec import distributed
 from cprec.errors import CheckpointError
 from cprec.provenance import file_sha256
+from cprec.train.trainable import Trainable
 
 STATE, FILES = "trainer_state.json", "files.json"
 OPTIMIZER, OPTIMIZER_PARTS = "optimizer.pt", "optimizer"
@@ -115,7 +116,7 @@ def _flush(path: Path) -> None:
 def save_checkpoint(
     output_dir: Path,
     state: TrainState,
-    model: Any,
+    trainable: Trainable,
     optimizer: torch.optim.Optimizer,
     keep: int,
     *,
@@ -128,6 +129,7 @@ def save_checkpoint(
     """
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
+    model = trainable.module
     weights = whole_weights(model)
     folder = output_dir / f"{kind}-{state.step}"
     parts = output_dir / (OPTIMIZER_PARTS + ".incomplete")
@@ -138,7 +140,7 @@ def save_checkpoint(
         moments = get_optimizer_state_dict(model, optimizer, options=_whole())
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder, state_dict=weights)
+        trainable.save(folder, weights)
         if moments is None:
             parts.rename(folder / OPTIMIZER_PARTS)
         else:

@@ -24,7 +24,7 @@ from cprec.errors import ConfigError
 from cprec.machine import free_memory as free_memory_of_machine
 from cprec.models import _peft_warnings_off, blocks_of, packed_hidden, trunk_and_head
 from cprec.progress import format_seconds
-from cprec.text.stream import Batch, TokenStream
+from cprec.text.stream import NEXT_TOKEN, TokenStream
 from cprec.train.loss import CHUNK, PackedLoss
 
 if TYPE_CHECKING:
@@ -177,15 +177,16 @@ def timed_rate(
     Gradients are gone afterwards, weights as they were.
     """
     first = stream.batch(0)
-    arrays = (first.input_ids_RT[:rows], first.position_ids_RT[:rows], first.targets_RT[:rows])
-    batch = Batch(*arrays, num_tokens=round(stream.fill * arrays[0].size), documents=first.documents[:0])
+    micro_batch = {name: array[:rows] for name, array in first.rows.items()}
+    num_tokens = round(stream.fill * micro_batch["input_ids"].size)
 
     def work() -> None:
-        loss.of(batch, device).backward()
+        for term in loss.losses(distributed.to_device(micro_batch, device)).values():
+            term.backward()
 
     seconds = min(_times(work, device, clock, repeats=repeats))
     loss.zero_grad(set_to_none=True)
-    return num_processes * batch.num_tokens / seconds
+    return num_processes * num_tokens / seconds
 
 
 def _times(
@@ -533,12 +534,12 @@ def estimate_plan(
         model,
         num_tokens=stream.num_tokens,
         lengths=stream.corpus.lengths,
-        rows=min(config.per_device_train_batch_size, len(first.input_ids_RT)),
+        rows=min(config.per_device_train_batch_size, first.num_rows),
         row_tokens=config.max_length,
         bf16=bf16,
         peak=peak_here(device, bf16),
         device_type=device.type,
-        target_share=first.num_targets / first.num_tokens,
+        target_share=first.counts[NEXT_TOKEN] / first.num_tokens,
         gradient_checkpointing=config.gradient_checkpointing,
         fsdp=config.fsdp,
         num_processes=num_processes,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from cprec import distributed
+from cprec.batch import IGNORE
 from cprec.errors import ConfigError
 from cprec.models import blocks_of, output_scale, packed_hidden, trunk_and_head
-from cprec.text.stream import IGNORE, Batch
+from cprec.text.stream import NEXT_TOKEN
+from cprec.train.trainable import decay_matrices
 
 CHUNK = 256
 """Positions whose logits exist at once. Small chunks stay in the cache (benchmarks/loss.py: 2.5x over plain logits)."""
@@ -88,14 +92,15 @@ def linear_cross_entropy(
 
 
 class PackedLoss(nn.Module):
-    """A causal language model whose forward pass is the loss: the one door for sharding, compiling and checkpointing.
+    """A causal language model as a `Trainable` of packed rows (see `TokenStream`), whose forward pass is the loss: the
+    one door for sharding, compiling and checkpointing.
 
     Hidden states meet the output layer only where a target is. Suffixes: R rows, T tokens in a row, N targets, D width.
     """
 
     def __init__(self, model: Any, *, bf16: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.module = model
         self.scale = output_scale(model)  # refuses output layers that this loss would get wrong
         self.bf16 = bf16
 
@@ -103,27 +108,28 @@ class PackedLoss(nn.Module):
         self, input_ids_RT: torch.Tensor, position_ids_RT: torch.Tensor, targets_RT: torch.Tensor
     ) -> torch.Tensor:
         """Cross-entropy summed over the targets that are not IGNORE, in nats: float32, no dimensions."""
-        _, head = trunk_and_head(self.model)
+        _, head = trunk_and_head(self.module)
         targets = targets_RT.flatten()
         at_N = (targets != IGNORE).nonzero().squeeze(1)
         with distributed.autocast(input_ids_RT.device, self.bf16):
-            hidden_RTD = packed_hidden(self.model, input_ids_RT, position_ids_RT)
+            hidden_RTD = packed_hidden(self.module, input_ids_RT, position_ids_RT)
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         hidden_ND = hidden_RTD.flatten(0, 1)[at_N]
         if self.scale != 1:
             hidden_ND = hidden_ND * self.scale
         return linear_cross_entropy(hidden_ND, head.weight, targets[at_N], dtype)
 
-    def of(self, batch: Batch, device: torch.device) -> torch.Tensor:
-        """The loss of rows as the stream gives them."""
-        arrays = (batch.input_ids_RT, batch.position_ids_RT, batch.targets_RT)
-        ids, positions, targets = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
-        return self(ids, positions, targets)
+    def losses(self, rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `Trainable.losses`."""
+        return {NEXT_TOKEN: self(rows["input_ids"], rows["position_ids"], rows["targets"])}
 
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """See `Trainable.parameter_groups`."""
+        return decay_matrices(self.module, weight_decay)
 
-def as_loss(model: Any, bf16: bool) -> Any:
-    """The model as its loss; what is one already (it has `of`, as PackedLoss) stays as it is."""
-    return model if hasattr(model, "of") else PackedLoss(model, bf16=bf16)
+    def save(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+        """Write a Hugging Face model folder."""
+        self.module.save_pretrained(folder, state_dict=dict(weights))
 
 
 def prepare_loss(

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from cprec.errors import ConfigError, InputChanged
 from cprec.provenance import (
     CONFIG_FILE,
-    TOKENIZER,
     WEIGHTS,
     FileHashes,
     differences,
@@ -26,14 +25,12 @@ from cprec.provenance import (
     to_dict,
 )
 from cprec.train.config import TrainingConfig
+from cprec.train.folder import DONE, LOG, read_done, read_log
 
 if TYPE_CHECKING:
     from cprec.text.stream import TokenStream
     from cprec.train.estimate import Estimate
     from cprec.train.plan import Plan
-
-DONE, LOG = "cprec.json", "log.jsonl"
-
 
 _FREE = (
     *("resume_from_checkpoint", "save_steps", "save_total_limit", "dry_run", "report_to", "run_name", "output_dir"),
@@ -144,10 +141,10 @@ def run_training(
     from cprec.progress import say
     from cprec.text.tokenizer import load_tokenizer
     from cprec.train.attention import use_document_attention
-    from cprec.train.checkpoint import newest_intact, read_state, remove_checkpoints, require_intact
+    from cprec.train.checkpoint import TrainState, newest_intact, read_state, remove_checkpoints, require_intact
     from cprec.train.estimate import estimate_plan, mfu, timed_rate, unloaded_model, without_weights
     from cprec.train.forgetting import GENERAL_TEXT, general_text_batches
-    from cprec.train.loop import perplexity, train
+    from cprec.train.loop import Cadence, Optimisation, perplexity, train
     from cprec.train.loss import prepare_loss
     from cprec.train.plan import ANNEALING, FEW_STEPS, check_fork, describe_plan
     from cprec.train.tracking import trackers, values_of
@@ -243,7 +240,15 @@ def run_training(
         used_share = partial(mfu, flops_per_token=found.flops_per_token, peak=peak)
 
     def validate() -> dict[str, Any]:
-        return {"heldout": {name: perplexity(loss, each, device, bf16) for name, each in validation.items()}}
+        return {"heldout": {name: perplexity(loss, each) for name, each in validation.items()}}
+
+    mixed = len(stream.corpus.groups) > 1
+
+    def log_fields(state: TrainState) -> dict[str, Any]:
+        if state.step == 0:
+            return {"mixture_asked": stream.mixture_asked()} if mixed else {}
+        used = {"mfu": used_share(state.num_tokens / max(state.seconds, 1e-9))} if used_share else {}
+        return used | ({"mixture": stream.mixture_until(state.step)} if mixed else {})
 
     def record() -> None:
         save_resolved(output_dir, config, inputs_now())  # by now there is a copy of a hub's model
@@ -267,20 +272,23 @@ def run_training(
             stream,
             schedule,
             output_dir=output_dir,
-            num_accumulation=config.gradient_accumulation_steps,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            bf16=bf16,
-            save_steps=config.save_steps,
-            save_total_limit=config.save_total_limit,
-            logging_steps=config.logging_steps,
-            eval_steps=config.eval_steps,
+            optimisation=Optimisation(
+                num_accumulation=config.gradient_accumulation_steps,
+                weight_decay=config.weight_decay,
+                max_grad_norm=config.max_grad_norm,
+            ),
+            cadence=Cadence(
+                logging_steps=config.logging_steps,
+                eval_steps=config.eval_steps,
+                save_steps=config.save_steps,
+                save_total_limit=config.save_total_limit,
+                stable_step=trunk_end if is_trunk else None,
+            ),
             validate=validate,
             resume_from=saved,
             start_from=start_from,
-            keep_at=[trunk_end] if is_trunk else [],
+            log_fields=log_fields,
             report=lambda line: places.log(line["step"], values_of(line)),
-            mfu=used_share,
             description=about["stage"],
         )
     done = {
@@ -367,23 +375,6 @@ def _publish(output_dir: Path, data: Path, model: Any, tokenizer: Any, done: dic
     distributed.by_first(write_and_move)
 
 
-def read_done(folder: Path | str) -> dict[str, Any] | None:
-    """What `cprec.json` of a model folder says, or None where it is no model folder of ours."""
-    path = Path(folder) / DONE
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a run's log; a last line cut off by a kill is dropped."""
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
-
-
 def _shards_of(start: Path) -> list[str]:
     """The shards that a model of ours, or the run whose stable checkpoint this is, was trained on."""
     done = read_done(start)
@@ -422,15 +413,6 @@ def _of_weights(inputs: dict[str, str], of: str) -> str:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def model_identity(folder: str | Path, hashes: FileHashes) -> str:
-    """Changes when a model folder gives other rankings: its weights, its tokenizer, its items, what it was taught."""
-    found = model_hashes(folder, (*WEIGHTS, *TOKENIZER), hashes)
-    items = sorted(Path(folder, "items").rglob("*.parquet"))
-    found |= {path.relative_to(folder).as_posix(): hashes.of(path) for path in items}
-    about = {name: value for name, value in (read_done(folder) or {}).items() if name != "seconds"}
-    return _sha256(json.dumps([found, about], sort_keys=True))
 
 
 def _check_fits(config: TrainingConfig, model: Any, vocabulary_size: int, longest: int, about: dict[str, Any]) -> None:

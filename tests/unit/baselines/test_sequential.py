@@ -17,6 +17,7 @@ from cprec.baselines.lightgcn import LightGCN, Smoothed
 from cprec.baselines.objectives import objective_loss
 from cprec.baselines.sasrec import MASK, SASRec, SelfAttention
 from cprec.baselines.sequential import (
+    NEXT_ITEM,
     BatchStream,
     TrainedBaseline,
     TrainedRecommender,
@@ -25,14 +26,15 @@ from cprec.baselines.sequential import (
     recent,
     windows,
 )
+from cprec.batch import IGNORE
 from cprec.data.build import build_dataset
+from cprec.data.config import Rules, SplitSpec
 from cprec.data.dataset import read_dataset
 from cprec.data.ragged import Ragged
 from cprec.data.sources.memory import MemorySource
-from cprec.data.splits import Split, SplitSpec, make_split
+from cprec.data.splits import Split, make_split
 from cprec.errors import ConfigError
 from cprec.schema import TEST
-from cprec.text.stream import IGNORE
 
 NUM_ITEMS = 12
 """The world is a ring: after item n comes item n + 1, round and round, from a start of each user's own."""
@@ -59,7 +61,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
         }
     )
     folder = tmp_path_factory.mktemp("ring") / "data"
-    build_dataset([MemorySource("ring", "p", items, log)], folder, min_user_events=0, min_item_events=0)
+    build_dataset([MemorySource("ring", "p", items, log)], folder, Rules(k_core=0))
     return make_split(*read_dataset(folder), SplitSpec())
 
 
@@ -84,34 +86,36 @@ def test_an_epoch_reads_every_window_once_and_any_step_can_be_had_alone(split: S
     per_epoch = stream.num_steps // 2
     for epoch in range(2):
         steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
-        read = np.sort(np.concatenate([stream.batch(step).documents for step in steps]))
+        read = np.sort(np.concatenate([stream.batch(step).examples for step in steps]))
         assert read.tolist() == list(range(90))
     again = WindowStream(log, settings, seed=3)
     for step in (stream.num_steps - 1, 0):
-        for name in ("input_ids_RT", "targets_RT", "documents"):
-            np.testing.assert_array_equal(getattr(again.batch(step), name), getattr(stream.batch(step), name))
+        one, other = again.batch(step), stream.batch(step)
+        np.testing.assert_array_equal(one.examples, other.examples)
+        for name, rows in one.rows.items():
+            np.testing.assert_array_equal(rows, other.rows[name])
     assert sum(stream.batch(step).num_tokens for step in range(stream.num_steps)) == stream.num_tokens
-    other = WindowStream(log, settings, seed=4)
-    assert other.batch(0).documents.tolist() != stream.batch(0).documents.tolist()
+    reseeded = WindowStream(log, settings, seed=4)
+    assert reseeded.batch(0).examples.tolist() != stream.batch(0).examples.tolist()
 
 
 def test_targets_follow_their_inputs_and_padding_has_none(split: Split) -> None:
     stream = WindowStream(TrainingLog.of(split, "ring"), MODELS[0], seed=0)
     batch = stream.batch(1)
-    real = batch.targets_RT != IGNORE
-    assert ((batch.input_ids_RT[real] + 1) % NUM_ITEMS == batch.targets_RT[real]).all()
-    assert (batch.input_ids_RT[~real] == NUM_ITEMS).all()
-    assert real.sum() == batch.num_tokens == batch.num_targets
+    real = batch.rows["targets"] != IGNORE
+    assert ((batch.rows["input_ids"][real] + 1) % NUM_ITEMS == batch.rows["targets"][real]).all()
+    assert (batch.rows["input_ids"][~real] == NUM_ITEMS).all()
+    assert real.sum() == batch.num_tokens == batch.counts[NEXT_ITEM]
 
 
 def test_masks_hide_what_they_ask_for(split: Split) -> None:
     settings = BERT4Rec(max_length=5, mask_share=0.4, last_share=0.5, batch_size=90)
     stream = MaskedStream(TrainingLog.of(split, "ring"), settings, seed=0)
     batch = stream.batch(0)
-    masked = batch.input_ids_RT == NUM_ITEMS + MASK
-    np.testing.assert_array_equal(masked, batch.targets_RT != IGNORE)
+    masked = batch.rows["input_ids"] == NUM_ITEMS + MASK
+    np.testing.assert_array_equal(masked, batch.rows["targets"] != IGNORE)
     assert masked.any(1).all(), "every row asks for something"
-    lengths = (batch.input_ids_RT != NUM_ITEMS).sum(1)
+    lengths = (batch.rows["input_ids"] != NUM_ITEMS).sum(1)
     only_last = masked.sum(1) == 1
     last = masked[np.arange(90), lengths - 1]
     assert 0.4 < (only_last & last).mean() < 1

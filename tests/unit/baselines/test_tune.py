@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 
 from cprec.baselines import tune as tuning
+from cprec.baselines.config import TuneConfig
 from cprec.baselines.item_knn import ItemKNN
 from cprec.baselines.popularity import Popularity, PopularityRecommender
 from cprec.baselines.search import Choice, OneOf, Real, Whole
-from cprec.baselines.tune import TuneConfig, mean_ndcg, read_results, tune, tuned_settings, validation_queries
+from cprec.baselines.tune import mean_ndcg, read_results, tune, tuned_settings, validation_queries
 from cprec.data.build import build_dataset
+from cprec.data.config import Rules, SplitSpec, SyntheticConfig
 from cprec.data.dataset import finish_part
 from cprec.data.sources.memory import MemorySource
-from cprec.data.sources.synthetic import SyntheticConfig, SyntheticWorld
-from cprec.data.splits import Split, SplitSpec, make_split
+from cprec.data.sources.synthetic import SyntheticWorld
+from cprec.data.splits import Split, make_split
 from cprec.errors import ConfigError
 from cprec.recommender import Ranking, RankingQuery
 
@@ -70,7 +72,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     world = SyntheticWorld(SyntheticConfig(num_market_users=60, num_library_users=1, items_per_domain=20))
     sources = [MemorySource(domain, "market", *world.tables()[domain]) for domain in ("garden", "kitchen")]
     folder = tmp_path_factory.mktemp("tune") / "data"
-    build_dataset(sources, folder, min_user_events=0, min_item_events=0)
+    build_dataset(sources, folder, Rules(k_core=0))
     finish_part(folder, 0, lambda *log: make_split(*log, SplitSpec()))
     manifest = json.loads((folder / "dataset.json").read_text())
     (folder / "dataset.json").write_text(json.dumps(manifest | {"split": {"method": "leave-one-out"}}))

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from cprec.data.catalogue import Catalogue
+from cprec.data.config import SplitSpec
 from cprec.data.interactions import Interactions
-from cprec.data.splits import Split, SplitSpec, make_split
+from cprec.data.splits import Split, make_split
 from cprec.data.titles import title_vectors
 from cprec.errors import ConfigError
 from cprec.evaluate.findings import CAN, CANNOT, CARE, findings

@@ -17,6 +17,7 @@ import torch
 from cprec.data.catalogue import Catalogue
 from cprec.errors import ConfigError, DataError, ModelError, UnknownItemError
 from cprec.models import tiny_model
+from cprec.rank.config import RankConfig
 from cprec.rank.llm import LLMRecommender
 from cprec.recommender import RankingQuery
 from cprec.recommender import Recommender as Protocol
@@ -203,16 +204,30 @@ def test_scores_may_be_means_or_corrected(make: Callable[..., LLMRecommender], t
         expected = {item: total[item] - empty[item] for item in ids}
         assert dict(zip(ranking.item_ids, ranking.scores, strict=True)) == pytest.approx(expected, abs=1e-4)
         assert ranking.certificate is None
-    with pytest.raises(ConfigError, match="a corrected score may rise along a title, so no prefix bounds it"):
+    with pytest.raises(ConfigError, match="a corrected score may rise along a title, so nothing can be proven"):
         make(mode="exact", score="corrected")
 
 
 def test_generated_text_ranks_one_candidate_or_none(make: Callable[..., LLMRecommender]) -> None:
-    recommender = make(mode="generate")
-    (ranking,) = recommender.rank([query("b0", candidates=("b1", "b3"))], 5)
+    recommender = make()
+    (ranking,) = recommender.rank([query("b0", candidates=("b1", "b3"))], 5, "generate")
     assert len(ranking.item_ids) <= 1
     with pytest.raises(ConfigError, match="mode='generate' ranks candidates: give each query some"):
-        recommender.rank([query("b0")], 5)
+        recommender.rank([query("b0")], 5, "generate")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"mode": "generate"}, "mode='generate': choose one of auto, exact, beam"),
+        ({"score": "best"}, "score='best': choose one of sum, mean, corrected"),
+        ({"beam_width": 0}, "beam_width=0 must be at least 1"),
+        ({"max_nodes": 0}, "max_nodes=0 must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_rank_are_refused(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RankConfig(**setting)
 
 
 def test_users_who_come_back_get_the_same(make: Callable[..., LLMRecommender]) -> None:
@@ -241,7 +256,7 @@ def test_a_list_without_items_while_there_are_some_is_an_error(
 ) -> None:
     nothing = np.zeros(0, dtype=np.int64)
     found = Found(items=nothing, scores=nothing.astype(float), kth=-np.inf, bound=-np.inf, expanded=1)
-    monkeypatch.setattr("cprec.rank.llm.search", lambda tree, *_, **__: [found] * tree.num_users)
+    monkeypatch.setattr("cprec.search.ranking.search", lambda tree, *_, **__: [found] * tree.num_users)
     assert make().rank([query("b0", allow=frozenset())], 2)[0].item_ids == ()
     with pytest.raises(ModelError, match="none of the 5 items of 'books' in reach was found"):
         make().rank([query("b0", exclude=frozenset({"b0"}))], 2)

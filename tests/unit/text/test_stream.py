@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cprec.batch import IGNORE
 from cprec.data.ragged import Ragged
 from cprec.errors import ConfigError
 from cprec.text.config import Mixture
 from cprec.text.corpus import Corpus, behaviour_groups
 from cprec.text.mixture import shares
 from cprec.text.shards import Shards, write_shards
-from cprec.text.stream import IGNORE, Phase, TokenStream, one_phase
+from cprec.text.stream import NEXT_TOKEN, Phase, TokenStream, one_phase
 
 PAD = 0
 MakeShards = Callable[..., Shards]
@@ -75,26 +76,31 @@ def test_a_batch_is_what_a_slow_reference_writes(make_shards: MakeShards, target
     stream = stream_of(shards, targets_only=targets_only)
     for step in range(stream.num_steps):
         batch = stream.batch(step)
-        documents, row = iter(batch.documents.tolist()), 0
+        documents, row = iter(batch.examples.tolist()), 0
         for ids, positions, targets in zip(
-            batch.input_ids_RT.tolist(), batch.position_ids_RT.tolist(), batch.targets_RT.tolist(), strict=True
+            batch.rows["input_ids"].tolist(),
+            batch.rows["position_ids"].tolist(),
+            batch.rows["targets"].tolist(),
+            strict=True,
         ):
             starts = sum(1 for token in ids if token % 100 == 1)  # documents begin with such tokens
             expected = reference_row(shards, [next(documents) for _ in range(starts)], 32, targets_only)
             assert [ids, positions, targets] == expected
             row += 1
         assert next(documents, None) is None
-        assert row == len(batch.input_ids_RT) in (3, 4), "rows are divided evenly over the steps"
-        assert batch.num_tokens == shards.column("length")[batch.documents].sum()
-        assert batch.num_targets == sum(token != IGNORE for row in batch.targets_RT.tolist() for token in row)
+        assert row == len(batch.rows["input_ids"]) in (3, 4), "rows are divided evenly over the steps"
+        assert batch.num_tokens == shards.column("length")[batch.examples].sum()
+        assert batch.counts[NEXT_TOKEN] == sum(
+            token != IGNORE for row in batch.rows["targets"].tolist() for token in row
+        )
 
 
 def test_no_token_is_lost_or_invented(make_shards: MakeShards) -> None:
     shards = make_shards(["books"] * 57)
     stream = stream_of(shards)
-    tokens = np.concatenate([batch.input_ids_RT.ravel() for batch in stream])
+    tokens = np.concatenate([batch.rows["input_ids"].ravel() for batch in stream])
     assert sorted(tokens[tokens != PAD].tolist()) == sorted(shards.tokens.tolist())
-    documents = np.concatenate([batch.documents for batch in stream])
+    documents = np.concatenate([batch.examples for batch in stream])
     assert sorted(documents.tolist()) == list(range(57))
     assert sum(batch.num_tokens for batch in stream) == stream.num_tokens == shards.manifest["num_tokens"]
     assert stream.fill == pytest.approx((tokens != PAD).mean())
@@ -103,7 +109,7 @@ def test_no_token_is_lost_or_invented(make_shards: MakeShards) -> None:
 def test_epochs_repeat_every_document_in_another_order(make_shards: MakeShards) -> None:
     shards = make_shards(["books"] * 30)
     stream = stream_of(shards, num_tokens=3 * shards.manifest["num_tokens"], rows_per_step=1)
-    documents = [batch.documents.tolist() for batch in stream]
+    documents = [batch.examples.tolist() for batch in stream]
     assert Counter(sum(documents, [])) == dict.fromkeys(range(30), 3)
 
 
@@ -114,16 +120,16 @@ def test_a_step_depends_on_seed_and_step_alone(make_shards: MakeShards) -> None:
     seen = {step: forwards.batch(step) for step in steps}
     for step in reversed(steps):
         again = backwards.batch(step)
-        assert np.array_equal(again.input_ids_RT, seen[step].input_ids_RT)
-        assert np.array_equal(again.documents, seen[step].documents)
+        assert np.array_equal(again.rows["input_ids"], seen[step].rows["input_ids"])
+        assert np.array_equal(again.examples, seen[step].examples)
     other = stream_of(shards, seed=4)
-    assert not np.array_equal(other.batch(0).documents, seen[0].documents)
+    assert not np.array_equal(other.batch(0).examples, seen[0].examples)
 
 
 def test_rows_do_not_depend_on_how_many_a_step_takes(make_shards: MakeShards) -> None:
     shards = make_shards(["books"] * 40)
     rows = {
-        size: np.concatenate([batch.input_ids_RT for batch in stream_of(shards, rows_per_step=size)])
+        size: np.concatenate([batch.rows["input_ids"] for batch in stream_of(shards, rows_per_step=size)])
         for size in (1, 4, 7)
     }
     assert np.array_equal(rows[1], rows[4]) and np.array_equal(rows[4], rows[7])
@@ -202,7 +208,7 @@ def test_runs_whose_first_phase_is_the_same_read_the_same_in_it(make_shards: Mak
     long = mixed_stream(shards, [first, phase("annealing", 3000, 0.1, 0.9)])
     assert short.phase_steps[0] == long.phase_steps[0] > 5
     for step in range(short.phase_steps[0]):
-        assert np.array_equal(short.batch(step).input_ids_RT, long.batch(step).input_ids_RT)
+        assert np.array_equal(short.batch(step).rows["input_ids"], long.batch(step).rows["input_ids"])
         assert np.array_equal(short.documents(step), long.documents(step))
 
 
@@ -210,7 +216,7 @@ def test_a_phase_takes_the_steps_it_is_given(make_shards: MakeShards) -> None:
     shards = make_shards(["books"] * 400)
     stream = mixed_stream(shards, [phase("warm-up", 900, 1.0, num_steps=7), phase("stable", 3000, 1.0)])
     assert stream.phase_steps[0] == 7
-    rows = [len(stream.batch(step).input_ids_RT) for step in range(7)]
+    rows = [len(stream.batch(step).rows["input_ids"]) for step in range(7)]
     assert max(rows) - min(rows) <= 1
 
 
@@ -269,4 +275,4 @@ def test_a_document_longer_than_a_row_is_refused(make_shards: MakeShards) -> Non
 def test_a_group_wanted_at_all_has_a_document(make_shards: MakeShards) -> None:
     shards = make_shards(["books"] * 5, low=20, high=30)
     stream = stream_of(shards, num_tokens=1)
-    assert stream.num_steps == 1 and len(stream.batch(0).documents) == 1
+    assert stream.num_steps == 1 and len(stream.batch(0).examples) == 1

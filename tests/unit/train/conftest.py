@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from cprec.text.shards import Shards, open_shards, write_shards
 from cprec.text.stream import TokenStream, one_phase
 from cprec.text.tokenizer import train_tokenizer
 from cprec.train.checkpoint import TrainState
-from cprec.train.loop import train
+from cprec.train.loop import Cadence, Optimisation, train
+from cprec.train.loss import PackedLoss
 from cprec.train.schedule import make_schedule
 
 DOMAINS = ("books", "games")
@@ -131,7 +132,9 @@ def run(
 
     def run(output_dir: Path, **changes: Any) -> tuple[TrainState, Any]:
         model = changes.pop("model", None) or make_model()
+        trainable = changes.pop("trainable", None) or PackedLoss(model, bf16=changes.pop("bf16", False))
         stream = changes.pop("stream", None) or make_stream()
+
         num_steps = stream.num_steps
         schedule = make_schedule(
             "wsa",
@@ -142,22 +145,20 @@ def run(
             floor_ratio=0.1,
             shape="1-sqrt",
         )
+
+        def record(kind: Any, **settings: Any) -> Any:
+            named = {field.name for field in fields(kind)} & changes.keys()
+            return kind(**settings | {name: changes.pop(name) for name in named})
+
         settings: dict[str, Any] = {
             "schedule": schedule,
             "output_dir": output_dir,
-            "num_accumulation": 1,
-            "weight_decay": 0.1,
-            "max_grad_norm": 1.0,
-            "bf16": False,
-            "save_steps": 5,
-            "save_total_limit": 100,
-            "logging_steps": 1,
-            "eval_steps": 1000,
+            "optimisation": record(Optimisation, weight_decay=0.1, max_grad_norm=1.0),
+            "cadence": record(Cadence, save_steps=5, save_total_limit=100, logging_steps=1, eval_steps=1000),
             "validate": dict,
-            "resume_from": None,
             "description": "test",
         }
-        return train(model, stream, **settings | changes), model
+        return train(trainable, stream, **settings | changes), model
 
     return run
 

@@ -24,7 +24,8 @@ from cprec.train.checkpoint import (
     save_checkpoint,
     write_folder,
 )
-from cprec.train.loop import make_optimizer
+from cprec.train.loss import PackedLoss
+from cprec.train.trainable import make_optimizer
 
 MakeModel = Callable[..., Any]
 
@@ -41,7 +42,7 @@ def take_steps(model: Any, optimizer: torch.optim.Optimizer, num: int) -> None:
 
 
 def trained(model: Any) -> tuple[Any, torch.optim.Optimizer]:
-    optimizer = make_optimizer(model, weight_decay=0.1)
+    optimizer = make_optimizer(PackedLoss(model), weight_decay=0.1)
     take_steps(model, optimizer, 2)
     return model, optimizer
 
@@ -58,10 +59,10 @@ def test_the_state_counts_and_chains_documents() -> None:
 def test_training_goes_on_from_a_checkpoint_as_if_never_stopped(make_model: MakeModel, tmp_path: Path) -> None:
     model, optimizer = trained(make_model())
     state = TrainState(step=7, num_tokens=70, num_targets=60, consumed="abc", seconds=0.1 + 0.2)
-    folder = save_checkpoint(tmp_path, state, model, optimizer, keep=1)
+    folder = save_checkpoint(tmp_path, state, PackedLoss(model), optimizer, keep=1)
     assert folder.name == "checkpoint-7"
     other = make_model(seed=9)
-    other_optimizer = make_optimizer(other, weight_decay=0.1)
+    other_optimizer = make_optimizer(PackedLoss(other), weight_decay=0.1)
     assert load_checkpoint(folder, other, other_optimizer) == state
     take_steps(model, optimizer, 3)
     take_steps(other, other_optimizer, 3)
@@ -72,9 +73,9 @@ def test_training_goes_on_from_a_checkpoint_as_if_never_stopped(make_model: Make
 def test_a_checkpoint_of_adapters_restores_them(make_model: MakeModel, tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path / "base")
     model, optimizer = trained(add_lora(load_model(tmp_path / "base"), rank=2, alpha=4))
-    folder = save_checkpoint(tmp_path, TrainState(step=1), model, optimizer, keep=1)
+    folder = save_checkpoint(tmp_path, TrainState(step=1), PackedLoss(model), optimizer, keep=1)
     other = add_lora(load_model(tmp_path / "base"), rank=2, alpha=4, seed=1)
-    load_checkpoint(folder, other, make_optimizer(other, weight_decay=0.1))
+    load_checkpoint(folder, other, make_optimizer(PackedLoss(other), weight_decay=0.1))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
@@ -83,7 +84,7 @@ def test_only_the_newest_are_kept(make_model: MakeModel, tmp_path: Path) -> None
     (tmp_path / "checkpoint-11.incomplete").mkdir()
     (tmp_path / "checkpoint-best").mkdir()
     for step in (2, 9, 10):
-        save_checkpoint(tmp_path, TrainState(step=step), model, optimizer, keep=2)
+        save_checkpoint(tmp_path, TrainState(step=step), PackedLoss(model), optimizer, keep=2)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
     assert (tmp_path / "checkpoint-best").is_dir()
     assert checkpoints(tmp_path / "nowhere") == []
@@ -93,7 +94,7 @@ def test_only_the_newest_are_kept(make_model: MakeModel, tmp_path: Path) -> None
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "garbage"])
 def test_a_damaged_checkpoint_is_named(make_model: MakeModel, tmp_path: Path, name: str, damage: str) -> None:
     model, optimizer = trained(make_model())
-    folder = save_checkpoint(tmp_path, TrainState(step=3), model, optimizer, keep=1)
+    folder = save_checkpoint(tmp_path, TrainState(step=3), PackedLoss(model), optimizer, keep=1)
     path = folder / name
     contents = path.read_bytes()
     if damage == "missing":
@@ -109,7 +110,7 @@ def test_a_damaged_checkpoint_is_named(make_model: MakeModel, tmp_path: Path, na
 @pytest.mark.parametrize("text", ["[]", "null", '{"step": 3, "colour": "red"}'])
 def test_a_state_of_another_kind_is_refused(make_model: MakeModel, tmp_path: Path, text: str) -> None:
     model, optimizer = trained(make_model())
-    folder = save_checkpoint(tmp_path, TrainState(step=3), model, optimizer, keep=1)
+    folder = save_checkpoint(tmp_path, TrainState(step=3), PackedLoss(model), optimizer, keep=1)
     (folder / STATE).write_text(text)
     with pytest.raises(CheckpointError, match=r"checkpoint-3 cannot be read"):
         load_checkpoint(folder, model, optimizer)
@@ -117,10 +118,10 @@ def test_a_state_of_another_kind_is_refused(make_model: MakeModel, tmp_path: Pat
 
 def test_a_checkpoint_of_another_model_is_refused(make_model: MakeModel, tokenizer: Any, tmp_path: Path) -> None:
     model, optimizer = trained(make_model())
-    folder = save_checkpoint(tmp_path, TrainState(step=3), model, optimizer, keep=1)
+    folder = save_checkpoint(tmp_path, TrainState(step=3), PackedLoss(model), optimizer, keep=1)
     deeper = tiny_model(len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
     with pytest.raises(CheckpointError, match=r"checkpoint-3 cannot be read"):
-        load_checkpoint(folder, deeper, make_optimizer(deeper, weight_decay=0.1))
+        load_checkpoint(folder, deeper, make_optimizer(PackedLoss(deeper), weight_decay=0.1))
 
 
 def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
@@ -155,7 +156,7 @@ def test_a_place_that_cannot_be_written_is_a_checkpoint_error(tmp_path: Path) ->
 
 def test_the_state_file_is_readable_json(make_model: MakeModel, tmp_path: Path) -> None:
     model, optimizer = trained(make_model())
-    folder = save_checkpoint(tmp_path, TrainState(step=3, num_tokens=12), model, optimizer, keep=1)
+    folder = save_checkpoint(tmp_path, TrainState(step=3, num_tokens=12), PackedLoss(model), optimizer, keep=1)
     assert json.loads((folder / STATE).read_text())["num_tokens"] == 12
 
 
@@ -187,7 +188,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
     make_model: MakeModel, tmp_path: Path, name: str, how: str
 ) -> None:
     model, optimizer = trained(make_model())
-    good, bad = (save_checkpoint(tmp_path, TrainState(step=step), model, optimizer, keep=2) for step in (3, 6))
+    good, bad = (
+        save_checkpoint(tmp_path, TrainState(step=step), PackedLoss(model), optimizer, keep=2) for step in (3, 6)
+    )
     assert newest_intact(tmp_path) == bad and damage(bad) is None
     change(bad / name, how)
     with pytest.warns(UserWarning, match=rf"going on from {good}, .*is damaged: {bad}: .*{SAYS[how]}"):
@@ -198,14 +201,17 @@ def test_no_intact_checkpoint_is_an_error_and_none_at_all_is_not(make_model: Mak
     assert newest_intact(tmp_path) is None
     model, optimizer = trained(make_model())
     for step in (3, 6):
-        change(save_checkpoint(tmp_path, TrainState(step=step), model, optimizer, keep=2) / OPTIMIZER, "flipped")
+        change(
+            save_checkpoint(tmp_path, TrainState(step=step), PackedLoss(model), optimizer, keep=2) / OPTIMIZER,
+            "flipped",
+        )
     with pytest.raises(CheckpointError, match=r"no checkpoint .* intact \(.*checkpoint-6.*checkpoint-3.*=never"):
         newest_intact(tmp_path)
 
 
 def test_a_damaged_checkpoint_chosen_by_hand_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
     model, optimizer = trained(make_model())
-    folder = save_checkpoint(tmp_path, TrainState(step=3), model, optimizer, keep=1, kind="stable")
+    folder = save_checkpoint(tmp_path, TrainState(step=3), PackedLoss(model), optimizer, keep=1, kind="stable")
     require_intact(folder)
     change(folder / "model.safetensors", "flipped")
     with pytest.raises(CheckpointError, match=r"stable-3 is damaged \(the SHA-256 of model.safetensors .*another"):
@@ -217,7 +223,7 @@ def test_a_list_of_files_that_proves_nothing_is_not_believed(
     make_model: MakeModel, tmp_path: Path, listed: str
 ) -> None:
     model, optimizer = trained(make_model())
-    folder = save_checkpoint(tmp_path, TrainState(step=3), model, optimizer, keep=1)
+    folder = save_checkpoint(tmp_path, TrainState(step=3), PackedLoss(model), optimizer, keep=1)
     (folder / FILES).write_text(listed)
     assert (damage(folder) or "").startswith(FILES)
 
@@ -226,8 +232,10 @@ def test_a_damaged_checkpoint_of_a_later_step_does_not_crowd_out_good_ones(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
     model, optimizer = trained(make_model())
-    save_checkpoint(tmp_path, TrainState(step=10), model, optimizer, keep=1)
-    save_checkpoint(tmp_path, TrainState(step=7), model, optimizer, keep=1)  # training fell back to before 7
+    save_checkpoint(tmp_path, TrainState(step=10), PackedLoss(model), optimizer, keep=1)
+    save_checkpoint(
+        tmp_path, TrainState(step=7), PackedLoss(model), optimizer, keep=1
+    )  # training fell back to before 7
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-7"]
 
 
@@ -236,11 +244,11 @@ def test_a_damaged_checkpoint_of_a_later_step_does_not_crowd_out_good_ones(
 
 def test_stable_checkpoints_are_resumed_from_and_never_make_room(make_model: MakeModel, tmp_path: Path) -> None:
     model, optimizer = trained(make_model())
-    save_checkpoint(tmp_path, TrainState(step=4), model, optimizer, keep=1)
-    stable = save_checkpoint(tmp_path, TrainState(step=5), model, optimizer, keep=1, kind="stable")
+    save_checkpoint(tmp_path, TrainState(step=4), PackedLoss(model), optimizer, keep=1)
+    stable = save_checkpoint(tmp_path, TrainState(step=5), PackedLoss(model), optimizer, keep=1, kind="stable")
     assert newest_intact(tmp_path) == stable
     for step in (6, 7):
-        save_checkpoint(tmp_path, TrainState(step=step), model, optimizer, keep=1)
+        save_checkpoint(tmp_path, TrainState(step=step), PackedLoss(model), optimizer, keep=1)
     assert [path.name for path in checkpoints(tmp_path)] == ["stable-5", "checkpoint-7"]
     for name in ("checkpoint-3.incomplete", "stable-2.discarded", "checkpoint-best"):
         (tmp_path / name).mkdir()

@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from cprec import distributed
+from cprec.batch import IGNORE
 from cprec.errors import TrainingError
 from cprec.provenance import to_dict
 from cprec.text.stream import TokenStream
 from cprec.train.checkpoint import checkpoints, damage
 from cprec.train.config import PretrainConfig, TinyModel
-from cprec.train.loop import LOG, read_log, split_rows
+from cprec.train.folder import LOG, read_done, read_log
 from cprec.train.pretrain import pretrain
-from cprec.train.training import read_done
 
 MakeConfig = Callable[..., PretrainConfig]
 PATIENCE = 120
@@ -139,16 +139,14 @@ def test_alone_nothing_is_exchanged() -> None:
 def test_processes_share_out_the_rows(make_stream: Callable[..., TokenStream], num_ranks: int, parts: int) -> None:
     stream = make_stream(rows_per_step=5)
     for batch in (stream.batch(0), stream.batch(stream.num_steps - 1)):
-        shares = [split_rows(batch, parts, rank, num_ranks) for rank in range(num_ranks)]
+        shares = [batch.micro_batches(parts, rank, num_ranks) for rank in range(num_ranks)]
         assert len({len(share) for share in shares}) == 1  # sharded processes work in step
         micro = [part for share in shares for part in share]
-        assert all(len(part.input_ids_RT) for part in micro)
-        assert sum(part.num_targets for part in micro) == batch.num_targets
-        with_targets = [part for part in micro if part.num_targets]
-        for name in ("input_ids_RT", "position_ids_RT", "targets_RT"):
-            joined = np.concatenate([getattr(part, name) for part in with_targets])
-            assert np.array_equal(joined, getattr(batch, name))
-        assert max(len(part.input_ids_RT) for part in micro) <= -(-len(batch.input_ids_RT) // min(parts, num_ranks * 5))
+        assert all(len(part["input_ids"]) for part in micro)
+        with_targets = [part for part in micro if (part["targets"] != IGNORE).any()]
+        for name, rows in batch.rows.items():
+            assert np.array_equal(np.concatenate([part[name] for part in with_targets]), rows)
+        assert max(len(part["input_ids"]) for part in micro) <= -(-batch.num_rows // min(parts, num_ranks * 5))
 
 
 def test_only_failed_exchanges_are_named_so() -> None:
@@ -166,6 +164,7 @@ def test_only_failed_exchanges_are_named_so() -> None:
 EXCHANGES = """
 import torch
 from cprec import distributed
+from cprec.batch import IGNORE
 from cprec.errors import CheckpointError, TrainingError
 
 distributed.join_processes(60)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
 from cprec.errors import ConfigError
 from cprec.models import add_lora, packed_hidden, tiny_model
-from cprec.text.stream import TokenStream
+from cprec.text.stream import NEXT_TOKEN, TokenStream
 from cprec.train import estimate as module
 from cprec.train.checkpoint import TrainState, save_checkpoint
 from cprec.train.config import PretrainConfig
@@ -29,9 +29,9 @@ from cprec.train.estimate import (
     unloaded_model,
     without_weights,
 )
-from cprec.train.loop import make_optimizer
 from cprec.train.loss import PackedLoss
 from cprec.train.plan import make_plan
+from cprec.train.trainable import make_optimizer
 
 ROWS, ROW_TOKENS, VOCABULARY = 2, 64, 300
 CPU = torch.device("cpu")
@@ -138,7 +138,7 @@ def kept_by_autograd(model: Any, bf16: bool) -> int:
 def test_memory_is_that_of_a_real_model(family: str, bf16: bool) -> None:
     told = memory_of(without_weights(lambda: make(family)), rows=ROWS, row_tokens=ROW_TOKENS, bf16=bf16)
     model = make(family).train()
-    optimizer = make_optimizer(model, weight_decay=0.1)
+    optimizer = make_optimizer(PackedLoss(model), weight_decay=0.1)
     ids, positions = packed_rows()
     PackedLoss(model)(ids, positions, ids).backward()
     optimizer.step()
@@ -236,7 +236,7 @@ def test_a_plan_is_estimated_from_its_settings(
     assert told.num_checkpoints == config.save_total_limit + 2
     assert told.memory == memory_of(model, rows=4, row_tokens=96, bf16=False)
     batch = stream.batch(0)
-    share = batch.num_targets / batch.num_tokens
+    share = batch.counts[NEXT_TOKEN] / batch.num_tokens
     assert share < 0.5 and told.flops_per_token == flops_per_token(model, told.context, share)
     assert told.free_memory > 0 and told.free_disk > 0 and not (tmp_path / "a").exists()
     assert told.timed(123.0).tokens_per_second == 123.0 and "123 tokens/s (timed" in told.timed(123.0).time_line
@@ -292,11 +292,11 @@ def test_the_four_lines(told: Callable[..., Any]) -> None:
 
 def test_disk_is_that_of_real_folders(tmp_path: Path) -> None:
     model = tiny_model(VOCABULARY)
-    optimizer = make_optimizer(model, weight_decay=0.1)
+    optimizer = make_optimizer(PackedLoss(model), weight_decay=0.1)
     ids, positions = packed_rows()
     PackedLoss(model)(ids, positions, ids).backward()
     optimizer.step()
-    folder = save_checkpoint(tmp_path, TrainState(), model, optimizer, 1)
+    folder = save_checkpoint(tmp_path, TrainState(), PackedLoss(model), optimizer, 1)
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     told = estimate(
         without_weights(lambda: tiny_model(VOCABULARY)),

@@ -10,19 +10,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
+from cprec.batch import IGNORE
 from cprec.errors import ConfigError, DataError
-from cprec.text.stream import IGNORE, TokenStream
+from cprec.text.stream import NEXT_TOKEN, TokenStream
 from cprec.train.forgetting import general_text_batches
 from cprec.train.loop import perplexity
+from cprec.train.loss import PackedLoss
 
 
 def read_back(tokenizer: Any, stream: TokenStream) -> list[str]:
     """The documents of a stream as text, in order of the rows."""
     found: list[str] = []
     for batch in stream:
-        for ids, positions in zip(batch.input_ids_RT, batch.position_ids_RT, strict=True):
+        for ids, positions in zip(batch.rows["input_ids"], batch.rows["position_ids"], strict=True):
             pieces = np.split(ids, np.flatnonzero(positions == 0)[1:])
             found += [tokenizer.decode(piece) for piece in pieces if piece[0] != stream.pad_id or len(set(piece)) > 1]
     return found
@@ -34,14 +35,16 @@ def test_our_own_text_is_read_whole_and_the_same_each_time(tokenizer: Any) -> No
     first, second = (general_text_batches(tokenizer, 2048) for _ in range(2))
     documents = read_back(tokenizer, first)
     assert sorted(documents) == sorted(paragraph + "<eos>" for paragraph in text.strip().split("\n\n"))
-    assert [batch.input_ids_RT.tolist() for batch in first] == [batch.input_ids_RT.tolist() for batch in second]
+    assert [batch.rows["input_ids"].tolist() for batch in first] == [
+        batch.rows["input_ids"].tolist() for batch in second
+    ]
 
 
 def test_long_texts_are_cut_to_rows_and_nothing_is_lost(tokenizer: Any) -> None:
     whole, cut = general_text_batches(tokenizer, 2048), general_text_batches(tokenizer, 64)
     assert cut.num_tokens == whole.num_tokens and cut.row_tokens == 64
     assert len("".join(read_back(tokenizer, cut))) == len("".join(read_back(tokenizer, whole)))
-    targets = sum(batch.num_targets for batch in cut)
+    targets = sum(batch.counts[NEXT_TOKEN] for batch in cut)
     assert targets == cut.num_tokens - len(cut.corpus), "all tokens but the first of each piece are predicted"
 
 
@@ -49,9 +52,9 @@ def test_perplexity_of_a_model_that_knows_nothing_is_about_its_vocabulary(
     make_model: Callable[..., Any], tokenizer: Any
 ) -> None:
     batches = general_text_batches(tokenizer, 96)
-    found = perplexity(make_model(), batches, torch.device("cpu"), bf16=False)
+    found = perplexity(PackedLoss(make_model()), batches)
     assert found == pytest.approx(len(tokenizer), rel=0.2)
-    assert found == perplexity(make_model(), batches, torch.device("cpu"), bf16=False), "batches can be read again"
+    assert found == perplexity(PackedLoss(make_model()), batches), "batches can be read again"
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
@@ -67,8 +70,8 @@ def test_a_text_of_ones_own(kind: str, tokenizer: Any, tmp_path: Path) -> None:
     expected = [text + "<eos>" for text in (["\n".join(texts)] if kind == "txt" else texts)]
     assert sorted(read_back(tokenizer, stream)) == sorted(expected)
     (batch,) = stream
-    assert tokenizer.eos_token_id not in batch.input_ids_RT[batch.position_ids_RT == 0]
-    ends = int((batch.targets_RT == tokenizer.eos_token_id).sum())
+    assert tokenizer.eos_token_id not in batch.rows["input_ids"][batch.rows["position_ids"] == 0]
+    ends = int((batch.rows["targets"] == tokenizer.eos_token_id).sum())
     assert ends == len(expected), "an end that a text spells out is no end"
 
 
@@ -77,8 +80,8 @@ def test_of_a_large_file_only_the_beginning_is_read(tokenizer: Any, tmp_path: Pa
     path.write_text('{"text": "red book 1"}\n' * 400 + "not JSON: never reached\n")
     stream = general_text_batches(tokenizer, 64, str(path), max_tokens=100, rows_per_batch=1)
     assert stream.num_tokens == 100
-    assert all(batch.input_ids_RT.shape == (1, 64) for batch in stream)
-    assert all((batch.targets_RT != IGNORE).any() for batch in stream)
+    assert all(batch.rows["input_ids"].shape == (1, 64) for batch in stream)
+    assert all((batch.rows["targets"] != IGNORE).any() for batch in stream)
 
 
 def test_what_cannot_be_read_is_named(tokenizer: Any, tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ import json
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,26 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from cprec.batch import IGNORE, Batch
 from cprec.errors import CheckpointError, TrainingError
 from cprec.text.shards import Shards
-from cprec.text.stream import IGNORE, TokenStream
+from cprec.text.stream import NEXT_TOKEN, TokenStream
 from cprec.train.checkpoint import TrainState, checkpoints, load_checkpoint, newest_intact
-from cprec.train.loop import LOG, make_optimizer, perplexity, read_log, split_rows, step_seed, summed_loss
+from cprec.train.folder import LOG, read_log
+from cprec.train.loop import perplexity, step_seed
+from cprec.train.loss import PackedLoss
+from cprec.train.trainable import make_optimizer
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "loss_curve.json"
-CPU = torch.device("cpu")
 
 Run = Callable[..., tuple[TrainState, Any]]
 MakeStream = Callable[..., TokenStream]
 MakeModel = Callable[..., Any]
+
+
+def summed_loss(model: Any, batch: Batch) -> torch.Tensor:
+    rows = {name: torch.from_numpy(array) for name, array in batch.rows.items()}
+    return PackedLoss(model).losses(rows)[NEXT_TOKEN]
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -45,14 +55,14 @@ def test_the_loss_is_that_of_every_document_alone(
 ) -> None:
     model, batch = make_model(), make_stream().batch(1)
     expected, count = 0.0, 0
-    for document in batch.documents:
+    for document in batch.examples:
         ids = torch.from_numpy(shards.rows[document].astype(np.int64))
         logits = model(input_ids=ids[None]).logits[0]
         expected += cross_entropy(logits[:-1], ids[1:], reduction="sum").item()
         count += len(ids) - 1
-    assert count == batch.num_targets
-    assert summed_loss(model, batch, CPU, bf16=False).item() == pytest.approx(expected, rel=1e-5)
-    assert perplexity(model, [batch], CPU, bf16=False) == pytest.approx(np.exp(expected / count), rel=1e-5)
+    assert count == batch.counts[NEXT_TOKEN]
+    assert summed_loss(model, batch).item() == pytest.approx(expected, rel=1e-5)
+    assert perplexity(PackedLoss(model), [batch]) == pytest.approx(np.exp(expected / count), rel=1e-5)
 
 
 def test_perplexity_weighs_targets_and_leaves_the_model_as_it_was(
@@ -60,27 +70,27 @@ def test_perplexity_weighs_targets_and_leaves_the_model_as_it_was(
 ) -> None:
     model, stream = make_model(), make_stream(rows_per_step=3)
     batches = [stream.batch(0), stream.batch(stream.num_steps - 1)]
-    sums = [summed_loss(model, batch, CPU, bf16=False).item() for batch in batches]
+    sums = [summed_loss(model, batch).item() for batch in batches]
     model.train()
-    got = perplexity(model, batches, CPU, bf16=False)
-    assert got == pytest.approx(np.exp(sum(sums) / sum(batch.num_targets for batch in batches)))
+    got = perplexity(PackedLoss(model), batches)
+    assert got == pytest.approx(np.exp(sum(sums) / sum(batch.counts[NEXT_TOKEN] for batch in batches)))
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
-    assert np.isnan(perplexity(model, [], CPU, bf16=False))
+    assert np.isnan(perplexity(PackedLoss(model), []))
 
 
 def test_only_targets_count(make_model: MakeModel, make_stream: MakeStream) -> None:
     batch = make_stream(targets_only=True).batch(0)
     model = make_model()
-    ids, positions = torch.from_numpy(batch.input_ids_RT), torch.from_numpy(batch.position_ids_RT)
+    ids, positions = torch.from_numpy(batch.rows["input_ids"]), torch.from_numpy(batch.rows["position_ids"])
     logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-    targets = torch.from_numpy(batch.targets_RT)
+    targets = torch.from_numpy(batch.rows["targets"])
     expected = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-    assert summed_loss(model, batch, CPU, bf16=False).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert summed_loss(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_matrices_decay_and_vectors_do_not(make_model: MakeModel) -> None:
     model = make_model()
-    decayed, kept = make_optimizer(model, weight_decay=0.3).param_groups
+    decayed, kept = make_optimizer(PackedLoss(model), weight_decay=0.3).param_groups
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
     assert {p.ndim for p in decayed["params"]} == {2} and {p.ndim for p in kept["params"]} == {1}
     assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
@@ -89,11 +99,10 @@ def test_matrices_decay_and_vectors_do_not(make_model: MakeModel) -> None:
 def test_micro_batches_are_the_rows_of_the_step(make_stream: MakeStream) -> None:
     batch = make_stream(rows_per_step=5).batch(0)
     for parts in (1, 2, 5, 9):
-        pieces = split_rows(batch, parts)
+        pieces = batch.micro_batches(parts)
         assert len(pieces) == min(parts, 5)
-        for name in ("input_ids_RT", "position_ids_RT", "targets_RT"):
-            assert np.array_equal(np.concatenate([getattr(piece, name) for piece in pieces]), getattr(batch, name))
-        assert sum(piece.num_targets for piece in pieces) == batch.num_targets
+        for name, rows in batch.rows.items():
+            assert np.array_equal(np.concatenate([piece[name] for piece in pieces]), rows)
 
 
 def test_accumulation_changes_nothing_but_memory(run: Run, make_stream: MakeStream, tmp_path: Path) -> None:
@@ -116,6 +125,61 @@ def test_the_loss_curve_is_the_golden_one(run: Run, make_stream: MakeStream, sha
         GOLDEN.write_text(json.dumps(curve) + "\n")
     assert curve == pytest.approx(json.loads(GOLDEN.read_text()), rel=2e-3)
     assert curve[-1] < 0.6 * curve[0]
+
+
+class TwoTerms(PackedLoss):
+    """The usual loss, and the sum of squares of the hidden states' gains, which each micro-batch adds once."""
+
+    def losses(self, rows: Any) -> dict[str, torch.Tensor]:
+        gains = sum(p.square().sum() for p in self.module.parameters() if p.ndim == 1)
+        return {**super().losses(rows), "gains": gains * len(rows["targets"])}
+
+
+class TwoCounts:
+    """A stream whose batches count the rows as well."""
+
+    def __init__(self, stream: TokenStream) -> None:
+        self.num_steps, self.num_tokens, self._stream = stream.num_steps, stream.num_tokens, stream
+
+    def batch(self, step: int) -> Batch:
+        batch = self._stream.batch(step)
+        return replace(batch, counts={**batch.counts, "gains": batch.num_rows})
+
+
+def test_each_term_is_divided_by_its_own_count(
+    run: Run, make_model: MakeModel, make_stream: MakeStream, tmp_path: Path
+) -> None:
+    for parts in (1, 3):
+        model, stream = make_model(), TwoCounts(make_stream(rows_per_step=3))
+        run(tmp_path / str(parts), trainable=TwoTerms(model), model=model, stream=stream, num_accumulation=parts)
+    whole, cut = (read_log(tmp_path / parts / LOG)[1] for parts in "13")
+    expected = sum(p.square().sum().item() for p in make_model().parameters() if p.ndim == 1)
+    for line in (whole, cut):
+        assert line["losses"]["gains"] == pytest.approx(expected)
+        assert line["loss"] == pytest.approx(sum(line["losses"].values()))
+    assert cut["losses"]["next_token"] == pytest.approx(whole["losses"]["next_token"])
+
+
+def test_what_is_optimised_is_what_is_saved(make_model: MakeModel) -> None:
+    class Partial(PackedLoss):
+        def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+            return super().parameter_groups(weight_decay)[:1]
+
+    with pytest.raises(ValueError, match=r"each trainable parameter of its module once: left out .*norm"):
+        make_optimizer(Partial(make_model()), weight_decay=0.1)
+
+
+def test_an_error_in_a_stream_ends_the_run_and_its_thread(run: Run, make_stream: MakeStream, tmp_path: Path) -> None:
+    class Broken(TwoCounts):
+        def batch(self, step: int) -> Batch:
+            if step == 3:
+                raise OSError("the disk is gone")
+            return self._stream.batch(step)
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        run(tmp_path, stream=Broken(make_stream()))
+    assert list(losses(tmp_path)) == [1, 2, 3]
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
 # ---- the log ---------------------------------------------------------------------------------------------------------
@@ -188,29 +252,30 @@ def test_dropout_is_resumed_too(run: Run, make_model: MakeModel, tmp_path: Path)
     assert same_weights(whole, resumed)
 
 
+class Interrupted(PackedLoss):
+    """A trainable whose process gets a signal while a step is under way, 1 being the first."""
+
+    def __init__(self, model: Any, number: int, at: int) -> None:
+        super().__init__(model)
+        self._number, self._steps_left = number, at
+
+    def losses(self, rows: Any) -> Any:
+        self._steps_left -= 1
+        if self._steps_left == 0:
+            os.kill(os.getpid(), self._number)
+        return super().losses(rows)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_step_finish_and_saves(
-    run: Run, tmp_path: Path, make_stream: MakeStream, capfd: pytest.CaptureFixture[str], number: int
+    run: Run, make_model: MakeModel, tmp_path: Path, capfd: pytest.CaptureFixture[str], number: int
 ) -> None:
     _, whole = run(tmp_path / "whole")
 
-    class Interrupted:
-        """A stream that gets the signal while step 7 is under way."""
-
-        def __init__(self, stream: TokenStream) -> None:
-            self._stream = stream
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._stream, name)
-
-        def batch(self, step: int) -> Any:
-            if step == 6:
-                os.kill(os.getpid(), number)
-            return self._stream.batch(step)
-
+    model = make_model()
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", stream=Interrupted(make_stream()))
+        run(tmp_path / "cut", model=model, trainable=Interrupted(model, number, at=7))
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
     newest = checkpoints(tmp_path / "cut")[-1]
     assert newest.name == "checkpoint-7"
@@ -220,25 +285,53 @@ def test_a_signal_lets_the_step_finish_and_saves(
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+def test_a_signal_in_the_last_step_reaches_the_caller(run: Run, make_model: MakeModel, tmp_path: Path) -> None:
+    state, whole = run(tmp_path / "whole")
+    model = make_model()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", model=model, trainable=Interrupted(model, signal.SIGTERM, at=state.step))
+    newest = checkpoints(tmp_path / "cut")[-1]
+    assert newest.name == f"checkpoint-{state.step}"
+    again, resumed = run(tmp_path / "cut", resume_from=newest)
+    assert same_weights(whole, resumed) and (again.step, again.consumed) == (state.step, state.consumed)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(run: Run, make_model: MakeModel, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"step 7: loss .* at learning rate .* checkpoint in .* are intact: go on"):
         run(tmp_path, schedule=lambda step: 1e-3 if step < 6 else 1e38)
     (checkpoint,) = checkpoints(tmp_path)
     model = make_model(seed=3)
-    assert load_checkpoint(checkpoint, model, make_optimizer(model, weight_decay=0.1)).step == 5
+    assert load_checkpoint(checkpoint, model, make_optimizer(PackedLoss(model), weight_decay=0.1)).step == 5
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     _, whole = run(tmp_path / "whole", schedule=lambda step: 1e-3)
     _, resumed = run(tmp_path, schedule=lambda step: 1e-3, resume_from=newest_intact(tmp_path))
     assert same_weights(whole, resumed)
 
 
+@pytest.mark.parametrize("quiet", ["logging_steps", "eval_steps", "save_steps"])
+def test_nothing_is_made_from_weights_that_are_not_finite(run: Run, tmp_path: Path, quiet: str) -> None:
+    """The loss is looked at only now and then; by then the first bad step is still known."""
+    validated: list[int] = []
+    often = {"logging_steps": 1000, "eval_steps": 1000, "save_steps": 1000} | {quiet: 9}
+    with pytest.raises(TrainingError, match=r"step [67]: .* not finite"):
+        run(
+            tmp_path,
+            schedule=lambda step: 1e-3 if step < 6 else 1e38,
+            validate=lambda: validated.append(1) or {},
+            **often,
+        )
+    assert not checkpoints(tmp_path) and validated == [1], "validated before the first step, and never again"
+    assert [line["step"] for line in read_log(tmp_path / LOG)] == [0, 1]
+
+
 def test_the_end_of_the_stable_phase_is_kept(run: Run, make_model: MakeModel, tmp_path: Path) -> None:
-    state, whole = run(tmp_path / "whole", save_total_limit=1, keep_at=[7])
+    state, whole = run(tmp_path / "whole", save_total_limit=1, stable_step=7)
     newest = (state.step - 1) // 5 * 5  # the last step saves only what is kept
     assert [path.name for path in checkpoints(tmp_path / "whole")] == ["stable-7", f"checkpoint-{newest}"]
     _, forked = run(tmp_path / "fork", model=make_model(seed=5), resume_from=tmp_path / "whole" / "stable-7")
     assert same_weights(whole, forked)
-    run(tmp_path / "end", save_steps=1000, keep_at=[state.step])
+    run(tmp_path / "end", save_steps=1000, stable_step=state.step)
     assert [path.name for path in checkpoints(tmp_path / "end")] == [f"stable-{state.step}"]
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from cprec.batch import IGNORE, Batch
 from cprec.errors import ConfigError
-from cprec.text.stream import IGNORE, TokenStream
+from cprec.text.stream import NEXT_TOKEN, TokenStream
 from cprec.train.attention import use_document_attention
-from cprec.train.loss import BLOCK, CHUNK, PackedLoss, as_loss, linear_cross_entropy, prepare_loss
+from cprec.train.loss import BLOCK, CHUNK, PackedLoss, linear_cross_entropy, prepare_loss
 
 WIDTH, VOCABULARY = 16, 37
 
@@ -98,11 +99,15 @@ def test_no_targets_cost_nothing() -> None:
 
 MakeStream = Callable[..., TokenStream]
 MakeModel = Callable[..., Any]
-CPU = torch.device("cpu")
+
+
+def loss_of(loss: PackedLoss, batch: Batch) -> torch.Tensor:
+    rows = {name: torch.from_numpy(array) for name, array in batch.rows.items()}
+    return loss.losses(rows)[NEXT_TOKEN]
 
 
 def loss_and_gradients(loss: PackedLoss, stream: TokenStream) -> tuple[float, list[torch.Tensor]]:
-    value = loss.train().of(stream.batch(0), CPU)
+    value = loss_of(loss.train(), stream.batch(0))
     gradients = torch.autograd.grad(value / 100, [p for p in loss.parameters() if p.requires_grad])
     return value.item(), list(gradients)
 
@@ -113,15 +118,10 @@ def assert_same(one: tuple[float, list[torch.Tensor]], other: tuple[float, list[
         torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-5)
 
 
-def test_a_packed_loss_is_made_once(make_model: MakeModel) -> None:
-    loss = as_loss(make_model(), True)
-    assert loss.bf16 and as_loss(loss, False) is loss
-
-
 def test_rows_without_targets_have_no_loss_and_no_gradients(make_model: MakeModel, make_stream: MakeStream) -> None:
     loss, batch = PackedLoss(make_model()), make_stream().batch(0)
-    batch.targets_RT.fill(IGNORE)
-    value = loss.of(batch, CPU)
+    batch.rows["targets"].fill(IGNORE)
+    value = loss_of(loss, batch)
     value.backward()
     assert value.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in loss.parameters())  # sums over processes need them all
@@ -161,4 +161,4 @@ def test_compiling_gives_the_same_loss_and_gradients(
     loss = prepare_loss(model, bf16=False, torch_compile=True, gradient_checkpointing=checkpointing)
     assert_same(plain, loss_and_gradients(loss, make_stream()))
     assert counters["stats"]["unique_graphs"] > 0
-    assert {name.removeprefix("model.") for name in loss.state_dict()} == set(make_model().state_dict())
+    assert {name.removeprefix("module.") for name in loss.state_dict()} == set(make_model().state_dict())

@@ -19,8 +19,8 @@ from cprec.provenance import FileHashes
 from cprec.text.tokenizer import load_tokenizer
 from cprec.train.config import FinetuneConfig, PretrainConfig
 from cprec.train.finetune import finetune
+from cprec.train.folder import model_identity, read_done
 from cprec.train.pretrain import pretrain
-from cprec.train.training import model_identity, read_done
 
 SHARED: dict[str, Any] = {
     "data": "data",

@@ -19,14 +19,14 @@ from cprec.provenance import to_dict
 from cprec.rank.llm import LLMRecommender
 from cprec.text.config import Mixture
 from cprec.text.shards import open_shards
+from cprec.text.stream import NEXT_TOKEN
 from cprec.text.tokenizer import load_tokenizer
 from cprec.train import training
 from cprec.train.checkpoint import checkpoints, read_state
 from cprec.train.config import FinetuneConfig, PretrainConfig, TinyModel
 from cprec.train.finetune import finetune
-from cprec.train.loop import LOG, read_log
+from cprec.train.folder import DONE, LOG, read_done, read_log
 from cprec.train.pretrain import behaviour_and_more, fork, pretrain, pretrain_plan
-from cprec.train.training import DONE, read_done
 
 SOURCE = Path(__file__).parents[3] / "src"
 
@@ -379,7 +379,7 @@ def test_phases_have_their_mixtures(config: Callable[..., PretrainConfig]) -> No
     assert found["examples of books"] == pytest.approx([0.0, 0.1], abs=0.01)
     assert plan.schedule.wsa.anneal == plan.stream.phase_steps[1]
     examples = plan.stream.corpus.groups[-1]
-    users = open_shards(Path(config().data) / "examples/books/train").column("user_id")[examples.documents]
+    users = open_shards(Path(config().data) / "examples/books/train").column("user_id")[examples.examples]
     assert set(users) == {f"u{n}" for n in range(30, 60)}, "of users who stand in the shards, and no others"
 
 
@@ -433,16 +433,16 @@ def test_items_only_covers_titles_and_the_end(config: Callable[..., PretrainConf
     found = set()
     for step in range(3):
         whole, masked = everything.stream.batch(step), titles.stream.batch(step)
-        assert (whole.input_ids_RT == masked.input_ids_RT).all()
-        documents = titles.stream.corpus.take(masked.documents)[0]
-        marks = titles.stream._is_target(masked.documents, documents)
+        assert (whole.rows["input_ids"] == masked.rows["input_ids"]).all()
+        documents = titles.stream.corpus.take(masked.examples)[0]
+        marks = titles.stream._is_target(masked.examples, documents)
         for row in range(len(documents)):
             inside = marks[documents.offsets[row] : documents.offsets[row + 1]]
             text = tokenizer.decode(documents[row][inside])
             lines = tokenizer.decode(documents[row]).replace("Next:", "-").split("\n-")[1:]
             assert text == "".join(line.replace(" [books]", "").replace(" [games]", "") for line in lines)
             found.add(text)
-        assert 0 < masked.num_targets == int(marks.sum()) < whole.num_targets
+        assert 0 < masked.counts[NEXT_TOKEN] == int(marks.sum()) < whole.counts[NEXT_TOKEN]
     assert len(found) > 20
 
 

@@ -26,7 +26,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cprec.errors import ConfigError, DataError, UnknownItemError
+from cprec.data.config import SyntheticConfig
+from cprec.errors import DataError, UnknownItemError
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import BRAND, CATEGORIES, ITEM_ID, TEST, TIMESTAMP, TITLE, USER_ID, VALIDATION, DomainInfo, Item
 
@@ -84,63 +85,6 @@ NEXT_KINDS = 3
 FIRST_SECOND = 1_640_995_200
 """2022-01-01 UTC. Each user is active for a year that begins within a year of this."""
 YEAR = 365 * 24 * 3600
-
-
-@dataclass(frozen=True, kw_only=True)
-class SyntheticConfig:
-    """The synthetic world: market (beauty, garden, kitchen, sports, toys) and library (books, films).
-
-    The strengths were set by reason, not by any method's results: a matching word of taste, habit or signal makes an
-    item about seven times as likely (e ** 2), all alike; popularity is milder, so that ranking by it alone is weak.
-    """
-
-    num_market_users: int = 3000
-    """Users of the platform market."""
-    num_library_users: int = 1200
-    """Users of the platform library; none of them is a user of market."""
-    items_per_domain: int = 300
-    """Items of each domain."""
-    min_events: int = 5
-    """Fewest events of a user in a domain that the user is active in."""
-    max_events: int = 9
-    """Most events of a user in a domain; numbers between are equally likely."""
-    domain_share: float = 0.8
-    """Chance that a user is active in a domain of the platform; everyone is active in one at least."""
-    popularity_strength: float = 0.5
-    """Exponent of Zipf's law over a domain's items; 0 makes all equally popular."""
-    taste_strength: float = 2.0
-    """Log-odds that an item gains by each quality word, and by the brand, that the user loves."""
-    habit_strength: float = 2.0
-    """Log-odds that an item gains if its kind often follows the kind of the user's latest item in the domain."""
-    cross_domain_strength: float = 2.0
-    """Log-odds that an item gains by each quality word it shares with the user's latest item in the domain that
-    triggers its own; 0 removes the planted signal."""
-    seed: int = 0
-    """Decides catalogues, users and events."""
-
-    def __post_init__(self) -> None:
-        most = (len(SHARED_BRANDS) + 10) * 12 * len(QUALITIES) * (len(QUALITIES) - 1) // 2
-        if not 1 <= self.min_events <= self.max_events:
-            raise ConfigError(
-                f"min_events={self.min_events} must be at least 1 and at most max_events={self.max_events}"
-            )
-        if not self.max_events < self.items_per_domain <= most:
-            raise ConfigError(
-                f"items_per_domain={self.items_per_domain} must be more than max_events={self.max_events}, because no "
-                f"user has an item twice, and at most {most}, the number of different titles"
-            )
-        if min(self.num_market_users, self.num_library_users) < 1:
-            raise ConfigError(
-                f"num_market_users={self.num_market_users} and num_library_users={self.num_library_users} must be at "
-                "least 1"
-            )
-        if not 0 < self.domain_share <= 1:
-            raise ConfigError(f"domain_share={self.domain_share} must be above 0 and at most 1")
-        if self.seed < 0:
-            raise ConfigError(f"seed={self.seed} must be at least 0")
-        for name in ("popularity_strength", "taste_strength", "habit_strength", "cross_domain_strength"):
-            if not 0 <= getattr(self, name) <= 50:
-                raise ConfigError(f"{name}={getattr(self, name)} must lie in 0..50")
 
 
 class SyntheticWorld:
