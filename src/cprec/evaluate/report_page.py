@@ -334,7 +334,7 @@ def write_report_page(
 
 
 def report_page(report: Report, runs: Mapping[str, TrainingRun], examples: Sequence[Example]) -> str:
-    """The text of the page. Runs named `GROUP: ARM` share the charts of their group."""
+    """The text of the page. Runs named `GROUP: ARM` share the charts of their group; one without a log is left out."""
     protocol = Section(
         title="How this was measured",
         boxed=True,
@@ -345,10 +345,11 @@ def report_page(report: Report, runs: Mapping[str, TrainingRun], examples: Seque
     sections = [protocol, *map(_domain_section, report.domains.values())]
     if examples:
         sections.append(Section(title="What users are recommended", examples=examples))
-    if runs:
-        sections.append(final_section(list(runs.values()), "What was trained"))
+    logged = {name: run for name, run in runs.items() if run.records}
+    if logged:
+        sections.append(final_section(list(logged.values()), "What was trained"))
     groups: dict[str, dict[str, TrainingRun]] = {}
-    for name, run in runs.items():
+    for name, run in logged.items():
         group, _, arm = name.partition(": ")
         groups.setdefault(group, {})[arm or name] = run
     sections += [run_section(f"Training: {group}", members) for group, members in groups.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 GENERAL_TEXT = "general text"
@@ -53,12 +54,12 @@ class TrainingRun:
         points = self.points(name)
         return points[-1][1] if points else math.nan
 
-    @property
+    @cached_property
     def heldout(self) -> dict[str, list[tuple[float, float]]]:
         """Held-out perplexity over tokens, by domain and kind; the general text is not among them."""
         return {name: points for name, points in self.members("heldout").items() if name != GENERAL_TEXT}
 
-    @property
+    @cached_property
     def general_text(self) -> list[tuple[float, float]]:
         """Perplexity on the general text over tokens."""
         return self.members("heldout").get(GENERAL_TEXT, [])
@@ -68,7 +69,7 @@ class TrainingRun:
         """The share of each group that the settings ask for, where the log has it."""
         return next((dict(record["mixture_asked"]) for record in self.records if "mixture_asked" in record), {})
 
-    @property
+    @cached_property
     def relative_forgetting(self) -> list[tuple[float, float]]:
         """Perplexity on the general text over tokens, as a multiple of the first."""
         start = self.general_text[0][1] if self.general_text else 0.0
@@ -77,8 +78,7 @@ class TrainingRun:
     @property
     def forgetting(self) -> float:
         """The last perplexity on the general text over the first; NaN where it was not measured twice."""
-        measured = self.relative_forgetting
-        return measured[-1][1] if len(measured) > 1 else math.nan
+        return self.relative_forgetting[-1][1] if len(self.relative_forgetting) > 1 else math.nan
 
     def members(self, name: str) -> dict[str, list[tuple[float, float]]]:
         """The finite values over tokens of each member of a field that is a mapping: `heldout` or `mixture`."""
