@@ -42,12 +42,15 @@ _UNDECODED = re.compile("[\udc80-\udcff]")
 
 @dataclass(frozen=True)
 class Form:
-    """How rows are written."""
+    """How the rows of a file are written."""
 
     columns: tuple[str, ...]
     separator: str
     quote: str
     """One character, or '' where quotes are ordinary."""
+    header: bool = True
+    """Whether the first line names the columns, and is no row."""
+    encoding: str = "utf-8"
 
 
 class SetAside(NamedTuple):

@@ -47,8 +47,8 @@ def download_files(
 ) -> list[Path]:
     """Fetch files into a folder, unless they are there; zip archives are unpacked into it. Returns their paths.
 
-    An interrupted download goes on where it broke off. The SHA-256 of each file, unpacked ones too, is recorded when the
-    file is first complete; a file that is there already, or comes again, must have it. `licence` is shown before
+    An interrupted download goes on where it broke off. The SHA-256 of each file, unpacked ones too, is recorded when
+    the file is first complete; one that is there already, or comes again, must have it. `licence` is shown before
     anything is fetched; `wait` is called with seconds between tries.
 
     Raises DataError where a server does not give the file, gives less or more than it announced, a damaged file, or

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cprec.data import text_files
+from cprec.data.delimited import Form
 from cprec.data.text_files import LINE
 from cprec.errors import ConfigError, DataError
 from cprec.machine import free_memory, num_cores
@@ -46,16 +47,7 @@ class TableEngine(ABC):
         """A Parquet file with its row numbers (`LINE`)."""
 
     @abstractmethod
-    def read_delimited(
-        self,
-        path: Path,
-        columns: Sequence[str],
-        *,
-        separator: str,
-        quote: str,
-        header: bool = True,
-        encoding: str = "utf-8",
-    ) -> tuple[Any, Any | None]:
+    def read_delimited(self, path: Path, form: Form) -> tuple[Any, Any | None]:
         """A delimited text file, every column as text: (rows, malformed rows).
 
         Rows with too few or too many fields, open quotes or bytes of another encoding are set aside: the second table
@@ -185,20 +177,9 @@ class DuckDBEngine(TableEngine):
             table = self.backend.read_parquet(str(path), table_name=text_files.new_name(), file_row_number=True)
         return table.mutate((ibis._.file_row_number + 1).name(LINE)).drop("file_row_number")
 
-    def read_delimited(
-        self,
-        path: Path,
-        columns: Sequence[str],
-        *,
-        separator: str,
-        quote: str,
-        header: bool = True,
-        encoding: str = "utf-8",
-    ) -> tuple[Any, Any | None]:
+    def read_delimited(self, path: Path, form: Form) -> tuple[Any, Any | None]:
         with self.translated_errors(str(path)):
-            rows, malformed = text_files.read_delimited(
-                self.backend.con, path, columns, separator, quote, header=header, encoding=encoding
-            )
+            rows, malformed = text_files.read_delimited(self.backend.con, path, form)
         return self.backend.table(rows), None if malformed is None else self.backend.table(malformed)
 
     def read_json_lines(self, path: Path, columns: Sequence[str], *, encoding: str = "utf-8") -> tuple[Any, Any | None]:
@@ -339,19 +320,8 @@ class SparkEngine(TableEngine):
             frame = self.session.read.parquet(str(Path(path).resolve()))
             return self._view(frame.selectExpr("*", f"_metadata.row_index + 1 AS {LINE}"))
 
-    def read_delimited(
-        self,
-        path: Path,
-        columns: Sequence[str],
-        *,
-        separator: str,
-        quote: str,
-        header: bool = True,
-        encoding: str = "utf-8",
-    ) -> tuple[Any, Any | None]:
-        rows, malformed = self._text.read_delimited(
-            path, columns, separator=separator, quote=quote, header=header, encoding=encoding
-        )
+    def read_delimited(self, path: Path, form: Form) -> tuple[Any, Any | None]:
+        rows, malformed = self._text.read_delimited(path, form)
         return self._handed_over(rows), None if malformed is None else self._handed_over(malformed)
 
     def read_json_lines(self, path: Path, columns: Sequence[str], *, encoding: str = "utf-8") -> tuple[Any, Any | None]:

@@ -45,16 +45,7 @@ class Scalar(str):
     and numbers that are whole have no decimal point."""
 
 
-def read_delimited(
-    connection: Any,
-    path: Path,
-    columns: Sequence[str],
-    separator: str,
-    quote: str,
-    *,
-    header: bool = True,
-    encoding: str = UTF8,
-) -> tuple[str, str | None]:
+def read_delimited(connection: Any, path: Path, form: Form) -> tuple[str, str | None]:
     """A delimited text file, every column as text, into tables of a DuckDB connection.
 
     `cprec.data.delimited` has the rules. Returns the name of the table of rows, and of the table of malformed rows with
@@ -62,13 +53,12 @@ def read_delimited(
 
     Raises DataError for a file of another encoding or kind as a whole, and for one that ends too early.
     """
-    form = Form(tuple(columns), separator, quote)
     bad: list[SetAside] = []
-    names = [f"c{number}" for number in range(len(columns))]
+    names = [f"c{number}" for number in range(len(form.columns))]
     schema = pa.schema([*((name, pa.string()) for name in names), (LINE, pa.int64())])
 
     def batches() -> Iterator[pa.RecordBatch]:
-        for parsed in parsed_blocks(path, form, header=header, encoding=encoding):
+        for parsed in parsed_blocks(path, form):
             bad.extend(parsed.bad)
             yield pa.record_batch([*parsed.columns, pa.array(parsed.lines, pa.int64())], schema=schema)
 
@@ -77,10 +67,10 @@ def read_delimited(
     if len(undecoded) > connection.execute(f"SELECT count(*) FROM {name}").fetchall()[0][0]:
         fix = f"with `iconv -f windows-1252 -t utf-8 {path.name} > new{path.suffix}` if it comes from Windows, say"
         raise DataError(
-            f"{path} is not {'UTF-8' if encoding == UTF8 else encoding}: {len(undecoded):,} rows, as line "
+            f"{path} is not {'UTF-8' if form.encoding == UTF8 else form.encoding}: {len(undecoded):,} rows, as line "
             f"{undecoded[0]}, cannot be read. Save it as UTF-8, {fix}; or set encoding=windows-1252, if that is it"
         )
-    renamed = ", ".join(f"{old} AS {_identifier(new)}" for old, new in zip(names, columns, strict=True))
+    renamed = ", ".join(f"{old} AS {_identifier(new)}" for old, new in zip(names, form.columns, strict=True))
     connection.execute(f"CREATE TEMP VIEW {name}_rows AS SELECT {renamed}, {LINE} FROM {name}")
     return f"{name}_rows", _malformed_table(connection, bad) if bad else None
 
@@ -92,7 +82,7 @@ def read_json_lines(connection: Any, path: Path, columns: Sequence[str], *, enco
     (`line_in_file`, `reason`, `row`): lines that are no JSON object, or one that has a key twice.
     """
     # A unit separator cannot stand in JSON, so each line is one field.
-    lines, bad = read_delimited(connection, path, ["json"], "\x1f", "", header=False, encoding=encoding)
+    lines, bad = read_delimited(connection, path, Form(("json",), "\x1f", "", header=False, encoding=encoding))
     name = new_name()
     connection.execute(
         f"CREATE TEMP TABLE {name} AS SELECT {LINE}, CASE WHEN is_object THEN json END AS object, "
@@ -190,10 +180,10 @@ def _identifier(name: str) -> str:
 # ---- from the file ---------------------------------------------------------------------------------------------------
 
 
-def parsed_blocks(path: Path, form: Form, *, header: bool, encoding: str = "utf-8") -> Iterator[Parsed]:
+def parsed_blocks(path: Path, form: Form) -> Iterator[Parsed]:
     """The rows of a file, a block at a time."""
-    rest, line, is_skipping = b"", 1, header
-    for block, is_last in _marked_last(text_blocks(path, encoding)):
+    rest, line, is_skipping = b"", 1, form.header
+    for block, is_last in _marked_last(text_blocks(path, form.encoding)):
         block = rest + block
         if is_skipping:
             end = block.find(b"\n") + 1
