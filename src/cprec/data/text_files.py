@@ -30,7 +30,7 @@ LINE = "line_in_file"
 """The column that readers add: the line where a row begins, counted from 1, which is the header where there is one."""
 
 BLOCK_BYTES = 1 << 22
-"""What is read at once."""
+"""Bytes read at once."""
 
 UTF8 = "utf-8"
 
@@ -41,8 +41,8 @@ _numbers = itertools.count()
 
 
 class Scalar(str):
-    """A key of JSON objects whose values are single ones (an id, a time): a list or an object is as if it were absent,
-    and numbers that are whole have no decimal point."""
+    """A key of JSON objects that holds one value (an id, a time): a list or an object counts as missing, and whole
+    numbers have no decimal point."""
 
 
 def read_delimited(connection: Any, path: Path, form: Form) -> tuple[str, str | None]:
@@ -79,7 +79,7 @@ def read_json_lines(connection: Any, path: Path, columns: Sequence[str], *, enco
     """One JSON object per line, the given keys as text (lists joined by a comma), into tables of a DuckDB connection.
 
     Columns that are a `Scalar` hold no lists and objects. Returns the names of the tables of rows and of malformed rows
-    (`line_in_file`, `reason`, `row`): lines that are no JSON object, or one that has a key twice.
+    (`line_in_file`, `reason`, `row`): lines that are not a JSON object, or one that has a key twice.
     """
     # A unit separator cannot stand in JSON, so each line is one field.
     lines, bad = read_delimited(connection, path, Form(("json",), "\x1f", "", header=False, encoding=encoding))
@@ -133,7 +133,7 @@ def _json_text(key: str) -> str:
 
 
 def _load(connection: Any, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> str:
-    """A table of batches, which are made while the engine takes them; what they raise is raised."""
+    """A table of batches that are made while the engine takes them; an error in making one is raised as it is."""
     raised: list[BaseException] = []
 
     def watched() -> Iterator[pa.RecordBatch]:
@@ -213,7 +213,7 @@ def text_blocks(path: Path, encoding: str = UTF8) -> Iterator[bytes]:
     """The bytes of a text file, also of a compressed one, in blocks: in UTF-8, without a byte order mark.
 
     Where the first block has carriage returns and no line feed, those end lines, as they once did on a Macintosh.
-    What cannot be decoded becomes a byte that UTF-8 does not have, so that its row is set aside.
+    Bytes that cannot be decoded become one that UTF-8 does not have, so that their row is set aside.
     Raises DataError for a file of another encoding or kind, one that cannot be read, and one that ends too early.
     """
     check_kind(path)
@@ -237,7 +237,7 @@ def _decoded_blocks(path: Path, encoding: str) -> Iterator[bytes]:
 
 
 def _undecoded(error: UnicodeError) -> tuple[str | bytes, int]:
-    """What stands for bytes, or half a character, that are no text: in UTF-8 it is a byte that never occurs."""
+    """The stand-in for bytes, or half a character, that are not text: in UTF-8 it is a byte that never occurs."""
     assert isinstance(error, UnicodeDecodeError | UnicodeEncodeError)
     return ("\udcff" if isinstance(error, UnicodeDecodeError) else b"\xff"), error.end
 
@@ -276,11 +276,11 @@ def check_kind(path: Path) -> None:
         raise DataError(f"{path} is named .gz but is not compressed with gzip: rename it, or fetch it again")
     for mark, kind in _KINDS:
         if start.startswith(mark):
-            raise DataError(f"{path} is no text but {kind}: give it the suffix of what it is, or unpack it")
+            raise DataError(f"{path} is not text but {kind}: give it the suffix of what it is, or unpack it")
 
 
 def check_encoding(path: Path) -> None:
-    """Raise DataError for a file that is no UTF-8 from its start."""
+    """Raise DataError for a file whose start is not UTF-8."""
     start = _start(path)
     has_mark = start[:2] in (b"\xff\xfe", b"\xfe\xff") or start[:4] == b"\0\0\xfe\xff"
     if has_mark or (len(start) >= 4 and (not any(start[0::2]) or not any(start[1::2]))):  # every other byte is NUL
