@@ -38,7 +38,20 @@ BELOW = {
 """Which parts of the package each part may import besides itself. A new part needs a line here, and a reason."""
 
 TOP = frozenset(
-    {"run", "anneal", "tune", "lineup", "report", "shortcuts", "serving", "config", "recipe", "settings", "field_help"}
+    {
+        "run",
+        "entrants",
+        "anneal",
+        "tune",
+        "lineup",
+        "report",
+        "shortcuts",
+        "serving",
+        "config",
+        "recipe",
+        "settings",
+        "field_help",
+    }
     | {"recipes", "verbs", "cli", "__main__", "__init__"}
 )
 """Parts that know everything below; nothing below knows them."""
@@ -100,7 +113,20 @@ def promises() -> tuple[Promise, ...]:
 
 
 TRAINED_WITH = frozenset(
-    {"models", "distributed", "train", "search", "rank", "systems", "baselines", "evaluate", "run", "anneal", "tune"}
+    {
+        "models",
+        "distributed",
+        "train",
+        "search",
+        "rank",
+        "systems",
+        "baselines",
+        "evaluate",
+        "run",
+        "entrants",
+        "anneal",
+        "tune",
+    }
     | {"lineup", "report", "shortcuts", "serving", "progress", "provenance"}
 )
 """Parts that machines load which train, rank or judge."""

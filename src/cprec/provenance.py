@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -60,52 +60,44 @@ def to_dict(value: Any) -> Any:
     raise TypeError(f"a configuration cannot hold {value!r} of type {type(value).__name__}")
 
 
-@lru_cache(maxsize=256)
-def code_sha256(module: str) -> str:
-    """SHA-256 of the source of a module of this package and of all its modules that it imports, directly or not.
-
-    Imports in functions count, those for types alone do not: it changes with any code that may run.
-    """
-    seen: dict[str, bytes] = {}
-    waiting = [module]
-    while waiting:
-        name = waiting.pop()
-        path = _source_of(name)
-        if name in seen or path is None:
-            continue
-        seen[name] = path.read_bytes()
-        waiting += _imported(ast.parse(seen[name]))
-    sources = (f"{name}\n{len(source)}\n".encode() + source for name, source in sorted(seen.items()))
-    return hashlib.sha256(b"".join(sources)).hexdigest()
-
-
-def _source_of(module: str) -> Path | None:
-    """The file of a module of this package; None for names that are none."""
-    first, *rest = module.split(".")
-    package = Path(__file__).parent
-    if first != package.name:
-        return None
-    found = package.joinpath(*rest)
-    candidates = (found / "__init__.py", found.with_suffix(".py"))
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def _imported(tree: ast.AST) -> Iterator[str]:
-    """The names that import statements may mean, a module or what is in it; not those under `if TYPE_CHECKING`."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
-            yield from _imported(node)
-
-
 def file_sha256(path: Path | str) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.cache
+def code_sha256(module: str) -> str:
+    """SHA-256 of the source of a module of CPRec and of every module of CPRec that it imports, directly or not.
+
+    It changes whenever code changes that the module runs; imports in functions count as well.
+    """
+    sources: dict[Path, bytes] = {}
+    waiting = [module]
+    while waiting:
+        path = _PACKAGE.joinpath(*waiting.pop().split(".")[1:])
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if path.is_file() and path not in sources:
+            sources[path] = path.read_bytes()
+            waiting += _imported(sources[path])
+    digest = hashlib.sha256()
+    for path in sorted(sources):
+        digest.update(hashlib.sha256(sources[path]).digest())
+    return digest.hexdigest()
+
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def _imported(source: bytes) -> list[str]:
+    """The modules of CPRec that a source imports; names that are no modules among them."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return [name for name in names if name.startswith("cprec.")]
 
 
 class FileHashes:

@@ -50,14 +50,8 @@ class ScoringRecommender(ABC):
         return [ranking for ranking in out if ranking is not None]
 
     def histories(self, domain: str, queries: Sequence[RankingQuery]) -> Ragged:
-        """Each query's events in the domain, oldest first, as positions among the domain's items.
-
-        Raises UnknownItemError for items that the catalogue does not have.
-        """
-        items = [[item.item_id for item in query.history if item.domain == domain] for query in queries]
-        first = int(self.catalogue.rows_of(domain)[0])
-        found = self.catalogue.find(domain, [item for of_query in items for item in of_query]) - first
-        return Ragged(found, offsets_of(np.array([len(of_query) for of_query in items], dtype=np.int64)))
+        """See `histories_of`."""
+        return histories_of(self.catalogue, domain, queries)
 
     def _ranking(self, query: RankingQuery, score_N: np.ndarray, k: int) -> Ranking:
         """Ties with the K-th item are kept; equal scores stand by item id."""
@@ -92,6 +86,17 @@ class ScoringRecommender(ABC):
         best = np.lexsort((order, -score))
         ids = catalogue.item_id[first + order[best]].tolist()
         return Ranking(query.query_id, tuple(ids), tuple(score[best].tolist()))
+
+
+def histories_of(catalogue: Catalogue, domain: str, queries: Sequence[RankingQuery]) -> Ragged:
+    """Each query's events in the domain, oldest first, as positions among the domain's items.
+
+    Raises UnknownItemError for items that the catalogue does not have.
+    """
+    items = [[item.item_id for item in query.history if item.domain == domain] for query in queries]
+    first = int(catalogue.rows_of(domain)[0])
+    found = catalogue.find(domain, [item for of_query in items for item in of_query]) - first
+    return Ragged(found, offsets_of(np.array([len(of_query) for of_query in items], dtype=np.int64)))
 
 
 def kth_largest(values: np.ndarray, k: int) -> float:

@@ -1,4 +1,5 @@
-"""Tuning: every baseline gets as many trials and as much time to find its settings on validation queries."""
+"""Stage: tuning, in which every row of the line-up gets as many trials and as much time to find its settings on
+validation queries."""
 
 from __future__ import annotations
 
@@ -10,56 +11,52 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from cprec import lineup
 from cprec.baselines.config import TuneConfig
-from cprec.errors import ConfigError
+from cprec.choices import Choice, OneOf, Whole, can_be
+from cprec.data.dataset import read_split
+from cprec.data.queries import ranking_queries
+from cprec.data.splits import Split
+from cprec.errors import ConfigError, Unsuitable
+from cprec.files import write_whole
+from cprec.progress import track
+from cprec.provenance import file_sha256
+from cprec.ranks import count, ndcg
+from cprec.recommender import RankingQuery, Recommender
+from cprec.schema import VALIDATION
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # an extra
     import optuna
-
-    from cprec.choices import Choice, Settings
-    from cprec.data.splits import Split
-    from cprec.recommender import RankingQuery, Recommender
 
 K = 10
 METRIC = f"ndcg@{K}"
 BATCH = 512
-"""Queries that are ranked between two looks at them."""
+"""Queries that are ranked at once."""
 
 
-def tune(config: TuneConfig, baselines: Mapping[str, Settings] | None = None) -> dict[str, dict[str, Any]]:
-    """Tune baselines for NDCG@10 over validation queries, full catalogue, items of the history left out.
+def tune(config: TuneConfig, baselines: Mapping[str, lineup.Settings] | None = None) -> dict[str, dict[str, Any]]:
+    """Tune baselines and systems for NDCG@10 over validation queries, full catalogue, items of the history left out.
 
     Settings come from Optuna's TPE sampler (Bergstra et al. 2011). The result, also in `config.output`, is domain ->
-    baseline -> its best `settings`, their `ndcg@10`, that of the `defaults`, the `trials` made and the `seconds` taken;
-    a baseline that cannot be made of a domain has `unfit`, the reason, instead. The file is replaced as a whole when a
-    baseline is done, so that a run that was stopped goes on with the next. The same seed tries the same settings
-    unless the time ends first. `baselines` takes the place of those that the configuration names.
+    name -> the best `settings`, their `ndcg@10`, that of the `defaults`, the number of `trials` and the `seconds`. Where
+    a recommender cannot be made of a domain the result is `unfit`, the reason. The file is written whole after each
+    name, so a run that was stopped goes on with the next. The same seed tries the same settings unless the time ends
+    first. `baselines` takes the place of those that the configuration names.
 
     Raises ConfigError where Optuna is missing, a name is unknown, or a domain has no validation query.
     """
-    from cprec import lineup
-    from cprec.data.dataset import read_split
-    from cprec.progress import track
-    from cprec.provenance import file_sha256
-
     _optuna()
-    if baselines is None:
-        names = lineup.names_of(config.baselines)
-        baselines = {
-            name: lineup.settings_of(name)
-            for name in names
-            if name in config.baselines or not name.endswith("(published)")
-        }
-    split = read_split(config.data)
+    baselines = _named(config) if baselines is None else baselines
+    split, results = read_split(config.data), read_results(config.output)
     domains = config.domains or split.catalogue.domains
-    asked = {name: getattr(config, name) for name in ("trials", "seconds", "max_queries", "seed")} | {
-        "data": file_sha256(Path(config.data, "dataset.json"))
-    }
-    results = read_results(config.output)
     if unknown := sorted(set(domains) - set(split.catalogue.domains)):
         raise ConfigError(
             f"domains: there is no {unknown[0]!r}; {config.data} has {', '.join(split.catalogue.domains)}"
         )
+    asked = {name: getattr(config, name) for name in ("trials", "seconds", "max_queries", "seed")}
+    asked["data"] = file_sha256(Path(config.data, "dataset.json"))
     with track(len(domains) * len(baselines) * config.trials, "tuning", unit="trials") as progress:
         for domain in domains:
             questions = validation_queries(split, domain, config.max_queries, config.seed)
@@ -67,55 +64,80 @@ def tune(config: TuneConfig, baselines: Mapping[str, Settings] | None = None) ->
                 before = progress.completed
                 if results.get(domain, {}).get(name, {}).get("asked") != asked:
                     progress.advance(0, domain=domain, baseline=name)
-                    found = search(settings, split, domain, questions, config, lambda: progress.advance(1))
+                    search = _Search(settings, split, domain, questions, config.seed)
+                    found = search.run(config.trials, config.seconds, tried=lambda: progress.advance(1))
                     results.setdefault(domain, {})[name] = found | {"asked": asked}
                     _write(results, Path(config.output))
                 progress.advance(before + config.trials - progress.completed)
     return results
 
 
-def search(
-    start: Settings,
-    split: Split,
-    domain: str,
-    questions: tuple[Sequence[RankingQuery], Sequence[str]],
-    config: TuneConfig,
-    tried: Callable[[], object] = lambda: None,
-) -> dict[str, Any]:
-    """The best settings of one baseline in one domain, as `tune` reports them; `tried` is called after each trial."""
-    from cprec.choices import can_be
+def _named(config: TuneConfig) -> dict[str, lineup.Settings]:
+    """The settings to begin with, by name; those set as published only where they are named."""
+    names = lineup.names_of(config.baselines)
+    wanted = [name for name in names if name in config.baselines or not name.endswith("(published)")]
+    return {name: lineup.settings_of(name) for name in wanted}
 
-    optuna = _optuna()
-    template: Any = start  # that it is a dataclass, a protocol cannot say
-    choices = {name: choice for name, choice in start.SEARCH.items() if can_be(choice, getattr(start, name))}
-    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=config.seed))
-    study.enqueue_trial({name: getattr(start, name) for name in choices})
-    began = time.monotonic()
-    values: list[float | None] = []
-    for number in range(config.trials if choices else 1):
-        if number and time.monotonic() - began >= config.seconds:
-            break
-        trial = study.ask()
-        settings = replace(template, **{name: _suggest(trial, name, choice) for name, choice in choices.items()})
+
+class _Search:
+    """The search for the best settings of one recommender in one domain."""
+
+    def __init__(
+        self,
+        start: lineup.Settings,
+        split: Split,
+        domain: str,
+        questions: tuple[Sequence[RankingQuery], Sequence[str]],
+        seed: int,
+    ) -> None:
+        self._start: Any = start  # a dataclass, which a protocol cannot say
+        self._split, self._domain, self._questions, self._seed = split, domain, questions, seed
+        choices = start.SEARCH.items()
+        self._choices = {name: choice for name, choice in choices if can_be(choice, getattr(start, name))}
+        optuna = _optuna()
+        self._failed = optuna.trial.TrialState.FAIL
+        self._study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
+        self._study.enqueue_trial({name: getattr(start, name) for name in self._choices})
+
+    def run(self, trials: int, seconds: float, tried: Callable[[], object]) -> dict[str, Any]:
+        """The result as `tune` reports it; `tried` is called after each trial."""
+        began = time.monotonic()
+        values: list[float | None] = []
+        for number in range(trials if self._choices else 1):
+            if number and time.monotonic() - began >= seconds:
+                break
+            try:
+                values.append(self._try())
+            except ConfigError as error:
+                if number:  # settings that do not go together
+                    values.append(None)
+                elif isinstance(error, Unsuitable):
+                    return {"unfit": str(error)}
+                else:
+                    raise
+            tried()
+        return {
+            "settings": asdict(replace(self._start, **self._study.best_params)),
+            METRIC: self._study.best_value,
+            "defaults": values[0],
+            "trials": len(values),
+            "seconds": round(time.monotonic() - began, 1),
+        }
+
+    def _try(self) -> float:
+        """NDCG@10 of one trial."""
+        trial = self._study.ask()
         try:
+            chosen = {name: _suggest(trial, name, choice) for name, choice in self._choices.items()}
+            settings: lineup.Settings = replace(self._start, **chosen)
             with tempfile.TemporaryDirectory() as folder:
-                recommender = settings.make(split, domain, seed=config.seed, folder=Path(folder))
-                values.append(mean_ndcg(recommender, *questions))
-        except ConfigError as error:
-            if not number:
-                return {"unfit": str(error)}
-            values.append(None)
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        else:
-            study.tell(trial, values[-1])
-        tried()
-    return {
-        "settings": asdict(replace(template, **study.best_params)),
-        METRIC: study.best_value,
-        "defaults": values[0],
-        "trials": len(values),
-        "seconds": round(time.monotonic() - began, 1),
-    }
+                made = settings.make(self._split, self._domain, seed=self._seed, folder=Path(folder))
+                value = mean_ndcg(made, *self._questions)
+        except ConfigError:
+            self._study.tell(trial, state=self._failed)
+            raise
+        self._study.tell(trial, value)
+        return value
 
 
 def validation_queries(split: Split, domain: str, max_queries: int, seed: int) -> tuple[list[RankingQuery], list[str]]:
@@ -123,47 +145,30 @@ def validation_queries(split: Split, domain: str, max_queries: int, seed: int) -
 
     Raises ConfigError where there are none.
     """
-    import numpy as np
-
-    from cprec.recommender import RankingQuery
-    from cprec.schema import VALIDATION, Item
-
     asked = split.queries(domain, VALIDATION, max_history=max(1, len(split.interactions)))
     if not len(asked):
         raise ConfigError(f"domain {domain!r} has no validation query to tune on: choose another domain or split")
-    chosen = np.arange(len(asked))
-    if 0 < max_queries < len(asked):
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(asked))[:max_queries])
-    ids, log = split.catalogue.item_id, split.interactions
-    queries = []
-    for number in chosen.tolist():
-        history = tuple(Item(domain, str(ids[row])) for row in asked.history[number])
-        seen = frozenset(item.item_id for item in history)
-        row = asked.user[number]
-        user = f"{log.platforms[log.user_platform[row]]}/{log.user_id[row]}"
-        queries.append(RankingQuery(str(asked.query_id[number]), domain, history, exclude=seen, user=user))
-    return queries, [str(ids[row]) for row in asked.target[chosen]]
+    return ranking_queries(split, asked, most=max_queries, seed=seed)
 
 
 def mean_ndcg(recommender: Recommender, queries: Sequence[RankingQuery], targets: Sequence[str]) -> float:
     """Mean NDCG@10 of rankings of the queries; ties count with their expected value over all orders."""
-    import numpy as np
-
-    from cprec.ranks import ndcg
-
-    better, tied = [], []
+    rankings = []
     for start in range(0, len(queries), BATCH):
-        rankings = recommender.rank(queries[start : start + BATCH], K)
-        for ranking, target in zip(rankings, targets[start : start + BATCH], strict=True):
-            own = ranking.scores[ranking.item_ids.index(target)] if target in ranking.item_ids else np.inf
-            scores = np.array(ranking.scores)
-            better.append(int((scores > own).sum()))
-            tied.append(int((scores == own).sum()))
-    return float(ndcg(np.array(better), np.array(tied), K).mean())
+        rankings += recommender.rank(queries[start : start + BATCH], K)
+    # All entries of all lists in flat arrays: whose they are, their scores, and whether they are the target.
+    query = np.repeat(np.arange(len(rankings)), [len(ranking.item_ids) for ranking in rankings])
+    score = np.array([score for ranking in rankings for score in ranking.scores])
+    pairs = zip(rankings, targets, strict=True)
+    is_target = np.array([item == target for ranking, target in pairs for item in ranking.item_ids], dtype=bool)
+    return float(ndcg(*count(query, score, is_target, len(queries)), K).mean())
 
 
 def read_results(output: str | Path) -> dict[str, dict[str, Any]]:
-    """What an earlier run of tuning wrote; nothing where there is no such file. Raises ConfigError for other files."""
+    """The results that an earlier run of tuning wrote; none where there is no such file.
+
+    Raises ConfigError for other files.
+    """
     path = Path(output)
     if not path.exists():
         return {}
@@ -171,13 +176,8 @@ def read_results(output: str | Path) -> dict[str, dict[str, Any]]:
         results = json.loads(path.read_text(encoding="utf-8"))
         assert all("asked" in found for of_domain in results.values() for found in of_domain.values())
     except (OSError, ValueError, AttributeError, TypeError, AssertionError):
-        raise ConfigError(f"output={path} is there, but no result of tuning: choose another name") from None
+        raise ConfigError(f"output={path} exists, but holds no results of tuning: choose another name") from None
     return dict(results)
-
-
-def tuned_settings(output: str | Path, domain: str, name: str) -> dict[str, Any]:
-    """The fields that tuning chose for a baseline in a domain, to replace its defaults; none where it was not tuned."""
-    return dict(read_results(output).get(domain, {}).get(name, {}).get("settings", {}))
 
 
 def _optuna() -> Any:
@@ -190,8 +190,6 @@ def _optuna() -> Any:
 
 
 def _suggest(trial: optuna.Trial, name: str, choice: Choice) -> Any:
-    from cprec.choices import OneOf, Whole
-
     if isinstance(choice, OneOf):
         return trial.suggest_categorical(name, choice.values)
     if isinstance(choice, Whole):
@@ -201,6 +199,4 @@ def _suggest(trial: optuna.Trial, name: str, choice: Choice) -> Any:
 
 def _write(results: dict[str, dict[str, Any]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".incomplete")
-    aside.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(path)
+    write_whole(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")

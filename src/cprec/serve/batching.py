@@ -58,7 +58,7 @@ class Job:
 
 def is_whole(ranking: Ranking, k: int) -> bool:
     """Whether a list has `k` items, or all items that there are."""
-    return len(ranking.item_ids) >= k or ranking.certificate is None or ranking.certificate.exact
+    return len(ranking.item_ids) >= k or ranking.proof is None or ranking.proof.exact
 
 
 class Batcher:

@@ -216,7 +216,7 @@ class Service:
 
     def _of_engine(self, question: _Question, ranking: Ranking, late: bool) -> m.RecommendResponse | None:
         """The engine's list; None if it is short and a baseline can stand in."""
-        proven = ranking.certificate is not None and ranking.certificate.exact
+        proven = ranking.proof is not None and ranking.proof.exact
         whole = is_whole(ranking, question.k)
         if not (proven or whole or (ranking.item_ids and not self._baselines)):
             return None

@@ -34,10 +34,11 @@ COARSE, FINE = "same_target", "same_cluster"
 class ICSRec(NextItemSettings, SelfAttentionSettings):
     """Settings of ICSRec; the defaults are ours: annealing, and no more passes than fit into minutes on a CPU."""
 
+    max_length: int = 20
     hidden_size: int = 64
     num_heads: int = 2
     batch_size: int = 256
-    num_epochs: float = 10
+    num_epochs: float = 8
     num_intentions: int = 256
     """Clusters of prefixes."""
     coarse_weight: float = 0.1
@@ -92,5 +93,5 @@ def prefix_states(model: SequenceModel, stream: PrefixStream, rows: np.ndarray) 
     return torch.cat(states)
 
 
-PUBLISHED = ICSRec(learning_rate=1e-3, num_epochs=100, anneal=0.0, patience=3)
+PUBLISHED = ICSRec(max_length=50, learning_rate=1e-3, num_epochs=100, anneal=0.0, patience=3)
 """ICSRec as its code has it for Beauty: 64 dimensions, two layers and heads, learning rate 1e-3, 256 intentions."""

@@ -31,7 +31,7 @@ LIKENESS = "likeness"
 class ReaRec(SelfAttentionSettings):
     """Settings of ReaRec; the defaults are ours: a long first stage, which is cheap, and a short second one."""
 
-    hidden_size: int = 128
+    max_length: int = 20
     num_heads: int = 2
     learning_rate: float = 2e-3
     num_epochs: float = 3
@@ -81,6 +81,13 @@ def mean_of_steps(hidden_RWD: torch.Tensor) -> torch.Tensor:
 
 
 PUBLISHED = ReaRec(
-    hidden_size=256, learning_rate=1e-3, num_epochs=100, first_epochs=2, temperature=0.07, anneal=0.0, patience=3
+    max_length=50,
+    hidden_size=256,
+    learning_rate=1e-3,
+    num_epochs=100,
+    first_epochs=2,
+    temperature=0.07,
+    anneal=0.0,
+    patience=3,
 )
 """ReaRec with the dimensions, heads, dropout, temperature, steps and weights of the code; 100 passes at most."""
