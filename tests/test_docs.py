@@ -26,6 +26,7 @@ from cprec import cli
 from cprec.config import RECIPES, find_config
 from cprec.field_help import describe_fields
 from cprec.recipe import STAGE_CONFIGS, Recipe
+from cprec.systems.recipes import sasrec
 from cprec.text.config import Template
 from cprec.text.prompts import render
 from cprec.verbs import VERBS
@@ -114,6 +115,7 @@ def test_the_readme_can_be_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sasrec, "SASRec", sasrec.SASRec(hidden_size=16, num_epochs=1))
     shown = blocks(README)
     names: dict[str, Any] = {}
     for block in shown:

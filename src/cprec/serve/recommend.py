@@ -61,13 +61,14 @@ def _answer_file(config: RecommendConfig, recommender: Recommends, popular: Base
         say(f"{old} is of an earlier version, and is not read: remove it")
     output.parent.mkdir(parents=True, exist_ok=True)
     key = made_of(config.model, domain, config.k, config.exclude_seen)
-    settings = {"domain": domain, "k": config.k, "exclude_seen": config.exclude_seen}
     with ExitStack() as opened:
         lists = opened.enter_context(ListStore(_beside(output, ".lists"), key))
         rejected = opened.enter_context(Rejected(_beside(output, ".rejected.csv"), source, config.strict))
         writer = opened.enter_context(ListWriter(output))
         progress = opened.enter_context(track(num_rows, "recommending", unit="users"))
-        answers = Answers(recommender, popular, lists, rejected, **settings)
+        answers = Answers(
+            recommender, popular, lists, rejected, domain=domain, k=config.k, exclude_seen=config.exclude_seen
+        )
         for rows in _chunks(read_histories(source), USERS_AT_ONCE):
             writer.write(answers.of(rows))
             progress.advance(len(rows))
