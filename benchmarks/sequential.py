@@ -140,8 +140,6 @@ def ours(folder: Path, name: str, asked: dict[str, Any]) -> dict[str, Any]:
     """Train by the library's loop until the budget is spent, then rank every user's last item."""
     import torch
 
-    from cprec.baselines.sasrec import SASRec
-    from cprec.baselines.sequential import ItemTrainable, TrainedRecommender, TrainingLog
     from cprec.data.catalogue import Catalogue
     from cprec.data.ragged import Ragged, gather, offsets_of
     from cprec.evaluate.evaluate import BATCH
@@ -152,6 +150,8 @@ def ours(folder: Path, name: str, asked: dict[str, Any]) -> dict[str, Any]:
     from cprec.ranks import ndcg
     from cprec.recommender import RankingQuery
     from cprec.schema import Item
+    from cprec.systems.fit import TrainedRecommender, TrainingLog
+    from cprec.systems.recipes.sasrec import SASRec
     from cprec.train.loop import Cadence, Optimisation, train
     from cprec.train.schedule import WSA
 

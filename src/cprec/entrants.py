@@ -13,8 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cprec.baselines import lineup
-from cprec.baselines.tune import read_results
+from cprec import lineup
 from cprec.data.config import SyntheticConfig
 from cprec.data.sources.synthetic import OracleRecommender, SyntheticWorld
 from cprec.data.splits import Split
@@ -28,6 +27,7 @@ from cprec.progress import say
 from cprec.provenance import FileHashes, code_sha256, file_sha256, to_dict
 from cprec.rank.config import RankConfig
 from cprec.train.folder import model_identity, read_done
+from cprec.tune import read_results
 
 COSTS = {"num_parameters": "num_parameters", "seconds": "train_seconds"}
 """What recommenders and model folders say of their cost, and the names it has in a report."""
@@ -37,7 +37,7 @@ COSTS = {"num_parameters": "num_parameters", "seconds": "train_seconds"}
 
 
 def baseline_entrants(config: EvaluateConfig, split: Split, domain: str) -> list[Entrant]:
-    """The baselines of an evaluation as entrants; those that do not suit the data are left out, with a note.
+    """The baselines of an evaluation as entrants.
 
     Raises ConfigError for names of no baseline.
     """
@@ -45,9 +45,6 @@ def baseline_entrants(config: EvaluateConfig, split: Split, domain: str) -> list
     tuned = _tuned(config, domain, names)
     entrants = []
     for name in names:
-        if reason := lineup.BASELINES[name].unfit(split, domain):
-            say(f"{domain}: {name} is left out: {reason}")
-            continue
         for seed in config.seeds if lineup.is_trained(name) else [config.seed]:
             entrants.append(_baseline(config, split, domain, name, seed, tuned.get(name)))
     return entrants

@@ -15,7 +15,7 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
-from cprec.baselines import lineup
+from cprec import lineup
 from cprec.data.dataset import read_split
 from cprec.data.splits import Split
 from cprec.entrants import baseline_entrants, check_tuned, model_entrants, oracle

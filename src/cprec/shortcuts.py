@@ -6,12 +6,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from cprec.baselines.lineup import BASELINES, settings_of
 from cprec.data.dataset import read_manifest, read_split
 from cprec.data.splits import Split
-from cprec.errors import ConfigError
+from cprec.errors import ConfigError, Unsuitable
 from cprec.evaluate.shortcut_audit import ShortcutAudit, shortcut_audit
 from cprec.evaluate.shortcut_page import print_shortcuts, write_shortcuts
+from cprec.lineup import LINEUP, settings_of
 from cprec.progress import say
 from cprec.provenance import file_sha256, git_commit, versions
 from cprec.rank.llm import LLMRecommender
@@ -45,8 +45,8 @@ def audit_shortcuts(
     folder = _data_folder(Path(folder))
     split, tie_order = read_split(folder), read_manifest(folder)["rules"]["tie_order"]
     asked = _domains(folder, split, domains)
-    opened = {model: _open(model) for model in models if model not in BASELINES}
-    baselines = [GRAPH, *(model for model in models if model in BASELINES and model != GRAPH)]
+    opened = {model: _open(model) for model in models if model not in LINEUP}
+    baselines = [GRAPH, *(model for model in models if model in LINEUP and model != GRAPH)]
     audits = [
         shortcut_audit(
             split,
@@ -89,11 +89,11 @@ def _recommenders(
     """The baselines that suit a domain and the models that know it, by name."""
     recommenders: dict[str, Recommender] = {}
     for name in baselines:
-        if reason := BASELINES[name].unfit(split, domain):
-            say(f"{domain}: without {name}: {reason}")
-        else:
-            weights = folder / "shortcuts" / re.sub("[^a-z0-9]+", "-", name.lower()) / domain
+        weights = folder / "shortcuts" / re.sub("[^a-z0-9]+", "-", name.lower()) / domain
+        try:
             recommenders[name] = settings_of(name).make(split, domain, folder=weights)
+        except Unsuitable as error:
+            say(f"{domain}: without {name}: {error}")
     return recommenders | {name: model for name, (of_domain, model) in opened.items() if of_domain in (None, domain)}
 
 
@@ -118,6 +118,6 @@ def _open(model: str) -> tuple[str | None, Recommender]:
     if about is None:
         raise ConfigError(
             f"model {model!r} is neither a folder with a finished model of CPRec nor a baseline; these are "
-            f"{', '.join(BASELINES)}"
+            f"{', '.join(LINEUP)}"
         )
     return about.get("domain"), LLMRecommender.from_pretrained(model)

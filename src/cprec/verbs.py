@@ -286,7 +286,7 @@ class Tune(Verb):
         "cprec[tune]."
     )
     example = "cprec tune runs/demo/data output=runs/demo/tuned.json domains=books trials=10"
-    function = "cprec.baselines.tune:tune"
+    function = "cprec.tune:tune"
     usage = "cprec tune DATA output=FILE [key=value ...]"
 
     def add_arguments(self, command: argparse.ArgumentParser) -> None:

@@ -27,7 +27,7 @@ Band = tuple[str, float, float]
 """A name, and the first and last x of the stretch that it names."""
 
 
-def tag(name: str, *children: object, **attributes: object) -> Markup:
+def tag(name: str, *children: str, **attributes: object) -> Markup:
     """An element of HTML or SVG. Children and attributes are escaped, unless they are Markup; floats get one decimal.
 
     >>> tag("text", "a < b", x=1.25, text_anchor="end", class_="note")
@@ -194,29 +194,27 @@ def _line(points: Points, x: Scale, y: Scale, style: Mapping[str, str | None]) -
 
 
 def _legend(styles: Mapping[str, Mapping[str, str | None]]) -> Markup:
-    def swatch(style: Mapping[str, str | None]) -> Markup:
+    names = []
+    for name, style in styles.items():
         line = tag("line", x1=0, x2=22, y1=4, y2=4, stroke_width="2.5", **style)
-        return tag("svg", line, width=22, height=8)
+        names.append(tag("span", tag("svg", line, width=22, height=8), " ", name))
+    return tag("div", *names, class_="legend")
 
-    return tag("div", *(tag("span", swatch(style), " ", name) for name, style in styles.items()), class_="legend")
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Mark:
-    """An arm in a forest plot."""
+    """A value with its interval, as a dot that is full or hollow."""
 
-    name: str
-    mean: float
-    low: float
-    high: float
+    value: float
+    ends: tuple[float, float]
     colour: str
     full: bool
-    """A full dot in place of a hollow one."""
 
 
-def forest_plot(marks: Sequence[Mark], label: str, line_at: float | None) -> Markup:
-    """The mean and interval of each arm over one axis, whose `label` stands below, with a dashed line at a value."""
-    x = Scale(min(mark.low for mark in marks), max(mark.high for mark in marks), RIGHT, WIDTH - RIGHT)
+def forest_plot(marks: Mapping[str, Mark], label: str, line_at: float | None) -> Markup:
+    """Values by name over one axis, whose `label` stands below, with a dashed line at a value."""
+    low, high = min(mark.ends[0] for mark in marks.values()), max(mark.ends[1] for mark in marks.values())
+    x = Scale(low, high, RIGHT, WIDTH - RIGHT)
     bottom = ARM_HEIGHT * len(marks) + 6
     parts = []
     for tick in ticks(x.low, x.high, 5):
@@ -226,23 +224,23 @@ def forest_plot(marks: Sequence[Mark], label: str, line_at: float | None) -> Mar
     if line_at is not None:
         dashed = {"stroke": "var(--accent)", "stroke_dasharray": "3 3"}
         parts.append(tag("line", x1=x(line_at), x2=x(line_at), y1=0, y2=bottom, **dashed))
-    parts += [_mark(mark, x, ARM_HEIGHT * place) for place, mark in enumerate(marks)]
+    parts += [_mark(name, mark, x, ARM_HEIGHT * place) for place, (name, mark) in enumerate(marks.items())]
     parts.append(tag("text", label, x=WIDTH // 2, y=bottom + 27, text_anchor="middle"))
     return _chart(parts, bottom + 32, f"{label} of {len(marks)} arms with intervals")
 
 
-def _mark(mark: Mark, x: Scale, top: int) -> Markup:
-    shown = mark.name if len(mark.name) <= LONGEST_NAME else mark.name[: LONGEST_NAME - 1] + "\u2026"
+def _mark(name: str, mark: Mark, x: Scale, top: int) -> Markup:
+    (left, right), shown = mark.ends, name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "\u2026"
     halo = {"paint_order": "stroke", "stroke": "var(--page)", "stroke_width": 4}  # no line runs through a text
     stroke = {"stroke": f"var(--{mark.colour})", "stroke_width": 2}
     fill = f"var(--{mark.colour if mark.full else 'page'})"
     return tag(
         "g",
-        tag("title", f"{mark.name}: {mark.mean:.4f} [{mark.low:.4f}, {mark.high:.4f}]"),
+        tag("title", f"{name}: {mark.value:.4f} [{left:.4f}, {right:.4f}]"),
         tag("text", shown, x=RIGHT, y=top + 13, **halo),
-        tag("text", f"{mark.mean:.4f}", x=WIDTH - RIGHT, y=top + 13, text_anchor="end", **halo),
-        tag("line", x1=x(mark.low), x2=x(mark.high), y1=top + 23, y2=top + 23, **stroke),
-        tag("circle", cx=x(mark.mean), cy=top + 23, r="3.5", **stroke, fill=fill),
+        tag("text", f"{mark.value:.4f}", x=WIDTH - RIGHT, y=top + 13, text_anchor="end", **halo),
+        tag("line", x1=x(left), x2=x(right), y1=top + 23, y2=top + 23, **stroke),
+        tag("circle", cx=x(mark.value), cy=top + 23, r="3.5", **stroke, fill=fill),
     )
 
 

@@ -21,21 +21,18 @@ PROTOCOLS = {
 """Ways of asking, by their name in `metrics.parquet`, as people say them."""
 
 WORDS = {
-    "data_sha256": "data",
     "tie_order": "order of events at equal times",
     "part": "part asked for",
     "num_queries": "number of queries",
-    "queries_sha256": "queries",
     "candidates_uniform_sha256": "uniform candidates",
     "candidates_popularity_sha256": "candidates drawn by popularity",
     "num_candidates": "number of candidates",
     "seen": "seen items",
-    "catalogue_sha256": "catalogue",
     "num_items": "number of items",
     "k": "K",
     "certificate": "leakage certificate",
 }
-"""Keys of `protocol.json` as people say them; others are shown as they are."""
+"""Keys of `protocol.json` as people say them, where it is not the key with blanks."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -180,20 +180,14 @@ def plot(table: ComparisonTable) -> Markup:
 
     A full dot is told from the best, a hollow one is not; the best has the accent colour, bounds a pale one.
     """
-    marks = [_mark(arm, arm.estimates[table.metric], arm is table.best) for arm in table.arms]
-    best = table.best.estimates[table.metric].mean if table.best else None
-    return forest_plot(marks, _written(table, table.metric), best)
-
-
-def _mark(arm: ComparedArm, main: Interval, best: bool) -> Mark:
-    return Mark(
-        name=arm.name,
-        mean=main.mean,
-        low=main.low,
-        high=main.high,
-        colour="muted" if arm.bound else "accent" if best else "bar",
-        full=arm.bound or best or (arm.against_best is not None and arm.against_best.claim),
-    )
+    marks = {}
+    for arm in table.arms:
+        main, best = arm.estimates[table.metric], arm is table.best
+        told_apart = arm.bound or best or (arm.against_best is not None and arm.against_best.claim)
+        colour = "muted" if arm.bound else "accent" if best else "bar"
+        marks[arm.name] = Mark(main.mean, (main.low, main.high), colour, told_apart)
+    line_at = table.best.estimates[table.metric].mean if table.best else None
+    return forest_plot(marks, _written(table, table.metric), line_at)
 
 
 def markdown_table(table: ComparisonTable) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from cprec.evaluate.results import Interval
 from cprec.evaluate.shortcut_audit import (
@@ -59,16 +60,7 @@ def findings(audit: ShortcutAudit) -> list[Finding]:
     return sorted(found, key=lambda finding: (CANNOT, CARE, CAN).index(finding.kind))
 
 
-def cannot(text: str) -> Finding:
-    return Finding(CANNOT, text)
-
-
-def care(text: str) -> Finding:
-    return Finding(CARE, text)
-
-
-def can(text: str) -> Finding:
-    return Finding(CAN, text)
+cannot, care, can = (partial(Finding, kind) for kind in (CANNOT, CARE, CAN))
 
 
 def _on_queries(audit: ShortcutAudit) -> Iterator[Finding]:

@@ -56,26 +56,28 @@ def write_forks(
 def tables_of(comparison: Mapping[str, Any]) -> list[Grid]:
     """What each branch cost and what fine-tuning made of it; held-out perplexity at its end, where it was measured."""
     rows = comparison["rows"]
-    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "tokens": lambda row: f"{row['tokens']:,}",
-        "seconds": lambda row: f"{row['seconds']:,.0f}",
+    paired = "{0[mean]:+.4f} [{0[low]:+.4f}, {0[high]:+.4f}]"
+    columns = {
+        "tokens": ("tokens", "{:,}"),
+        "seconds": ("seconds", "{:,.0f}"),
+        f"next item in {comparison['domain']}": ("next_item_perplexity", "{:.3f}"),
+        "NDCG@10, validation": ("ndcg@10", "{0[mean]:.4f} [{0[low]:.3f}, {0[high]:.3f}]"),
+        "against no annealing": ("against_trunk", paired),
     }
-    if any("next_item_perplexity" in row for row in rows.values()):
-        columns[f"next item in {comparison['domain']}"] = lambda row: _shown(row.get("next_item_perplexity"), "{:.3f}")
-    if any("ndcg@10" in row for row in rows.values()):
-        interval, paired = "{mean:.4f} [{low:.3f}, {high:.3f}]", "{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
-        columns["NDCG@10, validation"] = lambda row: _shown(row.get("ndcg@10"), interval)
-        columns["against no annealing"] = lambda row: _shown(row.get("against_trunk"), paired)
-    first = Column(f"branches of {comparison['start']}", align="left")
-    cells = [[name, *(cell(row) for cell in columns.values())] for name, row in rows.items()]
-    tables = [Grid.of([first, *(Column(head, wrap=True) for head in columns)], cells)]
-    if groups := _groups(rows):
-        heads = [Column(group.removesuffix(" (specific)"), wrap=True) for group in groups]
-        cells = [
-            [name, *(_shown(row["heldout"].get(group), "{:.3f}") for group in groups)] for name, row in rows.items()
-        ]
-        tables.append(Grid.of([Column("held-out perplexity", align="left"), *heads], cells))
-    return tables
+    shown = {head: cell for head, cell in columns.items() if any(cell[0] in row for row in rows.values())}
+    groups = {name.removesuffix(" (specific)"): (name, "{:.3f}") for name in _groups(rows)}
+    heldout = {name: row["heldout"] for name, row in rows.items()}
+    tables = [_table(f"branches of {comparison['start']}", shown, rows), _table("held-out perplexity", groups, heldout)]
+    return [table for table in tables if len(table.columns) > 1]
+
+
+def _table(first: str, columns: Mapping[str, tuple[str, str]], rows: Mapping[str, Mapping[str, Any]]) -> Grid:
+    """Columns by head: the field of a row and how it is written; a dash stands for what was not measured."""
+    cells = (
+        [name, *(form.format(row[key]) if row.get(key) is not None else "-" for key, form in columns.values())]
+        for name, row in rows.items()
+    )
+    return Grid.of([Column(first, align="left"), *(Column(head, wrap=True) for head in columns)], cells)
 
 
 def explanation(comparison: Mapping[str, Any]) -> str:
@@ -100,13 +102,6 @@ def _groups(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _heldout(group: str, record: Record) -> float | None:
     value: float | None = record.get("heldout", {}).get(group)
     return value
-
-
-def _shown(value: Any, form: str) -> str:
-    """A number or an interval; a dash for what was not measured."""
-    if value is None:
-        return "-"
-    return form.format(**value) if isinstance(value, Mapping) else form.format(value)
 
 
 def _chart(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TextIO
 
 from rich import box
@@ -88,6 +88,12 @@ class Grid:
         ]
         return cls(tuple(columns), tuple(Row.of(row, best=place == best) for place, row in enumerate(rows)), caption)
 
+    def without_empty_columns(self) -> Grid:
+        """The table without the columns in which no row has anything."""
+        kept = [place for place in range(len(self.columns)) if any(row.cells[place].text for row in self.rows)]
+        rows = tuple(replace(row, cells=tuple(row.cells[place] for place in kept)) for row in self.rows)
+        return replace(self, columns=tuple(self.columns[place] for place in kept), rows=rows)
+
     # ---- terminal ----
 
     def for_terminal(self, gap: int = 1) -> Table:
@@ -96,11 +102,13 @@ class Grid:
         for column in self.columns:
             head = "\n".join(printable(part) for part in column.head.split("\n"))
             table.add_column(Text(head), justify=column.align, no_wrap=not column.wrap)
+        indent = "  " if any(line.kind == "section" for line in self.rows) else ""
         for number, line in enumerate(self.rows):
             if line.kind == "section" and number:
                 table.add_row()
             style = STYLES[line.kind] + (" bold" if line.best else "")
-            table.add_row(*(plain(str(cell), style) for cell in line.cells))
+            first, *others = (plain(str(cell), style) for cell in line.cells)
+            table.add_row(first if line.kind == "section" else plain(indent, style) + first, *others)
         return table
 
     # ---- for papers ----

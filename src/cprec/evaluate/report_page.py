@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -216,29 +217,55 @@ def _leading_metrics(main: Metric) -> list[Metric]:
     return list(dict.fromkeys([main, *others]))
 
 
-def _terminal_grid(report: Report, columns: Mapping[Metric, bool]) -> Grid:
-    """Arms as rows, a section for each domain; `columns` says of each metric whether its interval is shown."""
-    first = next(iter(report.domains.values()))
-    columns = {
-        metric: interval for metric, interval in columns.items() if metric in next(iter(first.arms.values())).metrics
-    }
-    heads = [Column("", align="left", wrap=True)]
-    for metric in columns:
-        pool = f"{first.pools[metric.pool].num_items}\ncandidates" if metric.pool in first.pools else "full\ncatalogue"
-        heads.append(Column(f"{metric_name(metric)}\n{pool}"))
+def _terminal_grid(report: Report, metrics: Mapping[Metric, bool]) -> Grid:
+    """A section of arms for each domain; `metrics` says of each metric whether its interval is shown."""
+    pools = next(iter(report.domains.values())).pools
+    columns = []
+    for metric, interval in metrics.items():
+        if metric.pool == report.main.pool or metric.pool in pools:
+            pool = f"{pools[metric.pool].num_items}\ncandidates" if metric.pool in pools else "full\ncatalogue"
+            form = MEAN_AND_SHORT_INTERVAL if interval else MEAN
+            columns.append(_metric_column(metric, form.format, f"{metric_name(metric)}\n{pool}"))
+    rows: list[Row] = []
+    for result in report.domains.values():
+        seen = {True: " (unseen)", False: " (seen)", None: ""}[result.unseen]
+        grid = _arm_grid(result, columns)
+        rows += [Row.of([f"{result.domain}{seen}"], "section"), *grid.rows]
+    return replace(grid, rows=tuple(rows))
+
+
+# ---- tables of arms --------------------------------------------------------------------------------------------------
+
+ArmColumn = tuple[Column, Callable[[Arm], Cell | str]]
+"""A column, and what makes the cell of an arm: '' where the arm has nothing to show there."""
+
+MEAN, SHORT_MEAN = "{0.mean:.4f}", "{0.mean:.3f}"
+MEAN_AND_SHORT_INTERVAL = "{0.mean:.4f} [{0.low:.3f}, {0.high:.3f}]"
+
+
+def _mean_beside_interval(cell: Interval) -> Cell:
+    return Cell(f"{cell.mean:.4f}", f"[{cell.low:.4f}, {cell.high:.4f}]")
+
+
+def _mean_above_interval(cell: Interval) -> Cell:
+    return Cell(f"{cell.mean:.4f}", f"{cell.low:.4f} to {cell.high:.4f}")
+
+
+def _metric_column(metric: Metric, shown: Callable[[Interval], Cell | str], head: str = "") -> ArmColumn:
+    column = Column(head or metric_name(metric))
+    return column, lambda arm: shown(arm.metrics[metric]) if metric in arm.metrics else ""
+
+
+def _arm_grid(result: DomainResult, columns: Iterable[ArmColumn], caption: str = "") -> Grid:
+    """A row for each arm of a domain that has anything to show in these columns."""
+    heads, cells_of = zip(*columns, strict=True)
     rows = []
-    for name, result in report.domains.items():
-        seen, best = {True: " (unseen)", False: " (seen)", None: ""}[result.unseen], result.best()
-        rows.append(Row.of([f"{name}{seen}"], "section"))
-        for arm in result.arms.values():
-            cells = [_short(arm.metrics[metric], interval) for metric, interval in columns.items()]
+    for arm in result.arms.values():
+        cells = [cell_of(arm) for cell_of in cells_of]
+        if any(cells):
             kind = "" if arm.kind == "baseline" else arm.kind
-            rows.append(Row.of([f"  {arm.name}", *cells], kind, best=arm is best))
-    return Grid(tuple(heads), tuple(rows))
-
-
-def _short(cell: Interval, interval: bool) -> str:
-    return f"{cell.mean:.4f}" + (f" [{cell.low:.3f}, {cell.high:.3f}]" if interval else "")
+            rows.append(Row.of([arm.name, *cells], kind, best=arm is result.best()))
+    return Grid((Column("", align="left", wrap=True), *heads), tuple(rows), caption)
 
 
 # ---- for papers ------------------------------------------------------------------------------------------------------
@@ -253,10 +280,10 @@ def markdown_table(report: Report, domain: str) -> str:
     Raises ValueError if the report has no such domain.
     """
     result = _domain(report, domain)
-    columns = {head: cells for head, cells in _paper_columns(result).items() if any(cells)}
+    table = _arm_grid(result, _markdown_columns(result)).without_empty_columns()
     pool = "full catalogue unless another pool is named, 95 % intervals in brackets"
     warning = "" if result.certified else f" {UNCERTIFIED}"
-    return f"{_paper_grid(result, columns).markdown()}\n\n{printable(domain_line(result))}; {pool}.{warning}\n"
+    return f"{table.markdown()}\n\n{printable(domain_line(result))}; {pool}.{warning}\n"
 
 
 def latex_table(report: Report, domain: str) -> str:
@@ -265,10 +292,12 @@ def latex_table(report: Report, domain: str) -> str:
     Raises ValueError if the report has no such domain.
     """
     result = _domain(report, domain)
-    columns = {metric_name(metric): _cells(result, metric, _with_interval) for metric in _leading_metrics(result.main)}
+    table = _arm_grid(
+        result, [_metric_column(metric, _mean_beside_interval) for metric in _leading_metrics(result.main)]
+    )
     warning = "" if result.certified else f"{UNCERTIFIED} "
     caption = latex_text(f"{warning}{domain_line(result)}; full catalogue, 95 % intervals")
-    return f"\\begin{{table}}\n\\caption{{{caption}}}\n{_paper_grid(result, columns).latex()}\\end{{table}}\n"
+    return f"\\begin{{table}}\n\\caption{{{caption}}}\n{table.latex()}\\end{{table}}\n"
 
 
 def _domain(report: Report, domain: str) -> DomainResult:
@@ -277,35 +306,21 @@ def _domain(report: Report, domain: str) -> DomainResult:
     return report.domains[domain]
 
 
-def _paper_grid(result: DomainResult, columns: Mapping[str, Sequence[Cell | str]]) -> Grid:
-    best = next((place for place, arm in enumerate(result.arms.values()) if arm is result.best()), None)
-    return Grid.of(["", *columns], zip(result.arms, *columns.values(), strict=True), best=best)
-
-
-def _paper_columns(result: DomainResult) -> dict[str, list[Cell | str]]:
-    """The cell of each arm by the head of its column, '' where an arm has none."""
-    main, recall = result.main, replace(result.main, name="recall")
-    columns = {metric_name(metric): _cells(result, metric, _with_interval) for metric in (main, recall)}
+def _markdown_columns(result: DomainResult) -> list[ArmColumn]:
+    leading = (result.main, replace(result.main, name="recall"))
+    columns = [_metric_column(metric, _mean_beside_interval) for metric in leading]
     for pool, rule in SEEN_RULES.items():
-        if pool != main.pool:
-            for metric in (replace(main, pool=pool), replace(recall, pool=pool)):
-                columns[f"{metric_name(metric)}, {rule}"] = _cells(result, metric, "{0.mean:.4f}".format)
+        others = (replace(metric, pool=pool) for metric in leading if pool != metric.pool)
+        columns += [_metric_column(metric, MEAN.format, f"{metric_name(metric)}, {rule}") for metric in others]
     for pool, head in ((CANDIDATES_UNIFORM, "Recall@1 of {}, uniform"), (CANDIDATES_POPULARITY, "of {}, popular")):
-        if pool in result.pools:
-            found = _cells(result, Metric("recall", 1, pool), "{0.mean:.3f}".format)
-            columns[head.format(result.pools[pool].num_items)] = found
-    arms = result.arms.values()
-    columns["coverage"] = [f"{arm.lists['coverage']:.2f}" if "coverage" in arm.lists else "" for arm in arms]
-    seconds = [arm.cost.train_seconds for arm in arms]
-    return columns | {"seconds of training": ["" if each is None else f"{each:,.0f}" for each in seconds]}
+        if asked := result.pools.get(pool):
+            columns.append(_metric_column(Metric("recall", 1, pool), SHORT_MEAN.format, head.format(asked.num_items)))
+    coverage = (Column("coverage"), lambda arm: f"{arm.lists['coverage']:.2f}" if "coverage" in arm.lists else "")
+    return [*columns, coverage, (Column("seconds of training"), _train_seconds)]
 
 
-def _cells(result: DomainResult, metric: Metric, shown: Callable[[Interval], Cell | str]) -> list[Cell | str]:
-    return [shown(arm.metrics[metric]) if metric in arm.metrics else "" for arm in result.arms.values()]
-
-
-def _with_interval(cell: Interval) -> Cell:
-    return Cell(f"{cell.mean:.4f}", f"[{cell.low:.4f}, {cell.high:.4f}]")
+def _train_seconds(arm: Arm) -> str:
+    return "" if arm.cost.train_seconds is None else f"{arm.cost.train_seconds:,.0f}"
 
 
 # ---- page ------------------------------------------------------------------------------------------------------------
@@ -319,7 +334,7 @@ def write_report_page(
 
 
 def report_page(report: Report, runs: Mapping[str, TrainingRun], examples: Sequence[Example]) -> str:
-    """The text of the page. Runs named `GROUP: ARM` share the charts of their group."""
+    """The text of the page. Runs named `GROUP: ARM` share the charts of their group; one without a log is left out."""
     protocol = Section(
         title="How this was measured",
         boxed=True,
@@ -330,10 +345,11 @@ def report_page(report: Report, runs: Mapping[str, TrainingRun], examples: Seque
     sections = [protocol, *map(_domain_section, report.domains.values())]
     if examples:
         sections.append(Section(title="What users are recommended", examples=examples))
-    if runs:
-        sections.append(final_section(list(runs.values()), "What was trained"))
+    logged = {name: run for name, run in runs.items() if run.records}
+    if logged:
+        sections.append(final_section(list(logged.values()), "What was trained"))
     groups: dict[str, dict[str, TrainingRun]] = {}
-    for name, run in runs.items():
+    for name, run in logged.items():
         group, _, arm = name.partition(": ")
         groups.setdefault(group, {})[arm or name] = run
     sections += [run_section(f"Training: {group}", members) for group, members in groups.items()]
@@ -341,13 +357,10 @@ def report_page(report: Report, runs: Mapping[str, TrainingRun], examples: Seque
 
 
 def _domain_section(result: DomainResult) -> Section:
-    main, recall = result.main, replace(result.main, name="recall")
-    figures = {f"{metric_name(metric)}, full catalogue": _bars(result, metric) for metric in (main, recall)}
-    details = [_pool_table(result, main.pool, "Full catalogue. MRR counts items that were listed only", seconds=True)]
-    if CANDIDATES_UNIFORM in result.pools:
-        size = f"{result.pools[CANDIDATES_UNIFORM].num_items} candidates"
-        figures[f"Recall@1, {size}"] = _bars(result, Metric("recall", 1, CANDIDATES_UNIFORM))
-        details.append(_pool_table(result, CANDIDATES_UNIFORM, f"{size}, the others uniform", seconds=True))
+    leading = [result.main, replace(result.main, name="recall")]
+    figures = {f"{metric_name(metric)}, full catalogue": _bars(result, metric) for metric in leading}
+    if uniform := result.pools.get(CANDIDATES_UNIFORM):
+        figures[f"Recall@1, {uniform.num_items} candidates"] = _bars(result, Metric("recall", 1, CANDIDATES_UNIFORM))
     lines = [*map(difference_line, result.differences), *ranking_lines(result)]
     return Section(
         title=domain_line(result),
@@ -355,7 +368,7 @@ def _domain_section(result: DomainResult) -> Section:
         points=[("", line) for line in lines],
         figures=figures,
         fold="All metrics",
-        details=[*details, *_further_tables(result)],
+        details=[*_pool_grids(result), *_slice_grids(result), _list_grid(result), _cost_grid(result)],
     )
 
 
@@ -367,79 +380,69 @@ def _bars(result: DomainResult, metric: Metric) -> Markup:
     return bars(rows, "{:.4f}")
 
 
-def _further_tables(result: DomainResult) -> list[Grid]:
-    """The other rule for seen items, popular candidates, new items, slices, lists and cost; empty where a report has
-    nothing of them."""
-    main = result.main
-    captions = {
-        FULL_WITH_SEEN: "Full catalogue, seen items may be recommended again",
-        FULL: "Full catalogue, seen items left out",
+def _pool_grids(result: DomainResult) -> Iterator[Grid]:
+    """All metrics over the full catalogue and uniform candidates, and the leading ones over the other pools."""
+    main, pools, first = result.main, result.pools, next(iter(result.arms.values()))
+    recall = replace(main, name="recall")
+    captions = {main.pool: "Full catalogue. MRR counts items that were listed only"}
+    if uniform := pools.get(CANDIDATES_UNIFORM):
+        captions[CANDIDATES_UNIFORM] = f"{uniform.num_items} candidates, the others uniform"
+    for pool, caption in captions.items():
+        seconds = (Column("seconds"), partial(_seconds_of, pool))
+        yield _arm_grid(result, [*(_metric_column(m, _mean_above_interval) for m in first.of(pool)), seconds], caption)
+    others = {
+        FULL_WITH_SEEN: ("Full catalogue, seen items may be recommended again", [main, recall]),
+        FULL: ("Full catalogue, seen items left out", [main, recall]),
     }
-    leading = (main, replace(main, name="recall"))
-    tables = [_pool_table(result, pool, text, leading) for pool, text in captions.items() if pool != main.pool]
-    if popular := result.pools.get(CANDIDATES_POPULARITY):
+    if popular := pools.get(CANDIDATES_POPULARITY):
         caption = f"{popular.num_items} candidates, the others by popularity"
-        tables.append(_pool_table(result, CANDIDATES_POPULARITY, caption, [Metric("recall", 1, CANDIDATES_POPULARITY)]))
-    if new := result.pools.get(NEW_ITEMS):
+        others[CANDIDATES_POPULARITY] = (caption, [Metric("recall", 1, main.pool)])
+    if new := pools.get(NEW_ITEMS):
         caption = (
             f"New items: the {new.num_queries:,} queries whose target never occurs in training, ranked among the "
             f"{new.num_items:,} items that do not. An arm that knows items by their events alone names none, or ranks "
             "them by nothing it has learnt."
         )
-        tables.append(_pool_table(result, NEW_ITEMS, caption, leading))
-    arms = list(result.arms.values())
-    return [*tables, *_slice_tables(arms, main), _list_table(arms), _cost_table(arms)]
+        others[NEW_ITEMS] = (caption, [main, recall])
+    for pool, (caption, metrics) in others.items():
+        if pool != main.pool:
+            columns = [_metric_column(replace(metric, pool=pool), _mean_above_interval) for metric in metrics]
+            yield _arm_grid(result, columns, caption)
 
 
-def _pool_table(
-    result: DomainResult, pool: str, caption: str, metrics: Sequence[Metric] = (), *, seconds: bool = False
-) -> Grid:
-    """These metrics over a pool, or all if none is named, of the arms that were asked for it."""
-    arms = [arm for arm in result.arms.values() if arm.of(pool)]
-    shown = [replace(metric, pool=pool) for metric in metrics] or list(arms[0].of(pool))
-    heads = ["", *map(metric_name, shown), *(["seconds"] if seconds else [])]
-    rows = (
-        [
-            arm.name,
-            *(_above(arm.metrics[metric]) for metric in shown),
-            *([f"{arm.seconds[pool]:.1f}"] if seconds else []),
+def _seconds_of(pool: str, arm: Arm) -> str:
+    return f"{arm.seconds[pool]:.1f}" if pool in arm.seconds else ""
+
+
+def _slice_grids(result: DomainResult) -> Iterator[Grid]:
+    def cell(name: str, group: str, arm: Arm) -> Cell | str:
+        return _mean_above_interval(arm.slices[name][group].metrics[result.main]) if name in arm.slices else ""
+
+    slices = next((arm.slices for arm in result.arms.values() if arm.slices), {})
+    for name, groups in slices.items():
+        columns = [
+            (Column(group, f"{asked.num_queries:,} queries"), partial(cell, name, group))
+            for group, asked in groups.items()
         ]
-        for arm in arms
-    )
-    return Grid.of(heads, rows, caption=caption)
+        yield _arm_grid(result, columns, f"{metric_name(result.main)} by {name}: {ABOUT[name]}")
 
 
-def _slice_tables(arms: Sequence[Arm], main: Metric) -> list[Grid]:
-    having = [arm for arm in arms if arm.slices]
-    tables = []
-    for name, groups in having[0].slices.items() if having else ():
-        heads = [Column("", align="left"), *(Column(g, f"{s.num_queries:,} queries") for g, s in groups.items())]
-        rows = ([arm.name, *(_above(arm.slices[name][group].metrics[main]) for group in groups)] for arm in having)
-        tables.append(Grid.of(heads, rows, caption=f"{metric_name(main)} by {name}: {ABOUT[name]}"))
-    return tables
+def _list_grid(result: DomainResult) -> Grid:
+    def cell(name: str, arm: Arm) -> str:
+        return f"{arm.lists[name]:.3f}" if name in arm.lists else ""
+
+    shown = {name: name.replace("_", " ") for name in LISTS}
+    caption = "Lists: " + "; ".join(f"{shown[name]}, {about}" for name, about in LISTS.items())
+    return _arm_grid(result, [(Column(head), partial(cell, name)) for name, head in shown.items()], caption)
 
 
-def _list_table(arms: Sequence[Arm]) -> Grid:
-    caption = "Lists: " + "; ".join(f"{name.replace('_', ' ')}, {about}" for name, about in LISTS.items())
-    rows = (
-        [arm.name, *(f"{arm.lists[name]:.3f}" if name in arm.lists else "" for name in LISTS)]
-        for arm in arms
-        if arm.lists
-    )
-    return Grid.of(["", *(name.replace("_", " ") for name in LISTS)], rows, caption=caption)
+def _cost_grid(result: DomainResult) -> Grid:
+    def parameters(arm: Arm) -> str:
+        return "" if arm.cost.num_parameters is None else f"{arm.cost.num_parameters / 1e6:,.2f} M"
 
-
-def _cost_table(arms: Sequence[Arm]) -> Grid:
-    rows = []
-    for arm in arms:
-        parameters, seconds = arm.cost.num_parameters, arm.cost.train_seconds
-        size = "" if parameters is None else f"{parameters / 1e6:,.2f} M"
-        trained = "" if seconds is None else f"{seconds:,.0f}"
-        rows.append([arm.name, size, trained, f"{arm.cost.milliseconds_per_query:,.2f}"])
-    heads = ["", "parameters", "seconds of training", "ms per query"]
-    return Grid.of(heads, rows, caption="Cost, on the machine that made them")
-
-
-def _above(cell: Interval) -> Cell:
-    """A mean above its interval."""
-    return Cell(f"{cell.mean:.4f}", f"{cell.low:.4f} to {cell.high:.4f}")
+    columns: list[ArmColumn] = [
+        (Column("parameters"), parameters),
+        (Column("seconds of training"), _train_seconds),
+        (Column("ms per query"), lambda arm: f"{arm.cost.milliseconds_per_query:,.2f}"),
+    ]
+    return _arm_grid(result, columns, "Cost, on the machine that made them")

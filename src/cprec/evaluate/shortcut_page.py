@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
@@ -23,76 +23,72 @@ INTRODUCTION = (
 )
 
 
-def _kept_share(name: str) -> Callable[[ShortcutAudit], str]:
-    def shown(audit: ShortcutAudit) -> str:
-        share = audit.dependence[0].shares[name] if audit.dependence else None
-        return f"{100 * share.mean:.0f} [{100 * share.low:.0f}, {100 * share.high:.0f}]" if share else "-"
-
-    return shown
-
-
-COLUMNS: Mapping[str, tuple[Callable[[ShortcutAudit], str], str]] = {
-    "queries": (lambda audit: f"{audit.num_queries:,}", "test events asked for"),
-    "items": (lambda audit: f"{audit.num_items:,}", "items of the catalogue"),
-    "history": (lambda audit: f"{audit.median_history:g}", "median number of events before the target"),
+COLUMNS = {
+    "queries": ("{0.num_queries:,}", "test events asked for"),
+    "items": ("{0.num_items:,}", "items of the catalogue"),
+    "history": ("{0.median_history:g}", "median number of events before the target"),
     "tied": (
-        lambda audit: "?" if audit.targets.tied is None else f"{audit.targets.tied:.0%}",
+        "{0.targets.tied:.0%}",
         "targets that the order of events of equal time decided; ? where times are an order only",
     ),
-    "repeats": (lambda audit: f"{audit.targets.repeated:.1%}", "targets that are in the history already"),
-    "cold": (lambda audit: f"{audit.targets.cold:.1%}", "targets without a training event"),
-    "top 10": (lambda audit: f"{audit.targets.popular_10:.1%}", "targets among the 10 most popular items"),
+    "repeats": ("{0.targets.repeated:.1%}", "targets that are in the history already"),
+    "cold": ("{0.targets.cold:.1%}", "targets without a training event"),
+    "top 10": ("{0.targets.popular_10:.1%}", "targets among the 10 most popular items"),
     "out-degree": (
-        lambda audit: f"{audit.out_degree.quartiles[1]:g}",
+        "{0.out_degree.quartiles[1]:g}",
         "median number of different items that followed the last item in training",
     ),
     "1 step": (
-        lambda audit: f"{audit.reach[ONE_STEP].targets:.1%} ({audit.reach[ONE_STEP].popular:.1%})",
+        f"{{0.reach[{ONE_STEP}].targets:.1%}} ({{0.reach[{ONE_STEP}].popular:.1%}})",
         "targets that followed the last item in training (in brackets: what popularity alone would reach)",
     ),
     "2 steps": (
-        lambda audit: f"{audit.reach[TWO_STEPS].targets:.0%} ({audit.reach[TWO_STEPS].popular:.0%})",
+        f"{{0.reach[{TWO_STEPS}].targets:.0%}} ({{0.reach[{TWO_STEPS}].popular:.0%}})",
         "targets within two such steps (in brackets as before)",
     ),
-    "1 back": (
-        lambda audit: f"{audit.reach[BACKWARD].targets:.1%}",
-        "targets that came just before the last item in training",
-    ),
+    "1 back": (f"{{0.reach[{BACKWARD}].targets:.1%}}", "targets that came just before the last item in training"),
     "users": (
-        lambda audit: f"{audit.similarity[USERS].nearest:.0%}",
+        f"{{0.similarity[{USERS}].nearest:.0%}}",
         "targets among the 1% of the items that share most users with the last one (1% by chance)",
     ),
     "titles": (
-        lambda audit: f"{audit.similarity[TITLES].nearest:.0%}",
+        f"{{0.similarity[{TITLES}].nearest:.0%}}",
         "targets among the 1% of the items with titles most like the last one's (1% by chance)",
     ),
 }
-"""The columns of the table: their cells, and what they are."""
-MODEL_COLUMNS: Mapping[str, tuple[Callable[[ShortcutAudit], str], str]] = {
-    METRIC: (
-        lambda audit: f"{audit.dependence[0].ndcg.mean:.4f}" if audit.dependence else "-",
-        "of the {model}, full catalogue without seen items",
-    ),
-    "last 1": (
-        _kept_share("last 1"),
-        f"per cent of that {METRIC} when only the last event is shown, with 95% interval",
-    ),
-    SHUFFLED: (_kept_share(SHUFFLED), f"per cent of that {METRIC} when histories are shuffled, with 95% interval"),
+"""The columns of the table: how the cell of an audit is written, and what it is."""
+MODEL_COLUMNS = {
+    METRIC: "of the {model}, full catalogue without seen items",
+    "last 1": f"per cent of that {METRIC} when only the last event is shown, with 95% interval",
+    SHUFFLED: f"per cent of that {METRIC} when histories are shuffled, with 95% interval",
 }
-"""Further columns where a model was asked, of the first model."""
+"""Further columns where a model was asked, and what they are; of the first model where there are several."""
 
 
 def reading(audits: Sequence[ShortcutAudit]) -> dict[str, str]:
     """The columns of the table of these domains, and what each is."""
+    about = {head: text for head, (_, text) in COLUMNS.items()}
     model = next((audit.dependence[0].model for audit in audits if audit.dependence), None)
-    columns = COLUMNS if model is None else {**COLUMNS, **MODEL_COLUMNS}
-    return {head: about.replace("{model}", str(model)) for head, (_, about) in columns.items()}
+    if model is None:
+        return about
+    return about | {head: text.replace("{model}", model) for head, text in MODEL_COLUMNS.items()}
+
+
+def _cells(audit: ShortcutAudit) -> dict[str, str]:
+    """The numbers of a domain by column."""
+    unknown = {"tied": "?"} if audit.targets.tied is None else {}
+    cells = {head: form.format(audit) for head, (form, _) in COLUMNS.items() if head not in unknown} | unknown
+    for model in audit.dependence[:1]:
+        cells[METRIC] = f"{model.ndcg.mean:.4f}"
+        for name, share in model.shares.items():
+            cells[name] = f"{100 * share.mean:.0f} [{100 * share.low:.0f}, {100 * share.high:.0f}]" if share else "-"
+    return cells
 
 
 def table_rows(audits: Sequence[ShortcutAudit]) -> dict[str, list[str]]:
-    """The leading numbers of each domain, by `reading`."""
-    columns = {**COLUMNS, **MODEL_COLUMNS}
-    return {audit.domain: [columns[head][0](audit) for head in reading(audits)] for audit in audits}
+    """The leading numbers of each domain, by `reading`; a dash stands for what no model was asked."""
+    heads = reading(audits)
+    return {audit.domain: [_cells(audit).get(head, "-") for head in heads] for audit in audits}
 
 
 def shortcut_table(audits: Sequence[ShortcutAudit]) -> Grid:

@@ -23,7 +23,7 @@ def final_numbers(run: TrainingRun) -> dict[str, str]:
     """The columns of a run's row, in reading order; a dash stands for what is not known."""
     parameters = run.about.get("num_parameters")
     return {
-        "state": "finished" if run.finished else "not finished",
+        "state": "finished" if run.about else "not finished",
         "parameters": f"{parameters / 1e6:,.2f} M" if parameters else "-",
         "steps": f"{run.num_steps:,}",
         "tokens": f"{run.num_tokens:,}",
@@ -64,13 +64,13 @@ def perplexity_table(runs: Sequence[TrainingRun], *, named: bool) -> Grid:
 
 def mixture_table(run: TrainingRun) -> Grid:
     """Shares of all tokens, as asked and as read; no row where nothing was logged of them."""
-    read = {name: points[-1][1] for name, points in run.mixture.items() if points}
+    read = {name: points[-1][1] for name, points in run.members("mixture").items() if points}
     caption = f"Mixture of {run.name}: shares of all tokens"
-    if not run.asked:
+    if not run.mixture_asked:
         return Grid.of(["", "read"], ([name, f"{share:.2%}"] for name, share in read.items()), caption=caption)
     rows = []
-    for name in dict.fromkeys([*run.asked, *read]) if read else ():
-        asked, found = float(run.asked.get(name, 0.0)), read.get(name, 0.0)
+    for name in dict.fromkeys([*run.mixture_asked, *read]) if read else ():
+        asked, found = float(run.mixture_asked.get(name, 0.0)), read.get(name, 0.0)
         rows.append([name, f"{asked:.2%}", f"{found:.2%}", f"{round(100 * (found - asked), 2) + 0.0:+.2f}"])
     return Grid.of(["", "asked", "read", "points more"], rows, caption=caption)
 
@@ -125,7 +125,7 @@ CURVES: Mapping[str, tuple[LinesOf, Mapping[str, bool]]] = {
     "Gradient norm": (field_of("grad_norm"), LOG),
     "Tokens per second": (field_of("tokens_per_second"), FROM_ZERO),
     "MFU: per cent of the matmul peak": (field_of("mfu", 100), FROM_ZERO),
-    "Mixture: shares of the tokens read so far": (lambda run: run.mixture, FROM_ZERO),
+    "Mixture: shares of the tokens read so far": (lambda run: run.members("mixture"), FROM_ZERO),
 }
 """Charts of a run by caption: their lines, and how they are drawn."""
 

@@ -28,10 +28,6 @@ class TrainingRun:
     """The content of `cprec.json`, once the run is finished."""
 
     @property
-    def finished(self) -> bool:
-        return bool(self.about)
-
-    @property
     def num_steps(self) -> int:
         """Optimizer steps logged so far."""
         return max((record["step"] for record in self.records), default=0)
@@ -61,24 +57,19 @@ class TrainingRun:
     @cached_property
     def heldout(self) -> dict[str, list[tuple[float, float]]]:
         """Held-out perplexity over tokens, by domain and kind; the general text is not among them."""
-        return {name: points for name, points in self._members("heldout").items() if name != GENERAL_TEXT}
+        return {name: points for name, points in self.members("heldout").items() if name != GENERAL_TEXT}
 
     @cached_property
     def general_text(self) -> list[tuple[float, float]]:
         """Perplexity on the general text over tokens."""
-        return self._members("heldout").get(GENERAL_TEXT, [])
+        return self.members("heldout").get(GENERAL_TEXT, [])
 
-    @cached_property
-    def mixture(self) -> dict[str, list[tuple[float, float]]]:
-        """The share of each group in the tokens read so far, over tokens."""
-        return self._members("mixture")
-
-    @cached_property
-    def asked(self) -> dict[str, float]:
+    @property
+    def mixture_asked(self) -> dict[str, float]:
         """The share of each group that the settings ask for, where the log has it."""
         return next((dict(record["mixture_asked"]) for record in self.records if "mixture_asked" in record), {})
 
-    @property
+    @cached_property
     def relative_forgetting(self) -> list[tuple[float, float]]:
         """Perplexity on the general text over tokens, as a multiple of the first."""
         start = self.general_text[0][1] if self.general_text else 0.0
@@ -86,10 +77,11 @@ class TrainingRun:
 
     @property
     def forgetting(self) -> float:
-        """The last of `relative_forgetting`; NaN where it was not measured twice."""
+        """The last perplexity on the general text over the first; NaN where it was not measured twice."""
         return self.relative_forgetting[-1][1] if len(self.relative_forgetting) > 1 else math.nan
 
-    def _members(self, name: str) -> dict[str, list[tuple[float, float]]]:
+    def members(self, name: str) -> dict[str, list[tuple[float, float]]]:
+        """The finite values over tokens of each member of a field that is a mapping: `heldout` or `mixture`."""
         lines: dict[str, list[tuple[float, float]]] = {}
         for record in self.records:
             for member, value in (record.get(name) or {}).items():

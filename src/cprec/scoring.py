@@ -9,6 +9,7 @@ import numpy as np
 
 from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged, offsets_of
+from cprec.errors import ConfigError
 from cprec.recommender import Ranking, RankingQuery
 
 BATCH = 256
@@ -49,14 +50,8 @@ class ScoringRecommender(ABC):
         return [ranking for ranking in out if ranking is not None]
 
     def histories(self, domain: str, queries: Sequence[RankingQuery]) -> Ragged:
-        """Each query's events in the domain, oldest first, as positions among the domain's items.
-
-        Raises UnknownItemError for items that the catalogue does not have.
-        """
-        items = [[item.item_id for item in query.history if item.domain == domain] for query in queries]
-        first = int(self.catalogue.rows_of(domain)[0])
-        found = self.catalogue.find(domain, [item for of_query in items for item in of_query]) - first
-        return Ragged(found, offsets_of(np.array([len(of_query) for of_query in items], dtype=np.int64)))
+        """See `histories_of`."""
+        return histories_of(self.catalogue, domain, queries)
 
     def _ranking(self, query: RankingQuery, score_N: np.ndarray, k: int) -> Ranking:
         """Ties with the K-th item are kept; equal scores stand by item id."""
@@ -93,6 +88,17 @@ class ScoringRecommender(ABC):
         return Ranking(query.query_id, tuple(ids), tuple(score[best].tolist()))
 
 
+def histories_of(catalogue: Catalogue, domain: str, queries: Sequence[RankingQuery]) -> Ragged:
+    """Each query's events in the domain, oldest first, as positions among the domain's items.
+
+    Raises UnknownItemError for items that the catalogue does not have.
+    """
+    items = [[item.item_id for item in query.history if item.domain == domain] for query in queries]
+    first = int(catalogue.rows_of(domain)[0])
+    found = catalogue.find(domain, [item for of_query in items for item in of_query]) - first
+    return Ragged(found, offsets_of(np.array([len(of_query) for of_query in items], dtype=np.int64)))
+
+
 def kth_largest(values: np.ndarray, k: int) -> float:
     """The K-th largest of some numbers, of which equal ones count apart.
 
@@ -106,3 +112,12 @@ def kth_largest(values: np.ndarray, k: int) -> float:
     bound = np.sort(np.maximum.reduceat(values, starts))[-k]
     reached = values[values >= bound]
     return float(np.sort(reached)[len(reached) - k])
+
+
+def check_domain(name: str, made_for: Sequence[str], asked: str) -> None:
+    """Raise ConfigError unless a recommender was made for the domain that it is asked about."""
+    if asked not in made_for:
+        raise ConfigError(
+            f"{name} was made for domain {', '.join(map(repr, made_for))} and is asked about {asked!r}: "
+            "make one for that domain"
+        )
