@@ -84,12 +84,12 @@ def anneal(config: AnnealConfig) -> dict[str, Any]:
     from cprec.evaluate.forks import print_forks, write_forks
     from cprec.progress import say
     from cprec.provenance import read_resolved, save_resolved
-    from cprec.train.config import PretrainConfig
+    from cprec.train.config import PretrainConfig, under_current_names
     from cprec.train.pretrain import fork
 
     run = Path(config.run)
     stable = _stable(run, config.start)
-    trunk = from_mapping(PretrainConfig, read_resolved(run)["config"])
+    trunk = from_mapping(PretrainConfig, under_current_names(read_resolved(run)["config"]))
     if trunk.lr_scheduler_type != "wsa":  # it had no annealing: all of it is the trunk
         trunk = replace(trunk, lr_scheduler_type="wsa", anneal_steps=0)
     folder = Path(config.output_dir or run / FORKS)
@@ -209,8 +209,8 @@ def _fine_tune(
             FinetuneConfig(
                 data=trunk.data,
                 max_length=trunk.max_length,
-                per_device_train_batch_size=trunk.per_device_train_batch_size,
-                gradient_accumulation_steps=trunk.gradient_accumulation_steps,
+                train_batch_size=trunk.train_batch_size,
+                micro_batch_size=trunk.micro_batch_size,
                 bf16=trunk.bf16,
                 seed=trunk.seed,
                 domain=domain,

@@ -152,6 +152,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def _unknown_field(name: str, cls: type, where: str) -> ConfigError:
     known = settable_fields(cls)
+    if name in getattr(cls, "RENAMED", ()):
+        return ConfigError(f"{where + name} is gone: write {cls.RENAMED[name]}")  # type: ignore[attr-defined]
     hint = did_you_mean(name, known)
     return ConfigError(f"{_owner(cls, where)} has no field {where + name!r}{hint or '.'} Its fields: {listed(known)}")
 
