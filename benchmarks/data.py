@@ -68,8 +68,8 @@ def write_log(folder: Path, num_rows: int, num_domains: int, kind: str) -> list[
 def ours_from_files(folder: Path, domains: list[str]) -> dict[str, int]:
     """Raw CSV files to canonical tables on disk, a split, and sequences on disk."""
     from cprec.data.build import build_tables
+    from cprec.data.config import Rules, TableSource
     from cprec.data.dataset import read_manifest
-    from cprec.data.sources.tables import TableSource
 
     sources = [
         TableSource(
@@ -83,7 +83,7 @@ def ours_from_files(folder: Path, domains: list[str]) -> dict[str, int]:
     target = folder / "ours"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
-    build_tables(sources, target, min_user_events=K_CORE, min_item_events=K_CORE)
+    build_tables(sources, target, Rules(k_core=K_CORE))
     return _sequences_of_parts(target, range(read_manifest(target)["num_parts"]), finish=True)
 
 
@@ -97,9 +97,10 @@ def ours_from_tables(folder: Path, domains: list[str]) -> dict[str, int]:
 def _sequences_of_parts(folder: Path, parts: Any, *, finish: bool) -> dict[str, int]:
     import numpy as np
 
+    from cprec.data.config import SplitSpec
     from cprec.data.dataset import finish_part, read_catalogue, read_domains, read_part
     from cprec.data.sequences import build_sequences
-    from cprec.data.splits import SplitSpec, make_split
+    from cprec.data.splits import make_split
 
     catalogue, domains = read_catalogue(folder), read_domains(folder)
     total = {"events": 0, "train": 0, "sequences": 0}
@@ -222,7 +223,7 @@ def measured(name: str, folder: Path, domains: list[str]) -> dict[str, Any]:
 
 def compare(num_rows: int) -> None:
     from cprec.data.build import build_tables
-    from cprec.data.sources.tables import TableSource
+    from cprec.data.config import Rules, TableSource
 
     rounds = 3 if num_rows <= 2_000_000 else 1
     with tempfile.TemporaryDirectory() as name:
@@ -235,7 +236,7 @@ def compare(num_rows: int) -> None:
             )
             for domain in domains
         ]
-        build_tables(sources, folder / "tables", min_user_events=K_CORE, min_item_events=K_CORE)
+        build_tables(sources, folder / "tables", Rules(k_core=K_CORE))
         print(f"{num_rows:,} rows in 4 domains; CPU seconds, best of {rounds}; peak memory")
         for contest, (ours, pandas) in CONTESTS.items():
             found = {}

@@ -30,8 +30,8 @@ from cprec.data.ragged import Ragged
 from cprec.search.attention import PromptTree
 from cprec.search.cache import PrefixCache
 from cprec.search.decoding import search
-from cprec.search.scoring import score_catalogue
-from cprec.search.trie import Trie
+from cprec.search.scoring import score_candidates
+from cprec.search.trie import Trie, sort_sequences
 
 VOCABULARY, END, LONGEST = 8192, 1, 12
 
@@ -213,13 +213,14 @@ def decode(args: argparse.Namespace) -> None:
         print(f"  one constraint step, {rows} rows: {1e3 * mask:.2f} and {1e3 * step:.3f} ms ({mask / step:.0f}x)")
     prompt = np.random.default_rng(0).integers(2, VOCABULARY, 256)
     some = grown(titles, 4000, VOCABULARY)
-    trie = Trie.build(Ragged.of(some))
+    every = Ragged.of(some)
+    every = every.take(sort_sequences(every))  # so that prefixes in common are read in one pass
     sample = [some[row] for row in np.linspace(0, len(some) - 1, 16).astype(int)]
     batch = torch.zeros(16, 256 + LONGEST + 1, dtype=torch.long)
     for row, title in enumerate(sample):
         batch[row, : 256 + len(title)] = torch.tensor([*prompt, *title])
     whole, naive = median_of(
-        1, lambda: score_catalogue(PromptTree(model, [prompt]), trie), lambda: model(batch).logits.log_softmax(-1)
+        1, lambda: score_candidates(PromptTree(model, [prompt]), [every]), lambda: model(batch).logits.log_softmax(-1)
     )
     naive *= len(some) / 16
     print(
@@ -247,15 +248,13 @@ def _copy(cache: PrefixCache) -> PrefixCache:
 
 
 def models(args: argparse.Namespace) -> None:
-    from cprec.data.dataset import read_split
-    from cprec.evaluate.config import EvaluateConfig
-    from cprec.evaluate.questions import read_questions
+    from cprec.evaluate.questions import read_queries
     from cprec.evaluate.statistics import bootstrap_interval
     from cprec.rank.llm import LLMRecommender
-    from cprec.ranks import ndcg, recall
+    from cprec.ranks import count, ndcg, recall
+    from cprec.schema import TEST
 
-    config = EvaluateConfig(data=args.data, output_dir="unused", max_queries=args.queries, k=args.k)
-    questions = read_questions(config, read_split(args.data), args.domain)
+    questions = read_queries(args.data, args.domain, TEST, max_queries=args.queries)
     queries = [replace(query, exclude=query.uncounted, uncounted=frozenset()) for query in questions.queries]
     print(f"{args.domain}, {len(queries):,} queries, K = {args.k}, {torch.get_num_threads()} threads")
     for name, folder in (text.split("=", 1) for text in args.model):
@@ -271,18 +270,17 @@ def models(args: argparse.Namespace) -> None:
             start = time.process_time()  # of all threads: other programs on the machine do not count
             rankings = recommender.rank(queries, args.k)
             seconds = time.process_time() - start
-            better, tied = np.zeros(len(rankings), dtype=int), np.zeros(len(rankings), dtype=int)
-            for row, (ranking, target) in enumerate(zip(rankings, questions.target, strict=True)):
-                scores = np.array(ranking.scores)
-                if target in ranking.item_ids:
-                    mine = scores[ranking.item_ids.index(target)]
-                    better[row], tied[row] = (scores > mine).sum(), (scores == mine).sum()
+            lengths = [len(ranking.item_ids) for ranking in rankings]
+            query = np.repeat(np.arange(len(rankings)), lengths)
+            item = np.array([item for ranking in rankings for item in ranking.item_ids], dtype=object)
+            score = np.array([score for ranking in rankings for score in ranking.scores])
+            better, tied = count(query, score, item == np.array(questions.target, dtype=object)[query], len(rankings))
             gain = ndcg(better, tied, args.k)
             if mode == "exact":
                 true_gain = gain
                 exact = {ranking.query_id: set(ranking.item_ids) for ranking in rankings}
             share = np.mean([len(exact[r.query_id] & set(r.item_ids)) / len(exact[r.query_id]) for r in rankings])
-            proofs = [ranking.certificate for ranking in rankings]
+            proofs = [ranking.proof for ranking in rankings]
             distinct = np.mean([len(set(ranking.scores[: args.k])) for ranking in rankings])
             print(
                 f"{mode if mode == 'exact' else f'beam {width}':9} {ndcg(better, tied, args.k).mean():7.4f} "
@@ -294,19 +292,16 @@ def models(args: argparse.Namespace) -> None:
 
 
 def grow(args: argparse.Namespace) -> None:
-    from cprec.data.dataset import read_split
-    from cprec.evaluate.config import EvaluateConfig
-    from cprec.evaluate.questions import read_questions
+    from cprec.evaluate.questions import read_queries
     from cprec.models import tiny_model
     from cprec.rank.llm import LLMRecommender
+    from cprec.schema import TEST
 
     recommender = LLMRecommender.from_pretrained(args.model)
-    config = EvaluateConfig(data=args.data, output_dir="unused", max_queries=args.queries)
-    questions = read_questions(config, read_split(args.data), args.domain)
+    questions = read_queries(args.data, args.domain, TEST, max_queries=args.queries)
     prompts = recommender._prompts(questions.queries)
-    trie = recommender.trie(args.domain)
-    rows = trie.titles(np.unique(trie.leaf))
-    titles = [tuple(rows[row].tolist()) for row in range(len(rows))]
+    rows = recommender._encoder.titles(recommender.catalogue.rows_of(args.domain), end=True)
+    titles = sorted({tuple(rows[row].tolist()) for row in range(len(rows))})
     trained = recommender.reader.model
     untrained = tiny_model(
         trained.config.vocab_size, hidden_size=192, num_hidden_layers=3, num_attention_heads=4

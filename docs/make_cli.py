@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from cprec import cli
+from cprec.verbs import VERBS
 
 PAGE = Path(__file__).with_name("cli.md")
 WIDTH = "100"
@@ -38,7 +39,7 @@ def page() -> str:
         "A setting that begins with the name of a stage (`pretrain.learning_rate=3e-4`) may be given to every verb\n"
         "that takes a recipe.",
     ]
-    for verb in cli.VERBS:
+    for verb in VERBS:
         parts += [f"## cprec {verb.name}", f"```text\n{help_of(verb.name)}\n```"]
     return "\n\n".join(parts) + "\n"
 

@@ -12,7 +12,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cprec.data.sources.synthetic import SyntheticConfig, SyntheticWorld
+from cprec.data.config import SyntheticConfig
+from cprec.data.sources.synthetic import SyntheticWorld
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "logs")
 folder.mkdir(parents=True, exist_ok=True)

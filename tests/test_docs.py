@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import functools
 import importlib.util
 import json
 import re
@@ -22,12 +23,12 @@ import httpx
 import pytest
 
 from cprec import cli
-from cprec.config import find_config, recipes
+from cprec.config import RECIPES, find_config
 from cprec.field_help import describe_fields
 from cprec.recipe import STAGE_CONFIGS, Recipe
-from cprec.settings import load_object
 from cprec.text.config import Template
 from cprec.text.prompts import render
+from cprec.verbs import VERBS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -130,7 +131,7 @@ def test_the_readme_can_be_followed(
     out, err = capsys.readouterr()
     assert "log-probability" in out and "transition graph" in out
     assert "warning" not in err
-    folders = README.read_text().partition("### What is in the folders")[2].partition("\n## ")[0]
+    folders = (ROOT / "docs" / "data.md").read_text().partition("## What is in the folders")[2].partition("\n## ")[0]
     for name, text in zip(("data", "books"), folders.split("A model folder"), strict=True):
         parts = re.findall(r"`(\w+(?:/|\.\w+))`", text)
         assert len(parts) >= 3
@@ -188,7 +189,7 @@ def test_commands_exist(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     for block in blocks(README, "yaml"):
         Path(block.file).write_text(block.text)
-    verbs = {verb.name for verb in cli.VERBS}
+    verbs = {verb.name for verb in VERBS}
     targets = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[0].split()
     for program, *words in shown_commands(page):
         if program == "make":
@@ -202,9 +203,14 @@ def test_commands_exist(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 )  # or
 
 
+@functools.cache
+def known_settings() -> set[str]:
+    return {f"{stage}.{row.key}" for stage in STAGES for row in describe_fields(STAGE_CONFIGS[stage])}
+
+
 @each_page
 def test_settings_exist(page: Path) -> None:
-    known = {f"{stage}.{row.key}" for stage in STAGES for row in describe_fields(load_object(STAGE_CONFIGS[stage]))}
+    known = known_settings()
     text = page.read_text(encoding="utf-8")
     for setting in re.findall(rf"`((?:{'|'.join(STAGES)})\.\w[\w.]*)", text) if page.name != "cli.md" else []:
         if not setting.endswith(".py"):
@@ -222,7 +228,7 @@ def test_recipes_in_yaml_resolve(page: Path, tmp_path: Path) -> None:
         if set(shown) == set(STAGES):
             assert isinstance(find_config(str(path)), Recipe)
         for stage in shown:
-            assert isinstance(find_config(str(path), (), stage=stage), load_object(STAGE_CONFIGS[stage]))
+            assert isinstance(find_config(str(path), (), stage=stage), STAGE_CONFIGS[stage])
 
 
 @each_page
@@ -269,4 +275,4 @@ def test_the_template_shown_is_the_one_in_use() -> None:
 
 
 def test_recipes_that_are_named_exist() -> None:
-    assert {"demo", "amazon_small"} <= set(recipes())
+    assert {"demo", "amazon_small"} <= set(RECIPES)

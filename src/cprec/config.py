@@ -1,13 +1,13 @@
-"""Find a recipe or a YAML file, and make of it the configuration that a command runs.
+"""Find a recipe or a YAML file and turn it into the configuration that a command runs.
 
-A configuration is a frozen dataclass, one per stage, defined beside the stage. A recipe is a function that returns a
-complete `Recipe`; its keyword arguments (`data=FOLDER`, say) are set as `key=value` like any field.
+A configuration is a frozen dataclass, one per stage, in the `config.py` of the stage's package. A recipe is a function
+that returns a complete `Recipe`; its keyword arguments (such as `data=FOLDER`) are set as `key=value` like any field.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -15,13 +15,14 @@ from cprec.errors import ConfigError
 from cprec.field_help import show_value
 from cprec.provenance import to_dict
 from cprec.recipe import STAGE_CONFIGS, Recipe
+from cprec.recipes import RECIPES
+from cprec.recipes.arms import ARMS, with_arm
 from cprec.settings import (
-    Settings,
+    SettingsTree,
     convert,
     did_you_mean,
     from_mapping,
     listed,
-    load_object,
     merge,
     parse_overrides,
     resolve,
@@ -31,14 +32,16 @@ from cprec.settings import (
 )
 
 __all__ = [
+    "ARMS",
+    "RECIPES",
     "STAGE_CONFIGS",
     "Recipe",
     "describe_recipe",
     "find_config",
     "from_mapping",
     "from_yaml",
-    "recipes",
     "resolve",
+    "stage_config",
     "to_yaml",
     "update",
 ]
@@ -46,15 +49,8 @@ __all__ = [
 ConfigT = TypeVar("ConfigT")
 
 
-def recipes() -> Mapping[str, Callable[..., Recipe]]:
-    """Every recipe by name: the dict in `cprec.recipes`."""
-    from cprec.recipes import RECIPES
-
-    return RECIPES
-
-
 def describe_recipe(name: str, recipe: Callable[..., Any]) -> str:
-    """How to call a recipe: `amazon_small data=PATH [output_dir=runs/amazon]`."""
+    """Show how to call a recipe, as in `amazon_small data=FOLDER [output_dir=runs/amazon]`."""
     words = [name]
     for parameter in inspect.signature(recipe).parameters.values():
         if parameter.default is parameter.empty:
@@ -73,19 +69,18 @@ def _parameter_type(recipe: Callable[..., Any], name: str) -> Any:
     return get_type_hints(recipe).get(name, str)
 
 
-def _build_recipe(name: str, settings: Settings) -> tuple[Recipe, Settings]:
-    """The recipe with the settings that are its own arguments, and the settings left over."""
-    known = recipes()
-    if name not in known:
-        hint = did_you_mean(name, known)
+def _build_recipe(name: str, settings: SettingsTree) -> tuple[Recipe, SettingsTree]:
+    """Call a recipe with the settings that are its arguments; return it and the other settings."""
+    if name not in RECIPES:
+        hint = did_you_mean(name, RECIPES)
         raise ConfigError(
-            f"there is no recipe {name!r}{hint or '.'} Recipes: {listed(sorted(known)) or 'none'}; "
+            f"there is no recipe {name!r}{hint or '.'} Recipes: {listed(sorted(RECIPES)) or 'none'}; "
             "or give a YAML file (ending in .yaml, .yml or .json)"
         )
-    recipe = known[name]
+    recipe = RECIPES[name]
     parameters = inspect.signature(recipe).parameters
-    settings = Settings(settings)
-    arm = settings.pop("arm", None)
+    rest = SettingsTree({key: value for key, value in settings.items() if key not in parameters})
+    arm = rest.pop("arm", None)
     arguments = {
         key: convert(value, _parameter_type(recipe, key), key) for key, value in settings.items() if key in parameters
     }
@@ -97,17 +92,15 @@ def _build_recipe(name: str, settings: Settings) -> tuple[Recipe, Settings]:
     if missing:
         raise ConfigError(f"{name} needs {' '.join(missing)}")
     built = recipe(**arguments)
-    if arm is not None:
-        from cprec.recipes.arms import ARMS, with_arm
-
-        if arm not in ARMS:
-            raise ConfigError(f"there is no arm {arm!r}{did_you_mean(arm, ARMS) or '.'} Arms: {listed(ARMS)}")
-        built = with_arm(built, arm)
-    return built, Settings({key: value for key, value in settings.items() if key not in parameters})
+    if arm is None:
+        return built, rest
+    if arm not in ARMS:
+        raise ConfigError(f"there is no arm {arm!r}{did_you_mean(arm, ARMS) or '.'} Arms: {listed(ARMS)}")
+    return with_arm(built, arm), rest
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file; the `run.json` of an output folder gives the settings recorded in it."""
+    """Read the mapping in a YAML or JSON file; of the `run.json` of an output folder, the settings recorded in it."""
     import yaml
 
     try:
@@ -131,7 +124,7 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
 
 
 def _check_keys(node: Any, path: str, where: str = "", above: tuple[Any, ...] = ()) -> None:
-    """Raise ConfigError for a key that a mapping of a YAML document has twice: YAML would take the last one."""
+    """Raise ConfigError for a key that a mapping of a YAML document has twice: YAML would use the last one."""
     import yaml
 
     if not isinstance(node, yaml.CollectionNode) or any(node is other for other in above):
@@ -151,7 +144,7 @@ def _check_keys(node: Any, path: str, where: str = "", above: tuple[Any, ...] = 
 
 
 def from_yaml(path: Path | str, cls: type[ConfigT], overrides: Iterable[str] = ()) -> ConfigT:
-    """A configuration of class `cls` from a YAML or JSON file of its fields, with `key=value` settings on top."""
+    """Make a configuration of class `cls` from a YAML or JSON file of its fields, with `key=value` settings on top."""
     settings = merge(tree_of(read_yaml(path), str(path)), parse_overrides(overrides))
     try:
         return from_mapping(cls, settings)
@@ -160,52 +153,61 @@ def from_yaml(path: Path | str, cls: type[ConfigT], overrides: Iterable[str] = (
 
 
 def to_yaml(config: Any) -> str:
-    """A configuration as YAML text, fields in the order of the class; `from_yaml` reads it back."""
+    """Write a configuration as YAML text, with the fields in the order of the class; `from_yaml` reads it back."""
     import yaml
 
     text: str = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
     return text
 
 
+def stage_config(stage: str, overrides: Iterable[str], **given: Any) -> Any:
+    """The configuration of a stage from `key=value` settings alone; those in `given` take precedence."""
+    return from_mapping(STAGE_CONFIGS[stage], parse_overrides(overrides) | given)
+
+
 def find_config(source: str, overrides: Iterable[str] = (), stage: str | None = None) -> Any:
     """The resolved configuration that `cprec VERB SOURCE key=value ...` means.
 
     `source` names a recipe or a YAML file. A file with the line `recipe: NAME` changes that recipe; any other file
-    holds the configurations of stages, each under its name, or of one stage alone. Without `stage` the result is a
-    whole `Recipe`; with it, that stage's configuration. There a plain key is a recipe argument or a field of the stage,
-    and `STAGE.key` is a field of any stage, so that one list of settings serves every verb.
+    holds the configurations of stages, each under its name, or that of one stage alone. Without `stage` the result is a
+    whole `Recipe`; with it, the configuration of that stage. A plain key is then an argument of the recipe or a field
+    of the stage, and `STAGE.key` is a field of any stage, so that one list of settings serves every verb.
     """
     settings = parse_overrides(overrides)
-    is_file = source.endswith((".yaml", ".yml", ".json"))
-    if not is_file:
+    if not source.endswith((".yaml", ".yml", ".json")):
         return _from_recipe(source, settings, stage)
     values = read_yaml(source)
     try:
         if "recipe" in values:
             name = str(values.pop("recipe"))
             return _from_recipe(name, merge(tree_of(values, source), settings), stage)
-        fields = set(settable_fields(Recipe))
         if stage is None:
             values = {"name": Path(source).stem, "description": "", **values}
             return from_mapping(Recipe, merge(tree_of(values, source), settings))
-        config = load_object(STAGE_CONFIGS[stage])
-        if not fields & set(STAGE_CONFIGS) & set(values):
-            return from_mapping(config, merge(tree_of(values, source), settings))  # the file is one stage
-        if stage not in values:
-            raise ConfigError(f"there is no part {stage}: in it")
-        of_stage = Settings({key: value for key, value in settings.items() if key not in fields})
-        of_stage = merge(Settings(settings.get(stage, {})), of_stage)
-        return from_mapping(config, merge(tree_of(values[stage], source), of_stage))
+        return _from_stages(values, source, settings, stage)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
 
 
-def _from_recipe(name: str, settings: Settings, stage: str | None) -> Any:
+def _from_stages(values: dict[str, Any], source: str, settings: SettingsTree, stage: str) -> Any:
+    """The configuration of one stage from a file that holds it alone, or that holds several, each under its name."""
+    config = STAGE_CONFIGS[stage]
+    fields = set(settable_fields(Recipe))
+    if not fields & set(STAGE_CONFIGS) & set(values):
+        return from_mapping(config, merge(tree_of(values, source), settings))
+    if stage not in values:
+        raise ConfigError(f"there is no part {stage}: in it")
+    of_stage = SettingsTree({key: value for key, value in settings.items() if key not in fields})
+    of_stage = merge(SettingsTree(settings.get(stage, {})), of_stage)
+    return from_mapping(config, merge(tree_of(values[stage], source), of_stage))
+
+
+def _from_recipe(name: str, settings: SettingsTree, stage: str | None) -> Any:
     recipe, rest = _build_recipe(name, settings)
     if stage is None:
         return update(recipe, rest)
     fields = set(settable_fields(type(recipe)))
-    of_stage = Settings({key: value for key, value in rest.items() if key not in fields})
+    of_stage = SettingsTree({key: value for key, value in rest.items() if key not in fields})
     recipe = update(recipe, {key: value for key, value in rest.items() if key in fields})
     config = getattr(recipe, stage)
     if config is None:

@@ -9,8 +9,12 @@ class ConfigError(CPRecError, ValueError):
     """A recipe, a YAML file or a `key=value` setting is wrong; the message names the field and what is accepted."""
 
 
+class Unsuitable(ConfigError):
+    """A recommender cannot be made of this data; the message says what it lacks. An evaluation goes on without it."""
+
+
 class InputChanged(ConfigError):
-    """An output folder was made from other input than there is now; the message names what changed."""
+    """An output folder was made from other input than the present one; the message names what changed."""
 
 
 class DataError(CPRecError, ValueError):
@@ -30,15 +34,15 @@ class CheckpointError(CPRecError):
 
 
 class TrainingError(CPRecError):
-    """Training cannot go on (a loss or gradient that is not finite, say); the last checkpoint is intact."""
+    """Training cannot go on, as when a loss or gradient is not finite; the last checkpoint is intact."""
 
 
 class ModelError(CPRecError):
-    """A model says nothing that can be used: its scores are not finite; the message names its folder."""
+    """A model gives scores that are not finite; the message names its folder."""
 
 
 class UnknownItemError(CPRecError, KeyError):
     """An item id or title is not in the catalogue; the message lists the ids and the nearest ones known."""
 
-    def __str__(self) -> str:  # KeyError would print the message in quotes
+    def __str__(self) -> str:  # KeyError would put the message in quotes
         return str(self.args[0]) if self.args else ""

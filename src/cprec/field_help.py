@@ -1,10 +1,14 @@
-"""What the help shows of a configuration: each field's key, type, default and the docstring under it in the source."""
+"""The help on a configuration: each field's key, type and default, and the docstring under it in the source."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
 import inspect
 import re
+import shutil
+import textwrap
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -16,20 +20,18 @@ GROUP = "group of settings"
 
 
 class FieldHelp(NamedTuple):
-    """What the help shows of one field."""
+    """The help on one field."""
 
     key: str
     type: str
     default: str | None
-    """None: it must be given."""
+    """None for a field that must be given."""
     text: str
 
 
+@functools.cache
 def field_docs(cls: type) -> dict[str, str]:
     """The docstring literal under each field of a dataclass, read from its source; inherited fields included."""
-    import ast
-    import textwrap
-
     docs: dict[str, str] = {}
     for owner in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(owner):
@@ -50,7 +52,7 @@ def field_docs(cls: type) -> dict[str, str]:
 def describe_fields(cls: type, prefix: str = "", instance: Any = None) -> list[FieldHelp]:
     """Every field of a configuration class with type, default and docstring; nested ones follow under dotted keys.
 
-    `instance` gives the defaults where it differs from the class. Entries of a tuple are numbered: `sources.0.path`.
+    `instance` gives defaults that differ from those of the class. Entries of a tuple are numbered: `sources.0.path`.
     """
     docs = field_docs(cls)
     rows: list[FieldHelp] = []
@@ -74,7 +76,7 @@ def _default_of(field: dataclasses.Field[Any]) -> Any:
 
 
 def _nested_configs(annotation: Any) -> list[tuple[type, str]]:
-    """The configuration classes in an annotation, each with what comes before its keys."""
+    """The configuration classes in an annotation, each with the prefix of its keys."""
     if dataclasses.is_dataclass(annotation):
         return [(typing.cast(type, annotation), "")]
     origin = get_origin(annotation)
@@ -95,3 +97,24 @@ def show_value(value: Any) -> str:
     if isinstance(value, Mapping):
         return ",".join(f"{key}:{show_value(entry)}" for key, entry in value.items())
     return str(value)
+
+
+def describe_settings(cls: type, leave_out: str = "") -> str:
+    """The help on all settings of a configuration class but one: first those that must be given, then the others."""
+    rows = [row for row in describe_fields(cls) if row.key != leave_out]
+    needed = [row for row in rows if row.default is None and "." not in row.key]
+    others = [row for row in rows if row not in needed]
+    sections = (("needed, from the recipe or from you, as key=value:", needed), ("settings, as key=value:", others))
+    return "\n\n".join("\n".join([title, *map(_described, section)]) for title, section in sections if section)
+
+
+def _described(row: FieldHelp) -> str:
+    default = "" if row.default in (None, "(below)") else f" = {row.default}" if row.default else " = (empty)"
+    first = f"  {row.key}: {row.type}{default}"
+    return f"{first}\n{wrapped(row.text, '      ')}" if row.text else first
+
+
+def wrapped(text: str, indent: str = "") -> str:
+    """A paragraph in lines that fit the terminal, of 50 to 100 characters."""
+    width = min(100, max(50, shutil.get_terminal_size((100, 24)).columns))
+    return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)

@@ -1,15 +1,16 @@
-"""Files and folders that are written whole: under another name first, flushed to the disk, then renamed.
+"""Files and folders that are written whole: first under another name, flushed to the disk, then renamed.
 
-A kill or a power cut at any moment leaves what was there before, or all of what is new. What is unfinished has a name
-that ends in `.incomplete`.
+A kill or a power cut at any moment leaves either the old content or all of the new. Unfinished files and folders have
+a name that ends in `.incomplete`; the next attempt removes them.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 INCOMPLETE = ".incomplete"
@@ -21,33 +22,37 @@ def aside(path: Path) -> Path:
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Write a file, text as UTF-8 with the line ends it has, in place of the one that is there."""
+    """Write a file in place of any of that name. Text is written as UTF-8, with the line ends that it has."""
     with whole_file(path) as unfinished:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """A path to write a file to; it takes the place of `path` at the end, and is removed where an error comes first."""
-    path = Path(path)
+    """Give a path to write to; at the end that file replaces `path`, or is removed if there was an error.
+
+    The replaced file's permissions are kept. Where `path` is a symbolic link, the file that it points to is replaced.
+    """
+    path = Path(os.path.realpath(path))
     unfinished = aside(path)
+    unfinished.unlink(missing_ok=True)
     try:
         yield unfinished
-        flush(unfinished)
-        unfinished.replace(path)
+        with suppress(FileNotFoundError):
+            shutil.copymode(path, unfinished)
+        publish(unfinished, path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-    flush(path.parent)
 
 
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
-    """An empty folder to fill; it takes the place of `path` at the end, and is removed where an error comes first.
+    """Give an empty folder to fill; at the end it replaces `path`, or is removed if there was an error.
 
-    A folder that is there already is replaced; for a moment it stands beside the new one, never half of each.
+    Where `path` is a symbolic link, the folder that it points to is replaced.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     unfinished = aside(path)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -60,23 +65,46 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
 
 
 def publish(unfinished: Path, path: Path) -> None:
-    """Flush a folder with all that is in it, and give it its name; a folder of that name is replaced."""
-    for found in sorted(unfinished.rglob("*"), reverse=True):
-        flush(found)
+    """Flush a file, or a folder with all that is in it, and give it its name. What has that name is replaced.
+
+    A file is replaced in one step. An old folder is first renamed to `PATH.discarded` and removed at the end, so that a
+    kill in between leaves no folder of that name, but never a mixture of the two.
+    """
+    if unfinished.is_dir():
+        for found in sorted(unfinished.rglob("*"), reverse=True):
+            if not found.is_symlink():
+                flush(found)
     flush(unfinished)
+    if path.is_dir():
+        _replace_folder(unfinished, path)
+    else:
+        unfinished.replace(path)
+        flush(path.parent)
+
+
+def _replace_folder(unfinished: Path, path: Path) -> None:
     discarded = path.with_name(path.name + ".discarded")
     shutil.rmtree(discarded, ignore_errors=True)
-    if path.exists():
-        path.replace(discarded)
-    unfinished.replace(path)
+    path.replace(discarded)
+    try:
+        unfinished.replace(path)
+    except OSError:
+        discarded.replace(path)
+        raise
     flush(path.parent)
-    shutil.rmtree(discarded, ignore_errors=True)
+    if discarded.is_symlink():
+        discarded.unlink()
+    else:
+        shutil.rmtree(discarded, ignore_errors=True)
 
 
 def flush(path: Path) -> None:
-    """Have the operating system put a file, or the names in a folder, on the disk."""
+    """Have the operating system write a file to the disk or, for a folder, the names in it."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:  # some network file systems cannot flush a folder
+        if not (path.is_dir() and error.errno in (errno.EBADF, errno.EINVAL)):
+            raise
     finally:
         os.close(handle)

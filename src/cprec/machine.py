@@ -1,4 +1,4 @@
-"""What this machine gives a process: cores and memory, of the machine or of the control group that it runs in."""
+"""The cores and the memory that a process may use: those of the machine, or of the control group that it runs in."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from contextlib import suppress
 from pathlib import Path
 
 LEAST_MEMORY = 1 << 28
-"""Bytes that are taken to be free whatever the system says."""
+"""Bytes that count as free in any case."""
 
 
 def num_cores() -> int:
-    """The cores that this process may use."""
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take; what the system would give back (its cache of files) counts as free."""
+    """Bytes that this process may still take; memory that the system would give back (file cache) counts as free."""
     free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -52,7 +52,7 @@ def _of_this_process(key: str) -> int:
 
 
 def _free_in_groups() -> Iterator[int]:
-    """What the limits of the control groups leave: version 2 (memory.max), then version 1 (memory.limit_in_bytes)."""
+    """Bytes left under the limits of control groups: version 2 (memory.max), then version 1 (memory.limit_in_bytes)."""
     try:
         groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     except OSError:

@@ -1,7 +1,7 @@
-"""What a person sees while work goes on: a bar with rate and time left in a terminal, plain lines elsewhere.
+"""Progress for the person who waits: a bar with rate and time left in a terminal, plain lines elsewhere.
 
-Both go to standard error; standard output is for results. CPREC_PROGRESS=bar, plain or off chooses by hand. Without it
-there is a bar in a terminal, nothing under pytest, nothing in processes of a distributed run other than the first.
+Both go to standard error; standard output is for results. CPREC_PROGRESS=bar, plain or off chooses by hand. Nothing is
+shown under pytest, or in any process of a distributed run but the first.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from rich.progress import Progress as RichProgress
-    from rich.progress import TaskID
+from rich.console import Console
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn
+from rich.progress import Progress as RichProgress
 
 Mode = Literal["bar", "plain", "off"]
 
 SECONDS_BETWEEN_LINES = 10.0
 
-_bar: RichProgress | None = None  # the bar on screen: messages must go above it, and bars inside a bar join it
+_display: RichProgress | None = None  # on screen now: messages go above it, and bars inside a bar join it
 
 
 def progress_mode() -> Mode:
-    """How progress is shown in this process; see the top of the module."""
+    """How progress is shown in this process."""
     wish = os.environ.get("CPREC_PROGRESS", "")
     if os.environ.get("RANK", "0") != "0":
         return "off"
@@ -37,17 +37,17 @@ def progress_mode() -> Mode:
 
 
 def say(message: str) -> None:
-    """A line for the person who waits, on standard error; a bar on screen stays below it."""
+    """Print a line for the person who waits, on standard error; a bar on screen stays below it."""
     if os.environ.get("RANK", "0") != "0" or os.environ.get("CPREC_PROGRESS") == "off":
         return
-    if _bar is not None:
-        _bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
+    if _display is not None:
+        _display.console.print(message, markup=False, highlight=False, soft_wrap=True)
     else:
         print(message, file=sys.stderr, flush=True)
 
 
 class Progress:
-    """How far a piece of work is; made by `track`."""
+    """How far a piece of work has come; made by `track`. This class itself shows nothing."""
 
     def __init__(
         self, total: int | None, description: str, unit: str, completed: int, clock: Callable[[], float]
@@ -58,11 +58,11 @@ class Progress:
         self.completed = completed
         self.fields: dict[str, str] = {}
         self._clock = clock
-        self._already = completed  # done before a resume: it must not count in the rate
+        self._already = completed  # by an earlier run: it must not count in the rate
         self._start = clock()
 
     def advance(self, amount: int = 1, **fields: object) -> None:
-        """`amount` more units are done; `fields` (loss=2.31) are shown beside the count until they change."""
+        """Note that `amount` more units are done; `fields` (loss=2.31) are shown beside the count until they change."""
         self.completed += amount
         self.fields.update({name: _shown(value) for name, value in fields.items()})
         self._show()
@@ -77,7 +77,7 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Units per second since the work began, without what was done before a resume."""
+        """Units per second since the work began, without those of an earlier run."""
         return (self.completed - self._already) / self.seconds if self.seconds > 0 else 0.0
 
     @property
@@ -101,7 +101,7 @@ class _Lines(Progress):
         if now - (self._start if self._last_line is None else self._last_line) < SECONDS_BETWEEN_LINES:
             return
         if self.total is not None and self.completed >= self.total:
-            return  # the last line follows at once
+            return  # `finish` prints the last line
         self._last_line = now
         parts = [f"{self._count()}{self._share()}", _rate(self.rate, self.unit)]
         if self.seconds_left is not None:
@@ -126,7 +126,7 @@ class _Lines(Progress):
 
 
 class _Bar(Progress):
-    """A line of a rich display."""
+    """A bar: one line of a display by rich."""
 
     display: RichProgress
     task: TaskID
@@ -151,9 +151,9 @@ def track(
     completed: int = 0,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Progress]:
-    """Show progress while the block runs; call `advance` on what it gives.
+    """Show progress while the block runs; call `advance` on the object that it gives.
 
-    `total` is None where the amount of work is unknown; `completed` is what an earlier run has done already.
+    `total` is None where the amount of work is unknown; `completed` counts the units that an earlier run has done.
 
         with track(total=1_000, description="pre-training", unit="steps", completed=300) as progress:
             for step in range(300, 1_000):
@@ -172,31 +172,24 @@ def track(
             lines.finish(failed)
     else:
         bar = _Bar(total, description, unit, completed, clock)
-        with _display() as display:
+        with _shared_display() as display:
+            of = f"/{total:,}" if total is not None else ""
             bar.display = display
-            blank: dict[str, Any] = {
-                "of": f"/{total:,}" if total is not None else "",
-                "unit": unit,
-                "rate": "",
-                "left": "",
-                "fields": "",
-            }
-            bar.task = display.add_task(description, total=total, completed=completed, **blank)
+            bar.task = display.add_task(
+                description, total=total, completed=completed, of=of, unit=unit, rate="", left="", fields=""
+            )
             yield bar
             bar._show()
             display.stop_task(bar.task)
 
 
 @contextmanager
-def _display() -> Iterator[RichProgress]:
-    """The rich display on screen, or a new one."""
-    global _bar
-    if _bar is not None:
-        yield _bar
+def _shared_display() -> Iterator[RichProgress]:
+    """The display on screen or, where there is none, a new one."""
+    global _display
+    if _display is not None:
+        yield _display
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-
     columns = (
         SpinnerColumn(finished_text=" "),
         TextColumn("{task.description}", markup=False),
@@ -206,12 +199,12 @@ def _display() -> Iterator[RichProgress]:
         TextColumn("{task.fields[left]}", markup=False),
         TextColumn("{task.fields[fields]}", markup=False),
     )
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=5) as display:
-        _bar = display
+    with RichProgress(*columns, console=Console(stderr=True), refresh_per_second=5) as display:
+        _display = display
         try:
             yield display
         finally:
-            _bar = None
+            _display = None
 
 
 def _shown(value: object) -> str:
@@ -225,7 +218,7 @@ def _rate(rate: float, unit: str) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds as a clock shows them.
+    """Show seconds as a clock does.
 
     >>> format_seconds(7.2), format_seconds(95), format_seconds(3 * 3600 + 62)
     ('0:07', '1:35', '3:01:02')

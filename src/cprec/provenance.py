@@ -1,16 +1,19 @@
-"""Where a result comes from: the `run.json` beside every output: settings, seed, versions, commit, input hashes.
+"""Where a result comes from: `run.json` beside every output, with settings, seed, versions, commit and input hashes.
 
-What a stage read decides whether its output is used again. `hashes.json` beside `run.json` says which size and times
-the files had that were hashed, so that those which were not touched since are not read again.
+A stage uses its earlier output again only if its input is still the same. `hashes.json` beside `run.json` notes the
+size and times of every file that was hashed, so that a file which was not touched since need not be read again.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cprec.errors import ConfigError
+from cprec.files import write_whole
 
 CONFIG_FILE, HASHES_FILE = "run.json", "hashes.json"
 
@@ -35,13 +39,13 @@ VERSIONED_PACKAGES = (
     "ibis-framework",
     "duckdb",
 )
-"""Distributions whose versions may change a result; the ones that are not installed are left out of the record."""
+"""Distributions whose versions may change a result; those that are not installed are left out of the record."""
 
 
 def to_dict(value: Any) -> Any:
-    """A configuration as JSON and YAML can hold it: dataclasses become dicts, tuples lists, paths text.
+    """Turn a configuration into what JSON and YAML can hold: dataclasses become dicts, tuples lists, and paths text.
 
-    `cprec.config.from_mapping(type(config), to_dict(config))` gives an equal config back.
+    `cprec.config.from_mapping(type(config), to_dict(config))` gives an equal configuration.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
@@ -62,11 +66,45 @@ def file_sha256(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class FileHashes:
-    """SHA-256 of files. Those whose size and times are as `folder/hashes.json` has them are not read again.
+@functools.cache
+def code_sha256(module: str) -> str:
+    """SHA-256 of the source of a module of CPRec and of every module of CPRec that it imports, directly or not.
 
-    A file that was written less than two seconds before it was hashed is not noted there: on a coarse clock it may
-    change once more without another time.
+    It changes whenever code changes that the module runs; imports in functions count as well.
+    """
+    sources: dict[Path, bytes] = {}
+    waiting = [module]
+    while waiting:
+        path = _PACKAGE.joinpath(*waiting.pop().split(".")[1:])
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if path.is_file() and path not in sources:
+            sources[path] = path.read_bytes()
+            waiting += _imported(sources[path])
+    digest = hashlib.sha256()
+    for path in sorted(sources):
+        digest.update(hashlib.sha256(sources[path]).digest())
+    return digest.hexdigest()
+
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def _imported(source: bytes) -> list[str]:
+    """The modules of CPRec that a source imports; names that are no modules among them."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return [name for name in names if name.startswith("cprec.")]
+
+
+class FileHashes:
+    """SHA-256 of files. A file whose size and times are still those in `folder/hashes.json` is not read again.
+
+    A file that was written less than two seconds before it was hashed is not noted there: where the clock of the file
+    system is coarse, it could change again and keep the same times.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -76,7 +114,7 @@ class FileHashes:
             known = json.loads(self._path.read_text(encoding="utf-8"))
             self._known = {str(name): (*state, str(sha256)) for name, (*state, sha256) in known.items()}
         except (OSError, ValueError, TypeError, AttributeError):
-            self._known = {}  # there is none, or it is damaged: everything is read
+            self._known = {}  # the file is missing or damaged: everything is read
 
     def of(self, path: Path | str) -> str:
         """SHA-256 of a file's bytes, as they are now."""
@@ -96,34 +134,29 @@ class FileHashes:
         self._changed = True
 
     def save(self) -> None:
-        """Write what was learnt, if the folder is there and can be written: without it files are only read again."""
+        """Write the hashes, if the folder is there and can be written; without them files are merely read again."""
         if not self._changed or not self._path.parent.is_dir():
             return
-        aside = self._path.with_name(f"{HASHES_FILE}.{os.getpid()}.tmp")
-        try:
-            aside.write_text(json.dumps(dict(sorted(self._known.items())), indent=1) + "\n", encoding="utf-8")
-            os.replace(aside, self._path)
+        with suppress(OSError):
+            write_whole(self._path, json.dumps(dict(sorted(self._known.items())), indent=1) + "\n")
             self._changed = False
-        except OSError:
-            with suppress(OSError):  # on a disk that is read only nothing can be removed either
-                aside.unlink()
 
 
 _COARSE_CLOCK = 2_000_000_000
-"""Nanoseconds between two times of the coarsest file system in use."""
+"""Nanoseconds from one tick to the next of the coarsest clock of a file system in use."""
 
 
 def file_state(path: Path | str) -> tuple[int, int, int]:
-    """Size of a file, when it was written, and when its entry in the file system last changed, in nanoseconds.
+    """The size of a file, when it was written, and when its entry in the file system last changed, in nanoseconds.
 
-    The last cannot be set by hand: it tells a file that was replaced by one of the same size and time.
+    The last cannot be set by hand, so it shows that a file was replaced by one of the same size and time of writing.
     """
     about = os.stat(path)
     return about.st_size, about.st_mtime_ns, about.st_ctime_ns
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What became of named inputs, each with its hash: which changed, which are new and which are gone.
+    """Compare the hashes of named inputs: which changed, which are new and which are gone.
 
     >>> differences({"a.csv": "1", "b.csv": "2"}, {"a.csv": "3", "c.csv": "2"})
     ['a.csv changed', 'b.csv is gone', 'c.csv is new']
@@ -157,9 +190,9 @@ TOKENIZER = (
 
 
 def model_hashes(name_or_path: Path | str, patterns: Iterable[str], hashes: FileHashes) -> dict[str, str]:
-    """SHA-256 of the files of a model folder, by name; those of the base model of adapters are named `base/...`.
+    """SHA-256 of the files of a model folder, by name; those of an adapter's base model are named `base/...`.
 
-    Of a model of the Hugging Face hub it is the commit of the copy on this machine. Nothing where there is neither.
+    For a model of the Hugging Face hub, the commit of the copy on this machine. Empty if there is neither.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
@@ -175,7 +208,7 @@ def model_hashes(name_or_path: Path | str, patterns: Iterable[str], hashes: File
 
 
 def _hub_commit(name: str) -> str | None:
-    """The commit of a hub's model that this machine has a copy of; None where it has none."""
+    """The commit of the copy of a hub model on this machine; None if there is no copy."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -183,7 +216,7 @@ def _hub_commit(name: str) -> str | None:
         try:
             found = try_to_load_from_cache(name, file)
         except HFValidationError:
-            return None  # a path of a folder that is not there
+            return None  # the path of a folder that does not exist
         if isinstance(found, str):
             return Path(found).parent.name
     return None
@@ -203,13 +236,11 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> dict[str, Any] | None:
-    """The commit CPRec runs from, and whether files differ from it; None where it does not run from a git checkout."""
-    import subprocess
-
+    """The commit that CPRec runs from, and whether files differ from it; None outside a git checkout."""
     package = Path(__file__).resolve().parent
     root = package.parents[1]
     if package != root / "src" / "cprec" or not (root / ".git").exists():
-        return None  # an installed copy, perhaps inside somebody else's checkout
+        return None  # an installed copy, perhaps inside another project's checkout
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]
@@ -222,10 +253,10 @@ def git_commit() -> dict[str, Any] | None:
 
 
 def save_resolved(folder: Path | str, config: Any, inputs: Mapping[str, str] | None = None) -> Path:
-    """Write `run.json` into an output folder (made if it is missing) and return its path.
+    """Write `run.json` into an output folder, which is made if it is missing, and return its path.
 
-    `inputs` maps what the stage read (a file, a manifest, a model) to its SHA-256. The file is replaced as a whole: a
-    kill leaves the old one or the new one. `cprec VERB folder/run.json` runs the stage again with these settings.
+    `inputs` maps what the stage read (a file, a manifest, a model) to its SHA-256. `cprec VERB folder/run.json` runs
+    the stage again with these settings.
     """
     record = {
         "stage": type(config).__name__,
@@ -237,13 +268,7 @@ def save_resolved(folder: Path | str, config: Any, inputs: Mapping[str, str] | N
     }
     path = Path(folder) / CONFIG_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        json.dump(record, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    write_whole(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     return path
 
 

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
 
-if TYPE_CHECKING:
-    from cprec.evaluate.config import EvaluateConfig
-    from cprec.text.config import PrepareConfig
-    from cprec.train.config import FinetuneConfig, PretrainConfig
+from cprec.baselines.config import TuneConfig
+from cprec.evaluate.config import EvaluateConfig
+from cprec.serve.config import RecommendConfig, ServeConfig
+from cprec.text.config import PrepareConfig
+from cprec.train.config import AnnealConfig, FinetuneConfig, PretrainConfig
 
-STAGE_CONFIGS = {
-    "prepare": "cprec.text.config:PrepareConfig",
-    "pretrain": "cprec.train.config:PretrainConfig",
-    "finetune": "cprec.train.config:FinetuneConfig",
-    "evaluate": "cprec.evaluate.config:EvaluateConfig",
-    "anneal": "cprec.anneal:AnnealConfig",
-    "tune": "cprec.baselines.tune:TuneConfig",
-    "recommend": "cprec.serve.config:RecommendConfig",
-    "serve": "cprec.serve.config:ServeConfig",
+STAGE_CONFIGS: dict[str, type] = {
+    "prepare": PrepareConfig,
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "evaluate": EvaluateConfig,
+    "anneal": AnnealConfig,
+    "tune": TuneConfig,
+    "recommend": RecommendConfig,
+    "serve": ServeConfig,
 }
-"""Where each stage's configuration class lives: `module:class`."""
+"""The configuration class of each stage."""
+
+FINETUNED, CPREC = "fine-tuning only", "CPRec-style"
+"""The two arms of a run: fine-tuned from the base model as it is, and after continual pre-training."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A complete run: one configuration per stage. A recipe that needs more subclasses it and adds fields."""
+    """A complete run: one configuration per stage. A recipe that needs more is a subclass with more fields."""
 
     name: str
     """The recipe's name, as on the command line."""
@@ -41,6 +43,7 @@ class Recipe:
     evaluate: EvaluateConfig
     """Ranking the held-out queries, and the numbers made from the rankings."""
 
-    LAZY_TYPES: ClassVar[Mapping[str, str]] = {
-        stage: STAGE_CONFIGS[stage] for stage in ("prepare", "pretrain", "finetune", "evaluate")
-    }
+    def model_folder(self, domain: str, arm: str) -> str:
+        """Where the model of an arm that is fine-tuned on a domain goes."""
+        assert self.finetune is not None, "a recipe without fine-tuning makes no such model"
+        return f"{self.finetune.output_dir}/{domain}/{arm.lower().replace(' ', '-')}"

@@ -1,6 +1,6 @@
-"""Typed settings: `key=value` text, or what YAML holds, into the fields of frozen dataclasses.
+"""Typed settings: from `key=value` text or YAML to the fields of frozen dataclasses.
 
-All settings are gathered into a tree first and applied together, so that checks between fields see final values only.
+All settings are gathered into one tree first and applied together, so that checks between fields see only final values.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from cprec.errors import ConfigError
 
@@ -21,7 +21,7 @@ ConfigT = TypeVar("ConfigT")
 
 
 def load_object(path: str) -> Any:
-    """The object that `module:name` names; the module is imported now."""
+    """Import the module of `module:name` and return the object of that name."""
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
 
@@ -29,60 +29,62 @@ def load_object(path: str) -> Any:
 # ---- settings as a tree ----------------------------------------------------------------------------------------------
 
 
-class Settings(dict[str, Any]):
-    """A tree of settings from `a.b=value`: it changes the named entries of what it meets and keeps the others."""
+class SettingsTree(dict[str, Any]):
+    """A tree of settings, as made from `a.b=value`. It changes the entries that it names and keeps the others; a plain
+    dict replaces a whole dict."""
 
     plain: Any = None
-    """The single value that a file has in this place; a class with a `PLAIN` field takes it for that field."""
+    """The single value that a file gives where this tree changes a group of settings. A configuration class with an
+    attribute `PLAIN` reads it as the value of the field that `PLAIN` names."""
 
 
-def parse_overrides(overrides: Iterable[str]) -> Settings:
-    """`["a.b=1", "c=x"]` as the tree `{"a": {"b": "1"}, "c": "x"}`; values stay text.
+def parse_overrides(overrides: Iterable[str]) -> SettingsTree:
+    """Make a tree of `key=value` texts: `a.b=1` is the entry `b` of the group `a`. Values stay text.
 
     >>> parse_overrides(["train.seed=1", "name=x=y"])
     {'train': {'seed': '1'}, 'name': 'x=y'}
     """
-    tree = Settings()
+    tree = SettingsTree()
     for override in overrides:
         key, equals, value = override.partition("=")
         key = key.strip()
         if not equals or not key or "" in key.split("."):
             raise ConfigError(f"{override!r} is not a setting; write key=value, as in seed=1 or train.seed=1")
-        _plant(tree, key, value.strip(), override)
+        _add(tree, key, value.strip(), override)
     return tree
 
 
-def _plant(tree: Settings, key: str, value: Any, shown: str) -> None:
+def _add(tree: SettingsTree, key: str, value: Any, shown: str) -> None:
+    """Put a value under a dotted key; `shown` is how an error names the setting."""
     *parents, last = key.split(".")
     for part in parents:
-        tree = tree.setdefault(part, Settings())
-        if not isinstance(tree, Settings):
+        tree = tree.setdefault(part, SettingsTree())
+        if not isinstance(tree, SettingsTree):
             raise ConfigError(f"{shown!r} and an earlier setting both set {part!r}; give one of them")
     if last in tree:
         raise ConfigError(f"{key!r} is set twice, to {tree[last]!r} and {value!r}; give it once")
     tree[last] = value
 
 
-def tree_of(mapping: Mapping[str, Any], source: str) -> Settings:
-    """A YAML mapping as a tree of settings; a key may be dotted."""
-    tree = Settings()
+def tree_of(mapping: Mapping[str, Any], source: str) -> SettingsTree:
+    """Make a tree of a YAML mapping, whose keys may be dotted."""
+    tree = SettingsTree()
     for key, value in mapping.items():
-        _plant(tree, str(key), value, f"{key} in {source}")
+        _add(tree, str(key), value, f"{key} in {source}")
     return tree
 
 
-def merge(first: Settings, second: Settings) -> Settings:
-    """Both trees in one; where both name an entry, the second's holds."""
-    merged = Settings(first)
+def merge(first: SettingsTree, second: SettingsTree) -> SettingsTree:
+    """Join two trees; where both have an entry, the second's counts."""
+    merged = SettingsTree(first)
     for key, value in second.items():
         under = merged.get(key)
-        if isinstance(value, Settings) and isinstance(under, list) and all(part.isdecimal() for part in value):
-            entries = merge(Settings({str(index): entry for index, entry in enumerate(under)}), value)
-            merged[key] = entries
-        elif isinstance(value, Settings) and isinstance(under, Mapping):
-            merged[key] = merge(Settings(under), value)
-        elif isinstance(value, Settings):
-            merged[key] = Settings(value)
+        if isinstance(value, SettingsTree) and isinstance(under, list) and all(part.isdecimal() for part in value):
+            merged[key] = merge(SettingsTree({str(index): entry for index, entry in enumerate(under)}), value)
+        elif isinstance(value, SettingsTree) and isinstance(under, Mapping):
+            merged[key] = merge(SettingsTree(under), value)
+        elif isinstance(value, SettingsTree):
+            merged[key] = SettingsTree(value)
             merged[key].plain = under
         else:
             merged[key] = value
@@ -93,31 +95,35 @@ def merge(first: Settings, second: Settings) -> Settings:
 
 
 def resolve(config: ConfigT, overrides: Iterable[str]) -> ConfigT:
-    """A copy of a frozen dataclass with typed `key=value` settings applied, `a.b=value` inside nested ones.
+    """Copy a frozen dataclass with typed `key=value` settings applied; `a.b=value` sets a field of a nested one.
 
     Text becomes what the field's annotation says: int (`1_000` and `1e3` too), float, bool (true/false, yes/no, on/off,
     1/0), str, Path, Literal, Optional (`none`), tuple (`a,b`), dict (`key:value,key:value`, or one entry by
     `field.key=value`), nested dataclasses (`field.name=value`) and tuples of them (`field.0.name=value`).
 
-    Raises ConfigError naming the field, the value and what is accepted, and the nearest field for a misspelt one.
+    Raises ConfigError, which names the field, the value and what is accepted, and the nearest field for a misspelt one.
     """
     return update(config, parse_overrides(overrides))
 
 
 def update(config: ConfigT, settings: Mapping[str, Any], where: str = "") -> ConfigT:
-    """A copy of a frozen dataclass with a tree of settings applied, all at once; see `resolve`."""
+    """Copy a frozen dataclass with a tree of settings applied all at once; see `resolve`."""
     cls = type(config)
     known = settable_fields(cls)
     changes: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in known:
             raise _unknown_field(name, cls, where)
-        changes[name] = convert(value, _Annotation(cls, name), f"{where}{name}", getattr(config, name))
+        current = getattr(config, name)
+        if _is_config(current) and isinstance(value, Mapping):
+            changes[name] = update(current, value, f"{where}{name}.")
+        else:
+            changes[name] = convert(value, field_type(cls, name), f"{where}{name}", current)
     return dataclasses.replace(config, **changes) if changes else config  # type: ignore[type-var]
 
 
 def from_mapping(cls: type[ConfigT], values: Mapping[str, Any], where: str = "") -> ConfigT:
-    """A configuration of class `cls` from a mapping of its fields; what has no default must be there."""
+    """Make a configuration of class `cls` from a mapping of its fields; those without a default must be there."""
     known = settable_fields(cls)
     for name in values:
         if name not in known:
@@ -125,7 +131,7 @@ def from_mapping(cls: type[ConfigT], values: Mapping[str, Any], where: str = "")
     missing = [name for name, field in known.items() if name not in values and is_required(field)]
     if missing:
         raise ConfigError(f"{_owner(cls, where)} needs {listed(where + name for name in missing)}")
-    converted = {name: convert(value, _Annotation(cls, name), f"{where}{name}") for name, value in values.items()}
+    converted = {name: convert(value, field_type(cls, name), f"{where}{name}") for name, value in values.items()}
     return cls(**converted)
 
 
@@ -154,29 +160,18 @@ def _unknown_field(name: str, cls: type, where: str) -> ConfigError:
     known = settable_fields(cls)
     if name in getattr(cls, "RENAMED", ()):
         return ConfigError(f"{where + name} is gone: write {cls.RENAMED[name]}")  # type: ignore[attr-defined]
-    hint = did_you_mean(name, known)
+    groups = {group: field_type(cls, group) for group in known}
+    inside = [
+        f"{where}{group}.{name}"
+        for group, kind in groups.items()
+        if dataclasses.is_dataclass(kind) and name in settable_fields(kind)  # type: ignore[arg-type]
+    ]
+    hint = f"; did you mean {inside[0]!r}?" if inside else did_you_mean(name, known)
     return ConfigError(f"{_owner(cls, where)} has no field {where + name!r}{hint or '.'} Its fields: {listed(known)}")
 
 
-class _Annotation(NamedTuple):
-    """A field's annotation, evaluated only when a value is converted to it."""
-
-    cls: type
-    name: str
-
-    def evaluate(self) -> Any:
-        return field_type(self.cls, self.name)
-
-
 def field_type(cls: type, name: str) -> Any:
-    """The evaluated annotation of a dataclass field.
-
-    A class whose annotations are imported for type checkers only says in `LAZY_TYPES` where they are: field name to
-    `module:class`.
-    """
-    lazy: Mapping[str, str] = getattr(cls, "LAZY_TYPES", {})
-    if name in lazy:
-        return load_object(lazy[name])
+    """The annotation of a dataclass field, as a type: text is evaluated in the module of its class."""
     for owner in cls.__mro__:
         if name in owner.__dict__.get("__annotations__", {}):
             annotation = owner.__annotations__[name]
@@ -193,14 +188,10 @@ _FALSE = ("false", "no", "off", "0")
 
 
 def convert(value: Any, annotation: Any, where: str, current: Any = None) -> Any:
-    """`value` (text of the command line, or what YAML holds) as `annotation` says, or ConfigError.
+    """Convert a value (text from the command line, or from YAML) to the type `annotation`, or raise ConfigError.
 
-    `current` is what the field holds so far: nested settings change a part of it.
+    `current` is the value that the field has so far; a tree of settings changes a part of it.
     """
-    if isinstance(annotation, _Annotation):
-        if _is_config(current) and isinstance(value, Mapping):
-            return update(current, value, f"{where}.")
-        annotation = annotation.evaluate()
     origin = get_origin(annotation)
     if origin in (Union, types.UnionType):
         return _convert_union(value, get_args(annotation), where, current)
@@ -274,7 +265,7 @@ def _to_str(value: Any) -> str:
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
-    raise ValueError  # YAML reads no, on, null and dates as other things than text
+    raise ValueError  # YAML does not read no, on, null and dates as text
 
 
 def _to_path(value: Any) -> Path:
@@ -310,17 +301,17 @@ def _convert_union(value: Any, members: tuple[Any, ...], where: str, current: An
         except ConfigError as error:
             hint = ", or none" if len(members) > 1 and not isinstance(value, Mapping) else ""
             raise ConfigError(f"{error}{hint}") from None
-    if _is_config(current) and isinstance(value, Settings):
+    if _is_config(current) and isinstance(value, SettingsTree):
         return update(current, value, f"{where}.")
     groups = [member for member in others if dataclasses.is_dataclass(member)]
     if isinstance(value, Mapping) and len(groups) == 1 and not (value and all(str(key).isdecimal() for key in value)):
         return convert(value, groups[0], where, current)
-    if not isinstance(value, str):  # YAML has told text from numbers already
+    if not isinstance(value, str):  # YAML has already told text from numbers
         for member in others:
             if isinstance(member, type) and type(value) is member:
                 return value
     results, refusals = [], []
-    for member in sorted(others, key=lambda member: member in (str, Path)):  # anything is text: ask it last
+    for member in sorted(others, key=lambda member: member in (str, Path)):  # anything can be text: try it last
         try:
             results.append(convert(value, member, where, current))
         except ConfigError as error:
@@ -344,7 +335,7 @@ def _convert_literal(value: Any, choices: tuple[Any, ...], where: str) -> Any:
     for choice in choices:
         if value == choice and type(value) is type(choice):
             return choice
-    text = str(value).lower() if isinstance(value, bool) else str(value)  # YAML reads true where "true" is meant
+    text = str(value).lower() if isinstance(value, bool) else str(value)  # YAML reads true as a bool
     for choice in choices:
         if text == str(choice):
             return choice
@@ -353,7 +344,7 @@ def _convert_literal(value: Any, choices: tuple[Any, ...], where: str) -> Any:
 
 
 def _choices(choices: Iterable[Any]) -> str:
-    """What may be chosen; signs in quotes."""
+    """List the choices; those that begin with a sign are in quotes."""
     return " | ".join(str(choice) if str(choice)[:1].isalnum() else repr(choice) for choice in choices)
 
 
@@ -361,7 +352,7 @@ def _convert_tuple(value: Any, annotation: Any, where: str, current: Any) -> Any
     arguments = get_args(annotation)
     fixed = get_origin(annotation) is tuple and not (len(arguments) == 2 and arguments[1] is Ellipsis)
     make = list if get_origin(annotation) is list else tuple
-    if isinstance(value, Settings) and all(key.isdecimal() for key in value):
+    if isinstance(value, SettingsTree) and all(key.isdecimal() for key in value):
         entries = list(current or ())
         for key, entry in sorted(value.items(), key=lambda pair: int(pair[0])):
             index = int(key)
@@ -377,7 +368,7 @@ def _convert_tuple(value: Any, annotation: Any, where: str, current: Any) -> Any
     if isinstance(value, str):
         value = [entry.strip() for entry in value.split(",")] if value.strip() else []
         value = value[:-1] if value and value[-1] == "" else value  # "a," is a tuple of one, as in Python
-    if isinstance(value, Settings):
+    if isinstance(value, SettingsTree):
         raise _refused(value, annotation, where, f"; its entries are numbered: {where}.0.{next(iter(value))}, say")
     if not isinstance(value, (list, tuple)):
         raise _refused(value, annotation, where, ", entries separated by commas")
@@ -400,7 +391,7 @@ def _convert_dict(value: Any, annotation: Any, where: str, current: Any) -> dict
         value = {key.strip(): entry.strip() for key, _, entry in pairs}
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where}={value!r}: expected key:value,key:value, or a mapping in YAML")
-    kept = dict(current or {}) if isinstance(value, Settings) else {}
+    kept = dict(current or {}) if isinstance(value, SettingsTree) else {}
     changed = {
         convert(key, key_type, where): convert(entry, value_type, f"{where}.{key}", (current or {}).get(key))
         for key, entry in value.items()
@@ -414,7 +405,7 @@ def _convert_config(value: Any, cls: type, where: str, current: Any) -> Any:
     if not isinstance(value, Mapping):
         fields = listed(f"{where}.{name}" for name in settable_fields(cls))
         raise ConfigError(f"{where}={value}: {where} is a group of settings; set one of {fields}")
-    if isinstance(value, Settings):
+    if isinstance(value, SettingsTree):
         plain = value.plain if current is None else current
         if hasattr(cls, "PLAIN") and plain is not None and type(current) is not cls:
             return from_mapping(cls, {cls.PLAIN: plain, **value}, f"{where}.")
@@ -424,7 +415,7 @@ def _convert_config(value: Any, cls: type, where: str, current: Any) -> Any:
 
 
 def describe_type(annotation: Any) -> str:
-    """An annotation in the words of the help: `int`, `a | b`, `list of text`, `int or none`."""
+    """Describe a type as the help does: `int`, `a | b`, `list of text`, `int or none`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         members = [describe_type(entry) for entry in arguments if entry is not type(None)]

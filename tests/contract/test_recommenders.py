@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from cprec.baselines.search import Settings
 from cprec.data.build import build_dataset
 from cprec.data.catalogue import Catalogue
+from cprec.data.config import Rules, SplitSpec, SyntheticConfig
 from cprec.data.dataset import read_dataset
 from cprec.data.sources.memory import MemorySource
-from cprec.data.sources.synthetic import OracleRecommender, SyntheticConfig, SyntheticWorld
-from cprec.data.splits import Split, SplitSpec, make_split
+from cprec.data.sources.synthetic import OracleRecommender, SyntheticWorld
+from cprec.data.splits import Split, make_split
 from cprec.errors import ConfigError
+from cprec.lineup import Settings
 from cprec.ranks import ndcg
 from cprec.recommender import Ranking, RankingQuery, Recommender
 from cprec.schema import MIXED, SPECIFIC, TEST, Item
@@ -60,7 +61,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     tables = world.tables()
     sources = [MemorySource(domain, world.domains[domain].platform, *tables[domain]) for domain in DOMAINS]
     folder = tmp_path_factory.mktemp("contract") / "data"
-    build_dataset(sources, folder, min_user_events=0, min_item_events=0)
+    build_dataset(sources, folder, Rules(k_core=0))
     split = make_split(*read_dataset(folder), SplitSpec())
     return Setting(world, split, *_queries(split, "kitchen", SPECIFIC))
 
@@ -121,7 +122,7 @@ class OfEachDomain:
 
 def _made(name: str) -> Make:
     """A baseline of the line-up, by the name that it has in tables."""
-    from cprec.baselines.lineup import settings_of
+    from cprec.lineup import settings_of
 
     return lambda setting: OfEachDomain(settings_of(name), setting.split)
 
@@ -293,7 +294,7 @@ def mean_ndcg(recommender: Recommender, setting: Setting) -> float:
 
 @pytest.mark.parametrize("name", ONE_DOMAIN)
 def test_a_baseline_of_one_domain_refuses_another(name: str, setting: Setting) -> None:
-    from cprec.baselines.lineup import settings_of
+    from cprec.lineup import settings_of
 
     recommender = settings_of(name).make(setting.split, "garden")
     assert recommender.name == name
@@ -306,7 +307,7 @@ def test_a_baseline_of_one_domain_refuses_another(name: str, setting: Setting) -
 @pytest.mark.parametrize("name", ONE_DOMAIN)
 def test_what_is_held_out_changes_nothing(name: str, setting: Setting, asked: Sequence[RankingQuery]) -> None:
     """Learning sees the training part only: held-out events may be any others."""
-    from cprec.baselines.lineup import settings_of
+    from cprec.lineup import settings_of
 
     log = setting.split.interactions
     held_out = ~setting.split.events("train")

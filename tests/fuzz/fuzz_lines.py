@@ -110,9 +110,9 @@ def check_literal(data: bytes) -> None:
 
 def check_json(data: bytes) -> None:
     """A line of JSON is an object, or nothing."""
-    from cprec.data.sources.tables import _json_object
+    from cprec.data.sources.table_files import json_object
 
-    value = _json_object(data.decode("utf-8", "replace"))
+    value = json_object(data.decode("utf-8", "replace"))
     assert value is None or isinstance(value, dict)
 
 
@@ -244,7 +244,7 @@ def fuzz(arguments: list[str]) -> None:
         import cprec.data.catalogue
         import cprec.data.delimited
         import cprec.data.sources.lines
-        import cprec.data.sources.tables
+        import cprec.data.sources.table_files
         import cprec.data.text_files  # noqa: F401
     atheris.Setup([sys.argv[0], *arguments], check)
     atheris.Fuzz()

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from cprec.data.build import build_dataset
 from cprec.data.catalogue import Catalogue
 from cprec.data.cleaning import clean_title, spelling
+from cprec.data.config import Rules, SplitSpec
 from cprec.data.dataset import read_dataset, read_manifest
 from cprec.data.interactions import SECOND, Interactions, stable_order
 from cprec.data.sequences import build_sequences, interleaved
 from cprec.data.sources.memory import MemorySource
-from cprec.data.splits import Split, SplitSpec, make_split
+from cprec.data.splits import Split, make_split
 from cprec.errors import DataError
 from cprec.schema import KINDS, DomainInfo
 
@@ -54,16 +55,16 @@ def split_of(rows: list[tuple[int, int, int, int]], timeless: bool = True, spec:
     return make_split(catalogue, log, infos, spec)
 
 
-def apply_rules(rows: list[tuple[str, str, float]], least_user: int, least_item: int) -> list[tuple[str, str, float]]:
+def apply_rules(rows: list[tuple[str, str, float]], k_core: int) -> list[tuple[str, str, float]]:
     """The rules of `build_dataset` in plain Python: (user, item, time) sorted by user, time and place in the source."""
     kept = sorted(dict.fromkeys(rows), key=lambda row: (row[0], row[2]))
     while True:
         before = kept
         kept = [row for at, row in enumerate(kept) if not at or row[:2] != kept[at - 1][:2]]
         users = Counter(user for user, _, _ in kept)
-        kept = [row for row in kept if users[row[0]] >= least_user]
+        kept = [row for row in kept if users[row[0]] >= k_core]
         items = Counter(item for _, item, _ in kept)
-        kept = [row for row in kept if items[row[1]] >= least_item]
+        kept = [row for row in kept if items[row[1]] >= k_core]
         if kept == before:
             return kept
 
@@ -77,10 +78,8 @@ def some_events(draw: st.DrawFn) -> list[tuple[str, str, float]]:
 
 
 @settings(max_examples=5)  # each one starts an engine
-@given(some_events(), st.sampled_from([3, 5, 8, 2, 0]), st.sampled_from([3, 6, 0]))
-def test_rules_in_the_table_engine_equal_plain_python(
-    rows: list[tuple[str, str, float]], least_user: int, least_item: int
-) -> None:
+@given(some_events(), st.sampled_from([3, 5, 8, 2, 0]))
+def test_rules_in_the_table_engine_equal_plain_python(rows: list[tuple[str, str, float]], k_core: int) -> None:
     users, items, times = (list(column) for column in zip(*rows, strict=True))
     titles = sorted(set(items))
     source = MemorySource(
@@ -89,11 +88,11 @@ def test_rules_in_the_table_engine_equal_plain_python(
         pa.table({"item_id": titles, "title": titles}),
         pa.table({"user_id": users, "item_id": items, "timestamp": times}),
     )
-    expected = apply_rules(rows, least_user, least_item)
+    expected = apply_rules(rows, k_core)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "data")
         try:
-            build_dataset([source], path, min_user_events=least_user, min_item_events=least_item)
+            build_dataset([source], path, Rules(k_core=k_core))
         except DataError:
             assert not expected
             return
@@ -227,7 +226,7 @@ def test_a_spelling_is_that_of_itself_and_of_the_clean_title(text: str) -> None:
 
 
 def apply_pooled_rules(
-    rows: dict[str, list[tuple[str, str, float]]], least_user: int, least_item: int
+    rows: dict[str, list[tuple[str, str, float]]], k_core: int
 ) -> dict[str, list[tuple[str, str, float]]]:
     """The rules with the users of all domains counted together, in plain Python."""
     kept = {domain: sorted(dict.fromkeys(some), key=lambda row: (row[0], row[2])) for domain, some in rows.items()}
@@ -235,9 +234,9 @@ def apply_pooled_rules(
         before = kept
         kept = {d: [r for at, r in enumerate(s) if not at or r[:2] != s[at - 1][:2]] for d, s in kept.items()}
         users = Counter(user for some in kept.values() for user, _, _ in some)
-        kept = {domain: [row for row in some if users[row[0]] >= least_user] for domain, some in kept.items()}
+        kept = {domain: [row for row in some if users[row[0]] >= k_core] for domain, some in kept.items()}
         items = {domain: Counter(item for _, item, _ in some) for domain, some in kept.items()}
-        kept = {domain: [row for row in some if items[domain][row[1]] >= least_item] for domain, some in kept.items()}
+        kept = {domain: [row for row in some if items[domain][row[1]] >= k_core] for domain, some in kept.items()}
         if kept == before:
             return kept
 
@@ -249,14 +248,12 @@ def apply_pooled_rules(
     some_events(),
     some_events(),
     st.sampled_from([5, 8, 10, 2, 0]),
-    st.sampled_from([3, 6, 0]),
 )
 def test_a_pooled_core_equals_plain_python(
     films: list[tuple[str, str, float]],
     toys: list[tuple[str, str, float]],
     books: list[tuple[str, str, float]],
-    least_user: int,
-    least_item: int,
+    k_core: int,
 ) -> None:
     shop = {"films": films, "toys": toys}
     library = {"books": books}  # of another platform: users of the same names are other people
@@ -273,11 +270,11 @@ def test_a_pooled_core_equals_plain_python(
                     pa.table({"user_id": users, "item_id": items, "timestamp": times}),
                 )
             )
-    expected = apply_pooled_rules(shop, least_user, least_item) | apply_pooled_rules(library, least_user, least_item)
+    expected = apply_pooled_rules(shop, k_core) | apply_pooled_rules(library, k_core)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "data")
         try:
-            build_dataset(sources, path, min_user_events=least_user, min_item_events=least_item, core_scope="pooled")
+            build_dataset(sources, path, Rules(k_core=k_core, k_core_scope="pooled"))
         except DataError:
             assert not all(expected.values())
             return

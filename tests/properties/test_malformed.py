@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 
 from cprec.data import delimited, text_files
 from cprec.data.build import build_dataset
+from cprec.data.config import Rules, TableFiles, TableSource
 from cprec.data.dataset import read_manifest
 from cprec.data.delimited import Form, parse_block, split_line
 from cprec.data.engine import TableEngine, connect
 from cprec.data.sources.numbers import NO_VALUE, Numbers, read_numbers
-from cprec.data.sources.tables import TableFiles, TableSource
 from cprec.errors import DataError
 
 CONNECTION = duckdb.connect()
@@ -307,7 +307,7 @@ def test_a_log_is_refused_or_all_of_its_rows_are_counted(
         own = TableFiles(path=str(path), decimal=decimal, names=("user_id", "item_id", "timestamp") if named else ())
         source = TableSource(domain="toys", interactions=own, items=str(items), timestamps=timestamps)
         try:
-            folder = build_dataset([source], path.with_name("data"), min_user_events=0, min_item_events=0)
+            folder = build_dataset([source], path.with_name("data"), Rules(k_core=0))
         except DataError as error:
             assert "log.csv" in str(error)
             return

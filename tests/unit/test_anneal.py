@@ -7,12 +7,12 @@ from xml.etree import ElementTree
 import pytest
 
 from cprec import cli
-from cprec.anneal import TRUNK, AnnealConfig, anneal
-from cprec.data.sources.synthetic import SyntheticConfig
+from cprec.anneal import TRUNK, anneal
+from cprec.data.config import SyntheticConfig
 from cprec.errors import ConfigError
 from cprec.text.config import PrepareConfig
 from cprec.text.prepare import prepare
-from cprec.train.config import PretrainConfig, TinyModel
+from cprec.train.config import AnnealConfig, PretrainConfig, TinyModel
 from cprec.train.folder import read_done, read_log
 from cprec.train.pretrain import pretrain
 

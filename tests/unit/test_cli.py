@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-import cprec
-from cprec import __version__, cli, config, settings
+from cprec import __version__, cli, config, verbs
 from cprec.errors import ConfigError, TrainingError
 from cprec.progress import say
 
@@ -55,26 +54,9 @@ class FakeServeConfig:
     port: int = 8080
     """Port."""
 
-    engine, beam_width, max_nodes, max_batch, cache_mb = "transformers", 20, 100, 8, 0
-
     def check(self) -> None:
         if self.port == 1:
             raise ConfigError("port=1: not here")
-
-
-class FakeRecommender:
-    """Stands for a model."""
-
-    def __init__(self, folder: str, name: str) -> None:
-        self.folder, self.name = folder, name
-        self.catalogue = self
-
-    def digest(self) -> str:
-        return "other" if "other" in self.folder else "same"
-
-    @classmethod
-    def from_pretrained(cls, folder: str, name: str = "", **_: Any) -> FakeRecommender:
-        return cls(folder, name)
 
 
 calls: list[tuple[Any, ...]] = []
@@ -85,8 +67,8 @@ certificate: dict[str, Any] = {"clean": True}
 """What audit returns here; the other stages return it too, and nobody looks at it."""
 
 
-def stage(*arguments: Any) -> dict[str, Any]:
-    calls.append(arguments)
+def stage(path: str, *arguments: Any, **options: Any) -> dict[str, Any]:
+    calls.append((path, *arguments, *([options] if options else [])))
     if failures:
         raise failures.pop()
     return certificate
@@ -107,29 +89,18 @@ def demo() -> config.Recipe:
 
 
 STAGES = ("prepare", "pretrain", "finetune", "evaluate")
+FUNCTIONS = {verb.name: verb.function for verb in verbs.VERBS}
 
 
 @pytest.fixture(autouse=True)
 def fake_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     calls.clear()
     failures.clear()
-    here = {name: f"{__name__}:FakeConfig" for name in STAGES}
-    monkeypatch.setattr(
-        config,
-        "STAGE_CONFIGS",
-        {
-            **here,
-            "recommend": f"{__name__}:FakeRecommendConfig",
-            "anneal": f"{__name__}:FakeConfig",
-            "tune": f"{__name__}:FakeConfig",
-            "serve": f"{__name__}:FakeServeConfig",
-        },
-    )
-    monkeypatch.setattr(config, "recipes", lambda: {"fake": fake, "demo": demo})
-    real = settings.load_object
-    functions = {verb.function for verb in cli.VERBS}
-    monkeypatch.setattr(settings, "load_object", lambda path: stage if path in functions else real(path))
-    monkeypatch.setitem(vars(cprec), "Recommender", FakeRecommender)
+    stages = dict.fromkeys((*STAGES, "anneal", "tune"), FakeConfig)
+    stages |= {"recommend": FakeRecommendConfig, "serve": FakeServeConfig}
+    monkeypatch.setattr(config, "STAGE_CONFIGS", stages)
+    monkeypatch.setattr(config, "RECIPES", {"fake": fake, "demo": demo})
+    monkeypatch.setattr(verbs, "load", lambda path: functools.partial(stage, path))
     monkeypatch.setenv("COLUMNS", "100")
 
 
@@ -150,7 +121,7 @@ def test_any_character_can_be_written_to_any_console(monkeypatch: pytest.MonkeyP
         warnings.warn_explicit("苹果 → ≥", UserWarning, cli.__file__, 1)
         raise TrainingError("苹果: loss → ∞")
 
-    monkeypatch.setattr(settings, "load_object", lambda path: FakeConfig if "Config" in path else talk)
+    monkeypatch.setattr(verbs, "load", lambda path: talk)
     monkeypatch.setenv("CPREC_PROGRESS", "plain")
     for name, stream in streams.items():
         monkeypatch.setattr(sys, name, stream)
@@ -171,13 +142,14 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize("verb", STAGES)
 def test_a_stage_gets_its_resolved_configuration(verb: str) -> None:
     assert cli.main([verb, "fake", "data=logs", "seed=3", f"{verb}.output_dir=x"]) == 0
-    assert calls == [(FakeConfig(output_dir="x", seed=3),)]
+    assert calls == [(FUNCTIONS[verb], FakeConfig(output_dir="x", seed=3))]
 
 
 def test_run_and_demo_get_the_whole_recipe() -> None:
     assert cli.main(["run", "fake", "data=logs", "finetune.seed=3"]) == 0
     assert cli.main(["demo", "finetune.seed=4"]) == 0
-    (of_run,), (of_demo,) = calls
+    (ran, of_run), (demonstrated, of_demo) = calls
+    assert ran == demonstrated == "cprec.run:run"
     assert of_run.finetune == FakeConfig(output_dir="logs/finetune", seed=3)
     assert of_demo.finetune == FakeConfig(output_dir="demo/finetune", seed=4)
 
@@ -186,89 +158,70 @@ def test_a_stage_runs_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("output_dir: runs/mine\nseed: 5\n")
     assert cli.main(["pretrain", str(path), "seed=6"]) == 0
-    assert calls == [(FakeConfig(output_dir="runs/mine", seed=6),)]
+    assert calls == [(FUNCTIONS["pretrain"], FakeConfig(output_dir="runs/mine", seed=6))]
 
 
 def test_recommend_for_a_history_on_the_command_line() -> None:
     assert cli.main(["recommend", "model", "--history", "Red car, small", "b", "--k", "3", "beam=8"]) == 0
     assert cli.main(["recommend", "model", "beam=8", "--domain", "toys", "--history", "a=b", "--history", "c"]) == 0
-    (first, recommender, popular), (second, *_) = calls
-    assert popular is None
+    (path, first), (_, second) = calls
+    assert path == "cprec.serving:open_and_recommend"
     assert first == FakeRecommendConfig(model="model", history=("Red car, small", "b"), k=3, beam=8)
     assert second == FakeRecommendConfig(model="model", history=("a=b", "c"), domain="toys", beam=8)
-    assert recommender.folder == "model"
 
 
 def test_recommend_for_a_file() -> None:
     assert cli.main(["recommend", "model", "--input", "in.csv", "--output", "out.parquet"]) == 0
-    assert calls[0][0] == FakeRecommendConfig(model="model", input="in.csv", output="out.parquet")
+    assert calls[0][1] == FakeRecommendConfig(model="model", input="in.csv", output="out.parquet")
 
 
-def test_serve_gets_the_models_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("a/x", "a/y", "b/x", "other/z"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "run.json").write_text('{"config": {"data": "nowhere"}}')
-    ax, ay, bx, other = (f"{tmp_path}/{name}" for name in ("a/x", "a/y", "b/x", "other/z"))
-    assert cli.main(["serve", ax, f"{ay}/", "port=9"]) == 0
-    assert cli.main(["serve", ax, "port=9", bx]) == 0
-    (config, engines, baselines), (_, namesakes, _) = calls
-    assert config == FakeServeConfig(models=(ax, f"{ay}/"), port=9)
-    assert [engine.name for engine in engines] == ["x", "y"] and baselines == []
-    assert [engine.name for engine in namesakes] == [ax, bx]
-    assert "nowhere is not here: no list stands in" in capsys.readouterr().err
-    assert cli.main(["serve", ax, other]) == 2
-    assert "has another catalogue than" in capsys.readouterr().err
-    assert cli.main(["serve", ax, "port=1"]) == 2
-    assert len(calls) == 2
+def test_serve_gets_the_models_among_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "a/x", "port=9", "b/x"]) == 0
+    assert calls == [("cprec.serving:open_and_serve", FakeServeConfig(models=("a/x", "b/x"), port=9))]
+    assert cli.main(["serve", "a/x", "port=1"]) == 2
+    assert "port=1: not here" in capsys.readouterr().err
+    assert len(calls) == 1
 
 
-def test_demo_may_end_in_a_service(monkeypatch: pytest.MonkeyPatch) -> None:
-    served: list[Any] = []
-    monkeypatch.setattr(cli, "_serve", lambda verb, settings: served.append((verb.name, dict(settings))))
-    monkeypatch.setattr(config, "find_config", lambda *_, **__: demo_recipe)
-    part = SimpleNamespace
-    demo_recipe = part(
-        finetune=part(output_dir="runs/f"),
-        prepare=part(output_dir="runs/data", target_domains=("kitchen", "books")),
-        evaluate=part(output_dir="runs"),
-    )
-    assert cli.main(["demo"]) == 0 and not served
-    assert cli.main(["demo", "--serve"]) == 0
-    models = ["runs/f/kitchen/cprec-style", "runs/f/kitchen/fine-tuning-only"]
-    assert served == [("serve", {"models": models, "data": "runs/data", "state": "runs/serve"})]
-    assert calls == [(demo_recipe,), (demo_recipe,)]
+def test_demo_may_end_in_a_service() -> None:
+    assert cli.main(["demo"]) == cli.main(["demo", "--serve"]) == 0
+    assert calls == [(path, demo()) for path in ("cprec.run:run", "cprec.run:run", "cprec.serving:serve_demo")]
 
 
 def test_audit_gets_a_folder(tmp_path: Path) -> None:
     assert cli.main(["audit", str(tmp_path)]) == 0
-    assert calls == [(tmp_path,)]
+    assert calls == [(FUNCTIONS["audit"], tmp_path)]
 
 
-def test_audit_of_shortcuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr("cprec.shortcuts.audit_shortcuts", lambda folder, **chosen: asked.append((folder, chosen)))
+def test_audit_of_shortcuts(tmp_path: Path) -> None:
     assert cli.main(["audit", str(tmp_path), "--shortcuts"]) == 0
     words = ["--domain", "books", "toys", "--model", "a", "--model", "b", "--max-queries", "50"]
     assert cli.main(["audit", "--shortcuts", str(tmp_path), *words]) == 0
-    assert asked[0] == (tmp_path, {})
-    assert asked[1] == (tmp_path, {"domains": ["books", "toys"], "models": ["a", "b"], "max_queries": 50})
-    assert not calls
+    given = {"domains": ["books", "toys"], "models": ["a", "b"], "max_queries": 50}
+    path = "cprec.shortcuts:audit_shortcuts"
+    assert calls == [(path, tmp_path), (path, tmp_path, given)]
+
+
+def test_compare_gets_folders_and_what_was_chosen() -> None:
+    assert cli.main(["compare", "a", "b", "--domain", "books", "--metric", "recall@5", "--force"]) == 0
+    given = {"domains": ("books",), "force": True, "metric": "recall@5"}
+    assert calls == [("cprec.evaluate.compare:compare", ["a", "b"], given)]
 
 
 def test_report_gets_a_folder() -> None:
     assert cli.main(["report", "runs/demo"]) == 0
-    assert calls == [("runs/demo",)]
+    assert calls == [("cprec.report:training_report", "runs/demo")]
 
 
 @pytest.mark.parametrize("words", ["data recbole out", "data recbole --output out", "--output out data recbole"])
 def test_export_gets_a_folder_a_format_and_where_to_write(words: str) -> None:
     assert cli.main(["export", *words.split(), "--domain", "books", "toys", "--domain", "films"]) == 0
-    assert calls == [("data", "recbole", "out", ("books", "toys", "films"))]
+    assert calls == [(FUNCTIONS["export"], "data", "recbole", "out", ("books", "toys", "films"))]
 
 
 def test_export_names_its_folder_itself() -> None:
     assert cli.main(["export", "data", "text"]) == 0
-    assert calls == [("data", "text", None, ())]
+    assert calls == [(FUNCTIONS["export"], "data", "text", None, ())]
 
 
 @pytest.mark.parametrize(
@@ -319,11 +272,11 @@ def test_a_failure_exits_with_1_without_a_traceback(capsys: pytest.CaptureFixtur
 def test_our_warnings_are_one_line(
     options: list[str], expected: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def warned(_: FakeConfig) -> None:
+    def warned(*_: object) -> None:
         warnings.simplefilter("always")
         warnings.warn_explicit("a long history", UserWarning, cli.__file__, 1)
 
-    monkeypatch.setattr(sys.modules[__name__], "stage", warned)
+    monkeypatch.setattr(verbs, "load", lambda path: warned)
     monkeypatch.setattr(warnings, "showwarning", lambda *_: None)  # where --debug leaves it to Python
     assert cli.main(["pretrain", "fake", "data=x", *options]) == 0
     assert capsys.readouterr().err == (expected or "")
@@ -357,7 +310,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, "--help")
-    for verb in cli.VERBS:
+    for verb in verbs.VERBS:
         assert f"\n  {verb.name:<10} {verb.summary}\n" in text
     assert max(map(len, text.splitlines())) <= 120
 
@@ -384,7 +337,7 @@ def test_help_of_run_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> No
     assert "  demo\n      The demo of these tests.\n" in text
 
 
-@pytest.mark.parametrize("verb", [verb.name for verb in cli.VERBS])
+@pytest.mark.parametrize("verb", FUNCTIONS)
 def test_help_fits_the_terminal(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, verb, "--help")
     assert text.startswith(f"usage: cprec {verb}")

@@ -109,7 +109,7 @@ def test_a_bar_in_a_terminal_with_messages_above_and_a_bar_inside(monkeypatch: p
         with track(total=None, description="validation", unit="rows", clock=clock) as inner:
             inner.advance(7)
         work.advance(100)
-    assert progress._bar is None
+    assert progress._display is None
     text = screen.getvalue()
     for part in ("training", "200/200 steps", "20.0 steps/s", "0:00 left", "loss=1.5", "validation", "7 rows"):
         assert part in text, part

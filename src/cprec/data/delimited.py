@@ -21,7 +21,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from cprec.data.text_files import MAX_LINE, SHOWN
+MAX_LINE = 1 << 23
+"""Bytes of a row at most."""
+
+SHOWN = 1000
+"""Characters of a malformed row that are kept."""
 
 TOO_FEW = "malformed row: missing columns"
 TOO_MANY = "malformed row: too many columns"

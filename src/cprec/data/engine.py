@@ -13,15 +13,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
+
+import duckdb
+import ibis
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cprec.data import text_files
 from cprec.data.text_files import LINE
 from cprec.errors import ConfigError, DataError
 from cprec.machine import free_memory, num_cores
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 MEMORY_SHARE = 0.6
 """Of the memory that is free when the engine starts: what it may use unless told; the rest is for what reads it."""
@@ -156,9 +158,6 @@ class DuckDBEngine(TableEngine):
     name = "duckdb"
 
     def __init__(self, spill: Path, memory_limit: str | None) -> None:
-        import duckdb
-        import ibis
-
         self.spill = spill
         self.backend = ibis.duckdb.connect()
         self._run(f"SET temp_directory = {text_files.quoted(spill / 'duckdb')}")
@@ -172,8 +171,6 @@ class DuckDBEngine(TableEngine):
 
     @contextmanager
     def translated_errors(self, what: str) -> Iterator[None]:
-        import duckdb
-
         try:
             yield
         except duckdb.OutOfMemoryException as error:
@@ -184,8 +181,6 @@ class DuckDBEngine(TableEngine):
             ) from None
 
     def read_parquet(self, path: str | Path) -> Any:
-        import ibis
-
         with self.translated_errors(str(path)):
             table = self.backend.read_parquet(str(path), table_name=text_files.new_name(), file_row_number=True)
         return table.mutate((ibis._.file_row_number + 1).name(LINE)).drop("file_row_number")
@@ -271,7 +266,6 @@ class SparkEngine(TableEngine):
 
     def __init__(self, spill: Path, memory_limit: str | None, master: str) -> None:
         try:
-            import ibis
             from pyspark.errors import PySparkException
             from pyspark.sql import SparkSession
 
@@ -395,8 +389,6 @@ class SparkEngine(TableEngine):
         return self._frame(expression).toArrow()
 
     def batches(self, expression: Any) -> Iterator[pa.RecordBatch]:
-        import pyarrow.parquet as pq
-
         written = self._written(expression)
         for path in _files(written):
             yield from pq.ParquetFile(path).iter_batches(BATCH_ROWS)
@@ -424,8 +416,6 @@ def _files(folder: Path) -> list[Path]:
 
 def _stage(folder: Path, batches: pa.RecordBatchReader) -> Path:
     """Write batches to a Parquet file of a folder, one at a time."""
-    import pyarrow.parquet as pq
-
     path = folder / f"{text_files.new_name()}.parquet"
     with pq.ParquetWriter(path, batches.schema, compression="zstd") as writer:
         for batch in batches:
@@ -435,8 +425,6 @@ def _stage(folder: Path, batches: pa.RecordBatchReader) -> Path:
 
 def _join_files(paths: Sequence[Path], target: Path) -> None:
     """The rows of some Parquet files in one, a row group at a time; a single file is moved."""
-    import pyarrow.parquet as pq
-
     if len(paths) == 1:
         shutil.move(paths[0], target)
         return

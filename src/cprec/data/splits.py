@@ -1,112 +1,20 @@
-"""Splits: which events train, which validate and which test, and the queries that the held-out events ask.
-
-This module imports only the standard library until a split is made, because `SplitSpec` is part of configurations.
-"""
+"""Splits: which events train, which validate and which test, and the queries that the held-out events ask."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC
-from typing import TYPE_CHECKING, Literal
+from datetime import datetime, timedelta
 
+import numpy as np
+
+from cprec.data.catalogue import Catalogue
+from cprec.data.config import GLOBAL_TIME, LEAVE_ONE_OUT, SplitSpec
+from cprec.data.interactions import Interactions, stable_order
+from cprec.data.ragged import Ragged, gather
 from cprec.errors import ConfigError
 from cprec.schema import CONTEXT, SPECIFIC, SPLITS, TEST, TRAIN, VALIDATION, DomainInfo
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from cprec.data.catalogue import Catalogue
-    from cprec.data.interactions import Interactions
-    from cprec.data.ragged import Ragged
-
-LEAVE_ONE_OUT = "leave-one-out"
-LAST_N = "last-n"
-GLOBAL_TIME = "global-time"
-METHODS = (LEAVE_ONE_OUT, LAST_N, GLOBAL_TIME)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitSpec:
-    """What is held out of training, in every domain."""
-
-    method: Literal["leave-one-out", "last-n", "global-time"] = "leave-one-out"
-    """leave-one-out: of each user and domain the last event tests and the one before validates. last-n: the last
-    num_test events test and the num_validation before them validate. global-time: two dates, the same in all
-    domains."""
-    num_validation: int | None = None
-    """last-n: events of each user and domain that validate, 1 unless given."""
-    num_test: int | None = None
-    """last-n: events of each user and domain that test, the latest ones, 1 unless given."""
-    validation_fraction: float | None = None
-    """global-time: share of all events that validate, 0.1 unless the dates are given."""
-    test_fraction: float | None = None
-    """global-time: share of all events that test, the latest ones, 0.1 unless the dates are given."""
-    validation_from: str | None = None
-    """global-time: first moment of validation, ISO date or date and time (UTC), in place of the fractions."""
-    test_from: str | None = None
-    """global-time: first moment of test, ISO date or date and time (UTC), in place of the fractions."""
-
-    unseen_user_share: float = 0.0
-    """Share of users (by hash of the seed and the user) nothing of whom trains, in any domain: their events before the
-    held-out ones are only shown as history. Their validation queries are among those that validate."""
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(f"method={self.method!r}: expected {', '.join(METHODS)}")
-        fractions = {name: getattr(self, name) for name in ("validation_fraction", "test_fraction")}
-        dates = {name: getattr(self, name) for name in ("validation_from", "test_from")}
-        numbers = {name: getattr(self, name) for name in ("num_validation", "num_test")}
-        given = [name for name, value in (fractions | dates).items() if value is not None]
-        if self.method != GLOBAL_TIME and given:
-            raise ConfigError(f"{given[0]} means something for method={GLOBAL_TIME} only, not for {self.method}")
-        for name, number in numbers.items():
-            if number is not None and self.method != LAST_N:
-                raise ConfigError(f"{name} means something for method={LAST_N} only, not for {self.method}")
-            if number is not None and number < 1:
-                raise ConfigError(f"{name}={number} must be at least 1")
-        if not 0 <= self.unseen_user_share < 1:
-            raise ConfigError(f"unseen_user_share={self.unseen_user_share} must lie between 0 and 1")
-        for name, fraction in fractions.items():
-            if fraction is not None and not 0 < fraction < 1:
-                raise ConfigError(f"{name}={fraction} must lie between 0 and 1")
-        if sum(self.fractions()) >= 1:
-            raise ConfigError(
-                f"validation_fraction and test_fraction sum to {sum(self.fractions())}: nothing would train"
-            )
-        has_date = [name for name, value in dates.items() if value is not None]
-        if len(has_date) == 1 or (has_date and len(given) > len(has_date)):
-            raise ConfigError("give validation_from and test_from together, and no fractions beside them; or no dates")
-        if has_date:
-            validation, test = self.dates()
-            if not validation < test:
-                raise ConfigError(f"validation_from={self.validation_from} must be before test_from={self.test_from}")
-
-    def numbers(self) -> tuple[int, int]:
-        """Events of each user and domain that validate and that test, where they are counted from the end."""
-        return self.num_validation or 1, self.num_test or 1
-
-    def fractions(self) -> tuple[float, float]:
-        """Shares of events that validate and that test."""
-        return (
-            0.1 if self.validation_fraction is None else self.validation_fraction,
-            0.1 if self.test_fraction is None else self.test_fraction,
-        )
-
-    def dates(self) -> tuple[int, int]:
-        """`validation_from` and `test_from` in microseconds since 1970 UTC."""
-        return _time("validation_from", self.validation_from), _time("test_from", self.test_from)
-
-
-def _time(name: str, text: str | None) -> int:
-    from datetime import datetime, timedelta
-
-    try:
-        moment = datetime.fromisoformat(text or "")
-    except ValueError:
-        raise ConfigError(f"{name}={text!r} is no ISO date; write 2014-07-23 or 2014-07-23T18:00:00") from None
-    since = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - datetime.fromtimestamp(0, UTC)
-    return since // timedelta(microseconds=1)
 
 
 def in_seconds(time: int) -> int | float:
@@ -119,18 +27,16 @@ def in_seconds(time: int) -> int | float:
 
 
 def from_seconds(seconds: int | float) -> int:
-    """What `in_seconds` was made of."""
+    """Microseconds again, from the number that `in_seconds` gave."""
     return round(seconds * 1_000_000)
 
 
 def format_time(time: int) -> str:
-    """Microseconds since 1970 for people, in UTC.
+    """Microseconds since 1970 as people read them, in UTC.
 
     >>> format_time(1_577_836_802_535_000)
     '2020-01-01 00:00:02.535000'
     """
-    from datetime import datetime, timedelta
-
     return str(datetime(1970, 1, 1) + timedelta(microseconds=time))
 
 
@@ -197,52 +103,49 @@ class Split:
 
         Raises ConfigError for a mixed history where the domain's times are not real.
         """
-        import numpy as np
-
-        from cprec.data.ragged import Ragged, offsets_of
-
-        log, catalogue = self.interactions, self.catalogue
+        log = self.interactions
         if part not in (VALIDATION, TEST):
             raise ConfigError(f"part={part!r}: expected {VALIDATION} or {TEST}")
-        event_domain = catalogue.domain[log.item]
-        of_domain = event_domain == catalogue.domain_index(domain)
-        if history_kind == SPECIFIC:
-            eligible = of_domain
-        else:
-            eligible = comparable_domains(catalogue, self.domains)[event_domain]
-            if not self.domains[domain].has_times:
-                raise ConfigError(
-                    f"domain {domain!r} has no real times, so its events cannot be put in order with those of other "
-                    "domains: use history specific"
-                )
-        if self.spec.method != GLOBAL_TIME:
-            eligible = eligible & (of_domain | (self.part != SPLITS.index(TEST)))
-
+        event_domain = self.catalogue.domain[log.item]
+        of_domain = event_domain == self.catalogue.domain_index(domain)
         event = np.flatnonzero(of_domain & self.events(part))
         user = log.user[event]
-        known = np.flatnonzero(eligible)
-        stop = np.searchsorted(known, event)
-        start = np.maximum(np.searchsorted(known, log.offsets()[user]), stop - max_history)
-        serial = np.arange(len(user)) - np.searchsorted(user, user)
+        serial = np.arange(len(user)) - np.searchsorted(user, user)  # the how-many-th of the user's, from 0
+        # Of the events that may be shown, those between the start of the user's events and the target, at most the last
+        # `max_history`: shown[start:stop].
+        shown = np.flatnonzero(self._may_be_shown(domain, event_domain, of_domain, history_kind))
+        stop = np.searchsorted(shown, event)
+        start = np.maximum(np.searchsorted(shown, log.offsets()[user]), stop - max_history)
         kept = stop - start >= max(min_history, 0)
         event, user, start, stop, serial = event[kept], user[kept], start[kept], stop[kept], serial[kept]
-
-        offsets = offsets_of(stop - start)
-        place = np.repeat(start - offsets[:-1], stop - start) + np.arange(offsets[-1])
         return Queries(
             domain=domain,
             part=part,
             query_id=self._query_ids(domain, part, user, serial),
             user=user,
             event=event,
-            history=Ragged(log.item[known[place]], offsets),
+            history=gather(log.item[shown], start, stop - start),
             target=log.item[event],
             time=log.time[event],
         )
 
-    def _query_ids(self, domain: str, part: str, user: np.ndarray, serial: np.ndarray) -> np.ndarray:
-        import numpy as np
+    def _may_be_shown(
+        self, domain: str, event_domain: np.ndarray, of_domain: np.ndarray, history_kind: str
+    ) -> np.ndarray:
+        """Events that a query of a domain may have in its history, whatever their time: bool[num_events]."""
+        if history_kind == SPECIFIC:
+            return of_domain
+        if not self.domains[domain].has_times:
+            raise ConfigError(
+                f"domain {domain!r} has no real times, so its events cannot be put in order with those of other "
+                "domains: use history specific"
+            )
+        is_comparable: np.ndarray = comparable_domains(self.catalogue, self.domains)[event_domain]
+        if self.spec.method == GLOBAL_TIME:
+            return is_comparable
+        return is_comparable & (of_domain | ~self.events(TEST))
 
+    def _query_ids(self, domain: str, part: str, user: np.ndarray, serial: np.ndarray) -> np.ndarray:
         log = self.interactions
         platforms = [log.platforms[index] for index in log.user_platform[user]]
         ids = [
@@ -255,8 +158,6 @@ class Split:
 
 def comparable_domains(catalogue: Catalogue, domains: Mapping[str, DomainInfo]) -> np.ndarray:
     """Which domains have real times, so that their events can be put in one order: bool[num_domains]."""
-    import numpy as np
-
     return np.array([domains[name].has_times for name in catalogue.domains], dtype=bool)
 
 
@@ -279,12 +180,12 @@ def make_split(
 
     Raises ConfigError where global-time meets a domain without real times, or a cut leaves a part empty.
     """
-    import numpy as np
-
     if spec.method == GLOBAL_TIME:
-        first_validation, first_test = cuts or cut_times(spec, domains, *_count_times(interactions))
+        if cuts is None:
+            cuts = cut_times(spec, domains, *np.unique(interactions.time, return_counts=True))
+        first_validation, first_test = cuts
         part = (interactions.time >= first_validation).astype(np.int8)
-        part[interactions.time >= first_test] = 2
+        part[interactions.time >= first_test] = SPLITS.index(TEST)
     else:
         part = _from_the_end(catalogue, interactions, *spec.numbers())
     if spec.unseen_user_share:
@@ -295,10 +196,6 @@ def make_split(
 
 def user_shares(interactions: Interactions, salt: str) -> np.ndarray:
     """A number in [0, 1) for each user, the same in every log: from SHA-256 of salt, platform and id."""
-    import hashlib
-
-    import numpy as np
-
     names = [interactions.platforms[index] for index in interactions.user_platform]
     digests = (
         hashlib.sha256(f"{salt}/{platform}/{user}".encode()).digest()
@@ -308,12 +205,10 @@ def user_shares(interactions: Interactions, salt: str) -> np.ndarray:
 
 
 def _from_the_end(catalogue: Catalogue, interactions: Interactions, num_validation: int, num_test: int) -> np.ndarray:
-    import numpy as np
-
-    from cprec.data.interactions import stable_order
-
+    """Each event's part where the last events of every user and domain are held out: int8[num_events]."""
     domain = catalogue.domain[interactions.item]
-    order = stable_order(interactions.user, domain)  # stable: time order stays inside each (user, domain)
+    # The sort is stable, so the order of time stays inside each user and domain.
+    order = stable_order(interactions.user, domain)
     user, domain = interactions.user[order], domain[order]
     _, length, from_end = runs(user, domain)
     held_out = length > num_validation + num_test
@@ -326,16 +221,14 @@ def _from_the_end(catalogue: Catalogue, interactions: Interactions, num_validati
 def runs(*keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Runs of equal keys: for each row its place in its run, the run's length, and the rows after it in the run.
 
-    >>> import numpy as np
     >>> [a.tolist() for a in runs(np.array([4, 4, 4, 9]))]
     [[0, 1, 2, 0], [3, 3, 3, 1], [2, 1, 0, 0]]
     """
-    import numpy as np
-
     size = len(keys[0])
     if not size:
         empty = np.empty(0, dtype=np.int64)
         return empty, empty, empty
+    # A run begins at the first row, and where any key differs from the row before.
     changes = np.zeros(size, dtype=bool)
     changes[0] = True
     for key in keys:
@@ -345,13 +238,6 @@ def runs(*keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     place = np.arange(size) - np.repeat(starts, lengths)
     length = np.repeat(lengths, lengths)
     return place, length, length - 1 - place
-
-
-def _count_times(interactions: Interactions) -> tuple[np.ndarray, np.ndarray]:
-    import numpy as np
-
-    times, counts = np.unique(interactions.time, return_counts=True)
-    return times, counts
 
 
 def cut_times(
@@ -365,8 +251,6 @@ def cut_times(
 
     Raises ConfigError where a domain has no real times, or a cut leaves a part empty.
     """
-    import numpy as np
-
     timeless = sorted(name for name, info in domains.items() if not info.has_times)
     if timeless:
         raise ConfigError(
@@ -374,13 +258,15 @@ def cut_times(
             f"{'has' if len(timeless) == 1 else 'have'} an order: use method={LEAVE_ONE_OUT}, or leave "
             f"{'it' if len(timeless) == 1 else 'them'} out"
         )
-    upto = np.cumsum(counts)
+    upto = np.cumsum(counts)  # events up to each time, itself included
     if spec.test_from is not None:
         validation_from, test_from = spec.dates()
     else:
         validation, test = spec.fractions()
+        # How many events come before each cut, and the time of the first event after as many.
         places = [int(upto[-1] * (1 - validation - test)), int(upto[-1] * (1 - test))]
         validation_from, test_from = (int(times[np.searchsorted(upto, place, side="right")]) for place in places)
+    # Events before the first cut, between the cuts, and from the second cut on.
     edges = np.searchsorted(times, [validation_from, test_from])
     sizes = np.diff(np.concatenate([[0], np.append(0, upto)[edges], upto[-1:]]))
     if not sizes.all():

@@ -8,23 +8,26 @@ import itertools
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pyarrow as pa
+
+from cprec.data.delimited import (
+    MAX_LINE,
+    NOT_UTF8,
+    SHOWN,
+    TOO_LONG,
+    TOO_MANY,
+    Form,
+    Parsed,
+    SetAside,
+    parse_block,
+    set_aside,
+)
 from cprec.errors import DataError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from cprec.data.delimited import Form, Parsed, SetAside
 
 LINE = "line_in_file"
 """The column that readers add: the line where a row begins, counted from 1, which is the header where there is one."""
-
-MAX_LINE = 1 << 23
-"""Bytes of a row at most."""
-
-SHOWN = 1000
-"""Characters of a malformed row that are kept."""
 
 BLOCK_BYTES = 1 << 22
 """What is read at once."""
@@ -59,10 +62,6 @@ def read_delimited(
 
     Raises DataError for a file of another encoding or kind as a whole, and for one that ends too early.
     """
-    import pyarrow as pa
-
-    from cprec.data.delimited import NOT_UTF8, Form
-
     form = Form(tuple(columns), separator, quote)
     bad: list[SetAside] = []
     names = [f"c{number}" for number in range(len(columns))]
@@ -92,8 +91,6 @@ def read_json_lines(connection: Any, path: Path, columns: Sequence[str], *, enco
     Columns that are a `Scalar` hold no lists and objects. Returns the names of the tables of rows and of malformed rows
     (`line_in_file`, `reason`, `row`): lines that are no JSON object, or one that has a key twice.
     """
-    from cprec.data.delimited import TOO_MANY
-
     # A unit separator cannot stand in JSON, so each line is one field.
     lines, bad = read_delimited(connection, path, ["json"], "\x1f", "", header=False, encoding=encoding)
     name = new_name()
@@ -147,8 +144,6 @@ def _json_text(key: str) -> str:
 
 def _load(connection: Any, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> str:
     """A table of batches, which are made while the engine takes them; what they raise is raised."""
-    import pyarrow as pa
-
     raised: list[BaseException] = []
 
     def watched() -> Iterator[pa.RecordBatch]:
@@ -170,8 +165,6 @@ def _load(connection: Any, schema: pa.Schema, batches: Iterator[pa.RecordBatch])
 
 
 def _malformed_table(connection: Any, bad: Sequence[SetAside]) -> str:
-    import pyarrow as pa
-
     name, rows = new_name(), new_name()
     lines, reasons, texts = zip(*bad, strict=True)
     connection.register(rows, pa.table({LINE: pa.array(lines, pa.int64()), "reason": reasons, "row": texts}))
@@ -199,8 +192,6 @@ def _identifier(name: str) -> str:
 
 def parsed_blocks(path: Path, form: Form, *, header: bool, encoding: str = "utf-8") -> Iterator[Parsed]:
     """The rows of a file, a block at a time."""
-    from cprec.data.delimited import TOO_LONG, parse_block, set_aside
-
     rest, line, is_skipping = b"", 1, header
     for block, is_last in _marked_last(text_blocks(path, encoding)):
         block = rest + block
@@ -263,15 +254,6 @@ def _undecoded(error: UnicodeError) -> tuple[str | bytes, int]:
 
 _UNDECODED = "cprec-undecoded"
 codecs.register_error(_UNDECODED, _undecoded)
-
-
-def is_encoding(name: str) -> bool:
-    """Whether there is such an encoding of text."""
-    try:
-        "a".encode(name)
-    except (LookupError, ValueError):
-        return False
-    return True
 
 
 def _file_blocks(path: Path) -> Iterator[bytes]:

@@ -6,7 +6,8 @@ import copy
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,22 +19,18 @@ from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.errors import ConfigError, DataError, ModelError
 from cprec.models import load_model
+from cprec.rank.config import Mode, RankConfig, Score
 from cprec.rank.generation import match, write
-from cprec.recommender import Certificate, Ranking, RankingQuery
+from cprec.rank.vllm import VLLMReader
+from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import SPECIFIC, Item, id_text
 from cprec.search.cache import PrefixCache
-from cprec.search.decoding import Found, search
+from cprec.search.ranking import SequenceRanker, batches, may_return
 from cprec.search.reading import ModelReader, Reader, Tree
-from cprec.search.scoring import score_candidates
 from cprec.search.trie import Trie
 from cprec.text.config import Template
 from cprec.text.encoding import PromptEncoder
 from cprec.text.tokenizer import load_tokenizer
-
-Mode = Literal["auto", "exact", "beam", "generate"]
-Score = Literal["sum", "mean", "corrected"]
-FIRST_BEAM = 8
-"""Prefixes of each depth that the exact search begins with, and reads at a time, or K if that is more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +54,25 @@ class LLMRecommender:
     Made by `from_pretrained` from a folder that `cprec pretrain` or `cprec finetune` wrote. Candidate lists are ranked
     by exact log-likelihood; the full catalogue over a trie of the domain's titles by `mode`:
 
-    - `exact`: search until no better item can be left, with a certificate;
-    - `auto`: the same, but a query that has read `max_nodes` prefixes gets the best found, and its certificate the gap;
-    - `beam`: the `beam_width` best prefixes of each depth; the certificate has the gap;
-    - `generate` (candidates only): the model writes freely, and what it writes is looked for among the candidates; a
-      ranking holds one item or none.
+    - `exact`: search until no better item can be left, with a proof;
+    - `auto`: the same, but a query that has read `max_nodes` prefixes gets the best found, and its proof has the gap;
+    - `beam`: the `beam_width` best prefixes of each depth; the proof has the gap;
+    - `generate` (candidates only, named in the call of `rank`): the model writes freely, and what it writes is looked
+      for among the candidates; a ranking holds one item or none.
 
     `score` is log P(item), the `sum` over the title's tokens less log n; its `mean`, the same divided by the number of
     tokens; or the sum less what it is under an empty history (`corrected` for popularity), in which the share cancels,
     and which is exact for candidates. Over the full catalogue a corrected score may rise along a title, so no prefix
     bounds it: `exact` refuses it, and the others put the titles that a beam found by sum into corrected order, with no
-    certificate.
+    proof.
 
     `cache_bytes` of memory keep what was read of prompts, for users who come back.
     """
+
+    source: str
+    """Where the model is from, for messages: its folder, if it is from one."""
+    withdrawn: Mapping[str, frozenset[str]]
+    """Item ids by domain that histories may name and full rankings never return; see `with_items`."""
 
     def __init__(
         self,
@@ -95,44 +97,24 @@ class LLMRecommender:
         bf16: bool = False,
     ) -> None:
         """`model` is a causal language model of transformers, or a `Reader`, which has its own cache and precision.
-        `begin` are the tokens that prompts begin with, as what the model was trained on (`cprec.json` has them).
-        `seconds` limits how long a batch of `batch_size` queries searches for more than a beam has found."""
-        if mode in ("exact", "generate") and score == "corrected":
-            raise ConfigError(
-                f"score='corrected' with mode={mode!r}: a corrected score may rise along a title, so no prefix bounds "
-                "it and nothing can be proven; choose mode='beam', or score 'sum' or 'mean'"
-            )
-        self.name = name
-        self.source = name
-        """Where the model is from, for messages: its folder, if it is from one."""
-        self.domain = domain
-        self.catalogue = catalogue
-        self.history_kind = history
-        self.max_history = max_history
-        self.mode = mode
-        self.beam_width = beam_width
-        self.max_nodes = max_nodes
-        self.seconds = seconds
-        self.score = score
-        self.batch_size = batch_size
-        self._tokenizer = tokenizer
+        Prompts start with the tokens `begin`, as the model was trained (`cprec.json` has them). `seconds` limits how
+        long a batch of `batch_size` queries searches for more than a beam has found."""
+        self.ranking = RankConfig(mode=mode, beam_width=beam_width, max_nodes=max_nodes, score=score)
+        self.name = self.source = name
+        self.domain, self.catalogue = domain, catalogue
+        self.history_kind, self.max_history = history, max_history
+        self.seconds, self.batch_size = seconds, batch_size
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.reader: Reader = (
             model if hasattr(model, "read") else ModelReader(model, bf16=bf16, pad_id=pad_id, cache_bytes=cache_bytes)
         )
+        self._tokenizer = tokenizer
         self._encoder = PromptEncoder(
             tokenizer, catalogue, max_title_tokens=max_title_tokens, template=template, begin=begin
         )
-        frame = int(self._encoder.frame_tokens(history, np.arange(len(catalogue.domains))).max())
-        if frame + self._encoder.max_item_tokens + 1 > self.reader.context:
-            raise ConfigError(
-                f"the model's context of {self.reader.context:,} tokens has no room for a prompt without a history "
-                f"({frame} tokens) and a title of max_title_tokens={max_title_tokens} with its end: prepare the data "
-                "with a smaller max_title_tokens, or take a model with a longer context"
-            )
+        self._check_context()
         self._tries: dict[str, Trie] = {}
         self.withdrawn: Mapping[str, frozenset[str]] = {}
-        """Item ids by domain that histories may name and full rankings never return; see `with_items`."""
 
     @classmethod
     def from_pretrained(
@@ -149,44 +131,33 @@ class LLMRecommender:
         Raises ConfigError if the folder holds no finished model of CPRec, or the engine is not there.
         """
         folder = Path(folder)
-        if not (folder / "cprec.json").is_file():
-            unfinished = any(folder.glob("checkpoint-*"))
-            why = (
-                "its training was interrupted: start the same command again to finish it"
-                if unfinished
-                else ("give the output_dir of `cprec pretrain` or `cprec finetune`")
-            )
-            what = "holds no finished model of CPRec (no cprec.json)" if folder.exists() else "does not exist"
-            raise ConfigError(f"{folder} {what}: {why}")
-        about = json.loads((folder / "cprec.json").read_text())
-        device = distributed.pick_device()
-        settings: dict[str, Any] = {
-            "domain": about.get("domain"),
-            "template": Template(**about["template"]),
-            "begin": about.get("begin", ()),
-            "max_title_tokens": about["max_title_tokens"],
-            "history": about["history"],
-            "max_history": about["max_history"],
-            "bf16": distributed.use_bf16("auto", device) if device.type == "cuda" else False,
-            "name": folder.name,
-        }
+        settings = _settings_of(folder) | options
         model: Any
         if engine == "vllm":
-            from cprec.rank.vllm import VLLMReader
-
-            dtype = "bfloat16" if (settings | options)["bf16"] else "float32"
+            dtype = "bfloat16" if settings["bf16"] else "float32"
             model = VLLMReader.open(folder, **{"dtype": dtype, **(engine_options or {})})
         else:
-            model = load_model(folder, device=device)
-        made = cls(model, load_tokenizer(str(folder)), Catalogue.read(folder), **settings | options)
+            model = load_model(folder, device=distributed.pick_device())
+        made = cls(model, load_tokenizer(str(folder)), Catalogue.read(folder), **settings)
         made.source = str(folder)
         return made
+
+    def _check_context(self) -> None:
+        """Raise ConfigError if the model has no room for the longest title after an empty history."""
+        encoder, domains = self._encoder, np.arange(len(self.catalogue.domains))
+        frame = int(encoder.frame_tokens(self.history_kind, domains).max())
+        if frame + encoder.max_item_tokens + 1 > self.reader.context:
+            raise ConfigError(
+                f"the model's context of {self.reader.context:,} tokens has no room for a prompt without a history "
+                f"({frame} tokens) and a title of max_title_tokens={encoder.max_title_tokens} with its end: prepare "
+                "the data with a smaller max_title_tokens, or take a model with a longer context"
+            )
 
     def rank(
         self,
         queries: Sequence[RankingQuery],
         k: int,
-        mode: Mode | None = None,
+        mode: Mode | Literal["generate"] | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> list[Ranking]:
         """See `Recommender.rank`. Prompts of similar length share a batch. `mode` takes the place of the recommender's.
@@ -197,40 +168,40 @@ class LLMRecommender:
         Raises UnknownItemError for items that the catalogue does not have, ConfigError for queries without candidates
         in mode `generate`, ModelError where the model's scores are not finite.
         """
-        try:
-            return self._rank(queries, k, mode or self.mode, stop)
-        except ModelError as error:
-            raise ModelError(f"{self.source}: {error}") from None
-
-    def _rank(
-        self, queries: Sequence[RankingQuery], k: int, mode: Mode, stop: Callable[[], bool] | None
-    ) -> list[Ranking]:
+        mode = mode or self.ranking.mode
         if mode == "generate" and any(query.candidates is None for query in queries):
             raise ConfigError("mode='generate' ranks candidates: give each query some")
         prompts = self._prompts(queries)
-        order = np.argsort(prompts.lengths, kind="stable")
-        out: list[Ranking | None] = [None] * len(queries)
-        groups: dict[tuple[str, bool], list[int]] = {}
-        for number in order:
-            query = queries[number]
-            groups.setdefault((query.domain, query.candidates is not None), []).append(int(number))
-        with torch.inference_mode():
-            for (domain, given), members in groups.items():
-                for start in range(0, len(members), self.batch_size):
-                    batch = members[start : start + self.batch_size]
-                    tree = self.reader.read([prompts[n] for n in batch])
-                    asked = [queries[n] for n in batch]
-                    if mode == "generate":
-                        rankings = self._generate(tree, domain, asked)
-                    elif given:
-                        rankings = self._rank_candidates(tree, domain, asked)
-                    else:
-                        rankings = self._rank_catalogue(tree, domain, asked, k, mode, stop)
-                        for query, ranking in zip(asked, rankings, strict=True):
-                            self._require_items(query, ranking)
-                    for number, ranking in zip(batch, rankings, strict=True):
-                        out[number] = ranking
-        return [ranking for ranking in out if ranking is not None]
+        out: dict[int, Ranking] = {}
+        try:
+            with torch.inference_mode():
+                for batch in batches(prompts, queries, self.batch_size):
+                    tree = self.reader.read([prompts[number] for number in batch])
+                    asked = [queries[number] for number in batch]
+                    out |= dict(zip(batch, self._rank_batch(tree, asked, k, mode, stop), strict=True))
+        except ModelError as error:
+            raise ModelError(f"{self.source}: {error}") from None
+        return [out[number] for number in range(len(queries))]
+
+    def _rank_batch(
+        self, tree: Tree, queries: Sequence[RankingQuery], k: int, mode: str, stop: Callable[[], bool] | None
+    ) -> list[Ranking]:
+        """Rankings for queries of one domain, all with candidates or all without."""
+        ranker = self._ranker(queries[0].domain)
+        if mode == "generate":
+            return self._generate(tree, ranker, queries)
+        if queries[0].candidates is not None:
+            return ranker.rank_candidates(tree, queries)
+        return ranker.rank_catalogue(
+            tree,
+            queries,
+            k,
+            mode=mode,
+            beam_width=self.ranking.beam_width,
+            max_nodes=self.ranking.max_nodes,
+            seconds=self.seconds,
+            stop=stop,
+        )
 
     def recommend(
         self, history: Sequence[str | int | Item], k: int = 10, *, domain: str | None = None, exclude_seen: bool = True
@@ -343,12 +314,10 @@ class LLMRecommender:
             rows = self.catalogue.rows_of(domain)
 
             def name(row: int) -> str:
-                return f"item {self.catalogue.item_id[rows[row]]!r} of {domain!r}"
+                return f"the title of item {self.catalogue.item_id[rows[row]]!r} of {domain!r}"
 
             trie = Trie.build(self._encoder.titles(rows, end=True), name)
-            if self.withdrawn.get(domain):
-                trie.withdraw(self._positions(domain, self.withdrawn[domain]))
-            self._tries[domain] = trie
+            self._tries[domain] = trie.with_stock(self._in_stock(domain))
         return self._tries[domain]
 
     def with_items(self, catalogue: Catalogue, withdrawn: Mapping[str, frozenset[str]]) -> LLMRecommender:
@@ -376,20 +345,16 @@ class LLMRecommender:
                 continue
             if not self._encoder.same_titles(before, out._encoder, after):
                 continue
-            gone, was_gone = (r.withdrawn.get(domain, frozenset()) for r in (out, self))
-            out._tries[domain] = trie = copy.copy(trie)  # what changes in it is replaced, never written into
-            trie.put_back(out._positions(domain, was_gone - gone))
-            trie.withdraw(out._positions(domain, gone - was_gone))
+            in_stock = out._in_stock(domain)
+            out._tries[domain] = trie if np.array_equal(trie.in_stock, in_stock) else trie.with_stock(in_stock)
         for domain in self._tries:
             out.trie(domain)
         return out
 
-    def _positions(self, domain: str, items: frozenset[str]) -> np.ndarray:
-        """Where items stand among those of their domain."""
-        if not items:
-            return np.empty(0, dtype=np.int64)
-        positions: np.ndarray = self.catalogue.find(domain, sorted(items)) - int(self.catalogue.rows_of(domain)[0])
-        return positions
+    def _in_stock(self, domain: str) -> np.ndarray:
+        """Which items of a domain are not withdrawn: bool[number of items]."""
+        withdrawn = self.catalogue.find(domain, self.withdrawn.get(domain, ()))
+        return ~np.isin(self.catalogue.rows_of(domain), withdrawn)
 
     def shown(self, query: RankingQuery) -> tuple[Item, ...]:
         """The events of a query's history that its prompt shows: the latest, as many as were trained on and fit."""
@@ -402,131 +367,59 @@ class LLMRecommender:
         """What is kept of prompts; None where nothing is."""
         return self.reader.cache
 
-    def _rank_catalogue(
-        self,
-        tree: Tree,
-        domain: str,
-        queries: Sequence[RankingQuery],
-        k: int,
-        mode: Mode,
-        stop: Callable[[], bool] | None,
-    ) -> list[Ranking]:
-        rows, trie = self.catalogue.rows_of(domain), self.trie(domain)
-        corrected = self.score == "corrected"
-        beam = mode == "beam" or corrected
-        found = search(
-            tree,
-            trie,
-            k=max(k, self.beam_width) if corrected else k,
-            width=max(self.beam_width if beam else FIRST_BEAM, k),
-            exact=not beam,
-            excluded=[self._positions(domain, query.exclude | query.uncounted) for query in queries],
-            allowed=[None if query.allow is None else self._positions(domain, query.allow) for query in queries],
-            max_nodes=self.max_nodes if mode == "auto" and not beam else None,
-            seconds=self.seconds,
-            stop=stop,
-            per_token=self.score == "mean",
+    def _ranker(self, domain: str) -> SequenceRanker:
+        """What ranks the titles of a domain by this model's scores."""
+        score = self.ranking.score
+        return SequenceRanker(
+            self.catalogue,
+            domain,
+            partial(self._encoder.titles, end=True),
+            self.trie(domain),
+            per_token=score == "mean",
+            empty_prompt=partial(self._read_empty_prompt, domain) if score == "corrected" else None,
         )
-        if corrected:
-            found = self._corrected(found, domain, k)
-        gone = self.withdrawn.get(domain, frozenset())
-        beside = [[item for item in sorted(query.uncounted - gone) if _may(query, item)] for query in queries]
-        beside_scores = self._candidate_scores(tree, domain, beside) if any(beside) else [np.empty(0)] * len(queries)
-        out = []
-        for query, result, more, more_scores in zip(queries, found, beside, beside_scores, strict=True):
-            # an item whose title was found has the score that was found, to the last bit: the two tie
-            score_at = dict(zip(trie.leaf[result.items].tolist(), result.scores.tolist(), strict=True))
-            leaves = trie.leaf[self.catalogue.find(domain, more) - rows[0]].tolist()
-            more_scores = np.array([score_at.get(leaf, score) for leaf, score in zip(leaves, more_scores, strict=True)])
-            reached = more_scores >= (result.scores[k - 1] if len(result.scores) >= k else -np.inf)
-            ids = np.append(self.catalogue.item_id[rows[result.items]], np.array(more, dtype=object)[reached])
-            scores = np.append(result.scores, more_scores[reached])
-            order = np.argsort(-scores, kind="stable")
-            certificate = None if corrected else Certificate(gap=result.gap, expanded=result.expanded)
-            out.append(_ranking(query, ids[order], scores[order], certificate))
-        return out
 
-    def _corrected(self, found: Sequence[Found], domain: str, k: int) -> list[Found]:
-        """What was found, by corrected score: the `k` best, and those tied with the last."""
-        first = int(self.catalogue.rows_of(domain)[0])
-        out = []
-        for result in found:
-            scores = result.scores - self._without_history(domain, first + result.items)
-            order = np.lexsort((result.items, -scores))
-            if len(order) > k:
-                order = order[: np.searchsorted(-scores[order], -scores[order[k - 1]], side="right")]
-            out.append(replace(result, items=result.items[order], scores=scores[order]))
-        return out
+    def _read_empty_prompt(self, domain: str) -> Tree:
+        """The prompt of an empty history."""
+        index = np.array([self.catalogue.domain_index(domain)], dtype=np.int64)
+        return self.reader.read([self._encoder.prompts(self.history_kind, index, Ragged.of([[]]))[0]])
 
-    def _without_history(self, domain: str, rows: np.ndarray) -> np.ndarray:
-        """Log-probabilities of items after the prompt of an empty history."""
-        prompt = self._prompts([RankingQuery(query_id="", domain=domain, history=())])[0]
-        (scores,) = score_candidates(self.reader.read([prompt]), [self._encoder.titles(rows, end=True)])
-        return scores + self._log_share(domain, rows)
-
-    def _log_share(self, domain: str, rows: np.ndarray) -> np.ndarray:
-        """See `Trie.log_share`; `rows` are those of the catalogue."""
-        return self.trie(domain).log_share(rows - self.catalogue.rows_of(domain)[0])
-
-    def _rank_candidates(self, tree: Tree, domain: str, queries: Sequence[RankingQuery]) -> list[Ranking]:
-        given = [[item for item in query.candidates or () if _may(query, item)] for query in queries]
-        out = []
-        for query, items, scores in zip(queries, given, self._candidate_scores(tree, domain, given), strict=True):
-            ids = np.array(items, dtype=object)
-            order = np.lexsort((ids.astype(str), -scores))
-            out.append(_ranking(query, ids[order], scores[order]))
-        return out
-
-    def _candidate_scores(self, tree: Tree, domain: str, items: Sequence[Sequence[str]]) -> list[np.ndarray]:
-        """The score of each item after its prompt: float64 for each prompt's items, in their order."""
-        rows = [self.catalogue.find(domain, mine) for mine in items]
-        titles = [self._encoder.titles(mine, end=True) for mine in rows]
-        scores = [
-            score + self._log_share(domain, mine)
-            for score, mine in zip(score_candidates(tree, titles), rows, strict=True)
-        ]
-        if self.score == "mean":
-            return [score / text.lengths for score, text in zip(scores, titles, strict=True)]
-        if self.score == "corrected":
-            return [score - self._without_history(domain, mine) for score, mine in zip(scores, rows, strict=True)]
-        return scores
-
-    def _require_items(self, query: RankingQuery, ranking: Ranking) -> None:
-        """Raise ModelError where a full ranking has no item although it may have some, and no budget was spent."""
-        if ranking.item_ids or (ranking.certificate is not None and not ranking.certificate.exact):
-            return
-        ids = self.catalogue.item_id[self.catalogue.rows_of(query.domain)]
-        gone = self.withdrawn.get(query.domain, frozenset()) | query.uncounted
-        in_reach = sum(_may(query, item) and item not in gone for item in ids)
-        if in_reach:
-            raise ModelError(
-                f"none of the {in_reach:,} items of {query.domain!r} in reach was found: this is a mistake of CPRec, "
-                "please report it"
-            )
-
-    def _generate(self, tree: Tree, domain: str, queries: Sequence[RankingQuery]) -> list[Ranking]:
-        written = write(tree, self.trie(domain).end, self._encoder.max_item_tokens)
+    def _generate(self, tree: Tree, ranker: SequenceRanker, queries: Sequence[RankingQuery]) -> list[Ranking]:
+        """The candidate that the model writes for each query, if it writes one."""
+        written = write(tree, ranker.trie.end, self._encoder.max_item_tokens)
         out = []
         for query, tokens in zip(queries, written, strict=True):
-            rows = self.catalogue.find(domain, list(query.candidates or ()))
+            rows = self.catalogue.find(ranker.domain, list(query.candidates or ()))
             # a title is compared as the model knows it, cut to its length
-            known = [self._tokenizer.decode(title) for title in _rows(self._encoder.titles(rows))]
+            titles = self._encoder.titles(rows)
+            known = [self._tokenizer.decode(titles[number]) for number in range(len(titles))]
             said = match(self._tokenizer.decode(tokens), known)
             item = None if said is None else (query.candidates or ())[said]
-            chosen = (item,) if item is not None and _may(query, item) else ()
+            chosen = (item,) if item is not None and may_return(query, item) else ()
             out.append(Ranking(query.query_id, chosen, (1.0,) * len(chosen)))
         return out
 
 
-def _may(query: RankingQuery, item: str) -> bool:
-    return item not in query.exclude and (query.allow is None or item in query.allow)
-
-
-def _ranking(
-    query: RankingQuery, ids: np.ndarray, scores: np.ndarray, certificate: Certificate | None = None
-) -> Ranking:
-    return Ranking(query.query_id, tuple(map(str, ids)), tuple(map(float, scores)), certificate)
-
-
-def _rows(titles: Ragged) -> list[np.ndarray]:
-    return [titles[row] for row in range(len(titles))]
+def _settings_of(folder: Path) -> dict[str, Any]:
+    """How the model of a folder was trained, as options of the constructor. Raises ConfigError if the folder holds no
+    finished model."""
+    path = folder / "cprec.json"
+    if not path.is_file():
+        problem = "holds no finished model of CPRec (no cprec.json)" if folder.exists() else "does not exist"
+        if any(folder.glob("checkpoint-*")):
+            advice = "its training was interrupted: start the same command again to finish it"
+        else:
+            advice = "give the output_dir of `cprec pretrain` or `cprec finetune`"
+        raise ConfigError(f"{folder} {problem}: {advice}")
+    about = json.loads(path.read_text())
+    device = distributed.pick_device()
+    return {
+        "domain": about.get("domain"),
+        "template": Template(**about["template"]),
+        "begin": about.get("begin", ()),
+        "max_title_tokens": about["max_title_tokens"],
+        "history": about["history"],
+        "max_history": about["max_history"],
+        "bf16": distributed.use_bf16("auto", device) if device.type == "cuda" else False,
+        "name": folder.name,
+    }

@@ -3,7 +3,7 @@
 A node of the tree is no more than its tokens here. What comes after some nodes is asked in one call of the engine, a
 request each, which makes one token: the trie is the request's logits processor (`vllm_processor`), so what comes back
 are the log-probabilities of the node's children. vLLM's prefix cache keeps what requests share, so little of a prompt
-is read twice. Searching the trie, budgets and certificates are those of `decoding`, whoever reads.
+is read twice. Searching the trie, budgets and proofs are those of `decoding`, whoever reads.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cprec.data.sources.tables import TableSource
+from cprec.data.config import TableSource
 from cprec.evaluate.config import EvaluateConfig
 from cprec.recipe import Recipe
 from cprec.text.config import Mixture, PrepareConfig

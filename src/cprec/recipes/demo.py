@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cprec.data.sources.synthetic import SyntheticConfig
+from cprec.data.config import SyntheticConfig
 from cprec.evaluate.config import EvaluateConfig
 from cprec.recipe import Recipe
 from cprec.text.config import PrepareConfig

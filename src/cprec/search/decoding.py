@@ -131,9 +131,9 @@ class _Search:
         self.expanded = torch.zeros(self.users, dtype=torch.long, device=self.device)
 
     def run(self, width: int, exact: bool) -> list[Found]:
-        users = torch.arange(self.users, device=self.device).repeat_interleave(len(self.trie.roots))
-        roots = torch.from_numpy(np.tile(self.trie.roots, self.users)).to(self.device)
-        zero = torch.zeros(len(users), dtype=torch.float64, device=self.device)
+        users = torch.arange(self.users, device=self.device)
+        roots = torch.zeros_like(users)
+        zero = torch.zeros_like(users, dtype=torch.float64)
         start = Prefixes(users, roots, torch.full_like(users, -1), zero, zero)
         start = start.take(self.reach.items(users, roots) > 0)
         fresh = self._children(start, start.parent, self.tree.prompt_hidden_UD, start.user)

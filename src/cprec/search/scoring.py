@@ -9,7 +9,7 @@ import torch
 
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.search.reading import Tree
-from cprec.search.trie import Trie, build_block, levels_of, sort_titles
+from cprec.search.trie import build_block, levels_of
 
 TITLES = 128
 """Titles of all users together whose prefixes are read in one pass."""
@@ -29,21 +29,6 @@ def score_candidates(tree: Tree, candidates: Sequence[Ragged]) -> list[np.ndarra
         for user, chosen, scores in _score(tree, candidates, users[mine], rows[mine]):
             out[user][chosen] = scores
     return out
-
-
-def score_catalogue(tree: Tree, trie: Trie) -> np.ndarray:
-    """The log-probability of every item after every prompt: float64[users, number of items]. It is that of the title,
-    shared as `Trie.log_share` says, items out of stock included. Titles are read in their order, so that what they have
-    in common is nearly always read once."""
-    leaves, leaf_of = np.unique(trie.leaf, return_inverse=True)
-    titles = trie.titles(leaves)
-    order = sort_titles(titles)
-    scores = np.empty((tree.num_users, len(leaves)))
-    size = max(1, TITLES // tree.num_users)
-    for start in range(0, len(order), size):
-        mine = order[start : start + size]
-        scores[:, mine] = score_candidates(tree, [titles.take(mine)] * tree.num_users)
-    return scores[:, leaf_of] + trie.log_share(np.arange(len(trie.leaf)))
 
 
 def _score(

@@ -1,61 +1,57 @@
-"""The token trie of a catalogue's titles, in flat arrays: one structure for exact ranking, beams and filters."""
+"""A trie over the token sequences of items, in flat arrays: one structure for exact ranking, beams and filters."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 
 from cprec.data.ragged import Ragged, gather, offsets_of
 from cprec.errors import DataError
 
 LONGEST = 512
-"""Tokens from which on a title is taken for a mistake."""
-_ARRAYS = ("token", "first_child", "num_items", "leaf", "in_stock", "roots")
+"""A sequence of more tokens than this is taken for a mistake."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Prefixes of some titles as nodes; node 0 is the root, nodes of one depth stand together, children by token."""
+    """The prefixes of some sequences as nodes. Node 0 is the root, nodes of one depth stand together, and the children
+    of a node stand side by side, ordered by token."""
 
     token: np.ndarray
     """int32[num_nodes]: the token that leads to a node (-1 for the root)."""
     first_child: np.ndarray
     """int32[num_nodes + 1]: the children of node n are first_child[n] .. first_child[n + 1] - 1."""
-    num_items: np.ndarray
-    """int32[num_nodes]: titles below a node."""
 
 
-def build_block(titles: Ragged) -> tuple[Block, np.ndarray]:
-    """A block, and the node where each title ends: int32[num_titles].
+def build_block(sequences: Ragged) -> tuple[Block, np.ndarray]:
+    """A block, and the node where each sequence ends: int32[num_sequences].
 
-    Vectorised: titles are sorted once, then each depth begins a node wherever the prefix changes.
+    Vectorised: sequences are sorted once, then each depth begins a node wherever the prefix changes.
     """
-    order = sort_titles(titles)
-    starts, lengths, values = titles.offsets[:-1][order], titles.lengths[order], titles.values
-    node = np.zeros(len(order), dtype=np.int32)  # the node that each title has reached
+    order = sort_sequences(sequences)
+    starts, lengths, values = sequences.offsets[:-1][order], sequences.lengths[order], sequences.values
+    node = np.zeros(len(order), dtype=np.int32)  # the node that each sequence has reached
     end = np.empty(len(order), dtype=np.int32)
-    tokens, counts = [np.array([-1], dtype=np.int32)], [np.array([len(order)], dtype=np.int32)]
+    tokens = [np.array([-1], dtype=np.int32)]
     sizes: list[np.ndarray] = []
     total, level = 1, 0
-    rows = np.arange(len(order))  # titles that go on
+    rows = np.arange(len(order))  # sequences that go on
     while len(rows):
+        # A node begins at each row whose prefix or next token differs from the row before.
         here, before = values[starts[rows] + level].astype(np.int32), node[rows]
         first = np.flatnonzero(_changes(before) | _changes(here))
+        # Rows between two beginnings belong to the first of the two: number the beginnings and carry them forward.
         number = np.full(len(rows), total - 1, dtype=np.int32)
         number[first] += 1 + np.arange(len(first), dtype=np.int32)
         np.maximum.accumulate(number, out=number)
+        # How many children each node of the depth above has.
         sizes.append(np.bincount(before[first] - (total - len(tokens[-1])), minlength=len(tokens[-1])))
         tokens.append(here[first])
-        counts.append(np.diff(np.append(first, len(rows))).astype(np.int32))
         total += len(first)
         node[rows] = number
         level += 1
@@ -66,16 +62,15 @@ def build_block(titles: Ragged) -> tuple[Block, np.ndarray]:
     leaf = np.empty_like(end)
     leaf[order] = end
     first_child = (1 + offsets_of(np.concatenate(sizes))).astype(np.int32)
-    return Block(np.concatenate(tokens), first_child, np.concatenate(counts)), leaf
+    return Block(np.concatenate(tokens), first_child), leaf
 
 
-def levels_of(first_child: np.ndarray, root: int = 0, end: int | None = None) -> list[tuple[int, int]]:
-    """The nodes of each depth below a root, its own first: from the first up to the last (not included)."""
-    end = len(first_child) - 1 if end is None else end
-    levels, start, stop = [], root, root + 1
+def levels_of(first_child: np.ndarray) -> list[tuple[int, int]]:
+    """The nodes of each depth, the root's first: from the first up to the last (not included)."""
+    levels, start, stop = [], 0, 1
     while stop > start:
         levels.append((start, stop))
-        start, stop = stop, int(first_child[stop]) if stop < end else stop
+        start, stop = stop, int(first_child[stop])
     return levels
 
 
@@ -86,17 +81,20 @@ def _changes(values: np.ndarray) -> np.ndarray:
     return out
 
 
-def sort_titles(titles: Ragged) -> np.ndarray:
-    """Titles in the order of their tokens, those that begin alike with the shorter one first. Two tokens at a time, and
-    only where titles are not told apart yet."""
-    starts, lengths, values = titles.offsets[:-1], titles.lengths, titles.values
-    group = np.zeros(len(titles), dtype=np.int64)  # titles of one group agree so far; groups stand in order
-    rows = np.arange(len(titles))  # of groups of several
-    place = np.arange(len(titles))  # where the titles of a group go
-    order = np.arange(len(titles))
+def sort_sequences(sequences: Ragged) -> np.ndarray:
+    """The order of sequences by their tokens; of those that begin alike the shorter comes first.
+
+    Compares two tokens at a time, and only sequences that are not told apart yet.
+    """
+    starts, lengths, values = sequences.offsets[:-1], sequences.lengths, sequences.values
+    group = np.zeros(len(sequences), dtype=np.int64)  # sequences of one group agree so far; groups stand in order
+    rows = np.arange(len(sequences))  # those in groups of several
+    place = np.arange(len(sequences))  # where the sequences of a group go
+    order = np.arange(len(sequences))
     depth = 0
     width = int(values.max(initial=0)) + 2
     while len(rows):
+        # One number holds the group and the next two tokens; 0 stands for the end.
         key = group[rows]
         for column in (depth, depth + 1):
             within = column < lengths[rows]
@@ -105,10 +103,11 @@ def sort_titles(titles: Ragged) -> np.ndarray:
         sort = np.argsort(key, kind="stable")
         key, rows = key[sort], rows[sort]
         order[place] = rows
+        # Equal numbers make the groups of the next round.
         number = np.cumsum(_changes(key)) - 1
         size = np.bincount(number)
         depth += 2
-        goes_on = (size[number] > 1) & (lengths[rows] > depth)  # titles of one group end together only if equal
+        goes_on = (size[number] > 1) & (lengths[rows] > depth)  # sequences of one group end together only if equal
         group[rows] = number
         place, rows = place[goes_on], rows[goes_on]
         if len(rows):
@@ -116,98 +115,53 @@ def sort_titles(titles: Ragged) -> np.ndarray:
     return order
 
 
+@dataclass(frozen=True, eq=False)
 class Trie:
-    """The titles of a catalogue, in which items come and go.
+    """The token sequences of items: titles, say, or codes.
 
-    Every title ends with the end-of-sequence token, so a title that is a prefix of another has a leaf of its own, and
-    items with equal titles share one. Items are known by position: those of `build` first, then those added.
-
-    Items added later have nodes behind all others and under a second root: nothing that is there moves. What changes is
-    replaced and never written into, so a search that is under way keeps the catalogue that it began with.
+    Every sequence ends with the end token, so one that is a prefix of another has a leaf of its own; items with equal
+    sequences share a leaf. Items are known by position, in the order of `build`. A trie never changes: other items in
+    stock make another trie, so a search that is under way keeps the one that it began with.
     """
 
-    token: np.ndarray
-    """int32[num_nodes]: the token that leads to a node (-1 for roots)."""
-    first_child: np.ndarray
-    """int32[num_nodes + 1]: the children of node n, which must not be a leaf, are first_child[n] ..
-    first_child[n + 1] - 1, by token."""
-    num_items: np.ndarray
-    """int32[num_nodes]: items in stock below a node, or at a leaf."""
-    leaf: np.ndarray
-    """int32[number of items]: the node where each item's title ends."""
-    in_stock: np.ndarray
-    """bool[number of items]: False for items that were withdrawn."""
-    roots: np.ndarray
-    """int64[1 or 2]: the root of the first titles, then that of the ones added."""
     end: int
-    """The end-of-sequence token, which leads to leaves and to nothing else."""
-
-    def __init__(self, end: int, **arrays: np.ndarray) -> None:
-        self.end = end
-        self._tensors: dict[tuple[str, str], Any] = {}
-        for name in _ARRAYS:
-            setattr(self, name, arrays[name])
+    """The token that leads to leaves and to nothing else."""
+    token: np.ndarray
+    """int32[num_nodes]: the token that leads to a node (-1 for the root, node 0)."""
+    first_child: np.ndarray
+    """int32[num_nodes + 1]: the children of node n are first_child[n] .. first_child[n + 1] - 1, by token."""
+    leaf: np.ndarray
+    """int32[number of items]: the node where each item's sequence ends."""
+    in_stock: np.ndarray
+    """bool[number of items]: False for items that are not to be found."""
+    _tensors: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
-    def build(cls, titles: Ragged, name: Callable[[int], str] = "item {}".format) -> Trie:
-        """From title tokens, each row closed by the end-of-sequence token, which occurs nowhere else in it.
+    def build(cls, sequences: Ragged, name: Callable[[int], str] = "item {}".format) -> Trie:
+        """The trie of one sequence for each item, all in stock. Each is closed by the same token, which occurs nowhere
+        else.
 
-        Raises DataError for a catalogue without titles, and for titles that are empty, not closed or of more than
-        `LONGEST` tokens, naming the first five by `name`.
+        Raises DataError if there is none, and for sequences that are empty, not closed or of more than `LONGEST`
+        tokens, naming the first five by `name`.
         """
-        if not len(titles):
-            raise DataError("a trie needs at least one title")
-        end = int(titles.values[-1]) if len(titles.values) else 0
-        _check(titles, end, name)
-        block, leaf = build_block(titles)
-        return cls(
-            end, **vars(block), leaf=leaf, in_stock=np.ones(len(titles), dtype=bool), roots=np.zeros(1, dtype=np.int64)
-        )
+        if not len(sequences):
+            raise DataError("there is nothing to rank: a trie needs at least one item")
+        end = int(sequences.values[-1]) if len(sequences.values) else 0
+        _check(sequences, end, name)
+        block, leaf = build_block(sequences)
+        return cls(end, block.token, block.first_child, leaf, np.ones(len(leaf), dtype=bool))
+
+    def with_stock(self, in_stock: np.ndarray) -> Trie:
+        """The same sequences with other items in stock: bool[number of items]."""
+        return replace(self, in_stock=in_stock)
 
     @property
     def num_nodes(self) -> int:
         return len(self.token)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(getattr(self, name).nbytes for name in _ARRAYS)
-
-    # ---- looking around ----------------------------------------------------------------------------------------------
-
     def parent(self, nodes: np.ndarray) -> np.ndarray:
-        """The node before each node, none of which may be a root. By bisection, which takes no memory."""
+        """The node before each node, none of which may be the root. By bisection, which takes no memory."""
         return np.searchsorted(self.first_child, nodes.astype(np.int32), side="right") - 1
-
-    def find(self, title: np.ndarray) -> int:
-        """The leaf of a title, -1 where there is none."""
-        for root in self.roots:
-            node = int(root)
-            for token in title:
-                first, last = self.first_child[node], self.first_child[node + 1]
-                child = int(first + np.searchsorted(self.token[first:last], token))
-                if child == last or self.token[child] != token:
-                    node = -1
-                    break
-                node = child
-            if node >= 0:
-                return node
-        return -1
-
-    def titles(self, leaves: np.ndarray) -> Ragged:
-        """The tokens that lead to each leaf, the end included."""
-        tokens, going, node = [], np.arange(len(leaves)), leaves.astype(np.int64)
-        lengths = np.zeros(len(leaves), dtype=np.int64)
-        while len(going):
-            tokens.append((going, self.token[node].astype(np.int64)))
-            lengths[going] += 1
-            node = self.parent(node)
-            inside = ~np.isin(node, self.roots)
-            going, node = going[inside], node[inside]
-        out = Ragged(np.empty(int(lengths.sum()), dtype=np.int64), offsets_of(lengths))
-        for before_end, (rows, values) in enumerate(tokens):
-            out.values[out.offsets[1:][rows] - 1 - before_end] = values
-        return out
 
     def items_at(self, leaves: np.ndarray) -> Ragged:
         """The items of each leaf, in stock or not, by position."""
@@ -220,7 +174,8 @@ class Trie:
         nodes, counts = np.unique(self.leaf[items].astype(np.int64), return_counts=True)
         found_nodes, found_counts = [nodes], [counts]
         while len(nodes):
-            going = ~np.isin(nodes, self.roots)
+            # One step up: leaves lie at several depths, so nodes reached twice are added up at the end.
+            going = nodes > 0
             above, inverse = np.unique(self.parent(nodes[going]), return_inverse=True)
             counts = np.bincount(inverse, weights=counts[going], minlength=len(above)).astype(np.int64)
             nodes = above.astype(np.int64)
@@ -231,190 +186,70 @@ class Trie:
         return nodes, counts.astype(np.int64)
 
     @cached_property
-    def longest(self) -> np.ndarray:
-        """int16[num_nodes]: tokens of the longest title through a node."""
-        out = np.zeros(self.num_nodes, dtype=np.int16)
-        for levels in self._levels:
-            for depth, (start, stop) in enumerate(levels):
-                out[start:stop] = depth
-            for start, stop in reversed(levels[1:]):
-                np.maximum.at(out, self.parent(np.arange(start, stop)), out[start:stop])
-        return out
+    def num_items(self) -> np.ndarray:
+        """int32[num_nodes]: items in stock below a node, or at a leaf."""
+        return self._carried_up(np.bincount(self.leaf[self.in_stock], minlength=self.num_nodes), np.add)
 
     @cached_property
     def num_sharing(self) -> np.ndarray:
-        """int32[num_nodes]: at a leaf, the items in stock that share its title; above, the fewest that share one of the
-        titles below. Where nothing is in stock, the largest int32."""
-        out = np.where((self.token == self.end) & (self.num_items > 0), self.num_items, np.iinfo(np.int32).max)
-        for levels in self._levels:
-            for (start, stop), (_, end) in reversed(list(pairwise(levels))):
-                # Siblings stand side by side, one node's behind those of the node before: one segment for each node.
-                inner = np.arange(start, stop)[self.token[start:stop] != self.end]
-                out[inner] = np.minimum.reduceat(out[:end], self.first_child[inner])
-        return out
+        """int32[num_nodes]: at a leaf, the items in stock that share its sequence; above, the fewest that share one of
+        the sequences below. Where nothing is in stock, the largest int32."""
+        return self._carried_up(np.where(self.num_items > 0, self.num_items, np.iinfo(np.int32).max), np.minimum)
+
+    @cached_property
+    def longest(self) -> np.ndarray:
+        """int32[num_nodes]: tokens of the longest sequence through a node."""
+        depth = np.repeat(np.arange(len(self._levels)), [stop - start for start, stop in self._levels])
+        return self._carried_up(depth, np.maximum)
 
     def log_share(self, items: np.ndarray) -> np.ndarray:
-        """What each item has of its title's probability, as a logarithm: float64[number of items], -log n.
+        """What each item has of its sequence's probability, as a logarithm: float64[number of items], -log n.
 
-        n is the number of items in stock that have the title. An item out of stock counts itself, as if it were back.
+        n is the number of items in stock that have the sequence. An item out of stock counts itself, as if it were
+        back.
         """
         return -np.log(self.num_items[self.leaf[items]] + ~self.in_stock[items])
 
-    def on(self, device: Any, name: str) -> Any:
-        """An array, `longest` and `num_sharing` included, as a tensor on a device. Put there once, until it changes."""
-        import torch
-
+    def on(self, device: torch.device, name: str) -> torch.Tensor:
+        """One of the arrays as a tensor on a device. It is put there once."""
         key = (str(device), name)
         if key not in self._tensors:
-            with warnings.catch_warnings():  # mapped arrays are not writable, and nobody writes
-                warnings.filterwarnings("ignore", message=".*not writable")
-                self._tensors[key] = torch.from_numpy(np.asarray(getattr(self, name))).to(device)
+            self._tensors[key] = torch.from_numpy(getattr(self, name)).to(device)
         return self._tensors[key]
+
+    def _carried_up(self, values: np.ndarray, combine: np.ufunc) -> np.ndarray:
+        """Values at leaves, and at each node above the combination of its children's: int32[num_nodes]."""
+        out = values.astype(np.int32)
+        for (start, stop), (_, end) in reversed(list(pairwise(self._levels))):
+            # Siblings stand side by side, one node's behind those of the node before: one segment for each node.
+            inner = np.arange(start, stop)[self.token[start:stop] != self.end]
+            out[inner] = combine.reduceat(out[:end], self.first_child[inner])
+        return out
+
+    @cached_property
+    def _levels(self) -> list[tuple[int, int]]:
+        return levels_of(self.first_child)
 
     @cached_property
     def _by_leaf(self) -> tuple[np.ndarray, np.ndarray]:
+        """Items in the order of their leaves, and these leaves."""
         order = np.argsort(self.leaf, kind="stable").astype(np.int32)
         return order, self.leaf[order]
 
-    @property
-    def _levels(self) -> list[list[tuple[int, int]]]:
-        """Of each root, the nodes of every depth."""
-        return [levels_of(self.first_child, int(r), int(e)) for r, e in zip(self.roots, self._block_ends, strict=True)]
 
-    @property
-    def _block_ends(self) -> list[int]:
-        return [*self.roots[1:].tolist(), self.num_nodes]
-
-    # ---- items come and go -------------------------------------------------------------------------------------------
-
-    def add(self, titles: Ragged, name: Callable[[int], str] = "item {}".format) -> np.ndarray:
-        """Put items behind the others, in stock at once; returns their positions. Raises DataError as `build` does.
-
-        Titles that are there already get the same leaf. The others, with those of earlier additions, are built anew
-        behind the first titles, so many additions should be made together.
-        """
-        _check(titles, self.end, name)
-        positions = len(self.leaf) + np.arange(len(titles))
-        first = int(self.roots[1]) if len(self.roots) > 1 else self.num_nodes  # where added titles begin
-        leaf = np.concatenate([self.leaf, np.full(len(titles), first, dtype=np.int32)])
-        for row in range(len(titles)):
-            known = self.find(titles[row])
-            leaf[positions[row]] = known if 0 <= known < first else first
-        later = np.flatnonzero(leaf >= first)
-        old, new = later[later < len(self.leaf)], later[later >= len(self.leaf)] - len(self.leaf)
-        in_stock = np.concatenate([self.in_stock, np.zeros(len(titles), dtype=bool)])
-        arrays = {"token": self.token[:first], "first_child": self.first_child[:first], "roots": self.roots[:1]}
-        num_items = self.num_items[:first]
-        if len(later):
-            block, ends = build_block(Ragged.concatenate([self.titles(self.leaf[old]), titles.take(new)]))
-            leaf[later] = ends + np.int32(first)
-            arrays["token"] = np.concatenate([self.token[:first], block.token])
-            arrays["first_child"] = np.concatenate([self.first_child[:first], block.first_child + np.int32(first)])
-            arrays["roots"] = np.array([0, first])
-            num_items = np.concatenate([num_items, np.zeros(len(block.token), dtype=np.int32)])
-        else:
-            arrays["first_child"] = self.first_child[: first + 1]
-        self._replace(**arrays, leaf=leaf, in_stock=in_stock, num_items=num_items)
-        self._count(later[in_stock[later]], 1)
-        self._set_stock(positions, True, counted=later)
-        return positions
-
-    def withdraw(self, positions: np.ndarray) -> None:
-        """These items are not found any more, until they are put back."""
-        self._set_stock(positions, False)
-
-    def put_back(self, positions: np.ndarray) -> None:
-        """Items that were withdrawn are found again."""
-        self._set_stock(positions, True)
-
-    def only(self, kept: np.ndarray) -> Trie:
-        """The same nodes, with the items of a mask alone in stock (a domain's, say): bool[number of items]."""
-        out = Trie(self.end, **{name: getattr(self, name) for name in _ARRAYS})
-        out.in_stock = self.in_stock & kept
-        counts = np.bincount(self.leaf[out.in_stock], minlength=self.num_nodes).astype(np.int32)
-        for levels in self._levels:
-            for start, stop in reversed(levels[1:]):
-                parent = self.parent(np.arange(start, stop))
-                low = int(parent[0])
-                sums = np.bincount(parent - low, weights=counts[start:stop])
-                counts[low : low + len(sums)] += sums.astype(np.int32)
-        out.num_items = counts
-        return out
-
-    def _set_stock(self, positions: np.ndarray, stock: bool, counted: np.ndarray | None = None) -> None:
-        changed = np.unique(positions)
-        changed = changed[self.in_stock[changed] != stock]
-        in_stock = self.in_stock.copy()
-        in_stock[changed] = stock
-        self._count(changed, 1 if stock else -1)
-        self._replace(in_stock=in_stock)
-
-    def _count(self, items: np.ndarray, sign: int) -> None:
-        nodes, counts = self.paths(items)
-        num_items = np.array(self.num_items)
-        num_items[nodes] += sign * counts.astype(np.int32)
-        self._replace(num_items=num_items)
-
-    def _replace(self, **arrays: np.ndarray) -> None:
-        vars(self).update(arrays)
-        derived = {"leaf": {"_by_leaf", "longest"}, "num_items": {"num_sharing"}}
-        stale = set().union(*(derived[name] for name in derived.keys() & arrays.keys()))
-        for name in stale:
-            vars(self).pop(name, None)
-        self._tensors = {key: tensor for key, tensor in self._tensors.items() if key[1] not in arrays.keys() | stale}
-
-    # ---- files -------------------------------------------------------------------------------------------------------
-
-    def save(self, folder: str | Path) -> None:
-        """Write the arrays, which `load` maps into memory. The description comes last: without it there is no trie."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        about = folder / "trie.json"
-        about.unlink(missing_ok=True)
-        for name in _ARRAYS:
-            np.save(folder / f"{name}.npy", getattr(self, name))
-        about.write_text(json.dumps({"end": self.end, "sha256": self.sha256()}))
-
-    @classmethod
-    def load(cls, folder: str | Path, *, verify: bool = False) -> Trie:
-        """A saved trie, mapped into memory; `verify` reads it all and compares its hash.
-
-        Raises DataError where there is no whole trie, or its hash is another one.
-        """
-        folder = Path(folder)
-        try:
-            about = json.loads((folder / "trie.json").read_text())
-            arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
-            trie = cls(int(about["end"]), **arrays)
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{folder} holds no whole trie ({error}): save it again") from error
-        if verify and trie.sha256() != about["sha256"]:
-            raise DataError(f"{folder}: the trie is not the one that was saved (another hash): save it again")
-        return trie
-
-    def sha256(self) -> str:
-        """Hash of everything that rankings depend on."""
-        digest = hashlib.sha256(str(self.end).encode())
-        for name in _ARRAYS:
-            array = np.ascontiguousarray(getattr(self, name))
-            digest.update(f"{name} {array.dtype} {len(array)}".encode())
-            digest.update(array.data)
-        return digest.hexdigest()
-
-
-def _check(titles: Ragged, end: int, name: Callable[[int], str]) -> None:
-    """Raises DataError naming titles that are empty, of absurd length, or do not end where they should."""
-    lengths = titles.lengths
-    closed = np.zeros(len(titles), dtype=bool)
-    closed[lengths > 0] = titles.values[titles.offsets[1:][lengths > 0] - 1] == end
-    ends = np.bincount(titles.row_of[titles.values == end], minlength=len(titles))
+def _check(sequences: Ragged, end: int, name: Callable[[int], str]) -> None:
+    """Raises DataError naming sequences that are empty, of absurd length, or do not end where they should."""
+    lengths = sequences.lengths
+    closed = np.zeros(len(sequences), dtype=bool)
+    closed[lengths > 0] = sequences.values[sequences.offsets[1:][lengths > 0] - 1] == end
+    ends = np.bincount(sequences.row_of[sequences.values == end], minlength=len(sequences))
     for problem, wrong in (
         ("has no tokens", closed & (lengths == 1) | (lengths == 0)),
         (f"has more than {LONGEST} tokens", lengths > LONGEST),
-        ("does not end with the end-of-sequence token, or has it within", ~closed | (ends != 1)),
+        ("does not end with the end token, or has it within", ~closed | (ends != 1)),
     ):
         rows = np.flatnonzero(wrong)
         if len(rows):
             names = ", ".join(name(int(row)) for row in rows[:5])
             more = f" and {len(rows) - 5:,} more" if len(rows) > 5 else ""
-            raise DataError(f"the title of {names}{more} {problem}: correct the catalogue, or leave the item out")
+            raise DataError(f"{names}{more} {problem}: correct it, or leave the item out")

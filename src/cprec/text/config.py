@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from cprec.data.sources.connections import ConnectionSource
-from cprec.data.sources.public import PublicSource
-from cprec.data.sources.recbole import RecBoleSource
-from cprec.data.sources.synthetic import SyntheticConfig
-from cprec.data.sources.tables import TableSource
-from cprec.data.splits import SplitSpec
+from cprec.data.config import Rules, Sources, SplitSpec
 from cprec.errors import ConfigError
 from cprec.schema import BRAND, CATEGORIES, TITLE
 
 ITEM_FIELDS = (TITLE, BRAND, CATEGORIES)
+
+
+TINY = "tiny"
+"""The tokenizer that is trained on the titles of the data."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,50 +84,16 @@ class Mixture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
-    """Settings of data preparation."""
+class DocumentRules:
+    """How the events of users become documents, examples and queries."""
 
-    output_dir: str
-    """The data folder to write."""
-    tables: tuple[TableSource, ...] = ()
-    """Domains in Parquet, CSV or JSONL files, one entry each."""
-    recbole: tuple[RecBoleSource, ...] = ()
-    """Domains in RecBole's atomic files, one entry each."""
-    public: tuple[PublicSource, ...] = ()
-    """Public data sets in their own files, one entry each."""
-    connections: tuple[ConnectionSource, ...] = ()
-    """Domains in a database or warehouse, one entry each."""
-    synthetic: SyntheticConfig | None = None
-    """The synthetic world, for trying things out."""
     target_domains: tuple[str, ...]
     """Domains to fine-tune and evaluate on."""
     pretrain_domains: tuple[str, ...] = ()
     """Domains to pre-train on; none named means all. A target that is not among them is *unseen*: neither its items
     nor the users it is tested on occur in pre-training."""
-    k_core: int = 5
-    """Users and items with fewer events in a domain are left out, repeatedly; 0 keeps all."""
-    k_core_scope: Literal["domain", "pooled"] = "domain"
-    """What counts as a user's events for k_core: those of the domain, or of all domains of the platform."""
-    deduplicate: bool = True
-    """Events of the same user, item and time count once."""
-    drop_consecutive_repeats: bool = True
-    """Leave out an event of the same item as the user's event before."""
-    tie_order: Literal["source", "item_id", "shuffle"] = "source"
-    """Order of a user's events of equal time. It decides held-out events where times are coarse."""
     split: SplitSpec = SplitSpec()
     """What is held out, in every domain."""
-    tokenizer: str = "tiny"
-    """The base model's tokenizer (a Hugging Face name or folder), or `tiny`: a byte-level BPE trained on the titles."""
-    vocabulary_size: int = 8192
-    """Of the tiny tokenizer."""
-    add_bos_token: Literal["auto", "true", "false"] = "auto"
-    """Whether documents and prompts begin with the tokenizer's beginning-of-sequence token; auto: as it begins a text
-    itself, which is how its model was trained."""
-    max_title_tokens: int = 32
-    """Titles are cut to this many tokens; items whose cut titles are equal cannot be told apart."""
-    item_fields: tuple[str, ...] = (TITLE,)
-    """What stands for an item in every text: title, or title and brand or categories or both, each cut to
-    max_title_tokens; they tell items of equal titles apart."""
     mixed_order: Literal["time", "interleave"] = "time"
     """How mixed sequences order events of several domains: by time, which leaves out domains whose times are only an
     order; or interleaved, which spreads the events of those evenly among the user's others (no one knows when they
@@ -150,8 +115,41 @@ class PrepareConfig:
     """Events in a prompt at least; shorter ones give no example and no query."""
     heldout_share: float = 0.005
     """Share of users whose sequences are only used to measure perplexity, by hash of the user."""
-    strict: bool = False
-    """Stop at the first bad row instead of setting it aside in rejected.parquet."""
+    seed: int = 0
+    """Decides the held-out users and shuffled ties."""
+
+    def __post_init__(self) -> None:
+        if not self.target_domains:
+            raise ConfigError("target_domains is empty: name at least one domain to fine-tune and evaluate on")
+        if not 0 <= self.heldout_share < 1:
+            raise ConfigError(f"heldout_share={self.heldout_share} must lie in 0..1")
+        _check_positive(self, "min_events", "max_events", "max_history", "max_document_tokens")
+        if self.min_events < 2 or self.max_events < self.min_events:
+            raise ConfigError(
+                f"min_events={self.min_events} must be at least 2 and at most max_events={self.max_events}"
+            )
+        if not 0 <= self.min_history <= self.max_history:
+            raise ConfigError(f"min_history={self.min_history} must lie in 0..max_history={self.max_history}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(DocumentRules, Rules, Sources):
+    """Settings of data preparation: where logs come from, which rows are kept, and what documents are made of them."""
+
+    output_dir: str
+    """The data folder to write."""
+    tokenizer: str = TINY
+    """The base model's tokenizer (a Hugging Face name or folder), or `tiny`: a byte-level BPE trained on the titles."""
+    vocabulary_size: int = 8192
+    """Of the tiny tokenizer."""
+    add_bos_token: Literal["auto", "true", "false"] = "auto"
+    """Whether documents and prompts begin with the tokenizer's beginning-of-sequence token; auto: as it begins a text
+    itself, which is how its model was trained."""
+    max_title_tokens: int = 32
+    """Titles are cut to this many tokens; items whose cut titles are equal cannot be told apart."""
+    item_fields: tuple[str, ...] = (TITLE,)
+    """What stands for an item in every text: title, or title and brand or categories or both, each cut to
+    max_title_tokens; they tell items of equal titles apart."""
     engine: str = "duckdb"
     """What runs the steps that concern all rows: duckdb, or a Spark session (spark://...)."""
     memory_limit: str | None = None
@@ -164,32 +162,19 @@ class PrepareConfig:
     """i/n, from 0/n to (n-1)/n: write only every n-th part of the documents, on a scheduler, say; the same command with
     each i, in any order or at once, gives the same folder as one without. The last to finish puts the parts
     together."""
-    seed: int = 0
-    """Decides the held-out users and shuffled ties."""
 
     def __post_init__(self) -> None:
-        if not (self.tables or self.recbole or self.public or self.connections or self.synthetic):
-            raise ConfigError(
-                "no source of data: give tables=..., recbole=..., public=..., connections=... or synthetic=... (see "
-                "`cprec prepare --help`)"
-            )
-        if not self.target_domains:
-            raise ConfigError("target_domains is empty: name at least one domain to fine-tune and evaluate on")
+        for settings in (Sources, Rules, DocumentRules):
+            settings.__post_init__(self)
+        _check_positive(self, "max_title_tokens")
+        if self.workers is not None:
+            _check_positive(self, "workers")
         self.template()
-        if not 0 <= self.heldout_share < 1:
-            raise ConfigError(f"heldout_share={self.heldout_share} must lie in 0..1")
-        for name in ("max_title_tokens", "min_events", "max_events", "max_history", "max_document_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"workers={self.workers} must be at least 1")
         self.share()
-        if self.min_events < 2 or self.max_events < self.min_events:
-            raise ConfigError(
-                f"min_events={self.min_events} must be at least 2 and at most max_events={self.max_events}"
-            )
-        if not 0 <= self.min_history <= self.max_history:
-            raise ConfigError(f"min_history={self.min_history} must lie in 0..max_history={self.max_history}")
+
+    def document_rules(self) -> DocumentRules:
+        """How events become documents, as a record of its own."""
+        return DocumentRules(**{field.name: getattr(self, field.name) for field in fields(DocumentRules)})
 
     def template(self) -> Template:
         """The template with the item fields that are asked for. Raises ConfigError for others than there are."""
@@ -201,3 +186,9 @@ class PrepareConfig:
         if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
             raise ConfigError(f"partition={self.partition!r}: write i/n with i from 0 to n-1, as 0/4")
         return int(number), int(count)
+
+
+def _check_positive(settings: object, *names: str) -> None:
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise ConfigError(f"{name}={getattr(settings, name)} must be at least 1")

@@ -1,6 +1,6 @@
-"""What one part of the log gives: documents to pre-train on, examples to fine-tune on, queries to evaluate with.
+"""Writes what a part of the log gives: documents to pre-train on, examples to fine-tune on, queries to evaluate with.
 
-Each part is written aside, by any process on any machine that sees the folder; `join_parts` puts the parts together.
+Any process on any machine that sees the folder may write a part; `join_parts` puts the parts together.
 
     DATA/shards/{train,heldout}/             behaviour sequences
     DATA/examples/DOMAIN/{train,validation}/ next-item examples of a target domain
@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,76 +23,85 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cprec.data.catalogue import Catalogue
+from cprec.data.config import SplitSpec
 from cprec.data.dataset import POPULARITY, finish_part, read_catalogue, read_manifest
 from cprec.data.interactions import Interactions, split_time
-from cprec.data.ragged import Ragged, offsets_of
+from cprec.data.ragged import Ragged, gather, offsets_of
 from cprec.data.sequences import build_sequences
 from cprec.data.splits import (
     Queries,
     Split,
-    SplitSpec,
     comparable_domains,
     from_seconds,
     in_seconds,
     make_split,
+    runs,
     user_shares,
 )
 from cprec.errors import ConfigError, DataError
+from cprec.files import whole_folder
 from cprec.schema import KINDS, SPECIFIC, TEST, TRAIN, VALIDATION, DomainInfo
+from cprec.text.config import DocumentRules
 from cprec.text.encoding import PromptEncoder
 from cprec.text.shards import join_shards, write_shards
 
 RULES, ENCODER, PARTS = "rules.json", "encoder", "parts"
 """Names inside an unfinished data folder: what `write_part` needs, and what it writes."""
 
+QUERY_COLUMNS = frozenset(
+    ("query_id", "platform", "user_id", "domain", "history_domain", "history_item", "target", "timestamp")
+)
+"""Columns that every file of queries has; `microsecond` is missing from older ones."""
 
 ROW_GROUPS = b"parts"
 """Key in a queries file's metadata: the part that each of its row groups is from."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DocumentRules:
-    """How events become documents; the fields are those of `PrepareConfig`."""
+def shard_names(target_domains: Sequence[str], examples: Sequence[str] = (TRAIN, VALIDATION)) -> list[str]:
+    """The shard folders of a data folder, with the named parts of the examples."""
+    behaviour = ["shards/train", "shards/heldout"]
+    return behaviour + [f"examples/{domain}/{part}" for domain in target_domains for part in examples]
 
-    target_domains: tuple[str, ...]
-    pretrain_domains: tuple[str, ...]
-    split: SplitSpec
-    cuts: tuple[int, int] | None
-    """First moments of validation and test of the whole log, with global-time: microseconds since 1970 UTC."""
-    mixed_order: str
-    document_order: str
-    min_events: int
-    max_events: int
-    max_document_tokens: int
-    history: str
-    max_history: int
-    min_history: int
-    heldout_share: float
-    seed: int
 
-    def save(self, folder: Path) -> None:
-        fields = asdict(self) | {"cuts": self.cuts and [in_seconds(cut) for cut in self.cuts]}
-        (folder / RULES).write_text(json.dumps(fields), encoding="utf-8")
-        _open.cache_clear()  # what this process read before was of other settings
+def query_names(target_domains: Sequence[str], parts: Sequence[str] = (VALIDATION, TEST)) -> list[str]:
+    """The files of queries of a data folder."""
+    return [f"queries/{domain}/{part}.parquet" for domain in target_domains for part in parts]
 
-    @classmethod
-    def read(cls, folder: Path) -> DocumentRules:
-        fields = json.loads((folder / RULES).read_text(encoding="utf-8"))
-        fields["split"] = SplitSpec(**fields["split"])
-        fields["cuts"] = fields["cuts"] and [from_seconds(cut) for cut in fields["cuts"]]
-        names = ("target_domains", "pretrain_domains", "cuts")
-        return cls(**fields | {name: fields[name] if fields[name] is None else tuple(fields[name]) for name in names})
+
+def save_rules(folder: Path, rules: DocumentRules, cuts: tuple[int, int] | None) -> None:
+    """Write what `write_part` needs besides the encoder.
+
+    `cuts` are the first moments of validation and test where the whole log is split in time: microseconds since 1970
+    UTC.
+    """
+    fields = asdict(rules) | {"cuts": cuts and [in_seconds(cut) for cut in cuts]}
+    (folder / RULES).write_text(json.dumps(fields), encoding="utf-8")
+    _open.cache_clear()  # what this process read before was of other settings
+
+
+def read_rules(folder: Path) -> tuple[DocumentRules, tuple[int, int] | None]:
+    """The rules and the cuts that `save_rules` wrote."""
+    fields = json.loads((folder / RULES).read_text(encoding="utf-8"))
+    cuts = fields.pop("cuts")
+    fields["split"] = SplitSpec(**fields["split"])
+    for name in ("target_domains", "pretrain_domains"):
+        fields[name] = tuple(fields[name])
+    return DocumentRules(**fields), cuts and (from_seconds(cuts[0]), from_seconds(cuts[1]))
 
 
 @functools.lru_cache(maxsize=1)
-def _open(folder: Path) -> tuple[DocumentRules, PromptEncoder]:
-    catalogue = read_catalogue(folder)
-    return DocumentRules.read(folder), PromptEncoder.load(folder / ENCODER, catalogue)
+def _open(folder: Path) -> tuple[DocumentRules, tuple[int, int] | None, PromptEncoder]:
+    """What every part of a folder needs; read once for all parts of a process."""
+    rules, cuts = read_rules(folder)
+    return rules, cuts, PromptEncoder.load(folder / ENCODER, read_catalogue(folder))
 
 
-def is_written(folder: Path, part: int) -> bool:
-    """Whether a part is complete."""
-    return (folder / PARTS / f"part-{part}").is_dir()
+def unwritten_parts(folder: Path) -> list[int]:
+    """The parts of an unfinished data folder that no process has written yet; none once they are put together."""
+    if is_joined(folder):
+        return []
+    parts = range(read_manifest(folder)["num_parts"])
+    return [part for part in parts if not (folder / PARTS / f"part-{part}").is_dir()]
 
 
 def is_joined(folder: Path) -> bool:
@@ -101,25 +110,21 @@ def is_joined(folder: Path) -> bool:
 
 
 def write_part(folder: Path, part: int) -> dict[str, int]:
-    """Order and split the events of a part and write what they give, aside; returns how many of each there are."""
-    rules, encoder = _open(folder)
-    target = folder / PARTS / f"part-{part}"
-    aside = target.with_name(f"{target.name}.incomplete")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    """Order and split the events of a part and write what they give; returns how many of each there are."""
+    rules, cuts, encoder = _open(folder)
 
     def decide(catalogue: Catalogue, log: Interactions, domains: dict[str, DomainInfo]) -> Split:
-        return make_split(catalogue, log, domains, rules.split, cuts=rules.cuts, seed=rules.seed)
+        return make_split(catalogue, log, domains, rules.split, cuts=cuts, seed=rules.seed)
 
-    split = finish_part(folder, part, decide, encoder.catalogue)
-    assert split is not None
-    writer = _PartWriter(rules, split, encoder, aside, part)
-    writer.write_behaviour()
-    for domain in rules.target_domains:
-        writer.write_examples(domain)
-        writer.write_queries(domain)
-    np.save(aside / "popularity.npy", np.bincount(split.train.item, minlength=len(split.catalogue)))
-    aside.rename(target)
+    with whole_folder(folder / PARTS / f"part-{part}") as target:
+        split = finish_part(folder, part, decide, encoder.catalogue)
+        assert split is not None
+        writer = _PartWriter(rules, split, encoder, target, part)
+        writer.write_behaviour()
+        for domain in rules.target_domains:
+            writer.write_examples(domain)
+            writer.write_queries(domain)
+        np.save(target / "popularity.npy", np.bincount(split.train.item, minlength=len(split.catalogue)))
     return writer.counts
 
 
@@ -148,10 +153,11 @@ class _PartWriter:
                 max_events=rules.max_events,
                 mixed_order=rules.mixed_order,
             )
+            items = Ragged(log.item[sequences.event], sequences.offsets)
             parts, columns = [], []
             for number, kind in enumerate(KINDS):
                 rows = np.flatnonzero(sequences.kind == number)
-                events = Ragged(log.item[sequences.event], sequences.offsets).take(rows)
+                events = items.take(rows)
                 documents, domain, user = _split_long(
                     encoder, kind, sequences.domain[rows], sequences.user[rows], events, rules.max_document_tokens
                 )
@@ -167,15 +173,9 @@ class _PartWriter:
         """Next-item examples of a domain: every training event with enough history, and the validation queries."""
         rules, encoder = self.rules, self.encoder
         number = self.split.catalogue.domains.index(domain)
-        validation = self._queries(domain, VALIDATION, rules.max_history)
-        history, target = validation.history, validation.target
-        with_target = np.concatenate([history.values, target])
-        slots = np.concatenate([history.row_of, np.arange(len(target))])
-        order = np.argsort(slots, kind="stable")
-        validation_events = Ragged(with_target[order], history.offsets + np.arange(len(history.offsets)))
-        for name, events, user in (
-            ("train", *self._training_examples(number)),
-            ("validation", validation_events, validation.user),
+        for name, (events, user) in (
+            (TRAIN, self._training_examples(number)),
+            (VALIDATION, self._validation_examples(domain)),
         ):
             documents_domain = np.full(len(events), number)
             kept = encoder.fit(rules.history, documents_domain, events, rules.max_document_tokens - 1)
@@ -213,13 +213,13 @@ class _PartWriter:
         split, rules = self.split, self.rules
         log = split.interactions
         unseen = [split.catalogue.domains.index(d) for d in rules.target_domains if d not in rules.pretrain_domains]
-        tested = np.isin(split.catalogue.domain[log.item], unseen) & (split.part != 0)
+        tested = np.isin(split.catalogue.domain[log.item], unseen) & ~split.events(TRAIN)
         excluded = np.zeros(len(log.user_id), dtype=bool)
         excluded[log.user[tested]] = True
         return excluded, (user_shares(log, str(rules.seed)) < rules.heldout_share) & ~excluded
 
     def _training_examples(self, domain: int) -> tuple[Ragged, np.ndarray]:
-        """Every training event of the domain as the last event of a row, after its history; and the row's user."""
+        """Every training event of the domain with enough history, as the last event of a row; and the row's user."""
         split, rules = self.split, self.rules
         log = split.interactions
         mask = split.events(TRAIN)
@@ -229,13 +229,21 @@ class _PartWriter:
             mask &= comparable_domains(split.catalogue, split.domains)[split.catalogue.domain[log.item]]
         events = np.flatnonzero(mask)
         user, item = log.user[events], log.item[events]
-        first = np.flatnonzero(np.r_[True, user[1:] != user[:-1]]) if len(user) else np.empty(0, dtype=np.int64)
-        within = np.arange(len(user)) - np.repeat(first, np.diff(np.r_[first, len(user)]))
-        targets = np.flatnonzero((within >= rules.min_history) & (split.catalogue.domain[item] == domain))
-        lengths = np.minimum(within[targets], rules.max_history) + 1
-        offsets = offsets_of(lengths)
-        place = np.repeat(targets - lengths + 1, lengths) + np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-        return Ragged(item[place], offsets), user[targets]
+        # Events stand user by user in order, so an event's place in its user's run is the number of events before it,
+        # and a row is the stretch of `item` that ends with its target.
+        num_before, _, _ = runs(user)
+        targets = np.flatnonzero((num_before >= rules.min_history) & (split.catalogue.domain[item] == domain))
+        lengths = np.minimum(num_before[targets], rules.max_history) + 1
+        return gather(item, targets - lengths + 1, lengths), user[targets]
+
+    def _validation_examples(self, domain: str) -> tuple[Ragged, np.ndarray]:
+        """Every validation query of the domain with its target as the last event of a row; and the row's user."""
+        queries = self._queries(domain, VALIDATION, self.rules.max_history)
+        history, target = queries.history, queries.target
+        # A stable sort by row puts each target, which comes after all histories, behind its own history.
+        rows = np.concatenate([history.row_of, np.arange(len(target))])
+        items = np.concatenate([history.values, target])[np.argsort(rows, kind="stable")]
+        return Ragged(items, history.offsets + np.arange(len(history.offsets))), queries.user
 
     def _columns(
         self, kind: str, domain: np.ndarray, user: np.ndarray, num_events: np.ndarray, target_start: np.ndarray
@@ -263,25 +271,33 @@ def _split_long(
 ) -> tuple[Ragged, np.ndarray, np.ndarray]:
     """Halve documents (by events) until each has at most `max_tokens` tokens or a single event."""
     while True:
-        cost = np.add.reduceat(np.r_[encoder.event_tokens(kind, events.values), 0], events.offsets[:-1])
-        long = (cost + encoder.frame_tokens(kind, np.maximum(domain, 0)) + 1 > max_tokens) & (events.lengths > 1)
+        # Tokens of each document: its events, what frames them, and the end-of-sequence.
+        size = np.add.reduceat(np.r_[encoder.event_tokens(kind, events.values), 0], events.offsets[:-1])
+        size = size + encoder.frame_tokens(kind, np.maximum(domain, 0)) + 1
+        long = (size > max_tokens) & (events.lengths > 1)
         if not len(events) or not long.any():
             return events, domain, user
-        halves = np.where(long, 2, 1)
+        # Each long document becomes two rows; its second one, at `second`, gets the events that the first leaves.
+        copies = np.where(long, 2, 1)
         first = np.where(long, (events.lengths + 1) // 2, events.lengths)
-        lengths = np.repeat(first, halves)
-        second = np.cumsum(halves)[long] - 1
+        lengths = np.repeat(first, copies)
+        second = np.cumsum(copies)[long] - 1
         lengths[second] = (events.lengths - first)[long]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        events, domain, user = Ragged(events.values, offsets), np.repeat(domain, halves), np.repeat(user, halves)
+        events, domain, user = Ragged(events.values, offsets_of(lengths)), domain.repeat(copies), user.repeat(copies)
+
+
+_HASH_FACTORS = 40503, 9973, 31
+"""Odd factors of the hash in `shuffled`: 2**16 divided by the golden ratio, which scatters neighbouring numbers widest
+(Knuth, The Art of Computer Programming, 6.4), and two primes, so that the three numbers hashed do not cancel out."""
 
 
 def shuffled(rows: Ragged, seed: int) -> Ragged:
-    """Each row in an order that its values and the seed decide, wherever it stands."""
-    rank = np.random.default_rng(seed).permutation(1 << 16)
-    place = np.arange(len(rows.values)) - np.repeat(rows.offsets[:-1], rows.lengths)
-    salt = np.repeat(np.add.reduceat(np.r_[rows.values, 0], rows.offsets[:-1]), rows.lengths)
-    key = rank[(rows.values * 40503 + place * 9973 + salt * 31) & 0xFFFF]
+    """Shuffle within rows. A row's order depends on its values and the seed alone, not on the rows around it."""
+    # A hash of each value, its place and its row's sum, of 16 bits, looked up in a random table, is its sort key.
+    table = np.random.default_rng(seed).permutation(1 << 16)
+    sums = np.repeat(np.add.reduceat(np.r_[rows.values, 0], rows.offsets[:-1]), rows.lengths)
+    of_value, of_place, of_sum = _HASH_FACTORS
+    key = table[(rows.values * of_value + rows.place_of * of_place + sums * of_sum) & 0xFFFF]
     return Ragged(rows.values[np.lexsort((key, rows.row_of))], rows.offsets)
 
 
@@ -317,18 +333,16 @@ def queries_table(split: Split, queries: Queries, domain: str) -> pa.Table:
 def join_parts(folder: Path, about: Mapping[str, Any]) -> None:
     """Put all parts of an unfinished data folder together; `about` goes into every shard manifest.
 
-    It may be called again after an interruption. `remove_parts` is to follow.
+    It may be called again after an interruption, until `remove_parts` has deleted the parts.
     """
-    rules, encoder = _open(folder)
+    rules, _, encoder = _open(folder)
     parts = [folder / PARTS / f"part-{part}" for part in range(read_manifest(folder)["num_parts"])]
-    for name in _shard_names(rules):
+    for name in shard_names(rules.target_domains):
         full = {**about, "vocabulary_size": encoder.vocabulary_size}
         join_shards(folder / name, [part / name for part in parts], full)
-    for domain in rules.target_domains:
-        (folder / "queries" / domain).mkdir(parents=True, exist_ok=True)
-        for name in (VALIDATION, TEST):
-            place = Path("queries", domain, f"{name}.parquet")
-            _join_tables([part / place for part in parts], folder / place)
+    for name in query_names(rules.target_domains):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        _join_tables([part / name for part in parts], folder / name)
     counts = sum(np.load(part / "popularity.npy") for part in parts)
     write_popularity(folder, encoder.catalogue, counts)
     (folder / RULES).unlink()
@@ -336,28 +350,20 @@ def join_parts(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Delete what only the parts needed."""
-    for leftover in (PARTS, ENCODER):
-        if (folder / leftover).exists():
-            shutil.rmtree(folder / leftover)
-
-
-def _shard_names(rules: DocumentRules) -> Iterator[str]:
-    yield from ("shards/train", "shards/heldout")
-    for domain in rules.target_domains:
-        yield from (f"examples/{domain}/train", f"examples/{domain}/validation")
+    """Delete the parts and what only they needed, where these are still there."""
+    for name in (PARTS, ENCODER):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _join_tables(sources: list[Path], target: Path) -> None:
-    """The rows of some Parquet files in one: a row group for each that has rows, and in `ROW_GROUPS` its number."""
-    aside = target.with_suffix(".incomplete")
+    """Write the rows of several Parquet files as one: a row group for each that has rows, whose number among the
+    sources the metadata has under `ROW_GROUPS`."""
     numbers = [number for number, source in enumerate(sources) if pq.read_metadata(source).num_rows]
     schema = pq.read_schema(sources[0]).with_metadata({ROW_GROUPS: json.dumps(numbers)})
-    with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(target, schema, compression="zstd") as writer:
         for number in numbers:
             table = pq.ParquetFile(sources[number]).read().replace_schema_metadata(schema.metadata)
             writer.write_table(table, row_group_size=table.num_rows)
-    aside.rename(target)
 
 
 def read_queries_of_part(path: Path, part: int) -> pa.Table:
@@ -366,8 +372,7 @@ def read_queries_of_part(path: Path, part: int) -> pa.Table:
     numbers = json.loads((file.schema_arrow.metadata or {}).get(ROW_GROUPS, b"[]"))
     if len(numbers) != file.num_row_groups:
         raise DataError(f"{path} does not say which part its rows are from: it was changed; run `cprec prepare` again")
-    groups = [group for group, number in enumerate(numbers) if number == part]
-    return file.read_row_groups(groups)
+    return file.read_row_groups([group for group, number in enumerate(numbers) if number == part])
 
 
 def write_popularity(folder: Path, catalogue: Catalogue, counts: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""Settings of pre-training and fine-tuning."""
+"""Settings of pre-training, fine-tuning and anneal forks."""
 
 from __future__ import annotations
 
@@ -126,10 +126,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         positive = (
-            "learning_rate num_train_epochs max_length train_batch_size "
-            "max_grad_norm save_steps save_total_limit logging_steps eval_steps ddp_timeout"
+            *("learning_rate", "num_train_epochs", "max_length", "train_batch_size", "max_grad_norm", "save_steps"),
+            *("save_total_limit", "logging_steps", "eval_steps", "ddp_timeout"),
         )
-        for name in positive.split():
+        for name in positive:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
         for name in ("weight_decay", "warmup_steps", "anneal_steps", "eval_tokens", "lora_rank", "micro_batch_size"):
@@ -203,8 +203,62 @@ class FinetuneConfig(TrainingConfig):
     """How the learning rate falls."""
 
 
+ForkData = Literal["same", "mixed_late", "sft_late"]
+"""What a branch reads while its learning rate falls."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnealConfig:
+    """Settings of anneal forks."""
+
+    run: str
+    """Folder of a pre-training run; its end-of-stable checkpoint is enough, it need not be finished."""
+    start: str = ""
+    """The stable checkpoint to branch from, as stable-1200; empty: the newest of the run."""
+    lengths: tuple[str, ...] = ("5%", "10%", "20%")
+    """Annealing of each branch, as a share of all its tokens (the shared ones included)."""
+    shapes: tuple[Literal["1-sqrt", "linear", "cosine", "exponential"], ...] = ("1-sqrt",)
+    """How the learning rate falls."""
+    data: tuple[ForkData, ...] = ("same",)
+    """What is read while it falls: the same mixture; mixed_late: four fifths of the behaviour tokens from mixed
+    sequences; sft_late: a tenth of all tokens from fine-tuning examples of the pre-training domains."""
+    domain: str = ""
+    """Domain of the fine-tuning that compares the branches; empty: the only one that has examples."""
+    num_train_epochs: float = 1.0
+    """Passes of that fine-tuning; 0 compares by held-out perplexity alone."""
+    learning_rate: float = 0.0
+    """Peak of that fine-tuning; 0: that of the run."""
+    max_queries: int = 1000
+    """Validation queries that the fine-tuned branches rank, a seeded sample; 0 ranks none."""
+    output_dir: str = ""
+    """Where the branches and the comparison go; empty: RUN/forks."""
+
+    def __post_init__(self) -> None:
+        for length in self.lengths:
+            share_of(length)
+        if not (self.lengths and self.shapes and self.data):
+            raise ConfigError("lengths, shapes and data must each name one thing at least")
+        if self.num_train_epochs < 0 or self.learning_rate < 0 or self.max_queries < 0:
+            raise ConfigError("num_train_epochs, learning_rate and max_queries must be 0 or more")
+
+
+def share_of(length: str) -> float:
+    """A length as a share.
+
+    >>> share_of("5%"), share_of("0.2")
+    (0.05, 0.2)
+    """
+    try:
+        share = float(length.strip().removesuffix("%")) / (100 if length.strip().endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise ConfigError(f"lengths: {length!r} is no share between 0 and 1; write 10% or 0.1")
+    return share
+
+
 def under_current_names(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run as it recorded them, with those that are renamed since.
+    """The settings of a run as it recorded them, with the names of today.
 
     >>> under_current_names({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "seed": 1})
     {'seed': 1, 'train_batch_size': 8, 'micro_batch_size': 4}
@@ -212,6 +266,6 @@ def under_current_names(recorded: Mapping[str, Any]) -> dict[str, Any]:
     settings = dict(recorded)
     if "gradient_accumulation_steps" in settings:
         rows = settings.pop("per_device_train_batch_size")
-        steps = settings.pop("gradient_accumulation_steps")
-        settings |= {"train_batch_size": rows * steps, "micro_batch_size": rows if steps > 1 else 0}
+        passes = settings.pop("gradient_accumulation_steps")
+        settings |= {"train_batch_size": rows * passes, "micro_batch_size": rows if passes > 1 else 0}
     return settings

@@ -7,8 +7,9 @@ import pytest
 
 from cprec.baselines.popularity import Popularity, PopularityRecommender, RecentPopularity
 from cprec.data.catalogue import Catalogue
+from cprec.data.config import SplitSpec
 from cprec.data.interactions import Interactions
-from cprec.data.splits import Split, SplitSpec
+from cprec.data.splits import Split
 from cprec.errors import ConfigError
 from cprec.recommender import RankingQuery
 from cprec.schema import DomainInfo, Item

@@ -12,8 +12,9 @@ from cprec.baselines.popularity import PopularityRecommender
 from cprec.baselines.text import TitleSimilarity
 from cprec.baselines.transition_graph import TransitionGraph, TransitionGraphRecommender
 from cprec.data.catalogue import Catalogue
+from cprec.data.config import Rules, SplitSpec
 from cprec.data.interactions import Interactions
-from cprec.data.splits import Split, SplitSpec
+from cprec.data.splits import Split
 from cprec.errors import ConfigError
 from cprec.ranks import ndcg, recall
 from cprec.recommender import RankingQuery, Recommender
@@ -157,8 +158,8 @@ def test_known_figures_on_real_logs(
     in the target's favour.
     """
     from cprec.data.build import build_dataset
+    from cprec.data.config import TableSource
     from cprec.data.dataset import read_dataset
-    from cprec.data.sources.tables import TableSource
     from cprec.data.splits import make_split as split_of
 
     table = TableSource(
@@ -168,7 +169,7 @@ def test_known_figures_on_real_logs(
         columns={"order": "position"},
         timestamps="seconds",
     )
-    build_dataset([table], tmp_path / "data", min_user_events=0, min_item_events=0, drop_consecutive_repeats=False)
+    build_dataset([table], tmp_path / "data", Rules(k_core=0, drop_consecutive_repeats=False))
     split = split_of(*read_dataset(tmp_path / "data"), SplitSpec())
     asked = split.queries("d", "test", max_history=len(split.interactions))
     ids = split.catalogue.item_id

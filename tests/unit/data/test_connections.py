@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from cprec.data.build import build_dataset
+from cprec.data.config import ConnectionSource, Rules, TableSource
 from cprec.data.engine import connect
-from cprec.data.sources.connections import ConnectionSource
-from cprec.data.sources.tables import TableSource
+from cprec.data.sources.connections import fingerprints, load
 from cprec.errors import ConfigError, DataError
 from cprec.provenance import file_sha256
 from cprec.schema import TIMESTAMP
@@ -42,7 +42,7 @@ def from_files(tmp_path: Path) -> Path:
     source = TableSource(
         domain="toys", interactions=str(tmp_path / "log.csv"), items=str(tmp_path / "items.csv"), timestamps="seconds"
     )
-    return build_dataset([source], tmp_path / "files")
+    return build_dataset([source], tmp_path / "files", Rules())
 
 
 def tables(folder: Path) -> list[Any]:
@@ -76,7 +76,7 @@ def source(url: str, interactions: str = "events", items: str = "stock.items", *
 def test_tables_and_queries_of_duckdb_give_what_files_give(database: str, from_files: Path, tmp_path: Path) -> None:
     queries = ("events", "SELECT * FROM events;", " with e as (select * from events) select * from e")
     for number, log in enumerate(queries):
-        folder = build_dataset([source(database, log)], tmp_path / f"data{number}")
+        folder = build_dataset([source(database, log)], tmp_path / f"data{number}", Rules())
         assert tables(folder) == tables(from_files)
     manifest = json.loads((folder / "dataset.json").read_text())
     assert [entry["table"] for entry in manifest["sources"]] == ["interactions", "items"]
@@ -87,13 +87,13 @@ def test_tables_and_queries_of_duckdb_give_what_files_give(database: str, from_f
 
 def test_a_fingerprint_is_of_the_rows_that_are_read(database: str) -> None:
     query = "SELECT * FROM events WHERE rating > 0"
-    before = source(database, query).fingerprints(file_sha256)
+    before = fingerprints(source(database, query), file_sha256)
     assert before["interactions"] and ": 240 rows, " in before["interactions"]
 
     def after(statement: str) -> list[str]:
         with duckdb.connect(database.removeprefix("duckdb://")) as connection:
             connection.execute(statement)
-        now = source(database, query).fingerprints(file_sha256)
+        now = fingerprints(source(database, query), file_sha256)
         return [table for table in before if now[table] != before[table]]
 
     assert after("UPDATE events SET secret = 'y'") == []
@@ -103,29 +103,29 @@ def test_a_fingerprint_is_of_the_rows_that_are_read(database: str) -> None:
     assert after("INSERT INTO events FROM events LIMIT 1") == ["interactions", "items"]
     query = "SELECT customer AS t, item_id, happened FROM events"  # in SQL a column t comes before a table t
     renamed = {"user_id": "t", "timestamp": "happened"}
-    before = source(database, query, columns=renamed).fingerprints(file_sha256)
+    before = fingerprints(source(database, query, columns=renamed), file_sha256)
     with duckdb.connect(database.removeprefix("duckdb://")) as connection:
         connection.execute("UPDATE events SET happened = happened + 1")
-    now = source(database, query, columns=renamed).fingerprints(file_sha256)
+    now = fingerprints(source(database, query, columns=renamed), file_sha256)
     assert now["interactions"] != before["interactions"] and now["items"] == before["items"]
     for url in ("duckdb:///no/such.db", "sqlite:///no/such.db"):
         with pytest.raises(DataError, match=r"such.db does not exist \(url of domain 'toys'\)"):
-            source(url).fingerprints(file_sha256)
+            fingerprints(source(url), file_sha256)
 
 
 def test_a_table_that_cannot_be_read_leaves_the_other_its_fingerprint(database: str, tmp_path: Path) -> None:
     """One that is gone, and a value that fails only while the query runs."""
-    before = source(database).fingerprints(file_sha256)
+    before = fingerprints(source(database), file_sha256)
     query = "SELECT customer, item_id, happened::BIGINT AS happened FROM events"
     with duckdb.connect(database.removeprefix("duckdb://")) as connection:
         connection.execute("ALTER TABLE events ALTER happened TYPE TEXT")
         connection.execute("UPDATE events SET happened = 'soon' WHERE customer = 'u3'")
     for log, reason in ((query, "Could not convert string 'soon'"), ("event", "it has events")):
-        now = source(database, log).fingerprints(file_sha256)
+        now = fingerprints(source(database, log), file_sha256)
         assert isinstance(now["interactions"], DataError) and reason in str(now["interactions"])
         assert now["items"] == before["items"]
         with pytest.raises(DataError, match=f"{reason}|domain 'toys'"):
-            build_dataset([source(database, log)], tmp_path / "none")
+            build_dataset([source(database, log)], tmp_path / "none", Rules())
 
 
 @pytest.mark.filterwarnings("ignore:The .future.infer_string. option")  # set by Ibis
@@ -133,9 +133,9 @@ def test_a_sqlite_file_is_known_by_its_hash_and_is_not_made(tmp_path: Path) -> N
     path = tmp_path / "shop.sqlite"
     asked = source(f"sqlite://{path}", "SELECT * FROM events WHERE rating > 0", "items")
     with pytest.raises(DataError, match=r"shop.sqlite does not exist \(url of domain 'toys'\)"):
-        build_dataset([asked], tmp_path / "none")
+        build_dataset([asked], tmp_path / "none", Rules())
     with pytest.raises(DataError, match=r"shop.sqlite does not exist \(url of domain 'toys'\)"):
-        asked.fingerprints(file_sha256)
+        fingerprints(asked, file_sha256)
     assert not path.exists()
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("PRAGMA journal_mode = wal")
@@ -143,33 +143,33 @@ def test_a_sqlite_file_is_known_by_its_hash_and_is_not_made(tmp_path: Path) -> N
         connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, 'x')", LOG)
         connection.execute("CREATE TABLE items (item_id TEXT, title TEXT, brand TEXT)")
         connection.executemany("INSERT INTO items VALUES (?, ?, ?)", ITEMS)
-    before = asked.fingerprints(file_sha256)
+    before = fingerprints(asked, file_sha256)
     assert before == dict.fromkeys(("interactions", "items"), f"SQLite file: {file_sha256(path)}")
-    build_dataset([asked], tmp_path / "data")
-    assert asked.fingerprints(file_sha256) == before, "reading it changes nothing"
+    build_dataset([asked], tmp_path / "data", Rules())
+    assert fingerprints(asked, file_sha256) == before, "reading it changes nothing"
     with closing(sqlite3.connect(path)) as connection:
         with connection:
             connection.execute("UPDATE events SET rating = 9")
         log = path.with_name("shop.sqlite-wal")
         now = f"SQLite file with changes in {log.name}: {file_sha256(path)} {file_sha256(log)}"
-        assert asked.fingerprints(file_sha256) == dict.fromkeys(before, now)
+        assert fingerprints(asked, file_sha256) == dict.fromkeys(before, now)
 
         def refused(path: Path) -> str:
             raise PermissionError(13, "Permission denied", str(path))
 
-        assert "Permission denied" in str(asked.fingerprints(refused)["items"])
-    assert asked.fingerprints(file_sha256)["items"] == f"SQLite file: {file_sha256(path)}" != before["items"]
+        assert "Permission denied" in str(fingerprints(asked, refused)["items"])
+    assert fingerprints(asked, file_sha256)["items"] == f"SQLite file: {file_sha256(path)}" != before["items"]
 
 
 def test_times_of_the_database_are_read(database: str, from_files: Path, tmp_path: Path) -> None:
     log = "SELECT customer, item_id, to_timestamp(happened) AS happened, rating FROM events"
-    assert tables(build_dataset([source(database, log)], tmp_path / "data")) == tables(from_files)
+    assert tables(build_dataset([source(database, log)], tmp_path / "data", Rules())) == tables(from_files)
 
 
 def test_what_cannot_be_read_is_named(database: str, tmp_path: Path) -> None:
     def message(**settings: Any) -> str:
         with pytest.raises((DataError, ConfigError)) as raised:
-            build_dataset([source(**{"url": database, **settings})], tmp_path / "data")
+            build_dataset([source(**{"url": database, **settings})], tmp_path / "data", Rules())
         return str(raised.value)
 
     assert "'event', cannot be read; it has events" in message(interactions="event")
@@ -208,7 +208,7 @@ def test_any_query_and_any_name_that_the_database_takes_is_read(log: str, databa
     with duckdb.connect(database.removeprefix("duckdb://")) as connection:
         connection.execute('CREATE VIEW "odd-name" AS FROM events')
     with connect() as engine:
-        found = source(database, log).load(engine).interactions
+        found = load(engine, source(database, log)).interactions
         rows = engine.to_arrow(found.order_by("timestamp")).to_pylist()
     assert [(row["user_id"], row["item_id"], row["timestamp"], row["rating"]) for row in rows] == LOG
 
@@ -239,14 +239,14 @@ def test_any_query_and_any_name_that_the_database_takes_is_read(log: str, databa
 def test_what_may_mean_several_columns_is_named(log: str, columns: dict[str, str], message: str, database: str) -> None:
     mapped = {"user_id": "customer", "timestamp": "happened"} | columns
     with connect() as engine, pytest.raises(DataError, match=message):
-        source(database, log, columns=mapped).load(engine)
+        load(engine, source(database, log, columns=mapped))
 
 
 def test_columns_are_found_in_the_case_that_the_database_gives(database: str) -> None:
     log = 'SELECT customer AS "CUSTOMER", item_id AS "ITEM_ID", happened AS "HAPPENED" FROM events'
     items = 'SELECT item_id AS "ITEM_ID", title AS "TITLE" FROM stock.items'
     with connect() as engine:
-        tables = source(database, log, items).load(engine)
+        tables = load(engine, source(database, log, items))
         assert engine.value(tables.interactions[TIMESTAMP].nunique()) == len(LOG)
     assert tables.columns["interactions"]["user_id"] == "CUSTOMER"
 
@@ -327,22 +327,22 @@ def test_a_postgres_server_gives_what_files_give(server: str, from_files: Path, 
             "WITH e AS (TABLE events) SELECT e.*, 'a' AS note FROM e ORDER BY happened;",
         )
     ):
-        folder = build_dataset([source(url, log)], tmp_path / f"data{number}")
+        folder = build_dataset([source(url, log)], tmp_path / f"data{number}", Rules())
         assert tables(folder) == tables(from_files)
     with pytest.raises(DataError, match="'customer' and 'customer' of the interactions"):
-        build_dataset([source(url, "SELECT a.*, b.* FROM events a, events b")], tmp_path / "none")
+        build_dataset([source(url, "SELECT a.*, b.* FROM events a, events b")], tmp_path / "none", Rules())
     with pytest.raises(DataError, match="'event', cannot be read; it has events"):
-        build_dataset([source(url, "event")], tmp_path / "none")
+        build_dataset([source(url, "event")], tmp_path / "none", Rules())
     with pytest.raises(DataError, match="cannot be reached"):
-        build_dataset([source(f"postgres://cprec@/no_such_database?host={server}")], tmp_path / "none")
-    before = source(url).fingerprints(file_sha256)
+        build_dataset([source(f"postgres://cprec@/no_such_database?host={server}")], tmp_path / "none", Rules())
+    before = fingerprints(source(url), file_sha256)
     assert before["interactions"] and before["interactions"].startswith("PostgreSQL: 300 rows, ")
     writing = "-c default_transaction_read_only=off"
     with psycopg.connect(host=server, user="cprec", dbname="postgres", autocommit=True, options=writing) as connection:
         connection.execute("UPDATE events SET note = 'y'")  # it is not read, and the rows stand in another order
-        assert source(url).fingerprints(file_sha256) == before
+        assert fingerprints(source(url), file_sha256) == before
         connection.execute("UPDATE events SET rating = 0.5 WHERE item_id = 'i3'")
-        after = source(url).fingerprints(file_sha256)
+        after = fingerprints(source(url), file_sha256)
         assert after["interactions"] != before["interactions"] and after["items"] == before["items"]
         connection.execute("UPDATE events SET rating = 3 WHERE item_id = 'i3'")
-        assert source(url).fingerprints(file_sha256) == before
+        assert fingerprints(source(url), file_sha256) == before

@@ -14,11 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from cprec.data.build import build_dataset
+from cprec.data.config import RecBoleSource, Rules, SplitSpec, TableSource
 from cprec.data.dataset import finish_part, read_dataset, read_manifest, read_split, slot_of, write_manifest
 from cprec.data.sources.memory import MemorySource
-from cprec.data.sources.recbole import RecBoleSource
-from cprec.data.sources.tables import TableSource
-from cprec.data.splits import SplitSpec, make_split
+from cprec.data.splits import make_split
 from cprec.errors import ConfigError, DataError
 from cprec.provenance import file_sha256
 
@@ -40,9 +39,10 @@ def source_of(
     )
 
 
-def build(tmp_path: Path, *sources: Any, **rules: Any) -> Path:
-    settings = {"min_user_events": 0, "min_item_events": 0} | rules
-    return build_dataset(sources, tmp_path / "data", **settings)
+def build(tmp_path: Path, *sources: Any, **settings: Any) -> Path:
+    """`build_dataset` without a minimum of events; settings are those of `Rules`, or its own."""
+    rules = {name: settings.pop(name) for name in Rules.__dataclass_fields__ if name in settings}
+    return build_dataset(sources, tmp_path / "data", Rules(**{"k_core": 0} | rules), **settings)
 
 
 def events(folder: Path, domain: str = "toys") -> list[tuple[str, str, int]]:
@@ -64,7 +64,7 @@ def test_the_core_is_iterated(tmp_path: Path) -> None:
     # d has one event only and goes; then z has one event left and goes; then c has one event left and goes. The rest
     # is a core: a and b with two events each on x and y.
     rows = [("a", "x", 1), ("a", "y", 2), ("b", "x", 1), ("b", "y", 2), ("c", "x", 1), ("c", "z", 2), ("d", "z", 1)]
-    folder = build(tmp_path, source_of(rows), min_user_events=2, min_item_events=2)
+    folder = build(tmp_path, source_of(rows), k_core=2)
     assert events(folder) == [("a", "x", 1), ("a", "y", 2), ("b", "x", 1), ("b", "y", 2)]
     about = read_manifest(folder)["domains"]["toys"]
     assert about["counts"][0] == {"rule": "read", "events": 7, "users": 4, "items": 3}
@@ -88,10 +88,7 @@ def test_duplicates_and_repeats(tmp_path: Path) -> None:
     whole = build_dataset(
         [source_of(rows)],
         tmp_path / "whole",
-        min_user_events=0,
-        min_item_events=0,
-        deduplicate=False,
-        drop_consecutive_repeats=False,
+        Rules(k_core=0, deduplicate=False, drop_consecutive_repeats=False),
     )
     assert len(events(whole)) == 5
 
@@ -99,7 +96,7 @@ def test_duplicates_and_repeats(tmp_path: Path) -> None:
 def test_repeats_that_the_core_makes_go_too(tmp_path: Path) -> None:
     # Without the rare item r, a's two x follow each other; without the second x, a has two events left.
     rows = [("a", "x", 1), ("a", "r", 2), ("a", "x", 3), ("a", "y", 4), ("b", "x", 1), ("b", "y", 2)]
-    folder = build(tmp_path, source_of(rows), min_user_events=2, min_item_events=2)
+    folder = build(tmp_path, source_of(rows), k_core=2)
     assert events(folder) == [("a", "x", 1), ("a", "y", 4), ("b", "x", 1), ("b", "y", 2)]
 
 
@@ -125,9 +122,7 @@ def test_shuffled_ties_depend_on_the_seed_alone(tmp_path: Path) -> None:
 
     def order(name: str, seed: int, rows: Rows = rows) -> list[str]:
         sources = [source_of(rows), source_of(other, "books")]
-        folder = build_dataset(
-            sources, tmp_path / name, min_user_events=0, min_item_events=0, tie_order="shuffle", seed=seed
-        )
+        folder = build_dataset(sources, tmp_path / name, Rules(k_core=0, tie_order="shuffle"), seed=seed)
         catalogue, log, _ = read_dataset(folder)
         in_file = [item for _, item, _ in events(folder)]
         merged: list[str] = catalogue.item_id[log.item].tolist()
@@ -220,8 +215,8 @@ def test_the_manifest_says_what_was_read(tmp_path: Path) -> None:
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     rows = [(f"u{n % 7}", f"i{n % 11}", n * 37 % 50) for n in range(200)]
-    first = build_dataset([source_of(rows)], tmp_path / "a", min_user_events=2, min_item_events=2)
-    second = build_dataset([source_of(rows)], tmp_path / "b", min_user_events=2, min_item_events=2)
+    first = build_dataset([source_of(rows)], tmp_path / "a", Rules(k_core=2))
+    second = build_dataset([source_of(rows)], tmp_path / "b", Rules(k_core=2))
     files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(second) for path in second.rglob("*") if path.is_file())
     assert all((first / path).read_bytes() == (second / path).read_bytes() for path in files)
@@ -366,10 +361,10 @@ def test_malformed_rows_count_among_the_bad_ones(tmp_path: Path) -> None:
 
 def test_nothing_left_says_which_rule_took_it(tmp_path: Path) -> None:
     with pytest.raises(DataError) as raised:
-        build(tmp_path, source_of([("a", "x", 1), ("b", "x", 2)]), min_user_events=5)
+        build(tmp_path, source_of([("a", "x", 1), ("b", "x", 2)]), k_core=5)
     message = str(raised.value)
     assert "nothing is left of domain 'toys' (read: 2 events; usable: 2 events" in message
-    assert "lower the minimum number of events of a user (5) and of an item (0): k_core" in message
+    assert "lower k_core=5" in message
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
@@ -382,8 +377,8 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, source_of([("a", "x", 1)]), progress=interrupt)
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".data.unfinished").mkdir()  # as after a kill
-    (tmp_path / ".data.unfinished" / "dataset.json").write_text("{}")
+    (tmp_path / "data.incomplete").mkdir()  # as after a kill
+    (tmp_path / "data.incomplete" / "dataset.json").write_text("{}")
     folder = build(tmp_path, source_of([("a", "x", 1)]))
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
     assert len(events(folder)) == 1
@@ -400,7 +395,8 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"tie_order": "random"}, "tie_order='random': expected source, item_id, shuffle"),
-        ({"min_user_events": -1}, "min_user_events=-1 must be at least 0"),
+        ({"k_core": -1}, "k_core=-1 must be at least 0"),
+        ({"k_core_scope": "user"}, "k_core_scope='user': expected domain, pooled"),
         ({"engine": "postgres"}, "engine='postgres': expected duckdb"),
         ({"memory_limit": "lots"}, "memory_limit='lots': write a size, as 8GB or 500MB"),
     ],
@@ -442,11 +438,12 @@ for name in {blocked}:
     sys.modules[name] = None
 import pyarrow as pa
 from cprec.data.build import build_dataset
+from cprec.data.config import Rules
 from cprec.data.dataset import read_dataset
 from cprec.data.sources.memory import MemorySource
 items = pa.table({{"item_id": ["x"], "title": ["X"]}})
 log = pa.table({{"user_id": ["a"], "item_id": ["x"], "timestamp": [1]}})
-build_dataset([MemorySource("toys", "shop", items, log)], "data", min_user_events=0, min_item_events=0)
+build_dataset([MemorySource("toys", "shop", items, log)], "data", Rules(k_core=0))
 print(len(read_dataset("data")[1]))
 """
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
@@ -464,7 +461,7 @@ def test_amazon_beauty_as_published(real_data: Path, tmp_path: Path) -> None:
         interactions=str(real_data / "amazon14_beauty" / "interactions.parquet"),
         items=str(real_data / "amazon14_beauty" / "items.parquet"),
     )
-    folder = build_dataset([source], tmp_path / "data", min_user_events=5, min_item_events=5)
+    folder = build_dataset([source], tmp_path / "data", Rules(k_core=5))
     about = read_manifest(folder)["domains"]["beauty"]
     assert about["counts"][0] == {"rule": "read", "events": 198_502, "users": 22_363, "items": 12_101}
     assert about["rejected"] == {"item has no title": 131, "title without a word": 7}
@@ -483,7 +480,7 @@ def test_amazon_beauty_as_published(real_data: Path, tmp_path: Path) -> None:
 @pytest.mark.real_data
 def test_movielens_in_recbole_files(real_data: Path, tmp_path: Path) -> None:
     source = RecBoleSource(domain="films", prefix=str(real_data / "raw" / "recbole_ml-100k" / "ml-100k"))
-    folder = build_dataset([source], tmp_path / "data", min_user_events=5, min_item_events=5)
+    folder = build_dataset([source], tmp_path / "data", Rules(k_core=5))
     about = read_manifest(folder)["domains"]["films"]
     assert about["counts"][0] == {"rule": "read", "events": 100_000, "users": 943, "items": 1_682}
     assert about["rejected"] == {}

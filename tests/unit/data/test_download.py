@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from cprec.data.build import build_dataset
+from cprec.data.config import PublicSource, Rules
 from cprec.data.download import TRIES, download_files, verify_files
-from cprec.data.sources import public
-from cprec.data.sources.public import PublicSource
+from cprec.data.sources import layouts
 from cprec.errors import DataError
 
 CONTENT = gzip.compress(random.Random(0).randbytes(1_000_000), mtime=0)
@@ -318,16 +318,16 @@ def test_an_archive_half_unpacked_is_gone_on_with(server: Server, tmp_path: Path
 def test_prepare_downloads_by_name(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    layout = public.FORMATS["movielens-1m"]
+    layout = layouts.LAYOUTS["movielens-1m"]
     url = f"http://127.0.0.1:{server.server_port}/ml-1m.zip"
-    monkeypatch.setitem(public.FORMATS, "movielens-1m", type(layout)(**{**vars(layout), "urls": (url,)}))
+    monkeypatch.setitem(layouts.LAYOUTS, "movielens-1m", type(layout)(**{**vars(layout), "urls": (url,)}))
     server.script = [lambda handler: handler.send(archive("ml-1m/ratings.dat", "ml-1m/movies.dat"))]
     source = PublicSource(format="movielens-1m", folder=str(tmp_path / "raw"), download=True)
     for name in ("first", "second"):
-        build_dataset([source], tmp_path / name, min_user_events=0, min_item_events=0)
+        build_dataset([source], tmp_path / name, Rules(k_core=0))
     assert len(server.ranges) == 1, "the files are there the second time"
     said = capsys.readouterr().err
     assert said.count("MovieLens (GroupLens, University of Minnesota): for research") == 1, "only where it downloads"
     (tmp_path / "raw" / "ml-1m" / "ratings.dat").write_bytes(b"1::1::4::978300760\n")
     with pytest.raises(DataError, match="ratings.dat is not the file first seen on "):
-        build_dataset([source], tmp_path / "third", min_user_events=0, min_item_events=0)
+        build_dataset([source], tmp_path / "third", Rules(k_core=0))

@@ -13,7 +13,7 @@ import pytest
 
 from cprec.data.engine import connect
 from cprec.data.sources.lines import as_text
-from cprec.data.sources.tables import _as_text
+from cprec.data.sources.raw import as_text as column_text
 from cprec.data.text_files import Scalar
 from cprec.schema import id_text
 from cprec.serve.histories import _json
@@ -34,7 +34,7 @@ COLUMNS = [
 def test_a_cell_becomes_what_its_column_becomes(column: pa.Array) -> None:
     with connect("duckdb") as engine:
         table = engine.from_arrow(pa.table({"id": column}))
-        expected = engine.to_arrow(table.select(_as_text(table["id"]).name("id")))["id"].to_pylist()
+        expected = engine.to_arrow(table.select(column_text(table["id"]).name("id")))["id"].to_pylist()
     assert [id_text(cell) for cell in column.to_pylist()] == expected
 
 

@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cprec.data.build import EMPTIED, build_dataset
+from cprec.data.build import build_dataset
+from cprec.data.config import Rules, TableSource
 from cprec.data.dataset import read_manifest
-from cprec.data.sources.tables import TableSource
+from cprec.data.rejected import EMPTIED
 from cprec.errors import ConfigError, DataError
 
 T = 1_406_116_800  # 2014-07-23T12:00:00Z
@@ -469,8 +470,7 @@ def build(case: Case, folder: Path) -> Path:
         items=None if case.items is None else str(folder / case.items_file),
         **settings,
     )
-    rules = {"min_user_events": 0, "min_item_events": 0, "drop_consecutive_repeats": False, "deduplicate": False}
-    return build_dataset([source], folder / "data", **rules)
+    return build_dataset([source], folder / "data", Rules(k_core=0, drop_consecutive_repeats=False, deduplicate=False))
 
 
 def test_there_are_enough_cases_and_each_has_its_own_name() -> None:
@@ -515,9 +515,7 @@ def test_what_is_kept_but_odd_is_said(tmp_path: Path) -> None:
         separator=";",
     )
     said: list[str] = []
-    folder = build_dataset(
-        [source], tmp_path / "data", min_user_events=0, min_item_events=0, progress=lambda line: said.append(line)
-    )
+    folder = build_dataset([source], tmp_path / "data", Rules(k_core=0), progress=lambda line: said.append(line))
     assert [line for line in said if "note" in line] == [
         "note: toys: the comma in rating is the decimal sign, as in '4,5'",
         "note: toys: 3 values of rating are no numbers, as '85 %', and are left out",

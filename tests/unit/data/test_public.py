@@ -5,15 +5,17 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow.parquet as pq
 import pytest
 
 from cprec.data.build import build_dataset
+from cprec.data.config import FormatName, PublicSource, Rules
 from cprec.data.dataset import read_manifest
+from cprec.data.sources.layouts import LAYOUTS
 from cprec.data.sources.lines import as_text, python_literal
-from cprec.data.sources.public import FORMATS, PublicSource
+from cprec.data.sources.public import FORMATS
 from cprec.errors import ConfigError, DataError
 
 DAY = 1_406_073_600  # 2014-07-23
@@ -179,6 +181,9 @@ CASES: dict[str, tuple[dict[str, bytes], dict[str, str], list[Row], dict[str, st
 }
 
 
+PLATFORMS = {"lastfm-hetrec": "lastfm", "online-retail": "online-retail"}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_format_is_read(name: str, tmp_path: Path) -> None:
     files, settings, events, titles, rejected = CASES[name]
@@ -187,14 +192,14 @@ def test_a_format_is_read(name: str, tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     source = PublicSource(format=name, folder=str(tmp_path / "raw"), **settings)  # type: ignore[arg-type]
-    folder = build_dataset([source], tmp_path / "data", min_user_events=0, min_item_events=0)
+    folder = build_dataset([source], tmp_path / "data", Rules(k_core=0))
     table = pq.read_table(folder / "interactions").to_pylist()
     assert sorted((row["user_id"], row["item_id"], row["timestamp"]) for row in table) == sorted(events)
     items = pq.read_table(folder / "items").to_pylist()
     assert {row["item_id"]: row["title"] for row in items} == titles
     about = read_manifest(folder)["domains"][source.domain]
     assert about["rejected"] == rejected
-    assert about["platform"] == FORMATS[name].platform
+    assert about["platform"] == source.platform == PLATFORMS.get(name, name.partition("-")[0])
 
 
 @pytest.mark.slow
@@ -213,14 +218,18 @@ def test_categories_and_genres_are_text(tmp_path: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         source = PublicSource(format=name, folder=str(tmp_path / name), **settings)  # type: ignore[arg-type]
-        folder = build_dataset([source], tmp_path / f"{name}-data", min_user_events=0, min_item_events=0)
+        folder = build_dataset([source], tmp_path / f"{name}-data", Rules(k_core=0))
         assert pq.read_table(folder / "items")["categories"].to_pylist()[0] == expected, name
 
 
 def test_every_format_has_a_case_or_a_sibling_that_has_one() -> None:
     siblings = {"movielens-20m": "movielens-32m", "movielens-25m": "movielens-32m"}
     assert {siblings.get(name, name) for name in FORMATS} == set(CASES)
-    assert all(layout.licence and layout.page.startswith("https://") for layout in FORMATS.values())
+    assert set(FORMATS) == set(LAYOUTS) == set(get_args(FormatName))
+    assert all(layout.licence and layout.page.startswith("https://") for layout in LAYOUTS.values())
+    for name, layout in LAYOUTS.items():
+        assert bool(layout.items) == (FORMATS[name].items is not None)
+        assert any("{category}" in file for file in layout.interactions) == name.startswith(("amazon", "goodreads"))
 
 
 def test_names_are_made_of_the_format() -> None:
@@ -237,12 +246,12 @@ def test_names_are_made_of_the_format() -> None:
 def test_missing_files_are_named(tmp_path: Path) -> None:
     source = PublicSource(format="movielens-1m", folder=str(tmp_path))
     with pytest.raises(DataError, match=r"has no ratings.dat, which movielens-1m needs: set download=true, or get it"):
-        build_dataset([source], tmp_path / "data")
+        build_dataset([source], tmp_path / "data", Rules())
     with pytest.raises(
         ConfigError,
         match="yelp cannot be downloaded directly: get yelp_academic_dataset_review.json and .*business.json from https://",
     ):
-        build_dataset([PublicSource(format="yelp", folder=str(tmp_path), download=True)], tmp_path / "data")
+        build_dataset([PublicSource(format="yelp", folder=str(tmp_path), download=True)], tmp_path / "data", Rules())
 
 
 @pytest.mark.parametrize(
@@ -259,7 +268,7 @@ def test_real_bytes_of_amazon_and_movielens(real_data: Path, tmp_path: Path) -> 
         PublicSource(format="amazon-2018", folder=str(real_data / "raw" / "amazon2018"), category="Gift_Cards"),
         PublicSource(format="movielens-1m", folder=str(real_data / "raw" / "movielens_dat")),
     ]
-    folder = build_dataset(sources, tmp_path / "data", min_user_events=0, min_item_events=0)
+    folder = build_dataset(sources, tmp_path / "data", Rules(k_core=0))
     domains = read_manifest(folder)["domains"]
     cards, films = domains["amazon_2018_gift_cards"], domains["movielens_1m"]
     assert cards["counts"][0] == {"rule": "read", "events": 2972, "users": 458, "items": 148}

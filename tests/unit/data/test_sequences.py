@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cprec.data.config import SplitSpec
 from cprec.data.sequences import Sequences, build_sequences
-from cprec.data.splits import Split, SplitSpec, make_split
+from cprec.data.splits import Split, make_split
 from cprec.errors import ConfigError, DataError
 
 

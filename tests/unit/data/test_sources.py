@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from cprec.data import text_files
+from cprec.data.build import LOADERS
+from cprec.data.config import RecBoleSource, TableFiles, TableSource
 from cprec.data.engine import connect
 from cprec.data.sources.memory import MemorySource
-from cprec.data.sources.recbole import RecBoleSource
-from cprec.data.sources.tables import TableFiles, TableSource
 from cprec.errors import ConfigError, DataError
 
 Write = Callable[[str, str], str]
@@ -29,7 +29,7 @@ NOON = 1_406_116_800  # 2014-07-23T12:00:00Z
 def load(source: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Any]:
     """(interactions, items, the source's tables) as rows in source order."""
     with connect() as engine:
-        tables = source.load(engine)
+        tables = LOADERS[type(source)](engine, source)
         log = engine.to_arrow(tables.interactions.order_by("sequence")).to_pylist()
         items = engine.to_arrow(tables.items.order_by("sequence")).to_pylist()
         malformed = [row for _, table in tables.malformed for row in engine.to_arrow(table).to_pylist()]
@@ -231,7 +231,9 @@ def test_a_missing_file_is_named_with_similar_ones(write: Write, tmp_path: Path)
 def test_folders_and_unknown_kinds_of_files_are_refused(write: Write, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is a folder; for the interactions of domain 'toys' give its files"):
         load(TableSource(domain="toys", interactions=str(tmp_path)))
-    with pytest.raises(DataError, match="suffix, and .xlsx is not known; accepted are .parquet, .csv"):
+    with pytest.raises(
+        DataError, match="suffix tells the kind of a file, and .xlsx is not known; accepted are .parquet, .csv"
+    ):
         load(TableSource(domain="toys", interactions=write("log.xlsx", "x")))
 
 
@@ -431,8 +433,7 @@ def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> Non
 
 def test_configurations_load_nothing_heavy() -> None:
     code = (
-        "import sys, cprec.data.splits\n"
-        "from cprec.data.sources import memory, recbole, tables\n"
+        "import sys, cprec.data.config, cprec.data.sources.files\n"
         "print([name for name in ('numpy', 'pyarrow', 'ibis', 'duckdb', 'pandas') if name in sys.modules])"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cprec.data.build import build_dataset
-from cprec.data.sources.tables import TableSource
+from cprec.data.config import Rules, TableSource
 from cprec.errors import ConfigError, DataError
 from cprec.text.config import PrepareConfig
 from cprec.text.prepare import prepare
@@ -91,10 +91,7 @@ def test_dirty_logs_give_the_same_tables(tmp_path: Path, tie_order: Any) -> None
         build_dataset(
             sources,
             tmp_path / name,
-            min_user_events=3,
-            min_item_events=2,
-            core_scope="pooled" if tie_order == "source" else "domain",
-            tie_order=tie_order,
+            Rules(k_core=3, k_core_scope="pooled" if tie_order == "source" else "domain", tie_order=tie_order),
             engine=engine,
             num_parts=2,
         )
@@ -106,9 +103,9 @@ def test_errors_of_spark_are_data_errors(tmp_path: Path) -> None:
     (tmp_path / "items.csv").write_text("item_id,title\ni,Ball\n")
     source = TableSource(domain="toys", interactions=str(tmp_path / "log.parquet"), items=str(tmp_path / "items.csv"))
     with pytest.raises(DataError, match=r"log\.parquet: "):
-        build_dataset([source], tmp_path / "data", engine=SPARK)
+        build_dataset([source], tmp_path / "data", Rules(), engine=SPARK)
     with pytest.raises(ConfigError, match="expected duckdb, spark or spark://MASTER"):
-        build_dataset([source], tmp_path / "data", engine="sparks://x")
+        build_dataset([source], tmp_path / "data", Rules(), engine="sparks://x")
 
 
 def test_whole_preparations_of_real_domains_are_equal(real_data: Path, tmp_path: Path) -> None:

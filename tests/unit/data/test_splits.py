@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cprec.data.splits import Split, SplitSpec, cut_times, make_split
+from cprec.data.config import SplitSpec
+from cprec.data.splits import Split, cut_times, make_split
 from cprec.errors import ConfigError, DataError
 
 # Alice: four books and three toys, interleaved; Bob: two books only.

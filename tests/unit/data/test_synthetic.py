@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from cprec.data.cleaning import clean_title
+from cprec.data.config import SyntheticConfig
 from cprec.data.sources.synthetic import (
     BRANDS_OF_DOMAIN,
     FIRST_SECOND,
@@ -19,7 +20,6 @@ from cprec.data.sources.synthetic import (
     SHARED_BRANDS,
     YEAR,
     OracleRecommender,
-    SyntheticConfig,
     SyntheticWorld,
 )
 from cprec.errors import ConfigError, DataError, UnknownItemError

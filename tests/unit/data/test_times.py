@@ -18,13 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from cprec.data.build import build_dataset
+from cprec.data.config import ConnectionSource, Rules, SplitSpec, TableSource
 from cprec.data.dataset import read_dataset, read_manifest, read_split
 from cprec.data.interactions import SECOND
 from cprec.data.sequences import build_sequences
-from cprec.data.sources.connections import ConnectionSource
 from cprec.data.sources.memory import MemorySource
-from cprec.data.sources.tables import TableSource
-from cprec.data.splits import SplitSpec, make_split
+from cprec.data.splits import make_split
 from cprec.text.export import export, read_frame
 
 START = 1_577_836_800 * SECOND  # 2020-01-01
@@ -135,7 +134,7 @@ def every_form(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list
     """Of each form what was read: the numbers of the events in order, and their times."""
     folder = tmp_path_factory.mktemp("times")
     sources = {name: source_of(folder, name, form) for name, form in FORMS.items()}
-    data = build_dataset(list(sources.values()), folder / "data", min_user_events=0, min_item_events=0)
+    data = build_dataset(list(sources.values()), folder / "data", Rules(k_core=0))
     catalogue, log, _ = read_dataset(data)
     found = {}
     for name, source in sources.items():
@@ -168,9 +167,7 @@ def memory(domain: str, rows: list[tuple[str, str, float]], has_times: bool = Tr
 def test_times_of_one_second_decide_duplicates_repeats_targets_and_mixed_sequences(tmp_path: Path) -> None:
     films = [("u", "a", 7.5), ("u", "b", 7.125), ("u", "a", 7.25), ("u", "c", 7.0), ("u", "a", 7.5), ("u", "d", 7.375)]
     toys = [("u", "x", 7.0625), ("u", "y", 7.3125), ("u", "y", 7.4375)]
-    data = build_dataset(
-        [memory("films", films), memory("toys", toys)], tmp_path / "data", min_user_events=0, min_item_events=0
-    )
+    data = build_dataset([memory("films", films), memory("toys", toys)], tmp_path / "data", Rules(k_core=0))
     catalogue, log, domains = read_dataset(data)
     # c, x, b, a, y, d, a: the second 'a' at 7.5 is a duplicate, the one at 7.25 is none; the second y is a repeat.
     assert catalogue.item_id[log.item].tolist() == ["c", "x", "b", "a", "y", "d", "a"]
@@ -191,9 +188,7 @@ def test_times_of_one_second_decide_duplicates_repeats_targets_and_mixed_sequenc
 
 def test_positions_with_fractions_keep_their_order(tmp_path: Path) -> None:
     rows = [("u", "a", 1.75), ("u", "b", 1.25), ("u", "c", -0.5), ("u", "d", 1.5), ("v", "a", 9.5)]
-    data = build_dataset(
-        [memory("films", rows, has_times=False)], tmp_path / "data", min_user_events=0, min_item_events=0
-    )
+    data = build_dataset([memory("films", rows, has_times=False)], tmp_path / "data", Rules(k_core=0))
     catalogue, log, _ = read_dataset(data)
     assert catalogue.item_id[log.item[log.user == log.user[0]]].tolist() in (["c", "b", "d", "a"], ["a"])
     assert sorted(catalogue.item_id[log.item].tolist()) == ["a", "a", "b", "c", "d"]
@@ -206,13 +201,13 @@ def test_the_source_s_order_of_equal_times_has_all_its_digits(order: list[Any], 
     items = pa.table({"item_id": ["a", "b", "c"], "title": ["a", "b", "c"]})
     log = pa.table({"user_id": ["u"] * 3, "item_id": ["a", "b", "c"], "timestamp": [5, 5, 5], "order": order})
     source = MemorySource("films", "shop", items, log)
-    catalogue, read, _ = read_dataset(build_dataset([source], tmp_path / "data", min_user_events=0, min_item_events=0))
+    catalogue, read, _ = read_dataset(build_dataset([source], tmp_path / "data", Rules(k_core=0)))
     assert catalogue.item_id[read.item].tolist() == ["b", "a", "c"]
 
 
 def test_a_folder_made_before_has_whole_seconds(tmp_path: Path) -> None:
     rows = [("u", "a", 3.0), ("u", "b", 1.0), ("u", "c", 2.0)]
-    data = build_dataset([memory("films", rows)], tmp_path / "data", min_user_events=0, min_item_events=0)
+    data = build_dataset([memory("films", rows)], tmp_path / "data", Rules(k_core=0))
     new = read_dataset(data)[1]
     (path,) = data.glob("interactions/*/*.parquet")
     pq.write_table(pq.ParquetFile(path).read().drop_columns(["microsecond"]), path)

@@ -15,7 +15,7 @@ from cprec.search.attention import PromptTree
 from cprec.search.cache import PrefixCache
 from cprec.search.decoding import Found
 from cprec.search.decoding import search as search_trie
-from cprec.search.scoring import score_candidates, score_catalogue
+from cprec.search.scoring import score_candidates
 from cprec.search.trie import Trie
 
 EOS = 1
@@ -202,38 +202,31 @@ def test_mean_scores_are_searched_exactly(model: Any, of_item: OfItem) -> None:
             assert found.scores.tolist() == pytest.approx(expected, abs=1e-4)
 
 
-def test_items_come_and_go_while_searching(model: Any, of_item: OfItem) -> None:
-    trie = Trie.build(Ragged.of(ENDED[:5]))
+def test_only_items_in_stock_are_found(model: Any, of_item: OfItem) -> None:
+    trie = Trie.build(Ragged.of(ENDED))
     tree = PromptTree(model, [np.array(PROMPTS[0])])
-
-    def check(*stock: int) -> None:
+    for gone in ([], [5], [1], [1, 5], [0, 3, 5]):
+        stock = [item for item in EVERYTHING if item not in gone]
         for k in (1, 3, 8):
             tree.forget()
-            (found,) = search_trie(tree, trie, k=k, width=2)
+            (found,) = search_trie(tree, trie.with_stock(~np.isin(EVERYTHING, gone)), k=k, width=2)
             assert found.exact and set(found.items.tolist()) == brute(of_item, PROMPTS[0], stock, k, stock=stock)
             expected = [of_item(PROMPTS[0], item, stock) for item in found.items]
             assert found.scores.tolist() == pytest.approx(expected, abs=1e-4)
 
-    check(0, 1, 2, 3, 4)
-    trie.add(Ragged.of(ENDED[5:]))
-    check(*EVERYTHING)
-    for gone in ([5], [1], [1, 5], [0, 3, 5]):
-        trie.withdraw(np.array(gone))
-        check(*(item for item in EVERYTHING if item not in gone))
-        trie.put_back(np.array(gone))
-        check(*EVERYTHING)
-
 
 def test_items_of_a_title_share_its_probability(model: Any, teacher_forced: Score) -> None:
     """Below every leaf the probabilities of the items in stock add up to that of the title."""
-    trie = Trie.build(Ragged.of(ENDED + ENDED[1:2] + ENDED[3:4]))  # "5 6" three times, item 3 twice
-    trie.withdraw(np.array([5]))
-    (scores,) = score_catalogue(PromptTree(model, [np.array(PROMPTS[0])]), trie)
+    titles = Ragged.of(ENDED + ENDED[1:2] + ENDED[3:4])  # "5 6" three times, item 3 twice
+    items = np.arange(len(titles))
+    trie = Trie.build(titles).with_stock(items != 5)
+    (scores,) = score_candidates(PromptTree(model, [np.array(PROMPTS[0])]), [titles])
+    scores = scores + trie.log_share(items)
     sums: dict[int, float] = {}
     for item in np.flatnonzero(trie.in_stock):
         sums[trie.leaf[item]] = sums.get(trie.leaf[item], 0) + np.exp(scores[item])
-    titles = {trie.leaf[item]: np.exp(teacher_forced(PROMPTS[0], ENDED[item])) for item in EVERYTHING}
-    assert sums == pytest.approx(titles, rel=1e-4)
+    expected = {trie.leaf[item]: np.exp(teacher_forced(PROMPTS[0], ENDED[item])) for item in EVERYTHING}
+    assert sums == pytest.approx(expected, rel=1e-4)
     assert scores[5] == pytest.approx(
         teacher_forced(PROMPTS[0], ENDED[5]) - math.log(3), abs=1e-4
     )  # as if it were back
@@ -271,12 +264,11 @@ def test_titles_that_are_impossible_come_last(model: Any, of_item: OfItem, width
         assert set(result.items[np.isinf(result.scores)].tolist()) == mine & impossible
 
 
-def test_all_items_at_once(model: Any, of_item: OfItem, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_items_at_once(model: Any, teacher_forced: Score, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cprec.search.scoring.TITLES", 7)  # several blocks
-    trie = Trie.build(Ragged.of(ENDED))
-    scores = score_catalogue(PromptTree(model, [np.array(prompt) for prompt in PROMPTS]), trie)
-    for prompt, mine in zip(PROMPTS, scores, strict=True):
-        assert mine.tolist() == pytest.approx([of_item(prompt, item) for item in EVERYTHING], abs=1e-4)
+    tree = PromptTree(model, [np.array(prompt) for prompt in PROMPTS])
+    for prompt, mine in zip(PROMPTS, score_candidates(tree, [Ragged.of(ENDED)] * len(PROMPTS)), strict=True):
+        assert mine.tolist() == pytest.approx([teacher_forced(prompt, title) for title in ENDED], abs=1e-4)
 
 
 def test_nothing_to_search_for_is_refused(model: Any) -> None:

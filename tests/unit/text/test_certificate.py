@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from cprec import cli
+from cprec.data.config import SplitSpec, TableSource
 from cprec.data.dataset import POPULARITY, part_path, read_split, slot_of
 from cprec.data.interactions import SECOND
 from cprec.data.ragged import Ragged
-from cprec.data.sources.tables import TableSource
-from cprec.data.splits import Split, SplitSpec
+from cprec.data.splits import Split
 from cprec.provenance import file_sha256
 from cprec.schema import TEST, TRAIN, VALIDATION
 from cprec.text.certificate import CERTIFICATE, audit, violated
@@ -342,6 +342,20 @@ def test_everything_that_is_read_is_hashed(shop: Shop) -> None:
         "examples/toys/train",
     }
     assert set(certificate["queries"]) == {f"{d}/{p}" for d in ("books", "toys") for p in (VALIDATION, TEST)}
+
+
+def test_the_events_that_baselines_learn_from_are_hashed(copy: Callable[..., Shop]) -> None:
+    shop = copy(certified=True)
+    interactions = {
+        part_path(Path(), "interactions", domain, part).as_posix() for domain in DOMAINS for part in range(2)
+    }
+    items = {part_path(Path(), "items", domain, 0).as_posix() for domain in DOMAINS}
+    certificate = json.loads((shop.folder / CERTIFICATE).read_text())
+    assert certificate["events"] == {
+        name: file_sha256(shop.folder / name) for name in {"dataset.json"} | interactions | items
+    }
+    shop.edit_json(CERTIFICATE, lambda older: older.pop("events"))  # as certificates once were
+    assert shop.audit()["events"] == certificate["events"], "`cprec audit` adds it"
 
 
 def test_documents_written_again_are_the_same(shop: Shop) -> None:

@@ -17,12 +17,9 @@ import pytest
 
 from cprec import cli
 from cprec.data import build
+from cprec.data.config import RecBoleSource, Rules, SplitSpec, SyntheticConfig, TableSource
 from cprec.data.dataset import read_split
 from cprec.data.interactions import SECOND
-from cprec.data.sources.recbole import RecBoleSource
-from cprec.data.sources.synthetic import SyntheticConfig
-from cprec.data.sources.tables import TableSource
-from cprec.data.splits import SplitSpec
 from cprec.errors import ConfigError, DataError, LeakageError
 from cprec.provenance import file_sha256
 from cprec.schema import CONTEXT, SPLITS, TEST, TRAIN, VALIDATION
@@ -134,7 +131,7 @@ def test_recbole_has_the_log_and_the_split(data: Path, tmp_path: Path) -> None:
 def test_our_own_reader_reads_the_atomic_files(data: Path, tmp_path: Path) -> None:
     folder = export(data, "recbole", tmp_path / "out", ["books"])
     source = RecBoleSource(domain="books", platform="library", prefix=str(folder / "books" / "books"))
-    again = build.build_dataset([source], tmp_path / "again", min_user_events=0, min_item_events=0)
+    again = build.build_dataset([source], tmp_path / "again", Rules(k_core=0))
     read = pa.concat_tables([pq.ParquetFile(path).read() for path in sorted(again.glob("interactions/*/*.parquet"))])
     names = ("user_id", "item_id", "timestamp")
     assert sorted(zip(*(read[name].to_pylist() for name in names), strict=True)) == sorted(events(data, "books"))
@@ -348,9 +345,9 @@ def test_marks_of_chat_templates_are_counted(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize("mark", MARKS)
 def test_marks_are_known(mark: str) -> None:
-    found = exports.MARK.search(f"Tea {mark} cup")
+    found = exports.SPECIAL_MARK.search(f"Tea {mark} cup")
     assert found and found[0] == mark
-    assert not exports.MARK.search("[REC] <3 <Untitled> a|b [Blu-ray] <i>s</i> (2001)")
+    assert not exports.SPECIAL_MARK.search("[REC] <3 <Untitled> a|b [Blu-ray] <i>s</i> (2001)")
 
 
 def test_few_documents_at_a_time_give_the_same(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

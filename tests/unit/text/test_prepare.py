@@ -20,10 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from cprec.data import build
+from cprec.data.config import Rules, SplitSpec, TableSource
 from cprec.data.dataset import read_manifest, read_split, slot_of
 from cprec.data.interactions import SECOND
-from cprec.data.sources.tables import TableSource
-from cprec.data.splits import SplitSpec
 from cprec.errors import ConfigError, DataError
 from cprec.provenance import to_dict
 from cprec.text import documents
@@ -286,9 +285,9 @@ def test_an_interrupted_run_goes_on(
     "where",
     [
         "text.documents.join_shards",
-        "text.certificate.audit",
+        "text.prepare.audit",
         *("data.build.count_times", "text.documents._join_tables"),
-        *("text.documents.write_popularity", "text.documents.remove_parts"),
+        *("text.documents.write_popularity", "text.prepare.remove_parts"),
     ],
 )
 @pytest.mark.slow
@@ -341,7 +340,7 @@ def test_a_complete_folder_is_reused_and_no_other_is_touched(
         prepare(replace(config, k_core=2, seed=1))
     assert contents(folder) == before
     (tmp_path / "other").mkdir()
-    with pytest.raises(ConfigError, match="other exists and is no data folder"):
+    with pytest.raises(ConfigError, match="other exists and is not a data folder"):
         prepare(replace(config, output_dir=str(tmp_path / "other")))
 
 
@@ -545,7 +544,7 @@ def test_users_stand_where_the_engine_puts_them(
     small_parts(100)
     folder = tmp_path / "tables"
     folder.mkdir()
-    build.build_tables(config.tables, folder)
+    build.build_tables(config.tables, folder, Rules())
     num_parts = read_manifest(folder)["num_parts"]
     assert num_parts == 16
     for path in folder.glob("interactions/*/part-*.parquet"):
@@ -565,7 +564,7 @@ def test_each_rule_reports_what_it_removed(tmp_path: Path) -> None:
     pq.write_table(log, tmp_path / "log.parquet")
     (tmp_path / "items.csv").write_text("item_id,title\nx,X\ny,Y\nz,Z\n")
     source = TableSource(domain="toys", interactions=str(tmp_path / "log.parquet"), items=str(tmp_path / "items.csv"))
-    folder = build.build_dataset([source], tmp_path / "data", min_user_events=2, min_item_events=2)
+    folder = build.build_dataset([source], tmp_path / "data", Rules(k_core=2))
     about = read_manifest(folder)["domains"]["toys"]
     counts = about["counts"]
     assert [(step["rule"], step.get("removed"), step["events"]) for step in counts] == [
@@ -590,5 +589,5 @@ def test_a_run_is_audited_by_its_folder(config: PrepareConfig, tmp_path: Path) -
     (tmp_path / "run" / "data" / "certificate.json").unlink()
     assert audit(tmp_path / "run", workers=1)["clean"]
     assert (tmp_path / "run" / "data" / "certificate.json").is_file()
-    with pytest.raises(ConfigError, match="is no data folder"):
+    with pytest.raises(ConfigError, match="is not a data folder"):
         audit(tmp_path)

@@ -16,11 +16,9 @@ import duckdb
 import pytest
 
 from cprec import provenance
+from cprec.data.config import ConnectionSource, PublicSource, RecBoleSource, TableSource
 from cprec.data.dataset import read_manifest
-from cprec.data.sources.connections import ConnectionSource
-from cprec.data.sources.public import PublicSource
-from cprec.data.sources.recbole import RecBoleSource
-from cprec.data.sources.tables import TableSource
+from cprec.data.sources.files import files_of
 from cprec.errors import DataError, InputChanged
 from cprec.evaluate.config import EvaluateConfig
 from cprec.provenance import FileHashes, differences, file_sha256
@@ -315,11 +313,11 @@ def test_a_file_that_changes_while_it_is_read_is_refused(here: Path, monkeypatch
 
 def test_the_files_of_a_public_data_set_are_found_as_it_reads_them(tmp_path: Path) -> None:
     source = PublicSource(format="movielens-1m", folder=str(tmp_path))
-    assert source.files() == {"interactions": [], "items": []}
+    assert files_of(source) == {"interactions": [], "items": []}
     (tmp_path / "ml-1m").mkdir()
     (tmp_path / "ml-1m/ratings.dat").touch()
     (tmp_path / "movies.dat").touch()
-    assert source.files() == {"interactions": [tmp_path / "ml-1m/ratings.dat"], "items": [tmp_path / "movies.dat"]}
+    assert files_of(source) == {"interactions": [tmp_path / "ml-1m/ratings.dat"], "items": [tmp_path / "movies.dat"]}
 
 
 # ---- hashes that are noted -------------------------------------------------------------------------------------------

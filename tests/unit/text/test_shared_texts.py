@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 
 from cprec.data.catalogue import Catalogue
+from cprec.data.config import TableSource
 from cprec.data.dataset import read_manifest
-from cprec.data.sources.tables import TableSource
 from cprec.errors import DataError
 from cprec.text.config import PrepareConfig, Template
 from cprec.text.encoding import PromptEncoder

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
-from urllib.parse import urlsplit
+from typing import Any
 
-from cprec.data.sources.tables import (
-    DEFAULT_NAMES,
-    INTERACTION_FIELDS,
-    ITEM_FIELDS,
-    RawTable,
-    SourceTables,
-    TimeFormat,
-    canonical_tables,
-    check_names,
-    find_columns,
-)
+import duckdb
+import ibis
+import pyarrow as pa
+from ibis.backends.sql.datatypes import PostgresType
+from ibis.common.exceptions import TableNotFound
+from sqlglot import TokenType, exp, maybe_parse, parse_one, tokenize
+from sqlglot.errors import SqlglotError
+
+from cprec.data.config import INTERACTION_FIELDS, ITEM_FIELDS, ConnectionSource
+from cprec.data.engine import TableEngine
+from cprec.data.sources.columns import find_columns
+from cprec.data.sources.raw import RawTable
+from cprec.data.sources.tables import SourceTables, canonical_tables
+from cprec.data.text_files import LINE
 from cprec.errors import ConfigError, DataError
 from cprec.schema import ITEM_ID, TITLE, USER_ID
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from cprec.data.engine import TableEngine
 
 EXTRAS = {"postgres": "postgres", "postgresql": "postgres"}
 """Kinds of connections that have an extra of this package; for others it is one of Ibis's."""
@@ -39,215 +38,167 @@ BATCH_ROWS = 1 << 16
 """Rows in memory at a time."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConnectionSource:
-    """One domain in two tables, or two queries, of a database or warehouse."""
+def load(engine: TableEngine, source: ConnectionSource) -> SourceTables:
+    """The rows of both tables, only the columns needed. Raises DataError for an unknown table or column."""
+    connection = _connect(source)
+    hashes: dict[str, str] = {}
+    try:
+        log = _read(engine, source, connection, "interactions", source.interactions, INTERACTION_FIELDS, hashes)
+        items = _read(engine, source, connection, "items", source.items, ITEM_FIELDS, hashes)
+    finally:
+        connection.disconnect()
+    tables = canonical_tables(engine, source.domain, log, items, source.columns, source.timestamps)
+    return replace(tables, files=(), hashes=hashes)
 
-    domain: str
-    """Name of the domain: letters, digits, _ - and dots."""
-    platform: str = "default"
-    """Users of one platform are the same people in all its domains."""
-    url: str
-    """What Ibis connects to, as duckdb://shop.db or postgres://user@host/database. $NAME is the environment variable of
-    that name: write passwords so, because settings are recorded."""
-    interactions: str
-    """The log: a table, schema.table, or any query that the database takes; one row per event."""
-    items: str
-    """The items and their titles: a table, schema.table, or a query."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Where canonical columns (user_id, item_id, timestamp, rating, order, title, brand, categories, description,
-    price) have another name, as user_id:customer."""
-    timestamps: TimeFormat = "auto"
-    """seconds, milliseconds, microseconds, nanoseconds, iso (dates and timestamps of the database too), order, or
-    auto."""
 
-    def __post_init__(self) -> None:
-        check_names(self.domain, self.platform)
-        unknown = sorted(set(self.columns) - set(DEFAULT_NAMES))
-        if unknown:
-            raise ConfigError(f"columns maps {', '.join(unknown)}; canonical columns are {', '.join(DEFAULT_NAMES)}")
-        if self.timestamps not in get_args(TimeFormat):
-            raise ConfigError(f"timestamps={self.timestamps!r}: expected {', '.join(get_args(TimeFormat))}")
-        if "://" not in self.url:
-            raise ConfigError(
-                f"url={self.url!r} is no address: write it as duckdb://shop.db or postgres://user@host/db"
-            )
-        if (password := urlsplit(self.url).password) and "$" not in password:
-            raise ConfigError(
-                "url holds a password, and settings are recorded: put it into an environment variable and write its "
-                "name, as postgres://user:$PGPASSWORD@host/db"
-            )
+def fingerprints(source: ConnectionSource, file_hash: Callable[[Path], str]) -> dict[str, str | DataError | None]:
+    """A text for each table that changes when its rows change. It begins with its kind and a colon; only texts of one
+    kind can be compared.
 
-    def load(self, engine: TableEngine) -> SourceTables:
-        """The rows of both tables, only the columns needed. Raises DataError for an unknown table or column."""
-        from dataclasses import replace
+    DuckDB and PostgreSQL give the number of the rows that are read, and a sum over their hashes: a change of any
+    value that is read changes it, another order of rows does not. SQLite has no hash: there it is that of the file, by
+    `file_hash`. Any other database gives None, and a table that cannot be read gives the error.
 
-        connection = self._connect()
-        hashes: dict[str, str] = {}
+    Raises DataError or ConfigError where the database cannot be reached.
+    """
+    tables = {"interactions": (source.interactions, INTERACTION_FIELDS), "items": (source.items, ITEM_FIELDS)}
+    found: dict[str, str | DataError | None] = dict.fromkeys(tables)
+    kind = source.url.partition("://")[0]
+    if kind == "sqlite":
+        path = _file(_address(source))
         try:
-            log = self._read(engine, connection, "interactions", self.interactions, INTERACTION_FIELDS, hashes)
-            items = self._read(engine, connection, "items", self.items, ITEM_FIELDS, hashes)
+            return dict.fromkeys(tables, _sqlite_fingerprint(path, file_hash))
+        except OSError as error:
+            return dict.fromkeys(tables, DataError(_brief(error, "")))
+    if kind not in _ROW_HASH:
+        return found
+    with warnings.catch_warnings():
+        # As in `connect` of the engine: Ibis calls a method of DuckDB that DuckDB has renamed.
+        warnings.filterwarnings("ignore", r"fetch_arrow_table\(\) is deprecated", DeprecationWarning)
+        connection = _connect(source)
+        try:
+            for table, (asked, fields) in tables.items():
+                try:
+                    _, rows, _, places = _chosen(source, connection, table, asked, fields)
+                    found[table] = _fingerprint(connection, rows.query(places))
+                except Exception as error:  # of a table, a column or a value
+                    found[table] = DataError(_brief(error, ""))
         finally:
             connection.disconnect()
-        tables = canonical_tables(engine, self.domain, log, items, self.columns, self.timestamps, items_in_log=False)
-        return replace(tables, files=(), hashes=hashes)
+    return found
 
-    def fingerprints(self, file_hash: Callable[[Path], str]) -> dict[str, str | DataError | None]:
-        """What tells whether the rows of each table are others: text that begins with its kind and a colon.
 
-        Only those of one kind can be compared. SQLite has no hash: there it is that of the file, by `file_hash`.
-        DuckDB and PostgreSQL give the number of the rows that are read, and a sum over their hashes: a change of any
-        value that is read changes it, another order of rows does not. None of any other database.
+def _address(source: ConnectionSource) -> str:
+    """The address with its variables filled in. Raises DataError where it names a file that is not there."""
+    url = re.sub(r"\$\{?(\w+)\}?", partial(_variable, source), source.url)
+    if source.url.partition("://")[0] in ("duckdb", "sqlite") and not _file(url).is_file():  # both would make one
+        raise DataError(f"{_file(url)} does not exist (url of domain {source.domain!r})")
+    return url
 
-        A table that cannot be read gives the error instead. Raises DataError or ConfigError where the database cannot
-        be reached.
-        """
-        tables = {"interactions": (self.interactions, INTERACTION_FIELDS), "items": (self.items, ITEM_FIELDS)}
-        found: dict[str, str | DataError | None] = dict.fromkeys(tables)
-        kind = self.url.partition("://")[0]
-        if kind == "sqlite":
-            path = _file(self._address())
-            try:
-                return dict.fromkeys(tables, _sqlite_fingerprint(path, file_hash))
-            except OSError as error:
-                return dict.fromkeys(tables, DataError(_brief(error, "")))
-        if kind not in _ROW_HASH:
-            return found
-        with warnings.catch_warnings():
-            # As in `connect` of the engine: Ibis calls a method of DuckDB that DuckDB has renamed.
-            warnings.filterwarnings("ignore", r"fetch_arrow_table\(\) is deprecated", DeprecationWarning)
-            connection = self._connect()
-            try:
-                for table, (asked, fields) in tables.items():
-                    try:
-                        _, rows, _, places = self._chosen(connection, table, asked, fields)
-                        found[table] = _fingerprint(connection, rows.query(places))
-                    except Exception as error:  # of a table, a column or a value
-                        found[table] = DataError(_brief(error, ""))
-            finally:
-                connection.disconnect()
-        return found
 
-    def _address(self) -> str:
-        """The address with its variables. Raises DataError where it is of a file that is not there."""
-        url = re.sub(r"\$\{?(\w+)\}?", self._variable, self.url)
-        if self.url.partition("://")[0] in ("duckdb", "sqlite") and not _file(url).is_file():  # both would make one
-            raise DataError(f"{_file(url)} does not exist (url of domain {self.domain!r})")
-        return url
+def _connect(source: ConnectionSource) -> Any:
+    url = _address(source)
+    kind = source.url.partition("://")[0]
+    if kind == "duckdb":
+        url += "?read_only=True"
+    try:
+        return ibis.connect(url)
+    except ImportError as error:
+        extra = EXTRAS.get(kind)
+        fix = f"cprec[{extra}]" if extra else f"ibis-framework[{kind}]"
+        raise ConfigError(f"{kind}:// needs more packages ({error}): pip install '{fix}'") from None
+    except Exception as error:
+        raise DataError(
+            f"url of domain {source.domain!r}: {source.shown} cannot be reached: {_brief(error, url)}"
+        ) from None
 
-    def _connect(self) -> Any:
-        import ibis
 
-        url = self._address()
-        kind = self.url.partition("://")[0]
-        if kind == "duckdb":
-            url += "?read_only=True"
-        try:
-            return ibis.connect(url)
-        except ImportError as error:
-            extra = EXTRAS.get(kind)
-            fix = f"cprec[{extra}]" if extra else f"ibis-framework[{kind}]"
-            raise ConfigError(f"{kind}:// needs more packages ({error}): pip install '{fix}'") from None
-        except Exception as error:
-            raise DataError(
-                f"url of domain {self.domain!r}: {self.shown} cannot be reached: {_brief(error, url)}"
-            ) from None
+def _variable(source: ConnectionSource, match: re.Match[str]) -> str:
+    try:
+        return os.environ[match[1]]
+    except KeyError:
+        raise ConfigError(f"url={source.url}: the environment has no variable {match[1]}") from None
 
-    def _variable(self, match: re.Match[str]) -> str:
-        try:
-            return os.environ[match[1]]
-        except KeyError:
-            raise ConfigError(f"url={self.url}: the environment has no variable {match[1]}") from None
 
-    @property
-    def shown(self) -> str:
-        """The address without its options."""
-        return self.url.partition("?")[0]
+def _read(
+    engine: TableEngine,
+    source: ConnectionSource,
+    connection: Any,
+    what: str,
+    asked: str,
+    fields: Sequence[str],
+    hashes: dict[str, str],
+) -> RawTable:
+    """The columns that are needed of a table or query, copied into the engine, with the number of each row."""
+    place, found, columns, places = _chosen(source, connection, what, asked, fields)
+    schema = pa.schema([pa.field(name, found.schema.field(at).type) for name, at in zip(columns, places, strict=True)])
+    digest = hashlib.sha256()
 
-    def _read(
-        self,
-        engine: TableEngine,
-        connection: Any,
-        what: str,
-        asked: str,
-        fields: Sequence[str],
-        hashes: dict[str, str],
-    ) -> RawTable:
-        """The columns needed of a table or query, numbered, with the engine."""
-        import hashlib
+    def numbered() -> Iterator[pa.RecordBatch]:
+        row = 0
+        for batch in found.batches(places):
+            table = (
+                pa.Table.from_batches([batch]).rename_columns(columns).cast(schema)
+            )  # the database may have other names
+            numbers = pa.array(range(row + 1, row + table.num_rows + 1), pa.int64())
+            row += table.num_rows
+            for part in table.append_column(LINE, numbers).combine_chunks().to_batches():
+                digest.update(part.serialize())
+                yield part.replace_schema_metadata(None)
 
-        import ibis
-        import pyarrow as pa
+    try:
+        lined = schema.append(pa.field(LINE, pa.int64()))
+        rows = engine.from_batches(pa.RecordBatchReader.from_batches(lined, numbered()))
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{place} of domain {source.domain!r} cannot be read: {_brief(error, '')}") from None
+    hashes[place] = digest.hexdigest()
+    rows = rows.mutate(ibis.literal(place).name("source_file"), rows[LINE].name("sequence"))
+    return RawTable(what, rows, tuple(columns), (), (Path(place),))
 
-        from cprec.data.text_files import LINE
 
-        place, found, columns, places = self._chosen(connection, what, asked, fields)
-        schema = pa.schema(
-            [pa.field(name, found.schema.field(at).type) for name, at in zip(columns, places, strict=True)]
+def _chosen(
+    source: ConnectionSource, connection: Any, what: str, asked: str, fields: Sequence[str]
+) -> tuple[str, _Rows, list[str], list[int]]:
+    """A table's name in messages, its rows, and the names and places of the columns that are read."""
+    place = f"{source.shown}/{source.domain}/{what}"  # several domains may share the address
+    found = _open(source, connection, what, asked)
+    raw = RawTable(what, None, tuple(found.schema.names), (), (Path(place),))
+    required = (USER_ID, ITEM_ID) if what == "interactions" else (ITEM_ID, TITLE)
+    columns = list(dict.fromkeys(find_columns(source.domain, raw, fields, source.columns, required).values()))
+    if alike := sorted(name for name in columns if [other.lower() for other in columns].count(name.lower()) > 1):
+        raise DataError(
+            f"{place}: columns {' and '.join(map(repr, alike))} of domain {source.domain!r} differ in upper and "
+            "lower case alone: give one of them another name in a query"
         )
-        digest = hashlib.sha256()
+    return place, found, columns, [raw.columns.index(name) for name in columns]
 
-        def numbered() -> Iterator[pa.RecordBatch]:
-            row = 0
-            for batch in found.batches(places):
-                table = pa.Table.from_batches([batch]).rename_columns(columns).cast(schema)  # whatever names it has
-                numbers = pa.array(range(row + 1, row + table.num_rows + 1), pa.int64())
-                row += table.num_rows
-                for part in table.append_column(LINE, numbers).combine_chunks().to_batches():
-                    digest.update(part.serialize())
-                    yield part.replace_schema_metadata(None)
 
+def _open(source: ConnectionSource, connection: Any, what: str, asked: str) -> _Rows:
+    """The rows of a table, where `asked` is a name or the database has a table of that name; else of a query."""
+    hint = ""
+    try:
+        name = _name(connection, asked)
+        if name is None and not _is_query(connection, asked):
+            schema, _, last = asked.rpartition(".")
+            with suppress(Exception):  # a name with signs that have no place in one, as my-table
+                return _of_table(connection, connection.table(last, database=schema or None))
+        if name is None:
+            return _of_query(connection, _statement(connection, asked))
         try:
-            lined = schema.append(pa.field(LINE, pa.int64()))
-            rows = engine.from_batches(pa.RecordBatchReader.from_batches(lined, numbered()))
-        except DataError:
+            return _of_table(connection, _table(connection, name))
+        except _Ambiguous:
             raise
-        except Exception as error:
-            raise DataError(f"{place} of domain {self.domain!r} cannot be read: {_brief(error, '')}") from None
-        hashes[place] = digest.hexdigest()
-        rows = rows.mutate(ibis.literal(place).name("source_file"), rows[LINE].name("sequence"))
-        return RawTable(what, rows, tuple(columns), (), (Path(place),))
-
-    def _chosen(
-        self, connection: Any, what: str, asked: str, fields: Sequence[str]
-    ) -> tuple[str, _Rows, list[str], list[int]]:
-        """Where a table is, in words, its rows, and the columns of it that are read: their names and places."""
-        place = f"{self.shown}/{self.domain}/{what}"  # several domains may share the address
-        found = self._open(connection, what, asked)
-        raw = RawTable(what, None, tuple(found.schema.names), (), (Path(place),))
-        required = (USER_ID, ITEM_ID) if what == "interactions" else (ITEM_ID, TITLE)
-        columns = list(dict.fromkeys(find_columns(self.domain, raw, fields, self.columns, required).values()))
-        if alike := sorted(name for name in columns if [other.lower() for other in columns].count(name.lower()) > 1):
-            raise DataError(
-                f"{place}: columns {' and '.join(map(repr, alike))} of domain {self.domain!r} differ in upper and "
-                "lower case alone: give one of them another name in a query"
-            )
-        return place, found, columns, [raw.columns.index(name) for name in columns]
-
-    def _open(self, connection: Any, what: str, asked: str) -> _Rows:
-        """The rows of a table, where `asked` is a name or the database has a table of that name; else of a query."""
-        hint = ""
-        try:
-            name = _name(connection, asked)
-            if name is None and not _is_query(connection, asked):
-                schema, _, last = asked.rpartition(".")
-                with suppress(Exception):  # a name with signs that have no place in one, as my-table
-                    return _of_table(connection, connection.table(last, database=schema or None))
-            if name is None:
-                return _of_query(connection, _statement(connection, asked))
-            try:
-                return _of_table(connection, _table(connection, name))
-            except _Ambiguous:
-                raise
-            except Exception:
-                with suppress(Exception):
-                    near = difflib.get_close_matches(name[-1], _tables(connection), n=3, cutoff=0.4)
-                    hint = f"; it has {', '.join(near)}" if near else ""
-                raise
-        except Exception as error:
-            raise DataError(
-                f"{self.shown}: {what} of domain {self.domain!r}, {asked!r}, cannot be read{hint} ({_brief(error, '')})"
-            ) from None
+        except Exception:
+            with suppress(Exception):
+                near = difflib.get_close_matches(name[-1], _tables(connection), n=3, cutoff=0.4)
+                hint = f"; it has {', '.join(near)}" if near else ""
+            raise
+    except Exception as error:
+        raise DataError(
+            f"{source.shown}: {what} of domain {source.domain!r}, {asked!r}, cannot be read{hint} ({_brief(error, '')})"
+        ) from None
 
 
 _ROW_HASH = {
@@ -262,8 +213,6 @@ def _fingerprint(connection: Any, query: str) -> str:
     """The number of rows of a query and a sum over their hashes, made by the database."""
     query = f"SELECT count(*), sum({_ROW_HASH[connection.name]}) FROM (\n{query}\n) cprec_row"
     if connection.name == "duckdb":
-        import duckdb
-
         kind = f"DuckDB {duckdb.__version__}"  # its hash may be another one in the next version
         rows = connection.con.sql(query).fetchall()
     else:
@@ -277,7 +226,8 @@ def _fingerprint(connection: Any, query: str) -> str:
 def _sqlite_fingerprint(path: Path, file_hash: Callable[[Path], str]) -> str:
     """The hash of a SQLite file, and of the log beside it where that has changes not yet in the file.
 
-    That is of another kind: who closes the file last moves the changes into it, which alters both.
+    With a log the fingerprint is of another kind: the program that closes the file last moves the changes into it,
+    which alters both files and no row.
     """
     log = path.with_name(f"{path.name}-wal")
     if log.is_file() and log.stat().st_size:
@@ -301,33 +251,27 @@ def _name(connection: Any, asked: str) -> tuple[str, ...] | None:
 
     A name may have quotes, and comments and a semicolon around it.
     """
-    from sqlglot import errors, exp, maybe_parse
-
     try:
         table = maybe_parse(asked, into=exp.Table, dialect=connection.dialect)
-    except errors.SqlglotError:
+    except SqlglotError:
         return None
     is_name = isinstance(table.this, exp.Identifier) and not table.alias and not table.args.get("joins")
     return tuple(part for part in (table.catalog, table.db, table.name) if part) if is_name else None
 
 
 def _is_query(connection: Any, asked: str) -> bool:
-    """Whether the text reads as a query; of what no other database knows this cannot be told."""
-    from sqlglot import errors, exp, parse_one
-
+    """Whether the text reads as a query; a form that only this one database knows cannot be told."""
     try:
         return isinstance(parse_one(asked, dialect=connection.dialect), (exp.Query, exp.Values, exp.Pivot))
-    except errors.SqlglotError:
+    except SqlglotError:
         return False
 
 
 def _statement(connection: Any, asked: str) -> str:
     """The one statement of a query, without comments and semicolons before and after it."""
-    from sqlglot import TokenType, errors, tokenize
-
     try:
         tokens = tokenize(asked, dialect=connection.dialect)
-    except errors.SqlglotError:
+    except SqlglotError:
         return asked.strip().rstrip(";")
     while tokens and tokens[-1].token_type == TokenType.SEMICOLON:
         tokens.pop()
@@ -414,8 +358,6 @@ def _of_query(connection: Any, query: str) -> _Rows:
 
 
 def _of_duckdb(connection: Any, query: str) -> _Rows:
-    import pyarrow as pa
-
     relation = connection.sql(query)
     if relation is None:
         raise ValueError("it gives no rows")
@@ -435,10 +377,6 @@ def _of_duckdb(connection: Any, query: str) -> _Rows:
 
 
 def _of_postgres(connection: Any, query: str) -> _Rows:
-    import ibis
-    import pyarrow as pa
-    from ibis.backends.sql.datatypes import PostgresType
-
     with connection.con.transaction(), connection.con.cursor() as cursor:
         cursor.execute(f"SELECT * FROM (\n{query}\n) AS asked LIMIT 0")
         names = [column.name for column in cursor.description]
@@ -460,8 +398,6 @@ def _of_postgres(connection: Any, query: str) -> _Rows:
 
 def _from_postgres(connection: Any, query: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """Through a cursor of the server: an ordinary one brings the whole result at once."""
-    import pyarrow as pa
-
     with connection.con.transaction(), connection.con.cursor(name="cprec") as cursor:
         cursor.itersize = BATCH_ROWS
         cursor.execute(query)
@@ -474,8 +410,6 @@ def _from_postgres(connection: Any, query: str, schema: pa.Schema) -> Iterator[p
 
 def _brief(error: Exception, secret: str) -> str:
     """The first line of an error, without the address that may hold a password."""
-    from ibis.common.exceptions import TableNotFound
-
     if isinstance(error, TableNotFound):  # it says the name alone
         return "there is no such table"
     lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from cprec.data.sources.readers import changed, json_lines
+import ibis
+
+from cprec.data.sources.readers import Format, changed, json_lines
 
 SHELF = ("user_id", "book_id", "date_added", "rating")
 BOOK = ("book_id", "title", "publisher", "description")
@@ -18,8 +20,6 @@ MONTHS = "JanFebMarAprMayJunJulAugSepOctNovDec"
 
 def iso_time(text: Any) -> Any:
     """ "Fri Jul 28 00:00:00 -0700 2017" as "2017-07-28T00:00:00-07:00"; what is shaped otherwise stays as it is."""
-    import ibis
-
     month = ((ibis.literal(MONTHS).find(text.substr(4, 3)) / 3).floor().cast("int64") + 1).cast("string").lpad(2, "0")
     moment = (
         text.substr(26, 4) + "-" + month + "-" + text.substr(8, 2) + "T" + text.substr(11, 8) + text.substr(20, 3)
@@ -29,36 +29,16 @@ def iso_time(text: Any) -> Any:
     return ibis.ifelse(text.re_search(shape), moment, text)
 
 
-FORMATS: dict[str, dict[str, Any]] = {
-    "goodreads": {
-        "platform": "goodreads",
-        "interactions": (
-            "goodreads_interactions_{category}.json.gz",
-            "goodreads_interactions_{category}.json",
-            "goodreads_reviews_{category}.json.gz",
-            "goodreads_reviews_{category}.json",
-        ),
-        "items": (
-            "goodreads_books_{category}.json.gz",
-            "goodreads_books_{category}.json",
-            "goodreads_books.json.gz",
-            "goodreads_books.json",
-        ),
-        "read_interactions": changed(
+FORMATS = {
+    "goodreads": Format(
+        interactions=changed(
             json_lines(*SHELF),
             lambda shelves: shelves.mutate(
                 date_added=iso_time(shelves["date_added"]), rating=shelves["rating"].nullif("0")
             ),
         ),
-        "read_items": json_lines(*BOOK),
-        "timestamps": "iso",
-        "columns": {"item_id": "book_id", "timestamp": "date_added", "brand": "publisher"},
-        "licence": "Goodreads data (UCSD): for academic use only, not to be redistributed; cite the papers named there",
-        "urls": (
-            "https://mcauleylab.ucsd.edu/public_datasets/gdrive/goodreads/byGenre/"
-            "goodreads_interactions_{category}.json.gz",
-            "https://mcauleylab.ucsd.edu/public_datasets/gdrive/goodreads/byGenre/goodreads_books_{category}.json.gz",
-        ),
-        "page": "https://cseweb.ucsd.edu/~jmcauley/datasets/goodreads.html",
-    },
+        items=json_lines(*BOOK),
+        timestamps="iso",
+        columns={"item_id": "book_id", "timestamp": "date_added", "brand": "publisher"},
+    )
 }

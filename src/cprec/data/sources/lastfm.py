@@ -5,23 +5,13 @@ Several tags that a user gives an artist at once are one event (`deduplicate`).
 
 from __future__ import annotations
 
-from typing import Any
+from cprec.data.sources.readers import Format, delimited
 
-from cprec.data.sources.readers import delimited
-
-FORMATS: dict[str, dict[str, Any]] = {
-    "lastfm-hetrec": {
-        "platform": "lastfm",
-        "interactions": ("user_taggedartists-timestamps.dat",),
-        "items": ("artists.dat",),
-        "read_interactions": delimited(
-            "userID", "artistID", "tagID", "timestamp", separator="\t", quote="", header=True
-        ),
-        "read_items": delimited("artistID", "name", "url", "pictureURL", separator="\t", quote="", header=True),
-        "timestamps": "milliseconds",
-        "columns": {"user_id": "userID", "item_id": "artistID", "title": "name"},
-        "licence": "LastFM, HetRec 2011 (GroupLens, from Last.fm): for non-commercial research",
-        "urls": ("https://files.grouplens.org/datasets/hetrec2011/hetrec2011-lastfm-2k.zip",),
-        "page": "https://grouplens.org/datasets/hetrec-2011/",
-    },
+FORMATS = {
+    "lastfm-hetrec": Format(
+        interactions=delimited("userID", "artistID", "tagID", "timestamp", separator="\t", quote="", header=True),
+        items=delimited("artistID", "name", "url", "pictureURL", separator="\t", quote="", header=True),
+        timestamps="milliseconds",
+        columns={"user_id": "userID", "item_id": "artistID", "title": "name"},
+    )
 }

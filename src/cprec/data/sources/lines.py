@@ -6,15 +6,14 @@ import ast
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cprec.data.text_files import LINE, SHOWN, text_blocks
+import pyarrow as pa
+
+from cprec.data.delimited import NOT_UTF8, SHOWN, TOO_LONG
+from cprec.data.engine import TableEngine
+from cprec.data.text_files import LINE, text_blocks
 from cprec.schema import id_text
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from cprec.data.engine import TableEngine
 
 BATCH = 1 << 15
 """Rows that are parsed at once."""
@@ -63,8 +62,6 @@ def read_lines(engine: TableEngine, path: Path, columns: Sequence[str]) -> tuple
 
     An empty line is no row. Raises DataError for a file of another kind, and for a compressed one that ends too early.
     """
-    import pyarrow as pa
-
     schema = pa.schema([*((name, pa.string()) for name in columns), (LINE, pa.int64())])
     bad: list[tuple[int, str, str]] = []
     rows = engine.from_batches(pa.RecordBatchReader.from_batches(schema, _batches(path, columns, schema, bad)))
@@ -76,10 +73,6 @@ def read_lines(engine: TableEngine, path: Path, columns: Sequence[str]) -> tuple
 def _batches(
     path: Path, columns: Sequence[str], schema: pa.Schema, bad: list[tuple[int, str, str]]
 ) -> Iterator[pa.RecordBatch]:
-    import pyarrow as pa
-
-    from cprec.data.delimited import NOT_UTF8, TOO_LONG
-
     rows: list[tuple[Any, ...]] = []
 
     def batch() -> pa.RecordBatch:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from cprec.data.sources.tables import RawTable, SourceTables, canonical_tables, check_names
+import ibis
+import pyarrow as pa
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from cprec.data.engine import TableEngine
+from cprec.data.config import check_names
+from cprec.data.engine import TableEngine
+from cprec.data.sources.raw import RawTable
+from cprec.data.sources.tables import SourceTables, canonical_tables
+from cprec.data.text_files import LINE
 
 
 @dataclass(frozen=True)
@@ -28,48 +31,22 @@ class MemorySource:
     def __post_init__(self) -> None:
         check_names(self.domain, self.platform)
 
-    def load(self, engine: TableEngine) -> SourceTables:
-        """The rows of both tables. Raises DataError for a missing column."""
-        from dataclasses import replace
-        from pathlib import Path
 
-        import ibis
-
-        from cprec.data.text_files import LINE
-
-        raw = []
-        for what, table in (("interactions", self.interactions), ("items", self.items)):
-            numbered = table.append_column(LINE, [_numbers(table.num_rows)])
-            rows = engine.from_arrow(numbered)
-            place = f"memory/{self.domain}/{what}"
-            rows = rows.mutate(ibis.literal(place).name("source_file"), rows[LINE].name("sequence"))
-            raw.append(RawTable(what, rows, tuple(table.column_names), (), (Path(place),)))
-        tables = canonical_tables(
-            engine,
-            self.domain,
-            raw[0],
-            raw[1],
-            {},
-            "seconds" if self.has_times else "order",
-            items_in_log=False,
-        )
-        hashes = {f"memory/{self.domain}/interactions": _sha256(self.interactions)}
-        hashes[f"memory/{self.domain}/items"] = _sha256(self.items)
-        return replace(tables, files=(), hashes=hashes)
-
-
-def _numbers(count: int) -> pa.Array:
-    import pyarrow as pa
-
-    return pa.array(range(1, count + 1), pa.int64())
+def load(engine: TableEngine, source: MemorySource) -> SourceTables:
+    """The rows of both tables. Raises DataError for a missing column."""
+    raw, hashes = [], {}
+    for what, table in (("interactions", source.interactions), ("items", source.items)):
+        place = f"memory/{source.domain}/{what}"
+        rows = engine.from_arrow(table.append_column(LINE, pa.array(range(1, table.num_rows + 1), pa.int64())))
+        rows = rows.mutate(ibis.literal(place).name("source_file"), rows[LINE].name("sequence"))
+        raw.append(RawTable(what, rows, tuple(table.column_names), (), (Path(place),)))
+        hashes[place] = _sha256(table)
+    timestamps = "seconds" if source.has_times else "order"
+    return replace(canonical_tables(engine, source.domain, *raw, {}, timestamps), files=(), hashes=hashes)
 
 
 def _sha256(table: pa.Table) -> str:
     """SHA-256 of a table's values as an Arrow stream of one batch: the same for equal tables however they were cut."""
-    import hashlib
-
-    import pyarrow as pa
-
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema.remove_metadata()) as writer:
         for batch in table.replace_schema_metadata(None).combine_chunks().to_batches():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from cprec.data.sources.readers import changed, delimited
+import ibis
+
+from cprec.data.sources.readers import Format, Read, changed, delimited
 
 GENRES = [
     "unknown",
@@ -29,13 +31,12 @@ GENRES = [
 ]
 """Columns of u.item after the first five: 1 where a film is of the genre."""
 
+FILM_100K = ("movieId", "title", "released", "video", "url", *GENRES)
 RATING = ("userId", "movieId", "rating", "timestamp")
 
 
 def _name_genres(films: Any) -> Any:
     """The flags of u.item as one text."""
-    import ibis
-
     named = [ibis.ifelse(films[genre] == "1", genre + ", ", "") for genre in GENRES]
     text = named[0]
     for name in named[1:]:
@@ -48,53 +49,24 @@ def _space_genres(films: Any) -> Any:
     return films.mutate(genres=films["genres"].replace("|", ", "))
 
 
-_LICENCE = (
-    "MovieLens (GroupLens, University of Minnesota): for research, with acknowledgement; neither redistribution nor "
-    "commercial use without permission"
-)
-_ROOT = "https://files.grouplens.org/datasets/movielens"
-_OLD = "latin-1"
-_FILM = ("movieId", "title", "genres")
+def _films(**form: Any) -> Read:
+    return changed(delimited("movieId", "title", "genres", **form), _space_genres)
 
 
-def _layout(archive: str, **parts: Any) -> dict[str, Any]:
-    return {
-        "platform": "movielens",
-        "timestamps": "seconds",
-        "licence": _LICENCE,
-        "urls": (f"{_ROOT}/{archive}.zip",),
-        "page": "https://grouplens.org/datasets/movielens/",
-        **parts,
-    }
+_CSV = Format(interactions=delimited(*RATING, header=True), items=_films(header=True), timestamps="seconds")
 
-
-FORMATS: dict[str, dict[str, Any]] = {
-    "movielens-100k": _layout(
-        "ml-100k",
-        interactions=("u.data",),
-        items=("u.item",),
-        read_interactions=delimited(*RATING, separator="\t", quote=""),
-        read_items=changed(
-            delimited("movieId", "title", "released", "video", "url", *GENRES, separator="|", quote="", encoding=_OLD),
-            _name_genres,
-            "genres",
-        ),
+FORMATS = {
+    "movielens-100k": Format(
+        interactions=delimited(*RATING, separator="\t", quote=""),
+        items=changed(delimited(*FILM_100K, separator="|", quote="", encoding="latin-1"), _name_genres, "genres"),
+        timestamps="seconds",
     ),
-    "movielens-1m": _layout(
-        "ml-1m",
-        interactions=("ratings.dat",),
-        items=("movies.dat",),
-        read_interactions=delimited(*RATING, separator="::", quote=""),
-        read_items=changed(delimited(*_FILM, separator="::", quote="", encoding=_OLD), _space_genres),
+    "movielens-1m": Format(
+        interactions=delimited(*RATING, separator="::", quote=""),
+        items=_films(separator="::", quote="", encoding="latin-1"),
+        timestamps="seconds",
     ),
-    **{
-        f"movielens-{size}": _layout(
-            f"ml-{size}",
-            interactions=("ratings.csv",),
-            items=("movies.csv",),
-            read_interactions=delimited(*RATING, header=True),
-            read_items=changed(delimited(*_FILM, header=True), _space_genres),
-        )
-        for size in ("20m", "25m", "32m")
-    },
+    "movielens-20m": _CSV,
+    "movielens-25m": _CSV,
+    "movielens-32m": _CSV,
 }

@@ -9,15 +9,17 @@ local ones, read as UTC. The events name their product themselves.
 
 from __future__ import annotations
 
+import codecs
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cprec.data.sources.readers import Read, delimited
-from cprec.data.sources.tables import RawTable
+import ibis
 
-if TYPE_CHECKING:
-    from cprec.data.engine import TableEngine
+from cprec.data.engine import TableEngine
+from cprec.data.sources.raw import RawTable
+from cprec.data.sources.readers import Format, Read, delimited
+from cprec.data.text_files import first_line
 
 FIRST = ("InvoiceNo", "StockCode", "Description", "Quantity", "InvoiceDate", "UnitPrice", "CustomerID", "Country")
 SECOND = ("Invoice", "StockCode", "Description", "Quantity", "InvoiceDate", "Price", "Customer ID", "Country")
@@ -29,8 +31,6 @@ NO_PRODUCT = "no product: postage, a fee or a correction"
 
 def iso_time(text: Any) -> Any:
     """ "12/1/2010 8:26" (month first) as "2010-12-01T08:26:00"; what is shaped otherwise stays as it is."""
-    import ibis
-
     shape = r"^(\d{1,2})/(\d{1,2})/(\d{4}) (\d{1,2}):(\d{2})(:\d{2})?$"
     part = [text.re_extract(shape, group) for group in range(6)]
     moment = (
@@ -41,8 +41,6 @@ def iso_time(text: Any) -> Any:
 
 
 def _judged(lines: Any) -> Any:
-    import ibis
-
     customer = lines["customer"].re_replace(r"\.0$", "")
     quantity = lines["quantity"].try_cast("float64")
     problem = ibis.cases(
@@ -55,8 +53,6 @@ def _judged(lines: Any) -> Any:
 
 
 def _read(engine: TableEngine, what: str, files: tuple[Path, ...]) -> RawTable:
-    from cprec.data.text_files import first_line
-
     second = "Customer ID" in first_line(files[0])
     read: Read = delimited(*(SECOND if second else FIRST), header=True, encoding=_encoding(files[0]))
     raw = read(engine, what, files)
@@ -73,8 +69,6 @@ def _read(engine: TableEngine, what: str, files: tuple[Path, ...]) -> RawTable:
 
 def _encoding(path: Path) -> str:
     """utf-8 if the file is, else latin-1, which most copies are."""
-    import codecs
-
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         with open(path, "rb") as file:
@@ -86,23 +80,4 @@ def _encoding(path: Path) -> str:
     return "utf-8"
 
 
-FORMATS: dict[str, dict[str, Any]] = {
-    "online-retail": {
-        "platform": "online-retail",
-        "interactions": (
-            "Online Retail.csv",
-            "OnlineRetail.csv",
-            "online_retail.csv",
-            "online_retail_II.csv",
-            "data.csv",
-        ),
-        "items": (),
-        "read_interactions": _read,
-        "read_items": _read,
-        "timestamps": "iso",
-        "columns": {"user_id": "customer"},
-        "licence": "Online Retail (UCI Machine Learning Repository): CC BY 4.0",
-        "urls": ("https://archive.ics.uci.edu/static/public/352/data.csv",),
-        "page": "https://archive.ics.uci.edu/dataset/352/online+retail",
-    },
-}
+FORMATS = {"online-retail": Format(interactions=_read, timestamps="iso", columns={"user_id": "customer"})}

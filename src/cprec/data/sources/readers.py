@@ -1,18 +1,31 @@
-"""How the files of a public data set are read: each function makes a reader, (engine, what, files) -> `RawTable`."""
+"""How the files of a public data set are read: each function makes a reader."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cprec.data.sources.tables import RawTable, raw_table
+from cprec.data.engine import TableEngine
+from cprec.data.sources.lines import read_lines
+from cprec.data.sources.raw import RawTable, raw_table
+from cprec.data.text_files import Scalar
 
-if TYPE_CHECKING:
-    from cprec.data.engine import TableEngine
+Read = Callable[[TableEngine, str, tuple[Path, ...]], RawTable]
+"""Reads some files of a table (interactions or items)."""
 
-Read = Callable[["TableEngine", str, tuple[Path, ...]], RawTable]
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How the files of one public data set are read."""
+
+    interactions: Read
+    items: Read | None = None
+    """None where the events name their item."""
+    timestamps: str
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Canonical column to the source's, where the usual names do not find it."""
 
 
 _LISTS = ("title", "categories", "category", "description")
@@ -23,8 +36,6 @@ def json_lines(*columns: str) -> Read:
     """JSON objects, one a line, the given keys as text."""
 
     def read(engine: TableEngine, what: str, files: tuple[Path, ...]) -> RawTable:
-        from cprec.data.text_files import Scalar
-
         keys = [name if name in _LISTS else Scalar(name) for name in columns]
         return raw_table(what, files, columns, [engine.read_json_lines(path, keys) for path in files])
 
@@ -35,8 +46,6 @@ def python_literals(*columns: str) -> Read:
     """Dicts as Python spells them, one a line, the given keys as text."""
 
     def read(engine: TableEngine, what: str, files: tuple[Path, ...]) -> RawTable:
-        from cprec.data.sources.lines import read_lines
-
         return raw_table(what, files, columns, [read_lines(engine, path, columns) for path in files])
 
     return read

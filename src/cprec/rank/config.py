@@ -1,0 +1,41 @@
+"""How a language model ranks the full catalogue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from cprec.errors import ConfigError
+
+Mode = Literal["auto", "exact", "beam"]
+Score = Literal["sum", "mean", "corrected"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankConfig:
+    """How a language model ranks the full catalogue."""
+
+    mode: Mode = "auto"
+    """`exact` proves that no better item is left; `auto` does too, but stops a query that has read `max_nodes`
+    prefixes; `beam` keeps `beam_width` prefixes at each depth. Tables say what was proven, and of a beam what share of
+    the exact lists it found."""
+    beam_width: int = 20
+    """Prefixes that a beam keeps at each depth."""
+    max_nodes: int = 2000
+    """The most prefixes that `auto` reads for a query."""
+    score: Score = "sum"
+    """Log-probability of a title: summed over its tokens, their mean, or the sum less what it is under an empty history
+    (`corrected` for popularity; over the full catalogue this reorders what a beam found)."""
+
+    def __post_init__(self) -> None:
+        for name, value, accepted in (("mode", self.mode, get_args(Mode)), ("score", self.score, get_args(Score))):
+            if value not in accepted:
+                raise ConfigError(f"{name}={value!r}: choose one of {', '.join(accepted)}")
+        for name, number in (("beam_width", self.beam_width), ("max_nodes", self.max_nodes)):
+            if number < 1:
+                raise ConfigError(f"{name}={number} must be at least 1")
+        if self.score == "corrected" and self.mode == "exact":
+            raise ConfigError(
+                "score=corrected with mode=exact: a corrected score may rise along a title, so nothing can be proven; "
+                "choose mode=auto or mode=beam"
+            )

@@ -1,0 +1,110 @@
+"""Stages that open trained models and hand them to `cprec.serve`, which knows recommenders but no language model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cprec.baselines.popularity import PopularityRecommender
+from cprec.baselines.transition_graph import TransitionGraphRecommender
+from cprec.data.catalogue import Catalogue
+from cprec.data.dataset import read_split
+from cprec.errors import ConfigError
+from cprec.progress import say
+from cprec.provenance import CONFIG_FILE, read_resolved
+from cprec.rank.llm import LLMRecommender
+from cprec.recipe import CPREC, FINETUNED, Recipe
+from cprec.serve.config import RecommendConfig, ServeConfig
+from cprec.serve.engine import Baseline
+from cprec.serve.recommend import recommend
+
+VLLM_MEMORY = 0.9
+"""Share of a GPU's memory that the vLLM engines of a service take together."""
+
+
+def open_and_recommend(config: RecommendConfig) -> None:
+    """Stage: recommend with a model folder; popular items stand in for it where a history says nothing."""
+    recommender = LLMRecommender.from_pretrained(config.model)
+    recommend(config, recommender, popular_items(config.model, recommender.catalogue))
+
+
+def open_and_serve(config: ServeConfig) -> None:
+    """Stage: serve model folders over HTTP, with baselines to stand in for a model that is late.
+
+    Raises ConfigError if the folders have different catalogues.
+    """
+    from cprec.serve.serve import serve  # needs the extra cprec[serve], which `cprec recommend` does without
+
+    engines = open_engines(config)
+    serve(config, engines, stand_ins(config, engines[0].catalogue))
+
+
+def serve_demo(recipe: Recipe) -> None:
+    """Stage: serve the models that `cprec demo` made for its first target domain."""
+    models = tuple(recipe.model_folder(recipe.prepare.target_domains[0], arm) for arm in (CPREC, FINETUNED))
+    state = f"{recipe.evaluate.output_dir}/serve"
+    config = ServeConfig(models=models, data=recipe.prepare.output_dir, state=state)
+    config.check()
+    open_and_serve(config)
+
+
+def open_engines(config: ServeConfig) -> list[LLMRecommender]:
+    """A recommender for each model folder, named after the folder or, where two are named alike, by its whole path."""
+    names = [folder.rstrip("/").rpartition("/")[2] for folder in config.models]
+    if len(set(names)) < len(names):
+        names = list(config.models)
+    memory = {"gpu_memory_utilization": VLLM_MEMORY / len(config.models)} if config.engine == "vllm" else {}
+    engines = [
+        LLMRecommender.from_pretrained(
+            folder,
+            name=name,
+            engine=config.engine,
+            engine_options=memory,
+            beam_width=config.beam_width,
+            max_nodes=config.max_nodes,
+            batch_size=config.max_batch,
+            cache_bytes=int(config.cache_mb * (1 << 20)),
+        )
+        for folder, name in zip(config.models, names, strict=True)
+    ]
+    digest = engines[0].catalogue.digest()
+    for folder, engine in zip(config.models, engines, strict=True):
+        if engine.catalogue.digest() != digest:
+            raise ConfigError(f"{folder} has another catalogue than {config.models[0]}: serve them by themselves")
+    return engines
+
+
+def popular_items(model: str, catalogue: Catalogue) -> PopularityRecommender | None:
+    """The popular items, from the model folder or else from the data folder that it names; None if neither has them."""
+    found = PopularityRecommender.read(model, catalogue)
+    if found is None and Path(model, CONFIG_FILE).is_file():  # an older model folder
+        data = read_resolved(model)["config"].get("data")
+        found = PopularityRecommender.read(data, catalogue) if data else None
+    return found
+
+
+def stand_ins(config: ServeConfig, catalogue: Catalogue) -> list[Baseline]:
+    """The baselines that answer where the model has no time.
+
+    Without the data that the models were made from, only the popular items are left, if the model folder has them.
+    Raises ConfigError where `config.data` has another catalogue than the models.
+    """
+    data = config.data
+    if data is None:
+        data = read_resolved(config.models[0])["config"].get("data")
+        if data is None or not Path(data).is_dir():
+            return _popular_alone(config, catalogue, f"{data} is not here")
+    split = read_split(data)
+    if split.catalogue.digest() == catalogue.digest():
+        return [TransitionGraphRecommender(split), PopularityRecommender(split)]
+    if config.data is not None:
+        raise ConfigError(
+            f"data={data!r} has another catalogue than {config.models[0]}: give the folder that it was made from"
+        )
+    return _popular_alone(config, catalogue, f"{data} has another catalogue than {config.models[0]}")
+
+
+def _popular_alone(config: ServeConfig, catalogue: Catalogue, why: str) -> list[Baseline]:
+    popular = popular_items(config.models[0], catalogue)
+    stands = "popular items alone stand in" if popular else "no list stands in"
+    say(f"{why}: {stands} for a model that is late; give data=FOLDER, the folder that it was made from")
+    return [popular] if popular else []

@@ -1,0 +1,1 @@
+"""Published recommenders as recipes over shared parts."""
