@@ -251,7 +251,7 @@ def models(args: argparse.Namespace) -> None:
     from cprec.evaluate.questions import read_queries
     from cprec.evaluate.statistics import bootstrap_interval
     from cprec.rank.llm import LLMRecommender
-    from cprec.ranks import count, ndcg, recall
+    from cprec.ranks import count_rankings, ndcg, recall
     from cprec.schema import TEST
 
     questions = read_queries(args.data, args.domain, TEST, max_queries=args.queries)
@@ -270,11 +270,7 @@ def models(args: argparse.Namespace) -> None:
             start = time.process_time()  # of all threads: other programs on the machine do not count
             rankings = recommender.rank(queries, args.k)
             seconds = time.process_time() - start
-            lengths = [len(ranking.item_ids) for ranking in rankings]
-            query = np.repeat(np.arange(len(rankings)), lengths)
-            item = np.array([item for ranking in rankings for item in ranking.item_ids], dtype=object)
-            score = np.array([score for ranking in rankings for score in ranking.scores])
-            better, tied = count(query, score, item == np.array(questions.target, dtype=object)[query], len(rankings))
+            better, tied = count_rankings(rankings, questions.target)
             gain = ndcg(better, tied, args.k)
             if mode == "exact":
                 true_gain = gain

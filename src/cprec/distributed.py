@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from cprec import machine
 from cprec.errors import CPRecError, TrainingError
 
 Precision = Literal["auto", "true", "false"]
@@ -215,6 +216,21 @@ def to_device(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[st
     if device.type == "cuda":
         tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Gives a function that tells, after the block or in it, the most bytes taken at once beside what was before.
+
+    On a CPU these are pages of the process, so what it had freed and kept is not seen.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) - before
+    else:
+        before = machine.reset_peak_memory()
+        yield lambda: machine.peak_memory() - before
 
 
 def describe(device: torch.device) -> str:

@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, get_peft_model
 from torch import nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.utils import logging
 
 from cprec.errors import ConfigError
 
@@ -30,8 +40,6 @@ def tiny_model(
     attn_implementation: str | None = None,
 ) -> nn.Module:
     """A small Qwen3-style decoder with random weights and tied embeddings; the same weights for the same seed."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
     _hide_progress_bars()
     config = Qwen3Config(
         vocab_size=vocabulary_size,
@@ -62,15 +70,11 @@ def load_model(
 
     Raises ConfigError where nothing can be loaded.
     """
-    from transformers import AutoModelForCausalLM
-
     _hide_progress_bars()
     path = Path(name_or_path)
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         if (path / "adapter_config.json").is_file():
-            from peft import AutoPeftModelForCausalLM
-
             with _peft_warnings_off():
                 model = AutoPeftModelForCausalLM.from_pretrained(
                     str(path), dtype=torch.float32, is_trainable=True, **attention
@@ -78,17 +82,38 @@ def load_model(
         else:
             model = AutoModelForCausalLM.from_pretrained(str(name_or_path), dtype=torch.float32, **attention)
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(
-            f"model_name_or_path={str(name_or_path)!r} is neither '{TINY}', a model folder nor a model that Hugging "
-            f"Face transformers can load: {error}"
-        ) from error
+        raise _no_model(name_or_path, error) from error
     return model.to(device) if device is not None else model
+
+
+def unloaded_model(name_or_path: str | Path) -> Any:
+    """A model with the shapes of a Hugging Face model or model folder, adapters included, in fp32; its weights are not
+    read. Made under `torch.device("meta")` it takes no memory.
+
+    Raises ConfigError where there is no such model.
+    """
+    try:
+        if (Path(name_or_path) / "adapter_config.json").is_file():
+            adapter = PeftConfig.from_pretrained(str(name_or_path))
+            adapter.inference_mode = False
+            with _peft_warnings_off():
+                return get_peft_model(unloaded_model(adapter.base_model_name_or_path), adapter)
+        config = AutoConfig.from_pretrained(str(name_or_path))
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        raise _no_model(name_or_path, error) from error
+
+
+def _no_model(name_or_path: str | Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"model_name_or_path={str(name_or_path)!r} is neither '{TINY}', a model folder nor a model that Hugging Face "
+        f"transformers can load: {error}"
+    )
 
 
 def _hide_progress_bars() -> None:
     """Transformers shows a bar for each file that it reads or writes, across ours; the bars of downloads stay."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils import logging
 
     shown = not are_progress_bars_disabled()
     logging.disable_progress_bar()
@@ -110,8 +135,6 @@ def add_lora(model: Any, *, rank: int, alpha: int, seed: int = 0) -> Any:
     A model that has adapters keeps them, to be trained further. Raises ConfigError if those are of another rank, and
     for a model that stands in no folder: adapters are saved without their base.
     """
-    from peft import LoraConfig, get_peft_model
-
     if hasattr(model, "peft_config"):
         ranks = sorted({adapter.r for adapter in model.peft_config.values()})
         if ranks != [rank]:
@@ -131,7 +154,7 @@ def add_lora(model: Any, *, rank: int, alpha: int, seed: int = 0) -> Any:
 def trunk_and_head(model: Any) -> tuple[Any, Any]:
     """The decoder without its output layer, and the output layer, so that logits are made only where needed: they are
     what the output layer gives times `output_scale(model)`."""
-    inner = _inner(model)
+    inner = inner_model(model)
     head, trunk = inner.get_output_embeddings(), inner.get_decoder()
     if getattr(head, "bias", None) is not None or getattr(inner.config, "final_logit_softcapping", None):
         raise ConfigError(
@@ -146,7 +169,7 @@ def trunk_and_head(model: Any) -> tuple[Any, Any]:
 _SUPPORTED = "; docs/models.md lists the architectures that are (Llama, Qwen, Mistral, SmolLM, Gemma 3 and others)"
 
 
-def _inner(model: Any) -> Any:
+def inner_model(model: Any) -> Any:
     """The model of transformers, within adapters too."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -157,7 +180,7 @@ def output_scale(model: Any) -> float:
 
     Raises ConfigError, with the name of the architecture, where logits are anything else than that.
     """
-    inner = _inner(model)
+    inner = inner_model(model)
     if not hasattr(inner, "_output_scale"):
         inner._output_scale = _measured_scale(inner)
     return float(inner._output_scale)
@@ -273,7 +296,7 @@ def attending_by(trunk: Any, name: str) -> Iterator[None]:
 
 def has_learned_positions(model: Any) -> bool:
     """Whether positions are rows of a table, so that there are none beyond the model's context."""
-    inner = _inner(model)
+    inner = inner_model(model)
     context = context_of(inner)
     tables = [m for m in inner.modules() if isinstance(m, nn.Embedding) and m is not inner.get_input_embeddings()]
     return context is not None and any(0 <= table.num_embeddings - context <= 2 for table in tables)
@@ -377,9 +400,7 @@ def check_attention(model: Any) -> bool:
     (sinks, soft caps, biases of positions, chunks, layers that are no attention, layers that run twice). Returns
     whether it also gets the positions. Raises ConfigError, with the name of the architecture, where something is lost.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    inner, probe = _inner(model), _Probe()
+    inner, probe = inner_model(model), _Probe()
     AttentionInterface.register(PROBE, _attend_by_probe)
     AttentionMaskInterface.register(PROBE, lambda *_, local_size=None, **__: probe.masked.add(local_size))
     trunk, _ = trunk_and_head(inner)
@@ -447,14 +468,14 @@ def check_isolation(model: Any, documents: Sequence[Sequence[int]] = ((5, 6, 7, 
             model.train(was_training)
     if not torch.isfinite(torch.cat([alone, *moved])).all():
         raise ConfigError(
-            f"{type(_inner(model)).__name__} gives states that are not finite (NaN or infinity) for a few tokens, "
+            f"{type(inner_model(model)).__name__} gives states that are not finite (NaN or infinity) for a few tokens, "
             "though its weights are finite: take another model, or an earlier checkpoint"
         )
     error = torch.cat(moved).abs().max().item() / max(alone.abs().max().item(), 1e-12)
     if not error < 1e-3:
         attention = getattr(model.config, "_attn_implementation", "unknown")
         raise ConfigError(
-            f"{type(_inner(model)).__name__}: packed documents see each other in this model (relative difference "
+            f"{type(inner_model(model)).__name__}: packed documents see each other in this model (relative difference "
             f"{error:.2g}, attention {attention!r}): try another attn_implementation, or a transformers version whose "
             "masks follow position_ids, or another model"
         )

@@ -158,6 +158,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def _unknown_field(name: str, cls: type, where: str) -> ConfigError:
     known = settable_fields(cls)
+    if name in getattr(cls, "RENAMED", ()):
+        return ConfigError(f"{where + name} is gone: write {cls.RENAMED[name]}")  # type: ignore[attr-defined]
     groups = {group: field_type(cls, group) for group in known}
     inside = [
         f"{where}{group}.{name}"

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from cprec.choices import Settings
 from cprec.data.build import build_dataset
 from cprec.data.catalogue import Catalogue
 from cprec.data.config import Rules, SplitSpec, SyntheticConfig
@@ -19,6 +18,7 @@ from cprec.data.sources.memory import MemorySource
 from cprec.data.sources.synthetic import OracleRecommender, SyntheticWorld
 from cprec.data.splits import Split, make_split
 from cprec.errors import ConfigError
+from cprec.lineup import Settings
 from cprec.ranks import ndcg
 from cprec.recommender import Ranking, RankingQuery, Recommender
 from cprec.schema import MIXED, SPECIFIC, TEST, Item

@@ -47,8 +47,8 @@ def download_files(
 ) -> list[Path]:
     """Fetch files into a folder, unless they are there; zip archives are unpacked into it. Returns their paths.
 
-    An interrupted download goes on where it broke off. The SHA-256 of each file, unpacked ones too, is recorded when the
-    file is first complete; a file that is there already, or comes again, must have it. `licence` is shown before
+    An interrupted download goes on where it broke off. The SHA-256 of each file, unpacked ones too, is recorded when
+    the file is first complete; one that is there already, or comes again, must have it. `licence` is shown before
     anything is fetched; `wait` is called with seconds between tries.
 
     Raises DataError where a server does not give the file, gives less or more than it announced, a damaged file, or
@@ -98,7 +98,9 @@ def _read_record(folder: Path) -> dict[str, dict[str, Any]]:
     except (ValueError, TypeError):
         is_record = False
     if not is_record:
-        raise DataError(f"{path} is no record of downloads: delete it, and the files beside it are taken as first seen")
+        raise DataError(
+            f"{path} is not a record of downloads: delete it, and the files beside it are taken as first seen"
+        )
     return dict(record)
 
 
@@ -290,4 +292,4 @@ def _unpack(url: str, path: Path, folder: Path) -> None:
                         progress.advance(len(block))
                 _accept(f"{url}#{entry.filename}", part, target, folder.resolve())
     except _DAMAGED as error:
-        raise DataError(f"{path} is no whole zip archive ({error}): delete it to fetch it again") from None
+        raise DataError(f"{path} is not a whole zip archive ({error}): delete it to fetch it again") from None

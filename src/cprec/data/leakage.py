@@ -2,7 +2,7 @@
 wrote them.
 
 Every document is taken apart again into its lines; each line's tokens are looked up among the catalogue's titles; and
-the events found are held against the log and its split. A line that is no known title is a violation too, so nothing
+the events found are compared with the log and its split. A line without a known title is a violation too, so nothing
 in a document escapes the check.
 """
 
@@ -51,7 +51,7 @@ class Property:
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """Something a reader of results should know, though it is no leak: among how many, how often, and examples."""
+    """Something a reader of results should know, though it is not a leak: among how many, how often, and examples."""
 
     name: str
     checked: int
@@ -106,7 +106,7 @@ class Grammar:
     """How documents are written, as token ids: enough to take them apart again."""
 
     heads: Ragged
-    """What stands before the first line: in specific documents of each domain, then (the last row) in mixed ones."""
+    """The text before the first line: a row for specific documents of each domain, and a last one for mixed ones."""
     line: np.ndarray
     """Opens a line of the history; its first token occurs in no title."""
     next: np.ndarray
@@ -142,7 +142,7 @@ class Events:
 
     document: np.ndarray
     title: np.ndarray
-    """int64[E]: a number for each distinct (domain, title tokens), -1 where the line is no title of the catalogue."""
+    """int64[E]: a number for each distinct (domain, title tokens), -1 where the catalogue has no such title."""
 
 
 _MULTIPLIERS = np.random.default_rng(20250411).integers(1, 1 << 63, 4096, dtype=np.uint64) | np.uint64(1)
@@ -279,13 +279,13 @@ def check_documents(
     group: np.ndarray,
     labels: Labels = NUMBERS,
 ) -> list[Property]:
-    """Hold the events of documents against the log.
+    """Compare the events of documents with the log.
 
     `document_user` is each document's user, -1 where the log has none such; `allowed_*` are the training events and
     `held_out_*` the validation and test events as (user, title number) pairs. A user's title may occur at most as often
     as the training events have it: in all documents of a `group` together (domain-specific and mixed documents tell the
-    same events), or (`per_document`, for examples, which share their histories) in each one. What exceeds that and was
-    held out is a leak; what exceeds it and is not in the log at all is a fault of the writer.
+    same events), or (`per_document`, for examples, which share their histories) in each one. A title that occurs more
+    often is a leak where it was held out, and else a fault of the writer: the log does not have it.
     """
     known = events.title >= 0
     title, document = events.title[known], events.document[known]
@@ -397,7 +397,7 @@ def check_examples(
     late = times_seen > before.count(document_user[document] * width + title, event[document])
     bad = event < 0
     bad[document[late]] = True
-    # Documents without lines, and targets that are no title, are violations of `check_documents`.
+    # Documents without lines, and targets that are not titles, are violations of `check_documents`.
     bad[np.bincount(events.document, minlength=num_documents) == 0] = False
     bad[target < 0] = False
     wrong = np.flatnonzero(bad)
@@ -501,7 +501,9 @@ def check_queries(split: Split, domain: str, part: str, queries: Mapping[str, An
     found = _Occurrences(moments, np.ones(len(moments), dtype=bool)).last(asked)
     event = np.where(found < 0, -1, np.append(askable, -1)[found])
     # How often each query shows an item, and how often its user had that item before the event asked for.
-    items = np.where(history.values < 0, width, history.values)  # one that nobody had
+    items = np.where(
+        history.values < 0, width, history.values
+    )  # an item outside the catalogue gets a number that no user had
     shown, times_shown = np.unique(history.row_of * (width + 1) + items, return_counts=True)
     row, item = shown // (width + 1), shown % (width + 1)
     known = np.where((item == width) | (user[row] < 0), -1, user[row] * width + item)

@@ -127,16 +127,16 @@ def line_chart(
     from_zero: bool = False,
     bands: Sequence[Band] = (),
 ) -> Markup:
-    """Lines by name over one pair of axes, x in whole steps, with a legend of names below if there is more than one.
+    """Lines by name over one pair of axes, x in whole numbers, with a legend of names below if there is more than one.
 
     `bands` are stretches of x that are shaded, as far as the lines go. Points that are not finite are left out, and
-    with a logarithmic axis those that are not above 0. Nothing is returned where nothing is left to draw.
+    with a logarithmic axis those that are not above 0. Returns '' where no point is left.
     """
     drawn = {name: kept for name, points in lines.items() if (kept := _drawable(points, log_y))}
     if not drawn:
         return Markup("")
     xs, ys = zip(*chain(*drawn.values()), strict=True)
-    x_ticks = [tick for tick in ticks(min(xs), max(xs), 5) if tick == int(tick)]  # there is no half step
+    x_ticks = [tick for tick in ticks(min(xs), max(xs), 5) if tick == int(tick)]  # steps and tokens are whole numbers
     y_ticks = log_ticks(min(ys), max(ys)) if log_y else ticks(0.0 if from_zero else min(ys), max(ys), 5)
     x = Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
     y = Scale(min(*ys, *y_ticks), max(*ys, *y_ticks), HEIGHT - BOTTOM, TOP, log=log_y)

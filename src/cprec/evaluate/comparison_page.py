@@ -57,7 +57,7 @@ def notes(table: ComparisonTable) -> list[str]:
     if table.comparisons:
         lines.append(
             f"Less the best: on the same queries. p: corrected by Holm over all {len(table.comparisons):,} pairs of "
-            f"arms; * is below {ALPHA}, which tells an arm from the best. Detectable: the smallest true difference "
+            f"arms; * marks p below {ALPHA}: the arm differs from the best. Detectable: the smallest true difference "
             "that this test set shows four times in five, uncorrected."
         )
     return lines
@@ -169,7 +169,7 @@ def _section(table: ComparisonTable) -> Section:
     return Section(
         title=title_of(table),
         warning=UNCERTIFIED if UNCERTIFIED in warnings(table) else "",
-        figures={f"{first} with 95 % intervals; a hollow dot is not told from the best": plot(table)},
+        figures={f"{first} with 95 % intervals; a hollow dot: no difference from the best is shown": plot(table)},
         tables=[grid_of(table, [first, *AGAINST_BEST, *others])],
         notes=[*lines, settings_line(table)],
     )
@@ -178,14 +178,15 @@ def _section(table: ComparisonTable) -> Section:
 def plot(table: ComparisonTable) -> Markup:
     """Each arm's mean and interval by the table's metric, with a dashed line at the best.
 
-    A full dot is told from the best, a hollow one is not; the best has the accent colour, bounds a pale one.
+    A full dot differs from the best, as far as may be claimed; a hollow one does not. The best has the accent colour,
+    bounds a pale one.
     """
     marks = {}
     for arm in table.arms:
         main, best = arm.estimates[table.metric], arm is table.best
-        told_apart = arm.bound or best or (arm.against_best is not None and arm.against_best.claim)
+        differs = arm.bound or best or (arm.against_best is not None and arm.against_best.claim)
         colour = "muted" if arm.bound else "accent" if best else "bar"
-        marks[arm.name] = Mark(main.mean, (main.low, main.high), colour, told_apart)
+        marks[arm.name] = Mark(main.mean, (main.low, main.high), colour, differs)
     line_at = table.best.estimates[table.metric].mean if table.best else None
     return forest_plot(marks, _written(table, table.metric), line_at)
 

@@ -145,7 +145,7 @@ def _on_dependence(audit: ShortcutAudit, model: Dependence) -> Iterator[Finding]
     if one is not None:
         given = f"{model.model}: the last event alone gives {percent(one)} of the {METRIC}"
         if one.mean >= NEARLY_ALL:
-            yield cannot(f"{given}: what it makes of longer histories hardly shows")
+            yield cannot(f"{given}: what it gains from longer histories hardly shows")
         elif one.high < 1 and enough:
             yield can(f"{given}: older events count")
     if shuffled is not None:

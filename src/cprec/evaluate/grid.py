@@ -153,7 +153,7 @@ def console_for(file: TextIO | None, width: int | None = None, *, least: int = 1
 
 
 def widest_fitting(grids: Sequence[Grid], console: Console, gap: int = 1) -> Table:
-    """The first of the tables, which begin with the widest, that is no wider than the console; else the last."""
+    """The first table that is no wider than the console, or else the last. The widest come first."""
     tables = [grid.for_terminal(gap) for grid in grids]
     room = console.options.update(max_width=10_000)  # measures what a table asks for, whatever the console's width
     fitting = (table for table in tables if Measurement.get(console, room, table).maximum <= console.width)

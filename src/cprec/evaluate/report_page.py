@@ -118,7 +118,7 @@ def explanation(k: int | None) -> str:
 
 
 def ranking_lines(result: DomainResult) -> list[str]:
-    """What is known of the questions and of how exact each model's lists are, and what it wrote freely."""
+    """Notes on the queries, and for each model how exact its lists are and how well it wrote titles freely."""
     lines = list(result.notes)
     for arm in result.arms.values():
         if arm.proofs:

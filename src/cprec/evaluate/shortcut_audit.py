@@ -3,7 +3,7 @@
 Three shortcuts make a benchmark easy without user modelling (the graph-heuristic audit of 2026; see docs/shortcuts.md):
 few items follow an item, the next item resembles the last one, and older history changes nothing. Beside them stand the
 traps that belong to a file rather than to behaviour: targets that the order of equal times decided, repeats, items that
-training never saw, and too few queries. Everything is learnt from the training part; test events are only asked for.
+training never saw, and too few queries. Everything is learnt from the training part; test events are only targets.
 
 Suffixes: Q queries, N items of the domain, in catalogue order.
 """
@@ -26,7 +26,7 @@ from cprec.errors import ConfigError
 from cprec.evaluate.results import Interval
 from cprec.evaluate.statistics import ALPHA, POWER, SAMPLES, bootstrap_interval
 from cprec.progress import track
-from cprec.ranks import ndcg, recall
+from cprec.ranks import count_rankings, ndcg, recall
 from cprec.recommender import Ranking, RankingQuery, Recommender
 from cprec.schema import SPECIFIC, TEST, Item
 
@@ -35,7 +35,7 @@ K = 10
 BATCH = 256
 """Queries worked on at once."""
 NUM_BINS = 20
-"""Of the histograms of percentiles: each holds 5 % of the items."""
+"""Bins of the histograms of percentiles; each holds 5 % of the items."""
 
 WHOLE, REVERSED, SHUFFLED = "whole history", "reversed", "shuffled"
 VARIANTS: Mapping[str, int | None] = {
@@ -46,7 +46,7 @@ VARIANTS: Mapping[str, int | None] = {
     REVERSED: None,
     SHUFFLED: None,
 }
-"""What a model is shown of a history: so many of its latest events, or all of them (None)."""
+"""Parts of a history that a model is shown: so many of the latest events, or all of them (None)."""
 
 ONE_STEP, TWO_STEPS, BACKWARD, FROM_ANY = "one step", "two steps", "one step backward", "one step from any event"
 USERS, TITLES = "shared users", "titles"
@@ -303,8 +303,8 @@ def reaches(
 ) -> dict[str, Reach]:
     """How many targets follow in one step of the transition graph, in one or two, backward, and from any past event.
 
-    `history` has Q rows of items, oldest first and none empty; `count_N` are training events; `done` is told how many
-    queries are.
+    `history` has Q rows of items, oldest first and none empty; `count_N` are training events; `done` is called with
+    the number of queries finished.
     """
     size = len(count_N)
     # Links with weight 1, forward and backward. A set times `weights` gives its share of the catalogue and of events.
@@ -410,13 +410,7 @@ def shown(history: Sequence[Item], variant: str, generator: np.random.Generator)
 
 def ndcg_of(rankings: Sequence[Ranking], targets: Sequence[str]) -> np.ndarray:
     """NDCG@10 of each ranking of the full catalogue for its target: float[Q]; ties with their expected value."""
-    better, tied = np.zeros(len(rankings), dtype=np.int64), np.zeros(len(rankings), dtype=np.int64)
-    for row, (ranking, target) in enumerate(zip(rankings, targets, strict=True)):
-        if target in ranking.item_ids:
-            scores = np.array(ranking.scores)
-            mine = scores[ranking.item_ids.index(target)]
-            better[row], tied[row] = (scores > mine).sum(), (scores == mine).sum()
-    return ndcg(better, tied, K)
+    return ndcg(*count_rankings(rankings, targets), K)
 
 
 def dependence_of(
@@ -431,9 +425,9 @@ def dependence_of(
 ) -> Dependence:
     """NDCG@10 of a recommender on some queries (`chosen` are their rows), on whole histories and on parts of them.
 
-    The items of the whole history are left out in every variant alike, so that a variant changes what the model knows
-    and not what it may return. Queries do not say who asks: a model that knows users by name would know their histories
-    whatever is shown. Shuffles are drawn by `seed`; intervals are over users, and paired.
+    Every variant leaves out the items of the whole history, so that it changes what the model knows and not what it may
+    return. Queries name no user: a model that knows users by name would know their histories, whatever it is shown.
+    Shuffles are drawn by `seed`; intervals are over users, and paired.
     """
     item_id = split.catalogue.item_id
     histories = [[Item(queries.domain, str(item)) for item in item_id[queries.history[row]]] for row in chosen]

@@ -76,7 +76,7 @@ def mixture_table(run: TrainingRun) -> Grid:
 
 
 def _perplexity(value: float) -> str:
-    """Two places, or powers of ten where a model knows less than nothing.
+    """Two decimals, or a power of ten for a model that has diverged.
 
     >>> _perplexity(1234.5), _perplexity(1e304)
     ('1,234.50', '1e+304')

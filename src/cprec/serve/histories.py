@@ -53,7 +53,7 @@ def count_rows(path: Path) -> int:
     if path.suffix == ".parquet":
         return int(_parquet(path).metadata.num_rows)
     if path.suffix == ".csv":
-        return sum(len(block.lines) + len(block.bad) for block in parsed_blocks(path, _form(path), header=True))
+        return sum(len(block.lines) + len(block.bad) for block in parsed_blocks(path, _form(path)))
     keys: dict[str, None] = {}
     count = 0
     for _, line in _lines(path):
@@ -79,7 +79,7 @@ def read_histories(path: Path) -> Iterator[Row]:
 def _read_csv(path: Path) -> Iterator[Row]:
     form = _form(path)
     at_user, at_history = form.columns.index(USER), form.columns.index(HISTORY)
-    for block in parsed_blocks(path, form, header=True):
+    for block in parsed_blocks(path, form):
         for line, reason, row in block.bad:
             yield Row(line, None, left_out=((row, reason),))
         columns = (block.columns[at].to_pylist() for at in (at_user, at_history))

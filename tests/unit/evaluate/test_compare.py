@@ -236,7 +236,7 @@ def test_what_is_not_there_is_named_with_what_is(tmp_path: Path) -> None:
     other = write(tmp_path / "other", {"x": first_in(0.3)}, domain="Toys")
     cases = [
         ((), {}, "no folder to compare"),
-        ((tmp_path / "nowhere",), {}, "nowhere is no folder"),
+        ((tmp_path / "nowhere",), {}, "nowhere is not a folder"),
         ((a, a), {}, "named twice"),
         ((a, tmp_path / "a" / ".." / "a"), {}, "named twice"),
         ((tmp_path,), {}, "holds no evaluation"),
@@ -279,7 +279,7 @@ def test_files_that_are_no_evaluation_are_refused(tmp_path: Path) -> None:
         run(a)
     for text in ("{", "[]", "{}"):
         (a / "Books" / "protocol.json").write_text(text)
-        with pytest.raises(DataError, match=r"protocol\.json is no protocol"):
+        with pytest.raises(DataError, match=r"protocol\.json is not the protocol"):
             run(a)
     c = write(tmp_path / "c", {"x (seed 1)": first_in(0.3), "x (seed 2)": first_in(0.3, 1100)})
     with pytest.raises(DataError, match=r"c: x \(seed 1\) and c: x \(seed 2\) answered different queries"):

@@ -147,7 +147,7 @@ def test_exact_rankings_are_those_of_scoring_every_item(
     (ranking,) = recommender.rank([query(*history, exclude=frozenset(best[:2]))], 8, "exact")
     assert list(ranking.item_ids) == best[2:10]
     assert ranking.scores == pytest.approx([scores[item] for item in best[2:10]], abs=1e-4)
-    assert ranking.certificate is not None and ranking.certificate.exact
+    assert ranking.proof is not None and ranking.proof.exact
     (given,) = recommender.rank([query(*history, candidates=("i01", "i09", "i30"))], 1)
     assert dict(zip(given.item_ids, given.scores, strict=True)) == pytest.approx(
         {item: scores[item] for item in ("i01", "i09", "i30")}, abs=1e-4
@@ -158,9 +158,9 @@ def test_a_beam_finds_most_of_the_exact_list_and_knows_its_gap(recommender: Code
     asked = [query(first, second) for first in range(8) for second in (2, 31)]
     shares = []
     for exact, beam in zip(recommender.rank(asked, 10, "exact"), recommender.rank(asked, 10, "beam"), strict=True):
-        assert beam.certificate is not None
+        assert beam.proof is not None
         shares.append(len(set(exact.item_ids) & set(beam.item_ids)) / 10)
-        assert shares[-1] == 1 or beam.certificate.gap > 0
+        assert shares[-1] == 1 or beam.proof.gap > 0
     assert np.mean(shares) > 0.5
 
 

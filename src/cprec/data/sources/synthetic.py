@@ -261,7 +261,7 @@ class _Shelf:
     quality: np.ndarray
     """int64[num_items, 2]: indices into QUALITIES, different ones."""
     has_quality: np.ndarray
-    """int8[num_items + 1, num_qualities]: 1 where the item has the word; the last row, all 0, is no item."""
+    """int8[num_items + 1, num_qualities]: 1 where the item has the word; the last row, all 0, stands for no item."""
     brand: np.ndarray
     """int64[num_items]: indices into the names of all brands."""
     kind: np.ndarray
@@ -269,7 +269,7 @@ class _Shelf:
     log_popularity: np.ndarray
     """float64[num_items]: minus the logarithm of the rank."""
     follows: np.ndarray
-    """int8[num_items + 1, num_items]: 1 where the column's kind often follows the row's; the last row is no item."""
+    """int8[num_items + 1, num_items]: 1 where the column's kind often follows the row's; the last row is for no item."""
 
     def probabilities(
         self,
