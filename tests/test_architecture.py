@@ -97,7 +97,7 @@ def promises() -> tuple[Promise, ...]:
     settings = {"cprec.config", "cprec.field_help", "cprec.recipe", "cprec.settings"}
     settings |= {module for module in every if module.endswith(".config") or part_of(module) == "recipes"}
     trained = {module for module in every if part_of(module) in TRAINED_WITH} - set(BEYOND_AT_TOP)
-    judging = {module for module in every if part_of(module) == "evaluate"}
+    judging = {module for module in every if part_of(module) in {"evaluate", "run", "entrants", "lineup"}}
     return (
         Promise("the help loads nothing but the standard library", frozenset({"cprec", "cprec.cli"}), frozenset()),
         Promise("settings load nothing but the standard library", frozenset(settings), frozenset()),

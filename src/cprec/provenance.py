@@ -129,6 +129,7 @@ class FileHashes:
     def add(self, path: Path | str, state: tuple[int, ...], sha256: str, when: int) -> None:
         """Note the hash of a file that had `state` at the time `when` (in nanoseconds), and has not changed since."""
         self._known.pop(str(path), None)
+        # Only if the file is old enough to have other times after another change.
         if max(state[1:]) < when - _COARSE_CLOCK:
             self._known[str(path)] = (*state, sha256)
         self._changed = True
