@@ -131,7 +131,7 @@ TRAINED_WITH = frozenset(
 )
 """Parts that machines load which train, rank or judge."""
 
-TORCH = frozenset({"torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers"})
+TORCH = frozenset({"torch", "transformers", "peft", "safetensors", "tokenizers"})
 
 EXTRAS = frozenset(
     {"fastapi", "uvicorn", "prometheus_client", "optuna", "matplotlib", "vllm", "huggingface_hub", "pyspark", "py4j"}
