@@ -32,7 +32,7 @@ def tiny_model(
     """A small Qwen3-style decoder with random weights and tied embeddings; the same weights for the same seed."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    _hide_progress_bars()
+    hide_progress_bars()
     config = Qwen3Config(
         vocab_size=vocabulary_size,
         hidden_size=hidden_size,
@@ -64,7 +64,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    _hide_progress_bars()
+    hide_progress_bars()
     path = Path(name_or_path)
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
@@ -85,7 +85,7 @@ def load_model(
     return model.to(device) if device is not None else model
 
 
-def _hide_progress_bars() -> None:
+def hide_progress_bars() -> None:
     """Transformers shows a bar for each file that it reads or writes, across ours; the bars of downloads stay."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
