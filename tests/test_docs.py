@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import functools
 import importlib.util
 import json
 import re
@@ -25,6 +26,7 @@ from cprec import cli
 from cprec.config import RECIPES, find_config
 from cprec.field_help import describe_fields
 from cprec.recipe import STAGE_CONFIGS, Recipe
+from cprec.systems.recipes import sasrec
 from cprec.text.config import Template
 from cprec.text.prompts import render
 from cprec.verbs import VERBS
@@ -113,6 +115,7 @@ def test_the_readme_can_be_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sasrec, "SASRec", sasrec.SASRec(hidden_size=16, num_epochs=1))
     shown = blocks(README)
     names: dict[str, Any] = {}
     for block in shown:
@@ -202,9 +205,14 @@ def test_commands_exist(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 )  # or
 
 
+@functools.cache
+def known_settings() -> set[str]:
+    return {f"{stage}.{row.key}" for stage in STAGES for row in describe_fields(STAGE_CONFIGS[stage])}
+
+
 @each_page
 def test_settings_exist(page: Path) -> None:
-    known = {f"{stage}.{row.key}" for stage in STAGES for row in describe_fields(STAGE_CONFIGS[stage])}
+    known = known_settings()
     text = page.read_text(encoding="utf-8")
     for setting in re.findall(rf"`((?:{'|'.join(STAGES)})\.\w[\w.]*)", text) if page.name != "cli.md" else []:
         if not setting.endswith(".py"):

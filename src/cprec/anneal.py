@@ -8,12 +8,33 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from cprec.config import from_mapping
+from cprec.data.dataset import read_split
+from cprec.entrants import model_entrants
 from cprec.errors import ConfigError
-from cprec.train.config import AnnealConfig, FinetuneConfig, ForkData, PretrainConfig, share_of
+from cprec.evaluate.config import EvaluateConfig
+from cprec.evaluate.evaluate import evaluate
+from cprec.evaluate.fork_page import print_forks, write_forks
+from cprec.evaluate.results import DomainResult
+from cprec.files import write_whole
+from cprec.progress import say
+from cprec.provenance import CONFIG_FILE, read_resolved, save_resolved
+from cprec.train.checkpoint import damage, read_state, step_of
+from cprec.train.config import (
+    AnnealConfig,
+    FinetuneConfig,
+    ForkData,
+    PretrainConfig,
+    share_of,
+    under_current_names,
+)
+from cprec.train.finetune import finetune
+from cprec.train.folder import LOG, read_done, read_log
+from cprec.train.pretrain import fork
 
 FORKS = "forks"
 TRUNK = "no annealing"
@@ -24,36 +45,17 @@ MIXED_LATE, SFT_LATE = 0.8, 0.1
 def anneal(config: AnnealConfig) -> dict[str, Any]:
     """Grow the branches, fine-tune each in the same short way, and compare; writes forks.json and forks.html.
 
-    What is complete is reused and what was interrupted resumed, so lengths may be added later. Raises ConfigError where
+    Complete branches are reused and interrupted ones resumed, so lengths may be added later. Raises ConfigError where
     the folder holds no pre-training run with a stable checkpoint.
     """
-    from cprec.config import from_mapping
-    from cprec.evaluate.forks import print_forks, write_forks
-    from cprec.progress import say
-    from cprec.provenance import read_resolved, save_resolved
-    from cprec.train.pretrain import fork
-
     run = Path(config.run)
     stable = _stable(run, config.start)
-    trunk = from_mapping(PretrainConfig, read_resolved(run)["config"])
+    trunk = from_mapping(PretrainConfig, under_current_names(read_resolved(run)["config"]))
     if trunk.lr_scheduler_type != "wsa":  # it had no annealing: all of it is the trunk
         trunk = replace(trunk, lr_scheduler_type="wsa", anneal_steps=0)
     folder = Path(config.output_dir or run / FORKS)
     domain = _domain(config, Path(trunk.data))
-    branches: dict[str, Path] = {}
-    plans = list(itertools.product(config.lengths, config.shapes, config.data))
-    for number, (length, shape, data) in enumerate(plans, start=1):
-        name = f"{100 * share_of(length):g}% {shape} {data}"
-        say(f"[{number}/{len(plans)}] branch: {name}")
-        branch = replace(
-            trunk,
-            output_dir=str(folder / name.replace("%", "").replace(" ", "-")),
-            branch_length=share_of(length),
-            anneal_shape=shape,
-            anneal_mixture=_mixture(trunk, data),
-            dry_run=False,
-        )
-        branches[name] = fork(branch, stable)
+    branches = _grow(config, trunk, stable, folder)
     rows = {TRUNK: _trunk_row(run, stable)} | {name: _branch_row(path, stable) for name, path in branches.items()}
     if config.num_train_epochs:
         starts = {TRUNK: stable, **branches}
@@ -61,17 +63,37 @@ def anneal(config: AnnealConfig) -> dict[str, Any]:
     comparison = {"run": str(run), "start": stable.name, "domain": domain, "rows": rows}
     folder.mkdir(parents=True, exist_ok=True)
     save_resolved(folder, config)
-    (folder / "forks.json").write_text(json.dumps(comparison, indent=1) + "\n")
+    write_whole(folder / "forks.json", json.dumps(comparison, indent=1) + "\n")
     write_forks(folder / "forks.html", comparison, {name: _log(path) for name, path in branches.items()}, _log(run))
     print_forks(comparison)
     say(f"wrote {folder / 'forks.json'} and {folder / 'forks.html'}")
     return comparison
 
 
-def _stable(run: Path, name: str) -> Path:
-    from cprec.provenance import CONFIG_FILE
-    from cprec.train.checkpoint import damage, step_of
+def _grow(config: AnnealConfig, trunk: PretrainConfig, stable: Path, folder: Path) -> dict[str, Path]:
+    """The model folder of each branch, by its name."""
+    branches: dict[str, Path] = {}
+    plans = list(itertools.product(config.lengths, config.shapes, config.data))
+    for number, (length, shape, data) in enumerate(plans, start=1):
+        name = f"{100 * share_of(length):g}% {shape} {data}"
+        say(f"[{number}/{len(plans)}] branch: {name}")
+        branch = replace(
+            trunk,
+            output_dir=str(folder / _as_folder(name)),
+            branch_length=share_of(length),
+            anneal_shape=shape,
+            anneal_mixture=_mixture(trunk, data),
+            dry_run=False,
+        )
+        branches[name] = fork(branch, stable)
+    return branches
 
+
+def _as_folder(name: str) -> str:
+    return name.replace("%", "").replace(" ", "-")
+
+
+def _stable(run: Path, name: str) -> Path:
     if not (run / CONFIG_FILE).is_file():
         raise ConfigError(f"run={run}: no run of `cprec pretrain` is there (no {CONFIG_FILE})")
     found = sorted((path for path in run.glob("stable-*") if path.name.split("-")[1].isdecimal()), key=step_of)
@@ -105,25 +127,18 @@ def _mixture(trunk: PretrainConfig, data: ForkData) -> Any:
 
 
 def _log(run: Path) -> list[dict[str, Any]]:
-    from cprec.train.folder import LOG, read_log
-
     return read_log(run / LOG) if (run / LOG).is_file() else []
 
 
 def _trunk_row(run: Path, stable: Path) -> dict[str, Any]:
     """The stable checkpoint as it is; its held-out perplexity was measured when it was saved."""
-    from cprec.train.checkpoint import read_state
-
     state = read_state(stable)
     heldout = [line["heldout"] for line in _log(run) if line.get("heldout") and line["step"] == state.step]
     return {"tokens": 0, "seconds": 0.0, "total_tokens": state.num_tokens, "heldout": heldout[-1] if heldout else {}}
 
 
 def _branch_row(folder: Path, stable: Path) -> dict[str, Any]:
-    """What a branch cost, without what it shares, and where its held-out perplexity ended."""
-    from cprec.train.checkpoint import read_state
-    from cprec.train.folder import read_done
-
+    """The cost of a branch, without the shared part, and the held-out perplexity at its end."""
     done, state = read_done(folder) or {}, read_state(stable)
     heldout = [line["heldout"] for line in _log(folder) if line.get("heldout")]
     return {
@@ -143,24 +158,20 @@ def _fine_tune(
     rows: dict[str, dict[str, Any]],
 ) -> None:
     """Fine-tune every branch alike; adds next-item perplexity and, from validation queries, ranking to its row."""
-    from cprec.progress import say
-    from cprec.train.finetune import finetune
-
     models: dict[str, str] = {}
     for name, start in starts.items():
         say(f"fine-tuning on {domain}: {name}")
-        output_dir = folder / "finetune" / name.replace("%", "").replace(" ", "-")
         tuned = finetune(
             FinetuneConfig(
                 data=trunk.data,
                 max_length=trunk.max_length,
-                per_device_train_batch_size=trunk.per_device_train_batch_size,
-                gradient_accumulation_steps=trunk.gradient_accumulation_steps,
+                train_batch_size=trunk.train_batch_size,
+                micro_batch_size=trunk.micro_batch_size,
                 bf16=trunk.bf16,
                 seed=trunk.seed,
                 domain=domain,
                 model_name_or_path=str(start),
-                output_dir=str(output_dir),
+                output_dir=str(folder / "finetune" / _as_folder(name)),
                 num_train_epochs=config.num_train_epochs,
                 learning_rate=config.learning_rate or trunk.learning_rate,
             )
@@ -170,23 +181,22 @@ def _fine_tune(
         rows[name]["next_item_perplexity"] = next(iter(last[-1].values())) if last else None
     if config.max_queries:
         ranked = _rank(config, trunk.data, domain, models, folder)
-        for name in models:
-            rows[name] |= {key: ranked["arms"][name][key] for key in ("ndcg@10", "recall@10")}
-        for difference in ranked["differences"]:
-            if difference["b"] == TRUNK:
-                rows[difference["a"]]["against_trunk"] = {key: difference[key] for key in ("mean", "low", "high")}
+        for name, arm in ranked.arms.items():
+            shown = (ranked.main, replace(ranked.main, name="recall"))
+            rows[name] |= {str(metric): asdict(arm.metrics[metric]) for metric in shown}
+        for difference in ranked.differences:
+            if difference.b == TRUNK:
+                test = difference.test
+                rows[difference.a]["against_trunk"] = {"mean": test.mean, "low": test.low, "high": test.high}
 
 
-def _rank(config: AnnealConfig, data: str, domain: str, models: dict[str, str], folder: Path) -> dict[str, Any]:
-    from cprec.data.dataset import read_split
-    from cprec.evaluate.config import EvaluateConfig
-    from cprec.evaluate.evaluate import evaluate
-    from cprec.run import model_entrants
-
+def _rank(config: AnnealConfig, data: str, domain: str, models: dict[str, str], folder: Path) -> DomainResult:
     settings = EvaluateConfig(
         data=data,
         output_dir=str(folder / "evaluate"),
         part="validation",  # forks are chosen by these figures: the test queries stay untouched
         max_queries=config.max_queries,
     )
-    return evaluate(settings, read_split(data), domain, model_entrants(settings, domain, models))
+    return evaluate(
+        settings, read_split(data), domain, model_entrants(settings.output_dir, domain, models, settings.rank)
+    )

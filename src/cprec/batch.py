@@ -39,24 +39,23 @@ class Batch:
     def num_rows(self) -> int:
         return len(next(iter(self.rows.values())))
 
-    def micro_batches(self, num_parts: int, rank: int = 0, num_ranks: int = 1) -> list[dict[str, np.ndarray]]:
-        """The rows of one process, in parts; all processes together have about `num_parts`, each equally many.
+    def micro_batches(self, max_rows: int = 0, rank: int = 0, num_ranks: int = 1) -> list[dict[str, np.ndarray]]:
+        """The rows of one process, in parts of at most `max_rows`, or with 0 at once; all processes have as many parts.
 
         Raises ConfigError for rows that must stay together, and for a process without rows where `blank` is empty.
         """
         largest_share = -(-self.num_rows // num_ranks)
-        parts_each = min(-(-num_parts // num_ranks), largest_share)
-        if self.whole and (parts_each > 1 or num_ranks > 1):
+        num_parts = -(-largest_share // (max_rows or largest_share))
+        if self.whole and (num_parts > 1 or num_ranks > 1):
             raise ConfigError(
                 f"a loss term compares all {self.num_rows} rows of a step with each other, so they cannot be divided "
-                f"into {parts_each} micro-batches in each of {num_ranks} processes: train in one process without "
-                "gradient accumulation"
+                f"into {num_parts} micro-batches in each of {num_ranks} processes: train in one process, with all rows "
+                "of a step in one micro-batch"
             )
         shares = {
-            name: np.array_split(np.array_split(array, num_ranks)[rank], parts_each)
-            for name, array in self.rows.items()
+            name: np.array_split(np.array_split(array, num_ranks)[rank], num_parts) for name, array in self.rows.items()
         }
-        parts = [{name: share[part] for name, share in shares.items()} for part in range(parts_each)]
+        parts = [{name: share[part] for name, share in shares.items()} for part in range(num_parts)]
         return [part if len(next(iter(part.values()))) else self._blank_row() for part in parts]
 
     def _blank_row(self) -> dict[str, np.ndarray]:

@@ -9,6 +9,10 @@ class ConfigError(CPRecError, ValueError):
     """A recipe, a YAML file or a `key=value` setting is wrong; the message names the field and what is accepted."""
 
 
+class Unsuitable(ConfigError):
+    """A recommender cannot be made of this data; the message says what it lacks. An evaluation goes on without it."""
+
+
 class InputChanged(ConfigError):
     """An output folder was made from other input than the present one; the message names what changed."""
 

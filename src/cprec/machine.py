@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 LEAST_MEMORY = 1 << 28
@@ -17,6 +20,7 @@ def num_cores() -> int:
 
 def free_memory() -> int:
     """Bytes that this process may still take; memory that the system would give back (file cache) counts as free."""
+    # The smallest of: all memory of the machine, what the system calls available, what limits of groups leave.
     free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -24,6 +28,28 @@ def free_memory() -> int:
     except OSError:
         pass
     return max(LEAST_MEMORY, min([*free, *_free_in_groups()]))
+
+
+def reset_peak_memory() -> int:
+    """Let `peak_memory` start from here; returns the bytes that this process takes now."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # 5 resets the peak and nothing else
+    return _of_this_process("VmRSS") or peak_memory()
+
+
+def peak_memory() -> int:
+    """The most bytes that this process took at once since the reset; where the system knows no reset, ever."""
+    in_kilobytes = sys.platform != "darwin"
+    ever = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if in_kilobytes else 1)
+    return _of_this_process("VmHWM") or ever
+
+
+def _of_this_process(key: str) -> int:
+    """A number of bytes that Linux tells of this process; 0 elsewhere."""
+    with suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
+    return 0
 
 
 def _free_in_groups() -> Iterator[int]:

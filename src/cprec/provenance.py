@@ -6,7 +6,9 @@ size and times of every file that was hashed, so that a file which was not touch
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -64,6 +66,40 @@ def file_sha256(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@functools.cache
+def code_sha256(module: str) -> str:
+    """SHA-256 of the source of a module of CPRec and of every module of CPRec that it imports, directly or not.
+
+    It changes whenever code changes that the module runs; imports in functions count as well.
+    """
+    sources: dict[Path, bytes] = {}
+    waiting = [module]
+    while waiting:
+        path = _PACKAGE.joinpath(*waiting.pop().split(".")[1:])
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if path.is_file() and path not in sources:
+            sources[path] = path.read_bytes()
+            waiting += _imported(sources[path])
+    digest = hashlib.sha256()
+    for path in sorted(sources):
+        digest.update(hashlib.sha256(sources[path]).digest())
+    return digest.hexdigest()
+
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def _imported(source: bytes) -> list[str]:
+    """The modules of CPRec that a source imports; names that are no modules among them."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return [name for name in names if name.startswith("cprec.")]
+
+
 class FileHashes:
     """SHA-256 of files. A file whose size and times are still those in `folder/hashes.json` is not read again.
 
@@ -93,6 +129,7 @@ class FileHashes:
     def add(self, path: Path | str, state: tuple[int, ...], sha256: str, when: int) -> None:
         """Note the hash of a file that had `state` at the time `when` (in nanoseconds), and has not changed since."""
         self._known.pop(str(path), None)
+        # Only if the file is old enough to have other times after another change.
         if max(state[1:]) < when - _COARSE_CLOCK:
             self._known[str(path)] = (*state, sha256)
         self._changed = True

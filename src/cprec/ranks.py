@@ -9,9 +9,11 @@ Suffixes: Q queries, N entries of all lists.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+
+from cprec.recommender import Ranking
 
 
 def count(
@@ -29,6 +31,15 @@ def count(
     better_Q = np.bincount(query_N[score_N > of_target_Q[query_N]], minlength=num_queries)
     tied_Q = np.bincount(query_N[score_N == of_target_Q[query_N]], minlength=num_queries)
     return better_Q, np.where(np.isnan(of_target_Q), 0, tied_Q)
+
+
+def count_rankings(rankings: Sequence[Ranking], targets: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """`count` of rankings, each with the id of its target."""
+    query_N = np.repeat(np.arange(len(rankings)), [len(ranking.item_ids) for ranking in rankings])
+    item_N = np.array([item for ranking in rankings for item in ranking.item_ids], dtype=object)
+    score_N = np.array([score for ranking in rankings for score in ranking.scores], dtype=float)
+    is_target_N = item_N == np.array(targets, dtype=object)[query_N]
+    return count(query_N, score_N, is_target_N, len(rankings))
 
 
 def _expected(better_Q: np.ndarray, tied_Q: np.ndarray, upto: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

@@ -90,7 +90,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "tiny": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
         "learning_rate": 0.01,
         "max_length": 256,
-        "per_device_train_batch_size": 4,
+        "train_batch_size": 4,
         "bf16": "false",
         "save_steps": 4,
         "logging_steps": 1,

@@ -101,7 +101,7 @@ def test_delimited_text_is_read_as_csv_reads_it_row_by_row(text: bytes, separato
     with file_of(b"x\n" + text.replace(b"\x1f", b"")) as path:
         rows, bad = read_slowly(path.read_bytes(), separator, quote)
         try:
-            found = text_files.read_delimited(CONNECTION, path, COLUMNS, separator, quote)
+            found = text_files.read_delimited(CONNECTION, path, Form(COLUMNS, separator, quote))
         except DataError as error:
             assert re.search("is not UTF-8|is UTF-16", str(error)), "the only reasons to refuse a whole file"
             return
@@ -155,7 +155,7 @@ def test_long_rows_are_set_aside_however_they_are_cut(texts: list[str]) -> None:
             patch.object(text_files, "MAX_LINE", limit),
             patch.object(delimited, "MAX_LINE", limit),
         ):
-            rows, bad = text_files.read_delimited(CONNECTION, path, COLUMNS, ",", '"')
+            rows, bad = text_files.read_delimited(CONNECTION, path, Form(COLUMNS, ",", '"'))
             kept = query(f"SELECT * FROM {rows} ORDER BY ALL")
             aside = query(f"SELECT line_in_file, reason FROM {bad} ORDER BY ALL") if bad else []
         assert [line for line, reason in aside if reason == delimited.TOO_LONG] == long

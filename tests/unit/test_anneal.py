@@ -100,7 +100,7 @@ def test_the_schedule_is_shown_before_a_run(run: Path, capsys: pytest.CaptureFix
     data = str(run.parent / "data")
     source = run.parent / "plan.yaml"
     source.write_text(f"data: {data}\noutput_dir: x\nmax_length: 256\nlearning_rate: 2e-3\nanneal_steps: 0.5\n")
-    assert cli.main(["schedule", str(source), "per_device_train_batch_size=2", "anneal_mixture.mixed_share=0.9"]) == 0
+    assert cli.main(["schedule", str(source), "train_batch_size=2", "anneal_mixture.mixed_share=0.9"]) == 0
     said = capsys.readouterr().out
     assert "mixed: " in said and "annealing 90" in said
     assert "2.00e-03 " in said and "█" in said

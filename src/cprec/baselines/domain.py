@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import sparse
 
-from cprec.baselines.ranking import ScoringRecommender
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
-from cprec.errors import ConfigError
+from cprec.errors import Unsuitable
 from cprec.recommender import RankingQuery
+from cprec.scoring import ScoringRecommender, check_domain
 
 
 class DomainRecommender(ScoringRecommender):
@@ -36,24 +36,15 @@ class DomainRecommender(ScoringRecommender):
         """Scores of the domain's items for histories of positions among them, oldest first: float[Q, N]."""
 
 
-def check_domain(name: str, made_for: Sequence[str], asked: str) -> None:
-    """Raise ConfigError unless a recommender was made for the domain that it is asked about."""
-    if asked not in made_for:
-        raise ConfigError(
-            f"{name} was made for domain {', '.join(map(repr, made_for))} and is asked about {asked!r}: "
-            "make one for that domain"
-        )
-
-
 def training_matrix(split: Split, domain: str) -> sparse.csr_array:
     """Who had what in the training part of a domain: float64[U, N] of ones, however often; users without are left out.
 
-    Raises ConfigError where the domain has no training event.
+    Raises Unsuitable where the domain has no training event.
     """
     log, items = split.train, split.catalogue.rows_of(domain)
     mine = split.catalogue.domain[log.item] == split.catalogue.domain_index(domain)
     if not mine.any():
-        raise ConfigError(f"domain {domain!r} has no training event to learn from: choose another domain or split")
+        raise Unsuitable(f"domain {domain!r} has no training event to learn from: choose another domain or split")
     users, row = np.unique(log.user[mine], return_inverse=True)
     column = log.item[mine] - items[0]
     matrix = sparse.csr_array((np.ones(len(row)), (row, column)), (len(users), len(items)))

@@ -12,10 +12,10 @@ from scipy import sparse
 from scipy.linalg import lapack
 
 from cprec.baselines.domain import DomainRecommender, profiles, training_matrix
-from cprec.baselines.search import Choice, Real
+from cprec.choices import Choice, Real
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
-from cprec.errors import ConfigError
+from cprec.errors import ConfigError, Unsuitable
 from cprec.machine import free_memory
 
 BLOCK = 1024
@@ -62,7 +62,7 @@ class EASE:
             raise ConfigError(f"max_items={self.max_items} must be at least 1")
 
     def make(self, split: Split, domain: str, *, seed: int = 0, folder: Path | None = None) -> EASERecommender:
-        """See `Settings.make`; nothing is random and nothing kept. Raises ConfigError where items are too many."""
+        """See `Settings.make`; nothing is random and nothing kept. Raises Unsuitable where items are too many."""
         return EASERecommender(split, domain, self)
 
 
@@ -92,17 +92,17 @@ class EASERecommender(DomainRecommender):
 
 
 def check_size(num_items: int, settings: EASE, free_bytes: int) -> None:
-    """Raise ConfigError where the matrix of items by items is larger than the settings or the memory allow."""
+    """Raise Unsuitable where the matrix of items by items is larger than the settings or the memory allow."""
     needed = num_items**2 * np.dtype(settings.precision).itemsize
     if num_items > settings.max_items:
-        raise ConfigError(
+        raise Unsuitable(
             f"EASE: {num_items:,} items have training events, more than max_items={settings.max_items:,}; their matrix "
             f"takes {needed / 1e9:.1f} GB in {settings.precision}: raise max_items if that and the time are there, or "
             "leave EASE out"
         )
     if needed > free_bytes:
         advice = "use precision=float32, or leave EASE out" if settings.precision == "float64" else "leave EASE out"
-        raise ConfigError(
+        raise Unsuitable(
             f"EASE: the matrix of {num_items:,} items takes {needed / 1e9:.1f} GB in {settings.precision}, but "
             f"{free_bytes / 1e9:.1f} GB of memory are free: {advice}"
         )

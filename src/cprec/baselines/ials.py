@@ -11,7 +11,7 @@ import numpy as np
 from scipy import sparse
 
 from cprec.baselines.domain import DomainRecommender, profiles, training_matrix
-from cprec.baselines.search import Choice, Real, Whole
+from cprec.choices import Choice, Real, Whole
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import ConfigError

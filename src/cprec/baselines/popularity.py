@@ -16,14 +16,14 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from cprec.baselines.domain import DomainRecommender
-from cprec.baselines.ranking import ScoringRecommender
-from cprec.baselines.search import Choice, OneOf, Real
+from cprec.choices import Choice, OneOf, Real
 from cprec.data.catalogue import Catalogue
 from cprec.data.dataset import POPULARITY
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
-from cprec.errors import ConfigError
+from cprec.errors import ConfigError, Unsuitable
 from cprec.recommender import RankingQuery
+from cprec.scoring import ScoringRecommender
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,17 +104,17 @@ class RecentPopularityRecommender(DomainRecommender):
     name = "recent popularity"
 
     def __init__(self, split: Split, domain: str, settings: RecentPopularity) -> None:
-        """Raises ConfigError where the domain's times are not real, or it has no training event."""
+        """Raises Unsuitable where the domain's times are not real, or it has no training event."""
         super().__init__(split, domain)
         if not split.domains[domain].has_times:
-            raise ConfigError(
+            raise Unsuitable(
                 f"recent popularity: the times of domain {domain!r} only order the events of one user, so none is "
                 "more recent than another's; use popularity"
             )
         log, rows = split.train, split.catalogue.rows_of(domain)
         mine = split.catalogue.domain[log.item] == split.catalogue.domain_index(domain)
         if not mine.any():
-            raise ConfigError(f"domain {domain!r} has no training event to count: choose another domain or split")
+            raise Unsuitable(f"domain {domain!r} has no training event to count: choose another domain or split")
         time = log.time[mine]
         if settings.of == "span":
             since = time.max() - settings.share * (time.max() - time.min())

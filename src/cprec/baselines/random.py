@@ -10,11 +10,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from cprec.baselines.ranking import ScoringRecommender
-from cprec.baselines.search import Choice
+from cprec.choices import Choice
 from cprec.data.catalogue import Catalogue
 from cprec.data.splits import Split
 from cprec.recommender import RankingQuery
+from cprec.scoring import ScoringRecommender
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import sparse
 
 from cprec.baselines.domain import DomainRecommender, profiles
-from cprec.baselines.search import Choice, Real
+from cprec.choices import Choice, Real
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.data.titles import title_vectors

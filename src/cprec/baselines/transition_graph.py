@@ -10,13 +10,13 @@ from typing import ClassVar
 import numpy as np
 from scipy import sparse
 
-from cprec.baselines.domain import ages, check_domain
-from cprec.baselines.ranking import ScoringRecommender
-from cprec.baselines.search import Choice, Real, Whole
+from cprec.baselines.domain import ages
 from cprec.baselines.text import domain_titles, title_scores
+from cprec.choices import Choice, Real, Whole
 from cprec.data.splits import Split
 from cprec.errors import ConfigError
 from cprec.recommender import RankingQuery
+from cprec.scoring import ScoringRecommender, check_domain
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
     sources -> rows judged -> duplicates, repeats, k-core -> items, and interactions in parts by hash of user
 
-What concerns one user at a time (order, ties, splits, sequences) comes after, part by part, in numpy.
+Steps that look at one user at a time (order, ties, splits, sequences) come after, part by part, in numpy.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ LOADERS: dict[type, Callable[[TableEngine, Any], SourceTables]] = {
     ConnectionSource: connections.load,
     MemorySource: memory.load,
 }
-"""What reads the rows of each kind of source, as Ibis tables of an engine."""
+"""Kind of source -> the function that reads its rows, as Ibis tables of an engine."""
 
 
 def build_dataset(sources: Sequence[Source], folder: str | Path, rules: Rules, **settings: Any) -> Path:
@@ -230,7 +230,7 @@ class _DomainBuilder:
                 )
             if numbers.num_unread > numbers.num_unclear:
                 self.tell(
-                    f"note: {self.domain}: {numbers.num_unread - numbers.num_unclear:,} values of {name} are no "
+                    f"note: {self.domain}: {numbers.num_unread - numbers.num_unclear:,} values of {name} are not "
                     f"numbers, as {numbers.unread!r}, and are left out"
                 )
 

@@ -115,8 +115,8 @@ class Catalogue:
                 ]
                 more = f" and {len(found) - len(names)} more" if len(found) > len(names) else ""
                 raise UnknownItemError(
-                    f"{text!r} is no title as it stands, and may mean {', '.join(names)}{more}: write the title as it "
-                    "is there, or give the item's id"
+                    f"{text!r} is not a title as it is written, and may mean {', '.join(names)}{more}: write the "
+                    "title as it is there, or give the item's id"
                 )
             if found:
                 return found[0]
@@ -137,7 +137,7 @@ class Catalogue:
     def _look_up(
         self, domain: str, asked: list[str], keys: list[str], known: dict[str, int], what: str, near: _Near
     ) -> np.ndarray:
-        """`asked` is what the caller wrote, `keys` what is looked for."""
+        """The rows of `keys` in `known`; `asked` has the same texts as the caller wrote them, for the message."""
         found = [known.get(key) for key in keys]
         if None in found:
             missing = {text: key for text, key in zip(asked, keys, strict=True) if key not in known}
@@ -232,7 +232,7 @@ class Catalogue:
         return out
 
     def index(self, fields: Sequence[str] = (TITLE,)) -> None:
-        """Build now what `look_up` and, for items of these fields, `of_equal_text` build when they are first asked."""
+        """Build the indexes of `look_up`, and of `of_equal_text` for these fields, before the first call needs them."""
         _ = self._row_of_id, self._rows_of_spelling
         for domain in self.domains:
             self.texts_of(domain, fields)
@@ -250,7 +250,7 @@ class Catalogue:
 
     @cached_property
     def _numbered_texts(self) -> dict[tuple[str, tuple[str, ...]], tuple[np.ndarray, Ragged]]:
-        """What `texts_of` has found, for each domain and fields that were asked for."""
+        """The results of `texts_of` so far, by domain and fields."""
         return {}
 
     def digest(self) -> str:

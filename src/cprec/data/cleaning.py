@@ -1,4 +1,4 @@
-"""Titles as one line of plain text: what goes, and what stays."""
+"""Cleans titles: each becomes one line of plain text."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _ODD = re.compile(
     '[<&"\x00-\x1f\x7f-\xa0\u00ab\u00ad\u00bb\u061c\u1680\u2000-\u200f\u201c-\u201f\u2028-\u202f\u205f-\u206f\u3000'
     "\u3164\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
-"""What may be cleaned inside a title; most titles have none of it."""
+"""Characters that cleaning may change inside a title; most titles have none of them."""
 
 
 def clean_title(text: str) -> str:
@@ -75,7 +75,7 @@ def clean_title(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """A text with single spaces, in Unicode's composed form (NFC): what a reader cannot tell from it.
+    """A text with single spaces, in Unicode's composed form (NFC): to a reader it looks the same.
 
     >>> one_line(" Cafe\u0301\\n  Noir ")
     'Café Noir'
@@ -84,7 +84,7 @@ def one_line(text: str) -> str:
 
 
 def spelling(title: str) -> str:
-    """What titles have in common that differ only in case, spaces, invisible characters or Unicode forms.
+    """A title without case, invisible characters and differences of spaces and Unicode forms.
 
     >>> spelling("ＣＡＦＥ\u0301  Noir") == spelling("café noir")
     True
@@ -111,7 +111,7 @@ def _without_markup(text: str) -> str:
 
 
 def _without_element(tag: re.Match[str]) -> str:
-    """A space in place of a tag of HTML; other text in angle brackets stays, as "<Time>", which no page would write."""
+    """A space in place of a tag of HTML; other text in angle brackets stays, such as "<Time>"."""
     name, attributes = tag[1], tag[2]
     if name is None:  # a comment
         return " "

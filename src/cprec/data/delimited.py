@@ -1,11 +1,11 @@
 """Takes delimited text apart, a block at a time: each line is part of a row, is set aside with a reason, or is empty.
 
-- A line ends in a line feed; a carriage return before it belongs to the end. Lines without a character are no rows.
+- A line ends in a line feed; a carriage return before it belongs to the end. Empty lines are not rows.
 - A field that begins with the quote goes on to the next quote that is not doubled; separators and ends of lines in it
   are its own. After it comes a separator or the end of the line. Any other quote is an ordinary character.
 - An empty field is null.
-- What cannot be taken apart is set aside by its first line alone, and reading goes on with the next line: a quote that
-  is never closed costs one line, not the rest of the file.
+- Of a row that cannot be taken apart the first line alone is set aside, and reading goes on with the next line: a quote
+  that is never closed costs one line, not the rest of the file.
 
 Blocks without a fault are parsed by Arrow; the others by Python, row by row, with the same outcome.
 """
@@ -35,19 +35,23 @@ NOT_UTF8 = "malformed row: invalid encoding"
 TOO_LONG = "malformed row: line size over maximum"
 
 _STAND_IN = b"\x1f"
-"""Put in the place of a separator of several bytes where the text does not hold it: Arrow takes one byte."""
+"""Replaces a separator of several bytes, because Arrow takes one byte; not where the text itself holds it."""
 
 _UNDECODED = re.compile("[\udc80-\udcff]")
+"""Python's characters for bytes that are not UTF-8 ("surrogateescape")."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How rows are written."""
+    """How the rows of a file are written."""
 
     columns: tuple[str, ...]
     separator: str
     quote: str
     """One character, or '' where quotes are ordinary."""
+    header: bool = True
+    """Whether the first line names the columns, and is not a row."""
+    encoding: str = "utf-8"
 
 
 class SetAside(NamedTuple):
@@ -93,7 +97,7 @@ def _parse_faultless(block: bytes, first_line: int, form: Form, *, is_last: bool
     separator, quote = form.separator.encode(), form.quote.encode()
     if len(block) > MAX_LINE or len(quote) > 1 or b"\0" in block or _has_lone_return(block):
         return None
-    if block.startswith(b"\xef\xbb\xbf"):  # text_files has dropped the mark of the file; Arrow would drop this one
+    if block.startswith(b"\xef\xbb\xbf"):  # a byte order mark inside the file is text, but Arrow would drop it
         return None
     quotes = _places(block, quote) if quote and quote in block else np.zeros(0, dtype=np.int64)
     if len(separator) > 1:
@@ -142,18 +146,23 @@ def _with_lines(
     parsed: Parsed, body: bytes, first_line: int, form: Form, separator: bytes, quotes: np.ndarray
 ) -> Parsed | None:
     """Number the rows where some lines are empty, begin no row, or have too few or too many fields."""
+    # A row ends at a line feed outside quotes: one with an even number of quotes before it.
     feeds = _places(body, b"\n")
     stops = feeds[np.searchsorted(quotes, feeds) % 2 == 0]
     if not body.endswith(b"\n"):
         stops = np.append(stops, len(body))
+    # Lines with nothing, or only a carriage return, before the feed are not rows.
     starts = np.concatenate([[0], stops[:-1] + 1])
     has_return = np.frombuffer(body, np.uint8)[np.maximum(stops - 1, 0)] == ord("\r")
     is_row = stops - starts > has_return
     starts, stops = starts[is_row], stops[is_row]
+    # A row has one field more than separators outside quotes.
     separators = _places(body, separator)
     separators = separators[np.searchsorted(quotes, separators) % 2 == 0]
     num_fields = np.searchsorted(separators, stops) - np.searchsorted(separators, starts) + 1
     is_good = num_fields == len(form.columns)
+    # The feeds before a row give its line. Where Arrow counted other rows, or a bad row has several lines, the block is
+    # left to `_parse_each`.
     before = np.searchsorted(feeds, starts)
     if is_good.sum() != len(parsed.lines) or (np.searchsorted(feeds, stops) != before)[~is_good].any():
         return None
@@ -186,10 +195,12 @@ def _quotes_are_regular(body: bytes, quotes: np.ndarray, separator: bytes) -> bo
         return True
     if len(quotes) % 2:
         return False
+    # A closing quote right before an opening one is a doubled quote inside a field: drop both.
     opening, closing = quotes[0::2], quotes[1::2]
     is_doubled = opening[1:] == closing[:-1] + 1
     opening = opening[np.concatenate([[True], ~is_doubled])]
     closing = closing[np.concatenate([~is_doubled, [True]])]
+    # The bytes before and after are taken from the body with a line feed put at both ends.
     padded = np.frombuffer(b"\n" + body + b"\n", np.uint8)
     before, after = padded[opening], padded[closing + 2]
     at_start = (before == ord("\n")) | (before == separator[0])

@@ -21,12 +21,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cprec.data import text_files
+from cprec.data.delimited import Form
 from cprec.data.text_files import LINE
 from cprec.errors import ConfigError, DataError
 from cprec.machine import free_memory, num_cores
 
 MEMORY_SHARE = 0.6
-"""Of the memory that is free when the engine starts: what it may use unless told; the rest is for what reads it."""
+"""Share of the memory free at its start that the engine uses unless a limit is given; the rest is for Python."""
 
 BATCH_ROWS = 1 << 17
 """Rows of a batch."""
@@ -46,16 +47,7 @@ class TableEngine(ABC):
         """A Parquet file with its row numbers (`LINE`)."""
 
     @abstractmethod
-    def read_delimited(
-        self,
-        path: Path,
-        columns: Sequence[str],
-        *,
-        separator: str,
-        quote: str,
-        header: bool = True,
-        encoding: str = "utf-8",
-    ) -> tuple[Any, Any | None]:
+    def read_delimited(self, path: Path, form: Form) -> tuple[Any, Any | None]:
         """A delimited text file, every column as text: (rows, malformed rows).
 
         Rows with too few or too many fields, open quotes or bytes of another encoding are set aside: the second table
@@ -92,11 +84,11 @@ class TableEngine(ABC):
 
     @abstractmethod
     def microsecond(self, moment: Any) -> Any:
-        """What a column of times has beyond whole seconds, in microseconds."""
+        """The microseconds beyond whole seconds of a column of times."""
 
     @abstractmethod
     def translated_errors(self, what: str) -> AbstractContextManager[None]:
-        """Turn the engine's errors into DataError: they concern a file, memory or disk."""
+        """Turn the engine's errors, of a file, memory or the disk, into DataError; `what` begins the message."""
 
     @abstractmethod
     def close(self) -> None:
@@ -176,29 +168,16 @@ class DuckDBEngine(TableEngine):
         except duckdb.OutOfMemoryException as error:
             raise DataError(f"{what}: not enough memory or disk ({_first_line(error)}); raise memory_limit") from None
         except duckdb.Error as error:
-            raise DataError(
-                f"{what}: {_first_line(error)}; a file that is damaged is to be fetched or written again"
-            ) from None
+            raise DataError(f"{what}: {_first_line(error)}; fetch or write a damaged file again") from None
 
     def read_parquet(self, path: str | Path) -> Any:
         with self.translated_errors(str(path)):
             table = self.backend.read_parquet(str(path), table_name=text_files.new_name(), file_row_number=True)
         return table.mutate((ibis._.file_row_number + 1).name(LINE)).drop("file_row_number")
 
-    def read_delimited(
-        self,
-        path: Path,
-        columns: Sequence[str],
-        *,
-        separator: str,
-        quote: str,
-        header: bool = True,
-        encoding: str = "utf-8",
-    ) -> tuple[Any, Any | None]:
+    def read_delimited(self, path: Path, form: Form) -> tuple[Any, Any | None]:
         with self.translated_errors(str(path)):
-            rows, malformed = text_files.read_delimited(
-                self.backend.con, path, columns, separator, quote, header=header, encoding=encoding
-            )
+            rows, malformed = text_files.read_delimited(self.backend.con, path, form)
         return self.backend.table(rows), None if malformed is None else self.backend.table(malformed)
 
     def read_json_lines(self, path: Path, columns: Sequence[str], *, encoding: str = "utf-8") -> tuple[Any, Any | None]:
@@ -218,7 +197,7 @@ class DuckDBEngine(TableEngine):
         self.backend.disconnect()
 
     def microsecond(self, moment: Any) -> Any:
-        return moment.cast("timestamp").microsecond()  # DuckDB takes none from times with a zone
+        return moment.cast("timestamp").microsecond()  # of times with a zone DuckDB gives none
 
     def to_arrow(self, expression: Any) -> pa.Table:
         return self.backend.to_pyarrow(expression)
@@ -259,7 +238,8 @@ class DuckDBEngine(TableEngine):
 class SparkEngine(TableEngine):
     """Spark: a local session, or a cluster whose executors see the files and the spill folder.
 
-    Text files are taken apart by DuckDB in this process, as ever, and handed over as Parquet; Parquet is read by Spark.
+    DuckDB takes text files apart in this process, as it does without Spark, and hands them over as Parquet. Spark reads
+    Parquet itself.
     """
 
     name = "spark"
@@ -270,14 +250,14 @@ class SparkEngine(TableEngine):
             from pyspark.sql import SparkSession
 
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of versions of pandas, whose part of Spark is not used
+                warnings.simplefilter("ignore")  # about versions of pandas; the part of Spark that needs it is not used
                 connect_to_spark = ibis.pyspark.connect
         except ImportError as error:
             raise ConfigError(f"engine=spark needs more packages ({error}): pip install 'cprec[spark]'") from None
         self.spill = spill.resolve()
         self._text = DuckDBEngine(spill, None)
         active = SparkSession.getActiveSession()
-        self._is_ours = active is None
+        self._is_own_session = active is None
         try:
             self.session = active or self._start(SparkSession.builder, master, memory_limit)
         except PySparkException as error:
@@ -286,13 +266,13 @@ class SparkEngine(TableEngine):
             ) from None
         self.session.sparkContext.setLogLevel("OFF")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Ibis about settings that it changes in the session
+            warnings.simplefilter("ignore")  # from Ibis, about settings that it changes in the session
             self.backend = connect_to_spark(self.session)
 
     def _start(self, builder: Any, master: str, memory_limit: str | None) -> Any:
         settings = {
             "spark.sql.session.timeZone": "UTC",
-            "spark.sql.ansi.enabled": "false",  # what cannot be read is null, as in DuckDB's TRY_CAST
+            "spark.sql.ansi.enabled": "false",  # a value that cannot be read is null, as in DuckDB's TRY_CAST
             "spark.sql.shuffle.partitions": str(4 * num_cores()),
             "spark.sql.parquet.compression.codec": "zstd",
             "spark.sql.warehouse.dir": str(self.spill / "warehouse"),
@@ -320,7 +300,7 @@ class SparkEngine(TableEngine):
 
     def close(self) -> None:
         self._text.close()
-        if self._is_ours:
+        if self._is_own_session:
             self.session.stop()
 
     @contextmanager
@@ -339,19 +319,8 @@ class SparkEngine(TableEngine):
             frame = self.session.read.parquet(str(Path(path).resolve()))
             return self._view(frame.selectExpr("*", f"_metadata.row_index + 1 AS {LINE}"))
 
-    def read_delimited(
-        self,
-        path: Path,
-        columns: Sequence[str],
-        *,
-        separator: str,
-        quote: str,
-        header: bool = True,
-        encoding: str = "utf-8",
-    ) -> tuple[Any, Any | None]:
-        rows, malformed = self._text.read_delimited(
-            path, columns, separator=separator, quote=quote, header=header, encoding=encoding
-        )
+    def read_delimited(self, path: Path, form: Form) -> tuple[Any, Any | None]:
+        rows, malformed = self._text.read_delimited(path, form)
         return self._handed_over(rows), None if malformed is None else self._handed_over(malformed)
 
     def read_json_lines(self, path: Path, columns: Sequence[str], *, encoding: str = "utf-8") -> tuple[Any, Any | None]:

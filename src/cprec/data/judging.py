@@ -42,7 +42,7 @@ PROBLEM = "problem"
 """Column of a source's tables, if it has one: why a row cannot be used, or null."""
 
 _KEPT_FIELDS = (USER_ID, ITEM_ID, "time_text", RATING, TITLE, BRAND, CATEGORIES, DESCRIPTION, PRICE)
-"""What `rejected.parquet` says of a row, where the row has it."""
+"""Fields of a row that `rejected.parquet` shows, where the row has them."""
 
 
 @dataclass

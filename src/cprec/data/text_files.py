@@ -30,7 +30,7 @@ LINE = "line_in_file"
 """The column that readers add: the line where a row begins, counted from 1, which is the header where there is one."""
 
 BLOCK_BYTES = 1 << 22
-"""What is read at once."""
+"""Bytes read at once."""
 
 UTF8 = "utf-8"
 
@@ -41,20 +41,11 @@ _numbers = itertools.count()
 
 
 class Scalar(str):
-    """A key of JSON objects whose values are single ones (an id, a time): a list or an object is as if it were absent,
-    and numbers that are whole have no decimal point."""
+    """A key of JSON objects that holds one value (an id, a time): a list or an object counts as missing, and whole
+    numbers have no decimal point."""
 
 
-def read_delimited(
-    connection: Any,
-    path: Path,
-    columns: Sequence[str],
-    separator: str,
-    quote: str,
-    *,
-    header: bool = True,
-    encoding: str = UTF8,
-) -> tuple[str, str | None]:
+def read_delimited(connection: Any, path: Path, form: Form) -> tuple[str, str | None]:
     """A delimited text file, every column as text, into tables of a DuckDB connection.
 
     `cprec.data.delimited` has the rules. Returns the name of the table of rows, and of the table of malformed rows with
@@ -62,13 +53,12 @@ def read_delimited(
 
     Raises DataError for a file of another encoding or kind as a whole, and for one that ends too early.
     """
-    form = Form(tuple(columns), separator, quote)
     bad: list[SetAside] = []
-    names = [f"c{number}" for number in range(len(columns))]
+    names = [f"c{number}" for number in range(len(form.columns))]
     schema = pa.schema([*((name, pa.string()) for name in names), (LINE, pa.int64())])
 
     def batches() -> Iterator[pa.RecordBatch]:
-        for parsed in parsed_blocks(path, form, header=header, encoding=encoding):
+        for parsed in parsed_blocks(path, form):
             bad.extend(parsed.bad)
             yield pa.record_batch([*parsed.columns, pa.array(parsed.lines, pa.int64())], schema=schema)
 
@@ -77,10 +67,10 @@ def read_delimited(
     if len(undecoded) > connection.execute(f"SELECT count(*) FROM {name}").fetchall()[0][0]:
         fix = f"with `iconv -f windows-1252 -t utf-8 {path.name} > new{path.suffix}` if it comes from Windows, say"
         raise DataError(
-            f"{path} is not {'UTF-8' if encoding == UTF8 else encoding}: {len(undecoded):,} rows, as line "
+            f"{path} is not {'UTF-8' if form.encoding == UTF8 else form.encoding}: {len(undecoded):,} rows, as line "
             f"{undecoded[0]}, cannot be read. Save it as UTF-8, {fix}; or set encoding=windows-1252, if that is it"
         )
-    renamed = ", ".join(f"{old} AS {_identifier(new)}" for old, new in zip(names, columns, strict=True))
+    renamed = ", ".join(f"{old} AS {_identifier(new)}" for old, new in zip(names, form.columns, strict=True))
     connection.execute(f"CREATE TEMP VIEW {name}_rows AS SELECT {renamed}, {LINE} FROM {name}")
     return f"{name}_rows", _malformed_table(connection, bad) if bad else None
 
@@ -89,10 +79,10 @@ def read_json_lines(connection: Any, path: Path, columns: Sequence[str], *, enco
     """One JSON object per line, the given keys as text (lists joined by a comma), into tables of a DuckDB connection.
 
     Columns that are a `Scalar` hold no lists and objects. Returns the names of the tables of rows and of malformed rows
-    (`line_in_file`, `reason`, `row`): lines that are no JSON object, or one that has a key twice.
+    (`line_in_file`, `reason`, `row`): lines that are not a JSON object, or one that has a key twice.
     """
     # A unit separator cannot stand in JSON, so each line is one field.
-    lines, bad = read_delimited(connection, path, ["json"], "\x1f", "", header=False, encoding=encoding)
+    lines, bad = read_delimited(connection, path, Form(("json",), "\x1f", "", header=False, encoding=encoding))
     name = new_name()
     connection.execute(
         f"CREATE TEMP TABLE {name} AS SELECT {LINE}, CASE WHEN is_object THEN json END AS object, "
@@ -143,7 +133,7 @@ def _json_text(key: str) -> str:
 
 
 def _load(connection: Any, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> str:
-    """A table of batches, which are made while the engine takes them; what they raise is raised."""
+    """A table of batches that are made while the engine takes them; an error in making one is raised as it is."""
     raised: list[BaseException] = []
 
     def watched() -> Iterator[pa.RecordBatch]:
@@ -190,10 +180,10 @@ def _identifier(name: str) -> str:
 # ---- from the file ---------------------------------------------------------------------------------------------------
 
 
-def parsed_blocks(path: Path, form: Form, *, header: bool, encoding: str = "utf-8") -> Iterator[Parsed]:
+def parsed_blocks(path: Path, form: Form) -> Iterator[Parsed]:
     """The rows of a file, a block at a time."""
-    rest, line, is_skipping = b"", 1, header
-    for block, is_last in _marked_last(text_blocks(path, encoding)):
+    rest, line, is_skipping = b"", 1, form.header
+    for block, is_last in _marked_last(text_blocks(path, form.encoding)):
         block = rest + block
         if is_skipping:
             end = block.find(b"\n") + 1
@@ -223,7 +213,7 @@ def text_blocks(path: Path, encoding: str = UTF8) -> Iterator[bytes]:
     """The bytes of a text file, also of a compressed one, in blocks: in UTF-8, without a byte order mark.
 
     Where the first block has carriage returns and no line feed, those end lines, as they once did on a Macintosh.
-    What cannot be decoded becomes a byte that UTF-8 does not have, so that its row is set aside.
+    Bytes that cannot be decoded become one that UTF-8 does not have, so that their row is set aside.
     Raises DataError for a file of another encoding or kind, one that cannot be read, and one that ends too early.
     """
     check_kind(path)
@@ -247,7 +237,7 @@ def _decoded_blocks(path: Path, encoding: str) -> Iterator[bytes]:
 
 
 def _undecoded(error: UnicodeError) -> tuple[str | bytes, int]:
-    """What stands for bytes, or half a character, that are no text: in UTF-8 it is a byte that never occurs."""
+    """The stand-in for bytes, or half a character, that are not text: in UTF-8 it is a byte that never occurs."""
     assert isinstance(error, UnicodeDecodeError | UnicodeEncodeError)
     return ("\udcff" if isinstance(error, UnicodeDecodeError) else b"\xff"), error.end
 
@@ -286,11 +276,11 @@ def check_kind(path: Path) -> None:
         raise DataError(f"{path} is named .gz but is not compressed with gzip: rename it, or fetch it again")
     for mark, kind in _KINDS:
         if start.startswith(mark):
-            raise DataError(f"{path} is no text but {kind}: give it the suffix of what it is, or unpack it")
+            raise DataError(f"{path} is not text but {kind}: give it the suffix of what it is, or unpack it")
 
 
 def check_encoding(path: Path) -> None:
-    """Raise DataError for a file that is no UTF-8 from its start."""
+    """Raise DataError for a file whose start is not UTF-8."""
     start = _start(path)
     has_mark = start[:2] in (b"\xff\xfe", b"\xfe\xff") or start[:4] == b"\0\0\xfe\xff"
     if has_mark or (len(start) >= 4 and (not any(start[0::2]) or not any(start[1::2]))):  # every other byte is NUL

@@ -11,7 +11,7 @@ from scipy import sparse
 _WORD = re.compile(
     r"[\w\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u0963\u0966-\u0e3a\u0e40-\u0eff\u1000-\u109f\u1780-\u17d3\u200c\u200d]+"
 )
-"""Letters, digits, and what belongs to letters: vowels and marks (Indic, Thai, Arabic ...) and joiners are no `\\w`."""
+"""Letters, digits, and what belongs to letters: vowels, marks (Indic, Thai, Arabic) and joiners. `\\w` lacks those."""
 
 
 def title_vectors(titles: Sequence[str]) -> sparse.csr_array:

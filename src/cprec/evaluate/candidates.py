@@ -16,6 +16,7 @@ from cprec.evaluate.saved import read_saved, write_saved
 
 UNIFORM, POPULARITY = "uniform", "popularity"
 MAX_TRIES = 50
+"""Rounds of draws with replacement before the items that are left are tried one by one."""
 
 
 def draw_candidates(
@@ -27,51 +28,59 @@ def draw_candidates(
     seed: int,
     weights: np.ndarray | None = None,
 ) -> np.ndarray:
-    """`size` item positions, the target among them, in random order; fewer where there are no more to draw.
+    """Draw `size` item positions, the target among them, in random order; fewer where there are no more to draw.
 
-    The others are outside `taken` (the user's whole history), none with a title that equals, contains or is contained
-    in another's (after lower-casing): such answers could not be told apart in text. They are uniform over these items,
-    or drawn by `weights`, one for each item (0: never drawn). The draw is seeded by (seed, query id), never by the
-    target, so that co-candidates say nothing about it.
+    The others are outside `taken` (the user's whole history). No title equals, contains or is contained in another one
+    (after lower-casing), since such answers could not be told apart in text. Items are drawn uniformly, or by
+    `weights`, one for each item (0: never drawn). The draw is seeded by (seed, query id) and never by the target, so
+    that the other candidates say nothing about it.
     """
     digest = hashlib.sha256(f"{seed}/{query_id}".encode()).digest()
     generator = np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
-    drawable = np.ones(len(titles), dtype=bool) if weights is None else np.asarray(weights) > 0
+    weights = None if weights is None else np.asarray(weights)
+    drawable = np.ones(len(titles), dtype=bool) if weights is None else weights > 0
     drawable[np.union1d(taken, [target])] = False
-    upto = None if weights is None else np.cumsum(weights, dtype=float)
-    chosen, names = [target], [titles[target].lower()]
-
-    def choose(drawn: np.ndarray) -> bool:
-        """Take what may be taken, in order; whether there are enough."""
-        for item in drawn.tolist():
-            name = titles[item].lower()
-            if not drawable[item] or any(name in other or other in name for other in names):
-                continue
-            chosen.append(item)
-            names.append(name)
-            drawable[item] = False
-            if len(chosen) == size:
-                return True
-        return False
-
+    chosen = [target]
     if drawable.sum() >= size - 1:
+        # Draws with replacement, four times as many as needed: repeats and unusable items are passed over.
         for _ in range(MAX_TRIES):
-            if upto is None:
-                drawn = generator.integers(0, len(titles), 4 * size)
-            else:
-                drawn = np.searchsorted(upto, generator.random(4 * size) * upto[-1], side="right")
-            if choose(drawn):
+            _choose(_drawn(generator, len(titles), 4 * size, weights), chosen, drawable, titles, size)
+            if len(chosen) == size:
                 return generator.permutation(np.array(chosen))
-    left = np.flatnonzero(drawable)  # each once: what draws without replacement, by the same weights, would give
+    # Few items are left. All of them are tried, in the order in which draws without replacement would name them: with
+    # weights that is the order of exponential waiting times.
+    left = np.flatnonzero(drawable)
     if weights is None:
-        choose(generator.permutation(left))
+        order = generator.permutation(left)
     else:
-        choose(left[np.argsort(generator.exponential(size=len(left)) / np.asarray(weights)[left])])
+        order = left[np.argsort(generator.exponential(size=len(left)) / weights[left])]
+    _choose(order, chosen, drawable, titles, size)
     return generator.permutation(np.array(chosen))
 
 
+def _drawn(generator: np.random.Generator, num_items: int, size: int, weights: np.ndarray | None) -> np.ndarray:
+    """Item positions drawn with replacement, uniformly or by weight."""
+    if weights is None:
+        return generator.integers(0, num_items, size)
+    upto = np.cumsum(weights, dtype=float)
+    return np.searchsorted(upto, generator.random(size) * upto[-1], side="right")
+
+
+def _choose(drawn: np.ndarray, chosen: list[int], drawable: np.ndarray, titles: Sequence[str], size: int) -> None:
+    """Add drawn items to the `chosen` ones, in order, until there are `size`; what was chosen is not drawable again."""
+    names = [titles[item].lower() for item in chosen]
+    for item in drawn.tolist():
+        if len(chosen) == size:
+            return
+        name = titles[item].lower()
+        if drawable[item] and not any(name in other or other in name for other in names):
+            chosen.append(item)
+            names.append(name)
+            drawable[item] = False
+
+
 def write_candidates(path: Path, query_ids: Sequence[str], candidates: Sequence[Sequence[str]]) -> None:
-    """Freeze candidate sets: one row per query; the file appears complete or not at all."""
+    """Freeze candidate sets, one row for each query; the file appears complete or not at all."""
     columns = {"query_id": pa.array(query_ids, pa.string()), "candidates": pa.array(candidates, pa.list_(pa.string()))}
     write_saved(pa.table(columns), path)
 

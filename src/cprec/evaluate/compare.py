@@ -11,27 +11,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from cprec.errors import ConfigError, DataError
-from cprec.evaluate.comparison_report import (
-    Estimate,
-    Row,
-    Table,
-    html_of,
-    in_words,
-    key_in_words,
-    latex_table,
-    markdown_table,
-    print_tables,
-)
+from cprec.evaluate.comparison import ComparedArm, ComparisonTable, Estimate, in_words, key_in_words
+from cprec.evaluate.comparison_page import comparison_page, latex_table, markdown_table, print_tables
+from cprec.evaluate.results import FULL, FULL_WITH_SEEN
+from cprec.evaluate.saved import read_saved
 from cprec.evaluate.seeds import model_of, together
 from cprec.evaluate.statistics import adjusted, bootstrap_interval, compare_pair, permutations_for, seed_variance
+from cprec.files import write_whole
 from cprec.progress import say
-
-if TYPE_CHECKING:
-    import numpy as np
-
 
 # ---- stage -----------------------------------------------------------------------------------------------------------
 
@@ -45,19 +39,39 @@ def compare(
     force: bool = False,
     output: str | Path = "compare.html",
     file: TextIO | None = None,
-) -> list[Table]:
-    """Compare the arms of evaluation folders: print a table a domain, and write them with a plot to `output`; where its
-    name ends in .md or .tex, the tables alone.
+) -> list[ComparisonTable]:
+    """Compare the arms of evaluation folders: print one table for each domain, and write them to `output`.
+
+    The file has the tables and a plot; where its name ends in .md or .tex, only the tables.
 
     `domains` are those that every folder has if none is named. `metric` is NDCG at the K of the runs if None, and
     `protocol` (a key of `PROTOCOLS`) the one of their main table. Arms are tested in pairs on the same queries, queries
-    of one user together, with Holm's correction over all pairs of a table. `file` is standard output if None.
+    of one user together, with Holm's correction over all pairs of a table. The table is printed to `file`, standard
+    output if None.
 
     Raises ConfigError if a folder, domain, metric or protocol is not there, and, listing every difference, if the runs
     were not asked the same; with `force` runs that were asked differently stand in separate tables. Raises DataError
     for files that are no evaluation, and for arms that answered other queries than their protocol says.
     """
     runs = _named(folders)
+    tables = [
+        _table(domain, {name: runs[name] / domain for name in names}, settings, metric, protocol)
+        for domain, settings, names in _groups(runs, domains, force)
+    ]
+    print_tables(tables, file)
+    table_of = {".md": markdown_table, ".tex": latex_table}.get(Path(output).suffix)
+    write_whole(output, "\n".join(map(table_of, tables)) if table_of else comparison_page(tables))
+    say(f"wrote {output}")
+    return tables
+
+
+def _groups(
+    runs: Mapping[str, Path], domains: Sequence[str], force: bool
+) -> list[tuple[str, Mapping[str, Any], list[str]]]:
+    """The tables to make: a domain, what was asked, and the runs that were asked it.
+
+    Raises ConfigError where runs were not asked the same, unless `force` is set.
+    """
     groups: list[tuple[str, Mapping[str, Any], list[str]]] = []
     differences: list[str] = []
     for domain in _domains(runs, domains):
@@ -73,21 +87,7 @@ def compare(
             + "\n  ".join(differences)
             + "\nEvaluate them alike, or add --force to see them in separate tables."
         )
-    tables = [
-        _table(domain, {name: runs[name] / domain for name in names}, settings, metric, protocol)
-        for domain, settings, names in groups
-    ]
-    print_tables(tables, file)
-    table_of = {".md": markdown_table, ".tex": latex_table}.get(Path(output).suffix)
-    _write(Path(output), "\n".join(map(table_of, tables)) if table_of else html_of(tables))
-    say(f"wrote {output}")
-    return tables
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".incomplete")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    return groups
 
 
 def protocol_differences(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -108,6 +108,7 @@ def protocol_differences(settings: Mapping[str, Mapping[str, Any]]) -> list[str]
 
 
 def _canonical(value: Any) -> str:
+    """A setting as text, equal where the setting is."""
     return json.dumps(value, sort_keys=True)
 
 
@@ -121,7 +122,7 @@ def _named(folders: Sequence[str | Path]) -> dict[str, Path]:
         raise ConfigError("no folder to compare: name those that `cprec evaluate` wrote")
     for path in paths:
         if not path.is_dir():
-            raise ConfigError(f"{path} is no folder: name one that `cprec evaluate` wrote")
+            raise ConfigError(f"{path} is not a folder: name one that `cprec evaluate` wrote")
     resolved = [path.resolve() for path in paths]
     twice = next((path for path, full in zip(paths, resolved, strict=True) if resolved.count(full) > 1), None)
     if twice is not None:
@@ -163,7 +164,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     except ValueError:
         settings = None
     if not isinstance(settings, dict) or not isinstance(settings.get("k"), int):
-        raise DataError(f"{path} is no protocol of an evaluation: run `cprec evaluate` anew")
+        raise DataError(f"{path} is not the protocol of an evaluation: run `cprec evaluate` anew")
     return settings
 
 
@@ -179,8 +180,6 @@ class _Arm:
     values_SQ: Mapping[str, np.ndarray]
 
     def equals(self, other: _Arm) -> bool:
-        import numpy as np
-
         return (
             self.query_id == other.query_id
             and self.values_SQ.keys() == other.values_SQ.keys()
@@ -189,12 +188,7 @@ class _Arm:
 
 
 def _read(folder: Path, protocol: str, metrics: Sequence[str]) -> dict[str, _Arm]:
-    """The arms of a run by name, of one seed each. Of the metrics those that are there, the first must."""
-    import numpy as np
-    import pyarrow.compute as pc
-
-    from cprec.evaluate.saved import read_saved
-
+    """The arms of a run by name, each of one seed. The first metric must be there; of the others those that are."""
     path = folder / "metrics.parquet"
     table = read_saved(path, "run `cprec evaluate` anew")
     names = table.column_names
@@ -209,29 +203,33 @@ def _read(folder: Path, protocol: str, metrics: Sequence[str]) -> dict[str, _Arm
     if not asked.num_rows:
         there = ", ".join(sorted(pc.unique(table["protocol"]).to_pylist()))
         raise ConfigError(f"protocol={protocol} is not in {path}, which has {there}")
-    arms = {}
-    for name in pc.unique(asked["arm"]).to_pylist():
-        rows = asked.filter(pc.equal(asked["arm"], name))
-        kind = rows["kind"][0].as_py() if "kind" in names else "model"
-        values = {metric: rows[metric].to_numpy()[None] for metric in kept}
-        broken = next((metric for metric in kept if not np.isfinite(values[metric]).all()), None)
-        if broken is not None:
-            raise DataError(f"{path}: {broken} of {name} is not a number everywhere: run `cprec evaluate` anew")
-        arms[name] = _Arm(
-            query_id=rows["query_id"].to_pylist(),
-            user_id=rows["user_id"].to_pylist(),
-            bound=kind == "bound",
-            stochastic=rows["stochastic"][0].as_py() if "stochastic" in names else kind != "bound",
-            values_SQ=values,
-        )
-    return arms
+    return {
+        name: _arm(path, name, asked.filter(pc.equal(asked["arm"], name)), kept)
+        for name in pc.unique(asked["arm"]).to_pylist()
+    }
+
+
+def _arm(path: Path, name: str, rows: pa.Table, metrics: Sequence[str]) -> _Arm:
+    """An arm from its rows. Files of early versions do not say its kind and whether it is stochastic."""
+    values = {metric: rows[metric].to_numpy()[None] for metric in metrics}
+    broken = next((metric for metric in metrics if not np.isfinite(values[metric]).all()), None)
+    if broken is not None:
+        raise DataError(f"{path}: {broken} of {name} is not a number everywhere: run `cprec evaluate` anew")
+    kind = rows["kind"][0].as_py() if "kind" in rows.column_names else "model"
+    return _Arm(
+        query_id=rows["query_id"].to_pylist(),
+        user_id=rows["user_id"].to_pylist(),
+        bound=kind == "bound",
+        stochastic=rows["stochastic"][0].as_py() if "stochastic" in rows.column_names else kind != "bound",
+        values_SQ=values,
+    )
 
 
 def _arms(runs: Mapping[str, Path], protocol: str, metrics: Sequence[str]) -> dict[str, _Arm]:
-    """The arms of all runs, each once, seeds of one model together: its run stands in front of a model of which an arm
-    has other numbers in another run."""
-    import numpy as np
+    """The arms of all runs, each once, with the seeds of one model together.
 
+    Where a model has other numbers in another run, the name of its run stands in front of its own.
+    """
     read = {run: _read(folder, protocol, metrics) for run, folder in runs.items()}
     (known, first), *others = ((f"{run}: {name}", arm) for run, of_run in read.items() for name, arm in of_run.items())
     for name, arm in others:
@@ -263,10 +261,10 @@ def _arms(runs: Mapping[str, Path], protocol: str, metrics: Sequence[str]) -> di
 
 def _table(
     domain: str, runs: Mapping[str, Path], settings: Mapping[str, Any], metric: str | None, protocol: str | None
-) -> Table:
+) -> ComparisonTable:
     """The table of runs that were asked the same."""
     k = settings["k"]
-    protocol = protocol or ("full_with_seen" if settings.get("seen") == "may be recommended" else "full")
+    protocol = protocol or (FULL_WITH_SEEN if settings.get("seen") == "may be recommended" else FULL)
     arms = _arms(runs, protocol, [metric or f"ndcg@{k}", f"ndcg@{k}", f"recall@{k}", "ndcg@5", "mrr"])
     first = next(iter(arms.values()))
     metrics = [name for name in first.values_SQ if all(name in arm.values_SQ for arm in arms.values())]
@@ -287,8 +285,8 @@ def _table(
     ]
     comparisons = dict(zip(pairs, adjusted(tests), strict=True))
     against_best = {b: test.reversed() for (a, b), test in comparisons.items() if a == rivals[0]}
-    rows = [
-        Row(
+    compared = [
+        ComparedArm(
             name=name,
             num_seeds=len(arms[name].values_SQ[metrics[0]]),
             bound=arms[name].bound,
@@ -297,13 +295,13 @@ def _table(
         )
         for name in order
     ]
-    return Table(
+    return ComparisonTable(
         domain=domain,
         runs=tuple(runs),
         protocol=protocol,
         settings=settings,
         num_queries=len(first.query_id),
-        rows=tuple(rows),
+        arms=tuple(compared),
         comparisons=comparisons,
     )
 

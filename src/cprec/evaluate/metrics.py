@@ -10,14 +10,11 @@ Suffixes: Q queries, N entries of all lists, I items of the catalogue, D terms o
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from cprec.ranks import ranks_up_to
-
-if TYPE_CHECKING:
-    from scipy.sparse import csr_array
 
 HEAD_SHARE = 0.2
 """Share of the catalogue's items that are its head: the 20 of the rule of 80 and 20."""
@@ -140,8 +137,6 @@ def intra_list_diversity(list_N: np.ndarray, item_N: np.ndarray, num_lists: int,
     >>> intra_list_diversity(np.array([0, 0, 1, 1, 2]), np.array([0, 1, 0, 2, 0]), 3, vectors).round(3).tolist()
     [1.0, 0.4, nan]
     """
-    from scipy.sparse import csr_array
-
     lists, items = np.asarray(list_N, dtype=np.int64), np.asarray(item_N, dtype=np.int64)
     squared_I = np.asarray((vectors_ID * vectors_ID).sum(axis=1)).ravel()
     wrong = np.flatnonzero((np.abs(squared_I - 1) > 1e-4) & (squared_I > 0))

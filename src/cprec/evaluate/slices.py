@@ -6,15 +6,12 @@ A query is in one group of each slice. Suffix Q: queries.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cprec.data.splits import Split
 from cprec.evaluate.metrics import head
 from cprec.schema import TRAIN
-
-if TYPE_CHECKING:
-    from cprec.data.splits import Split
 
 NEW, COLD, TAIL, HEAD = "new", "cold", "tail", "head"
 COLD_EVENTS = 4

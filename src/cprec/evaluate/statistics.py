@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
+from scipy.special import stdtr, stdtrit
 
 MIN_QUERIES = 1000
-"""Queries below which no recommender is said to beat another, whatever the test."""
+"""With fewer queries than this no recommender is said to beat another, whatever the test says."""
 ALPHA = 0.05
 """The chance of a false claim in a whole table, after Holm's correction."""
 POWER = 0.8
@@ -25,9 +26,10 @@ SAMPLES = 2000
 PERMUTATIONS = 9999
 """Random sign flips of a permutation test, unless told otherwise; the smallest p value is 1 / (this + 1)."""
 CELLS = 4_000_000
-"""Numbers that are drawn at once, which bounds memory."""
+"""Numbers that are drawn at once; this bounds memory."""
 FEW = 8
-"""Values of this many queries each, on average, are drawn by how often they occur; metrics of ranks take few values."""
+"""Where each distinct value is that of more queries than this, on average, samples are drawn by how often each value
+occurs. Metrics of ranks take few values, so this is the usual case, and it is faster."""
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------------
@@ -52,15 +54,18 @@ def bootstrap_interval(
     (0.25, 0.25, 0.25)
     """
     values = _checked(values_Q)
+    # Each group has the sum of its values and the number of its queries; many groups have the same two.
     sums, sizes = _sums(values, groups)
     distinct, times = np.unique(np.column_stack([sums, sizes]), axis=0, return_counts=True)
     generator = np.random.default_rng(seed)
     means = np.empty(samples)
     for part in _blocks(samples, len(sums)):
         rows = part.stop - part.start
-        if FEW * len(times) < len(sums):  # draw how often each value occurs: the same chances, sooner
+        if FEW * len(times) < len(sums):
+            # How often each distinct pair is drawn is multinomial: the same chances as drawing groups one by one.
             drawn_sums, drawn_sizes = (generator.multinomial(len(sums), times / len(sums), rows) @ distinct).T
         else:
+            # As many groups as there are, with replacement, for each sample.
             drawn = generator.integers(0, len(sums), (rows, len(sums)))
             drawn_sums, drawn_sizes = sums[drawn].sum(axis=1), sizes[drawn].sum(axis=1)
         means[part] = drawn_sums / drawn_sizes
@@ -177,7 +182,9 @@ def _seed_terms(values_SQ: np.ndarray, groups: Sequence[object] | np.ndarray | N
     seeds = len(values_SQ)
     if seeds < 2:
         return 0.0, []
+    # How far the means of seeds lie apart, as a squared error of their mean.
     between = float(values_SQ.mean(axis=1).var(ddof=1)) / seeds
+    # What neither the seed nor the query explains moves the means of seeds as well: it is subtracted.
     rest_SQ = values_SQ - values_SQ.mean(axis=0) - values_SQ.mean(axis=1, keepdims=True) + values_SQ.mean()
     errors = [_squared_error(rest_Q, groups) for rest_Q in rest_SQ]
     rest = sum(error for error, _ in errors) / (seeds * (seeds - 1))
@@ -193,8 +200,7 @@ def _freedom(squared_error: float, terms: Terms) -> float:
 
 
 def _student_interval(mean: float, squared_error: float, terms: Terms, level: float) -> tuple[float, float]:
-    from scipy.special import stdtrit
-
+    """Student's interval of a mean."""
     half = float(stdtrit(_freedom(squared_error, terms), (1 + level) / 2)) * math.sqrt(squared_error)
     return mean - half, mean + half
 
@@ -204,7 +210,7 @@ def _student_interval(mean: float, squared_error: float, terms: Terms, level: fl
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How far arm a is above arm b on the same queries, and whether that may be said aloud."""
+    """How far arm a is above arm b on the same queries, and whether a report may claim it."""
 
     mean: float
     """Mean of a - b over queries."""
@@ -220,7 +226,7 @@ class Comparison:
     """Queries that both arms answered."""
     detectable: float | None
     """The smallest true difference that these queries find with 80 % power at a level of 5 %, before correction. None
-    where nothing tells of it: the arms differ alike on all queries, or there is a single user."""
+    where it cannot be estimated: the arms differ by the same on all queries, or there is a single user."""
 
     @property
     def claim(self) -> bool:
@@ -264,20 +270,13 @@ def compare_pair(
     a, b = (_checked(np.atleast_2d(values), 2) for values in (values_a, values_b))
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"{a.shape[1]:,} and {b.shape[1]:,} queries: both arms must have answered the same ones")
-    difference = a.mean(axis=0) - b.mean(axis=0)
-    of_users, freedom = _squared_error(difference, groups)
-    (seeds_a, terms_a), (seeds_b, terms_b) = (_seed_terms(values, groups) for values in (a, b))
-    if len(a) == 1 < len(b) and stochastic[0]:
-        seeds_a, terms_b = seeds_b * len(b), [(term * (1 + len(b)), free) for term, free in terms_b]
-    if len(b) == 1 < len(a) and stochastic[1]:
-        seeds_b, terms_a = seeds_a * len(a), [(term * (1 + len(a)), free) for term, free in terms_a]
-    squared_error = of_users + seeds_a + seeds_b
-    mean = float(difference.mean())
+    difference_Q = a.mean(axis=0) - b.mean(axis=0)
+    mean = float(difference_Q.mean())
+    squared_error, terms = _difference_error(difference_Q, a, b, groups, stochastic)
     if len(a) == len(b) == 1:
-        _, low, high = bootstrap_interval(difference, groups=groups, seed=seed)
-        p_value = _permutation_p(difference, groups, permutations, seed)
+        _, low, high = bootstrap_interval(difference_Q, groups=groups, seed=seed)
+        p_value = _permutation_p(difference_Q, groups, permutations, seed)
     else:
-        terms = [(of_users, freedom), *terms_a, *terms_b]
         low, high = _student_interval(mean, squared_error, terms, 0.95)
         p_value = _student_p(mean, squared_error, terms)
     normal = NormalDist()
@@ -288,26 +287,51 @@ def compare_pair(
         high=high,
         p_value=p_value,
         p_adjusted=p_value,
-        num_queries=len(difference),
+        num_queries=len(difference_Q),
         detectable=detectable if 0 < detectable < math.inf else None,
     )
+
+
+def _difference_error(
+    difference_Q: np.ndarray,
+    a_SQ: np.ndarray,
+    b_SQ: np.ndarray,
+    groups: Sequence[object] | np.ndarray | None,
+    stochastic: tuple[bool, bool],
+) -> tuple[float, Terms]:
+    """Squared error of the mean difference of two arms, from users and from seeds, and the terms that it is made of."""
+    of_users, freedom = _squared_error(difference_Q, groups)
+    (seeds_a, terms_a), (seeds_b, terms_b) = (_seed_terms(values, groups) for values in (a_SQ, b_SQ))
+    num_a, num_b = len(a_SQ), len(b_SQ)
+    # An arm of one seed is taken to vary as the other does: a mean over one seed has S times the error of one over S.
+    if num_a == 1 < num_b and stochastic[0]:
+        seeds_a, terms_b = seeds_b * num_b, [(term * (1 + num_b), free) for term, free in terms_b]
+    if num_b == 1 < num_a and stochastic[1]:
+        seeds_b, terms_a = seeds_a * num_a, [(term * (1 + num_a), free) for term, free in terms_a]
+    return of_users + seeds_a + seeds_b, [(of_users, freedom), *terms_a, *terms_b]
 
 
 def _permutation_p(
     difference_Q: np.ndarray, groups: Sequence[object] | np.ndarray | None, permutations: int, seed: int
 ) -> float:
+    """The p value of a test that flips the sign of each group's summed difference at random."""
     sums, _ = _sums(difference_Q, groups)
     total = sums.sum()
-    least = abs(total) * (1 - 1e-9) - 1e-9  # flips that give the same sum in another order of addition are as far
-    moving = np.abs(sums[sums != 0])  # the sign of a 0 does not matter, and most are: misses of both arms
+    # Additions in another order give the same sum but for rounding: such flips count as being as far from 0.
+    least = abs(total) * (1 - 1e-9) - 1e-9
+    # The sign of a 0 does not matter, and most are 0: both arms missed.
+    moving = np.abs(sums[sums != 0])
     distinct, times = np.unique(moving.round(12), return_counts=True)
     generator = np.random.default_rng(seed)
     extreme = 0
     for part in _blocks(permutations, max(len(moving), 1)):
         rows = part.stop - part.start
-        if FEW * len(times) < len(moving):  # draw how many of each size are above 0: the same chances, sooner
+        # `above` is the sum of what is positive after the flips, so the flipped sum is 2 * above - moving.sum().
+        if FEW * len(times) < len(moving):
+            # How many of each size stay positive is binomial: the same chances as flipping one by one.
             above = generator.binomial(times, 0.5, (rows, len(times))) @ distinct
         else:
+            # One random bit for each sign.
             bits = np.frombuffer(generator.bytes(-(-rows * len(moving) // 8)), dtype=np.uint8)
             above = np.unpackbits(bits, count=rows * len(moving)).reshape(rows, len(moving)) @ moving
         extreme += int((np.abs(2 * above - moving.sum()) >= least).sum())
@@ -315,8 +339,7 @@ def _permutation_p(
 
 
 def _student_p(mean: float, squared_error: float, terms: Terms) -> float:
-    from scipy.special import stdtr
-
+    """The two-sided p value of Student's test of a mean."""
     if squared_error == 0:
         return 1.0 if mean == 0 else 0.0
     return float(2 * stdtr(_freedom(squared_error, terms), -abs(mean) / math.sqrt(squared_error)))

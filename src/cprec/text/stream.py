@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -137,6 +138,8 @@ class TokenStream:
             sizes.append(np.diff(np.arange(num_steps + 1) * len(packed) // max(1, num_steps)))
         self.corpus, self.phases = corpus, tuple(phases)
         self.row_tokens, self.pad_id, self._is_target = row_tokens, pad_id, is_target
+        self.tokens_per_step = rows_per_step * row_tokens
+        """Positions of a step at most."""
         self._rows = Ragged.concatenate(rows)
         self._first_row = offsets_of(np.concatenate(sizes))
         self.phase_steps = [len(of_phase) for of_phase in sizes]
@@ -163,12 +166,24 @@ class TokenStream:
         """Tokens read by the end of each step: int64[num_steps]."""
         return offsets_of(self.corpus.lengths[self._rows.values])[self._rows.offsets[self._first_row[1:]]]
 
+    @cached_property
+    def _tokens_until(self) -> np.ndarray:
+        """Tokens of each group in the steps before each step: int64[num_steps + 1, groups]."""
+        documents, num_groups = self._rows.values, len(self.corpus.groups)
+        documents_until = self._rows.offsets[self._first_row]
+        step = np.repeat(np.arange(self.num_steps), np.diff(documents_until))
+        # One count for each pair of a step and a group, then summed over the steps so far.
+        tokens = np.bincount(
+            step * num_groups + self.corpus.group[documents],
+            weights=self.corpus.lengths[documents],
+            minlength=self.num_steps * num_groups,
+        )
+        of_step = tokens.astype(np.int64).reshape(self.num_steps, num_groups)
+        return np.concatenate([np.zeros((1, num_groups), dtype=np.int64), of_step.cumsum(0)])
+
     def mixture_until(self, step: int) -> dict[str, float]:
         """The share of each group in the tokens of the steps before `step`, by name."""
-        documents = self._rows.values[: self._rows.offsets[self._first_row[step]]]
-        tokens = np.bincount(
-            self.corpus.group[documents], weights=self.corpus.lengths[documents], minlength=len(self.corpus.groups)
-        )
+        tokens = self._tokens_until[step]
         return dict(zip(self.corpus.names, (tokens / max(1, tokens.sum())).round(5).tolist(), strict=True))
 
     def mixture_asked(self) -> dict[str, float]:

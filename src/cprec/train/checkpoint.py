@@ -9,20 +9,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from cprec import distributed
 from cprec.errors import CheckpointError
+from cprec.files import aside, whole_folder
 from cprec.provenance import file_sha256
 from cprec.train.trainable import Trainable
 
@@ -58,23 +71,16 @@ class TrainState:
         )
 
 
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Make `folder` by `write(temporary folder)`; it appears complete or not at all, and replaces an older one.
+@contextmanager
+def checkpoint_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill, which appears complete as `folder` or not at all, and replaces an older one.
 
-    Raises CheckpointError if the disk is full or cannot be written; the temporary folder is removed.
+    Raises CheckpointError if the disk is full or cannot be written.
     """
-    temporary = folder.with_name(folder.name + ".incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        for path in [*temporary.rglob("*"), temporary]:
-            _flush(path)
-        remove_folder(folder)
-        temporary.rename(folder)
-        _flush(folder.parent)
+        with whole_folder(folder) as unfinished:
+            yield unfinished
     except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         if not _is_write_failure(error):
             raise
         raise _not_written(folder, error) from error
@@ -100,17 +106,7 @@ def remove_folder(folder: Path) -> None:
 
 def _is_write_failure(error: Exception) -> bool:
     """Disk errors as Python, torch's zip writer and safetensors report them."""
-    return (
-        isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or type(error).__name__ == "SafetensorError"
-    )
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or isinstance(error, SafetensorError)
 
 
 def save_checkpoint(
@@ -125,52 +121,53 @@ def save_checkpoint(
     """Write `<kind>-<step>`, then remove checkpoints of later steps and all but the newest `keep` of this and earlier
     ones. Those named `stable-` stay. All processes call it, the first one writes.
 
-    Raises CheckpointError (see `write_folder`), in all of them.
+    Raises CheckpointError (see `checkpoint_folder`), in all of them.
     """
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-    model = trainable.module
-    weights = whole_weights(model)
-    folder = output_dir / f"{kind}-{state.step}"
-    parts = output_dir / (OPTIMIZER_PARTS + ".incomplete")
-    if distributed.is_sharded(model):
-        _write_parts(parts, get_optimizer_state_dict(model, optimizer), of=folder)
+    module, folder = trainable.module, output_dir / f"{kind}-{state.step}"
+    weights = whole_weights(module)
+    parts = aside(output_dir / OPTIMIZER_PARTS)
+    if distributed.is_sharded(module):
+        _write_parts(parts, get_optimizer_state_dict(module, optimizer), of=folder)
         moments = None
     else:
-        moments = get_optimizer_state_dict(model, optimizer, options=_whole())
-
-    def write(folder: Path) -> None:
-        trainable.save(folder, weights)
-        if moments is None:
-            parts.rename(folder / OPTIMIZER_PARTS)
-        else:
-            with open(folder / OPTIMIZER, "wb") as file:
-                torch.save(moments, file)
-        (folder / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n")
-        written = {
-            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-            for path in folder.rglob("*")
-            if path.is_file()
-        }
-        (folder / FILES).write_text(json.dumps(dict(sorted(written.items())), indent=1) + "\n")
+        moments = get_optimizer_state_dict(module, optimizer, options=_whole())
 
     def write_and_make_room() -> Path:
-        write_folder(folder, write)
-        found = _of_kind(output_dir, "checkpoint")
-        # A later step is on disk only where its checkpoint was damaged and training fell back to an earlier one.
-        later = [path for path in found if step_of(path) > state.step]
-        for old in [*later, *[path for path in found if path not in later][:-keep]]:
-            remove_folder(old)
+        with checkpoint_folder(folder) as unfinished:
+            trainable.save(unfinished, weights)
+            if moments is None:
+                parts.rename(unfinished / OPTIMIZER_PARTS)
+            else:
+                with open(unfinished / OPTIMIZER, "wb") as file:
+                    torch.save(moments, file)
+            (unfinished / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n")
+            (unfinished / FILES).write_text(json.dumps(_sizes_and_hashes(unfinished), indent=1) + "\n")
+        _remove_old(output_dir, state.step, keep)
         return folder
 
     return distributed.by_first(write_and_make_room)
 
 
+def _sizes_and_hashes(folder: Path) -> dict[str, dict[str, Any]]:
+    """Of each file, by its path in the folder."""
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _remove_old(output_dir: Path, step: int, keep: int) -> None:
+    found = _of_kind(output_dir, "checkpoint")
+    # A later step is on disk only where its checkpoint was damaged and training fell back to an earlier one.
+    later = [path for path in found if step_of(path) > step]
+    for old in [*later, *[path for path in found if path not in later][:-keep]]:
+        remove_folder(old)
+
+
 def _write_parts(folder: Path, moments: dict[str, Any], *, of: Path) -> None:
     """Each process writes what it holds of the optimizer's state. Raises CheckpointError in all if one cannot, which
     names the checkpoint that the folder is to be part `of`."""
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict_saver import save
 
     def make_room() -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -190,22 +187,18 @@ def whole_weights(model: Any) -> dict[str, torch.Tensor]:
 
     All processes call it; where weights are spread over them, the first one gets them all and the others none.
     """
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict
-
     kept = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}  # each tensor once
     found = get_model_state_dict(model, options=_whole(trained_only=hasattr(model, "peft_config")))
     return {name: value for name, value in found.items() if name in kept}  # type: ignore[misc]
 
 
 def _whole(trained_only: bool = False) -> Any:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions
-
     return StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False, ignore_frozen_params=trained_only)
 
 
 def remove_checkpoints(output_dir: Path, *, stable: bool = False) -> None:
     """Remove the checkpoints of a run, those named `stable-` only if asked to, and what kills left of others."""
-    shutil.rmtree(output_dir / (OPTIMIZER_PARTS + ".incomplete"), ignore_errors=True)
+    shutil.rmtree(aside(output_dir / OPTIMIZER_PARTS), ignore_errors=True)
     for path in output_dir.glob("*"):
         name = path.name.removesuffix(".incomplete").removesuffix(".discarded")
         match = _NAME.fullmatch(name)
@@ -283,11 +276,6 @@ def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) 
 
     A damage that leaves files readable is found by `newest_intact` and `damage`, not here.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict import set_model_state_dict
-
     unreadable = (
         *(OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError),
         *(UnpicklingError, SafetensorError, CheckpointException),
@@ -316,9 +304,6 @@ def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) 
 
 def _load_moments(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
     """Restore the optimizer from whole tensors or from parts, whichever the folder has, spread as the model is."""
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-    from torch.distributed.checkpoint.state_dict_loader import load
-
     if (folder / OPTIMIZER_PARTS).is_dir():
         moments = get_optimizer_state_dict(model, optimizer)
         with warnings.catch_warnings():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from cprec.errors import ConfigError
 from cprec.text.config import Mixture
@@ -34,6 +35,13 @@ class TinyModel:
 class TrainingConfig:
     """Settings of pre-training and fine-tuning; names are Hugging Face's where one exists."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "per_device_train_batch_size": "train_batch_size=ROWS of an optimizer step, in all processes together",
+        "gradient_accumulation_steps": "micro_batch_size=ROWS of a forward pass in one process, and train_batch_size="
+        "ROWS of an optimizer step, in all processes together",
+    }
+    """Settings that are gone: what to write in their place."""
+
     data: str
     """Data folder that `cprec prepare` wrote."""
     output_dir: str
@@ -55,10 +63,11 @@ class TrainingConfig:
     """Passes over the training tokens; a fraction is allowed."""
     max_length: int = 1024
     """Tokens of a packed row."""
-    per_device_train_batch_size: int = 8
-    """Packed rows of a forward pass."""
-    gradient_accumulation_steps: int = 1
-    """Forward passes of an optimizer step."""
+    train_batch_size: int = 8
+    """Packed rows of an optimizer step, in all processes together: the same rows for any number of processes."""
+    micro_batch_size: int = 0
+    """Packed rows of a forward pass in one process, at most: it decides memory and time, not what is learnt. 0: all
+    that the process has."""
     weight_decay: float = 0.1
     """AdamW's decay of matrices; norms are left out."""
     max_grad_norm: float = 1.0
@@ -117,13 +126,13 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         positive = (
-            "learning_rate num_train_epochs max_length per_device_train_batch_size gradient_accumulation_steps "
-            "max_grad_norm save_steps save_total_limit logging_steps eval_steps ddp_timeout"
+            *("learning_rate", "num_train_epochs", "max_length", "train_batch_size", "max_grad_norm", "save_steps"),
+            *("save_total_limit", "logging_steps", "eval_steps", "ddp_timeout"),
         )
-        for name in positive.split():
+        for name in positive:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
-        for name in ("weight_decay", "warmup_steps", "anneal_steps", "eval_tokens", "lora_rank"):
+        for name in ("weight_decay", "warmup_steps", "anneal_steps", "eval_tokens", "lora_rank", "micro_batch_size"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more")
         if not 0 <= self.min_lr_ratio <= 1:
@@ -134,8 +143,9 @@ class TrainingConfig:
             )
 
     @property
-    def rows_per_step(self) -> int:
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+    def rows_per_pass(self) -> int:
+        """Rows of a forward pass of one process that has all rows of a step."""
+        return min(self.micro_batch_size or self.train_batch_size, self.train_batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,3 +255,17 @@ def share_of(length: str) -> float:
     if not 0 < share < 1:
         raise ConfigError(f"lengths: {length!r} is no share between 0 and 1; write 10% or 0.1")
     return share
+
+
+def under_current_names(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run as it recorded them, with the names of today.
+
+    >>> under_current_names({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "seed": 1})
+    {'seed': 1, 'train_batch_size': 8, 'micro_batch_size': 4}
+    """
+    settings = dict(recorded)
+    if "gradient_accumulation_steps" in settings:
+        rows = settings.pop("per_device_train_batch_size")
+        passes = settings.pop("gradient_accumulation_steps")
+        settings |= {"train_batch_size": rows * passes, "micro_batch_size": rows if passes > 1 else 0}
+    return settings

@@ -36,8 +36,8 @@ class Optimisation:
     """AdamW's decay, of the parameters that decay."""
     max_grad_norm: float
     """Gradients are scaled down to this norm."""
-    num_accumulation: int = 1
-    """Micro-batches of a step, in all processes together."""
+    micro_batch_size: int = 0
+    """Rows of a micro-batch in one process, at most; 0: all that the process has."""
     seed: int = 0
     """Decides what is random within a step: dropout, negatives."""
 
@@ -157,7 +157,7 @@ def perplexity(trainable: Trainable, batches: Iterable[Batch]) -> float:
     module.eval()
     total, count = torch.zeros((), device=device, dtype=torch.float64), 0
     for batch in batches:
-        for rows in batch.micro_batches(1, distributed.rank(), distributed.num_ranks()):
+        for rows in batch.micro_batches(0, distributed.rank(), distributed.num_ranks()):
             total += sum(trainable.losses(distributed.to_device(rows, device)).values())
         count += sum(batch.counts.values())
     module.train(was_training)
@@ -198,7 +198,7 @@ class _Update:
         """Gradients of this process's rows; returns its share of each term."""
         rank, num_ranks = distributed.rank(), distributed.num_ranks()
         summed: dict[str, torch.Tensor] = {}
-        for rows in batch.micro_batches(self._settings.num_accumulation, rank, num_ranks):
+        for rows in batch.micro_batches(self._settings.micro_batch_size, rank, num_ranks):
             losses = self._trainable.losses(distributed.to_device(rows, self._device))
             terms = {name: loss / max(1, batch.counts[name]) for name, loss in losses.items()}
             loss = _sum(terms.values())

@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from cprec.errors import ConfigError
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from cprec.text.stream import Phase, TokenStream
-    from cprec.train.config import TrainingConfig
-    from cprec.train.schedule import Schedule
+from cprec.text.stream import Phase, TokenStream
+from cprec.train.checkpoint import TrainState, read_state
+from cprec.train.schedule import Kind, Schedule, Shape, Unit, make_schedule
 
 FEW_STEPS = 50
 """Optimizer steps below which a run says that it can hardly learn."""
 STABLE, WARMUP, ANNEALING = "stable", "warm-up", "annealing"
-_SURE_FILL = 0.96
-"""Share of a row's positions that is surely filled: a phase given in steps is no longer than asked."""
+SURE_FILL = 0.96
+"""Share of a row's positions that packing surely fills: a phase given in steps must not need more steps than asked."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +26,8 @@ class Plan:
 
     stream: TokenStream
     schedule: Schedule
+    unit: Unit = "steps"
+    """Of the schedule."""
 
     def steps_of(self, name: str) -> int:
         """Optimizer steps of a phase of the stream; 0 where it has none of that name."""
@@ -37,62 +36,71 @@ class Plan:
 
 
 def split_phases(
-    config: TrainingConfig,
     num_tokens: int,
     share: np.ndarray,
     *,
+    tokens_per_step: int,
+    warmup_steps: float = 0,
+    anneal_steps: float = 0,
     warmup: np.ndarray | None = None,
     annealing: np.ndarray | None = None,
 ) -> list[Phase]:
     """The phases of a run over `num_tokens`, each with the share of its tokens that each group has.
 
     Annealing is a phase of its own, so that runs which differ in it alone read the same until it begins; so is warm-up
-    where it has a mixture of its own. Phases too short for a step are part of the others.
+    where it has a mixture of its own. Lengths below 1 are fractions of the tokens, others are steps. Phases too short
+    for a step are part of the others.
     """
-    from cprec.text.stream import Phase
 
-    per_step = config.rows_per_step * config.max_length
+    def phase(name: str, length: float, of_phase: np.ndarray) -> Phase:
+        if length < 1:
+            return Phase(name=name, num_tokens=length * num_tokens, share=of_phase)
+        tokens = length * tokens_per_step * SURE_FILL
+        return Phase(name=name, num_tokens=tokens, share=of_phase, num_steps=round(length))
 
-    def phase(name: str, setting: float, of_phase: np.ndarray) -> Phase:
-        if setting < 1:
-            return Phase(name=name, num_tokens=setting * num_tokens, share=of_phase)
-        return Phase(name=name, num_tokens=setting * per_step * _SURE_FILL, share=of_phase, num_steps=round(setting))
-
-    first = [] if warmup is None else [phase(WARMUP, config.warmup_steps, warmup)]
-    last = [phase(ANNEALING, config.anneal_steps, share if annealing is None else annealing)]
-    if config.lr_scheduler_type != "wsa":
-        last = []
+    first = [] if warmup is None else [phase(WARMUP, warmup_steps, warmup)]
+    last = [phase(ANNEALING, anneal_steps, share if annealing is None else annealing)] if anneal_steps else []
     rest = num_tokens - sum(part.num_tokens for part in [*first, *last])
     stable = Phase(name=STABLE, num_tokens=max(rest, 0), share=share)
-    return [part for part in [*first, stable, *last] if part.num_tokens >= per_step] or [
+    return [part for part in [*first, stable, *last] if part.num_tokens >= tokens_per_step] or [
         Phase(name=STABLE, num_tokens=num_tokens, share=share)
     ]
 
 
-def make_plan(config: TrainingConfig, stream: TokenStream) -> Plan:
-    """The learning rates that the settings ask for over the steps of a stream."""
-    from cprec.train.schedule import make_schedule
+def make_plan(
+    stream: TokenStream,
+    *,
+    kind: Kind,
+    peak: float,
+    warmup_steps: float,
+    anneal_steps: float,
+    floor_ratio: float,
+    shape: Shape,
+    unit: Unit = "steps",
+) -> Plan:
+    """The stream with a learning rate for each step. Lengths below 1 are fractions of all steps.
 
-    num_steps, steps = stream.num_steps, {}
-    for phase, of_phase in zip(stream.phases, stream.phase_steps, strict=True):
-        steps[phase.name] = of_phase
-    warmup = steps.get(WARMUP, _steps(config.warmup_steps, num_steps))
-    if 0 < config.warmup_steps < 1:
+    Where the stream has a phase for warm-up or annealing, its steps count and not the setting.
+    """
+    num_steps = stream.num_steps
+    phases = zip(stream.phases, stream.phase_steps, strict=True)
+    steps = {phase.name: of_phase for phase, of_phase in phases}
+    warmup = steps.get(WARMUP, _steps(warmup_steps, num_steps))
+    if 0 < warmup_steps < 1:
         warmup = max(1, warmup)
-    anneal = steps.get(ANNEALING, _steps(config.anneal_steps, num_steps))
-    if config.anneal_steps < 1:
+    anneal = steps.get(ANNEALING, _steps(anneal_steps, num_steps))
+    if anneal_steps < 1:
         anneal = min(anneal, max(0, num_steps - warmup))
-    after = range(1, num_steps + 1) if config.schedule_unit == "steps" else stream.tokens_after()
     schedule = make_schedule(
-        config.lr_scheduler_type,
-        after,  # type: ignore[arg-type]
-        config.learning_rate,
+        kind,
+        range(1, num_steps + 1) if unit == "steps" else stream.tokens_after().tolist(),
+        peak,
         warmup_steps=warmup,
         anneal_steps=anneal,
-        floor_ratio=config.min_lr_ratio,
-        shape=config.anneal_shape,
+        floor_ratio=floor_ratio,
+        shape=shape,
     )
-    return Plan(stream, schedule)
+    return Plan(stream, schedule, unit)
 
 
 def _steps(setting: float, num_steps: int) -> int:
@@ -101,9 +109,7 @@ def _steps(setting: float, num_steps: int) -> int:
 
 
 def check_fork(stable: Path, plan: Plan) -> None:
-    """Raises ConfigError where a checkpoint is not what this plan has come to when its annealing begins."""
-    from cprec.train.checkpoint import TrainState, read_state
-
+    """Raises ConfigError where a checkpoint is not the state of this plan when its annealing begins."""
     start, state = plan.stream.num_steps - plan.steps_of(ANNEALING), TrainState()
     for step in range(start):
         state = state.advance(plan.stream.documents(step).tobytes(), 0, 0, 0)
@@ -115,25 +121,24 @@ def check_fork(stable: Path, plan: Plan) -> None:
         )
 
 
-def describe_plan(config: TrainingConfig, plan: Plan, tell: Callable[[str], None]) -> None:
-    """Say what will be done: tokens, steps, the mixture of each phase, learning rates."""
+def describe_plan(plan: Plan, tell: Callable[[str], None]) -> None:
+    """Say what the run will do: tokens, steps, the mixture of each phase, learning rates."""
     stream, wsa = plan.stream, plan.schedule.wsa
     num_steps = stream.num_steps
     tell(
-        f"{stream.num_tokens:,} tokens in {num_steps:,} steps of {config.rows_per_step * config.max_length:,} "
+        f"{stream.num_tokens:,} tokens in {num_steps:,} steps of {stream.tokens_per_step:,} "
         f"positions ({stream.fill:.1%} full)"
     )
     if stream.corpus.names != [""]:
         describe_mixture(stream, tell)
-    unit = "tokens" if config.schedule_unit == "tokens" else "steps"
     tell(
-        f"learning rate: {wsa.warmup:,} {unit} up to {wsa.peak:g}, {wsa.anneal_start - wsa.warmup:,} there, "
+        f"learning rate: {wsa.warmup:,} {plan.unit} up to {wsa.peak:g}, {wsa.anneal_start - wsa.warmup:,} there, "
         f"{wsa.anneal:,} {f'down to {wsa.floor:g} ({wsa.shape})' if wsa.anneal else 'of annealing'}"
     )
     if num_steps < FEW_STEPS:
         tell(
             f"note: {num_steps} optimizer steps are few to learn from: raise num_train_epochs, or lower "
-            "per_device_train_batch_size or max_length"
+            "train_batch_size or max_length"
         )
 
 

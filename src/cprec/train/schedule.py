@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from cprec.errors import ConfigError
 
 Shape = Literal["1-sqrt", "linear", "cosine", "exponential"]
+Unit = Literal["steps", "tokens"]
 Kind = Literal["wsa", "constant_with_warmup", "cosine", "constant"]
 
 

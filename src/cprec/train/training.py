@@ -1,222 +1,247 @@
-"""What both training stages share: their settings, the set-up before the loop, and the finished model folder."""
+"""A training run, pre-training and fine-tuning alike: plan, build the model, fit it, publish the model folder."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cprec.errors import ConfigError, InputChanged
-from cprec.provenance import (
-    CONFIG_FILE,
-    WEIGHTS,
-    FileHashes,
-    differences,
-    model_hashes,
-    read_resolved,
-    save_resolved,
-    shortened,
-    to_dict,
+import torch
+
+from cprec import distributed
+from cprec.data.dataset import POPULARITY
+from cprec.errors import ConfigError
+from cprec.files import publish
+from cprec.models import (
+    TINY,
+    add_lora,
+    check_attention,
+    check_isolation,
+    context_of,
+    has_learned_positions,
+    load_model,
+    merge_adapters,
+    num_parameters,
+    tiny_model,
+    unloaded_model,
+)
+from cprec.progress import say
+from cprec.provenance import CONFIG_FILE, FileHashes, read_resolved, save_resolved, to_dict
+from cprec.text.config import Template
+from cprec.text.stream import TokenStream
+from cprec.text.tokenizer import load_tokenizer
+from cprec.train.attention import use_document_attention
+from cprec.train.checkpoint import (
+    TrainState,
+    checkpoint_folder,
+    newest_intact,
+    read_state,
+    remove_checkpoints,
+    require_intact,
+    whole_weights,
 )
 from cprec.train.config import TrainingConfig
+from cprec.train.estimate import Estimate, estimate, measure, mfu
 from cprec.train.folder import DONE, LOG, read_done, read_log
-
-if TYPE_CHECKING:
-    from cprec.text.stream import TokenStream
-    from cprec.train.estimate import Estimate
-    from cprec.train.plan import Plan
-
-_FREE = (
-    *("resume_from_checkpoint", "save_steps", "save_total_limit", "dry_run", "report_to", "run_name", "output_dir"),
-    *("fsdp", "gradient_checkpointing", "torch_compile", "ddp_timeout"),
-)
-"""Settings that may change between the starts of one run: they do not decide what is learnt."""
-
-_PLACES = {"data": "data", "model_name_or_path": "base", "continue_from": "start"}
-"""Settings that say where an input is -> what begins the names of its files among the recorded inputs. The same files
-in another place are the same input."""
-
-_WORDS = {
-    "trained_on": "the documents to train on",
-    "heldout": "the held-out documents",
-    "text": "the general text to replay",
-    "general_text": "the text of general_text",
-    "base": "the weights of the base model",
-    "start": "the weights of the checkpoint to continue from",
-    "fork": "the weights of the stable checkpoint",
-}
-"""Recorded inputs that are no files, in words."""
+from cprec.train.forgetting import GENERAL_TEXT, general_text_batches
+from cprec.train.loop import Cadence, Optimisation, perplexity, train
+from cprec.train.loss import PackedLoss, prepare_loss
+from cprec.train.plan import ANNEALING, FEW_STEPS, Plan, check_fork, describe_plan, make_plan
+from cprec.train.reuse import file_inputs, is_finished, shards_of
+from cprec.train.tracking import trackers, values_of
 
 
-def finished(config: TrainingConfig, inputs: dict[str, str]) -> bool:
-    """Whether output_dir holds the finished run of these settings on these inputs.
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run as a stage asks for it."""
 
-    Raises ConfigError if it holds a run, finished or not, of other settings, InputChanged if of other inputs: nothing
-    is overwritten or mixed up. Inputs that are gone are told.
-    """
-    from cprec.progress import say
+    config: TrainingConfig
+    make_plan: Callable[[], Plan]
+    """Called only where the run is not finished already."""
+    trained_on: list[str]
+    """Hashes of the shards that the plan reads."""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of the other shards that the run reads, by name."""
+    validation: Mapping[str, TokenStream]
+    """Held-out batches by name (a domain and kind)."""
+    stage: str
+    about: Mapping[str, Any]
+    """How the shards were made; it goes into `cprec.json`."""
+    start_from: Path | None = None
+    """A checkpoint whose weights and optimizer the run begins with."""
+    fork_of: Path | None = None
+    """The stable checkpoint of another run, with the same plan up to there, that this one goes on from."""
+    keeps_stable: bool = False
+    """The checkpoint at the end of the stable phase stays, for forks."""
 
-    output_dir = Path(config.output_dir)
-    if not (output_dir / CONFIG_FILE).is_file():
-        return False
-    record = read_resolved(output_dir)
-    before, now, gone = _comparable(record["inputs"], inputs, record["config"])
-    changes = [_in_words(change, config) for change in differences(before, now)]
-    old, new = record["config"], to_dict(config)
-    changed = sorted(name for name in new.keys() | old.keys() if name not in _FREE and new.get(name) != old.get(name))
-    moved = [name for name in changed if not changes and any(n.startswith(f"{_PLACES.get(name)}/") for n in now)]
-    if changed := [name for name in changed if name not in moved]:
-        what = ", ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in changed)
-        raise ConfigError(
-            f"{output_dir} holds a run with other settings ({what}): choose another output_dir or delete it"
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def data(self) -> Path:
+        return Path(self.config.data)
+
+    @property
+    def all_trained_on(self) -> list[str]:
+        """Hashes of the shards that the finished model will have been trained on, since its base."""
+        return [*shards_of(self.start_from or Path(self.config.model_name_or_path)), *self.trained_on]
+
+    def recorded_inputs(self, hashes: FileHashes) -> dict[str, str]:
+        """Hashes of all that the run reads."""
+        files = file_inputs(
+            self.config,
+            hashes,
+            start_from=self.start_from,
+            fork_of=self.fork_of,
+            general_text=general_text_of(self.config),
         )
-    if changes:
-        raise InputChanged(
-            f"{output_dir} holds a run on other input: {shortened(changes)}. Choose another output_dir, or delete "
-            f"{output_dir} to train anew"
-        )
-    if gone:
-        say(f"note: whether this changed since {output_dir} was made cannot be seen, since it is gone: {gone}")
-    return (output_dir / DONE).is_file()
+        return {"trained_on": " ".join(self.all_trained_on), **self.inputs, **files}
 
 
-def _comparable(
-    before: dict[str, str], now: dict[str, str], config: dict[str, Any]
-) -> tuple[dict[str, str], dict[str, str], str]:
-    """Recorded inputs and those of now, as far as they can be compared; and which of them are gone."""
-    if "base" in before:  # a run made when one hash of all weights was recorded, and no other file
-        names = {"base": config["model_name_or_path"], "start": config.get("continue_from"), "fork": None}
-        weights = {of: _of_weights(now, of) or _sha256(str(name)) for of, name in names.items() if of in before}
-        gone = {of for of, name in names.items() if of in before and weights[of] == _sha256(str(name)) != before[of]}
-        now = {name: value for name, value in (now | weights).items() if name in before}
-    else:
-        groups = {name.partition("/")[0] for name in now}
-        gone = {name.partition("/")[0] for name in before} - groups
-    left = {name: value for name, value in before.items() if name.partition("/")[0] not in gone}
-    now = {name: value for name, value in now.items() if name.partition("/")[0] not in gone}
-    return left, now, ", ".join(_WORDS.get(name, name) for name in sorted(gone))
+def run_training(run: Run) -> Path:
+    """Train a model and write its folder; returns the folder.
 
+    A finished run of equal settings on equal input is reused. An interrupted one goes on from its newest checkpoint; a
+    damaged checkpoint is named in a warning and the one before is used.
 
-def _in_words(change: str, config: TrainingConfig) -> str:
-    name, _, what = change.partition(" ")
-    group, _, file = name.partition("/")
-    if not file:
-        return f"{_WORDS.get(name, name)} {what}"
-    place = {setting: getattr(config, setting, "") for setting, begins in _PLACES.items() if begins == group}
-    return f"{file} {what}" + "".join(f" ({setting}={value})" for setting, value in place.items())
-
-
-def run_training(
-    config: TrainingConfig,
-    *,
-    make_plan: Callable[[], Plan],
-    trained_on: list[str],
-    validation: dict[str, TokenStream],
-    about: dict[str, Any],
-    inputs: dict[str, str] | None = None,
-    start_from: Path | None = None,
-    fork_of: Path | None = None,
-) -> Path:
-    """Set up model, schedule and loop, train, and write the finished model folder; returns it.
-
-    `trained_on` are the hashes of the shards that the plan reads, and `inputs` of what else it is made of. `validation`
-    maps a name (a domain and kind) to held-out batches; `about` is what this stage adds to `cprec.json`. Weights and
-    optimizer begin as in the checkpoint `start_from`, or the run goes on from the stable checkpoint `fork_of` of
-    another run with the same plan up to there. A finished run of equal settings is reused; an interrupted one goes on
-    from its newest checkpoint.
-
-    A damaged checkpoint is named in a warning and the one before is used.
-
-    Raises CheckpointError if all are damaged: nothing is silently trained again; ConfigError and InputChanged as
-    `finished` does.
+    Raises CheckpointError if all checkpoints are damaged: nothing is silently trained again. Raises ConfigError and
+    InputChanged as `is_finished` does.
     """
-    from cprec import distributed
-    from cprec.models import check_attention, check_isolation, load_model, num_parameters
-    from cprec.progress import say
-    from cprec.text.tokenizer import load_tokenizer
-    from cprec.train.attention import use_document_attention
-    from cprec.train.checkpoint import TrainState, newest_intact, read_state, remove_checkpoints, require_intact
-    from cprec.train.estimate import estimate_plan, mfu, timed_rate, unloaded_model, without_weights
-    from cprec.train.forgetting import GENERAL_TEXT, general_text_batches
-    from cprec.train.loop import Cadence, Optimisation, perplexity, train
-    from cprec.train.loss import prepare_loss
-    from cprec.train.plan import ANNEALING, FEW_STEPS, check_fork, describe_plan
-    from cprec.train.tracking import trackers, values_of
-
+    config, hashes = run.config, FileHashes(run.output_dir)
     distributed.join_processes(config.ddp_timeout)
-    output_dir, data = Path(config.output_dir), Path(config.data)
-    trained_on = [*_shards_of(start_from or Path(config.model_name_or_path)), *trained_on]
-    hashes = FileHashes(output_dir)
-    read = {"trained_on": " ".join(trained_on), **(inputs or {})}
+    if not config.dry_run and _is_reused(run, hashes):
+        return run.output_dir
+    plan = _plan(run)
+    tokenizer = load_tokenizer(str(run.data / "tokenizer"))
+    _note_other_begin(run)
+    validation = dict(run.validation) | _general_text_stream(config, tokenizer, run.about.get("begin", []))
+    if config.dry_run:
+        with torch.device("meta"):
+            model = _make_model(config, tokenizer, unloaded_model)
+        _check_fits(run, plan, model, len(tokenizer))
+        say(str(_estimate(run, plan, model, validation)))
+        return run.output_dir
+    if config.resume_from_checkpoint == "never":
+        distributed.by_first(lambda: remove_checkpoints(run.output_dir, stable=True))
+    loss = _build(run, plan, tokenizer)
+    told = _tell_costs(run, plan, loss, validation)
 
-    def inputs_now() -> dict[str, str]:
-        return read | _file_inputs(config, start_from, fork_of, hashes)
+    def record() -> None:
+        save_resolved(run.output_dir, config, run.recorded_inputs(hashes))  # by now there is a copy of a hub's model
+        hashes.save()
 
-    if not config.dry_run:
-        is_finished = finished(config, distributed.by_first(inputs_now))
-        distributed.by_first(hashes.save)
-        if is_finished:
-            say(f"{output_dir}: complete with these settings, reused")
-            return output_dir
-    plan = make_plan()
-    stream, schedule = plan.stream, plan.schedule
-    describe_plan(config, plan, say)
-    for folder in filter(None, (start_from, fork_of)):
+    distributed.by_first(record)
+    state = _fit(run, plan, loss, validation, told)
+    _publish(run, loss, tokenizer, state)
+    distributed.by_first(lambda: remove_checkpoints(run.output_dir))
+    measured = [line["heldout"] for line in read_log(run.output_dir / LOG) if line.get("heldout")]
+    last = ", ".join(f"{name} {value:.2f}" for name, value in measured[-1].items()) if measured else "not measured"
+    say(f"{run.output_dir}: written. Held-out perplexity: {last}")
+    return run.output_dir
+
+
+# ---- plan ------------------------------------------------------------------------------------------------------------
+
+
+def _is_reused(run: Run, hashes: FileHashes) -> bool:
+    finished = is_finished(run.config, distributed.by_first(lambda: run.recorded_inputs(hashes)))
+    distributed.by_first(hashes.save)
+    if finished:
+        say(f"{run.output_dir}: complete with these settings, reused")
+    return finished
+
+
+def plan_of(config: TrainingConfig, stream: TokenStream) -> Plan:
+    """The plan of a stream under the learning rates of the settings."""
+    return make_plan(
+        stream,
+        kind=config.lr_scheduler_type,
+        peak=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        anneal_steps=config.anneal_steps,
+        floor_ratio=config.min_lr_ratio,
+        shape=config.anneal_shape,
+        unit=config.schedule_unit,
+    )
+
+
+def _plan(run: Run) -> Plan:
+    """The plan, described to the user; the checkpoints that the run begins with are intact and fit it."""
+    plan = run.make_plan()
+    describe_plan(plan, say)
+    for folder in filter(None, (run.start_from, run.fork_of)):
         distributed.by_first(partial(require_intact, folder))
-    if fork_of is not None:
-        check_fork(fork_of, plan)
-    device = distributed.pick_device()
-    bf16 = distributed.use_bf16(config.bf16, device)
-    tokenizer = load_tokenizer(str(data / "tokenizer"))
-    begin, base = about.get("begin", []), read_done(config.model_name_or_path)
+    if run.fork_of is not None:
+        check_fork(run.fork_of, plan)
+    return plan
+
+
+def _note_other_begin(run: Run) -> None:
+    begin, base = run.about.get("begin", []), read_done(run.config.model_name_or_path)
     if base is not None and base.get("begin", []) != begin:
         say(
-            f"note: documents begin with the tokens {begin}, and those that {config.model_name_or_path} was trained on "
-            f"with {base.get('begin', [])}: add_bos_token of `cprec prepare` decides"
-        )
-    text = _general_text(config)
-    if text is not None:
-        rows = config.per_device_train_batch_size
-        held_out = general_text_batches(tokenizer, config.max_length, text, begin=begin, rows_per_batch=rows)
-        validation = validation | {GENERAL_TEXT: held_out}
-    is_trunk = about["stage"] == "pretrain" and fork_of is None and config.lr_scheduler_type != "cosine"
-
-    def unloaded() -> Any:
-        return without_weights(lambda: _make_model(config, tokenizer, unloaded_model))
-
-    def will_take() -> Estimate:
-        return estimate_plan(
-            config,
-            plan,
-            unloaded(),
-            device=device,
-            bf16=bf16,
-            heldout_tokens=sum(each.num_tokens for each in validation.values()),
-            num_stable=int(is_trunk),
+            f"note: documents begin with the tokens {begin}, but {run.config.model_name_or_path} was trained on "
+            f"documents that begin with {base.get('begin', [])}: add_bos_token of `cprec prepare` decides"
         )
 
-    longest = int(stream.corpus.lengths.max())
-    if config.dry_run:
-        _check_fits(config, unloaded(), len(tokenizer), longest, about)
-        say(str(will_take()))
-        return output_dir
-    if config.resume_from_checkpoint == "never":
-        distributed.by_first(lambda: remove_checkpoints(output_dir, stable=True))
 
+def general_text_of(config: TrainingConfig) -> str | None:
+    """The text of the forgetting meter: a file, '' for our own, or None where the model was made here and has read no
+    general text to forget."""
+    if config.general_text != "auto":
+        return None if config.general_text == "none" else config.general_text
+    made_here = Path(config.data, CONFIG_FILE).is_file() and read_resolved(config.data)["config"]["tokenizer"] == TINY
+    return None if made_here or config.model_name_or_path == TINY else ""
+
+
+def _general_text_stream(config: TrainingConfig, tokenizer: Any, begin: list[int]) -> dict[str, TokenStream]:
+    text = general_text_of(config)
+    if text is None:
+        return {}
+    rows = config.rows_per_pass
+    return {GENERAL_TEXT: general_text_batches(tokenizer, config.max_length, text, begin=begin, rows_per_batch=rows)}
+
+
+def _estimate(run: Run, plan: Plan, model: Any, validation: Mapping[str, TokenStream]) -> Estimate:
+    """What the run will take, by arithmetic."""
+    config, stream, device = run.config, plan.stream, distributed.pick_device()
+    rows_each = -(-stream.batch(0).num_rows // distributed.num_ranks())
+    heldout = sum(each.num_tokens for each in validation.values())
+    return estimate(
+        model,
+        stream,
+        device=device,
+        bf16=distributed.use_bf16(config.bf16, device),
+        rows=min(config.micro_batch_size or rows_each, rows_each),
+        gradient_checkpointing=config.gradient_checkpointing,
+        fsdp=config.fsdp,
+        output_dir=run.output_dir,
+        num_checkpoints=config.save_total_limit + 1 + run.keeps_stable,  # one is being written
+        heldout_tokens=heldout * (stream.num_steps // config.eval_steps + 2),  # at the start and the end, too
+    )
+
+
+# ---- build -----------------------------------------------------------------------------------------------------------
+
+
+def _build(run: Run, plan: Plan, tokenizer: Any) -> PackedLoss:
+    """The model with its loss, checked for what packed rows need."""
+    config, device = run.config, distributed.pick_device()
     attention = None if config.attn_implementation == "auto" else config.attn_implementation
     model = _make_model(config, tokenizer, partial(load_model, attn_implementation=attention)).to(device)
-    _check_fits(config, model, len(tokenizer), longest, about)
+    _check_fits(run, plan, model, len(tokenizer))
     positions_given = check_attention(model)
     recompiled = config.torch_compile and config.gradient_checkpointing
-    if attention is None and device.type == "cpu" and not recompiled and positions_given:
+    if config.attn_implementation == "auto" and device.type == "cpu" and not recompiled and positions_given:
         use_document_attention(model, compiled=config.torch_compile)
     check_isolation(model)
+    bf16 = distributed.use_bf16(config.bf16, device)
     loss = prepare_loss(
         model,
         bf16=bf16,
@@ -224,95 +249,15 @@ def run_training(
         gradient_checkpointing=config.gradient_checkpointing,
         torch_compile=config.torch_compile,
     )
-
-    say(
-        f"{num_parameters(model) / 1e6:.2f} M parameters on {distributed.describe(device)}, "
-        f"{'bf16' if bf16 else 'fp32'}"
-    )
-
-    used_share = None
-    if stream.num_steps >= FEW_STEPS:
-        rows = config.per_device_train_batch_size
-        rate = timed_rate(loss, stream, device, rows=rows, num_processes=distributed.num_ranks())
-        found = will_take().timed(rate)
-        say(str(found))
-        peak = found.peak * found.num_processes
-        used_share = partial(mfu, flops_per_token=found.flops_per_token, peak=peak)
-
-    def validate() -> dict[str, Any]:
-        return {"heldout": {name: perplexity(loss, each) for name, each in validation.items()}}
-
-    mixed = len(stream.corpus.groups) > 1
-
-    def log_fields(state: TrainState) -> dict[str, Any]:
-        if state.step == 0:
-            return {"mixture_asked": stream.mixture_asked()} if mixed else {}
-        used = {"mfu": used_share(state.num_tokens / max(state.seconds, 1e-9))} if used_share else {}
-        return used | ({"mixture": stream.mixture_until(state.step)} if mixed else {})
-
-    def record() -> None:
-        save_resolved(output_dir, config, inputs_now())  # by now there is a copy of a hub's model
-        hashes.save()
-
-    distributed.by_first(record)
-    saved = distributed.by_first(lambda: newest_intact(output_dir)) or fork_of
-    if saved:
-        say(f"going on from {saved}")
-    trunk_end = stream.num_steps - plan.steps_of(ANNEALING)
-    places = trackers(
-        config.report_to,
-        output_dir,
-        config.run_name or output_dir.name,
-        to_dict(config),
-        step=read_state(saved).step if saved else 0,
-    )
-    with closing(places):
-        state = train(
-            loss,
-            stream,
-            schedule,
-            output_dir=output_dir,
-            optimisation=Optimisation(
-                num_accumulation=config.gradient_accumulation_steps,
-                weight_decay=config.weight_decay,
-                max_grad_norm=config.max_grad_norm,
-            ),
-            cadence=Cadence(
-                logging_steps=config.logging_steps,
-                eval_steps=config.eval_steps,
-                save_steps=config.save_steps,
-                save_total_limit=config.save_total_limit,
-                stable_step=trunk_end if is_trunk else None,
-            ),
-            validate=validate,
-            resume_from=saved,
-            start_from=start_from,
-            log_fields=log_fields,
-            report=lambda line: places.log(line["step"], values_of(line)),
-            description=about["stage"],
-        )
-    done = {
-        **about,
-        "trained_on": trained_on,
-        "tokens": state.num_tokens,
-        "consumed": state.consumed,
-        "seconds": round(state.seconds, 1),
-        "num_parameters": num_parameters(model),
-    }
-    _publish(output_dir, data, model, tokenizer, done, merge=config.lora_merge)
-    distributed.by_first(lambda: remove_checkpoints(output_dir))
-    measured = [record["heldout"] for record in read_log(output_dir / LOG) if record.get("heldout")]
-    last = ", ".join(f"{name} {value:.2f}" for name, value in measured[-1].items()) if measured else "not measured"
-    say(f"{output_dir}: written. Held-out perplexity: {last}")
-    return output_dir
+    number_format = "bf16" if bf16 else "fp32"
+    say(f"{num_parameters(model) / 1e6:.2f} M parameters on {distributed.describe(device)}, {number_format}")
+    return loss
 
 
 def _make_model(config: TrainingConfig, tokenizer: Any, load: Callable[[str], Any]) -> Any:
-    """The model that the settings name, by `load` where it is none of our own making, with its adapters."""
-    from cprec.models import TINY, add_lora, tiny_model
-
+    """The model that the settings name, by `load` unless it is `tiny`, with its adapters."""
     if config.model_name_or_path == TINY:
-        model = tiny_model(
+        model: Any = tiny_model(
             len(tokenizer),
             hidden_size=config.tiny.hidden_size,
             num_hidden_layers=config.tiny.num_hidden_layers,
@@ -330,101 +275,14 @@ def _make_model(config: TrainingConfig, tokenizer: Any, load: Callable[[str], An
     return model
 
 
-def _general_text(config: TrainingConfig) -> str | None:
-    """The text of the forgetting meter: a file, '' for our own, or None: a model of our own knows nothing to forget."""
-    from cprec.models import TINY
+def _check_fits(run: Run, plan: Plan, model: Any, vocabulary_size: int) -> None:
+    """Whether the model has room for the tokens, the rows and the titles.
 
-    if config.general_text != "auto":
-        return None if config.general_text == "none" else config.general_text
-    made_here = Path(config.data, CONFIG_FILE).is_file() and read_resolved(config.data)["config"]["tokenizer"] == TINY
-    return None if made_here or config.model_name_or_path == TINY else ""
-
-
-def _publish(output_dir: Path, data: Path, model: Any, tokenizer: Any, done: dict[str, Any], *, merge: bool) -> None:
-    """Turn output_dir into a model folder: everything is written aside and moved in, `cprec.json` last."""
-    from cprec import distributed
-    from cprec.data.dataset import POPULARITY
-    from cprec.models import load_model, merge_adapters
-    from cprec.train.checkpoint import whole_weights, write_folder
-
-    weights = whole_weights(model)
-    aside = output_dir / "model"
-
-    def write(folder: Path) -> None:
-        model.save_pretrained(folder, state_dict=weights)
-        if merge:
-            adapted = load_model(folder)
-            for path in list(folder.iterdir()):
-                path.unlink()
-            merge_adapters(adapted).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        shutil.copytree(data / "items", folder / "items")
-        if (data / POPULARITY).is_file():  # what histories that say nothing are answered with
-            shutil.copy2(data / POPULARITY, folder / POPULARITY)
-        (folder / DONE).write_text(json.dumps(done, indent=1) + "\n")
-
-    def write_and_move() -> None:
-        write_folder(aside, write)
-        for path in sorted(aside.iterdir(), key=lambda path: path.name == DONE):
-            old = output_dir / path.name
-            if old.is_dir():
-                shutil.rmtree(old)
-            path.replace(old)
-        aside.rmdir()
-
-    distributed.by_first(write_and_move)
-
-
-def _shards_of(start: Path) -> list[str]:
-    """The shards that a model of ours, or the run whose stable checkpoint this is, was trained on."""
-    done = read_done(start)
-    if done:
-        return list(done["trained_on"])
-    if start.name.startswith("stable-"):
-        return read_resolved(start.parent)["inputs"]["trained_on"].split()
-    return []
-
-
-def _file_inputs(
-    config: TrainingConfig, start_from: Path | None, fork_of: Path | None, hashes: FileHashes
-) -> dict[str, str]:
-    """SHA-256 of the files that a run reads, by what they are to it and their name."""
-    data, text = Path(config.data), _general_text(config)
-    found = {f"data/{path.relative_to(data).as_posix()}": hashes.of(path) for path in _files_of(data)}
-    for name, model in (("base", config.model_name_or_path), ("start", start_from), ("fork", fork_of)):
-        if model is not None:
-            of_model = model_hashes(model, (*WEIGHTS, "files.json"), hashes)
-            found |= {f"{name}/{file}": sha256 for file, sha256 in of_model.items()}
-    if text and Path(text).is_file():
-        found["general_text"] = hashes.of(text)
-    return found
-
-
-def _files_of(data: Path) -> list[Path]:
-    """What a run takes from a data folder as it is: the tokenizer, and the items for the model folder."""
-    return [path for name in ("tokenizer", "items") for path in sorted((data / name).rglob("*")) if path.is_file()]
-
-
-def _of_weights(inputs: dict[str, str], of: str) -> str:
-    """One hash of the weight files among some inputs; empty where there are none."""
-    parts = [sha256 for name, sha256 in sorted(inputs.items()) if re.fullmatch(rf"{of}/[^/]+\.safetensors", name)]
-    return _sha256(" ".join(parts)) if parts else ""
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _check_fits(config: TrainingConfig, model: Any, vocabulary_size: int, longest: int, about: dict[str, Any]) -> None:
-    """Whether a model has room for the tokens, the rows and the titles; `longest` is that of the documents.
-
-    Raises ConfigError where it has not; says where documents go beyond what it was made for.
+    Raises ConfigError where it has not; says where documents are longer than it was made for.
     """
-    from cprec.models import context_of, has_learned_positions
-    from cprec.progress import say
-    from cprec.text.config import Template
-
+    config, about = run.config, run.about
     name, context = config.model_name_or_path, context_of(model)
+    longest = int(plan.stream.corpus.lengths.max())
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < vocabulary_size:
         raise ConfigError(
@@ -452,3 +310,107 @@ def _check_fits(config: TrainingConfig, model: Any, vocabulary_size: int, longes
             f"(max_position_embeddings): the positions beyond are new to it, and rankings cut histories to fit; "
             f"max_document_tokens={context} of `cprec prepare` makes shorter documents"
         )
+
+
+# ---- fit -------------------------------------------------------------------------------------------------------------
+
+
+def _tell_costs(run: Run, plan: Plan, loss: PackedLoss, validation: Mapping[str, TokenStream]) -> Estimate | None:
+    """Time and measure a micro-batch and say what the run will take; None for a run too short to be worth it."""
+    if plan.stream.num_steps < FEW_STEPS:
+        return None
+    planned = _estimate(run, plan, loss.module, validation)
+    told = measure(planned, loss, plan.stream)
+    say(str(told))
+    return told
+
+
+def _fit(
+    run: Run, plan: Plan, loss: PackedLoss, validation: Mapping[str, TokenStream], told: Estimate | None
+) -> TrainState:
+    """Train to the end of the plan, from the newest checkpoint if there is one."""
+    config, stream = run.config, plan.stream
+    saved = distributed.by_first(lambda: newest_intact(run.output_dir)) or run.fork_of
+    if saved:
+        say(f"going on from {saved}")
+    is_mixed = len(stream.corpus.groups) > 1
+
+    def log_fields(state: TrainState) -> dict[str, Any]:
+        if state.step == 0:
+            return {"mixture_asked": stream.mixture_asked()} if is_mixed else {}
+        rate = state.num_tokens / max(state.seconds, 1e-9)
+        used = {"mfu": mfu(rate, told.flops_per_token, told.peak)} if told else {}
+        return used | ({"mixture": stream.mixture_until(state.step)} if is_mixed else {})
+
+    reported = trackers(
+        config.report_to,
+        run.output_dir,
+        config.run_name or run.output_dir.name,
+        to_dict(config),
+        step=read_state(saved).step if saved else 0,
+    )
+    with closing(reported):
+        return train(
+            loss,
+            stream,
+            plan.schedule,
+            output_dir=run.output_dir,
+            optimisation=Optimisation(
+                weight_decay=config.weight_decay,
+                max_grad_norm=config.max_grad_norm,
+                micro_batch_size=config.micro_batch_size,
+            ),
+            cadence=Cadence(
+                logging_steps=config.logging_steps,
+                eval_steps=config.eval_steps,
+                save_steps=config.save_steps,
+                save_total_limit=config.save_total_limit,
+                stable_step=stream.num_steps - plan.steps_of(ANNEALING) if run.keeps_stable else None,
+            ),
+            validate=lambda: {"heldout": {name: perplexity(loss, each) for name, each in validation.items()}},
+            resume_from=saved,
+            start_from=run.start_from,
+            log_fields=log_fields,
+            report=lambda line: reported.log(line["step"], values_of(line)),
+            description=run.stage,
+        )
+
+
+# ---- publish ---------------------------------------------------------------------------------------------------------
+
+
+def _publish(run: Run, loss: PackedLoss, tokenizer: Any, state: TrainState) -> None:
+    """Turn output_dir into a model folder: everything is written aside and moved in, `cprec.json` last."""
+    done = {
+        "stage": run.stage,
+        **run.about,
+        "trained_on": run.all_trained_on,
+        "tokens": state.num_tokens,
+        "consumed": state.consumed,
+        "seconds": round(state.seconds, 1),
+        "num_parameters": num_parameters(loss.module),
+    }
+    weights = whole_weights(loss.module)
+    unmoved = run.output_dir / "model"
+
+    def write(folder: Path) -> None:
+        loss.save(folder, weights)
+        if run.config.lora_merge:
+            adapted = load_model(folder)
+            for path in list(folder.iterdir()):
+                path.unlink()
+            merge_adapters(adapted).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        shutil.copytree(run.data / "items", folder / "items")
+        if (run.data / POPULARITY).is_file():  # ranks items for histories that say nothing
+            shutil.copy2(run.data / POPULARITY, folder / POPULARITY)
+        (folder / DONE).write_text(json.dumps(done, indent=1) + "\n")
+
+    def write_and_move() -> None:
+        with checkpoint_folder(unmoved) as folder:
+            write(folder)
+        for path in sorted(unmoved.iterdir(), key=lambda path: path.name == DONE):
+            publish(path, run.output_dir / path.name)
+        unmoved.rmdir()
+
+    distributed.by_first(write_and_move)

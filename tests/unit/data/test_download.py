@@ -271,7 +271,7 @@ def test_another_file_than_the_first_is_refused(server: Server, tmp_path: Path) 
 @pytest.mark.parametrize("text", ["{", "[]", '{"log.json.gz": {}}', '{"log.json.gz": 3}'])
 def test_a_record_that_is_none_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "downloads.json").write_text(text)
-    with pytest.raises(DataError, match="downloads.json is no record of downloads: delete it"):
+    with pytest.raises(DataError, match="downloads.json is not a record of downloads: delete it"):
         verify_files(tmp_path, [tmp_path / "log.json.gz"] if text != "[]" else [])
 
 

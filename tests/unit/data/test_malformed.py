@@ -273,11 +273,11 @@ BYTES = [
     Case("gzip without its suffix", gzip.compress(HEAD + GOOD),
          error=r"log\.csv is compressed with gzip.*\.gz: rename"),
     Case("a suffix without gzip", HEAD + GOOD, file="log.csv.gz", error=r"is named \.gz but is not .*gzip: rename it"),
-    Case("Parquet named csv", parquet(), error=r"log\.csv is no text but Parquet: give it the suffix of what it is"),
+    Case("Parquet named csv", parquet(), error=r"log\.csv is not text but Parquet: give it the suffix of what it is"),
     Case("csv named parquet", HEAD + GOOD, file="log.parquet",
          error=r"log\.parquet.*no Parquet file: write or fetch it"),
-    Case("zip named csv", b"PK\x03\x04" + b"\0" * 60, error="is no text but a zip archive: .*or unpack it"),
-    Case("bzip2 named csv", bz2.compress(HEAD + GOOD), error="is no text but bzip2"),
+    Case("zip named csv", b"PK\x03\x04" + b"\0" * 60, error="is not text but a zip archive: .*or unpack it"),
+    Case("bzip2 named csv", bz2.compress(HEAD + GOOD), error="is not text but bzip2"),
     Case("UTF-16", (HEAD + GOOD).decode().encode("utf-16"), error="is UTF-16 or UTF-32: save it as UTF-8"),
     Case("UTF-16 without a mark", (HEAD + GOOD).decode().encode("utf-16-le"), error="is UTF-16 or UTF-32"),
     Case("UTF-32", (HEAD + GOOD).decode().encode("utf-32"), error="is UTF-16 or UTF-32"),
@@ -518,7 +518,7 @@ def test_what_is_kept_but_odd_is_said(tmp_path: Path) -> None:
     folder = build_dataset([source], tmp_path / "data", Rules(k_core=0), progress=lambda line: said.append(line))
     assert [line for line in said if "note" in line] == [
         "note: toys: the comma in rating is the decimal sign, as in '4,5'",
-        "note: toys: 3 values of rating are no numbers, as '85 %', and are left out",
+        "note: toys: 3 values of rating are not numbers, as '85 %', and are left out",
         "note: toys: 1 values of price are another number with a decimal point than with a decimal comma, as '1,234', "
         "and are left out; say which it is: items.decimal=. or items.decimal=,",
         "note: toys: 2 events have an id such as '\\\\N', which is taken as it stands: is it a missing value, or a "

@@ -15,6 +15,7 @@ from cprec.train.checkpoint import (
     OPTIMIZER,
     STATE,
     TrainState,
+    checkpoint_folder,
     checkpoints,
     damage,
     load_checkpoint,
@@ -22,7 +23,6 @@ from cprec.train.checkpoint import (
     remove_checkpoints,
     require_intact,
     save_checkpoint,
-    write_folder,
 )
 from cprec.train.loss import PackedLoss
 from cprec.train.trainable import make_optimizer
@@ -126,32 +126,25 @@ def test_a_checkpoint_of_another_model_is_refused(make_model: MakeModel, tokeniz
 
 def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
     folder = tmp_path / "out" / "model"
-
-    def write(text: str) -> Callable[[Path], None]:
-        def into(where: Path) -> None:
-            (where / "inner").mkdir()
-            (where / "inner" / "file").write_text(text)
+    for text in ("first", "second"):
+        with checkpoint_folder(folder) as unfinished:
+            (unfinished / "inner").mkdir()
+            (unfinished / "inner" / "file").write_text(text)
             assert not folder.exists() or text != "first"
-
-        return into
-
-    def fail(where: Path) -> None:
-        write("third")(where)
+    with pytest.raises(ZeroDivisionError), checkpoint_folder(folder) as unfinished:
+        (unfinished / "file").write_text("third")
         raise ZeroDivisionError
-
-    write_folder(folder, write("first"))
-    write_folder(folder, write("second"))
-    assert (folder / "inner" / "file").read_text() == "second"
-    with pytest.raises(ZeroDivisionError):
-        write_folder(folder, fail)
     assert (folder / "inner" / "file").read_text() == "second"
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
 def test_a_place_that_cannot_be_written_is_a_checkpoint_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"file/model could not be written \(.*make room, then start the same"):
-        write_folder(tmp_path / "file" / "model", lambda folder: None)
+    with (
+        pytest.raises(CheckpointError, match=r"file/model could not be written \(.*make room, then start the same"),
+        checkpoint_folder(tmp_path / "file" / "model"),
+    ):
+        pass
 
 
 def test_the_state_file_is_readable_json(make_model: MakeModel, tmp_path: Path) -> None:

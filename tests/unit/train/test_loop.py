@@ -98,21 +98,21 @@ def test_matrices_decay_and_vectors_do_not(make_model: MakeModel) -> None:
 
 def test_micro_batches_are_the_rows_of_the_step(make_stream: MakeStream) -> None:
     batch = make_stream(rows_per_step=5).batch(0)
-    for parts in (1, 2, 5, 9):
-        pieces = batch.micro_batches(parts)
-        assert len(pieces) == min(parts, 5)
+    for max_rows, num_parts in ((0, 1), (9, 1), (3, 2), (1, 5)):
+        pieces = batch.micro_batches(max_rows)
+        assert len(pieces) == num_parts
         for name, rows in batch.rows.items():
             assert np.array_equal(np.concatenate([piece[name] for piece in pieces]), rows)
 
 
 def test_accumulation_changes_nothing_but_memory(run: Run, make_stream: MakeStream, tmp_path: Path) -> None:
     models = {}
-    for parts in (1, 8):
-        _, models[parts] = run(tmp_path / str(parts), stream=make_stream(rows_per_step=8), num_accumulation=parts)
-    whole, cut = losses(tmp_path / "1"), losses(tmp_path / "8")
+    for rows in (8, 1):
+        _, models[rows] = run(tmp_path / str(rows), stream=make_stream(rows_per_step=8), micro_batch_size=rows)
+    whole, cut = losses(tmp_path / "8"), losses(tmp_path / "1")
     assert list(whole) == list(cut) == list(range(1, len(whole) + 1))
     assert list(cut.values()) == pytest.approx(list(whole.values()), rel=1e-4)
-    for one, other in zip(models[1].parameters(), models[8].parameters(), strict=True):
+    for one, other in zip(models[8].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
@@ -149,10 +149,10 @@ class TwoCounts:
 def test_each_term_is_divided_by_its_own_count(
     run: Run, make_model: MakeModel, make_stream: MakeStream, tmp_path: Path
 ) -> None:
-    for parts in (1, 3):
+    for rows in (3, 1):
         model, stream = make_model(), TwoCounts(make_stream(rows_per_step=3))
-        run(tmp_path / str(parts), trainable=TwoTerms(model), model=model, stream=stream, num_accumulation=parts)
-    whole, cut = (read_log(tmp_path / parts / LOG)[1] for parts in "13")
+        run(tmp_path / str(rows), trainable=TwoTerms(model), model=model, stream=stream, micro_batch_size=rows)
+    whole, cut = (read_log(tmp_path / rows / LOG)[1] for rows in "31")
     expected = sum(p.square().sum().item() for p in make_model().parameters() if p.ndim == 1)
     for line in (whole, cut):
         assert line["losses"]["gains"] == pytest.approx(expected)

@@ -25,7 +25,7 @@ from cprec.train.pretrain import pretrain
 SHARED: dict[str, Any] = {
     "data": "data",
     "max_length": 96,
-    "per_device_train_batch_size": 4,
+    "train_batch_size": 4,
     "bf16": "false",
     "eval_tokens": 500,
     "report_to": ("none",),
@@ -146,7 +146,7 @@ def test_a_run_on_the_same_input_is_used_again(here: Path, change: str, capfd: p
     for which in ("pretrain", "finetune"):
         start(which)
     said = capfd.readouterr().err
-    assert said.count("complete with these settings, reused") == 2 and "cannot be seen" not in said
+    assert said.count("complete with these settings, reused") == 2 and "cannot tell" not in said
 
 
 def test_moved_folders_are_the_same_input(here: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_base_that_is_gone_is_told(here: Path, capfd: pytest.CaptureFixture[st
     shutil.rmtree("base")
     pretrain(PRETRAIN)
     said = capfd.readouterr().err
-    assert "cannot be seen, since it is gone: the weights of the base model" in said and "reused" in said
+    assert "because it is gone: the weights of the base model" in said and "reused" in said
 
 
 def as_before(folder: str, base: str) -> None:
@@ -217,3 +217,18 @@ def test_what_a_model_ranks_with_is_its_identity(here: Path) -> None:
         change()
         seen.add(identity())
         assert len(seen) == number
+
+
+def test_a_run_recorded_under_older_names_is_reused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = here / "tuned" / "run.json"
+    record = json.loads(path.read_text())
+    rows = record["config"].pop("train_batch_size")
+    record["config"].pop("micro_batch_size")
+    record["config"] |= {"per_device_train_batch_size": rows // 2, "gradient_accumulation_steps": 2}
+    path.write_text(json.dumps(record))
+    start("finetune")
+    assert "complete with these settings, reused" in capsys.readouterr().err
+    record["config"]["gradient_accumulation_steps"] = 3
+    path.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="train_batch_size was 6, now 4"):
+        start("finetune")

@@ -17,6 +17,7 @@ import pytest
 from cprec.errors import ConfigError, DataError, ShardError
 from cprec.provenance import to_dict
 from cprec.rank.llm import LLMRecommender
+from cprec.settings import resolve
 from cprec.text.config import Mixture
 from cprec.text.shards import open_shards
 from cprec.text.stream import NEXT_TOKEN
@@ -40,7 +41,7 @@ def config(data: Path, tmp_path: Path) -> Callable[..., PretrainConfig]:
             "tiny": TinyModel(hidden_size=16, num_hidden_layers=1, num_attention_heads=2),
             "learning_rate": 1e-2,
             "max_length": 96,
-            "per_device_train_batch_size": 4,
+            "train_batch_size": 4,
             "bf16": "false",
             "save_steps": 3,
             "logging_steps": 1,
@@ -55,7 +56,7 @@ def config(data: Path, tmp_path: Path) -> Callable[..., PretrainConfig]:
 def tune(config: Callable[..., PretrainConfig]) -> Callable[..., FinetuneConfig]:
     def make(name: str = "tuned", **changes: Any) -> FinetuneConfig:
         shared = {k: getattr(config(name), k) for k in ("data", "output_dir", "tiny", "learning_rate", "max_length")}
-        settings = {"per_device_train_batch_size": 4, "bf16": "false", "num_train_epochs": 2.0, "domain": "books"}
+        settings = {"train_batch_size": 4, "bf16": "false", "num_train_epochs": 2.0, "domain": "books"}
         return FinetuneConfig(**shared | settings | changes)
 
     return make
@@ -280,6 +281,20 @@ def test_impossible_settings_are_refused(
         config(**changes)
 
 
+@pytest.mark.parametrize("name", ["per_device_train_batch_size", "gradient_accumulation_steps"])
+def test_settings_that_are_gone_say_what_to_write(config: Callable[..., PretrainConfig], name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} is gone: write .*train_batch_size=ROWS of an optimizer step"):
+        resolve(config(), [f"{name}=4"])
+
+
+def test_micro_batches_change_neither_steps_nor_documents(config: Callable[..., PretrainConfig]) -> None:
+    whole, cut = pretrain(config("whole")), pretrain(config("cut", micro_batch_size=1))
+    one, other = read_done(whole), read_done(cut)
+    assert one is not None and other is not None and one["consumed"] == other["consumed"]
+    first, second = ([line["loss"] for line in read_log(each / LOG) if "loss" in line] for each in (whole, cut))
+    assert second == pytest.approx(first, rel=1e-4)
+
+
 def test_heads_must_divide_the_width() -> None:
     with pytest.raises(ConfigError, match="hidden_size=20 must be num_attention_heads=3 times an even number"):
         TinyModel(hidden_size=20, num_attention_heads=3)
@@ -379,7 +394,7 @@ def test_phases_have_their_mixtures(config: Callable[..., PretrainConfig]) -> No
     assert found["examples of books"] == pytest.approx([0.0, 0.1], abs=0.01)
     assert plan.schedule.wsa.anneal == plan.stream.phase_steps[1]
     examples = plan.stream.corpus.groups[-1]
-    users = open_shards(Path(config().data) / "examples/books/train").column("user_id")[examples.examples]
+    users = open_shards(Path(config().data) / "examples/books/train").column("user_id")[examples.documents]
     assert set(users) == {f"u{n}" for n in range(30, 60)}, "of users who stand in the shards, and no others"
 
 

@@ -322,7 +322,7 @@ def _tables(connection: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What a table or a query gives."""
+    """The rows of a table or a query."""
 
     schema: pa.Schema
     """All its columns; a query may give several the same name."""

@@ -19,7 +19,7 @@ class Layout:
     licence: str
     """One sentence, shown before a download."""
     urls: tuple[str, ...] = ()
-    """What to download: files, or one archive; {category} is filled in. Empty where it cannot be fetched directly."""
+    """Addresses of the files, or of one archive; {category} is filled in. Empty where it cannot be fetched directly."""
     page: str
     """Where the data set is described, and can be had by hand."""
 

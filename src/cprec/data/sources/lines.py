@@ -60,7 +60,7 @@ def as_text(value: Any) -> str | None:
 def read_lines(engine: TableEngine, path: Path, columns: Sequence[str]) -> tuple[Any, Any]:
     """One dict a line, the given keys as text: (rows, malformed rows), shaped as `TableEngine.read_json_lines` does.
 
-    An empty line is no row. Raises DataError for a file of another kind, and for a compressed one that ends too early.
+    An empty line is not a row. Raises DataError for a file of another kind, and for a compressed one that ends early.
     """
     schema = pa.schema([*((name, pa.string()) for name in columns), (LINE, pa.int64())])
     bad: list[tuple[int, str, str]] = []
@@ -90,7 +90,7 @@ def _batches(
             if reason is None:
                 record = python_literal(text)
                 row = [as_text(record.get(name)) for name in columns]
-                "".join(value for value in row if value).encode()  # a lone surrogate is no text
+                "".join(value for value in row if value).encode()  # raises for a lone surrogate, which is not text
                 rows.append((*row, number))
         except UnicodeError:
             reason = NOT_UTF8
@@ -105,7 +105,7 @@ def _batches(
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file without their ends; of one that is too long, enough to know it."""
+    """The lines of a file without their ends; one that is too long is cut at the first byte too many."""
     rest = b""
     for block in text_blocks(path):
         *lines, rest = (rest + block).split(b"\n")

@@ -41,8 +41,8 @@ def load(engine: TableEngine, source: MemorySource) -> SourceTables:
         rows = rows.mutate(ibis.literal(place).name("source_file"), rows[LINE].name("sequence"))
         raw.append(RawTable(what, rows, tuple(table.column_names), (), (Path(place),)))
         hashes[place] = _sha256(table)
-    timestamps = "seconds" if source.has_times else "order"
-    return replace(canonical_tables(engine, source.domain, *raw, {}, timestamps), files=(), hashes=hashes)
+    (log, items), timestamps = raw, "seconds" if source.has_times else "order"
+    return replace(canonical_tables(engine, source.domain, log, items, {}, timestamps), files=(), hashes=hashes)
 
 
 def _sha256(table: pa.Table) -> str:

@@ -2,9 +2,9 @@
 
 The archive's own CSV is `data.csv`; its sheet (`Online Retail.xlsx`) is read once it is saved as CSV.
 
-A line without a customer, of a cancelled invoice, of nothing sold or given, or of what is no product (postage, fees,
-manual corrections: a stock code does not begin with five digits) is set aside with its reason. Times are the shop's
-local ones, read as UTC. The events name their product themselves.
+A line is set aside with its reason where it has no customer, belongs to a cancelled invoice, has a quantity of zero or
+less, or is not of a product (postage, fees, manual corrections: their stock codes do not begin with five digits). Times
+are the shop's local ones, read as UTC. The events name their product themselves.
 """
 
 from __future__ import annotations

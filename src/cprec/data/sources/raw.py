@@ -26,7 +26,7 @@ class RawTable:
     """Tables of the rows that could not be taken apart: file, line, reason, row."""
     files: tuple[Path, ...]
     key: str = ""
-    """What stands before the names of this table's settings, as `items.`; empty where it has no settings of its own."""
+    """Prefix of this table's settings in messages, as `items.`; empty where it has no settings of its own."""
     decimal: DecimalSign = "auto"
     """Before the decimals of numbers in text."""
 

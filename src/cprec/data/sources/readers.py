@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cprec.data.delimited import Form
 from cprec.data.engine import TableEngine
 from cprec.data.sources.lines import read_lines
 from cprec.data.sources.raw import RawTable, raw_table
@@ -29,7 +30,7 @@ class Format:
 
 
 _LISTS = ("title", "categories", "category", "description")
-"""Keys that may hold a list; of the others a list is no value."""
+"""Keys that may hold a list; a list under any other key counts as missing."""
 
 
 def json_lines(*columns: str) -> Read:
@@ -55,13 +56,10 @@ def delimited(
     *columns: str, separator: str = ",", quote: str = '"', header: bool = False, encoding: str = "utf-8"
 ) -> Read:
     """Delimited text with these columns, with or without a header line."""
+    form = Form(columns, separator, quote, header, encoding)
 
     def read(engine: TableEngine, what: str, files: tuple[Path, ...]) -> RawTable:
-        found = [
-            engine.read_delimited(path, columns, separator=separator, quote=quote, header=header, encoding=encoding)
-            for path in files
-        ]
-        return raw_table(what, files, columns, found)
+        return raw_table(what, files, columns, [engine.read_delimited(path, form) for path in files])
 
     return read
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cprec.data.config import TableFiles
-from cprec.data.delimited import split_line
+from cprec.data.delimited import Form, split_line
 from cprec.data.engine import TableEngine
 from cprec.data.sources.columns import DEFAULT_NAMES, SINGLE_VALUES, no_header_hint
 from cprec.data.sources.files import DELIMITED, JSON_LINES, PARQUET, find_files, suffix_of
@@ -85,9 +85,7 @@ def _read_delimited(engine: TableEngine, path: Path, form: TableFiles, key: str,
     )
     names = form.names or _header(path, separator, quote, typed_header, encoding, key)
     names = tuple(map(_column_name, names))
-    table, bad = engine.read_delimited(
-        path, names, separator=separator, quote=quote, header=not form.names, encoding=encoding
-    )
+    table, bad = engine.read_delimited(path, Form(names, separator, quote, not form.names, encoding))
     return table, bad, names
 
 

@@ -1,4 +1,4 @@
-"""A source's rows under canonical names, with numbers and times read; what every kind of source is turned into."""
+"""The canonical tables that every kind of source is turned into: columns renamed, numbers and times read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ POSITION = "decimal(38, 9)"
 
 @dataclass(frozen=True)
 class SourceTables:
-    """What a source gives: Ibis tables with every row of its files, ids and times as the files have them."""
+    """The Ibis tables of a source, with every row of its files, ids and times as the files have them."""
 
     items: Any
     """item_id, title, brand, categories, description (text), price (float64), file (text), line, sequence (int64), and
@@ -52,7 +52,7 @@ class SourceTables:
     numbers: Mapping[str, Numbers] = field(default_factory=dict)
     """How rating, price and order were read."""
     keys: Mapping[str, str] = field(default_factory=dict)
-    """What stands before the settings of a table (items, interactions) where each has its own, as `items.`."""
+    """Table (items, interactions) -> the prefix of its settings, as `items.`; empty where it has none of its own."""
 
 
 def load(engine: TableEngine, source: TableSource) -> SourceTables:

@@ -13,7 +13,7 @@ from cprec.data.sources.raw import RawTable
 from cprec.errors import DataError
 
 MIN_SECONDS = 1e8
-"""Smaller numbers (before March 1973) are no times of a log: auto takes them for positions, and asks."""
+"""Smaller numbers (before March 1973) are not times of a log: auto takes them for positions, and asks."""
 MAX_SECONDS = 1e11
 """Larger numbers (from the year 5138 on) are not seconds: auto takes them for a finer unit, milliseconds first, then
 each unit for numbers 1,000 times as large."""
@@ -131,7 +131,7 @@ def detect_time_format(engine: TableEngine, domain: str, log: RawTable, column: 
         is_day = (day >= FIRST_DAY) & (day < LAST_DAY) & (day == day.floor())
         if engine.value(is_day.sum()) * 2 > numbers:
             fix = f"If they are dates, as {example(is_day)} seems to be, write them as 2014-07-23"
-        raise DataError(f"{where} are around {middle:,.0f}: as seconds since 1970 that is no time of a log. {fix}")
+        raise DataError(f"{where} are around {middle:,.0f}: as seconds since 1970 that is not a time of a log. {fix}")
     return best
 
 

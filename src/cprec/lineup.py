@@ -1,0 +1,130 @@
+"""All baselines and systems by the names they have in tables. Reading this loads none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from cprec.choices import Choice
+from cprec.errors import ConfigError
+from cprec.provenance import code_sha256
+from cprec.recommender import Recommender
+
+if TYPE_CHECKING:  # loads numpy
+    from cprec.data.splits import Split
+
+ALL = "all"
+
+
+class Settings(Protocol):
+    """The settings of a baseline or a system: a frozen dataclass that makes its recommender."""
+
+    SEARCH: ClassVar[Mapping[str, Choice]]
+    """What tuning may choose, by the name of the field; empty where there is nothing to tune. A field whose value lies
+    outside its range is part of what the recommender is, and stays as it is."""
+
+    def make(self, split: Split, domain: str, *, seed: int = 0, folder: Path | None = None) -> Recommender:
+        """A recommender for a domain, which has learnt from the training part of the split only.
+
+        `seed` decides what is random in learning; `folder` is where one that is trained keeps its log and weights.
+        Raises Unsuitable where it cannot be made of this data.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """Where the settings of a row of the tables are."""
+
+    settings: str
+    """`module:NAME` within cprec: settings, or a class whose defaults are meant."""
+    about: str
+    """A few words about it."""
+
+    @property
+    def module(self) -> str:
+        """The module of the settings."""
+        return "cprec." + self.settings.partition(":")[0]
+
+
+LINEUP: Mapping[str, Listed] = {
+    "random": Listed(settings="baselines.random:Random", about="the floor"),
+    "popularity": Listed(settings="baselines.popularity:Popularity", about="training events of each item"),
+    "recent popularity": Listed(
+        settings="baselines.popularity:RecentPopularity", about="the same, of the latest events"
+    ),
+    "titles": Listed(settings="baselines.text:TitleSimilarity", about="titles like the last ones; learns nothing"),
+    "transition graph (last item)": Listed(
+        settings="baselines.transition_graph:LAST_ITEM", about="what followed the last item in training"
+    ),
+    "transition graph": Listed(
+        settings="baselines.transition_graph:TransitionGraph", about="the last 20 items, decayed"
+    ),
+    "transition graph (two hops)": Listed(
+        settings="baselines.transition_graph:TWO_HOPS", about="and what follows those"
+    ),
+    "transition graph (titles)": Listed(
+        settings="baselines.transition_graph:WITH_TITLES", about="with likeness of titles"
+    ),
+    "ItemKNN": Listed(settings="baselines.item_knn:ItemKNN", about="items that users had as well"),
+    "ItemKNN (published)": Listed(settings="baselines.item_knn:PUBLISHED", about="Deshpande and Karypis 2004"),
+    "EASE": Listed(settings="baselines.ease:EASE", about="a linear autoencoder"),
+    "EASE (published)": Listed(settings="baselines.ease:PUBLISHED", about="Steck 2019"),
+    "iALS": Listed(settings="baselines.ials:IALS", about="matrix factorisation by least squares"),
+    "iALS (published)": Listed(settings="baselines.ials:PUBLISHED", about="Rendle et al. 2022, for MovieLens"),
+    "LightGCN": Listed(settings="systems.recipes.lightgcn:LightGCN", about="vectors smoothed over the graph"),
+    "LightGCN (published)": Listed(settings="systems.recipes.lightgcn:PUBLISHED", about="He et al. 2020"),
+    "AlphaRec": Listed(settings="systems.recipes.alpharec:AlphaRec", about="frozen title vectors on the same graph"),
+    "AlphaRec (published)": Listed(settings="systems.recipes.alpharec:PUBLISHED", about="Sheng et al. 2025"),
+    "GRU4Rec": Listed(settings="systems.recipes.gru4rec:GRU4Rec", about="a recurrent network"),
+    "GRU4Rec (published)": Listed(
+        settings="systems.recipes.gru4rec:PUBLISHED", about="Hidasi and Karatzoglou 2018, BPR-max"
+    ),
+    "BERT4Rec": Listed(settings="systems.recipes.bert4rec:BERT4Rec", about="fills in masked items"),
+    "BERT4Rec (published)": Listed(settings="systems.recipes.bert4rec:PUBLISHED", about="Sun et al. 2019"),
+    "SASRec": Listed(settings="systems.recipes.sasrec:SASRec", about="causal self-attention, softmax over all items"),
+    "SASRec (sampled softmax)": Listed(
+        settings="systems.recipes.sasrec:SAMPLED", about="against many shared negatives"
+    ),
+    "SASRec (published)": Listed(
+        settings="systems.recipes.sasrec:PUBLISHED", about="Kang and McAuley 2018, one negative"
+    ),
+    "ICSRec": Listed(settings="systems.recipes.icsrec:ICSRec", about="and contrast of like intentions"),
+    "ICSRec (published)": Listed(settings="systems.recipes.icsrec:PUBLISHED", about="Qin et al. 2024"),
+    "ReaRec": Listed(settings="systems.recipes.rearec:ReaRec", about="and latent steps of reasoning"),
+    "ReaRec (published)": Listed(settings="systems.recipes.rearec:PUBLISHED", about="Tang et al. 2025, ensemble"),
+    "TIGER": Listed(settings="systems.recipes.tiger:TIGER", about="item codes, written one by one"),
+}
+"""Name -> where it is; tables have them in this order."""
+
+
+def names_of(asked: Sequence[str]) -> list[str]:
+    """The names asked for, in the order of tables; `all` is all. Raises ConfigError for unknown names."""
+    unknown = [name for name in asked if name not in LINEUP and name != ALL]
+    if unknown:
+        raise ConfigError(f"baselines: there is no {unknown[0]!r}; there are {', '.join(LINEUP)}, or {ALL}")
+    return [name for name in LINEUP if name in asked or ALL in asked]
+
+
+def settings_of(name: str, changed: Mapping[str, Any] | None = None) -> Settings:
+    """The settings of a row, some of them changed. Raises ConfigError for fields that it does not have."""
+    found = getattr(import_module(LINEUP[name].module), LINEUP[name].settings.partition(":")[2])
+    settings: Any = found() if isinstance(found, type) else found
+    known = {field.name for field in fields(settings)}
+    if unknown := sorted(set(changed or {}) - known):
+        raise ConfigError(f"{name} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
+    result: Settings = replace(settings, **(changed or {}))
+    return result
+
+
+def identity_of(name: str) -> str:
+    """A hash of all code that a row runs, which its saved rankings are tied to."""
+    return code_sha256(LINEUP[name].module)[:16]
+
+
+def is_trained(name: str) -> bool:
+    """Whether it is trained by gradient steps, so that its seed matters."""
+    return LINEUP[name].settings.startswith("systems.")

@@ -1,0 +1,123 @@
+"""What baselines that score every item share: from scores over a domain's items to rankings."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+
+from cprec.data.catalogue import Catalogue
+from cprec.data.ragged import Ragged, offsets_of
+from cprec.errors import ConfigError
+from cprec.recommender import Ranking, RankingQuery
+
+BATCH = 256
+"""Queries whose scores exist at once."""
+
+
+class ScoringRecommender(ABC):
+    """A recommender that scores every item of a domain: a subclass says how, `rank` does the rest.
+
+    Suffixes: Q queries, N items of the domain, in catalogue order.
+    """
+
+    name: str
+    catalogue: Catalogue
+    floor: float = -np.inf
+    """An item scored this or less has nothing that speaks for it: it is not returned from the full catalogue, and
+    stands last among candidates."""
+
+    @abstractmethod
+    def scores(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
+        """Scores of the domain's items for queries of that domain: float[Q, N], higher is better.
+
+        What a query leaves out, allows or offers as candidates is not its concern.
+        """
+
+    def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
+        """See `Recommender.rank`."""
+        out: list[Ranking | None] = [None] * len(queries)
+        for domain in dict.fromkeys(query.domain for query in queries):
+            members = [number for number, query in enumerate(queries) if query.domain == domain]
+            for start in range(0, len(members), BATCH):
+                chosen = members[start : start + BATCH]
+                asked = [queries[number] for number in chosen]
+                rows_QN = self.scores(domain, asked)
+                rows_QN = rows_QN if rows_QN.dtype.kind == "f" else rows_QN.astype(float)
+                for number, query, row_N in zip(chosen, asked, rows_QN, strict=True):
+                    out[number] = self._ranking(query, row_N, k)
+        return [ranking for ranking in out if ranking is not None]
+
+    def histories(self, domain: str, queries: Sequence[RankingQuery]) -> Ragged:
+        """See `histories_of`."""
+        return histories_of(self.catalogue, domain, queries)
+
+    def _ranking(self, query: RankingQuery, score_N: np.ndarray, k: int) -> Ranking:
+        """Ties with the K-th item are kept; equal scores stand by item id."""
+        catalogue = self.catalogue
+        first = int(catalogue.rows_of(query.domain)[0])
+
+        def positions(items: frozenset[str]) -> np.ndarray:
+            found: np.ndarray = catalogue.find(query.domain, items) - first
+            return found
+
+        barred = positions(query.exclude)
+        if query.candidates is not None:
+            order = catalogue.find(query.domain, query.candidates) - first
+            score = np.maximum(score_N[order], self.floor)
+        else:
+            counted_N = score_N.copy()
+            counted_N[barred] = -np.inf
+            counted_N[positions(query.uncounted)] = -np.inf
+            if query.allow is not None:
+                allowed = positions(query.allow)
+                kept, counted_N = counted_N[allowed], np.full_like(counted_N, -np.inf)
+                counted_N[allowed] = kept
+            bound = kth_largest(counted_N, min(k, len(counted_N)))
+            order = np.flatnonzero((score_N >= bound) & (score_N > self.floor))
+            score = score_N[order]
+        kept = score > -np.inf
+        if len(barred):
+            kept &= ~np.isin(order, barred)
+        if query.allow is not None:
+            kept &= np.isin(order, positions(query.allow))
+        order, score = order[kept], score[kept].astype(float)
+        best = np.lexsort((order, -score))
+        ids = catalogue.item_id[first + order[best]].tolist()
+        return Ranking(query.query_id, tuple(ids), tuple(score[best].tolist()))
+
+
+def histories_of(catalogue: Catalogue, domain: str, queries: Sequence[RankingQuery]) -> Ragged:
+    """Each query's events in the domain, oldest first, as positions among the domain's items.
+
+    Raises UnknownItemError for items that the catalogue does not have.
+    """
+    items = [[item.item_id for item in query.history if item.domain == domain] for query in queries]
+    first = int(catalogue.rows_of(domain)[0])
+    found = catalogue.find(domain, [item for of_query in items for item in of_query]) - first
+    return Ragged(found, offsets_of(np.array([len(of_query) for of_query in items], dtype=np.int64)))
+
+
+def kth_largest(values: np.ndarray, k: int) -> float:
+    """The K-th largest of some numbers, of which equal ones count apart.
+
+    The K-th largest of the maxima of blocks is no larger than it, so only what reaches that is sorted: much quicker
+    than a partition where most numbers are equal, as scores of sparse graphs are.
+
+    >>> kth_largest(np.array([0.0, 3.0, 1.0, 3.0]), 2), kth_largest(np.array([0.0, 3.0, 1.0, 3.0]), 3)
+    (3.0, 1.0)
+    """
+    starts = np.arange(0, len(values), max(1, len(values) // (8 * k)))
+    bound = np.sort(np.maximum.reduceat(values, starts))[-k]
+    reached = values[values >= bound]
+    return float(np.sort(reached)[len(reached) - k])
+
+
+def check_domain(name: str, made_for: Sequence[str], asked: str) -> None:
+    """Raise ConfigError unless a recommender was made for the domain that it is asked about."""
+    if asked not in made_for:
+        raise ConfigError(
+            f"{name} was made for domain {', '.join(map(repr, made_for))} and is asked about {asked!r}: "
+            "make one for that domain"
+        )

@@ -1,0 +1,117 @@
+"""Items as short sequences of codes, made of their vectors: residual k-means, as tokens of a small vocabulary.
+
+Suffixes: N points or items, D width, K codes of a level, L levels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+
+from cprec.data.ragged import Ragged, offsets_of
+
+PADDING, END, BEGIN, FIRST_CODE = range(4)
+"""Tokens: what fills rows up, what closes each item, what begins each history, and the first code of the first
+level."""
+
+
+def residual_codes(vectors_ND: np.ndarray, num_levels: int, num_codes: int, seed: int) -> np.ndarray:
+    """Codes of vectors, from coarse to fine: int64[N, L].
+
+    The first code is a vector's cluster; each further code is the cluster of what the centres so far leave of it.
+
+    >>> residual_codes(np.array([[0.0], [1], [10], [11]]), num_levels=2, num_codes=2, seed=0).tolist()
+    [[0, 1], [0, 0], [1, 1], [1, 0]]
+    """
+    generator = np.random.default_rng(seed)
+    residual_ND, levels = vectors_ND.astype(np.float64), []
+    for _ in range(num_levels):
+        centre_KD, code_N = k_means(residual_ND, num_codes, generator)
+        residual_ND = residual_ND - centre_KD[code_N]
+        levels.append(code_N)
+    return np.stack(levels, axis=1)
+
+
+def k_means(
+    points_ND: np.ndarray, num_clusters: int, generator: np.random.Generator, num_rounds: int = 20
+) -> tuple[np.ndarray, np.ndarray]:
+    """Centres of points by k-means (Lloyd 1982), and the cluster of each point: [K, D], int64[N]; of fewer points than
+    clusters each is a centre.
+
+    Centres begin at points drawn without replacement. A cluster that loses its last point begins anew at one of the
+    points farthest from their centres, so no code is wasted.
+    """
+    num_clusters = min(num_clusters, len(points_ND))
+    centre_KD = points_ND[generator.choice(len(points_ND), num_clusters, replace=False)]
+    for _ in range(num_rounds):
+        cluster_N, distance_N = nearest_centre(points_ND, centre_KD)
+        sizes_K = np.bincount(cluster_N, minlength=num_clusters)
+        # Sums of each cluster's points, as one product with the matrix that has a one for each point in its cluster.
+        membership_KN = sparse.csr_array(
+            (np.ones(len(points_ND)), (cluster_N, np.arange(len(points_ND)))), (num_clusters, len(points_ND))
+        )
+        centre_KD = (membership_KN @ points_ND) / np.maximum(sizes_K, 1)[:, None]
+        empty_K = np.flatnonzero(sizes_K == 0)
+        centre_KD[empty_K] = points_ND[np.argsort(-distance_N, kind="stable")[: len(empty_K)]]
+    return centre_KD, nearest_centre(points_ND, centre_KD)[0]
+
+
+def nearest_centre(points_ND: np.ndarray, centre_KD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest centre of each point, and the squared distance: int64[N], float64[N]."""
+    distance_NK = np.square(points_ND).sum(1)[:, None] - 2 * points_ND @ centre_KD.T + np.square(centre_KD).sum(1)
+    cluster_N = distance_NK.argmin(1)
+    return cluster_N, distance_NK[np.arange(len(points_ND)), cluster_N]
+
+
+@dataclass(frozen=True)
+class ItemCodes:
+    """The token sequences of items, no two alike, each closed by END."""
+
+    sequences: Ragged
+    vocabulary_size: int
+    num_collisions: int
+    """Items that share all their codes with another. Each of these has one code more, which tells them apart."""
+
+    @classmethod
+    def of(cls, codes_NL: np.ndarray, num_codes: int) -> ItemCodes:
+        """From codes below `num_codes`; each level has tokens of its own.
+
+        >>> codes = ItemCodes.of(np.array([[0, 1], [1, 0], [0, 1]]), num_codes=2)
+        >>> [codes.sequences[item].tolist() for item in range(3)], codes.num_collisions, codes.vocabulary_size
+        ([[3, 6, 7, 1], [4, 5, 1], [3, 6, 8, 1]], 2, 9)
+        """
+        num_items, num_levels = codes_NL.shape
+        _, group_N, sizes = np.unique(codes_NL, axis=0, return_inverse=True, return_counts=True)
+        # Items of one group stand side by side in `order`; their place in the group tells them apart.
+        order = np.argsort(group_N, kind="stable")
+        place_N = np.empty(num_items, dtype=np.int64)
+        place_N[order] = np.arange(num_items) - np.repeat(offsets_of(sizes)[:-1], sizes)
+        shared_N = sizes[group_N] > 1
+        tokens = np.column_stack([codes_NL, place_N, np.zeros(num_items, dtype=np.int64)])
+        tokens += FIRST_CODE + np.arange(num_levels + 2) * num_codes
+        tokens[:, -1] = END
+        kept = np.ones(tokens.shape, dtype=bool)
+        kept[:, -2] = shared_N
+        vocabulary_size = FIRST_CODE + num_levels * num_codes + (int(sizes.max()) if shared_N.any() else 0)
+        return cls(Ragged(tokens[kept], offsets_of(kept.sum(1))), vocabulary_size, int(shared_N.sum()))
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of an item."""
+        return int(self.sequences.lengths.max())
+
+    def prompts(self, histories: Ragged) -> Ragged:
+        """Histories of item numbers as tokens: BEGIN, then each item's, so that the next item's tokens follow.
+
+        >>> codes = ItemCodes.of(np.array([[0], [1]]), num_codes=2)
+        >>> prompts = codes.prompts(Ragged.of([[1, 0], []]))
+        >>> [prompts[row].tolist() for row in range(2)]
+        [[2, 4, 1, 3, 1], [2]]
+        """
+        num_items = len(self.sequences)
+        pieces = Ragged.concatenate([self.sequences, Ragged.of([[BEGIN]])])
+        # BEGIN is one more piece, which stands before the items of each row.
+        tokens = pieces.take(np.insert(histories.values, histories.offsets[:-1], num_items))
+        return Ragged(tokens.values, tokens.offsets[histories.offsets + np.arange(len(histories) + 1)])

@@ -1,0 +1,251 @@
+"""Models that score by products of vectors, of histories and of items, and the recommender that ranks by them.
+
+Suffixes: R rows, T positions, D width, N targets, V items, S special rows, U users, Q queries, C queries of a chunk,
+B items of a block.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cprec.batch import IGNORE
+from cprec.data.ragged import Ragged
+from cprec.recommender import RankingQuery
+from cprec.scoring import ScoringRecommender, check_domain
+from cprec.systems.encoders import Encoder, LatentSteps
+from cprec.systems.graph import UserItemGraph
+from cprec.systems.items import ItemTable
+from cprec.systems.signals import TrainingSequences
+
+ENCODE_BATCH = 512
+"""Histories encoded at once."""
+SCORES = 1 << 20
+"""Scores counted at once: as many as stay in the cache."""
+ITEM_BLOCK = 1024
+"""Items of a product on a CPU: with all of a large catalogue it takes twice as long."""
+
+Rows = Mapping[str, torch.Tensor]
+"""Arrays of a batch by name. `items`: int64[R, T], padded on the right with V. `targets`: int64[R, T], the item to
+predict at each position or IGNORE, or int64[R], one for the whole row. `users`: int64[R], rows of the training users;
+-1 for others."""
+
+
+class Vectors(NamedTuple):
+    """All that a model computes from its weights alone: once for a training step, once for all rankings."""
+
+    items_VD: torch.Tensor
+    """What histories are multiplied with."""
+    inputs: torch.Tensor
+    """What histories are read by: a row for each item; a sequence model has special rows after them."""
+    users_UD: torch.Tensor | None = None
+    """Of the users in training, for a model that knows them."""
+
+
+class DotProductModel(nn.Module, ABC):
+    """Represents histories and items by vectors, whose products are scores."""
+
+    @abstractmethod
+    def vectors(self) -> Vectors:
+        """Everything that depends on the weights alone."""
+
+    @abstractmethod
+    def states(self, vectors: Vectors, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Representations of training rows and the items that are to score high with them: [N, ..., D], N."""
+
+    @abstractmethod
+    def encode(self, vectors: Vectors, rows: Rows) -> torch.Tensor:
+        """Representations of whole histories, `items` and `users`: RD."""
+
+
+class SequenceModel(DotProductModel):
+    """Reads histories with an encoder; the same vectors stand for an item at both ends."""
+
+    def __init__(
+        self,
+        items: ItemTable,
+        encoder: Encoder | LatentSteps,
+        pool: Callable[[torch.Tensor], torch.Tensor] = lambda hidden: hidden,
+    ) -> None:
+        """`pool` makes one state of those that an encoder with latent steps gives."""
+        super().__init__()
+        self.items, self.encoder, self._pool = items, encoder, pool
+
+    def vectors(self) -> Vectors:
+        """See `DotProductModel.vectors`."""
+        inputs = self.items.vectors()
+        return Vectors(inputs[: self.items.num_items], inputs)
+
+    def states(self, vectors: Vectors, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `DotProductModel.states`: at each position with a target, or at the ends of rows with one target each.
+
+        Rows may hold several histories for one target, [R, W, T]; their states are [R, W, D].
+        """
+        items, targets = rows["items"], rows["targets"]
+        if targets.ndim == 1:
+            return self._last(vectors, items.flatten(0, -2)).unflatten(0, items.shape[:-1]), targets
+        assert isinstance(self.encoder, Encoder), "latent steps follow a whole history, not each of its positions"
+        at_N = (targets.flatten() != IGNORE).nonzero().squeeze(1)
+        hidden_RTD = self.encoder(F.embedding(items, vectors.inputs), self._lengths(items))
+        return hidden_RTD.flatten(0, 1)[at_N], targets.flatten()[at_N]
+
+    def encode(self, vectors: Vectors, rows: Rows) -> torch.Tensor:
+        """See `DotProductModel.encode`."""
+        return self._pool(self._last(vectors, rows["items"]))
+
+    def _last(self, vectors: Vectors, items_RT: torch.Tensor) -> torch.Tensor:
+        return self.encoder.last(F.embedding(items_RT, vectors.inputs), self._lengths(items_RT))
+
+    def _lengths(self, items_RT: torch.Tensor) -> torch.Tensor:
+        return (items_RT != self.items.num_items).sum(1)
+
+
+class GraphModel(DotProductModel):
+    """Users and items by the mean of their vectors over several steps of smoothing on the graph of training events.
+
+    A user who is not in training has a vector of their own from `new_user` (nothing: zeros), and sums over the items of
+    the history as neighbours. With `cosine` all vectors are scaled to length one at the end.
+    """
+
+    def __init__(
+        self,
+        users: ItemTable,
+        items: ItemTable,
+        graph: UserItemGraph,
+        num_layers: int,
+        *,
+        cosine: bool = False,
+        new_user: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.users, self.items, self.graph, self.num_layers = users, items, graph, num_layers
+        self._cosine, self._new_user = cosine, new_user
+
+    def vectors(self) -> Vectors:
+        """See `DotProductModel.vectors`; histories are read by the items' mean over all layers but the last."""
+        users, items = zip(*self.graph.layers(self.users.vectors(), self.items.vectors(), self.num_layers), strict=True)
+        below_VD = torch.stack(items[:-1]).sum(0) / len(items)
+        return Vectors(self._scaled(_mean(items)), below_VD, self._scaled(_mean(users)))
+
+    def states(self, vectors: Vectors, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `DotProductModel.states`: the training users in `users`."""
+        assert vectors.users_UD is not None
+        return vectors.users_UD[rows["users"]], rows["targets"]
+
+    def encode(self, vectors: Vectors, rows: Rows) -> torch.Tensor:
+        """See `DotProductModel.encode`."""
+        assert vectors.users_UD is not None
+        users_R = rows["users"]
+        out_RD = vectors.users_UD[users_R.clamp(min=0)]
+        unknown_R = users_R < 0
+        if unknown_R.any():
+            items_RT = rows["items"][unknown_R]
+            lengths_R = (items_RT < self.items.num_items).sum(1)
+            new_RD = self.graph.new_user_sums(vectors.inputs, items_RT, lengths_R)
+            if self._new_user is not None:
+                new_RD = new_RD + self._new_user(items_RT) / (self.num_layers + 1)
+            out_RD[unknown_R] = self._scaled(new_RD)
+        return out_RD
+
+    def _scaled(self, vectors: torch.Tensor) -> torch.Tensor:
+        return F.normalize(vectors, dim=-1) if self._cosine else vectors
+
+
+def _mean(layers: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Added one by one: stacking them first takes several times as long, forwards and backwards."""
+    return sum(layers[1:], layers[0]) / len(layers)
+
+
+class DotProductRecommender(ScoringRecommender):
+    """Ranks by the products of a history's representation with the items' vectors. A history without events in the
+    domain is represented by padding alone."""
+
+    def __init__(
+        self,
+        name: str,
+        data: TrainingSequences,
+        model: DotProductModel,
+        history: Callable[[Ragged], np.ndarray],
+        max_length: int,
+    ) -> None:
+        """`history` makes rows of item numbers for the model of the latest `max_length` events: int64[R, T]."""
+        self.name, self.catalogue, self.domain = name, data.catalogue, data.domain
+        self._users = {user: row for row, user in enumerate(data.users)}
+        self._model, self._history, self._max_length = model.eval(), history, max_length
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        with torch.inference_mode():
+            vectors = model.vectors()
+            self._vectors = vectors._replace(items_VD=vectors.items_VD.contiguous())
+
+    def scores(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
+        """See `ScoringRecommender.scores`. Raises ConfigError for another domain than the one trained on."""
+        check_domain(self.name, (self.domain,), domain)
+        users = [query.user or "" for query in queries]
+        return self.score_histories(self.histories(domain, queries), users).cpu().numpy()
+
+    @torch.inference_mode()
+    def score_histories(self, histories: Ragged, users: Sequence[str]) -> torch.Tensor:
+        """Scores of all items after histories of item numbers, of users by name: float32[Q, V]."""
+        return self._products(self._encoded(histories, users))
+
+    def target_ranks(
+        self, histories: Ragged, targets: np.ndarray, *, users: Sequence[str], exclude_seen: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """How many items score above each target, and how many as high, itself included: int64[Q] each.
+
+        Counted in the scores of the full catalogue, without sorting them. A target that is left out, because the
+        history has it, is tied with nothing (0): a miss.
+        """
+        better, tied = (np.empty(len(targets), dtype=np.int64) for _ in range(2))
+        # Histories of like length are encoded together, so that there is little padding.
+        order = np.argsort(np.minimum(histories.lengths, self._max_length), kind="stable")
+        num_items, device = len(self._vectors.items_VD), self._vectors.items_VD.device
+        num_rows = max(1, SCORES // num_items)
+        with torch.inference_mode():
+            room = torch.empty(2, min(num_rows, len(order)), num_items, device=device)  # used again and again
+            for start in range(0, len(order), ENCODE_BATCH):
+                batch = order[start : start + ENCODE_BATCH]
+                hidden_QD = self._encoded(histories.take(batch), [users[row] for row in batch])
+                for hidden_CD, first in zip(hidden_QD.split(num_rows), range(0, len(batch), num_rows), strict=True):
+                    chosen = batch[first : first + num_rows]
+                    scores_CV, marks_CV = room[:, : len(chosen)]
+                    self._products(hidden_CD, scores_CV)
+                    target_C1 = torch.from_numpy(targets[chosen]).to(device)[:, None]
+                    score_C1 = scores_CV.gather(1, target_C1)
+                    if exclude_seen:
+                        seen = histories.take(chosen)
+                        scores_CV[torch.from_numpy(seen.row_of), torch.from_numpy(seen.values)] = -torch.inf
+                        scores_CV.scatter_(1, target_C1, score_C1)
+                    # Ones and zeros as floats are added up many times as fast as truth values.
+                    better[chosen] = torch.gt(scores_CV, score_C1, out=marks_CV).sum(1).cpu().numpy()
+                    tied[chosen] = torch.eq(scores_CV, score_C1, out=marks_CV).sum(1).cpu().numpy()
+        if exclude_seen:
+            tied[histories.row_of[histories.values == targets[histories.row_of]]] = 0
+        return better, tied
+
+    def _encoded(self, histories: Ragged, users: Sequence[str]) -> torch.Tensor:
+        """Representations of histories: QD."""
+        device = self._vectors.items_VD.device
+        rows = {
+            "items": self._history(histories),
+            "users": np.array([self._users.get(user, -1) for user in users], dtype=np.int64),
+        }
+        on_device = {name: torch.from_numpy(array).to(device) for name, array in rows.items()}
+        return self._model.encode(self._vectors, on_device)
+
+    def _products(self, hidden_QD: torch.Tensor, out_QV: torch.Tensor | None = None) -> torch.Tensor:
+        """Scores of all items: QV."""
+        items_VD = self._vectors.items_VD
+        if out_QV is None:
+            out_QV = hidden_QD.new_empty(len(hidden_QD), len(items_VD))
+        block = ITEM_BLOCK if out_QV.device.type == "cpu" else max(1, len(items_VD))
+        for start in range(0, len(items_VD), block):
+            items_BD = items_VD[start : start + block]
+            torch.mm(hidden_QD, items_BD.T, out=out_QV[:, start : start + block])
+        return out_QV

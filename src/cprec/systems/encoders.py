@@ -1,0 +1,195 @@
+"""Histories to states: self-attention (causal, or over the whole row), a recurrent network, and latent steps around one.
+
+Suffixes: R rows, T positions, D width, H heads, K latent steps. Rows are padded on the right; `lengths_R` says how many
+positions of each are filled.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+ENCODE_POSITIONS = 4096
+"""Positions that are read at once where only a row's last state is asked for: as many as stay in a CPU's cache."""
+
+
+class Encoder(nn.Module, ABC):
+    """Reads the vectors of a history and gives a state at each position, or at the last one alone."""
+
+    @abstractmethod
+    def embed(self, inputs_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        """The first layer's input, with positions where the encoder has them: RTD."""
+
+    @abstractmethod
+    def read(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        """The state at each position: RTD."""
+
+    @abstractmethod
+    def read_last(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        """The state at each row's last filled position (at the first of an empty row): RD."""
+
+    def forward(self, inputs_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        """The state at each position: RTD."""
+        return self.read(self.embed(inputs_RTD, lengths_R), lengths_R)
+
+    def last(self, inputs_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        """The state at each row's last filled position: RD."""
+        return self.read_last(self.embed(inputs_RTD, lengths_R), lengths_R)
+
+
+class SelfAttention(Encoder):
+    """Transformer blocks over item and position vectors. A causal one reads up to each position and needs no mask, since
+    padding comes after what is read; the other reads the whole row, without its padding."""
+
+    def __init__(
+        self, size: int, *, max_length: int, num_blocks: int, num_heads: int, dropout: float, causal: bool
+    ) -> None:
+        super().__init__()
+        self.causal = causal
+        self.position = nn.Embedding(max_length + 1, size)
+        self.blocks = nn.ModuleList([Block(size, num_heads, dropout, causal) for _ in range(num_blocks)])
+        self.norm = nn.LayerNorm(size)
+        self.dropout = nn.Dropout(dropout)
+
+    def embed(self, inputs_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        """See `Encoder.embed`. Positions are counted from a row's last item back, so that the latest items of long and
+        short histories have the same ones."""
+        place_T = torch.arange(inputs_RTD.shape[1], device=inputs_RTD.device)
+        position_RT = (lengths_R[:, None] - 1 - place_T).clamp(min=0)
+        # Kang and McAuley (2018) scale the items' vectors, so that scores begin small and inputs do not.
+        scale = inputs_RTD.shape[2] ** 0.5
+        embedded: torch.Tensor = self.dropout(inputs_RTD * scale + self.position(position_RT))
+        return embedded
+
+    def read(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        """See `Encoder.read`."""
+        mask_R11T, hidden_RTD = self._mask(embedded_RTD, lengths_R), embedded_RTD
+        for block in self.blocks:
+            hidden_RTD = block(hidden_RTD, mask_R11T)
+        normed: torch.Tensor = self.norm(hidden_RTD)
+        return normed
+
+    def read_last(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        """See `Encoder.read_last`: the last block works at one position only."""
+        if not self.training:
+            num_rows = max(1, ENCODE_POSITIONS // embedded_RTD.shape[1])
+            parts = zip(embedded_RTD.split(num_rows), lengths_R.split(num_rows), strict=True)
+            return torch.cat([self._read_last(*part) for part in parts])
+        return self._read_last(embedded_RTD, lengths_R)
+
+    def _read_last(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        mask_R11T, hidden_RTD = self._mask(embedded_RTD, lengths_R), embedded_RTD
+        *earlier, last = self.blocks
+        for block in earlier:
+            hidden_RTD = block(hidden_RTD, mask_R11T)
+        place_R = (lengths_R - 1).clamp(min=0)
+        if mask_R11T is None:  # the last position reads itself and those before it
+            mask_R11T = (torch.arange(hidden_RTD.shape[1], device=place_R.device) <= place_R[:, None])[:, None, None]
+        assert isinstance(last, Block)
+        normed: torch.Tensor = self.norm(last.at(hidden_RTD, place_R, mask_R11T))
+        return normed
+
+    def _mask(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor | None:
+        """Which positions may be read; None where the order alone decides."""
+        if self.causal:
+            return None
+        place_T = torch.arange(embedded_RTD.shape[1], device=embedded_RTD.device)
+        return (place_T < lengths_R[:, None])[:, None, None]
+
+
+class Block(nn.Module):
+    """Attention, then two linear layers with a GELU between them; each reads a norm of its input and is added to it."""
+
+    def __init__(self, size: int, num_heads: int, dropout: float, causal: bool) -> None:
+        super().__init__()
+        self.num_heads, self.causal = num_heads, causal
+        self.norm_attention, self.norm_linear = nn.LayerNorm(size), nn.LayerNorm(size)
+        self.query_key_value, self.output = nn.Linear(size, 3 * size), nn.Linear(size, size)
+        self.first, self.second = nn.Linear(size, size), nn.Linear(size, size)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden_RTD: torch.Tensor, mask_R11T: torch.Tensor | None) -> torch.Tensor:
+        rows, length, size = hidden_RTD.shape
+        parts = self.query_key_value(self.norm_attention(hidden_RTD)).view(rows, length, 3, self.num_heads, -1)
+        query_RHTD, key_RHTD, value_RHTD = parts.permute(2, 0, 3, 1, 4)
+        read = F.scaled_dot_product_attention(
+            query_RHTD, key_RHTD, value_RHTD, attn_mask=mask_R11T, is_causal=self.causal
+        )
+        return self._rest(hidden_RTD, read.transpose(1, 2).reshape(rows, length, size))
+
+    def at(self, hidden_RTD: torch.Tensor, place_R: torch.Tensor, mask_R11T: torch.Tensor) -> torch.Tensor:
+        """The block's output at one position of each row, which reads what the mask shows it: RD."""
+        rows, length, size = hidden_RTD.shape
+        normed_RTD, every_R = self.norm_attention(hidden_RTD), torch.arange(rows, device=place_R.device)
+        # Keys and values are needed at all positions, the query at one.
+        weight, bias = self.query_key_value.weight, self.query_key_value.bias
+        query_RHD1 = F.linear(normed_RTD[every_R, place_R], weight[:size], bias[:size]).view(
+            rows, self.num_heads, -1, 1
+        )
+        parts = F.linear(normed_RTD, weight[size:], bias[size:]).view(rows, length, 2, self.num_heads, -1)
+        key_RHTD, value_RHTD = parts.permute(2, 0, 3, 1, 4)
+        # Attention by hand: for a single query it is quicker than the fused function.
+        score_RH1T = (key_RHTD @ query_RHD1).transpose(2, 3) * query_RHD1.shape[2] ** -0.5
+        read_RH1D = score_RH1T.masked_fill(~mask_R11T, -torch.inf).softmax(-1) @ value_RHTD
+        return self._rest(hidden_RTD[every_R, place_R], read_RH1D.reshape(rows, size))
+
+    def _rest(self, hidden: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+        """The block after its attention, at any positions."""
+        hidden = hidden + self.dropout(self.output(read))
+        out: torch.Tensor = hidden + self.dropout(self.second(F.gelu(self.first(self.norm_linear(hidden)))))
+        return out
+
+
+class Recurrent(Encoder):
+    """GRU layers over item vectors, and a linear layer back to the space of the items."""
+
+    def __init__(self, size: int, *, num_layers: int, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.GRU(size, size, num_layers, batch_first=True, dropout=dropout if num_layers > 1 else 0.0)
+        self.output = nn.Linear(size, size)
+        self.dropout = nn.Dropout(dropout)
+
+    def embed(self, inputs_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        """See `Encoder.embed`."""
+        embedded: torch.Tensor = self.dropout(inputs_RTD)
+        return embedded
+
+    def read(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        """See `Encoder.read`."""
+        read_RTD, _ = self.layers(embedded_RTD)
+        hidden_RTD: torch.Tensor = self.output(self.dropout(read_RTD))
+        return hidden_RTD
+
+    def read_last(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        """See `Encoder.read_last`."""
+        every_R = torch.arange(len(lengths_R), device=lengths_R.device)
+        return self.read(embedded_RTD, lengths_R)[every_R, (lengths_R - 1).clamp(min=0)]
+
+
+class LatentSteps(nn.Module):
+    """Lets an encoder read its own last state again, K times, before it answers (Tang et al. 2025, equations 4 to 6).
+
+    After each step the state, with a vector that says which step it is, stands at the end of the row as if it were one
+    more item. The encoder's own weights are all that reads it. Position vectors of items do not move.
+    """
+
+    def __init__(self, encoder: Encoder, num_steps: int, size: int) -> None:
+        super().__init__()
+        self.encoder, self.num_steps = encoder, num_steps
+        self.step = nn.Embedding(num_steps, size)
+
+    def last(self, inputs_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        """The state before the first step and after each: [R, K + 1, D]."""
+        read_RTD = self.encoder.embed(inputs_RTD, lengths_R)
+        every_R = torch.arange(len(lengths_R), device=lengths_R.device)
+        lengths_R = lengths_R.clamp(min=1)
+        states = [self.encoder.read_last(read_RTD, lengths_R)]
+        for number in range(self.num_steps):
+            read_RTD = F.pad(read_RTD, (0, 0, 0, 1))
+            read_RTD = read_RTD.index_put((every_R, lengths_R), states[-1] + self.step.weight[number])
+            lengths_R = lengths_R + 1
+            states.append(self.encoder.read_last(read_RTD, lengths_R))
+        return torch.stack(states, 1)

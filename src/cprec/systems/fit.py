@@ -1,0 +1,342 @@
+"""Training a system: its stages one after the other through the one training loop, the best weights by validation, and
+a record of what made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import load_model, save_file, save_model
+from torch import nn
+
+from cprec import distributed
+from cprec.choices import Choice, OneOf, Real
+from cprec.data.ragged import Ragged
+from cprec.data.splits import Split
+from cprec.errors import ConfigError, Unsuitable
+from cprec.files import whole_file, write_whole
+from cprec.progress import say
+from cprec.provenance import code_sha256
+from cprec.ranks import ndcg
+from cprec.recommender import Ranking, RankingQuery
+from cprec.schema import VALIDATION
+from cprec.systems.dot_product import DotProductModel, DotProductRecommender
+from cprec.systems.signals import TrainingSequences, padded, recent, user_names
+from cprec.systems.terms import Objective, Term, check_objective, next_item
+from cprec.train.checkpoint import newest_intact, remove_checkpoints
+from cprec.train.folder import LOG, read_log
+from cprec.train.loop import Cadence, Optimisation, train
+from cprec.train.schedule import WSA
+from cprec.train.trainable import Stream, Trainable, decay_matrices
+
+NEXT_ITEM = "next_item"
+"""The name of the main loss term."""
+VALIDATION_QUERIES = 4000
+"""Validation queries, a seeded sample at most, that decide which weights are kept."""
+RECORD, WEIGHTS = "system.json", "best.safetensors"
+
+
+class TrainedRecommender(Protocol):
+    """A recommender that a system makes: it ranks, and counts the ranks of targets itself."""
+
+    name: str
+    seconds: float
+    """Seconds that training took."""
+
+    @property
+    def num_parameters(self) -> int: ...
+
+    def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
+        """See `Recommender.rank`."""
+        ...
+
+    def target_ranks(
+        self, histories: Ragged, targets: np.ndarray, *, users: Sequence[str], exclude_seen: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See `DotProductRecommender.target_ranks`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stretch of training."""
+
+    trainable: Trainable
+    """The losses; of its module's parameters those are trained that require gradients."""
+    stream: Stream
+    schedule: Callable[[int], float]
+    """The learning rate of each step."""
+    recommender: Callable[[], TrainedRecommender]
+    """What the weights of the moment recommend."""
+    refresh: Callable[[], None] = lambda: None
+    """Called before each validation, the first of which comes before the first step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemSettings(ABC):
+    """Settings that all systems share."""
+
+    max_length: int = 50
+    """Events of a history that are read, the latest ones; longer training sequences are cut into windows of as many
+    targets."""
+    hidden_size: int = 128
+    """Width of the items' vectors."""
+    dropout: float = 0.5
+    """Share of activations left out in training."""
+    learning_rate: float = 3e-3
+    """Peak learning rate of AdamW (0.9, 0.95)."""
+    weight_decay: float = 0.0
+    """AdamW's decay of matrices."""
+    batch_size: int = 128
+    """Rows of an optimizer step."""
+    num_epochs: float = 20
+    """Passes over the training rows."""
+    anneal: float = 0.4
+    """Share of the steps at the end over which the learning rate falls to zero, linearly."""
+    patience: int = 0
+    """Validations (there are 15 in a stage) without a better one after which a stage ends; 0: it goes to the end."""
+
+    SEARCH: ClassVar[Mapping[str, Choice]] = {
+        "hidden_size": OneOf(values=(64, 128, 256)),
+        "dropout": Real(low=0.1, high=0.7),
+        "learning_rate": Real(low=3e-4, high=3e-3, log=True),
+        "weight_decay": OneOf(values=(0.0, 0.01, 0.1)),
+        "batch_size": OneOf(values=(64, 128, 256)),
+    }
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "hidden_size", "learning_rate", "batch_size", "num_epochs"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+        for name in ("dropout", "anneal"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must lie in 0..1, 1 left out")
+
+    @abstractmethod
+    def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
+        """The stages of training, in order, on the CPU; torch's seed decides the first weights."""
+
+    def make(self, split: Split, domain: str, *, seed: int = 0, folder: Path | None = None) -> TrainedRecommender:
+        """The recommender of a domain, trained on its training events.
+
+        It is trained in a folder of its own under `folder`, whose name is a hash of settings, data, seed and code: a
+        finished one is used again, an interrupted one goes on. After each stage the weights with the best NDCG@10 on
+        the validation queries are kept (full catalogue, items of the history left out).
+
+        Raises Unsuitable where the domain has nothing to train on or to validate with.
+        """
+        if folder is None:
+            with TemporaryDirectory() as temporary:
+                return fit(self, split, domain, seed, Path(temporary))
+        return fit(self, split, domain, seed, folder)
+
+    def passes(self, seed: int) -> dict[str, Any]:
+        """The settings of a `RowStream` over its rows."""
+        return {"batch_size": self.batch_size, "num_epochs": self.num_epochs, "seed": seed}
+
+    def stage(
+        self,
+        data: TrainingSequences,
+        model: DotProductModel,
+        terms: Mapping[str, tuple[float, Term]],
+        stream: Stream,
+        *,
+        history: Callable[[Ragged], np.ndarray] | None = None,
+        refresh: Callable[[], None] = lambda: None,
+    ) -> Stage:
+        """A stage of a dot-product model, with its loss terms by name: (weight, term). `history` makes rows of item
+        numbers of histories; without it they are the latest `max_length` events."""
+        name = type(self).__name__
+
+        def latest(histories: Ragged) -> np.ndarray:
+            return padded(recent(histories, self.max_length), data.num_items)[0]
+
+        return Stage(
+            trainable=WeightedTerms(model, terms),
+            stream=stream,
+            schedule=self.schedule(stream.num_steps),
+            recommender=lambda: DotProductRecommender(name, data, model, history or latest, self.max_length),
+            refresh=refresh,
+        )
+
+    def schedule(self, num_steps: int) -> Callable[[int], float]:
+        """A short warm-up, the peak, and a linear fall to zero."""
+        wsa = WSA(
+            total=num_steps,
+            peak=self.learning_rate,
+            warmup=min(100, num_steps // 10),
+            anneal=round(self.anneal * num_steps),
+            shape="linear",
+        )
+        return lambda step: wsa.after(step + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextItemSettings(SystemSettings):
+    """Settings of systems whose main loss term is `terms.next_item`."""
+
+    objective: Objective = "softmax"
+    """The main loss term; see `terms.objective_loss`."""
+    num_negatives: int = 0
+    """Items drawn for an objective that does not rank them all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_objective(self.objective, self.num_negatives)
+
+    def next_item(self) -> dict[str, tuple[float, Term]]:
+        """The main loss term, of weight 1."""
+        return {NEXT_ITEM: (1.0, next_item(self.objective, self.num_negatives))}
+
+
+class WeightedTerms:
+    """A dot-product model with its loss terms, as a `Trainable`."""
+
+    def __init__(self, model: DotProductModel, terms: Mapping[str, tuple[float, Term]]) -> None:
+        self._model, self._terms = model, terms
+        learnt = {name.replace(" ", "_"): term for name, (_, term) in terms.items() if isinstance(term, nn.Module)}
+        self.module: nn.Module = nn.ModuleDict({"model": model, **learnt}) if learnt else model
+
+    def losses(self, rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `Trainable.losses`."""
+        vectors = self._model.vectors()
+        states, targets = self._model.states(vectors, rows)
+        return {
+            name: term(states, targets, vectors.items_VD)
+            if weight == 1
+            else weight * term(states, targets, vectors.items_VD)
+            for name, (weight, term) in self._terms.items()
+        }
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """See `Trainable.parameter_groups`."""
+        return decay_matrices(self.module, weight_decay)
+
+    def save(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+        """See `Trainable.save`."""
+        save_file(dict(weights), folder / "model.safetensors")
+
+
+class _Enough(Exception):
+    """Training has not become better for long enough."""
+
+
+@dataclass(frozen=True)
+class _Validation:
+    """Held-out queries that choose the weights."""
+
+    histories: Ragged
+    targets: np.ndarray
+    users: Sequence[str]
+
+    @classmethod
+    def of(cls, split: Split, domain: str, seed: int) -> _Validation:
+        """A seeded sample of a domain's validation queries. Raises Unsuitable where there are none."""
+        queries = split.queries(domain, VALIDATION, max_history=max(1, len(split.interactions)))
+        if not len(queries):
+            raise Unsuitable(f"domain {domain!r} has no validation event to choose the weights of a system by")
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(queries))[:VALIDATION_QUERIES])
+        first = int(split.catalogue.rows_of(domain)[0])
+        asked = queries.history.take(chosen)
+        users = user_names(split.interactions, queries.user[chosen])
+        return cls(Ragged(asked.values - first, asked.offsets), queries.target[chosen] - first, users)
+
+    def digest(self) -> str:
+        """SHA-256 of histories and targets."""
+        return hashlib.sha256(self.histories.values.tobytes() + self.targets.tobytes()).hexdigest()
+
+    def ndcg(self, recommender: TrainedRecommender) -> float:
+        """Mean NDCG@10 over the full catalogue, items of the history left out."""
+        ranks = recommender.target_ranks(self.histories, self.targets, users=self.users, exclude_seen=True)
+        return float(ndcg(*ranks, 10).mean())
+
+
+def fit(settings: SystemSettings, split: Split, domain: str, seed: int, folder: Path) -> TrainedRecommender:
+    """See `SystemSettings.make`."""
+    name, device = type(settings).__name__, distributed.pick_device()
+    data, validation = TrainingSequences.of(split, domain), _Validation.of(split, domain, seed)
+    made_from = {
+        **{"system": name, "settings": asdict(settings), "domain": domain, "seed": seed, "data": data.digest()},
+        **{"validation": validation.digest(), "code": code_sha256(type(settings).__module__)},
+    }
+    folder = folder / hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+    torch.manual_seed(seed)
+    stages = settings.stages(data, seed)
+    finished = []
+    for number, stage in enumerate(stages, 1):
+        stage.trainable.module.to(device)
+        title = f"{domain}: training {name}" + (f", stage {number} of {len(stages)}" if len(stages) > 1 else "")
+        finished.append(_fit_stage(settings, stage, validation, seed, folder / f"stage-{number}", title))
+    record = {
+        "made_from": made_from,
+        "stages": finished,
+        "seconds": round(sum(done["seconds"] for done in finished), 3),
+    }
+    write_whole(folder / RECORD, json.dumps(record, indent=1) + "\n")
+    recommender = stages[-1].recommender()
+    recommender.seconds = record["seconds"]
+    return recommender
+
+
+def _fit_stage(
+    settings: SystemSettings, stage: Stage, validation: _Validation, seed: int, folder: Path, title: str
+) -> dict[str, float]:
+    """Train a stage unless its folder says that it is done; then its module has the best weights."""
+    record, weights, module = folder / RECORD, folder / WEIGHTS, stage.trainable.module
+    if not record.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def validate() -> dict[str, Any]:
+            stage.refresh()
+            value = validation.ndcg(stage.recommender())
+            module.train()
+            earlier = _validations(folder)
+            if value > max(earlier, default=-1.0):
+                with whole_file(weights) as unfinished:
+                    save_model(module, str(unfinished))
+            elif settings.patience and len(earlier) - int(np.argmax(earlier)) >= settings.patience:
+                raise _Enough
+            return {"validation": {"ndcg@10": value}}
+
+        num_steps = stage.stream.num_steps
+        try:
+            train(
+                stage.trainable,
+                stage.stream,
+                stage.schedule,
+                output_dir=folder,
+                optimisation=Optimisation(weight_decay=settings.weight_decay, max_grad_norm=5.0, seed=seed),
+                cadence=Cadence(
+                    logging_steps=max(1, num_steps // 100),
+                    eval_steps=max(1, num_steps // 15),
+                    save_steps=max(1, num_steps // 4),
+                    save_total_limit=1,
+                ),
+                validate=validate,
+                resume_from=newest_intact(folder),
+                description=title,
+            )
+        except _Enough:
+            say(f"{title}: not better for {settings.patience} validations")
+        last = [line for line in read_log(folder / LOG) if "loss" in line][-1]
+        seconds = round(last["tokens"] / last["tokens_per_second"], 3)
+        write_whole(record, json.dumps({"best": max(_validations(folder)), "seconds": seconds}) + "\n")
+        remove_checkpoints(folder)
+    load_model(module, str(weights))
+    found: dict[str, float] = json.loads(record.read_text())
+    return found
+
+
+def _validations(folder: Path) -> list[float]:
+    """What the validations of a stage have measured so far."""
+    path = folder / LOG
+    lines = read_log(path) if path.is_file() else []
+    return [line["validation"]["ndcg@10"] for line in lines if "validation" in line]

@@ -1,0 +1,127 @@
+"""A language model of item codes: the rows that it learns from, and the recommender that ranks by its probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from cprec.batch import IGNORE, Batch
+from cprec.data.ragged import Ragged
+from cprec.recommender import Ranking, RankingQuery
+from cprec.schema import Item
+from cprec.scoring import check_domain, histories_of
+from cprec.search.ranking import SequenceRanker, batches
+from cprec.search.reading import ModelReader
+from cprec.search.trie import Trie
+from cprec.systems.codes import PADDING, ItemCodes
+from cprec.systems.signals import RowStream, TrainingSequences, padded, recent, windows
+from cprec.text.stream import NEXT_TOKEN
+
+QUERY_BATCH = 64
+"""Histories that are read and searched together."""
+TOP = 10
+"""The length of lists by which weights are chosen."""
+
+
+class CodeStream(RowStream):
+    """Windows of training sequences as tokens of codes, for `cprec.train.loss.PackedLoss`: one window a row, each token
+    of which predicts the next one."""
+
+    def __init__(
+        self,
+        data: TrainingSequences,
+        codes: ItemCodes,
+        max_length: int,
+        *,
+        batch_size: int,
+        num_epochs: float,
+        seed: int,
+    ) -> None:
+        self._rows = codes.prompts(windows(data.sequences, max_length))
+        lengths = self._rows.lengths - 1
+        super().__init__(lengths, [NEXT_TOKEN], batch_size=batch_size, num_epochs=num_epochs, seed=seed)
+
+    def batch(self, step: int) -> Batch:
+        """See `RowStream.batch`."""
+        members = self.members(step)
+        tokens, lengths = padded(self._rows.take(members), PADDING)
+        place = np.tile(np.arange(tokens.shape[1] - 1), (len(members), 1))
+        targets = np.where(place + 1 < lengths[:, None], tokens[:, 1:], IGNORE)
+        num_targets = int((lengths - 1).sum())
+        return self._batch(
+            members, num_targets, num_targets, input_ids=tokens[:, :-1], position_ids=place, targets=targets
+        )
+
+
+class CodeRecommender:
+    """Ranks a domain's items by a model's probability of each item's codes after those of the history. Full lists come
+    with a certificate, as those of titles do."""
+
+    seconds = 0.0
+
+    def __init__(
+        self,
+        name: str,
+        data: TrainingSequences,
+        codes: ItemCodes,
+        model: Any,
+        *,
+        max_length: int,
+        beam_width: int,
+        max_nodes: int,
+    ) -> None:
+        self.name, self.catalogue, self.domain = name, data.catalogue, data.domain
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self._codes, self._max_length = codes, max_length
+        self._beam_width, self._max_nodes = beam_width, max_nodes
+        self._reader = ModelReader(model, pad_id=PADDING)
+        self._first = int(self.catalogue.rows_of(self.domain)[0])
+        self._ranker = SequenceRanker(self.catalogue, self.domain, self._sequences, Trie.build(codes.sequences))
+
+    def rank(self, queries: Sequence[RankingQuery], k: int, mode: str = "auto") -> list[Ranking]:
+        """See `Recommender.rank`. `mode` is `exact`, `auto` (exact within `max_nodes` prefixes) or `beam`, of
+        `beam_width` prefixes at each depth. Raises ConfigError for another domain than the one trained on."""
+        for query in queries:
+            check_domain(self.name, (self.domain,), query.domain)
+        histories = histories_of(self.catalogue, self.domain, queries)
+        prompts = self._codes.prompts(recent(histories, self._max_length))
+        limits: dict[str, Any] = {"mode": mode, "beam_width": self._beam_width, "max_nodes": self._max_nodes}
+        out: dict[int, Ranking] = {}
+        with torch.inference_mode():
+            for batch in batches(prompts, queries, QUERY_BATCH):
+                tree = self._reader.read([prompts[number] for number in batch])
+                asked = [queries[number] for number in batch]
+                if asked[0].candidates is not None:
+                    rankings = self._ranker.rank_candidates(tree, asked)
+                else:
+                    rankings = self._ranker.rank_catalogue(tree, asked, k, **limits)
+                out |= dict(zip(batch, rankings, strict=True))
+        return [out[number] for number in range(len(queries))]
+
+    def target_ranks(
+        self, histories: Ragged, targets: np.ndarray, *, users: Sequence[str], exclude_seen: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """How many items score above each target, and how many as high, itself included: int64[Q] each.
+
+        Counted in the ten best that a beam finds. A target that is not among them is a miss: ten are better, and it is
+        tied with nothing (0).
+        """
+        ids = self.catalogue.item_id[self.catalogue.rows_of(self.domain)]
+        queries = [self._query(ids[histories[number]], exclude_seen) for number in range(len(histories))]
+        better, tied = np.full(len(targets), TOP), np.zeros(len(targets), dtype=np.int64)
+        for number, ranking in enumerate(self.rank(queries, TOP, "beam")):
+            score = dict(zip(ranking.item_ids, ranking.scores, strict=True)).get(ids[targets[number]])
+            if score is not None:
+                better[number] = sum(other > score for other in ranking.scores)
+                tied[number] = sum(other == score for other in ranking.scores)
+        return better, tied
+
+    def _query(self, item_ids: np.ndarray, exclude_seen: bool) -> RankingQuery:
+        history = tuple(Item(self.domain, item) for item in item_ids)
+        return RankingQuery("", self.domain, history, exclude=frozenset(item_ids if exclude_seen else ()))
+
+    def _sequences(self, rows: np.ndarray) -> Ragged:
+        return self._codes.sequences.take(rows - self._first)

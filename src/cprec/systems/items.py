@@ -1,0 +1,94 @@
+"""What an item is to a model: a trained vector of its own, a frozen vector through an adapter, or a sum of both.
+
+Items are numbered as they stand in their domain's part of the catalogue, 0 to V - 1; the numbers from V on are special
+rows (padding, mask) that histories hold and nobody recommends. Suffixes: V items, S special rows, D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from cprec.errors import ConfigError
+
+PADDING, MASK = 0, 1
+"""Special rows: item number V + PADDING fills rows up, V + MASK stands for an item to be guessed."""
+NUM_SPECIAL = 2
+
+
+class ItemTable(nn.Module, ABC):
+    """A vector for each item, and for each special row after them."""
+
+    num_items: int
+
+    @abstractmethod
+    def vectors(self, items: torch.Tensor | None = None) -> torch.Tensor:
+        """The vectors of some items, by number, or of all: [..., D] or [V + S, D]."""
+
+
+class IdTable(ItemTable):
+    """Trained vectors."""
+
+    def __init__(self, num_items: int, size: int, num_special: int = NUM_SPECIAL) -> None:
+        super().__init__()
+        self.num_items = num_items
+        self.table = nn.Embedding(num_items + num_special, size)
+
+    def vectors(self, items: torch.Tensor | None = None) -> torch.Tensor:
+        """See `ItemTable.vectors`."""
+        weight = self.table.weight
+        return weight if items is None else nn.functional.embedding(items, weight)
+
+
+class FrozenTable(ItemTable):
+    """Given vectors, which stay as they are, through an adapter, which is trained; special rows are zeros."""
+
+    def __init__(self, vectors_VD: np.ndarray, adapter: nn.Module, num_special: int = NUM_SPECIAL) -> None:
+        super().__init__()
+        self.num_items = len(vectors_VD)
+        padded = np.concatenate([vectors_VD, np.zeros((num_special, vectors_VD.shape[1]))])
+        self.register_buffer("frozen", torch.from_numpy(padded.astype(np.float32)), persistent=False)
+        self.adapter = adapter
+
+    def vectors(self, items: torch.Tensor | None = None) -> torch.Tensor:
+        """See `ItemTable.vectors`."""
+        frozen = self.get_buffer("frozen")
+        adapted: torch.Tensor = self.adapter(frozen if items is None else frozen[items])
+        return adapted
+
+
+class SumTable(ItemTable):
+    """The sum of several tables' vectors."""
+
+    def __init__(self, tables: Sequence[ItemTable]) -> None:
+        super().__init__()
+        self.num_items = tables[0].num_items
+        self.tables = nn.ModuleList(tables)
+
+    def vectors(self, items: torch.Tensor | None = None) -> torch.Tensor:
+        """See `ItemTable.vectors`."""
+        return torch.stack([table.vectors(items) for table in self.tables]).sum(0)  # type: ignore[operator]
+
+
+def read_vectors(path: str | Path, item_ids: Sequence[str]) -> np.ndarray:
+    """Vectors of items from an `.npz` file with `item_id` and `vectors`, in the order of `item_ids`: float32[V, D].
+
+    Raises ConfigError for a file that holds something else, or lacks an item.
+    """
+    try:
+        with np.load(path) as file:
+            row_of = {str(item): row for row, item in enumerate(file["item_id"])}
+            vectors = file["vectors"].astype(np.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"vectors={path} is not an .npz file with item_id and vectors ({error})") from None
+    if missing := [item for item in item_ids if item not in row_of]:
+        raise ConfigError(f"vectors={path} has no vector of {len(missing):,} items, {missing[0]!r} among them")
+    if not np.isfinite(vectors).all():
+        raise ConfigError(f"vectors={path} holds values that are not finite")
+    found: np.ndarray = vectors[[row_of[item] for item in item_ids]]
+    return found

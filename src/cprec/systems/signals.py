@@ -1,0 +1,308 @@
+"""What systems learn from: the training sequences of a domain, and streams of rows made of them.
+
+A stream says which rows are learnt from together and what each is to predict: the next item everywhere, masked items,
+an item of the user, the item after a prefix, the same item after two prefixes. Items are numbered 0 to V - 1 as they
+stand in the domain's part of the catalogue; V pads. Suffixes: R rows, T positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from cprec.batch import IGNORE, Batch
+from cprec.data.catalogue import Catalogue
+from cprec.data.interactions import Interactions, stable_order
+from cprec.data.ragged import Ragged, gather, offsets_of
+from cprec.data.splits import Split
+from cprec.errors import Unsuitable
+from cprec.systems.items import MASK
+
+POOL = 32
+"""Batches among which rows are sorted by length: enough that a batch holds hardly any padding."""
+
+
+@dataclass(frozen=True)
+class TrainingSequences:
+    """The training events of a domain as sequences of item numbers."""
+
+    catalogue: Catalogue
+    domain: str
+    sequences: Ragged
+    """One row for each user with a training event, in time order."""
+    users: tuple[str, ...]
+    """platform/user_id of each row."""
+
+    @property
+    def num_items(self) -> int:
+        return len(self.catalogue.rows_of(self.domain))
+
+    @property
+    def titles(self) -> list[str]:
+        return [str(title) for title in self.catalogue.title[self.catalogue.rows_of(self.domain)]]
+
+    @property
+    def item_ids(self) -> list[str]:
+        return [str(item) for item in self.catalogue.item_id[self.catalogue.rows_of(self.domain)]]
+
+    @classmethod
+    def of(cls, split: Split, domain: str) -> TrainingSequences:
+        """Raises Unsuitable if no user has two training events in the domain."""
+        log, mine = split.train, split.catalogue.rows_of(domain)
+        chosen = np.flatnonzero(split.catalogue.domain[log.item] == split.catalogue.domain_index(domain))
+        chosen = chosen[stable_order(log.user[chosen])]
+        user, first, counts = np.unique(log.user[chosen], return_index=True, return_counts=True)
+        if not len(counts) or counts.max() < 2:
+            raise Unsuitable(f"domain {domain!r} has no user with two training events: there is nothing to train on")
+        sequences = Ragged(log.item[chosen] - mine[0], offsets_of(counts))
+        return cls(split.catalogue, domain, sequences, tuple(user_names(log, user)))
+
+    def digest(self) -> str:
+        """SHA-256 of everything there is to learn from."""
+        content = (
+            *(self.sequences.values.tobytes(), self.sequences.offsets.tobytes(), "\n".join(self.users).encode()),
+            *("\n".join(self.item_ids).encode(), "\n".join(self.titles).encode()),
+        )
+        return hashlib.sha256(b"\0".join(content)).hexdigest()
+
+
+def user_names(log: Interactions, rows: np.ndarray) -> list[str]:
+    """platform/user_id of users by row, as queries name them."""
+    return [f"{log.platforms[log.user_platform[row]]}/{log.user_id[row]}" for row in rows]
+
+
+class RowStream(ABC):
+    """Batches of rows in a seeded order that is a pure function of the step: a `cprec.train.trainable.Stream`.
+
+    An epoch holds each row once; a batch holds rows of nearly one length.
+    """
+
+    num_steps: int
+    num_tokens: int
+    """Events that all steps read."""
+
+    def __init__(
+        self, lengths: np.ndarray, terms: Sequence[str], *, batch_size: int, num_epochs: float, seed: int
+    ) -> None:
+        """`terms` names the loss terms; each is divided by the number of targets."""
+        self._lengths, self._terms, self._size, self._seed = lengths, tuple(terms), batch_size, seed
+        self._per_epoch = -(-len(lengths) // batch_size)
+        self.num_steps = max(1, round(self._per_epoch * num_epochs))
+        self.num_tokens = round(self.num_steps / self._per_epoch * int(lengths.sum()))
+        self._order = lru_cache(maxsize=2)(self._order_of)
+
+    @abstractmethod
+    def batch(self, step: int) -> Batch:
+        """The rows of a step; it needs no earlier step."""
+
+    def members(self, step: int) -> np.ndarray:
+        """The numbers of a step's rows."""
+        epoch, place = divmod(step, self._per_epoch)
+        return self._order(epoch)[place]
+
+    def _order_of(self, epoch: int) -> list[np.ndarray]:
+        """The batches of an epoch: rows in random order, sorted by length within a pool, and batches in random order."""
+        generator = np.random.default_rng([self._seed, epoch])
+        order = generator.permutation(len(self._lengths))
+        batches = []
+        for start in range(0, len(order), POOL * self._size):
+            pool = order[start : start + POOL * self._size]
+            pool = pool[np.argsort(self._lengths[pool], kind="stable")]
+            batches += [pool[first : first + self._size] for first in range(0, len(pool), self._size)]
+        return [batches[number] for number in generator.permutation(len(batches))]
+
+    def _batch(
+        self, members: np.ndarray, num_targets: int, num_tokens: int, *, whole: bool = False, **rows: np.ndarray
+    ) -> Batch:
+        counts = dict.fromkeys(self._terms, num_targets)
+        blank = {"targets": IGNORE} if rows["targets"].ndim == 2 else {}
+        return Batch(rows=rows, counts=counts, num_tokens=num_tokens, examples=members, blank=blank, whole=whole)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self.batch(step) for step in range(self.num_steps))
+
+
+class WindowStream(RowStream):
+    """Windows of training sequences; each position predicts the item after it."""
+
+    def __init__(
+        self,
+        data: TrainingSequences,
+        terms: Sequence[str],
+        max_length: int,
+        *,
+        batch_size: int,
+        num_epochs: float,
+        seed: int,
+    ) -> None:
+        self._windows, self._pad = windows(data.sequences, max_length), data.num_items
+        lengths = self._windows.lengths - 1
+        super().__init__(lengths, terms, batch_size=batch_size, num_epochs=num_epochs, seed=seed)
+
+    def batch(self, step: int) -> Batch:
+        """See `RowStream.batch`."""
+        members = self.members(step)
+        rows, lengths = padded(self._windows.take(members), self._pad)
+        has_next = np.arange(1, rows.shape[1]) < lengths[:, None]
+        targets = np.where(has_next, rows[:, 1:], IGNORE)
+        items = np.where(has_next, rows[:, :-1], self._pad)
+        num_targets = int((lengths - 1).sum())
+        return self._batch(members, num_targets, num_targets, items=items, targets=targets)
+
+
+class MaskedStream(RowStream):
+    """Windows of training sequences with masked items, which are the targets; masks depend on seed and step alone."""
+
+    def __init__(
+        self,
+        data: TrainingSequences,
+        terms: Sequence[str],
+        max_length: int,
+        *,
+        mask_share: float,
+        last_share: float,
+        batch_size: int,
+        num_epochs: float,
+        seed: int,
+    ) -> None:
+        """Masks `mask_share` of a row's items; in `last_share` of the rows the last item alone."""
+        self._windows, self._pad = windows(data.sequences, max_length - 1), data.num_items
+        self._mask_share, self._last_share = mask_share, last_share
+        lengths = self._windows.lengths
+        super().__init__(lengths, terms, batch_size=batch_size, num_epochs=num_epochs, seed=seed)
+
+    def batch(self, step: int) -> Batch:
+        """See `RowStream.batch`."""
+        members = self.members(step)
+        rows, lengths = padded(self._windows.take(members), self._pad)
+        generator = np.random.default_rng([self._seed, step, 1])
+        place = np.arange(rows.shape[1])
+        is_item, is_last = place < lengths[:, None], place == lengths[:, None] - 1
+        masked = is_item & (generator.random(rows.shape) < self._mask_share)
+        only_last = generator.random(len(rows)) < self._last_share
+        masked[only_last] = is_last[only_last]
+        none = ~masked.any(1)
+        masked[none] = is_last[none]
+        items = np.where(masked, self._pad + MASK, rows)
+        targets = np.where(masked, rows, IGNORE)
+        return self._batch(members, int(masked.sum()), int(lengths.sum()), items=items, targets=targets)
+
+
+class UserItemStream(RowStream):
+    """A user and an item of theirs in each row; every training event is one pair."""
+
+    def __init__(
+        self, data: TrainingSequences, terms: Sequence[str], *, batch_size: int, num_epochs: float, seed: int
+    ) -> None:
+        self._user, self._item = data.sequences.row_of, data.sequences.values
+        lengths = np.ones(len(self._item), dtype=np.int64)
+        super().__init__(lengths, terms, batch_size=batch_size, num_epochs=num_epochs, seed=seed)
+
+    def batch(self, step: int) -> Batch:
+        """See `RowStream.batch`."""
+        pairs = self.members(step)
+        return self._batch(pairs, len(pairs), len(pairs), users=self._user[pairs], targets=self._item[pairs])
+
+
+class PrefixStream(RowStream):
+    """Prefixes of training sequences, each with the item after it: every item but a sequence's first is a target once.
+
+    With `same_target` each row holds a second prefix whose target is the same item, drawn anew for each step: another
+    one's if there is one ("the same intention", Qin et al. 2024), else the prefix itself.
+    """
+
+    def __init__(
+        self,
+        data: TrainingSequences,
+        terms: Sequence[str],
+        max_length: int,
+        *,
+        batch_size: int,
+        num_epochs: float,
+        seed: int,
+        same_target: bool = False,
+    ) -> None:
+        values, offsets = data.sequences.values, data.sequences.offsets
+        self._values, self._pad, self._same_target = values, data.num_items, same_target
+        is_first = np.zeros(len(values), dtype=bool)
+        is_first[offsets[:-1]] = True
+        self._place = np.flatnonzero(~is_first)  # of the target among all events
+        start = offsets[data.sequences.row_of[self._place]]
+        self._lengths_of = np.minimum(self._place - start, max_length)
+        self.targets = values[self._place]
+        # Prefixes by target, and where each target's begin.
+        self._by_target = np.argsort(self.targets, kind="stable")
+        self._first_of = offsets_of(np.bincount(self.targets, minlength=data.num_items))
+        self._rank = np.empty_like(self._by_target)  # where each prefix stands in that order
+        self._rank[self._by_target] = np.arange(len(self._rank))
+        super().__init__(self._lengths_of, terms, batch_size=batch_size, num_epochs=num_epochs, seed=seed)
+
+    def prefixes(self, rows: np.ndarray) -> Ragged:
+        """The histories of some prefixes, by number."""
+        return gather(self._values, self._place[rows] - self._lengths_of[rows], self._lengths_of[rows])
+
+    def batch(self, step: int) -> Batch:
+        """See `RowStream.batch`."""
+        members = self.members(step)
+        targets, num_tokens = self.targets[members], int(self._lengths_of[members].sum())
+        if not self._same_target:
+            items, _ = padded(self.prefixes(members), self._pad)
+            return self._batch(members, len(members), num_tokens, items=items, targets=targets)
+        both = np.stack([members, self._others(members, targets, step)], 1)
+        items, _ = padded(self.prefixes(both.flatten()), self._pad)
+        items = items.reshape(*both.shape, -1)
+        return self._batch(members, len(members), num_tokens, whole=True, items=items, targets=targets)
+
+    def _others(self, members: np.ndarray, targets: np.ndarray, step: int) -> np.ndarray:
+        """For each prefix another one with the same target, or itself where there is none."""
+        generator = np.random.default_rng([self._seed, step, 2])
+        first, stop = self._first_of[targets], self._first_of[targets + 1]
+        drawn = self._by_target[first + (generator.random(len(members)) * (stop - first)).astype(np.int64)]
+        # A prefix that drew itself takes the one after it among those of its target.
+        following = self._rank[members] + 1
+        following = self._by_target[np.where(following == stop, first, following)]
+        return np.where(drawn == members, following, drawn)
+
+
+def windows(sequences: Ragged, max_targets: int) -> Ragged:
+    """Sequences cut from their ends into windows of at most `max_targets` targets: each item but a sequence's first is
+    a target once, and the last item of a window is the first of the next.
+
+    >>> cut = windows(Ragged.of([[0, 1, 2, 3, 4], [5]]), 2)
+    >>> [cut[row].tolist() for row in range(len(cut))]
+    [[0, 1, 2], [2, 3, 4]]
+    """
+    targets = sequences.lengths - 1
+    counts = -(-np.maximum(targets, 0) // max_targets)
+    row = np.repeat(np.arange(len(sequences)), counts)
+    windows_after = np.repeat(offsets_of(counts)[1:], counts) - 1 - np.arange(len(row))
+    stop = sequences.offsets[row + 1] - windows_after * max_targets
+    start = np.maximum(stop - max_targets - 1, sequences.offsets[row])
+    return gather(sequences.values, start, stop - start)
+
+
+def padded(rows: Ragged, fill: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of equal length, one position at least, filled up on the right, and their true lengths.
+
+    >>> padded(Ragged.of([[1, 2], [], [3]]), 9)[0].tolist()
+    [[1, 2], [9, 9], [3, 9]]
+    """
+    lengths = rows.lengths
+    out = np.full((len(rows), max(1, int(lengths.max(initial=0)))), fill, dtype=np.int64)
+    out[rows.row_of, np.arange(len(rows.values)) - np.repeat(rows.offsets[:-1], lengths)] = rows.values
+    return out, lengths
+
+
+def recent(rows: Ragged, most: int) -> Ragged:
+    """The last `most` values of each row.
+
+    >>> recent(Ragged.of([[1, 2, 3], [4]]), 2).values.tolist()
+    [2, 3, 4]
+    """
+    lengths = np.minimum(rows.lengths, most)
+    return gather(rows.values, rows.offsets[1:] - lengths, lengths)

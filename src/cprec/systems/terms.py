@@ -1,0 +1,217 @@
+"""Loss terms: a softmax over a support (all items, sampled ones, pairs), contrasts between states, spread of states.
+
+A term is called with states, the items that are to score high, and all items' vectors; it gives a loss summed over the
+targets, float32, without dimensions. Suffixes: N targets, W states of a target, D width, V items, M shared negatives, C
+clusters. `hidden_ND @ weight_VD.T` are the scores of all items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cprec import distributed
+from cprec.errors import ConfigError
+from cprec.train.loss import linear_cross_entropy
+
+CHUNK = 256
+"""Targets whose scores of negatives exist at once."""
+
+Term = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(states [N, ..., D], targets [N], vectors of all items [V, D]) -> summed loss."""
+
+Objective = Literal["softmax", "sampled_softmax", "bce", "bpr", "bpr_max"]
+
+
+class _SampledSoftmax(torch.autograd.Function):
+    """Loss and gradients of a few targets at a time, which stay in the cache; the gradients already in the forward
+    pass, where the scores are at hand. Suffix C: targets of a chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        positive_ND: torch.Tensor,
+        negative_MD: torch.Tensor,
+        target_N: torch.Tensor,
+        drawn_M: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        low_MD = negative_MD.to(dtype)
+        grads = [torch.empty_like(hidden_ND), torch.empty_like(positive_ND), torch.zeros_like(negative_MD)]
+        loss = hidden_ND.new_zeros(())
+        for start in range(0, len(hidden_ND), CHUNK):
+            rows = slice(start, start + CHUNK)
+            hidden_CD, positive_CD = hidden_ND[rows], positive_ND[rows]
+            scores_CM = (hidden_CD.to(dtype) @ low_MD.T).to(hidden_ND.dtype)
+            scores_CM.masked_fill_(drawn_M == target_N[rows, None], -torch.inf)
+            positive_C1 = (hidden_CD * positive_CD).sum(1, keepdim=True)
+            total_C1 = torch.logaddexp(positive_C1, scores_CM.logsumexp(1, keepdim=True))
+            loss += (total_C1 - positive_C1).sum()
+            share_CM = scores_CM.sub_(total_C1).exp_().to(dtype)
+            rest_C1 = (positive_C1 - total_C1).expm1()  # minus the share that the target lacks
+            grads[0][rows] = rest_C1 * positive_CD + share_CM @ low_MD
+            grads[1][rows] = rest_C1 * hidden_CD
+            grads[2] += share_CM.T @ hidden_CD.to(dtype)
+        ctx.save_for_backward(*grads)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *(each * grads[0] for each in ctx.saved_tensors), None, None, None
+
+
+def check_objective(objective: str, num_negatives: int) -> None:
+    """Raises ConfigError for an unknown objective, and for negatives where it uses none or needs some."""
+    if objective not in get_args(Objective):
+        raise ConfigError(f"objective={objective!r}: expected {', '.join(get_args(Objective))}")
+    if (objective == "softmax") != (num_negatives == 0):
+        hint = "softmax ranks all items and draws none" if objective == "softmax" else "give 1 or more"
+        raise ConfigError(f"num_negatives={num_negatives} with objective={objective}: {hint}")
+
+
+def objective_loss(
+    objective: Objective,
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    target_N: torch.Tensor,
+    *,
+    num_negatives: int,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The summed loss of targets under an objective; negatives are uniform over the items, drawn with torch's seed.
+
+    - `softmax`: cross-entropy over all items, never held for all targets at once; products in `dtype`.
+    - `sampled_softmax`: cross-entropy over the target and M negatives that all targets of the step share; a negative
+      that is the target does not count (Jean et al. 2015, with a uniform proposal, whose correction cancels); products
+      with negatives in `dtype`.
+    - `bce`: log-sigmoid of the target against M negatives of each target's own (Kang and McAuley 2018 have M = 1).
+    - `bpr`: log-sigmoid of the difference to each of M own negatives, their mean (Rendle et al. 2009).
+    - `bpr_max`: minus the log of the differences' sigmoids, weighted by a softmax over M shared negatives, plus 0.5
+      times their weighted squares (Hidasi and Karatzoglou 2018, equation 10).
+    """
+    if objective == "softmax":
+        return linear_cross_entropy(hidden_ND, weight_VD, target_N, dtype)
+    num_items = len(weight_VD)
+    if objective == "sampled_softmax":
+        drawn_M = torch.randint(num_items, (num_negatives,), device=hidden_ND.device)
+        return _SampledSoftmax.apply(hidden_ND, weight_VD[target_N], weight_VD[drawn_M], target_N, drawn_M, dtype)
+    positive_N = (hidden_ND * weight_VD[target_N]).sum(1)
+    if objective in ("bce", "bpr"):
+        drawn_NM = torch.randint(num_items, (len(target_N), num_negatives), device=hidden_ND.device)
+        negative_NM = torch.einsum("nd,nmd->nm", hidden_ND, weight_VD[drawn_NM])
+        if objective == "bce":
+            return -(F.logsigmoid(positive_N).sum() + F.logsigmoid(-negative_NM).sum())
+        return -F.logsigmoid(positive_N[:, None] - negative_NM).mean(1).sum()
+    drawn_M = torch.randint(num_items, (num_negatives,), device=hidden_ND.device)
+    negative_NM = hidden_ND @ weight_VD[drawn_M].T
+    negative_NM = negative_NM.masked_fill(drawn_M == target_N[:, None], -1e9)
+    share_NM = negative_NM.softmax(1)
+    apart_N = (share_NM * torch.sigmoid(positive_N[:, None] - negative_NM)).sum(1)
+    size_N = (share_NM * negative_NM.clamp(min=-1e4).square()).sum(1)
+    return (0.5 * size_N - torch.log(apart_N + 1e-24)).sum()
+
+
+def next_item(objective: Objective, num_negatives: int = 0, temperature: float = 1.0) -> Term:
+    """`objective_loss` as a term, of scores divided by a temperature. Products are in bf16 where the machine is good at
+    it."""
+    bf16 = distributed.use_bf16("auto", distributed.pick_device())
+    dtype = torch.bfloat16 if bf16 else torch.float32
+
+    def term(hidden_ND: torch.Tensor, target_N: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+        scaled_ND = hidden_ND if temperature == 1 else hidden_ND / temperature
+        return objective_loss(objective, scaled_ND, weight_VD, target_N, num_negatives=num_negatives, dtype=dtype)
+
+    return term
+
+
+def info_nce(
+    first_ND: torch.Tensor, second_ND: torch.Tensor, label_N: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Cross-entropy of each vector's partner against all other vectors of both sides that have another label, summed
+    over both directions and halved (van den Oord et al. 2018; the mask of labels as in Qin et al. 2024, section 3.4)."""
+    both = torch.cat([first_ND, second_ND])
+    partner = (first_ND * second_ND).sum(1).repeat(2) / temperature
+    label = label_N.repeat(2)
+    others = (both @ both.T / temperature).masked_fill(label[:, None] == label, -1e9)
+    return (torch.logaddexp(partner, others.logsumexp(1)) - partner).sum() / 2
+
+
+def same_target(temperature: float) -> Term:
+    """Contrast of two histories with one target, [N, 2, D], against those with other targets: coarse intentions (Qin et
+    al. 2024, equation 8)."""
+
+    def term(hidden_N2D: torch.Tensor, target_N: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+        return info_nce(hidden_N2D[:, 0], hidden_N2D[:, 1], target_N, temperature)
+
+    return term
+
+
+class SameCluster(nn.Module):
+    """Contrast of each state, [N, 2, D], with the nearest of C centres, against states and centres of other clusters:
+    fine intentions (Qin et al. 2024, equation 11). The centres do not learn; `fit` finds them anew.
+
+    They are a parameter without a gradient, so that checkpoints hold them.
+    """
+
+    def __init__(self, num_clusters: int, size: int, temperature: float) -> None:
+        super().__init__()
+        self.centre_CD = nn.Parameter(torch.zeros(num_clusters, size), requires_grad=False)
+        self._temperature = temperature
+
+    def forward(self, hidden_N2D: torch.Tensor, target_N: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+        losses = []
+        for hidden_ND in hidden_N2D.unbind(1):
+            nearest_N = nearest(hidden_ND.detach(), self.centre_CD)
+            losses.append(info_nce(hidden_ND, self.centre_CD[nearest_N], nearest_N, self._temperature))
+        return torch.stack(losses).sum()
+
+    @torch.no_grad()
+    def fit(self, states_ND: torch.Tensor, seed: int, num_rounds: int = 10) -> None:
+        """Centres of states by k-means (Lloyd 1982), begun at states drawn without replacement; a centre that nothing is
+        nearest to stays where it is."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randperm(len(states_ND), generator=generator)[: len(self.centre_CD)]
+        self.centre_CD[: len(drawn)] = states_ND[drawn.to(states_ND.device)]
+        for _ in range(num_rounds):
+            nearest_N = nearest(states_ND, self.centre_CD)
+            count_C = torch.bincount(nearest_N, minlength=len(self.centre_CD))
+            sum_CD = torch.zeros_like(self.centre_CD).index_add_(0, nearest_N, states_ND)
+            self.centre_CD[count_C > 0] = (sum_CD / count_C.clamp(min=1)[:, None])[count_C > 0]
+
+
+def nearest(states_ND: torch.Tensor, centre_CD: torch.Tensor) -> torch.Tensor:
+    """The number of the centre with the least Euclidean distance from each state: int64[N]."""
+    return (states_ND @ centre_CD.T - centre_CD.square().sum(1) / 2).argmax(1)
+
+
+def of_mean(term: Term) -> Term:
+    """A term of the mean over a target's states, [N, W, D]."""
+    return lambda hidden_NWD, target_N, weight_VD: term(hidden_NWD.mean(1), target_N, weight_VD)
+
+
+def of_first(term: Term) -> Term:
+    """A term of the first of a target's states, [N, W, D]."""
+    return lambda hidden_NWD, target_N, weight_VD: term(hidden_NWD[:, 0], target_N, weight_VD)
+
+
+def likeness(temperature: float = 1.0) -> Term:
+    """Minus the mean Kullback-Leibler divergence between the item distributions of a target's states, [N, W, D], over
+    all ordered pairs of two; minimising it spreads the states (Tang et al. 2025, equation 9). The second of a pair has no
+    gradient, as in their code."""
+
+    def term(hidden_NWD: torch.Tensor, target_N: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+        log_NWV = (hidden_NWD @ weight_VD.T / temperature).log_softmax(-1)
+        share_NWV = log_NWV.exp()
+        # KL(p, q) = sum of p log p - sum of p log q, for each ordered pair; 0 on the diagonal.
+        negative_entropy_NW = (share_NWV * log_NWV).sum(-1)
+        cross_NWW = share_NWV @ log_NWV.detach().mT
+        divergence_NWW = negative_entropy_NW[:, :, None] - cross_NWW
+        num_states = hidden_NWD.shape[1]
+        return -divergence_NWW.sum() / (num_states * (num_states - 1))
+
+    return term

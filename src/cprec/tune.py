@@ -1,0 +1,202 @@
+"""Stage: tuning, in which every row of the line-up gets as many trials and as much time to find its settings on
+validation queries."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cprec import lineup
+from cprec.baselines.config import TuneConfig
+from cprec.choices import Choice, OneOf, Whole, can_be
+from cprec.data.dataset import read_split
+from cprec.data.queries import ranking_queries
+from cprec.data.splits import Split
+from cprec.errors import ConfigError, Unsuitable
+from cprec.files import write_whole
+from cprec.progress import track
+from cprec.provenance import file_sha256
+from cprec.ranks import count, ndcg
+from cprec.recommender import RankingQuery, Recommender
+from cprec.schema import VALIDATION
+
+if TYPE_CHECKING:  # an extra
+    import optuna
+
+K = 10
+METRIC = f"ndcg@{K}"
+BATCH = 512
+"""Queries that are ranked at once."""
+
+
+def tune(config: TuneConfig, baselines: Mapping[str, lineup.Settings] | None = None) -> dict[str, dict[str, Any]]:
+    """Tune baselines and systems for NDCG@10 over validation queries, full catalogue, items of the history left out.
+
+    Settings come from Optuna's TPE sampler (Bergstra et al. 2011). The result, also in `config.output`, is domain ->
+    name -> the best `settings`, their `ndcg@10`, that of the `defaults`, the number of `trials` and the `seconds`. Where
+    a recommender cannot be made of a domain the result is `unfit`, the reason. The file is written whole after each
+    name, so a run that was stopped goes on with the next. The same seed tries the same settings unless the time ends
+    first. `baselines` takes the place of those that the configuration names.
+
+    Raises ConfigError where Optuna is missing, a name is unknown, or a domain has no validation query.
+    """
+    _optuna()
+    baselines = _named(config) if baselines is None else baselines
+    split, results = read_split(config.data), read_results(config.output)
+    domains = config.domains or split.catalogue.domains
+    if unknown := sorted(set(domains) - set(split.catalogue.domains)):
+        raise ConfigError(
+            f"domains: there is no {unknown[0]!r}; {config.data} has {', '.join(split.catalogue.domains)}"
+        )
+    asked = {name: getattr(config, name) for name in ("trials", "seconds", "max_queries", "seed")}
+    asked["data"] = file_sha256(Path(config.data, "dataset.json"))
+    with track(len(domains) * len(baselines) * config.trials, "tuning", unit="trials") as progress:
+        for domain in domains:
+            questions = validation_queries(split, domain, config.max_queries, config.seed)
+            for name, settings in baselines.items():
+                before = progress.completed
+                if results.get(domain, {}).get(name, {}).get("asked") != asked:
+                    progress.advance(0, domain=domain, baseline=name)
+                    search = _Search(settings, split, domain, questions, config.seed)
+                    found = search.run(config.trials, config.seconds, tried=lambda: progress.advance(1))
+                    results.setdefault(domain, {})[name] = found | {"asked": asked}
+                    _write(results, Path(config.output))
+                progress.advance(before + config.trials - progress.completed)
+    return results
+
+
+def _named(config: TuneConfig) -> dict[str, lineup.Settings]:
+    """The settings to begin with, by name; those set as published only where they are named."""
+    names = lineup.names_of(config.baselines)
+    wanted = [name for name in names if name in config.baselines or not name.endswith("(published)")]
+    return {name: lineup.settings_of(name) for name in wanted}
+
+
+class _Search:
+    """The search for the best settings of one recommender in one domain."""
+
+    def __init__(
+        self,
+        start: lineup.Settings,
+        split: Split,
+        domain: str,
+        questions: tuple[Sequence[RankingQuery], Sequence[str]],
+        seed: int,
+    ) -> None:
+        self._start: Any = start  # a dataclass, which a protocol cannot say
+        self._split, self._domain, self._questions, self._seed = split, domain, questions, seed
+        choices = start.SEARCH.items()
+        self._choices = {name: choice for name, choice in choices if can_be(choice, getattr(start, name))}
+        optuna = _optuna()
+        self._failed = optuna.trial.TrialState.FAIL
+        self._study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
+        self._study.enqueue_trial({name: getattr(start, name) for name in self._choices})
+
+    def run(self, trials: int, seconds: float, tried: Callable[[], object]) -> dict[str, Any]:
+        """The result as `tune` reports it; `tried` is called after each trial."""
+        began = time.monotonic()
+        values: list[float | None] = []
+        for number in range(trials if self._choices else 1):
+            if number and time.monotonic() - began >= seconds:
+                break
+            try:
+                values.append(self._try())
+            except ConfigError as error:
+                if number:  # settings that do not go together
+                    values.append(None)
+                elif isinstance(error, Unsuitable):
+                    return {"unfit": str(error)}
+                else:
+                    raise
+            tried()
+        return {
+            "settings": asdict(replace(self._start, **self._study.best_params)),
+            METRIC: self._study.best_value,
+            "defaults": values[0],
+            "trials": len(values),
+            "seconds": round(time.monotonic() - began, 1),
+        }
+
+    def _try(self) -> float:
+        """NDCG@10 of one trial."""
+        trial = self._study.ask()
+        try:
+            chosen = {name: _suggest(trial, name, choice) for name, choice in self._choices.items()}
+            settings: lineup.Settings = replace(self._start, **chosen)
+            with tempfile.TemporaryDirectory() as folder:
+                made = settings.make(self._split, self._domain, seed=self._seed, folder=Path(folder))
+                value = mean_ndcg(made, *self._questions)
+        except ConfigError:
+            self._study.tell(trial, state=self._failed)
+            raise
+        self._study.tell(trial, value)
+        return value
+
+
+def validation_queries(split: Split, domain: str, max_queries: int, seed: int) -> tuple[list[RankingQuery], list[str]]:
+    """Validation queries of a domain with their whole history, whose items are left out, and their targets.
+
+    Raises ConfigError where there are none.
+    """
+    asked = split.queries(domain, VALIDATION, max_history=max(1, len(split.interactions)))
+    if not len(asked):
+        raise ConfigError(f"domain {domain!r} has no validation query to tune on: choose another domain or split")
+    return ranking_queries(split, asked, most=max_queries, seed=seed)
+
+
+def mean_ndcg(recommender: Recommender, queries: Sequence[RankingQuery], targets: Sequence[str]) -> float:
+    """Mean NDCG@10 of rankings of the queries; ties count with their expected value over all orders."""
+    rankings = []
+    for start in range(0, len(queries), BATCH):
+        rankings += recommender.rank(queries[start : start + BATCH], K)
+    # All entries of all lists in flat arrays: whose they are, their scores, and whether they are the target.
+    query = np.repeat(np.arange(len(rankings)), [len(ranking.item_ids) for ranking in rankings])
+    score = np.array([score for ranking in rankings for score in ranking.scores])
+    pairs = zip(rankings, targets, strict=True)
+    is_target = np.array([item == target for ranking, target in pairs for item in ranking.item_ids], dtype=bool)
+    return float(ndcg(*count(query, score, is_target, len(queries)), K).mean())
+
+
+def read_results(output: str | Path) -> dict[str, dict[str, Any]]:
+    """The results that an earlier run of tuning wrote; none where there is no such file.
+
+    Raises ConfigError for other files.
+    """
+    path = Path(output)
+    if not path.exists():
+        return {}
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        assert all("asked" in found for of_domain in results.values() for found in of_domain.values())
+    except (OSError, ValueError, AttributeError, TypeError, AssertionError):
+        raise ConfigError(f"output={path} exists, but holds no results of tuning: choose another name") from None
+    return dict(results)
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigError(f"tuning needs more packages ({error}): pip install 'cprec[tune]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def _suggest(trial: optuna.Trial, name: str, choice: Choice) -> Any:
+    if isinstance(choice, OneOf):
+        return trial.suggest_categorical(name, choice.values)
+    if isinstance(choice, Whole):
+        return trial.suggest_int(name, choice.low, choice.high, log=choice.log)
+    return trial.suggest_float(name, choice.low, choice.high, log=choice.log)
+
+
+def _write(results: dict[str, dict[str, Any]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,254 @@
+"""Systems on a small world: training, its record, resuming, ranking."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cprec import provenance
+from cprec.data.ragged import Ragged
+from cprec.data.splits import Split
+from cprec.errors import ConfigError, Unsuitable
+from cprec.schema import SPLITS, TEST, TRAIN
+from cprec.systems import fit as fitting
+from cprec.systems.dot_product import DotProductRecommender, GraphModel
+from cprec.systems.encoders import Encoder, LatentSteps, Recurrent, SelfAttention
+from cprec.systems.fit import SystemSettings
+from cprec.systems.graph import UserItemGraph
+from cprec.systems.items import FrozenTable, IdTable, SumTable, read_vectors
+from cprec.systems.recipes.alpharec import AlphaRec
+from cprec.systems.recipes.bert4rec import BERT4Rec
+from cprec.systems.recipes.gru4rec import GRU4Rec
+from cprec.systems.recipes.icsrec import ICSRec
+from cprec.systems.recipes.lightgcn import LightGCN
+from cprec.systems.recipes.rearec import ReaRec
+from cprec.systems.recipes.sasrec import SASRec
+from cprec.systems.signals import RowStream, TrainingSequences
+
+NUM_ITEMS = 12
+SMALL: dict[str, Any] = {"hidden_size": 16, "dropout": 0.0, "learning_rate": 1e-2, "batch_size": 16, "anneal": 0.3}
+SASREC = SASRec(**SMALL, num_epochs=5, num_blocks=1, num_heads=2)
+SEQUENTIAL: list[SystemSettings] = [
+    SASREC,
+    GRU4Rec(**SMALL, num_epochs=5),
+    BERT4Rec(**SMALL, num_epochs=15, num_blocks=1, objective="softmax", num_negatives=0),
+    ICSRec(**SMALL, num_epochs=1, num_blocks=1, num_intentions=4),
+    ReaRec(**SMALL, num_epochs=1, first_epochs=2, num_blocks=1),
+]
+
+
+def asked(split: Split) -> tuple[Ragged, np.ndarray, list[str]]:
+    queries = split.queries("ring", TEST, max_history=50)
+    return queries.history, queries.target, [f"p/{split.interactions.user_id[row]}" for row in queries.user]
+
+
+def recall_of_unseen_at_1(recommender: Any, split: Split) -> float:
+    histories, targets, users = asked(split)
+    better, _ = recommender.target_ranks(histories, targets, users=users, exclude_seen=True)
+    return float((better == 0).mean())
+
+
+@pytest.mark.parametrize("settings", SEQUENTIAL, ids=lambda settings: type(settings).__name__)
+def test_learns_what_comes_next(settings: SystemSettings, split: Split, tmp_path: Path) -> None:
+    recommender = settings.make(split, "ring", folder=tmp_path)
+    assert recall_of_unseen_at_1(recommender, split) > 0.8
+    (folder,) = tmp_path.iterdir()
+    record = json.loads((folder / "system.json").read_text())
+    assert record["stages"][-1]["best"] > 0.7 and record["seconds"] == recommender.seconds > 0
+    assert record["made_from"]["code"] == provenance.code_sha256(type(settings).__module__)
+    assert not list(folder.rglob("checkpoint-*"))
+
+
+def test_a_finished_one_is_used_again_and_others_train_beside_it(
+    split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other settings, seeds, data and code make other weights: a row never vanishes or keeps the weights of before."""
+    settings, trained = replace(SASREC, num_epochs=1), []
+    monkeypatch.setattr(fitting, "train", lambda *args, **named: trained.append(1) or original(*args, **named))
+    first = settings.make(split, "ring", folder=tmp_path)
+    again = settings.make(split, "ring", folder=tmp_path)
+    assert len(trained) == 1 and again.seconds == first.seconds
+    histories, _, users = asked(split)
+    torch.testing.assert_close(again.score_histories(histories, users), first.score_histories(histories, users))
+    settings.make(split, "ring", seed=1, folder=tmp_path)
+    replace(settings, learning_rate=1.0).make(split, "ring", folder=tmp_path)
+    fewer = split.part.copy()
+    fewer[np.flatnonzero(split.events(TRAIN))[0]] = SPLITS.index("context")
+    settings.make(replace(split, part=fewer), "ring", folder=tmp_path)
+    monkeypatch.setattr(fitting, "code_sha256", lambda module: "other code")
+    settings.make(split, "ring", folder=tmp_path)
+    assert len(trained) == 5 == len(list(tmp_path.iterdir()))
+
+
+original = fitting.train
+
+
+@pytest.mark.parametrize("settings", [SASREC, SEQUENTIAL[3], SEQUENTIAL[4]], ids=lambda each: type(each).__name__)
+def test_a_kill_in_training_changes_nothing(
+    settings: SystemSettings, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(settings, dropout=0.2)
+    whole = settings.make(split, "ring", folder=tmp_path / "whole")
+    members, steps = RowStream.members, []
+
+    def dies(self: RowStream, step: int) -> np.ndarray:
+        steps.append(step)
+        if step == self.num_steps - 4:
+            raise KeyboardInterrupt
+        return members(self, step)
+
+    monkeypatch.setattr(RowStream, "members", dies)
+    with pytest.raises(KeyboardInterrupt):
+        settings.make(split, "ring", folder=tmp_path / "killed")
+    monkeypatch.undo()
+    resumed = settings.make(split, "ring", folder=tmp_path / "killed")
+    histories, _, users = asked(split)
+    scores = [each.score_histories(histories, users) for each in (resumed, whole)]
+    torch.testing.assert_close(*scores, rtol=0, atol=0)
+
+
+def test_training_ends_when_it_has_not_become_better(split: Split, tmp_path: Path) -> None:
+    replace(SASREC, learning_rate=1e-9, patience=2).make(split, "ring", folder=tmp_path)
+    (log,) = tmp_path.glob("*/*/log.jsonl")
+    assert sum("validation" in line for line in log.read_text().splitlines()) < 6
+
+
+def test_data_without_anything_to_learn_is_unsuitable(split: Split) -> None:
+    for part, message in ((TEST, "nothing to train on"), (TRAIN, "no validation event")):
+        emptied = replace(split, part=np.full_like(split.part, SPLITS.index(part)))
+        with pytest.raises(Unsuitable, match=message):
+            SASREC.make(emptied, "ring")
+
+
+def test_ranks_are_counted_as_sorting_would(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cprec.systems.dot_product.SCORES", 3 * NUM_ITEMS)
+    monkeypatch.setattr("cprec.systems.dot_product.ITEM_BLOCK", 5)
+    recommender = replace(SASREC, num_epochs=1).make(split, "ring")
+    histories, targets, users = asked(split)
+    scores = recommender.score_histories(histories, users).numpy()
+    for exclude_seen in (False, True):
+        better, tied = recommender.target_ranks(histories, targets, users=users, exclude_seen=exclude_seen)
+        for row, target in enumerate(targets):
+            kept = scores[row].copy()
+            if exclude_seen:
+                kept[[item for item in histories[row] if item != target]] = -np.inf
+            assert better[row] == (kept > kept[target]).sum()
+            missed = exclude_seen and target in histories[row]
+            assert tied[row] == (0 if missed else (kept == kept[target]).sum())
+    with pytest.raises(ConfigError, match="SASRec was made for domain 'ring' and is asked about 'square'"):
+        recommender.scores("square", [])
+
+
+# ---- encoders --------------------------------------------------------------------------------------------------------
+
+
+def encoder_of(kind: str) -> Encoder:
+    torch.manual_seed(0)
+    if kind == "recurrent":
+        return Recurrent(16, num_layers=2, dropout=0.5).eval()
+    sizes = {"max_length": 9, "num_blocks": 2, "num_heads": 2}
+    return SelfAttention(16, **sizes, dropout=0.5, causal=kind == "causal").eval()
+
+
+@pytest.mark.parametrize("kind", ["causal", "cloze", "recurrent"])
+def test_the_last_state_is_that_of_the_last_position(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = encoder_of(kind)
+    lengths = torch.tensor([1, 1, 4, 9, 9] if kind == "cloze" else [0, 1, 4, 9, 9])
+    inputs = torch.randn(5, 9, 16)
+    expected = encoder(inputs, lengths)[torch.arange(5), (lengths - 1).clamp(min=0)]
+    for positions in (1, 20, 4096):
+        monkeypatch.setattr("cprec.systems.encoders.ENCODE_POSITIONS", positions)
+        torch.testing.assert_close(encoder.last(inputs, lengths), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["causal", "recurrent"])
+def test_a_latent_step_reads_the_state_before_it_as_one_more_item(kind: str) -> None:
+    encoder, lengths = encoder_of(kind), torch.tensor([3, 1])
+    steps, inputs = LatentSteps(encoder, 2, 16), torch.randn(2, 4, 16)
+    states = steps.last(inputs, lengths)
+    torch.testing.assert_close(states[:, 0], encoder.last(inputs, lengths))
+    read = encoder.embed(inputs[:1, :3], lengths[:1])
+    for number in range(2):
+        read = torch.cat([read, (states[:1, number] + steps.step.weight[number])[:, None]], 1)
+        torch.testing.assert_close(states[:1, number + 1], encoder.read(read, lengths[:1] + number + 1)[:, -1])
+
+
+# ---- items and graphs ------------------------------------------------------------------------------------------------
+
+
+def test_tables_give_a_vector_for_each_item_and_special_row() -> None:
+    frozen = np.arange(6.0).reshape(3, 2)
+    tables = [IdTable(3, 2), FrozenTable(frozen, torch.nn.Identity())]
+    total = SumTable(tables)
+    assert total.vectors().shape == (5, 2)
+    torch.testing.assert_close(total.vectors(), tables[0].vectors() + tables[1].vectors())
+    numbers = torch.tensor([[2, 3], [0, 4]])
+    torch.testing.assert_close(total.vectors(numbers), total.vectors()[numbers])
+    assert tables[1].vectors()[3:].eq(0).all() and tables[1].vectors()[:3].numpy().tolist() == frozen.tolist()
+
+
+def test_vectors_of_a_file_stand_in_the_order_of_the_catalogue(tmp_path: Path) -> None:
+    np.savez(tmp_path / "v.npz", item_id=np.array(["b", "a"]), vectors=np.array([[1.0, 2.0], [3.0, 4.0]]))
+    assert read_vectors(tmp_path / "v.npz", ["a", "b"]).tolist() == [[3, 4], [1, 2]]
+    with pytest.raises(ConfigError, match="no vector of 1 items, 'c' among them"):
+        read_vectors(tmp_path / "v.npz", ["a", "c"])
+    (tmp_path / "text").write_text("no vectors")
+    with pytest.raises(ConfigError, match="is not an .npz file with item_id and vectors"):
+        read_vectors(tmp_path / "text", ["a"])
+
+
+def test_smoothing_is_the_mean_of_the_layers(data: TrainingSequences) -> None:
+    num_users = len(data.users)
+    tables = IdTable(num_users, 4, num_special=0), IdTable(NUM_ITEMS, 4, num_special=0)
+    model = GraphModel(*tables, UserItemGraph(data.sequences, NUM_ITEMS), num_layers=2)
+    counts = np.zeros((num_users, NUM_ITEMS))
+    np.add.at(counts, (data.sequences.row_of, data.sequences.values), 1)
+    graph = counts / np.sqrt(np.outer(counts.sum(1), np.maximum(counts.sum(0), 1)))
+    users, items = ([table.vectors().detach().numpy()] for table in tables)
+    for _ in range(2):
+        users, items = [*users, graph @ items[-1]], [*items, graph.T @ users[-1]]
+    vectors = model.vectors()
+    np.testing.assert_allclose(vectors.items_VD.detach(), np.mean(items, 0), rtol=1e-5, atol=1e-6)
+    states, targets = model.states(vectors, {"users": torch.tensor([3, 5]), "targets": torch.tensor([1, 2])})
+    np.testing.assert_allclose(states.detach(), np.mean(users, 0)[[3, 5]], rtol=1e-5, atol=1e-6)
+    assert targets.tolist() == [1, 2]
+    (states.sum() + vectors.items_VD.sum()).backward()
+    ones_u, ones_i = np.zeros(num_users), np.ones(NUM_ITEMS)
+    np.add.at(ones_u, [3, 5], 1)
+    gradient = (ones_i + graph.T @ (graph @ ones_i) + graph.T @ ones_u) / 3  # of both sums, by hand
+    assert tables[1].table.weight.grad is not None
+    np.testing.assert_allclose(tables[1].table.weight.grad[:, 0], gradient, rtol=1e-4)
+
+
+GRAPHS = [
+    LightGCN(hidden_size=16, num_negatives=8, batch_size=64, num_epochs=10),
+    AlphaRec(hidden_size=16, text_size=8, adapter_size=16, num_negatives=8, batch_size=64, num_epochs=10),
+]
+
+
+@pytest.mark.parametrize("settings", GRAPHS, ids=lambda settings: type(settings).__name__)
+def test_users_known_and_unknown_are_ranked_on_the_graph(settings: SystemSettings, split: Split) -> None:
+    recommender = settings.make(split, "ring")
+    histories, targets, users = asked(split)
+    for names in (users, ["p/stranger"] * len(users)):
+        better, _ = recommender.target_ranks(histories, targets, users=names, exclude_seen=True)
+        assert better.mean() < (NUM_ITEMS - 7) / 2, "better than chance among the items not had"
+
+
+def test_a_graph_is_smoothed_once_for_all_queries(
+    split: Split, data: TrainingSequences, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (stage,) = GRAPHS[0].stages(data, 0)
+    recommender, smoothed = stage.recommender(), []
+    assert isinstance(recommender, DotProductRecommender)
+    monkeypatch.setattr(GraphModel, "vectors", lambda model: smoothed.append(model))
+    histories, _, users = asked(split)
+    for _ in range(3):
+        recommender.score_histories(histories, users)
+    assert not smoothed

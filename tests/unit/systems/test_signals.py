@@ -1,0 +1,114 @@
+"""Streams of rows: what is learnt from together, and what is to be predicted."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cprec.batch import IGNORE
+from cprec.data.catalogue import Catalogue
+from cprec.data.ragged import Ragged
+from cprec.systems.items import MASK
+from cprec.systems.signals import (
+    MaskedStream,
+    PrefixStream,
+    RowStream,
+    TrainingSequences,
+    UserItemStream,
+    WindowStream,
+    recent,
+    windows,
+)
+
+NUM_ITEMS = 12
+"""After item n of the ring comes item n + 1."""
+PASSES = {"batch_size": 7, "num_epochs": 2}
+
+
+def test_windows_make_every_item_but_the_first_a_target_once() -> None:
+    generator = np.random.default_rng(0)
+    rows = [generator.integers(0, 100, size) for size in (1, 2, 9, 10, 11, 30, 0)]
+    cut = windows(Ragged.of(rows), 10)
+    assert cut.lengths.max() <= 11 and cut.lengths.min() >= 2
+    targets = [value for row in range(len(cut)) for value in cut[row][1:].tolist()]
+    assert targets == [value for row in rows for value in row[1:].tolist()]
+
+
+def test_the_latest_values_of_each_row() -> None:
+    kept = recent(Ragged.of([[1, 2, 3], [], [4]]), 2)
+    assert [kept[row].tolist() for row in range(3)] == [[2, 3], [], [4]]
+
+
+def test_an_epoch_reads_every_row_once_and_any_step_can_be_had_alone(data: TrainingSequences) -> None:
+    def stream(seed: int) -> RowStream:
+        return WindowStream(data, ["a", "b"], 50, **PASSES, seed=seed)
+
+    first, again = stream(3), stream(3)
+    per_epoch = first.num_steps // 2
+    for epoch in range(2):
+        steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+        read = np.sort(np.concatenate([first.batch(step).examples for step in steps]))
+        assert read.tolist() == list(range(90))
+    for step in (first.num_steps - 1, 0):
+        one, other = again.batch(step), first.batch(step)
+        np.testing.assert_array_equal(one.examples, other.examples)
+        for name, rows in one.rows.items():
+            np.testing.assert_array_equal(rows, other.rows[name])
+    assert sum(first.batch(step).num_tokens for step in range(first.num_steps)) == first.num_tokens
+    assert stream(4).batch(0).examples.tolist() != first.batch(0).examples.tolist()
+    assert first.batch(0).counts == dict.fromkeys("ab", first.batch(0).num_tokens)
+
+
+def test_targets_follow_their_inputs_and_padding_has_none(data: TrainingSequences) -> None:
+    batch = WindowStream(data, ["a"], 50, batch_size=16, num_epochs=1, seed=0).batch(1)
+    real = batch.rows["targets"] != IGNORE
+    assert ((batch.rows["items"][real] + 1) % NUM_ITEMS == batch.rows["targets"][real]).all()
+    assert (batch.rows["items"][~real] == NUM_ITEMS).all()
+    assert real.sum() == batch.num_tokens == batch.counts["a"]
+
+
+def test_masks_hide_what_they_ask_for(data: TrainingSequences) -> None:
+    shares = {"mask_share": 0.4, "last_share": 0.5}
+    batch = MaskedStream(data, ["a"], 5, **shares, batch_size=90, num_epochs=1, seed=0).batch(0)
+    masked = batch.rows["items"] == NUM_ITEMS + MASK
+    np.testing.assert_array_equal(masked, batch.rows["targets"] != IGNORE)
+    assert masked.any(1).all(), "every row asks for something"
+    lengths = (batch.rows["items"] != NUM_ITEMS).sum(1)
+    only_last = masked.sum(1) == 1
+    last = masked[np.arange(90), lengths - 1]
+    assert 0.4 < (only_last & last).mean() < 1
+
+
+def test_every_training_event_is_a_pair(data: TrainingSequences) -> None:
+    stream = UserItemStream(data, ["a"], batch_size=50, num_epochs=1, seed=0)
+    pairs = [zip(batch.rows["users"], batch.rows["targets"], strict=True) for batch in stream]
+    expected = zip(data.sequences.row_of, data.sequences.values, strict=True)
+    assert sorted(pair for of_step in pairs for pair in of_step) == sorted(expected)
+
+
+def test_prefixes_are_followed_by_their_targets(data: TrainingSequences) -> None:
+    stream = PrefixStream(data, ["a"], 3, batch_size=20, num_epochs=1, seed=0)
+    batches = list(stream)
+    assert sum(len(batch.examples) for batch in batches) == data.sequences.lengths.sum() - len(data.sequences)
+    for batch in batches:
+        lengths = (batch.rows["items"] != NUM_ITEMS).sum(1)
+        assert lengths.min() >= 1 and lengths.max() <= 3
+        last = batch.rows["items"][np.arange(len(lengths)), lengths - 1]
+        assert ((last + 1) % NUM_ITEMS == batch.rows["targets"]).all()
+
+
+def test_the_second_prefix_of_a_row_has_the_same_target() -> None:
+    """Item 3 follows twice, item 5 once: a prefix without another of its target stands beside itself."""
+    sequences = Ragged.of([[0, 1, 3], [2, 3], [4, 5]])
+    data = TrainingSequences(_catalogue(6), "d", sequences, ("u", "v", "w"))
+    stream = PrefixStream(data, ["a"], 9, batch_size=9, num_epochs=5, seed=0, same_target=True)
+    for batch in stream:
+        assert batch.whole and batch.rows["items"].shape == (4, 2, 2)
+        for row, target in zip(batch.rows["items"].tolist(), batch.rows["targets"].tolist(), strict=True):
+            expected = {3: [[0, 1], [2, 6]], 5: [[4, 6], [4, 6]], 1: [[0, 6], [0, 6]]}[target]
+            assert sorted(row) == sorted(expected)
+
+
+def _catalogue(num_items: int) -> Catalogue:
+    ids = np.array([f"i{number}" for number in range(num_items)], dtype=object)
+    text = np.array([""] * num_items, dtype=object)
+    return Catalogue(("d",), np.zeros(num_items, dtype=np.int16), ids, ids, text, text)

@@ -1,0 +1,130 @@
+"""Loss terms against their formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from cprec.errors import ConfigError
+from cprec.systems.recipes.sasrec import SASRec
+from cprec.systems.terms import SameCluster, info_nce, likeness, objective_loss
+
+
+@pytest.fixture
+def scored() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(7, 4, generator=generator), torch.randn(9, 4, generator=generator)
+    return hidden, weight, torch.tensor([0, 1, 2, 3, 8, 8, 5])
+
+
+def test_softmax_is_cross_entropy_over_all_items(scored: tuple[torch.Tensor, ...]) -> None:
+    hidden, weight, target = scored
+    expected = F.cross_entropy(hidden @ weight.T, target, reduction="sum")
+    torch.testing.assert_close(objective_loss("softmax", *scored, num_negatives=0), expected)
+
+
+@pytest.mark.parametrize("objective", ["bce", "bpr", "sampled_softmax", "bpr_max"])
+def test_objectives_against_negatives_are_what_their_formulas_say(
+    objective: str, scored: tuple[torch.Tensor, ...]
+) -> None:
+    hidden, weight, target = scored
+    torch.manual_seed(5)
+    found = objective_loss(objective, *scored, num_negatives=3)  # type: ignore[arg-type]
+    torch.manual_seed(5)
+    own = objective in ("bce", "bpr")
+    drawn = torch.randint(9, (7, 3)) if own else torch.randint(9, (3,)).expand(7, 3)
+    expected = 0.0
+    for row in range(7):
+        positive = hidden[row] @ weight[target[row]]
+        others = [n for n in drawn[row].tolist() if own or n != target[row]]
+        negative = torch.stack([hidden[row] @ weight[n] for n in others])
+        if objective == "bce":
+            expected -= (positive.sigmoid().log() + (1 - negative.sigmoid()).log().sum()).item()
+        elif objective == "bpr":
+            expected -= (positive - negative).sigmoid().log().mean().item()
+        elif objective == "sampled_softmax":
+            expected -= (positive - torch.cat([positive[None], negative]).logsumexp(0)).item()
+        else:
+            share = negative.softmax(0)
+            apart = (share * (positive - negative).sigmoid()).sum()
+            expected += (0.5 * (share * negative**2).sum() - apart.log()).item()
+    assert found.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 256])
+def test_gradients_of_sampled_softmax_are_those_of_its_formula(
+    chunk: int, scored: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cprec.systems.terms.CHUNK", chunk)
+    hidden, weight = (each.double().requires_grad_() for each in scored[:2])
+    target = scored[2]
+    torch.manual_seed(5)
+    loss = objective_loss("sampled_softmax", hidden, weight, target, num_negatives=6, dtype=torch.float64) * 3
+    torch.manual_seed(5)
+    drawn = torch.randint(9, (6,))
+    scores = torch.cat([weight[target].mul(hidden).sum(1)[:, None], hidden @ weight[drawn].T], 1)
+    hit = F.pad(drawn == target[:, None], (1, 0))
+    assert hit.any(), "a target is among the negatives"
+    expected = F.cross_entropy(scores.masked_fill(hit, -torch.inf), torch.zeros_like(target), reduction="sum") * 3
+    torch.testing.assert_close(loss, expected)
+    got = torch.autograd.grad(loss, (hidden, weight))
+    for found, wanted in zip(got, torch.autograd.grad(expected, (hidden, weight)), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "hinge"}, "objective='hinge': expected softmax"),
+        ({"num_negatives": 5}, "num_negatives=5 with objective=softmax: softmax ranks all items"),
+        ({"objective": "bce"}, "num_negatives=0 with objective=bce: give 1 or more"),
+        ({"num_heads": 3}, "hidden_size=256 must be a multiple of num_heads=3"),
+        ({"dropout": 1.0}, "dropout=1.0 must lie in 0..1"),
+        ({"batch_size": 0}, "batch_size=0 must be above 0"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        SASRec(**settings)  # type: ignore[arg-type]
+
+
+def test_a_contrast_leaves_out_pairs_of_one_label() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(3, 4, generator=generator), torch.randn(3, 4, generator=generator)
+    label = torch.tensor([7, 9, 7])
+    expected = 0.0
+    both, labels = torch.cat([first, second]), label.repeat(2)
+    for row in range(6):
+        partner = both[row] @ both[(row + 3) % 6] / 0.5
+        others = torch.stack([both[row] @ both[n] / 0.5 for n in range(6) if labels[n] != labels[row]])
+        expected += (torch.cat([partner[None], others]).logsumexp(0) - partner).item() / 2
+    assert info_nce(first, second, label, 0.5).item() == pytest.approx(expected, rel=1e-5)
+    alone = torch.tensor([1, 1, 1])
+    assert info_nce(first, second, alone, 0.5).item() == 0, "nothing is left to tell the partner from"
+
+
+def test_centres_are_found_and_states_are_drawn_to_theirs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = torch.tensor([[10.0, 0.0], [0.0, 10.0]]).repeat(20, 1) + torch.randn(40, 2, generator=generator)
+    term = SameCluster(2, 2, temperature=1.0)
+    term.fit(states, seed=0)
+    centres = torch.stack([states[0::2].mean(0), states[1::2].mean(0)])
+    found = term.centre_CD[term.centre_CD[:, 1].argsort()]
+    torch.testing.assert_close(found, centres)
+    target, items = torch.zeros(2, dtype=torch.int64), torch.zeros(3, 2)
+    near = torch.tensor([[[9.0, 1.0]] * 2, [[1.0, 9.0]] * 2], requires_grad=True)
+    between = torch.tensor([[[5.2, 4.8]] * 2, [[4.8, 5.2]] * 2])
+    assert term(near, target, items) < term(between, target, items)
+    term(near, target, items).backward()
+    assert term.centre_CD.grad is None
+
+
+def test_likeness_is_minus_the_divergence_of_all_ordered_pairs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, items = torch.randn(2, 3, 4, generator=generator), torch.randn(5, 4, generator=generator)
+    logs = (hidden @ items.T / 0.5).log_softmax(-1)
+    pairs = [(i, j) for i in range(3) for j in range(3) if i != j]
+    divergences = [F.kl_div(logs[:, j], logs[:, i], log_target=True, reduction="sum") for i, j in pairs]
+    found = likeness(temperature=0.5)(hidden, torch.zeros(2), items)
+    torch.testing.assert_close(found, -torch.stack(divergences).mean())
