@@ -87,7 +87,7 @@ TRAINED_WITH = frozenset(
 )
 """Parts that machines load which train, rank or judge."""
 
-TORCH = frozenset({"torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers"})
+TORCH = frozenset({"torch", "transformers", "peft", "safetensors", "tokenizers"})
 
 
 @cache
