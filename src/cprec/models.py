@@ -40,7 +40,7 @@ def tiny_model(
     attn_implementation: str | None = None,
 ) -> nn.Module:
     """A small Qwen3-style decoder with random weights and tied embeddings; the same weights for the same seed."""
-    _hide_progress_bars()
+    hide_progress_bars()
     config = Qwen3Config(
         vocab_size=vocabulary_size,
         hidden_size=hidden_size,
@@ -70,7 +70,7 @@ def load_model(
 
     Raises ConfigError where nothing can be loaded.
     """
-    _hide_progress_bars()
+    hide_progress_bars()
     path = Path(name_or_path)
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
@@ -111,7 +111,7 @@ def _no_model(name_or_path: str | Path, error: Exception) -> ConfigError:
     )
 
 
-def _hide_progress_bars() -> None:
+def hide_progress_bars() -> None:
     """Keep transformers from showing a bar for each file that it reads or writes; downloads keep theirs."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 

@@ -48,7 +48,7 @@ class CodeStream(RowStream):
         """See `RowStream.batch`."""
         members = self.members(step)
         tokens, lengths = padded(self._rows.take(members), PADDING)
-        place = np.broadcast_to(np.arange(tokens.shape[1] - 1), (len(members), tokens.shape[1] - 1))
+        place = np.tile(np.arange(tokens.shape[1] - 1), (len(members), 1))
         targets = np.where(place + 1 < lengths[:, None], tokens[:, 1:], IGNORE)
         num_targets = int((lengths - 1).sum())
         return self._batch(
@@ -106,11 +106,12 @@ class CodeRecommender:
     ) -> tuple[np.ndarray, np.ndarray]:
         """How many items score above each target, and how many as high, itself included: int64[Q] each.
 
-        Counted in the ten best that a beam finds; a target that is not among them is tied with nothing (0): a miss.
+        Counted in the ten best that a beam finds. A target that is not among them is a miss: ten are better, and it is
+        tied with nothing (0).
         """
         ids = self.catalogue.item_id[self.catalogue.rows_of(self.domain)]
         queries = [self._query(ids[histories[number]], exclude_seen) for number in range(len(histories))]
-        better, tied = np.zeros((2, len(targets)), dtype=np.int64)
+        better, tied = np.full(len(targets), TOP), np.zeros(len(targets), dtype=np.int64)
         for number, ranking in enumerate(self.rank(queries, TOP, "beam")):
             score = dict(zip(ranking.item_ids, ranking.scores, strict=True)).get(ids[targets[number]])
             if score is not None:

@@ -14,7 +14,7 @@ import functools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +130,15 @@ def write_part(folder: Path, part: int) -> dict[str, int]:
 
 @dataclass
 class _PartWriter:
+    """Writes what a part gives into a folder."""
+
     rules: DocumentRules
     split: Split
     encoder: PromptEncoder
     folder: Path
     part: int
-
-    def __post_init__(self) -> None:
-        self.counts: dict[str, int] = {}
+    counts: dict[str, int] = field(default_factory=dict)
+    """How many documents or queries each folder or file has."""
 
     def write_behaviour(self) -> None:
         """Specific and mixed documents of the training events: shards to train on, and shards to measure perplexity."""
