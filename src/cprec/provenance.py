@@ -17,6 +17,7 @@ import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -225,8 +226,6 @@ def _hub_commit(name: str) -> str | None:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that may change a result, read without importing them."""
-    from importlib.metadata import PackageNotFoundError, version
-
     found = {"python": platform.python_version()}
     for name in VERSIONED_PACKAGES:
         try:
