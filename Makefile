@@ -1,13 +1,15 @@
-# Every target sets up .venv first if it is missing or older than the files that define it.
-#   make demo      make and judge a recommender from a synthetic world
-#   make test      the quick tests      make test-all   all tests (those for a GPU or real data skip without them)
-#   make test-slow     those that `make test` leaves out
-#   make lint      format, lint, types  make bench      the measurements in benchmarks/
-#   make test-oracles  our metrics against ranx, ir-measures and RecTools (installs them)
-#   make test-spark    both table engines give the same (installs PySpark; needs Java 17)
+# Every target first sets up .venv if it is missing or older than the files that define it.
+#   make demo          make and judge a recommender from a synthetic world
+#   make test          the quick tests
+#   make test-slow     the tests that `make test` leaves out
+#   make test-all      all tests; those that need a GPU or real data are skipped without them
+#   make test-oracles  our metrics against ranx, ir-measures and RecTools, which it installs
+#   make test-spark    both table engines give the same results; installs PySpark, needs Java 17
+#   make lint          formatting, lint, types; `make format` fixes what can be fixed
+#   make bench         the measurements in benchmarks/
 # PYTHON=...       the Python to build .venv from (3.11 to 3.13)
-# TORCH_INDEX=...  an index beside the usual one to take PyTorch from: PyTorch's own for CPU builds (much smaller on
-#                  Linux), or the one for your CUDA version; run `make clean-venv` before.
+# TORCH_INDEX=...  another index to install PyTorch from: PyTorch's own for CPU builds (much smaller on Linux), or the
+#                  one for your CUDA version. Run `make clean-venv` first.
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-all test-oracles test-spark lint format bench setup clean-venv
@@ -24,7 +26,7 @@ help:
 demo: $(READY)
 	@$(BIN)/cprec demo
 
-# Test models are tiny: one thread is quicker than many, and leaves the machine to its user.
+# Test models are tiny: one thread is faster than many, and leaves the machine to its user.
 test: $(READY)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist loadfile \
 	  -m "not slow and not gpu and not spark"
@@ -35,7 +37,7 @@ test-slow: $(READY)
 test-all: test-oracles
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# RecTools asks for older numpy and pandas than ours; its metrics work with these.
+# RecTools asks for older versions of numpy and pandas than ours; its metrics work with ours.
 test-oracles: $(READY)
 	@$(BIN)/python -c 'import ranx, ir_measures, rectools' 2>/dev/null || { echo "Installing ranx, ir-measures and RecTools." >&2; \
 	  $(PIP) --editable '.[dev,oracles]'; $(PIP) --no-deps rectools==0.19.0; }
@@ -55,7 +57,7 @@ format: $(READY)
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-# sequential.py installs its peers in environments of their own and takes most of an hour: by hand.
+# sequential.py installs its peers in environments of their own and takes most of an hour: run it by hand.
 bench: $(READY)
 	@for script in $(filter-out benchmarks/sequential.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 

@@ -248,15 +248,13 @@ def _copy(cache: PrefixCache) -> PrefixCache:
 
 
 def models(args: argparse.Namespace) -> None:
-    from cprec.data.dataset import read_split
-    from cprec.evaluate.config import EvaluateConfig
-    from cprec.evaluate.questions import read_questions
+    from cprec.evaluate.questions import read_queries
     from cprec.evaluate.statistics import bootstrap_interval
     from cprec.rank.llm import LLMRecommender
-    from cprec.ranks import ndcg, recall
+    from cprec.ranks import count, ndcg, recall
+    from cprec.schema import TEST
 
-    config = EvaluateConfig(data=args.data, output_dir="unused", max_queries=args.queries, k=args.k)
-    questions = read_questions(config, read_split(args.data), args.domain)
+    questions = read_queries(args.data, args.domain, TEST, max_queries=args.queries)
     queries = [replace(query, exclude=query.uncounted, uncounted=frozenset()) for query in questions.queries]
     print(f"{args.domain}, {len(queries):,} queries, K = {args.k}, {torch.get_num_threads()} threads")
     for name, folder in (text.split("=", 1) for text in args.model):
@@ -272,18 +270,17 @@ def models(args: argparse.Namespace) -> None:
             start = time.process_time()  # of all threads: other programs on the machine do not count
             rankings = recommender.rank(queries, args.k)
             seconds = time.process_time() - start
-            better, tied = np.zeros(len(rankings), dtype=int), np.zeros(len(rankings), dtype=int)
-            for row, (ranking, target) in enumerate(zip(rankings, questions.target, strict=True)):
-                scores = np.array(ranking.scores)
-                if target in ranking.item_ids:
-                    mine = scores[ranking.item_ids.index(target)]
-                    better[row], tied[row] = (scores > mine).sum(), (scores == mine).sum()
+            lengths = [len(ranking.item_ids) for ranking in rankings]
+            query = np.repeat(np.arange(len(rankings)), lengths)
+            item = np.array([item for ranking in rankings for item in ranking.item_ids], dtype=object)
+            score = np.array([score for ranking in rankings for score in ranking.scores])
+            better, tied = count(query, score, item == np.array(questions.target, dtype=object)[query], len(rankings))
             gain = ndcg(better, tied, args.k)
             if mode == "exact":
                 true_gain = gain
                 exact = {ranking.query_id: set(ranking.item_ids) for ranking in rankings}
             share = np.mean([len(exact[r.query_id] & set(r.item_ids)) / len(exact[r.query_id]) for r in rankings])
-            proofs = [ranking.certificate for ranking in rankings]
+            proofs = [ranking.proof for ranking in rankings]
             distinct = np.mean([len(set(ranking.scores[: args.k])) for ranking in rankings])
             print(
                 f"{mode if mode == 'exact' else f'beam {width}':9} {ndcg(better, tied, args.k).mean():7.4f} "
@@ -295,15 +292,13 @@ def models(args: argparse.Namespace) -> None:
 
 
 def grow(args: argparse.Namespace) -> None:
-    from cprec.data.dataset import read_split
-    from cprec.evaluate.config import EvaluateConfig
-    from cprec.evaluate.questions import read_questions
+    from cprec.evaluate.questions import read_queries
     from cprec.models import tiny_model
     from cprec.rank.llm import LLMRecommender
+    from cprec.schema import TEST
 
     recommender = LLMRecommender.from_pretrained(args.model)
-    config = EvaluateConfig(data=args.data, output_dir="unused", max_queries=args.queries)
-    questions = read_questions(config, read_split(args.data), args.domain)
+    questions = read_queries(args.data, args.domain, TEST, max_queries=args.queries)
     prompts = recommender._prompts(questions.queries)
     rows = recommender._encoder.titles(recommender.catalogue.rows_of(args.domain), end=True)
     titles = sorted({tuple(rows[row].tolist()) for row in range(len(rows))})

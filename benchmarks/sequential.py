@@ -142,8 +142,10 @@ def ours(folder: Path, name: str, asked: dict[str, Any]) -> dict[str, Any]:
 
     from cprec.data.catalogue import Catalogue
     from cprec.data.ragged import Ragged, gather, offsets_of
-    from cprec.evaluate.evaluate import BATCH, as_table
-    from cprec.evaluate.questions import FULL, FULL_WITH_SEEN, Questions
+    from cprec.evaluate.evaluate import BATCH
+    from cprec.evaluate.questions import Questions
+    from cprec.evaluate.rankings import table_of
+    from cprec.evaluate.results import FULL_WITH_SEEN
     from cprec.evaluate.tables import metrics_of
     from cprec.ranks import ndcg
     from cprec.recommender import RankingQuery
@@ -209,9 +211,9 @@ def ours(folder: Path, name: str, asked: dict[str, Any]) -> dict[str, Any]:
         number = [int(query.query_id) for query in queries]
         names = [query.query_id for query in queries]
         questions = Questions(domain="items", queries=queries, target=ids[target[number]].tolist(), user=names)
-        table = as_table(rankings, questions, FULL)
-        columns = [metrics_of(table, questions, 10, protocol) for protocol in (FULL, FULL_WITH_SEEN)]
-        return float(columns[1]["ndcg@10"].mean())
+        protocol = questions.protocols()[0]
+        columns = metrics_of(table_of(rankings, protocol, "items"), protocol, 10, FULL_WITH_SEEN)
+        return float(columns["ndcg@10"].mean())
 
     begin = time.process_time()
     quality = counted(False)

@@ -1,11 +1,13 @@
-"""The direction of the imports, and what may load before a stage runs. Read from the source with `ast`."""
+"""The imports: their direction, no circles, and what may load before a stage runs. Read from the source with `ast`."""
 
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,14 +23,14 @@ BASE = frozenset(
 BELOW = {
     **dict.fromkeys(BASE, BASE),
     "data": BASE,
-    "scoring": BASE | {"data"},
     "text": BASE | {"data"},
     "distributed": BASE,
     "models": BASE | {"data", "text", "distributed"},
     "train": BASE | {"data", "text", "models", "distributed"},
     "search": BASE | {"data", "models", "distributed"},
-    "systems": BASE | {"data", "scoring", "text", "models", "distributed", "train", "search"},
     "rank": BASE | {"data", "text", "models", "distributed", "search"},
+    "scoring": BASE | {"data"},
+    "systems": BASE | {"data", "scoring", "text", "models", "distributed", "train", "search"},
     "baselines": BASE | {"data", "scoring"},
     "evaluate": BASE | {"data"},
     "serve": BASE | {"data"},
@@ -36,27 +38,132 @@ BELOW = {
 """Which parts of the package each part may import besides itself. A new part needs a line here, and a reason."""
 
 TOP = frozenset(
-    {"run", "anneal", "tune", "lineup", "report", "shortcuts", "config", "recipe", "settings", "field_help", "recipes"}
-    | {"cli", "verbs", "serving", "__main__", "__init__"}
+    {
+        "run",
+        "entrants",
+        "anneal",
+        "tune",
+        "lineup",
+        "report",
+        "shortcuts",
+        "serving",
+        "config",
+        "recipe",
+        "settings",
+        "field_help",
+    }
+    | {"recipes", "verbs", "cli", "__main__", "__init__"}
 )
 """Parts that know everything below; nothing below knows them."""
 
+# ---- what must stay light --------------------------------------------------------------------------------------------
+
 GPU_STACK = frozenset(
-    ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
-    + ("numpy", "scipy", "pyarrow", "yaml", "rich", "typer")
+    ("torch", "transformers", "peft", "safetensors", "tokenizers")
+    + ("numpy", "scipy", "pyarrow", "yaml", "rich", "jinja2", "markupsafe", "typer")
 )
-"""All that a training machine may be sure to have; anything else is imported inside the function that needs it."""
+"""All that a machine that trains is sure to have. PyTorch needs Jinja2, and that needs MarkupSafe."""
 
-PREPARATION = ("cprec.data.engine", "cprec.data.judging", "cprec.data.build", "cprec.data.sources")
-"""Modules that only data preparation loads, on a machine that has Ibis and DuckDB."""
+BEYOND_AT_TOP = {
+    **{f"cprec.data.{name}": {"ibis"} for name in ("build", "judging")},
+    "cprec.data.engine": {"ibis", "duckdb"},
+    **{
+        f"cprec.data.sources.{name}": {"ibis"}
+        for name in (
+            *("amazon_reviews", "goodreads", "memory", "movielens", "numbers", "online_retail", "raw", "tables"),
+            "times",
+        )
+    },
+    "cprec.data.sources.connections": {"ibis", "duckdb", "sqlglot"},
+    "cprec.rank.vllm_processor": {"vllm"},  # vLLM loads it into a process of its own
+    "cprec.serve.app": {"fastapi", "starlette"},
+    "cprec.serve.messages": {"pydantic_core"},
+    "cprec.serve.monitoring": {"prometheus_client"},
+    "cprec.serve.routes": {"fastapi"},
+    "cprec.serve.serve": {"uvicorn"},
+    "cprec.serve.strict_json": {"fastapi"},
+}
+"""Modules that import more than the GPU stack at their top: those that only serve, or only prepare data."""
 
-WITHOUT_ENGINE = ("cprec.data.sources.files", "cprec.data.sources.layouts", "cprec.data.sources.synthetic")
-"""Modules beside those that are loaded elsewhere too: to see whether files changed, and to rank by the true chances."""
 
-INSIDE = {"cprec.rank.vllm_processor": "vllm"}
-"""Modules that a library loads into a process of its own, and that library."""
+class Promise(NamedTuple):
+    """Some modules, with all that they import at their tops, load no module of certain libraries."""
+
+    name: str
+    modules: frozenset[str]
+    libraries: frozenset[str] | None
+    """The libraries that may be loaded beside the standard library; None allows all but `forbidden`."""
+    forbidden: frozenset[str] = frozenset()
+
+
+@cache
+def promises() -> tuple[Promise, ...]:
+    """What the imports inside functions are for."""
+    every = modules()
+    settings = {"cprec.config", "cprec.field_help", "cprec.recipe", "cprec.settings"}
+    settings |= {module for module in every if module.endswith(".config") or part_of(module) == "recipes"}
+    trained = {module for module in every if part_of(module) in TRAINED_WITH} - set(BEYOND_AT_TOP)
+    judging = {module for module in every if part_of(module) == "evaluate"}
+    return (
+        Promise("the help loads nothing but the standard library", frozenset({"cprec", "cprec.cli"}), frozenset()),
+        Promise("settings load nothing but the standard library", frozenset(settings), frozenset()),
+        Promise("a machine that trains needs the GPU stack alone", frozenset(trained), GPU_STACK),
+        Promise("judging rankings loads no PyTorch", frozenset(judging), GPU_STACK - TORCH),
+    )
+
+
+TRAINED_WITH = frozenset(
+    {
+        "models",
+        "distributed",
+        "train",
+        "search",
+        "rank",
+        "systems",
+        "baselines",
+        "evaluate",
+        "run",
+        "entrants",
+        "anneal",
+        "tune",
+    }
+    | {"lineup", "report", "shortcuts", "serving", "progress", "provenance"}
+)
+"""Parts that machines load which train, rank or judge."""
+
+TORCH = frozenset({"torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers"})
+
+EXTRAS = frozenset(
+    {"fastapi", "uvicorn", "prometheus_client", "optuna", "matplotlib", "vllm", "huggingface_hub", "pyspark", "py4j"}
+    | {
+        "ibis",
+        "duckdb",
+        "sqlglot",
+        "psycopg",
+        "pandas",
+        "recbole",
+        "rectools",
+        "replay",
+        "wandb",
+        "tensorboard",
+        "mlflow",
+    }
+)
+"""Libraries that a user may do without: they are imported by the function that needs them."""
+
+IN_FUNCTIONS = {
+    ("cprec.verbs", "cprec.config"): "`cprec --help` would take twice as long",
+    ("cprec.verbs", "cprec.field_help"): "`cprec --help` would take twice as long",
+    ("cprec.provenance", "importlib.metadata"): "`cprec VERB --help` would load it, and it is slow",
+    ("cprec.serving", "cprec.serve.serve"): "it needs the extra cprec[serve], and `cprec recommend` does not",
+    ("cprec.serve.config", "fastapi"): "the check that the extra is there",
+}
+"""Imports inside functions that no promise and no extra explains, with the reason for each."""
 
 VAGUE_NAMES = frozenset({"utils", "util", "common", "helpers", "helper", "misc", "tools"})
+
+
+# ---- the graph of imports --------------------------------------------------------------------------------------------
 
 
 class Import(NamedTuple):
@@ -64,16 +171,27 @@ class Import(NamedTuple):
 
     module: str
     line: int
-    at_import: bool
-    """It runs when the importing module is imported: outside functions and `if TYPE_CHECKING`."""
+    in_function: bool
+    for_types: bool
+    """It is under `if TYPE_CHECKING`, and never runs."""
+
+    @property
+    def at_top(self) -> bool:
+        """It runs when the importing module is imported."""
+        return not (self.in_function or self.for_types)
+
+    @property
+    def library(self) -> str:
+        return self.module.partition(".")[0]
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Every module of the package by dotted name."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = ["cprec", *path.relative_to(PACKAGE).with_suffix("").parts]
-        found[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)] = path
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
@@ -83,80 +201,154 @@ def part_of(module: str) -> str:
     return parts[1] if len(parts) > 1 else "__init__"
 
 
-def imports(path: Path) -> Iterator[Import]:
-    """Every import statement of a file, those in functions too."""
-
-    def visit(node: ast.AST, at_import: bool) -> Iterator[Import]:
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield Import(alias.name, node.lineno, at_import)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: relative import; write the full name"
-            assert node.module is not None
-            if node.module.split(".")[0] == "cprec":  # `from cprec.train import loop` imports cprec.train.loop
-                for alias in node.names:
-                    as_module = PACKAGE.joinpath(*node.module.split(".")[1:], alias.name)
-                    is_module = as_module.with_suffix(".py").exists() or as_module.is_dir()
-                    yield Import(f"{node.module}.{alias.name}" if is_module else node.module, node.lineno, at_import)
-                    if node.module == "cprec" and alias.name == "Recommender":
-                        yield Import("cprec.rank.llm", node.lineno, at_import)  # what the lazy name stands for
-            else:
-                yield Import(node.module, node.lineno, at_import)
-        for child in ast.iter_child_nodes(node):
-            in_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-            for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and child in node.body
-            yield from visit(child, at_import and not in_function and not for_types)
-
-    yield from visit(ast.parse(path.read_text(encoding="utf-8")), True)
+def imports(module: str) -> tuple[Import, ...]:
+    """Every import statement of a module, those in functions too."""
+    return _imports(modules()[module])
 
 
-def needs_engine(module: str) -> bool:
-    """Whether a module may be loaded by data preparation alone."""
-    parts = module.split(".")
-    ancestors = {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
-    return module not in WITHOUT_ENGINE and module != "cprec.data.sources" and bool(ancestors & set(PREPARATION))
+@cache
+def _imports(path: Path) -> tuple[Import, ...]:
+    return tuple(_found(ast.parse(path.read_text(encoding="utf-8")), path, in_function=False, for_types=False))
+
+
+def _found(node: ast.AST, path: Path, in_function: bool, for_types: bool) -> Iterator[Import]:
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            yield Import(alias.name, node.lineno, in_function, for_types)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"{path}:{node.lineno}: relative import; write the full name"
+        assert node.module is not None
+        for name in dict.fromkeys(_module_of(node.module, alias.name) for alias in node.names):
+            yield Import(name, node.lineno, in_function, for_types)
+    inside = in_function or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+    checked = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    for child in ast.iter_child_nodes(node):
+        types_only = for_types or (checked and isinstance(node, ast.If) and child in node.body)
+        yield from _found(child, path, inside, types_only)
+
+
+def _module_of(source: str, name: str) -> str:
+    """The module that `from source import name` loads: `from cprec.train import loop` loads cprec.train.loop."""
+    if source == "cprec" and name == "Recommender":
+        return "cprec.rank.llm"  # what the lazy name stands for
+    inner = f"{source}.{name}"
+    return inner if source.partition(".")[0] == "cprec" and inner in modules() else source
+
+
+@cache
+def closure(module: str) -> frozenset[str]:
+    """A module and everything that is loaded with it: other modules of the package, and top-level libraries."""
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        current = waiting.pop()
+        if current in found:
+            continue
+        found.add(current)
+        if current in modules():
+            waiting += [
+                used.module if used.library == "cprec" else used.library for used in imports(current) if used.at_top
+            ]
+            waiting += [current.rpartition(".")[0]] if "." in current else []  # the package is loaded first
+        else:
+            found.discard(current)
+            found.add(current.partition(".")[0])
+    return frozenset(found)
+
+
+def libraries(module: str) -> frozenset[str]:
+    """The libraries that are loaded with a module, without the standard library."""
+    return frozenset(name for name in closure(module) if name.partition(".")[0] != "cprec") - sys.stdlib_module_names
+
+
+def shown(module: str, used: Import) -> str:
+    return f"{modules()[module].relative_to(PACKAGE)}:{used.line}"
+
+
+def circles(edges: dict[str, set[str]]) -> Iterable[list[str]]:
+    """Groups of nodes that reach each other (Tarjan's strongly connected components)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+
+    def visit(node: str) -> Iterator[list[str]]:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in sorted(edges[node]):
+            if other not in index:
+                yield from visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], index[other])
+        if low[node] == index[node]:
+            place = stack.index(node)
+            component = stack[place:]
+            del stack[place:]
+            if len(component) > 1 or node in edges[node]:
+                yield component
+
+    for node in edges:
+        if node not in index:
+            yield from visit(node)
+
+
+def test_circles_are_found() -> None:
+    assert [*circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a", "d"}})] == [["b", "c"], ["d"]]
+
+
+# ---- direction and order ---------------------------------------------------------------------------------------------
 
 
 def test_imports_point_down() -> None:
     wrong = []
-    for module, path in modules().items():
+    for module in modules():
         part = part_of(module)
         if part in TOP:
             continue
         assert part in BELOW, f"{module}: say in BELOW what the part {part!r} may import"
-        for used in imports(path):
-            if used.module.split(".")[0] != "cprec" or used.module == "cprec" or part_of(used.module) == part:
+        for used in imports(module):
+            if used.library != "cprec" or used.module == "cprec" or part_of(used.module) == part:
                 continue
             if module.endswith(".config") and used.module.endswith(".config"):
                 continue  # settings import settings only, so they may nest those of any part
             if part_of(used.module) not in BELOW[part]:
-                wrong.append(f"{path.relative_to(PACKAGE)}:{used.line}: {part} must not import {used.module}")
+                wrong.append(f"{shown(module, used)}: {part} must not import {used.module}")
     assert not wrong, "\n".join(wrong)
 
 
-def test_modules_need_only_the_gpu_stack_to_be_imported() -> None:
-    wrong = []
-    for module, path in modules().items():
-        known = sys.stdlib_module_names | GPU_STACK | {"cprec", INSIDE.get(module)}
-        if needs_engine(module):
-            known |= {"ibis", "duckdb", "sqlglot"}
-        for used in imports(path):
-            name = used.module.split(".")[0]
-            if used.at_import and name not in known:
-                wrong.append(
-                    f"{path.relative_to(PACKAGE)}:{used.line}: import {name} inside the function that needs it"
-                )
-    assert not wrong, "\n".join(wrong)
+def test_no_modules_import_each_other() -> None:
+    """Neither at their tops nor in functions. What is imported for types alone does not count: it never runs."""
+    edges = {
+        module: {used.module for used in imports(module) if not used.for_types and used.module in modules()}
+        for module in modules()
+    }
+    found = [" <-> ".join(sorted(group)) for group in circles(edges)]
+    assert not found, "\n".join(found)
 
 
-def test_only_preparation_loads_the_table_engine() -> None:
+@pytest.mark.parametrize("promise", range(4))
+def test_what_is_light_loads_nothing_heavy(promise: int) -> None:
+    name, promised, allowed, _ = promises()[promise]
+    assert allowed is not None
     wrong = [
-        f"{path.relative_to(PACKAGE)}:{used.line}: import {used.module} inside the function that needs it"
-        for module, path in modules().items()
-        for used in imports(path)
-        if used.at_import and needs_engine(used.module) and not needs_engine(module)
+        f"{module} loads {', '.join(sorted(more))}"
+        for module in sorted(promised)
+        if (more := libraries(module) - allowed)
     ]
-    assert not wrong, "\n".join(wrong)
+    assert not wrong, "\n".join([f"{name}, but", *wrong])
+
+
+def test_modules_that_need_more_than_the_gpu_stack_are_named() -> None:
+    at_top = {
+        module: more
+        for module in modules()
+        if (
+            more := {used.library for used in imports(module) if used.at_top and used.library != "cprec"}
+            - sys.stdlib_module_names
+            - GPU_STACK
+        )
+    }
+    assert at_top == BEYOND_AT_TOP, "import it inside the function that needs it, or say it in BEYOND_AT_TOP"
 
 
 def test_a_name_says_what_a_module_holds() -> None:
@@ -170,45 +362,67 @@ def test_every_folder_of_modules_is_a_package() -> None:
     assert not missing, f"no __init__.py in {missing}"
 
 
+# ---- what a process really loads -------------------------------------------------------------------------------------
+
 HEAVY = {"torch", "numpy", "ibis", "duckdb", "pyarrow", "transformers", "matplotlib", "scipy", "rich", "pandas"}
 
+COMMANDS = {
+    "--help": 0,
+    "--version": 0,
+    "no-such-verb": 2,
+    "run no_such_recipe": 2,
+    "run no_such_file.yaml": 2,
+    "prepare": 2,
+    **{f"{verb.name} --help": 0 for verb in VERBS},
+}
+"""Command lines that end before a stage runs, and their exit codes."""
 
-def loaded_by(*command: str) -> tuple[set[str], str, int]:
-    """Top-level packages that a Python process imports, what it prints, and its exit code."""
-    result = subprocess.run([sys.executable, "-X", "importtime", *command], capture_output=True, text=True)
-    lines = [line for line in result.stderr.splitlines() if line.startswith("import time:")]
-    names = {line.rpartition("|")[2].strip().split(".")[0] for line in lines}
-    rest = "\n".join(line for line in result.stderr.splitlines() if not line.startswith("import time:"))
-    return names, result.stdout + rest, result.returncode
+RUN_COMMANDS = """
+import contextlib, io, json, sys
+from cprec import cli
+for command in sys.argv[1:]:
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        try:
+            code = cli.main(command.split())
+        except SystemExit as ended:
+            code = ended.code
+    print(json.dumps([command, code, text.getvalue(), sorted(sys.modules)]))
+"""
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code"),
-    [
-        ("--help", 0),
-        ("--version", 0),
-        ("no-such-verb", 2),
-        ("run no_such_recipe", 2),
-        ("run no_such_file.yaml", 2),
-        ("prepare", 2),
-        *[(f"{verb.name} --help", 0) for verb in VERBS],
-    ],
-)
-def test_the_command_line_is_light_until_a_stage_runs(arguments: str, code: int) -> None:
-    names, printed, exit_code = loaded_by("-m", "cprec", *arguments.split())
-    assert exit_code == code, printed
-    assert not names & HEAVY
-    assert "Traceback" not in printed
+def python(*arguments: str) -> str:
+    """What a Python process prints."""
+    result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def commands() -> dict[str, tuple[int, str, set[str]]]:
+    """Exit code, output and loaded modules of every command, one after the other in one process."""
+    lines = map(json.loads, python("-c", RUN_COMMANDS, *COMMANDS).splitlines())
+    return {command: (code, text, set(loaded)) for command, code, text, loaded in lines}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_command_line_is_light_until_a_stage_runs(
+    command: str, commands: dict[str, tuple[int, str, set[str]]]
+) -> None:
+    code, text, loaded = commands[command]
+    assert code == COMMANDS[command], text
+    assert not loaded & HEAVY
+    assert "Traceback" not in text
+    if command == "--help":  # the first
+        assert "cprec.config" not in loaded
 
 
 def test_scoring_saved_rankings_loads_neither_torch_nor_ibis() -> None:
-    judges = [name for name in modules() if part_of(name) in {"data", "evaluate"} and not needs_engine(name)]
-    names, printed, exit_code = loaded_by("-c", "".join(f"import {module}\n" for module in judges))
-    assert exit_code == 0, printed
-    assert not names & {"torch", "transformers", "ibis", "duckdb", "matplotlib"}
+    judges = [module for module in modules() if part_of(module) == "evaluate"]
+    loaded = python("-c", "".join(f"import {module}\n" for module in judges) + "import sys\nprint(*sys.modules)")
+    assert not set(loaded.split()) & {"torch", "transformers", "ibis", "duckdb", "matplotlib"}
 
 
 def test_the_package_itself_is_light() -> None:
-    names, printed, exit_code = loaded_by("-c", "import cprec; cprec.__version__")
-    assert exit_code == 0, printed
-    assert not names & (HEAVY | {"dataclasses", "argparse", "inspect"})
+    loaded = python("-c", "import cprec, sys; cprec.__version__; print(*sys.modules)")
+    assert not set(loaded.split()) & (HEAVY | {"dataclasses", "argparse", "inspect"})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import functools
 import importlib.util
 import json
 import re
@@ -202,9 +203,14 @@ def test_commands_exist(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 )  # or
 
 
+@functools.cache
+def known_settings() -> set[str]:
+    return {f"{stage}.{row.key}" for stage in STAGES for row in describe_fields(STAGE_CONFIGS[stage])}
+
+
 @each_page
 def test_settings_exist(page: Path) -> None:
-    known = {f"{stage}.{row.key}" for stage in STAGES for row in describe_fields(STAGE_CONFIGS[stage])}
+    known = known_settings()
     text = page.read_text(encoding="utf-8")
     for setting in re.findall(rf"`((?:{'|'.join(STAGES)})\.\w[\w.]*)", text) if page.name != "cli.md" else []:
         if not setting.endswith(".py"):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from cprec.errors import ConfigError
+from cprec.evaluate.results import DomainResult
 from cprec.train.config import AnnealConfig, FinetuneConfig, ForkData, PretrainConfig, share_of
 
 FORKS = "forks"
@@ -28,7 +29,7 @@ def anneal(config: AnnealConfig) -> dict[str, Any]:
     the folder holds no pre-training run with a stable checkpoint.
     """
     from cprec.config import from_mapping
-    from cprec.evaluate.forks import print_forks, write_forks
+    from cprec.evaluate.fork_page import print_forks, write_forks
     from cprec.progress import say
     from cprec.provenance import read_resolved, save_resolved
     from cprec.train.pretrain import fork
@@ -170,18 +171,20 @@ def _fine_tune(
         rows[name]["next_item_perplexity"] = next(iter(last[-1].values())) if last else None
     if config.max_queries:
         ranked = _rank(config, trunk.data, domain, models, folder)
-        for name in models:
-            rows[name] |= {key: ranked["arms"][name][key] for key in ("ndcg@10", "recall@10")}
-        for difference in ranked["differences"]:
-            if difference["b"] == TRUNK:
-                rows[difference["a"]]["against_trunk"] = {key: difference[key] for key in ("mean", "low", "high")}
+        for name, arm in ranked.arms.items():
+            shown = (ranked.main, replace(ranked.main, name="recall"))
+            rows[name] |= {str(metric): asdict(arm.metrics[metric]) for metric in shown}
+        for difference in ranked.differences:
+            if difference.b == TRUNK:
+                test = difference.test
+                rows[difference.a]["against_trunk"] = {"mean": test.mean, "low": test.low, "high": test.high}
 
 
-def _rank(config: AnnealConfig, data: str, domain: str, models: dict[str, str], folder: Path) -> dict[str, Any]:
+def _rank(config: AnnealConfig, data: str, domain: str, models: dict[str, str], folder: Path) -> DomainResult:
     from cprec.data.dataset import read_split
+    from cprec.entrants import model_entrants
     from cprec.evaluate.config import EvaluateConfig
     from cprec.evaluate.evaluate import evaluate
-    from cprec.run import model_entrants
 
     settings = EvaluateConfig(
         data=data,
@@ -189,4 +192,6 @@ def _rank(config: AnnealConfig, data: str, domain: str, models: dict[str, str], 
         part="validation",  # forks are chosen by these figures: the test queries stay untouched
         max_queries=config.max_queries,
     )
-    return evaluate(settings, read_split(data), domain, model_entrants(settings, domain, models))
+    return evaluate(
+        settings, read_split(data), domain, model_entrants(settings.output_dir, domain, models, settings.rank)
+    )

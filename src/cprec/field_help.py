@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import re
 import shutil
@@ -28,6 +29,7 @@ class FieldHelp(NamedTuple):
     text: str
 
 
+@functools.cache
 def field_docs(cls: type) -> dict[str, str]:
     """The docstring literal under each field of a dataclass, read from its source; inherited fields included."""
     docs: dict[str, str] = {}

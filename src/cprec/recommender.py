@@ -32,7 +32,7 @@ class RankingQuery:
 
 
 @dataclass(frozen=True, slots=True)
-class Certificate:
+class Proof:
     """What is proven about a ranking of the full catalogue."""
 
     gap: float
@@ -57,7 +57,7 @@ class Ranking:
     query_id: str
     item_ids: tuple[str, ...]
     scores: tuple[float, ...]
-    certificate: Certificate | None = None
+    proof: Proof | None = None
     """None where nothing is proven, and where all items were scored."""
 
 

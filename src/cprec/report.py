@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cprec.errors import ConfigError
-
-if TYPE_CHECKING:
-    from cprec.evaluate.training_report import TrainingRun
+from cprec.evaluate.training_page import print_training, training_page
+from cprec.evaluate.training_run import TrainingRun
+from cprec.files import write_whole
+from cprec.progress import say
+from cprec.train.folder import LOG, read_done, read_log
 
 PAGE = "training.html"
 
@@ -19,13 +20,10 @@ def training_report(folder: Path | str) -> Path:
     The folder is that of a run of `pretrain` or `finetune`, or of several, at whatever depth: a recipe's, or that of
     anneal forks. A run under way may be looked at as well. Raises ConfigError where nothing has been logged.
     """
-    from cprec.evaluate.training_report import print_training, write_training_page
-    from cprec.progress import say
-
     folder = Path(folder)
     runs = training_runs(folder)
     page = folder / PAGE
-    write_training_page(page, folder.resolve().name, runs)
+    write_whole(page, training_page(folder.resolve().name, runs))
     print_training(runs)
     say(f"wrote {page}")
     return page
@@ -33,17 +31,13 @@ def training_report(folder: Path | str) -> Path:
 
 def training_runs(folder: Path) -> list[TrainingRun]:
     """The runs in a folder and below it, pre-training first, then by name; a run without a line of log is left out."""
-    from cprec.evaluate.training_report import TrainingRun
-    from cprec.train.folder import LOG, read_done, read_log
-
     found = []
     for log in sorted(folder.rglob(LOG)):
         records = [record for record in read_log(log) if isinstance(record, dict) and {"step", "tokens"} <= set(record)]
         if records:
-            name = log.parent.relative_to(folder).as_posix()
-            found.append(
-                TrainingRun(folder.resolve().name if name == "." else name, records, read_done(log.parent) or {})
-            )
+            path = log.parent.relative_to(folder).as_posix()
+            name = folder.resolve().name if path == "." else path
+            found.append(TrainingRun(name, records, read_done(log.parent) or {}))
     if not found:
         raise ConfigError(
             f"{folder} holds no training run ({LOG} with a line or more): give the output_dir of pretrain or finetune, "

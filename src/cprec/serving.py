@@ -16,7 +16,6 @@ from cprec.recipe import CPREC, FINETUNED, Recipe
 from cprec.serve.config import RecommendConfig, ServeConfig
 from cprec.serve.engine import Baseline
 from cprec.serve.recommend import recommend
-from cprec.serve.serve import serve
 
 VLLM_MEMORY = 0.9
 """Share of a GPU's memory that the vLLM engines of a service take together."""
@@ -31,8 +30,10 @@ def open_and_recommend(config: RecommendConfig) -> None:
 def open_and_serve(config: ServeConfig) -> None:
     """Stage: serve model folders over HTTP, with baselines to stand in for a model that is late.
 
-    Raises ConfigError where the folders have different catalogues.
+    Raises ConfigError if the folders have different catalogues.
     """
+    from cprec.serve.serve import serve  # needs the extra cprec[serve], which `cprec recommend` does without
+
     engines = open_engines(config)
     serve(config, engines, stand_ins(config, engines[0].catalogue))
 

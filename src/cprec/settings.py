@@ -158,7 +158,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def _unknown_field(name: str, cls: type, where: str) -> ConfigError:
     known = settable_fields(cls)
-    hint = did_you_mean(name, known)
+    groups = {group: field_type(cls, group) for group in known}
+    inside = [
+        f"{where}{group}.{name}"
+        for group, kind in groups.items()
+        if dataclasses.is_dataclass(kind) and name in settable_fields(kind)  # type: ignore[arg-type]
+    ]
+    hint = f"; did you mean {inside[0]!r}?" if inside else did_you_mean(name, known)
     return ConfigError(f"{_owner(cls, where)} has no field {where + name!r}{hint or '.'} Its fields: {listed(known)}")
 
 

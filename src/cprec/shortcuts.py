@@ -5,17 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from cprec.errors import ConfigError
-
-if TYPE_CHECKING:
-    from cprec.data.splits import Split
-    from cprec.evaluate.shortcuts import ShortcutAudit
-    from cprec.recommender import Recommender
+from cprec.data.dataset import read_manifest, read_split
+from cprec.data.splits import Split
+from cprec.errors import ConfigError, Unsuitable
+from cprec.evaluate.shortcut_audit import ShortcutAudit, shortcut_audit
+from cprec.evaluate.shortcut_page import print_shortcuts, write_shortcuts
+from cprec.lineup import LINEUP, settings_of
+from cprec.progress import say
+from cprec.provenance import file_sha256, git_commit, versions
+from cprec.rank.llm import LLMRecommender
+from cprec.recommender import Recommender
+from cprec.schema import TEST
+from cprec.train.folder import read_done
 
 GRAPH = "transition graph"
 PAGE, RECORD = "shortcuts.html", "shortcuts.json"
+
+Opened = dict[str, tuple[str | None, Recommender]]
+"""Models by folder: the domain that each was fine-tuned on, None for every domain, and its recommender."""
 
 
 def audit_shortcuts(
@@ -34,37 +42,21 @@ def audit_shortcuts(
 
     Raises ConfigError for a folder, domain or model that is not there.
     """
-    from cprec.data.dataset import read_manifest, read_split
-    from cprec.evaluate.shortcut_report import print_shortcuts, write_shortcuts
-    from cprec.evaluate.shortcuts import shortcut_audit
-    from cprec.lineup import LINEUP, settings_of
-    from cprec.progress import say
-    from cprec.schema import TEST
-
     folder = _data_folder(Path(folder))
     split, tie_order = read_split(folder), read_manifest(folder)["rules"]["tie_order"]
-    unknown = [domain for domain in domains if domain not in split.catalogue.domains]
-    if unknown:
-        raise ConfigError(f"domain {unknown[0]!r} is not in {folder}: it has {', '.join(split.catalogue.domains)}")
-    tested = set(split.catalogue.domain[split.interactions.item[split.events(TEST)]].tolist())
-    asked = domains or [name for number, name in enumerate(split.catalogue.domains) if number in tested]
-    if not asked:
-        raise ConfigError(f"{folder} has no test event in any domain: there is nothing to audit")
-    baselines = [GRAPH, *(model for model in models if model in LINEUP and model != GRAPH)]
+    asked = _domains(folder, split, domains)
     opened = {model: _open(model) for model in models if model not in LINEUP}
-    audits = []
-    for domain in asked:
-        recommenders: dict[str, Recommender] = {}
-        for name in baselines:
-            if reason := LINEUP[name].unfit(split, domain):
-                say(f"{domain}: without {name}: {reason}")
-            else:
-                weights = folder / "shortcuts" / re.sub("[^a-z0-9]+", "-", name.lower()) / domain
-                recommenders[name] = settings_of(name).make(split, domain, folder=weights)
-        for name, (trained_on, model) in opened.items():
-            if trained_on in (None, domain):
-                recommenders[name] = model
-        audits.append(shortcut_audit(split, domain, recommenders, max_queries=max_queries, tie_order=tie_order))
+    baselines = [GRAPH, *(model for model in models if model in LINEUP and model != GRAPH)]
+    audits = [
+        shortcut_audit(
+            split,
+            domain,
+            _recommenders(folder, split, domain, baselines, opened),
+            max_queries=max_queries,
+            tie_order=tie_order,
+        )
+        for domain in asked
+    ]
     title = folder.resolve().parent.name if folder.name == "data" else folder.resolve().name
     write_shortcuts(folder / PAGE, folder / RECORD, title, audits, _protocol(folder, split, tie_order, max_queries))
     print_shortcuts(audits)
@@ -76,13 +68,37 @@ def _data_folder(folder: Path) -> Path:
     for found in (folder, folder / "data"):
         if (found / "dataset.json").is_file():
             return found
-    raise ConfigError(f"{folder} is no data folder: give one that `cprec prepare` wrote")
+    raise ConfigError(f"{folder} is not a data folder: give one that `cprec prepare` wrote")
+
+
+def _domains(folder: Path, split: Split, wanted: Sequence[str]) -> Sequence[str]:
+    """The domains that are wanted, or else all that have a test event."""
+    unknown = [domain for domain in wanted if domain not in split.catalogue.domains]
+    if unknown:
+        raise ConfigError(f"domain {unknown[0]!r} is not in {folder}: it has {', '.join(split.catalogue.domains)}")
+    tested = set(split.catalogue.domain[split.interactions.item[split.events(TEST)]].tolist())
+    found = wanted or [name for number, name in enumerate(split.catalogue.domains) if number in tested]
+    if not found:
+        raise ConfigError(f"{folder} has no test event in any domain: there is nothing to audit")
+    return found
+
+
+def _recommenders(
+    folder: Path, split: Split, domain: str, baselines: Sequence[str], opened: Opened
+) -> dict[str, Recommender]:
+    """The baselines that suit a domain and the models that know it, by name."""
+    recommenders: dict[str, Recommender] = {}
+    for name in baselines:
+        weights = folder / "shortcuts" / re.sub("[^a-z0-9]+", "-", name.lower()) / domain
+        try:
+            recommenders[name] = settings_of(name).make(split, domain, folder=weights)
+        except Unsuitable as error:
+            say(f"{domain}: without {name}: {error}")
+    return recommenders | {name: model for name, (of_domain, model) in opened.items() if of_domain in (None, domain)}
 
 
 def _protocol(folder: Path, split: Split, tie_order: str, max_queries: int) -> dict[str, str]:
     """What every number depends on, for people."""
-    from cprec.provenance import file_sha256, git_commit, versions
-
     commit = git_commit()
     code = f"CPRec {versions()['cprec']}" + (f", commit {commit['id'][:10]}" if commit else "")
     return {
@@ -98,16 +114,10 @@ def _protocol(folder: Path, split: Split, tie_order: str, max_queries: int) -> d
 
 
 def _open(model: str) -> tuple[str | None, Recommender]:
-    """The domain that a model folder was fine-tuned on, None for every domain, and its recommender."""
-    from cprec.lineup import LINEUP
-    from cprec.train.folder import read_done
-
     about = read_done(model)
     if about is None:
         raise ConfigError(
             f"model {model!r} is neither a folder with a finished model of CPRec nor a baseline; these are "
             f"{', '.join(LINEUP)}"
         )
-    from cprec import Recommender as Opened  # loads torch
-
-    return about.get("domain"), Opened.from_pretrained(model)
+    return about.get("domain"), LLMRecommender.from_pretrained(model)

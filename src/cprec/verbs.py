@@ -88,7 +88,8 @@ class RecipeVerb(Verb):
     def call(self, options: argparse.Namespace) -> None:
         from cprec.config import find_config
 
-        load(self.function)(find_config(options.source, options.settings, stage=self.stage))
+        config = find_config(options.source, options.settings, stage=self.stage)
+        load(self.function)(config)
 
     def details(self) -> list[str]:
         assert self.stage is not None
@@ -221,7 +222,8 @@ class Anneal(Verb):
     def call(self, options: argparse.Namespace) -> None:
         from cprec.config import stage_config
 
-        load(self.function)(stage_config("anneal", options.settings, run=options.run))
+        config = stage_config("anneal", options.settings, run=options.run)
+        load(self.function)(config)
 
     def details(self) -> list[str]:
         return ["  RUN  the folder of a pre-training run", settings_help("anneal", "run")]
@@ -294,7 +296,8 @@ class Tune(Verb):
     def call(self, options: argparse.Namespace) -> None:
         from cprec.config import stage_config
 
-        load(self.function)(stage_config("tune", options.settings, data=options.data))
+        config = stage_config("tune", options.settings, data=options.data)
+        load(self.function)(config)
 
     def details(self) -> list[str]:
         return ["  DATA  a data folder that `cprec prepare` wrote", settings_help("tune", "data")]
@@ -365,7 +368,8 @@ class Recommend(Verb):
         from cprec.config import stage_config
 
         chosen = given(options, "model", "history", "domain", "k", "input", "output")
-        load(self.function)(stage_config("recommend", options.settings, **chosen))
+        config = stage_config("recommend", options.settings, **chosen)
+        load(self.function)(config)
 
     def details(self) -> list[str]:
         return [settings_help("recommend")]

@@ -201,10 +201,10 @@ def assert_same(found: list[Ranking], expected: list[Ranking]) -> None:
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.item_ids == theirs.item_ids
         np.testing.assert_allclose(mine.scores, theirs.scores, rtol=1e-5)
-        assert (mine.certificate is None) == (theirs.certificate is None)
-        if mine.certificate is not None and theirs.certificate is not None:
-            assert mine.certificate.gap == pytest.approx(theirs.certificate.gap, abs=1e-4)
-            assert mine.certificate.expanded == theirs.certificate.expanded
+        assert (mine.proof is None) == (theirs.proof is None)
+        if mine.proof is not None and theirs.proof is not None:
+            assert mine.proof.gap == pytest.approx(theirs.proof.gap, abs=1e-4)
+            assert mine.proof.expanded == theirs.proof.expanded
 
 
 @pytest.mark.usefixtures("stand_in")

@@ -143,6 +143,7 @@ def test_a_setting_takes_the_type_of_its_field(override: str, field: str, value:
         ("weights=books:x", "weights.books=x: expected a number"),
         ("lerning_rate=1", "Stage has no field 'lerning_rate'; did you mean 'learning_rate'? Its fields: output_dir, "),
         ("size.widht=1", "Size (size) has no field 'size.widht'; did you mean 'width'? Its fields: width, heads"),
+        ("width=64", "Stage has no field 'width'; did you mean 'size.width'? Its fields: output_dir, "),
         ("size=big", "size=big: size is a group of settings; set one of size.width, size.heads"),
         ("size.width=63", "width=63 must be a multiple of heads=4"),
         ("num_steps.x=1", "num_steps={'x': '1'}: expected a whole number"),

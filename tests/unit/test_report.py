@@ -37,7 +37,7 @@ def test_all_runs_below_a_folder_with_pretraining_first(tmp_path: Path) -> None:
     runs = training_runs(tmp_path)
     assert [run.name for run in runs] == ["pretrain", "finetune/books/cprec-style", "finetune/books/plain"]
     assert [run.last("loss") for run in runs] == [3.0, 2.0, 4.0]
-    assert [run.finished for run in runs] == [True, False, False]
+    assert [bool(run.about) for run in runs] == [True, False, False]
 
 
 def test_a_run_under_way_may_be_looked_at(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     found: list[tuple[Any, ...]] = []
     monkeypatch.setattr(serving, "LLMRecommender", FakeModel)
     monkeypatch.setattr(serving, "recommend", lambda *arguments: found.append(arguments))
-    monkeypatch.setattr(serving, "serve", lambda *arguments: found.append(arguments))
+    monkeypatch.setattr("cprec.serve.serve.serve", lambda *arguments: found.append(arguments))
     return found
 
 

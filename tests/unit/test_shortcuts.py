@@ -76,7 +76,7 @@ def test_baselines_are_asked_beside_the_graph_where_they_can_be_made(
 
 
 def test_what_is_not_there_is_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no data folder: give one that `cprec prepare` wrote"):
+    with pytest.raises(ConfigError, match="is not a data folder: give one that `cprec prepare` wrote"):
         audit_shortcuts(tmp_path)
     with pytest.raises(ConfigError, match="domain 'rings' is not in .*: it has ring, single"):
         audit_shortcuts(run / "data", domains=["rings"])

@@ -29,6 +29,7 @@ from cprec.data.config import SplitSpec
 from cprec.data.interactions import Interactions, join_time, stable_order
 from cprec.data.splits import Split
 from cprec.errors import DataError
+from cprec.files import whole_file, write_whole
 from cprec.schema import (
     ITEM_ID,
     MICROSECOND,
@@ -68,7 +69,7 @@ def slot_of(platform: str, user_id: str) -> int:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """What `dataset.json` holds. Raises DataError where it is missing or of another version."""
+    """The content of `dataset.json`. Raises DataError where it is missing or of another version."""
     path = Path(folder, MANIFEST)
     if not Path(folder).is_dir():
         what = "is no folder" if Path(folder).exists() else "does not exist"
@@ -90,14 +91,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Put a manifest in the place of the old one, as a whole."""
-    aside = folder / f"{MANIFEST}.tmp"
-    aside.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(folder / MANIFEST)
+    """Write `dataset.json`, whole, in place of the one that is there."""
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_domains(folder: str | Path) -> dict[str, DomainInfo]:
-    """What is known of each domain of a data folder."""
+    """The domains of a data folder by name."""
     domains = read_manifest(folder)["domains"]
     return {name: DomainInfo(name, about["platform"], about["has_times"]) for name, about in sorted(domains.items())}
 
@@ -184,20 +183,23 @@ def finish_part(
         if not of_domain.any():
             continue
         table = table.take(pa.array(log.row[of_domain] - starts[number]))
-        user = log.interactions.user[of_domain]
-        by_source = stable_order(user, table[ORDER].to_numpy())
-        place = np.empty(len(user), dtype=np.int64)
-        place[by_source] = np.arange(len(user)) - np.searchsorted(user, user[by_source])
+        place = _places(log.interactions.user[of_domain], table[ORDER].to_numpy())
         table = table.set_column(table.column_names.index(ORDER), ORDER, pa.array(place))
         if SPLIT in table.column_names:
             table = table.drop_columns([SPLIT])
         if made is not None:
             table = table.append_column(SPLIT, names.take(pa.array(made.part[of_domain])))
-        path = part_path(folder, "interactions", domain, part)
-        aside = path.with_suffix(".tmp")
-        pq.write_table(table, aside, compression="zstd")
-        aside.replace(path)
+        with whole_file(part_path(folder, "interactions", domain, part)) as unfinished:
+            pq.write_table(table, unfinished, compression="zstd")
     return made
+
+
+def _places(user: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Where each event stands among its user's in the order of the source, from 0; `user` never falls."""
+    by_source = stable_order(user, order)
+    place = np.empty(len(user), dtype=np.int64)
+    place[by_source] = np.arange(len(user)) - np.searchsorted(user, user[by_source])
+    return place
 
 
 # ---- the rows of one or all parts ------------------------------------------------------------------------------------
@@ -205,7 +207,7 @@ def finish_part(
 
 @dataclass(frozen=True)
 class _Log:
-    """What the files hold: the tables of each domain, and their rows in order."""
+    """The content of the files: the tables of each domain, and their rows in order."""
 
     catalogue: Catalogue
     interactions: Interactions
@@ -229,11 +231,11 @@ _COLUMNS = {
 def _read_log(folder: Path, catalogue: Catalogue, part: int | None = None, *, is_sorted: bool = True) -> _Log:
     """The events of a part, or of all; `is_sorted` demands that the files are in order."""
     manifest = read_manifest(folder)
-    domains, rules = read_domains(folder), manifest["rules"]
+    domains, tie_order = read_domains(folder), manifest["rules"]["tie_order"]
     parts = range(manifest["num_parts"]) if part is None else [part]
     tables = []
     for name in catalogue.domains:
-        table = _read_parts(folder, name, parts, has_tie=rules["tie_order"] == "shuffle")
+        table = _read_parts(folder, name, parts, has_tie=tie_order == "shuffle")
         if part is None and table.num_rows != manifest["domains"][name]["num_events"]:
             raise DataError(
                 f"{folder}: {MANIFEST} says {manifest['domains'][name]['num_events']:,} events of domain {name!r}, but "
@@ -244,34 +246,32 @@ def _read_log(folder: Path, catalogue: Catalogue, part: int | None = None, *, is
     user_platform, user_id, user = _number_users(
         platforms, [platforms.index(domains[name].platform) for name in catalogue.domains], tables
     )
-    item = np.concatenate(
-        [_item_rows(catalogue, name, table) for name, table in zip(catalogue.domains, tables, strict=True)]
-    )
-    row = _event_order(rules["tie_order"], catalogue, tables, user, item)
-    time = np.concatenate(
-        [
-            join_time(table[TIMESTAMP].to_numpy(), table[MICROSECOND].to_numpy(), domains[name].has_times)
-            for name, table in zip(catalogue.domains, tables, strict=True)
-        ]
-    )
+    item, time = [], []
+    for name, table in zip(catalogue.domains, tables, strict=True):
+        item.append(_item_rows(catalogue, name, table))
+        columns = table[TIMESTAMP].to_numpy(), table[MICROSECOND].to_numpy()
+        time.append(join_time(*columns, domains[name].has_times))
+    row = _event_order(tie_order, catalogue, tables, user, np.concatenate(item))
     if is_sorted:
         _check_sorted(folder, catalogue, tables, row)
-    split = None
-    if all(SPLIT in table.column_names or not table.num_rows for table in tables) and len(row):
-        names = pa.chunked_array(
-            [chunk for table in tables if table.num_rows for chunk in table[SPLIT].chunks], pa.string()
-        )
-        split = pc.index_in(names, pa.array(SPLITS)).to_numpy()[row].astype(np.int8)
     interactions = Interactions(
         platforms=platforms,
         user_platform=user_platform,
         user_id=user_id,
         user=user[row],
-        item=item[row],
-        time=time[row],
+        item=np.concatenate(item)[row],
+        time=np.concatenate(time)[row],
         rating=_column(tables, RATING).fill_null(float("nan")).to_numpy()[row],
     )
-    return _Log(catalogue, interactions, tables, row, split)
+    return _Log(catalogue, interactions, tables, row, _split_codes(tables, row))
+
+
+def _split_codes(tables: Sequence[pa.Table], row: np.ndarray) -> np.ndarray | None:
+    """The part that each event plays: int8[num_events], in the order of `row`; None where the files have no split."""
+    filled = [table for table in tables if table.num_rows]
+    if not filled or any(SPLIT not in table.column_names for table in filled):
+        return None
+    return pc.index_in(_column(filled, SPLIT), pa.array(SPLITS)).to_numpy()[row].astype(np.int8)
 
 
 def _read_parts(folder: Path, domain: str, parts: Sequence[int], *, has_tie: bool) -> pa.Table:
@@ -309,7 +309,9 @@ def _number_users(
         ids.append(known.to_numpy(zero_copy_only=False).astype(object))
         slots.append(np.array([slot_of(name, user) for user in ids[-1]], dtype=np.int64))
         start += len(known)
-    order = np.argsort(np.concatenate(slots), kind="stable")  # the rest is in order already
+    # Users of one slot are in order by platform and id already, and a stable sort keeps that; `place` is the new row of
+    # each user.
+    order = np.argsort(np.concatenate(slots), kind="stable")
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))
     user = place[np.concatenate([rows[index] for index in sorted(rows)])]
@@ -332,8 +334,10 @@ def _event_order(
     if tie_order == "item_id":
         keys.append(catalogue.item_id_rank[item])
     elif tie_order == "shuffle":
+        # The tie keys are eight hexadecimal digits each. In ASCII 0-9 are 0x30-0x39 and a-f are 0x61-0x66: the lower
+        # four bits are the value, or for a letter the value less 9.
         digits = np.frombuffer("".join(_column(tables, TIE).to_pylist()).encode(), dtype=np.uint8)
-        values = (digits & 15) + 9 * (digits >> 6)  # hexadecimal digits: 0-9 are 0x30-0x39, a-f are 0x61-0x66
+        values = (digits & 15) + 9 * (digits >> 6)
         keys.append(values.reshape(-1, 8).astype(np.int64) @ (16 ** np.arange(7, -1, -1)))
     keys += [catalogue.domain[item].astype(np.int64), _column(tables, ORDER).to_numpy()]
     return stable_order(*keys)

@@ -1,8 +1,8 @@
 """Downloads files: resumed where they broke off, checked before they get their name, and known again by their SHA-256.
 
 FOLDER/downloads.json     file -> url, bytes, SHA-256 on first sight, date
-FOLDER/NAME.part          what has come so far; it becomes NAME when it is complete and proved whole
-FOLDER/NAME.part.tag      which version of the file the part is of, where the server says so
+FOLDER/NAME.part          the bytes that have come so far; it becomes NAME when it is complete and not damaged
+FOLDER/NAME.part.tag      the version of the file that the part belongs to, where the server names it
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from cprec.errors import DataError
+from cprec.files import flush, write_whole
 from cprec.progress import say, track
 from cprec.provenance import file_sha256
 
@@ -33,12 +34,12 @@ DAMAGED_TRIES = 2
 """Times a file may come to its end and be damaged."""
 TIMEOUT_SECONDS = 60.0
 _BLOCK = 1 << 18
-_AGAIN = (408, 429, 500, 502, 503, 504)
-"""Status codes that may go away."""
-_OURS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-"""Errors of this machine's disk, which trying again does not help."""
+_TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
+"""Status codes of errors that may pass: another try may succeed."""
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of this machine's disk: another try fails as well."""
 _CHECKED = (".gz", ".zip")
-"""Suffixes of files that prove themselves whole: they hold checksums of what is in them."""
+"""Suffixes of files that hold checksums of their content, so that a broken one is noticed."""
 
 
 def download_files(
@@ -46,9 +47,9 @@ def download_files(
 ) -> list[Path]:
     """Fetch files into a folder, unless they are there; zip archives are unpacked into it. Returns their paths.
 
-    What an interrupted call left is gone on with. The SHA-256 of each file, unpacked ones too, is recorded when it is
-    first complete; a file that is there already, or comes again, must have it. `licence` is shown before anything is
-    fetched; `wait` is called with seconds between tries.
+    An interrupted download goes on where it broke off. The SHA-256 of each file, unpacked ones too, is recorded when the
+    file is first complete; a file that is there already, or comes again, must have it. `licence` is shown before
+    anything is fetched; `wait` is called with seconds between tries.
 
     Raises DataError where a server does not give the file, gives less or more than it announced, a damaged file, or
     another one than was recorded.
@@ -109,9 +110,7 @@ def _accept(url: str, part: Path, path: Path, folder: Path) -> None:
     if known is None:
         date = datetime.now(UTC).strftime("%Y-%m-%d")
         record[name] = {"url": url, "bytes": part.stat().st_size, "sha256": sha256, "date": date}
-        aside = folder / f"{RECORD}.tmp"
-        aside.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        aside.replace(folder / RECORD)
+        write_whole(folder / RECORD, json.dumps(record, indent=1, sort_keys=True) + "\n")
     elif known["sha256"] != sha256:
         aside = path.with_name(f"{path.name}.unexpected")
         part.replace(aside)
@@ -120,18 +119,20 @@ def _accept(url: str, part: Path, path: Path, folder: Path) -> None:
             f"({known['sha256']}): it is kept as {aside}. If the data set was published anew, delete {name!r} from "
             f"{folder / RECORD}"
         )
+    flush(part)
     part.replace(path)
+    flush(path.parent)
 
 
 # ---- one file --------------------------------------------------------------------------------------------------------
 
 
 class _BrokenOff(Exception):
-    """What came is not what was announced; the next try may bring it."""
+    """Less or more came than the server announced; the next try may bring the whole file."""
 
 
 def _fetch(url: str, part: Path, wait: Callable[[float], None]) -> None:
-    """Bring a whole file, in as many tries as it takes, up to `TRIES` without progress."""
+    """Fetch a whole file, with up to `TRIES` tries in a row that bring nothing new."""
     most, failures, num_damaged = _size(part), 0, 0
     while True:
         try:
@@ -145,10 +146,10 @@ def _fetch(url: str, part: Path, wait: Callable[[float], None]) -> None:
                 raise DataError(f"{url}: {reason}, {num_damaged} times; nothing of it is kept. Is the address right?")
         except urllib.error.HTTPError as error:
             reason = f"the server answers {error.code} {error.reason}"
-            if error.code not in _AGAIN:
+            if error.code not in _TRANSIENT_STATUS:
                 raise DataError(f"{url}: {reason}; is the address right?") from None
         except (OSError, HTTPException, _BrokenOff) as error:
-            if isinstance(error, OSError) and error.errno in _OURS:
+            if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
                 raise DataError(f"{part} cannot be written: {error.strerror}") from None
             reason = str(getattr(error, "reason", "") or error) or type(error).__name__
         failures = 1 if _size(part) > most else failures + 1
@@ -162,12 +163,12 @@ def _fetch(url: str, part: Path, wait: Callable[[float], None]) -> None:
 
 
 def _fetch_rest(url: str, part: Path) -> None:
-    """Append what is missing to the part; raises where it does not come whole."""
+    """Append the missing bytes to the part; raises where they do not all come."""
     have = _size(part)
     request = urllib.request.Request(url, headers={"User-Agent": "cprec"})
     if have:
         request.add_header("Range", f"bytes={have}-")
-        if _tag(part).exists():  # of another version the server then sends all
+        if _tag(part).exists():  # the server then sends all of the file where it has another version by now
             request.add_header("If-Range", _tag(part).read_text(encoding="utf-8"))
     try:
         answer = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
@@ -180,7 +181,7 @@ def _fetch_rest(url: str, part: Path) -> None:
             raise _BrokenOff(f"{have:,} bytes were there, but the file has {total or 'fewer'}") from None
         return  # nothing follows: the part is whole
     with answer:
-        if answer.status != 206:  # the server starts over, so do we
+        if answer.status != 206:  # the server sends the file from its start
             have = 0
         expected = _expected(answer, have, part)
         if not have:
@@ -198,7 +199,7 @@ def _fetch_rest(url: str, part: Path) -> None:
 
 
 def _expected(answer: Any, have: int, part: Path) -> int | None:
-    """Bytes that the whole file has by what the server says; None where only the file itself can tell."""
+    """The size of the whole file that the server announces; None where it announces none and the file has checksums."""
     length = answer.headers.get("Content-Length", "")
     if answer.status == 206:
         where, _, total = answer.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
@@ -237,7 +238,7 @@ def _size(path: Path) -> int:
 
 
 def _damage(part: Path) -> str | None:
-    """What is wrong with a compressed file or an archive; None where it is whole, or its kind cannot tell."""
+    """What is wrong with a compressed file or an archive; None where it is whole, or its kind has no checksums."""
     name = part.name.removesuffix(".part")
     if not _size(part):
         return "empty"

@@ -57,7 +57,7 @@ class Interactions:
 
 
 def join_time(timestamp: np.ndarray, microsecond: np.ndarray, has_times: bool) -> np.ndarray:
-    """The two columns of a table as one time: microseconds since 1970 UTC, or the position as it is."""
+    """The two columns of a table as one time: microseconds since 1970 UTC, or the position unchanged."""
     return timestamp * SECOND + microsecond if has_times else timestamp
 
 
@@ -84,6 +84,7 @@ def stable_order(*keys: np.ndarray) -> np.ndarray:
     assert size < 1 << 32
     if not size:
         return np.empty(0, dtype=np.int64)
+    # Pack the keys, first key first, until 63 bits are full: of each key the difference from its minimum.
     packed, bits, rest = np.zeros(size, dtype=np.int64), 0, list(keys)
     while rest and bits < 63:
         key = rest.pop(0).astype(np.int64)
@@ -91,18 +92,20 @@ def stable_order(*keys: np.ndarray) -> np.ndarray:
         width = (high - low).bit_length()
         offset = key.view(np.uint64) - np.uint64(low % (1 << 64))  # unsigned: it may need all 64 bits
         kept = min(width, 63 - bits)
-        if kept < width:  # the highest bits of it; the others are a key of their own
+        if kept < width:  # only its highest bits fit; the others become a key of their own
             rest.insert(0, (offset & np.uint64((1 << (width - kept)) - 1)).view(np.int64))
             offset >>= np.uint64(width - kept)
         packed = (packed << kept) | offset.view(np.int64)
         bits += kept
     order = np.argsort(packed)
+    # Rows of equal packed keys (`tied`, numbered by `run`) come in any order: sort them by what is left of the keys, or
+    # back into the order in which they came.
     packed = packed[order]
     same = packed[1:] == packed[:-1]
     if same.any():
         tied = np.flatnonzero(np.r_[False, same] | np.r_[same, False])
         run = np.cumsum(np.r_[True, packed[tied][1:] != packed[tied][:-1]])
-        rows = np.sort(order[tied] | run << 32) & 0xFFFFFFFF  # within a run of equal keys, as they came
+        rows = np.sort(order[tied] | run << 32) & 0xFFFFFFFF  # by run (upper 32 bits), then by row (lower 32 bits)
         if rest:
             rows = rows[stable_order(run, *(key[rows] for key in rest))]
         order[tied] = rows

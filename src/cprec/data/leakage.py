@@ -1,4 +1,5 @@
-"""Proves from written documents that no held-out event is in them. It reads tokens, not the code that wrote them.
+"""Proves from written documents that no held-out event is in them. It reads their tokens and shares no code with what
+wrote them.
 
 Every document is taken apart again into its lines; each line's tokens are looked up among the catalogue's titles; and
 the events found are held against the log and its split. A line that is no known title is a violation too, so nothing
@@ -20,7 +21,7 @@ import numpy as np
 from cprec.data.catalogue import Catalogue
 from cprec.data.config import GLOBAL_TIME
 from cprec.data.interactions import stable_order
-from cprec.data.ragged import Ragged, offsets_of
+from cprec.data.ragged import Ragged, gather
 from cprec.data.splits import Split, comparable_domains, runs
 from cprec.schema import TEST
 
@@ -73,7 +74,7 @@ Finding = TypeVar("Finding", Property, Observation)
 
 
 def add_up(parts: Sequence[Sequence[Finding]]) -> list[Finding]:
-    """What several parts of the log have together: numbers of one name are added, and the first examples kept."""
+    """The findings of several parts of the log as one: numbers of the same name are added, the first examples kept."""
     total: dict[str, Finding] = {}
     for entry in itertools.chain(*parts):
         total[entry.name] = total[entry.name].plus(entry) if entry.name in total else entry
@@ -90,7 +91,7 @@ def _numbered_event(user: int, title: int) -> str:
 
 @dataclass(frozen=True)
 class Labels:
-    """How examples name documents and events: by number, where nobody knows better."""
+    """How examples name documents and events; by number where there is no better name."""
 
     document: Callable[[int], str] = _numbered_document
     event: Callable[[int, int], str] = _numbered_event
@@ -144,22 +145,30 @@ class Events:
     """int64[E]: a number for each distinct (domain, title tokens), -1 where the line is no title of the catalogue."""
 
 
-_RANDOM = np.random.default_rng(20250411).integers(1, 1 << 63, 4096, dtype=np.uint64) | np.uint64(1)
+_MULTIPLIERS = np.random.default_rng(20250411).integers(1, 1 << 63, 4096, dtype=np.uint64) | np.uint64(1)
+"""Odd random numbers, one for each place in a row, again from the first after 4,096; the seed is any number."""
+
+_GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
+"""2 ** 64 divided by the golden ratio: multiples of it are spread evenly over all 64-bit numbers."""
 
 
 def row_hashes(rows: Ragged) -> np.ndarray:
-    """A 64-bit multilinear hash of each row: sum of (token + 1) * r[place], so rows of other tokens or length
-    differ."""
+    """A 64-bit multilinear hash of each row: the sum of (token + 1) * multiplier[place], modulo 2 ** 64.
+
+    Rows of other tokens or another length have another hash, but for a chance that is negligible.
+    """
     place = np.arange(len(rows.values)) - np.repeat(rows.offsets[:-1], rows.lengths)
     with np.errstate(over="ignore"):
-        terms = (rows.values.astype(np.uint64) + np.uint64(1)) * _RANDOM[place & (len(_RANDOM) - 1)]
+        terms = (rows.values.astype(np.uint64) + np.uint64(1)) * _MULTIPLIERS[place & (len(_MULTIPLIERS) - 1)]
+        # A row's sum is the difference of the running sums at its end and its start.
         total = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(terms, dtype=np.uint64)])
         return total[rows.offsets[1:]] - total[rows.offsets[:-1]]
 
 
 def _with_domain(hashes: np.ndarray, domain: np.ndarray) -> np.ndarray:
+    """The hashes of (domain, title), from those of titles."""
     with np.errstate(over="ignore"):
-        return hashes ^ ((domain.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+        return hashes ^ ((domain.astype(np.uint64) + np.uint64(1)) * _GOLDEN_RATIO)
 
 
 BATCH = 1 << 22
@@ -186,11 +195,13 @@ def read_events(documents: Ragged, domain: np.ndarray, grammar: Grammar) -> Even
 def _read_batch(documents: Ragged, domain: np.ndarray, grammar: Grammar, first: int) -> tuple[np.ndarray, np.ndarray]:
     """The columns of `Events`; documents are counted from `first` on."""
     tokens = documents.values
+    # A line runs from the end of its opening to the next opening, or to the end of its document without the EOS token.
     starts, ends = _separators(tokens, grammar)
     owner = np.searchsorted(documents.offsets, starts, side="right") - 1
     following = np.append(starts[1:], len(tokens))
     stop = np.minimum(following, documents.offsets[owner + 1])
     stop = stop - ((stop > ends) & (tokens[np.maximum(stop - 1, 0)] == grammar.eos))
+    # In mixed documents the tag after the opening tells the domain; the title begins behind it.
     line_domain = domain[owner].copy()
     for number in range(len(grammar.tags)):
         tag = grammar.tags[number]
@@ -199,7 +210,8 @@ def _read_batch(documents: Ragged, domain: np.ndarray, grammar: Grammar, first: 
             tagged &= tokens[np.minimum(ends + place, len(tokens) - 1)] == token
         line_domain[tagged] = number
         ends = np.where(tagged, ends + len(tag), ends)
-    body = _slices(tokens, ends, np.maximum(stop, ends))
+    # The number of each title is the place of its hash among those of the catalogue.
+    body = gather(tokens, ends, np.maximum(stop - ends, 0))
     hashes = grammar.title_hashes
     keys = _with_domain(row_hashes(body), line_domain)
     at = np.minimum(np.searchsorted(hashes, keys), len(hashes) - 1)
@@ -208,9 +220,10 @@ def _read_batch(documents: Ragged, domain: np.ndarray, grammar: Grammar, first: 
 
 
 def _separators(tokens: np.ndarray, grammar: Grammar) -> tuple[np.ndarray, np.ndarray]:
-    """Where lines open (start of the opening, end of it), in token order."""
+    """The openings of lines in the order of tokens: where each starts, and where it ends."""
     found = []
     for mark in (grammar.line, grammar.next):
+        # Places of the mark's first token that are followed by its other tokens.
         at = np.flatnonzero(tokens[: len(tokens) - len(mark) + 1] == mark[0])
         for place, token in enumerate(mark):
             at = at[tokens[at + place] == token]
@@ -218,13 +231,6 @@ def _separators(tokens: np.ndarray, grammar: Grammar) -> tuple[np.ndarray, np.nd
     starts = np.concatenate([start for start, _ in found])
     order = np.argsort(starts, kind="stable")
     return starts[order], np.concatenate([end for _, end in found])[order]
-
-
-def _slices(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Ragged:
-    lengths = stops - starts
-    offsets = offsets_of(lengths)
-    within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-    return Ragged(values[np.repeat(starts, lengths) + within], offsets)
 
 
 def check_heads(
@@ -235,9 +241,11 @@ def check_heads(
     wrong = np.zeros(len(documents), dtype=bool)
     for rows, batch in _batches(documents):
         tokens, begin, end = batch.values, batch.offsets[:-1], batch.offsets[1:]
+        # The first line of each document, or its end where it has no line.
         starts, _ = _separators(tokens, grammar)
         first = np.minimum(np.append(starts, len(tokens))[np.searchsorted(starts, begin)], end)
-        wrong[rows] = row_hashes(_slices(tokens, begin, first)) != heads[domain[rows]]  # -1, mixed, is the last row
+        # The head of mixed documents is the last one, which the domain index -1 finds.
+        wrong[rows] = row_hashes(gather(tokens, begin, first - begin)) != heads[domain[rows]]
     return Property(
         name=f"{name}: before its lines every document has the head of the template and nothing else",
         checked=len(documents),
@@ -280,48 +288,59 @@ def check_documents(
     held out is a leak; what exceeds it and is not in the log at all is a fault of the writer.
     """
     known = events.title >= 0
-    lines = np.bincount(events.document, minlength=num_documents)
-    unread = ~known
-    properties = [
-        Property(
-            name=f"{name}: every document has lines, and each is a title of the catalogue",
-            checked=len(events.title) + num_documents,
-            violations=int(unread.sum() + (lines == 0).sum()),
-            examples=[labels.document(d) for d in _first(events.document[unread])]
-            + [f"{labels.document(d)} has no line" for d in _first(np.flatnonzero(lines == 0))],
-        )
-    ]
     title, document = events.title[known], events.document[known]
-    document_user = document_user.astype(np.int64)
     width = _width(title, allowed_title, held_out_title)
     allowed_keys, allowed_counts = np.unique(allowed_user * width + allowed_title, return_counts=True)
     held_out_keys = _distinct(held_out_user * width + held_out_title)
-    # A pool of lines that are counted together: a document, or a user's documents of a group. It tells the user.
-    if per_document:
-        pool, user_of_pool = document, document_user
-    else:
-        num_groups = int(group.max(initial=0)) + 1
-        pool = (document_user * num_groups + group)[document] + num_groups  # an unknown user, -1, comes first
-        user_of_pool = np.arange(int(document_user.max(initial=0)) + 2).repeat(num_groups) - 1
-    places = pool * width + title
+    pool_of_document, user_of_pool = _pools(document_user.astype(np.int64), None if per_document else group)
+    # How often each title occurs in each pool, and how often the user's training events have it.
+    places = pool_of_document[document] * width + title
     codes, counts = np.unique(places, return_counts=True)
     keys = user_of_pool[codes // width] * width + codes % width
     at = _place(allowed_keys, keys)
     excess = counts > np.where(at < 0, 0, np.append(allowed_counts, 0)[at])
     leaked = excess.copy()
     leaked[excess] = _place(held_out_keys, keys[excess]) >= 0
-    for text, wrong in (
-        ("no held-out event", leaked),
-        ("no event that the training part of the log does not have", excess & ~leaked),
-    ):
+
+    def property_of(text: str, wrong: np.ndarray) -> Property:
         examples = []
         for number in _first(np.flatnonzero(wrong)):
             where = int(document[np.argmax(places == codes[number])])
             examples.append(f"{labels.event(*divmod(int(keys[number]), width))} in {labels.document(where)}")
-        properties.append(
-            Property(name=f"{name}: {text}", checked=int(counts.sum()), violations=int(wrong.sum()), examples=examples)
+        return Property(
+            name=f"{name}: {text}", checked=int(counts.sum()), violations=int(wrong.sum()), examples=examples
         )
-    return properties
+
+    return [
+        _check_lines(name, events, num_documents, labels),
+        property_of("no held-out event", leaked),
+        property_of("no event that the training part of the log does not have", excess & ~leaked),
+    ]
+
+
+def _pools(document_user: np.ndarray, group: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers for the documents whose lines are counted together: (pool of each document, user of each pool).
+
+    Without groups every document is a pool of its own; with them it is all documents of a user and a group.
+    """
+    if group is None:
+        return np.arange(len(document_user)), document_user
+    num_groups = int(group.max(initial=0)) + 1
+    pool = (document_user + 1) * num_groups + group  # an unknown user, -1, comes first
+    return pool, np.arange(int(document_user.max(initial=0)) + 2).repeat(num_groups) - 1
+
+
+def _check_lines(name: str, events: Events, num_documents: int, labels: Labels) -> Property:
+    """Every document has lines, and every line is a title that the catalogue has."""
+    unread = events.title < 0
+    empty = np.bincount(events.document, minlength=num_documents) == 0
+    return Property(
+        name=f"{name}: every document has lines, and each is a title of the catalogue",
+        checked=len(events.title) + num_documents,
+        violations=int(unread.sum() + empty.sum()),
+        examples=[labels.document(d) for d in _first(events.document[unread])]
+        + [f"{labels.document(d)} has no line" for d in _first(np.flatnonzero(empty))],
+    )
 
 
 def check_repeated_targets(
@@ -368,7 +387,9 @@ def check_examples(
     """
     is_last, target = _targets(events, num_documents)
     width = _width(log_title, events.title)
+    # The event that each example asks for: the last one of its user and title that it may ask for.
     event = _Occurrences(log_user * width + log_title, asked).last(document_user * width + target)
+    # How often each example shows a title, against how often its user had it before that event.
     history = ~is_last & (events.title >= 0)
     seen, times_seen = np.unique(events.document[history] * width + events.title[history], return_counts=True)
     document, title = np.divmod(seen, width)
@@ -376,7 +397,8 @@ def check_examples(
     late = times_seen > before.count(document_user[document] * width + title, event[document])
     bad = event < 0
     bad[document[late]] = True
-    bad[np.bincount(events.document, minlength=num_documents) == 0] = False  # without lines: that is found elsewhere
+    # Documents without lines, and targets that are no title, are violations of `check_documents`.
+    bad[np.bincount(events.document, minlength=num_documents) == 0] = False
     bad[target < 0] = False
     wrong = np.flatnonzero(bad)
     return Property(
@@ -417,11 +439,12 @@ class _Occurrences:
 
     def count(self, keys: np.ndarray, before: np.ndarray) -> np.ndarray:
         """How many events of each key come before an event."""
+        # Number the distinct keys; (number, event) as one integer is sorted, so that a range of it can be searched.
         is_new = np.r_[True, self._keys[1:] != self._keys[:-1]][: len(self._keys)]
         distinct, number = self._keys[is_new], np.cumsum(is_new) - 1
         size = int(max(self._event.max(initial=0), before.max(initial=0))) + 2
         at = _place(distinct, keys)
-        codes = number * size + self._event  # rising
+        codes = number * size + self._event
         first, stop = np.searchsorted(codes, at * size), np.searchsorted(codes, at * size + np.maximum(before, 0))
         return np.where(at < 0, 0, stop - first)
 
@@ -521,6 +544,7 @@ def find_ties(split: Split, domain: str, part: str, tie_order: str) -> list[Obse
     place, size, _ = runs(user, log.time[rows])
     first = np.flatnonzero(place == 0)
 
+    # A group is all events of one user and time: its smallest or its largest value, for each of its events.
     def of_group(reduce: np.ufunc, values: np.ndarray) -> np.ndarray:
         return reduce.reduceat(values, first).repeat(size[first]) if len(values) else values
 

@@ -33,6 +33,15 @@ class Ragged:
         """The row of each value: int64[len(values)]."""
         return np.repeat(np.arange(len(self)), self.lengths)
 
+    @property
+    def place_of(self) -> np.ndarray:
+        """The place of each value in its row, from 0: int64[len(values)].
+
+        >>> Ragged.of([[7, 8], [], [9]]).place_of.tolist()
+        [0, 1, 0]
+        """
+        return np.arange(len(self.values)) - np.repeat(self.offsets[:-1], self.lengths)
+
     def take(self, rows: np.ndarray) -> Ragged:
         """The given rows, one after the other, in one vectorised gather.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,13 +63,7 @@ def build_sequences(
 
     `users_mask` is bool[num_users]; None takes all. Sequences come domain by domain and by user, the mixed ones last.
     """
-    if not 1 <= min_events <= max_events:
-        raise ConfigError(f"min_events={min_events} must be at least 1 and at most max_events={max_events}")
-    if mixed_order not in MIXED_ORDERS:
-        raise ConfigError(f"mixed_order={mixed_order!r}: expected {', '.join(MIXED_ORDERS)}")
-    unknown = sorted(set(kinds) - set(KINDS))
-    if unknown:
-        raise ConfigError(f"kinds holds {', '.join(unknown)}; expected {', '.join(KINDS)}")
+    _check(min_events, max_events, kinds, mixed_order)
     log, catalogue = split.interactions, split.catalogue
     event_domain = catalogue.domain[log.item]
     chosen = np.zeros(len(catalogue.domains), dtype=bool)
@@ -78,43 +72,79 @@ def build_sequences(
     if users_mask is not None:
         mask &= users_mask[log.user]
     event = np.flatnonzero(mask)
-    # How many events the user has in each event's domain.
+    # Whether the user of each event has at least `min_events` events in its domain.
     _, group, counts = np.unique(
         log.user[event] * len(catalogue.domains) + event_domain[event], return_inverse=True, return_counts=True
     )
     is_enough = counts[group] >= min_events if len(event) else np.zeros(0, dtype=bool)
-
     parts = []
     if SPECIFIC in kinds:
-        specific = event[is_enough]
-        domain = event_domain[specific]
-        # A stable sort of few values: one pass, and each domain keeps the order of users and times.
-        order = np.argsort(domain, kind="stable")
-        specific, domain = specific[order], domain[order]
-        first, sizes = _chunks(runs(domain, log.user[specific]), max_events)
-        parts.append((SPECIFIC, domain[first], log.user[specific[first]], sizes, specific))
+        parts.append(_specific(event[is_enough], log.user, event_domain, max_events))
     if MIXED in kinds:
-        comparable = comparable_domains(catalogue, split.domains)
+        comparable = comparable_domains(catalogue, split.domains)[event_domain]
+        mixed = event[is_enough | pooled]
         if mixed_order == INTERLEAVE:
-            mixed = event[is_enough | pooled]
-            timeless = ~comparable[event_domain[mixed]]
-            mixed = mixed[interleaved(log.user[mixed], np.where(timeless, event_domain[mixed], -1))]
+            # One run for all domains with real times, and one for each of the others.
+            run = np.where(comparable[mixed], -1, event_domain[mixed])
+            mixed = mixed[interleaved(log.user[mixed], run)]
         else:
-            mixed = event[comparable[event_domain[event]] & (is_enough | pooled)]
-        first, sizes = _chunks(runs(log.user[mixed]), max_events)
-        chunk = np.repeat(np.arange(len(sizes)), sizes)
-        domain = event_domain[mixed]
-        kept = _has_two(domain, first, chunk) & (sizes >= min_events)
-        user = log.user[mixed[first[kept]]]
-        parts.append((MIXED, np.full(len(user), -1, dtype=np.int16), user, sizes[kept], mixed[kept[chunk]]))
+            mixed = mixed[comparable[mixed]]
+        parts.append(_mixed(mixed, log.user, event_domain, min_events, max_events))
+    return _joined(parts)
 
-    lengths = np.concatenate([sizes for _, _, _, sizes, _ in parts]) if parts else np.empty(0, dtype=np.int64)
+
+def _check(min_events: int, max_events: int, kinds: Sequence[str], mixed_order: str) -> None:
+    if not 1 <= min_events <= max_events:
+        raise ConfigError(f"min_events={min_events} must be at least 1 and at most max_events={max_events}")
+    if mixed_order not in MIXED_ORDERS:
+        raise ConfigError(f"mixed_order={mixed_order!r}: expected {', '.join(MIXED_ORDERS)}")
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown:
+        raise ConfigError(f"kinds holds {', '.join(unknown)}; expected {', '.join(KINDS)}")
+
+
+def _specific(event: np.ndarray, user: np.ndarray, domain: np.ndarray, max_events: int) -> Sequences:
+    """The sequences of single domains; `user` and `domain` are those of every event of the log."""
+    # A stable sort of few values: one pass, and each domain keeps the order of users and times.
+    event = event[np.argsort(domain[event], kind="stable")]
+    first, sizes = _chunks(runs(domain[event], user[event]), max_events)
+    first_event = event[first]
     return Sequences(
-        kind=_join([np.full(len(user), KINDS.index(kind)) for kind, _, user, _, _ in parts], np.int8),
-        domain=_join([domain for _, domain, _, _, _ in parts], np.int16),
-        user=_join([user for _, _, user, _, _ in parts], np.int64),
-        offsets=offsets_of(lengths),
-        event=_join([events for *_, events in parts], np.int64),
+        kind=np.full(len(first), KINDS.index(SPECIFIC), dtype=np.int8),
+        domain=domain[first_event],
+        user=user[first_event],
+        offsets=offsets_of(sizes),
+        event=event,
+    )
+
+
+def _mixed(event: np.ndarray, user: np.ndarray, domain: np.ndarray, min_events: int, max_events: int) -> Sequences:
+    """The sequences of all domains that are long enough and have events of two domains or more."""
+    first, sizes = _chunks(runs(user[event]), max_events)
+    chunk = np.repeat(np.arange(len(sizes)), sizes)  # of each event
+    kept = _has_two(domain[event], first, chunk) & (sizes >= min_events)
+    num_kept = int(kept.sum())
+    return Sequences(
+        kind=np.full(num_kept, KINDS.index(MIXED), dtype=np.int8),
+        domain=np.full(num_kept, -1, dtype=np.int16),
+        user=user[event[first[kept]]],
+        offsets=offsets_of(sizes[kept]),
+        event=event[kept[chunk]],
+    )
+
+
+def _joined(parts: Sequence[Sequences]) -> Sequences:
+    """The sequences of several parts, one part after the other."""
+
+    def join(dtype: type, arrays: Iterable[np.ndarray]) -> np.ndarray:
+        return np.concatenate([np.empty(0, dtype=dtype), *arrays]).astype(dtype, copy=False)
+
+    return Sequences(
+        kind=join(np.int8, (part.kind for part in parts)),
+        domain=join(np.int16, (part.domain for part in parts)),
+        user=join(np.int64, (part.user for part in parts)),
+        offsets=offsets_of(join(np.int64, (part.lengths for part in parts))),
+        event=join(np.int64, (part.event for part in parts)),
     )
 
 
@@ -122,12 +152,13 @@ def interleaved(user: np.ndarray, run: np.ndarray) -> np.ndarray:
     """An order of events that spreads each run evenly over its user's sequence: rows, int64[num_events].
 
     `user` never falls; events of equal `run` (a domain without real times, or all domains that have them) keep their
-    order: the k-th of n stands at (k - 1/2) / n, and where two runs meet the smaller number comes first. This is no
-    knowledge of when things happened.
+    order: the k-th of n stands at (k - 1/2) / n, and where two runs meet the smaller number comes first. The order
+    does not say when things happened.
 
     >>> interleaved(np.array([0, 0, 0, 0, 0, 0]), np.array([-1, -1, -1, -1, 2, 2])).tolist()
     [0, 4, 1, 2, 5, 3]
     """
+    # Each event's place in its user's run, as a share of the run.
     order = stable_order(user, run)
     place, length, _ = runs(user[order], run[order])
     position = np.empty(len(order))
@@ -139,7 +170,9 @@ def _chunks(places: tuple[np.ndarray, np.ndarray, np.ndarray], max_events: int) 
     """Cut runs into near-equal chunks: (row of each chunk's first event, size of each chunk)."""
     place, length, _ = places
     run_lengths = length[place == 0]
-    num_chunks = -(-run_lengths // max_events)
+    num_chunks = -(-run_lengths // max_events)  # of each run, rounded up
+    # For every chunk its number within its run, the length of the run and the run's number of chunks: the first
+    # length % count chunks have one event more.
     within, _, _ = runs(np.repeat(np.arange(len(run_lengths)), num_chunks))
     lengths, counts = np.repeat(run_lengths, num_chunks), np.repeat(num_chunks, num_chunks)
     sizes = lengths // counts + (within < lengths % counts)
@@ -150,7 +183,3 @@ def _has_two(domain: np.ndarray, first: np.ndarray, chunk: np.ndarray) -> np.nda
     """Whether a chunk holds more than one domain: an event differs from the chunk's first one."""
     differs = domain != domain[first][chunk]
     return np.bincount(chunk[differs], minlength=len(first)) > 0
-
-
-def _join(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate([np.empty(0, dtype=dtype), *arrays]).astype(dtype, copy=False)

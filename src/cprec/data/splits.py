@@ -1,24 +1,20 @@
-"""Splits: which events train, which validate and which test, and the queries that the held-out events ask.
-
-This module imports only the standard library until a split is made, because `SplitSpec` is part of configurations.
-"""
+"""Splits: which events train, which validate and which test, and the queries that the held-out events ask."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from datetime import datetime, timedelta
 
+import numpy as np
+
+from cprec.data.catalogue import Catalogue
 from cprec.data.config import GLOBAL_TIME, LEAVE_ONE_OUT, SplitSpec
+from cprec.data.interactions import Interactions, stable_order
+from cprec.data.ragged import Ragged, gather
 from cprec.errors import ConfigError
 from cprec.schema import CONTEXT, SPECIFIC, SPLITS, TEST, TRAIN, VALIDATION, DomainInfo
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from cprec.data.catalogue import Catalogue
-    from cprec.data.interactions import Interactions
-    from cprec.data.ragged import Ragged
 
 
 def in_seconds(time: int) -> int | float:
@@ -31,18 +27,16 @@ def in_seconds(time: int) -> int | float:
 
 
 def from_seconds(seconds: int | float) -> int:
-    """What `in_seconds` was made of."""
+    """Microseconds again, from the number that `in_seconds` gave."""
     return round(seconds * 1_000_000)
 
 
 def format_time(time: int) -> str:
-    """Microseconds since 1970 for people, in UTC.
+    """Microseconds since 1970 as people read them, in UTC.
 
     >>> format_time(1_577_836_802_535_000)
     '2020-01-01 00:00:02.535000'
     """
-    from datetime import datetime, timedelta
-
     return str(datetime(1970, 1, 1) + timedelta(microseconds=time))
 
 
@@ -109,52 +103,49 @@ class Split:
 
         Raises ConfigError for a mixed history where the domain's times are not real.
         """
-        import numpy as np
-
-        from cprec.data.ragged import Ragged, offsets_of
-
-        log, catalogue = self.interactions, self.catalogue
+        log = self.interactions
         if part not in (VALIDATION, TEST):
             raise ConfigError(f"part={part!r}: expected {VALIDATION} or {TEST}")
-        event_domain = catalogue.domain[log.item]
-        of_domain = event_domain == catalogue.domain_index(domain)
-        if history_kind == SPECIFIC:
-            eligible = of_domain
-        else:
-            eligible = comparable_domains(catalogue, self.domains)[event_domain]
-            if not self.domains[domain].has_times:
-                raise ConfigError(
-                    f"domain {domain!r} has no real times, so its events cannot be put in order with those of other "
-                    "domains: use history specific"
-                )
-        if self.spec.method != GLOBAL_TIME:
-            eligible = eligible & (of_domain | (self.part != SPLITS.index(TEST)))
-
+        event_domain = self.catalogue.domain[log.item]
+        of_domain = event_domain == self.catalogue.domain_index(domain)
         event = np.flatnonzero(of_domain & self.events(part))
         user = log.user[event]
-        known = np.flatnonzero(eligible)
-        stop = np.searchsorted(known, event)
-        start = np.maximum(np.searchsorted(known, log.offsets()[user]), stop - max_history)
-        serial = np.arange(len(user)) - np.searchsorted(user, user)
+        serial = np.arange(len(user)) - np.searchsorted(user, user)  # the how-many-th of the user's, from 0
+        # Of the events that may be shown, those between the start of the user's events and the target, at most the last
+        # `max_history`: shown[start:stop].
+        shown = np.flatnonzero(self._may_be_shown(domain, event_domain, of_domain, history_kind))
+        stop = np.searchsorted(shown, event)
+        start = np.maximum(np.searchsorted(shown, log.offsets()[user]), stop - max_history)
         kept = stop - start >= max(min_history, 0)
         event, user, start, stop, serial = event[kept], user[kept], start[kept], stop[kept], serial[kept]
-
-        offsets = offsets_of(stop - start)
-        place = np.repeat(start - offsets[:-1], stop - start) + np.arange(offsets[-1])
         return Queries(
             domain=domain,
             part=part,
             query_id=self._query_ids(domain, part, user, serial),
             user=user,
             event=event,
-            history=Ragged(log.item[known[place]], offsets),
+            history=gather(log.item[shown], start, stop - start),
             target=log.item[event],
             time=log.time[event],
         )
 
-    def _query_ids(self, domain: str, part: str, user: np.ndarray, serial: np.ndarray) -> np.ndarray:
-        import numpy as np
+    def _may_be_shown(
+        self, domain: str, event_domain: np.ndarray, of_domain: np.ndarray, history_kind: str
+    ) -> np.ndarray:
+        """Events that a query of a domain may have in its history, whatever their time: bool[num_events]."""
+        if history_kind == SPECIFIC:
+            return of_domain
+        if not self.domains[domain].has_times:
+            raise ConfigError(
+                f"domain {domain!r} has no real times, so its events cannot be put in order with those of other "
+                "domains: use history specific"
+            )
+        is_comparable: np.ndarray = comparable_domains(self.catalogue, self.domains)[event_domain]
+        if self.spec.method == GLOBAL_TIME:
+            return is_comparable
+        return is_comparable & (of_domain | ~self.events(TEST))
 
+    def _query_ids(self, domain: str, part: str, user: np.ndarray, serial: np.ndarray) -> np.ndarray:
         log = self.interactions
         platforms = [log.platforms[index] for index in log.user_platform[user]]
         ids = [
@@ -167,8 +158,6 @@ class Split:
 
 def comparable_domains(catalogue: Catalogue, domains: Mapping[str, DomainInfo]) -> np.ndarray:
     """Which domains have real times, so that their events can be put in one order: bool[num_domains]."""
-    import numpy as np
-
     return np.array([domains[name].has_times for name in catalogue.domains], dtype=bool)
 
 
@@ -191,12 +180,12 @@ def make_split(
 
     Raises ConfigError where global-time meets a domain without real times, or a cut leaves a part empty.
     """
-    import numpy as np
-
     if spec.method == GLOBAL_TIME:
-        first_validation, first_test = cuts or cut_times(spec, domains, *_count_times(interactions))
+        if cuts is None:
+            cuts = cut_times(spec, domains, *np.unique(interactions.time, return_counts=True))
+        first_validation, first_test = cuts
         part = (interactions.time >= first_validation).astype(np.int8)
-        part[interactions.time >= first_test] = 2
+        part[interactions.time >= first_test] = SPLITS.index(TEST)
     else:
         part = _from_the_end(catalogue, interactions, *spec.numbers())
     if spec.unseen_user_share:
@@ -207,10 +196,6 @@ def make_split(
 
 def user_shares(interactions: Interactions, salt: str) -> np.ndarray:
     """A number in [0, 1) for each user, the same in every log: from SHA-256 of salt, platform and id."""
-    import hashlib
-
-    import numpy as np
-
     names = [interactions.platforms[index] for index in interactions.user_platform]
     digests = (
         hashlib.sha256(f"{salt}/{platform}/{user}".encode()).digest()
@@ -220,12 +205,10 @@ def user_shares(interactions: Interactions, salt: str) -> np.ndarray:
 
 
 def _from_the_end(catalogue: Catalogue, interactions: Interactions, num_validation: int, num_test: int) -> np.ndarray:
-    import numpy as np
-
-    from cprec.data.interactions import stable_order
-
+    """Each event's part where the last events of every user and domain are held out: int8[num_events]."""
     domain = catalogue.domain[interactions.item]
-    order = stable_order(interactions.user, domain)  # stable: time order stays inside each (user, domain)
+    # The sort is stable, so the order of time stays inside each user and domain.
+    order = stable_order(interactions.user, domain)
     user, domain = interactions.user[order], domain[order]
     _, length, from_end = runs(user, domain)
     held_out = length > num_validation + num_test
@@ -238,16 +221,14 @@ def _from_the_end(catalogue: Catalogue, interactions: Interactions, num_validati
 def runs(*keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Runs of equal keys: for each row its place in its run, the run's length, and the rows after it in the run.
 
-    >>> import numpy as np
     >>> [a.tolist() for a in runs(np.array([4, 4, 4, 9]))]
     [[0, 1, 2, 0], [3, 3, 3, 1], [2, 1, 0, 0]]
     """
-    import numpy as np
-
     size = len(keys[0])
     if not size:
         empty = np.empty(0, dtype=np.int64)
         return empty, empty, empty
+    # A run begins at the first row, and where any key differs from the row before.
     changes = np.zeros(size, dtype=bool)
     changes[0] = True
     for key in keys:
@@ -257,13 +238,6 @@ def runs(*keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     place = np.arange(size) - np.repeat(starts, lengths)
     length = np.repeat(lengths, lengths)
     return place, length, length - 1 - place
-
-
-def _count_times(interactions: Interactions) -> tuple[np.ndarray, np.ndarray]:
-    import numpy as np
-
-    times, counts = np.unique(interactions.time, return_counts=True)
-    return times, counts
 
 
 def cut_times(
@@ -277,8 +251,6 @@ def cut_times(
 
     Raises ConfigError where a domain has no real times, or a cut leaves a part empty.
     """
-    import numpy as np
-
     timeless = sorted(name for name, info in domains.items() if not info.has_times)
     if timeless:
         raise ConfigError(
@@ -286,13 +258,15 @@ def cut_times(
             f"{'has' if len(timeless) == 1 else 'have'} an order: use method={LEAVE_ONE_OUT}, or leave "
             f"{'it' if len(timeless) == 1 else 'them'} out"
         )
-    upto = np.cumsum(counts)
+    upto = np.cumsum(counts)  # events up to each time, itself included
     if spec.test_from is not None:
         validation_from, test_from = spec.dates()
     else:
         validation, test = spec.fractions()
+        # How many events come before each cut, and the time of the first event after as many.
         places = [int(upto[-1] * (1 - validation - test)), int(upto[-1] * (1 - test))]
         validation_from, test_from = (int(times[np.searchsorted(upto, place, side="right")]) for place in places)
+    # Events before the first cut, between the cuts, and from the second cut on.
     edges = np.searchsorted(times, [validation_from, test_from])
     sizes = np.diff(np.concatenate([[0], np.append(0, upto)[edges], upto[-1:]]))
     if not sizes.all():

@@ -14,19 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from cprec.errors import ConfigError, DataError
-from cprec.evaluate.comparison_report import (
-    Estimate,
-    Row,
-    Table,
-    html_of,
-    in_words,
-    key_in_words,
-    latex_table,
-    markdown_table,
-    print_tables,
-)
+from cprec.evaluate.comparison import ComparedArm, ComparisonTable, Estimate, in_words, key_in_words
+from cprec.evaluate.comparison_page import comparison_page, latex_table, markdown_table, print_tables
 from cprec.evaluate.seeds import model_of, together
 from cprec.evaluate.statistics import adjusted, bootstrap_interval, compare_pair, permutations_for, seed_variance
+from cprec.files import write_whole
 from cprec.progress import say
 
 if TYPE_CHECKING:
@@ -45,7 +37,7 @@ def compare(
     force: bool = False,
     output: str | Path = "compare.html",
     file: TextIO | None = None,
-) -> list[Table]:
+) -> list[ComparisonTable]:
     """Compare the arms of evaluation folders: print a table a domain, and write them with a plot to `output`; where its
     name ends in .md or .tex, the tables alone.
 
@@ -79,15 +71,9 @@ def compare(
     ]
     print_tables(tables, file)
     table_of = {".md": markdown_table, ".tex": latex_table}.get(Path(output).suffix)
-    _write(Path(output), "\n".join(map(table_of, tables)) if table_of else html_of(tables))
+    write_whole(output, "\n".join(map(table_of, tables)) if table_of else comparison_page(tables))
     say(f"wrote {output}")
     return tables
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".incomplete")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def protocol_differences(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -263,7 +249,7 @@ def _arms(runs: Mapping[str, Path], protocol: str, metrics: Sequence[str]) -> di
 
 def _table(
     domain: str, runs: Mapping[str, Path], settings: Mapping[str, Any], metric: str | None, protocol: str | None
-) -> Table:
+) -> ComparisonTable:
     """The table of runs that were asked the same."""
     k = settings["k"]
     protocol = protocol or ("full_with_seen" if settings.get("seen") == "may be recommended" else "full")
@@ -287,8 +273,8 @@ def _table(
     ]
     comparisons = dict(zip(pairs, adjusted(tests), strict=True))
     against_best = {b: test.reversed() for (a, b), test in comparisons.items() if a == rivals[0]}
-    rows = [
-        Row(
+    compared = [
+        ComparedArm(
             name=name,
             num_seeds=len(arms[name].values_SQ[metrics[0]]),
             bound=arms[name].bound,
@@ -297,13 +283,13 @@ def _table(
         )
         for name in order
     ]
-    return Table(
+    return ComparisonTable(
         domain=domain,
         runs=tuple(runs),
         protocol=protocol,
         settings=settings,
         num_queries=len(first.query_id),
-        rows=tuple(rows),
+        arms=tuple(compared),
         comparisons=comparisons,
     )
 

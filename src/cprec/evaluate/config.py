@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cprec.errors import ConfigError
+from cprec.rank.config import RankConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,18 +18,20 @@ class EvaluateConfig:
     output_dir: str
     """Where rankings, metrics and the report go."""
     baselines: tuple[str, ...] = ("random", "popularity", "transition graph")
-    """Baselines to rank beside the models, by name; `all`: every one there is (docs/evaluation.md)."""
+    """Baselines to rank beside the models, by name; `all` takes every one (docs/evaluation.md)."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds to train each baseline with that is trained by gradient steps; of several, each is a row of its own."""
+    """Seeds for baselines that are trained by gradient steps; with several, each is a row of its own."""
     tuned: str = ""
-    """A file that `cprec tune` wrote: its settings take the place of the baselines' defaults."""
+    """A file that `cprec tune` wrote: its settings replace the baselines' defaults."""
     models: dict[str, str] = field(default_factory=dict)
     """Model folders to rank with, by the name they have in tables. A folder fine-tuned on a domain ranks that domain
     only; a pre-trained one ranks all."""
+    rank: RankConfig = field(default_factory=RankConfig)
+    """How the models rank. Baselines do not depend on it."""
     domains: tuple[str, ...] = ()
     """Domains to rank; none named means every one that has queries."""
     part: Literal["test", "validation"] = "test"
-    """Held-out events that are asked for."""
+    """The held-out events to ask for."""
     k: int = 10
     """Length of the rankings of the full catalogue; metrics are cut at 5 and at this."""
     exclude_seen: bool = True
@@ -38,17 +41,6 @@ class EvaluateConfig:
     """Rank a seeded sample of at most this many queries a domain; 0 ranks all."""
     num_candidates: int = 20
     """Size of the frozen candidate sets: the target and others, drawn uniformly, and by popularity."""
-    mode: Literal["auto", "exact", "beam"] = "auto"
-    """How models rank the full catalogue: `exact` proves that no better item is left; `auto` too, but for queries that
-    have read `max_nodes` prefixes; `beam` keeps `beam_width` prefixes at each depth. Tables say what was proven, and
-    of a beam what share of the exact lists it found."""
-    beam_width: int = 20
-    """Prefixes that a beam keeps at each depth."""
-    max_nodes: int = 2000
-    """Prefixes that `auto` reads for a query at most."""
-    score: Literal["sum", "mean", "corrected"] = "sum"
-    """Log-probability of a title: summed over its tokens, their mean, or the sum less what it is under an empty history
-    (`corrected` for popularity; over the full catalogue that puts what a beam found into another order)."""
     generate: bool = False
     """Also let models write the next title freely and look for it among the candidates."""
     uncertified: bool = False
@@ -63,14 +55,5 @@ class EvaluateConfig:
             raise ConfigError(f"k={self.k} must be at least 5")
         if self.num_candidates < 2:
             raise ConfigError(f"num_candidates={self.num_candidates} must be at least 2")
-        if self.max_queries < 0 or self.beam_width < 1:
-            raise ConfigError(
-                f"max_queries={self.max_queries} and beam_width={self.beam_width} must not be below 0 and 1"
-            )
-        if self.max_nodes < 1:
-            raise ConfigError(f"max_nodes={self.max_nodes} must be at least 1")
-        if self.score == "corrected" and self.mode == "exact":
-            raise ConfigError(
-                "score=corrected with mode=exact: a corrected score may rise along a title, so nothing can be proven; "
-                "choose mode=auto or mode=beam"
-            )
+        if self.max_queries < 0:
+            raise ConfigError(f"max_queries={self.max_queries} must not be below 0")

@@ -1,4 +1,7 @@
-"""The questions of an evaluation: queries, their answers, frozen candidate sets, new items and slices."""
+"""The questions of an evaluation: queries, their answers, frozen candidate sets, new items and slices.
+
+The evaluation makes its ranking queries here and nowhere else. Suffixes: Q queries, N items of the domain.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,22 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from cprec.data.splits import Split
 from cprec.errors import ConfigError, DataError
 from cprec.evaluate.candidates import POPULARITY, UNIFORM, draw_candidates, read_candidates, write_candidates
+from cprec.evaluate.results import (
+    CANDIDATES_POPULARITY,
+    CANDIDATES_UNIFORM,
+    FULL,
+    FULL_WITH_SEEN,
+    GENERATED,
+    NEW_ITEMS,
+)
 from cprec.evaluate.saved import read_saved
 from cprec.evaluate.slices import slices_of
 from cprec.progress import say, track
@@ -20,13 +32,26 @@ from cprec.provenance import file_sha256
 from cprec.recommender import RankingQuery
 from cprec.schema import TRAIN, Item
 
-if TYPE_CHECKING:
-    from cprec.data.splits import Split
-    from cprec.evaluate.config import EvaluateConfig
+SAMPLED = {UNIFORM: CANDIDATES_UNIFORM, POPULARITY: CANDIDATES_POPULARITY}
+"""How candidates are drawn -> the protocol that ranks them."""
 
-FULL, FULL_WITH_SEEN, GENERATED, NEW_ITEMS = "full", "full_with_seen", "generate", "new_items"
-SAMPLED = {UNIFORM: "candidates_uniform", POPULARITY: "candidates_popularity"}
-"""Protocols by the names they have in files. The candidates of `SAMPLED` are drawn as its key says."""
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """One way of asking: which queries, and what is reported of their rankings."""
+
+    name: str
+    """As the files of its rankings are called."""
+    queries: Sequence[RankingQuery]
+    target: Sequence[str]
+    user: Sequence[str]
+    """Of each query."""
+    num_items: int
+    """Items that are ranked for a query, at most."""
+    pools: tuple[str, ...]
+    """Pools that metrics are made for. A ranking of the full catalogue serves two: with seen items, and without."""
+    models_only: bool = False
+    """Only models can answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +59,14 @@ class Questions:
     """The queries of a domain with their answers, in one order."""
 
     domain: str
-    queries: list[RankingQuery]
+    queries: Sequence[RankingQuery]
     """Over the full catalogue, items of the history uncounted: one ranking says what it is with and without them."""
-    target: list[str]
-    user: list[str]
+    target: Sequence[str]
+    user: Sequence[str]
     """User ids, as the log has them."""
+    num_items: int = 0
+    """Items of the domain."""
+    num_candidates: int = 0
     candidates: Mapping[str, Sequence[tuple[str, ...]]] = field(default_factory=dict)
     """How they are drawn -> the candidates of each query."""
     slices: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -50,21 +78,44 @@ class Questions:
     sha256: Mapping[str, str] = field(default_factory=dict)
     """Hashes of queries, histories and answers as asked, and of each file of candidates."""
 
-    def of(self, protocol: str) -> list[RankingQuery]:
-        """The queries as a protocol asks them: all of them, but those for new items alone where these are ranked."""
-        for how, name in SAMPLED.items():
-            if protocol == name:
-                pairs = zip(self.queries, self.candidates[how], strict=True)
-                return [replace(query, uncounted=frozenset(), candidates=mine) for query, mine in pairs]
-        if protocol == GENERATED:
-            return self.of(SAMPLED[UNIFORM])
-        if protocol == NEW_ITEMS:
-            return [
-                replace(query, uncounted=frozenset(), exclude=query.uncounted, allow=self.new_items)
-                for query, target in zip(self.queries, self.target, strict=True)
-                if target in self.new_items
-            ]
-        return self.queries
+    def protocols(self, *, generate: bool = False) -> list[Protocol]:
+        """All ways of asking, the full catalogue first; with `generate` models also write freely."""
+        full = Protocol(
+            name=FULL,
+            queries=self.queries,
+            target=self.target,
+            user=self.user,
+            num_items=self.num_items,
+            pools=(FULL, FULL_WITH_SEEN),
+        )
+        sampled = [
+            replace(full, name=SAMPLED[how], queries=self._among(sets), num_items=self.num_candidates)
+            for how, sets in self.candidates.items()
+        ]
+        found = [full, *(replace(protocol, pools=(protocol.name,)) for protocol in sampled)]
+        if (new := self._new_items()).queries:
+            found.append(new)
+        if generate:
+            queries = self._among(self.candidates[UNIFORM])
+            found.append(replace(full, name=GENERATED, queries=queries, pools=(GENERATED,), models_only=True))
+        return found
+
+    def _among(self, sets: Sequence[tuple[str, ...]]) -> list[RankingQuery]:
+        pairs = zip(self.queries, sets, strict=True)
+        return [replace(query, uncounted=frozenset(), candidates=mine) for query, mine in pairs]
+
+    def _new_items(self) -> Protocol:
+        """Only the queries whose target is a new item, and only new items to rank."""
+        chosen = [row for row, target in enumerate(self.target) if target in self.new_items]
+        asked = [self.queries[row] for row in chosen]
+        return Protocol(
+            name=NEW_ITEMS,
+            queries=[replace(q, uncounted=frozenset(), exclude=q.uncounted, allow=self.new_items) for q in asked],
+            target=[self.target[row] for row in chosen],
+            user=[self.user[row] for row in chosen],
+            num_items=len(self.new_items),
+            pools=(NEW_ITEMS,),
+        )
 
     def table(self) -> pa.Table:
         """The queries with their answers and slices, one row each."""
@@ -72,120 +123,192 @@ class Questions:
         return pa.table(columns | {name: pa.array(groups, pa.string()) for name, groups in self.slices.items()})
 
 
-def read_questions(config: EvaluateConfig, split: Split, domain: str) -> Questions:
+Rows = Sequence[Mapping[str, Any]]
+"""Queries as `cprec prepare` wrote them."""
+
+
+def read_questions(
+    data: str | Path,
+    split: Split,
+    domain: str,
+    part: str,
+    *,
+    max_queries: int = 0,
+    num_candidates: int = 20,
+    seed: int = 0,
+) -> Questions:
     """The queries of a domain and their candidate sets, which are drawn and frozen on first use.
 
-    A query has fewer candidates where its user had nearly all items, or where the target's title is part of most
-    others; how many such there are is said.
+    With `max_queries` the queries are a sample drawn by `seed`. A query has fewer candidates where its user had nearly
+    all items, or where the target's title is part of most others; how many such there are is said.
 
     Raises ConfigError for a domain without queries, and DataError where frozen candidates are of other queries.
     """
-    path = Path(config.data) / "queries" / domain / f"{config.part}.parquet"
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist: name {domain!r} in target_domains of `cprec prepare`")
-    rows = read_saved(path, "prepare the data again").to_pylist()
-    files = {UNIFORM: _frozen(config, split, domain, rows, UNIFORM)}
-    try:
-        files[POPULARITY] = _frozen(config, split, domain, rows, POPULARITY)
-    except ConfigError as error:  # few trained items: the domain is evaluated all the same
-        say(f"{domain}: no candidates by popularity: {error}")
-    if config.max_queries and config.max_queries < len(rows):
-        chosen = np.sort(np.random.default_rng(config.seed).permutation(len(rows))[: config.max_queries])
-        rows = [rows[number] for number in chosen]
-    drawn = {how: read_candidates(file) for how, file in files.items()}
-    queries = []
-    for row in rows:
-        history = tuple(Item(d, i) for d, i in zip(row["history_domain"], row["history_item"], strict=True))
-        seen = frozenset(item.item_id for item in history if item.domain == domain)
-        user = f"{row['platform']}/{row['user_id']}"
-        queries.append(
-            RankingQuery(query_id=row["query_id"], domain=domain, history=history, user=user, uncounted=seen)
-        )
-    target = [row["target"] for row in rows]
-    mine = split.catalogue.rows_of(domain)
-    is_new = np.bincount(split.interactions.item[split.events(TRAIN)], minlength=len(split.catalogue))[mine] == 0
-    asked = "\n".join(
-        f"{query.query_id}\t{item}\t{' '.join(f'{event.domain}/{event.item_id}' for event in query.history)}"
-        for query, item in zip(queries, target, strict=True)
+    folder = Path(data, "queries", domain)
+    events_N = _training_events(split, domain)
+    every = _read_rows(folder, part)
+    files = _candidate_files(folder, split, domain, every, part, num_candidates, seed, events_N)
+    drawn = {how: _checked_candidates(file, every) for how, file in files.items()}
+    rows = _sample(every, max_queries, seed)
+    asked = _questions(domain, rows)
+    return replace(
+        asked,
+        num_items=len(split.catalogue.rows_of(domain)),
+        num_candidates=num_candidates,
+        candidates={how: [sets[query.query_id] for query in asked.queries] for how, sets in drawn.items()},
+        slices=_slices(split, asked),
+        new_items=frozenset(map(str, split.catalogue.item_id[split.catalogue.rows_of(domain)][events_N == 0])),
+        notes=_small_sets(num_candidates, rows, drawn),
+        sha256={"queries": _hash_of(asked), **{SAMPLED[how]: file_sha256(file) for how, file in files.items()}},
     )
+
+
+def read_queries(data: str | Path, domain: str, part: str, *, max_queries: int = 0, seed: int = 0) -> Questions:
+    """The questions of `read_questions`, without candidates and slices."""
+    return _questions(domain, _sample(_read_rows(Path(data, "queries", domain), part), max_queries, seed))
+
+
+def _questions(domain: str, rows: Rows) -> Questions:
     return Questions(
         domain=domain,
-        queries=queries,
-        target=target,
+        queries=[_query(row) for row in rows],
+        target=[row["target"] for row in rows],
         user=[row["user_id"] for row in rows],
-        candidates={how: [sets[query.query_id] for query in queries] for how, sets in drawn.items()},
-        slices=slices_of(
-            split,
-            domain,
-            [query.user or "" for query in queries],
-            split.catalogue.find(domain, target),
-            np.array([sum(item.domain == domain for item in query.history) for query in queries], dtype=np.int64),
-            np.array([item in query.uncounted for query, item in zip(queries, target, strict=True)], dtype=bool),
-        ),
-        notes=_small_sets(config, rows, drawn),
-        new_items=frozenset(map(str, split.catalogue.item_id[mine][is_new])),
-        sha256={
-            "queries": hashlib.sha256(asked.encode()).hexdigest(),
-            **{SAMPLED[how]: file_sha256(file) for how, file in files.items()},
-        },
     )
 
 
-def _small_sets(
-    config: EvaluateConfig, rows: Sequence[Mapping[str, Any]], drawn: Mapping[str, Mapping[str, Sequence[str]]]
-) -> list[str]:
+def _read_rows(folder: Path, part: str) -> Rows:
+    path = folder / f"{part}.parquet"
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist: name {folder.name!r} in target_domains of `cprec prepare`")
+    rows: Rows = read_saved(path, "prepare the data again").to_pylist()
+    return rows
+
+
+def _sample(rows: Rows, max_queries: int, seed: int) -> Rows:
+    """At most so many rows, in their order; 0 keeps all."""
+    if not max_queries or len(rows) <= max_queries:
+        return rows
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:max_queries])
+    return [rows[number] for number in chosen]
+
+
+def _query(row: Mapping[str, Any]) -> RankingQuery:
+    domain = row["domain"]
+    history = tuple(Item(d, i) for d, i in zip(row["history_domain"], row["history_item"], strict=True))
+    return RankingQuery(
+        query_id=row["query_id"],
+        domain=domain,
+        history=history,
+        user=f"{row['platform']}/{row['user_id']}",
+        uncounted=frozenset(item.item_id for item in history if item.domain == domain),
+    )
+
+
+def _slices(split: Split, asked: Questions) -> Mapping[str, np.ndarray]:
+    domain, queries = asked.domain, asked.queries
+    return slices_of(
+        split,
+        domain,
+        [query.user or "" for query in queries],
+        split.catalogue.find(domain, asked.target),
+        np.array([sum(item.domain == domain for item in query.history) for query in queries], dtype=np.int64),
+        np.array([item in query.uncounted for query, item in zip(queries, asked.target, strict=True)], dtype=bool),
+    )
+
+
+def _training_events(split: Split, domain: str) -> np.ndarray:
+    """Training events of each item of a domain: int64[N]."""
+    log, mine = split.interactions, split.catalogue.rows_of(domain)
+    of_domain = split.catalogue.domain[log.item] == split.catalogue.domain_index(domain)
+    return np.bincount(log.item[of_domain & split.events(TRAIN)] - mine[0], minlength=len(mine))
+
+
+def _hash_of(asked: Questions) -> str:
+    """SHA-256 of queries, histories and answers."""
+    lines = [
+        f"{query.query_id}\t{item}\t{' '.join(f'{event.domain}/{event.item_id}' for event in query.history)}"
+        for query, item in zip(asked.queries, asked.target, strict=True)
+    ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _small_sets(num_candidates: int, rows: Rows, drawn: Mapping[str, Mapping[str, Sequence[str]]]) -> list[str]:
     """How many queries have fewer candidates than were asked for, by how they are drawn."""
     notes = []
     for how, sets in drawn.items():
         sizes = np.array([len(sets[row["query_id"]]) for row in rows], dtype=np.int64)
-        few = sizes[sizes < config.num_candidates]
+        few = sizes[sizes < num_candidates]
         if few.size:
             alone = f", {np.sum(few == 1):,} of them the target alone" if (few == 1).any() else ""
             notes.append(
-                f"candidates ({how}): fewer than num_candidates={config.num_candidates} for {few.size:,} of "
-                f"{len(rows):,} queries ({few.min()} at least{alone}), for no more are outside their users' "
-                "histories with titles that can be told apart"
+                f"candidates ({how}): fewer than num_candidates={num_candidates} for {few.size:,} of "
+                f"{len(rows):,} queries ({few.min()} at least{alone}), because no more items outside their users' "
+                "histories have titles that can be told apart"
             )
     return notes
 
 
-def _frozen(config: EvaluateConfig, split: Split, domain: str, rows: Sequence[Mapping[str, Any]], how: str) -> Path:
-    """The file with the candidates of all queries of a domain, drawn if it is not there."""
-    drawn_by = "" if how == UNIFORM else f"_{how}"
-    name = f"candidates{config.num_candidates}{drawn_by}_{config.part}_seed{config.seed}.parquet"
-    frozen = Path(config.data) / "queries" / domain / name
-    if not frozen.is_file():
-        mine = split.catalogue.rows_of(domain)
-        titles = [str(title) for title in split.catalogue.title[mine]]
-        log = split.interactions
-        of_domain = split.catalogue.domain[log.item] == split.catalogue.domain_index(domain)
-        had: dict[tuple[str, str], list[int]] = {}
-        for user, item in zip(log.user[of_domain], log.item[of_domain] - mine[0], strict=True):
-            key = (str(log.platforms[log.user_platform[user]]), str(log.user_id[user]))
-            had.setdefault(key, []).append(int(item))
-        weights = None
-        if how == POPULARITY:
-            trained = of_domain & split.events(TRAIN)
-            weights = np.bincount(log.item[trained] - mine[0], minlength=len(mine))
-            if np.count_nonzero(weights) < config.num_candidates:
-                raise ConfigError(
-                    f"num_candidates={config.num_candidates}, but only {np.count_nonzero(weights)} items have training "
-                    "events"
+# ---- frozen candidates -----------------------------------------------------------------------------------------------
+
+
+def _candidate_files(
+    folder: Path, split: Split, domain: str, rows: Rows, part: str, size: int, seed: int, events_N: np.ndarray
+) -> dict[str, Path]:
+    """The files with the candidates of all queries, by how they are drawn; drawn now where they are not there.
+
+    `events_N` are the training events of the domain's items. Candidates by popularity are left out where too few items
+    have any.
+    """
+    files = {}
+    for how in SAMPLED:
+        drawn_by = "" if how == UNIFORM else f"_{how}"
+        path = folder / f"candidates{size}{drawn_by}_{part}_seed{seed}.parquet"
+        if not path.is_file():
+            if how == POPULARITY and (known := np.count_nonzero(events_N)) < size:
+                say(
+                    f"{domain}: no candidates by popularity: num_candidates={size}, but only {known} items have "
+                    "training events"
                 )
-        target = split.catalogue.find(domain, [row["target"] for row in rows]) - mine[0]
-        sets = []
-        with track(len(rows), f"{domain}: candidate sets, {how}", unit="queries") as progress:
-            for row, position in zip(rows, target, strict=True):
-                taken = np.array(had[row["platform"], row["user_id"]])
-                drawn = draw_candidates(
-                    row["query_id"], int(position), taken, titles, config.num_candidates, config.seed, weights
-                )
-                sets.append([str(item) for item in split.catalogue.item_id[mine[0] + drawn]])
-                progress.advance()
-        write_candidates(frozen, [row["query_id"] for row in rows], sets)
-    known = read_candidates(frozen)
-    if known.keys() != {row["query_id"] for row in rows} or any(
-        row["target"] not in known[row["query_id"]] for row in rows
-    ):
-        raise DataError(f"{frozen} holds candidates of other queries than those asked: delete it, and it is drawn anew")
-    return frozen
+                continue
+            _freeze(path, split, domain, rows, size, seed, events_N if how == POPULARITY else None)
+        files[how] = path
+    return files
+
+
+def _freeze(
+    path: Path, split: Split, domain: str, rows: Rows, size: int, seed: int, weights_N: np.ndarray | None
+) -> None:
+    """Draw the candidates of all queries, and write them."""
+    mine, had = split.catalogue.rows_of(domain), _items_had(split, domain)
+    titles = [str(title) for title in split.catalogue.title[mine]]
+    target = split.catalogue.find(domain, [row["target"] for row in rows]) - mine[0]
+    sets = []
+    drawn_by = UNIFORM if weights_N is None else POPULARITY
+    with track(len(rows), f"{domain}: candidate sets, {drawn_by}", unit="queries") as progress:
+        for row, position in zip(rows, target, strict=True):
+            taken = np.array(had[row["platform"], row["user_id"]])
+            drawn = draw_candidates(row["query_id"], int(position), taken, titles, size, seed, weights_N)
+            sets.append([str(item) for item in split.catalogue.item_id[mine[0] + drawn]])
+            progress.advance()
+    write_candidates(path, [row["query_id"] for row in rows], sets)
+
+
+def _items_had(split: Split, domain: str) -> dict[tuple[str, str], list[int]]:
+    """Platform and user id -> every item that the user had in a domain, as positions in it."""
+    log, mine = split.interactions, split.catalogue.rows_of(domain)
+    of_domain = split.catalogue.domain[log.item] == split.catalogue.domain_index(domain)
+    had: dict[tuple[str, str], list[int]] = {}
+    for user, item in zip(log.user[of_domain], log.item[of_domain] - mine[0], strict=True):
+        key = (str(log.platforms[log.user_platform[user]]), str(log.user_id[user]))
+        had.setdefault(key, []).append(int(item))
+    return had
+
+
+def _checked_candidates(path: Path, rows: Rows) -> Mapping[str, tuple[str, ...]]:
+    """The candidates of each query by its id. Raises DataError where they are not those of the queries."""
+    known = read_candidates(path)
+    asked = {row["query_id"]: row["target"] for row in rows}
+    if known.keys() != asked.keys() or any(target not in known[query] for query, target in asked.items()):
+        raise DataError(f"{path} holds candidates of other queries than those asked: delete it, and it is drawn anew")
+    return known

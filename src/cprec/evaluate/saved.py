@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cprec.errors import DataError
+from cprec.files import whole_file
 
 
 def read_saved(path: Path, remedy: str) -> pa.Table:
@@ -20,6 +21,5 @@ def read_saved(path: Path, remedy: str) -> pa.Table:
 
 def write_saved(table: pa.Table, path: Path) -> None:
     """Write a table; a file that was there stays as it is until the new one is complete."""
-    temporary = path.with_name(path.name + ".incomplete")
-    pq.write_table(table, temporary, compression="zstd")
-    temporary.replace(path)
+    with whole_file(path) as unfinished:
+        pq.write_table(table, unfinished, compression="zstd")

@@ -1,46 +1,60 @@
 """From saved rankings to numbers: metrics of every query, means with intervals, slices, lists, paired differences.
 
-Neither the model nor torch is needed. Suffix Q: queries.
+Neither the model nor torch is needed. Suffixes: Q queries, N items of the domain.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from scipy.sparse import csr_array
 
 from cprec import ranks
+from cprec.data.splits import Split
+from cprec.data.titles import title_vectors
 from cprec.evaluate import metrics
-from cprec.evaluate.questions import FULL
+from cprec.evaluate.questions import Protocol, Questions
+from cprec.evaluate.rankings import SavedRankings
+from cprec.evaluate.results import (
+    FULL,
+    GENERATED,
+    Arm,
+    Cost,
+    Difference,
+    Generated,
+    Interval,
+    Kind,
+    Metric,
+    Proofs,
+    Slice,
+)
 from cprec.evaluate.seeds import model_of, together
 from cprec.evaluate.slices import ordered
 from cprec.evaluate.statistics import adjusted, bootstrap_interval, compare_pair, permutations_for
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-    from scipy.sparse import csr_array
-
-    from cprec.data.splits import Split
-    from cprec.evaluate.evaluate import Entrant
-    from cprec.evaluate.questions import Questions
+Columns = Mapping[str, np.ndarray]
+"""A value of each query, by the name it has in `metrics.parquet`."""
 
 
-def metrics_of(rankings: pa.Table, questions: Questions, k: int, protocol: str = FULL) -> dict[str, np.ndarray]:
-    """Metrics of each query from saved rankings; `full` leaves out what is marked as seen."""
-    import pyarrow.compute as pc
+# ---- metrics of queries ----------------------------------------------------------------------------------------------
 
-    asked = questions.of(protocol)
-    if protocol == FULL:
+
+def metrics_of(rankings: pa.Table, protocol: Protocol, k: int, pool: str) -> dict[str, np.ndarray]:
+    """Metrics of each query of a protocol from its saved rankings; the pool `full` leaves out items marked as seen."""
+    if pool == FULL:
         rankings = rankings.filter(pc.invert(rankings["seen"]))
-    query, item = _places(rankings, [query.query_id for query in asked])
-    answers = dict(zip((query.query_id for query in questions.queries), questions.target, strict=True))
-    targets = np.array([answers[query.query_id] for query in asked], dtype=object)
-    better, tied = ranks.count(query, rankings["score"].to_numpy(), item == targets[query], len(asked))
+    row_of = {query.query_id: row for row, query in enumerate(protocol.queries)}
+    query = np.array([row_of[name] for name in rankings["query_id"].to_pylist()], dtype=np.int64)
+    item, target_Q = rankings["item_id"].to_numpy(zero_copy_only=False), np.array(protocol.target, dtype=object)
+    is_target = item == target_Q[query]
+    better, tied = ranks.count(query, rankings["score"].to_numpy(), is_target, len(target_Q))
     columns: dict[str, np.ndarray] = {"num_better": better, "num_tied": tied}
-    columns["num_valid"] = np.bincount(query, minlength=len(asked))
+    columns["num_valid"] = np.bincount(query, minlength=len(target_Q))
     for cut in sorted({1, 5, k}):
         columns[f"recall@{cut}"] = ranks.recall(better, tied, cut)
     for cut in sorted({5, k}):
@@ -50,46 +64,150 @@ def metrics_of(rankings: pa.Table, questions: Questions, k: int, protocol: str =
     return columns | {"mrr": ranks.reciprocal_rank(better, tied)}
 
 
-def _places(rankings: pa.Table, query_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The number of the query of each row, and its item: int64[N], object[N] of str."""
-    row_of = {name: row for row, name in enumerate(query_ids)}
-    query = np.array([row_of[name] for name in rankings["query_id"].to_pylist()], dtype=np.int64)
-    return query, rankings["item_id"].to_numpy(zero_copy_only=False)
-
-
-def means_of(columns: Mapping[str, np.ndarray], users: Sequence[str] | None, seed: int) -> dict[str, dict[str, float]]:
-    """Mean of each metric with its interval: `mean`, `low`, `high`. Queries of one of the `users` go together."""
+def means_of(columns: Columns, users: Sequence[str], pool: str, seed: int) -> dict[Metric, Interval]:
+    """Mean of each metric with its interval. Queries of one of the `users` go together."""
     shown = [name for name in columns if "@" in name or name == "mrr"]
-    return {name: interval(columns[name], users, seed) for name in shown}
+    return {Metric.of(name, pool): interval(columns[name], users, seed) for name in shown}
 
 
-def interval(values_Q: np.ndarray, users: Sequence[str] | None, seed: int) -> dict[str, float]:
+def interval(values_Q: np.ndarray, users: Sequence[str], seed: int) -> Interval:
     """A mean with its 95 % bootstrap interval."""
-    mean, low, high = bootstrap_interval(values_Q, groups=_groups(users), seed=seed)
-    return {"mean": mean, "low": low, "high": high}
+    return Interval(*bootstrap_interval(values_Q, groups=_groups(users), seed=seed))
 
 
-def _groups(users: Sequence[str] | None) -> Sequence[str] | None:
+def _groups(users: Sequence[str]) -> Sequence[str] | None:
     """The users, where one of them has several queries."""
-    return users if users is not None and len(set(users)) < len(users) else None
+    return users if len(set(users)) < len(users) else None
 
 
-def sliced(columns: Mapping[str, np.ndarray], questions: Questions, k: int, seed: int) -> dict[str, Any]:
+# ---- an arm ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """An arm's results, and the values of each query that they are means of."""
+
+    arm: Arm
+    stochastic: bool
+    """Another seed would give other numbers."""
+    values: Mapping[str, Columns]
+    """By pool."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """Turns the saved rankings of a domain's arms into results."""
+
+    questions: Questions
+    protocols: Sequence[Protocol]
+    main: Metric
+    """What arms are compared by; its pool leads."""
+    lists: Lists
+    seed: int
+
+    def results_of(
+        self, name: str, kind: Kind, rankings: Mapping[str, SavedRankings], *, stochastic: bool = False
+    ) -> Judged:
+        """Results of an arm from its rankings by protocol; of a protocol that it was not asked there are none."""
+        main, k, full = self.main.pool, self.main.k, rankings[FULL]
+        assert k is not None
+        values: dict[str, Columns] = {}
+        cells: dict[Metric, Interval] = {}
+        seconds: dict[str, float] = {}
+        for protocol in self.protocols:
+            if protocol.name not in rankings:
+                continue
+            saved = rankings[protocol.name]
+            for pool in sorted(protocol.pools, key=lambda pool: pool != main):  # the leading one first
+                values[pool] = metrics_of(saved.table, protocol, k, pool)
+                if pool != GENERATED:
+                    cells |= means_of(values[pool], protocol.user, pool, self.seed)
+            seconds[main if protocol.name == FULL else protocol.name] = saved.seconds
+        num_queries = len(self.questions.queries)
+        arm = Arm(
+            name=name,
+            kind=kind,
+            metrics=cells,
+            seconds={pool: spent for pool, spent in seconds.items() if pool != GENERATED},
+            cost=Cost(milliseconds_per_query=1000 * full.seconds / max(1, num_queries), **full.cost),
+            lists=self.lists.measures(full.table, k, main),
+            slices=sliced(values[main], self.questions, self.main, self.seed),
+            proofs=proofs_of(full.table, num_queries),
+            found_of_exact=full.found_of_exact,
+            generated=_generated(values[GENERATED], seconds[GENERATED]) if GENERATED in values else None,
+        )
+        return Judged(arm=arm, stochastic=stochastic, values=values)
+
+    def table(self, judged: Sequence[Judged]) -> pa.Table:
+        """Metrics of every query: a row for each query, arm and pool."""
+        asked = {pool: protocol for protocol in self.protocols for pool in protocol.pools}
+        return pa.concat_tables(
+            pa.table(
+                {
+                    "query_id": [query.query_id for query in asked[pool].queries],
+                    "user_id": asked[pool].user,
+                    **{
+                        name: [value] * len(asked[pool].queries)
+                        for name, value in (
+                            ("domain", self.questions.domain),
+                            ("arm", one.arm.name),
+                            ("kind", one.arm.kind),
+                            ("protocol", pool),
+                            ("stochastic", one.stochastic),
+                        )
+                    },
+                    **columns,
+                }
+            )
+            for one in judged
+            for pool, columns in one.values.items()
+        )
+
+
+def sliced(columns: Columns, questions: Questions, main: Metric, seed: int) -> dict[str, dict[str, Slice]]:
     """NDCG@K and Recall@K in each group of each slice, with the number of its queries."""
-    out: dict[str, Any] = {}
+    shown = (replace(main, name="ndcg"), replace(main, name="recall"))
+    out: dict[str, dict[str, Slice]] = {}
     for name, group_Q in questions.slices.items():
         out[name] = {}
         for group in ordered(questions.slices, name):
             inside = group_Q == group
             users = [user for user, mine in zip(questions.user, inside, strict=True) if mine]
-            cells = {metric: interval(columns[metric][inside], users, seed) for metric in (f"ndcg@{k}", f"recall@{k}")}
-            out[name][group] = {"num_queries": int(inside.sum()), **cells}
+            cells = {metric: interval(columns[str(metric)][inside], users, seed) for metric in shown}
+            out[name][group] = Slice(num_queries=int(inside.sum()), metrics=cells)
     return out
+
+
+def proofs_of(rankings: pa.Table, num_queries: int) -> Proofs | None:
+    """What is proven of an arm's rankings, None where nothing is said of it. A query without any item is not proven."""
+    if "gap" not in rankings.column_names:
+        return None
+    first = rankings.filter(np.asarray(rankings["rank"]) == 1)
+    gap = first["gap"].to_numpy()
+    wide = gap[(gap > 0) & np.isfinite(gap)]
+    return Proofs(
+        proven=float((gap == 0).sum()) / num_queries,
+        mean_gap=float(wide.mean()) if len(wide) else 0.0,
+        expanded=float(first["expanded"].to_numpy().sum()) / num_queries,
+    )
+
+
+def _generated(columns: Columns, seconds: float) -> Generated:
+    hit, valid = columns["recall@1"], columns["num_valid"] > 0
+    return Generated(
+        valid_ratio=metrics.valid_ratio(columns["num_valid"]),
+        hit_rate_all=float(hit.mean()),
+        hit_rate_valid=float(hit[valid].mean()) if valid.any() else 0.0,
+        seconds=seconds,
+    )
+
+
+# ---- lists -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lists:
-    """What is known of a domain's items to judge lists of them by. Suffix N: items of the domain."""
+    """What is known of a domain's items to judge lists of them by."""
 
     row_of: Mapping[str, int]
     count_N: np.ndarray
@@ -99,7 +217,7 @@ class Lists:
     """TF-IDF vectors of titles."""
 
     @classmethod
-    def of(cls, split: Split, domain: str, titles: csr_array) -> Lists:
+    def of(cls, split: Split, domain: str) -> Lists:
         mine, log = split.catalogue.rows_of(domain), split.train
         chosen = split.catalogue.domain[log.item] == split.catalogue.domain_index(domain)
         pairs = np.unique(np.stack([log.user[chosen], log.item[chosen] - mine[0]]), axis=1)
@@ -107,15 +225,13 @@ class Lists:
             row_of={str(item): row for row, item in enumerate(split.catalogue.item_id[mine])},
             count_N=np.bincount(pairs[1], minlength=len(mine)),
             num_users=max(1, len(np.unique(pairs[0]))),
-            titles=titles,
+            titles=title_vectors([str(title) for title in split.catalogue.title[mine]]),
         )
 
-    def measures(self, rankings: pa.Table, k: int, *, exclude_seen: bool) -> dict[str, float]:
+    def measures(self, rankings: pa.Table, k: int, pool: str) -> dict[str, float]:
         """Coverage, Gini index, novelty in bits, tail share and diversity of the first K of each list, means over the
         lists that have a value; what no list has (diversity, where all hold one item) is left out."""
-        import pyarrow.compute as pc
-
-        if exclude_seen:
+        if pool == FULL:
             rankings = rankings.filter(pc.invert(rankings["seen"]))
         query_ids = rankings["query_id"].to_pylist()
         number = {name: row for row, name in enumerate(dict.fromkeys(query_ids))}
@@ -137,26 +253,18 @@ class Lists:
         }
 
 
-def paired(
-    entrants: Sequence[Entrant], per_query: Mapping[str, np.ndarray], users: Sequence[str], metric: str, seed: int
-) -> list[dict[str, Any]]:
-    """Differences on the same queries: each model to the baselines and the models before it; where there are no models,
-    the best baseline to the others. Seeds of one model stand together. p values are corrected over all pairs of arms;
-    bounds and random are left out."""
-    kind_of = {entrant.name: entrant.kind for entrant in entrants}
-    stochastic = {entrant.name: entrant.stochastic for entrant in entrants}
-    members = together(name for name, kind in kind_of.items() if kind != "bound" and model_of(name) != "random")
-    values = {rival: np.stack([per_query[name] for name in own]) for rival, own in members.items()}
-    models = [rival for rival, own in members.items() if kind_of[own[0]] == "model"]
-    pairs = [
-        (a, b)
-        for a in reversed(models)
-        for b in members
-        if a != b and (b not in models or models.index(b) < models.index(a))
-    ]
-    if not models and members:
-        best = max(members, key=lambda rival: float(values[rival].mean()))
-        pairs = [(best, rival) for rival in members if rival != best]
+# ---- differences -----------------------------------------------------------------------------------------------------
+
+
+def paired(judged: Sequence[Judged], users: Sequence[str], main: Metric, seed: int) -> list[Difference]:
+    """Differences in the main metric on the same queries. p values are corrected over all pairs of arms; bounds and
+    random are left out. Seeds of one model stand together."""
+    named = {one.arm.name: one for one in judged}
+    members = together(name for name, one in named.items() if one.arm.kind != "bound" and model_of(name) != "random")
+    values = {
+        rival: np.stack([named[name].values[main.pool][str(main)] for name in own]) for rival, own in members.items()
+    }
+    pairs = _told(values, [rival for rival, own in members.items() if named[own[0]].arm.kind == "model"])
     # The best was picked from the same data, so that all pairs count in the correction.
     every = [*pairs, *(pair for pair in combinations(members, 2) if pair not in pairs and pair[::-1] not in pairs)]
     found = [
@@ -166,11 +274,24 @@ def paired(
             groups=_groups(users),
             permutations=permutations_for(len(every)),
             seed=seed,
-            stochastic=(stochastic[members[a][0]], stochastic[members[b][0]]),
+            stochastic=(named[members[a][0]].stochastic, named[members[b][0]].stochastic),
         )
         for a, b in every
     ]
-    return [
-        {"a": a, "b": b, "metric": metric, **asdict(line), "claim": line.claim}
-        for (a, b), line in zip(pairs, adjusted(found), strict=False)
-    ]
+    return [Difference(a=a, b=b, metric=main, test=test) for (a, b), test in zip(pairs, adjusted(found), strict=False)]
+
+
+def _told(values: Mapping[str, np.ndarray], models: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs that a report tells of: each model and the baselines and the models before it; where there are no
+    models, the best baseline and the others."""
+    if models:
+        return [
+            (a, b)
+            for a in reversed(models)
+            for b in values
+            if a != b and (b not in models or models.index(b) < models.index(a))
+        ]
+    if not values:
+        return []
+    best = max(values, key=lambda rival: float(values[rival].mean()))
+    return [(best, rival) for rival in values if rival != best]

@@ -54,9 +54,9 @@ class LLMRecommender:
     Made by `from_pretrained` from a folder that `cprec pretrain` or `cprec finetune` wrote. Candidate lists are ranked
     by exact log-likelihood; the full catalogue over a trie of the domain's titles by `mode`:
 
-    - `exact`: search until no better item can be left, with a certificate;
-    - `auto`: the same, but a query that has read `max_nodes` prefixes gets the best found, and its certificate the gap;
-    - `beam`: the `beam_width` best prefixes of each depth; the certificate has the gap;
+    - `exact`: search until no better item can be left, with a proof;
+    - `auto`: the same, but a query that has read `max_nodes` prefixes gets the best found, and its proof has the gap;
+    - `beam`: the `beam_width` best prefixes of each depth; the proof has the gap;
     - `generate` (candidates only, named in the call of `rank`): the model writes freely, and what it writes is looked
       for among the candidates; a ranking holds one item or none.
 
@@ -64,7 +64,7 @@ class LLMRecommender:
     tokens; or the sum less what it is under an empty history (`corrected` for popularity), in which the share cancels,
     and which is exact for candidates. Over the full catalogue a corrected score may rise along a title, so no prefix
     bounds it: `exact` refuses it, and the others put the titles that a beam found by sum into corrected order, with no
-    certificate.
+    proof.
 
     `cache_bytes` of memory keep what was read of prompts, for users who come back.
     """

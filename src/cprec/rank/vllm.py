@@ -3,7 +3,7 @@
 A node of the tree is just its tokens here. One call of the engine asks what comes after some nodes, with a request for
 each, which makes one token. The request's logits processor (`vllm_processor`) lets the node's children through, so
 their log-probabilities come back. vLLM's prefix cache keeps what requests share, so little of a prompt is read twice.
-The search, its budgets and its certificates are those of `cprec.search`.
+The search, its budgets and its proofs are those of `cprec.search`.
 """
 
 from __future__ import annotations

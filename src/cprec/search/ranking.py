@@ -10,7 +10,7 @@ import numpy as np
 from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
 from cprec.errors import ModelError
-from cprec.recommender import Certificate, Ranking, RankingQuery
+from cprec.recommender import Proof, Ranking, RankingQuery
 from cprec.search.decoding import Found, search
 from cprec.search.reading import Tree
 from cprec.search.scoring import score_candidates
@@ -72,11 +72,11 @@ class SequenceRanker:
         seconds: float | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> list[Ranking]:
-        """The `k` best items in stock for each query, with a certificate.
+        """The `k` best items in stock for each query, with a proof.
 
         `mode` is `exact`, `auto` (exact, but a query reads `max_nodes` prefixes at most) or `beam`. A score less that
         of the empty prompt may rise along a sequence, so nothing bounds it: what a beam finds by probability is put in
-        that order, without a certificate. Raises ModelError where items are in reach and none is found.
+        that order, without a proof. Raises ModelError where items are in reach and none is found.
         """
         corrected = self.empty_prompt is not None
         beam = mode == "beam" or corrected
@@ -168,12 +168,12 @@ class SequenceRanker:
         ids = np.append(self.catalogue.item_id[self._rows[found.items]], np.array(uncounted, dtype=object)[reached])
         scores = np.append(found.scores, scores[reached])
         order = np.argsort(-scores, kind="stable")
-        certificate = None if self.empty_prompt else Certificate(gap=found.gap, expanded=found.expanded)
-        return _ranking(query, ids[order], scores[order], certificate)
+        proof = None if self.empty_prompt else Proof(gap=found.gap, expanded=found.expanded)
+        return _ranking(query, ids[order], scores[order], proof)
 
     def _require_items(self, query: RankingQuery, ranking: Ranking) -> None:
         """Raise ModelError where a full ranking has no item although it may have some, and no budget was spent."""
-        if ranking.item_ids or (ranking.certificate is not None and not ranking.certificate.exact):
+        if ranking.item_ids or (ranking.proof is not None and not ranking.proof.exact):
             return
         stocked = self.catalogue.item_id[self._rows[self.trie.in_stock]]
         in_reach = sum(may_return(query, item) and item not in query.uncounted for item in stocked)
@@ -189,7 +189,5 @@ def may_return(query: RankingQuery, item: str) -> bool:
     return item not in query.exclude and (query.allow is None or item in query.allow)
 
 
-def _ranking(
-    query: RankingQuery, ids: np.ndarray, scores: np.ndarray, certificate: Certificate | None = None
-) -> Ranking:
-    return Ranking(query.query_id, tuple(map(str, ids)), tuple(map(float, scores)), certificate)
+def _ranking(query: RankingQuery, ids: np.ndarray, scores: np.ndarray, proof: Proof | None = None) -> Ranking:
+    return Ranking(query.query_id, tuple(map(str, ids)), tuple(map(float, scores)), proof)

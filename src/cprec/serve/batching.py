@@ -1,4 +1,4 @@
-"""Micro-batching: who waits while the engine is busy is answered together, in one thread that calls the engine."""
+"""Micro-batching: requests that wait while the engine is busy are answered together by the thread that calls it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Overloaded(Exception):
 
 @dataclass(frozen=True)
 class Ask:
-    """What an engine is asked to do; jobs that ask alike share a batch."""
+    """What an engine is to do; jobs that ask for the same share a batch."""
 
     engine: Engine
     domain: str
@@ -32,12 +32,12 @@ class Ask:
     mode: str | None = None
     """exact, auto or beam; None for candidates."""
     deadline_ms: float = 0.0
-    """Jobs with other deadlines go by themselves: the most hurried one of a batch decides for all."""
+    """Jobs with other deadlines have batches of their own: in a batch, the earliest deadline counts for all."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What an engine said to the queries of a job."""
+    """An engine's answer to the queries of a job."""
 
     rankings: list[Ranking]
     stopped: bool
@@ -57,18 +57,19 @@ class Job:
 
 
 def is_whole(ranking: Ranking, k: int) -> bool:
-    """Whether a list has `k` items, or all that there are."""
-    return len(ranking.item_ids) >= k or ranking.certificate is None or ranking.certificate.exact
+    """Whether a list has `k` items, or all items that there are."""
+    return len(ranking.item_ids) >= k or ranking.proof is None or ranking.proof.exact
 
 
 class Batcher:
     """A queue before the engines that is never longer than what can be answered in time.
 
-    There is no waiting for a batch to fill: the oldest job and those that ask alike go as soon as the thread is free.
-    The queue takes no more than one batch, which should take `max_seconds`, half a deadline, at most: who comes as a
-    batch begins waits for it, goes with the next, and is in time. So lists are searched on for two thirds of the time
-    that the oldest job has left, or for one third where others wait. After a batch that took longer, batches and the
-    queue are smaller than it by a quarter, down to an eighth of `max_batch`; after others they are larger by one query.
+    No batch waits to be filled: the oldest job and those that ask for the same go as soon as the thread is free. The
+    queue holds one batch at most, and a batch should take at most `max_seconds`, half a deadline: a request that comes
+    as a batch begins waits for it, goes with the next one, and is in time. So a search for better lists goes on for two
+    thirds of the time that the oldest job has left, or for one third if others wait. After a batch that took too long,
+    batches and the queue become a quarter smaller than it was, but not less than an eighth of `max_batch`; after any
+    other they grow by one query.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Batcher:
         """`max_batch` is in queries; `observe` gets the size and the seconds of each batch."""
         self._clock, self._observe = clock, observe
         self._max_batch = self._limit = max_batch
-        self._least = max(1, max_batch // 8)  # what fewer take is what one takes
+        self._least = max(1, max_batch // 8)  # still smaller batches would hardly be faster
         self._max_seconds = max_seconds
         self._jobs: deque[Job] = deque()
         self._waiting = 0
@@ -107,11 +108,11 @@ class Batcher:
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue jobs, all or none; cancelling a job's future takes it out again, unless it is being answered.
 
-        Raises Overloaded where the queue is full, or closed. More than it holds is taken when it is empty.
+        Raises Overloaded if the queue is full or closed. An empty queue takes any number.
         """
         size = sum(len(job.queries) for job in jobs)
         with self._changed:
-            if self._waiting + size > self._limit:  # those whose client has gone, or has a list, make room
+            if self._waiting + size > self._limit:  # cancelled jobs make room
                 self._jobs = deque(job for job in self._jobs if not job.future.cancelled())
                 self._waiting = sum(len(job.queries) for job in self._jobs)
             if self._closed or (self._waiting and self._waiting + size > self._limit):
@@ -133,7 +134,8 @@ class Batcher:
                 self._answer(batch)
 
     def _next(self) -> list[Job] | None:
-        """The oldest job and those that ask alike, as many as fit, less those cancelled; None once closed and empty."""
+        """The next batch: the oldest job and those that ask for the same, as many as fit, without cancelled ones. None
+        once the queue is closed and empty."""
         with self._changed:
             while not self._jobs:
                 if self._closed:
@@ -169,21 +171,29 @@ class Batcher:
             if len(rankings) != len(queries):
                 raise RuntimeError(f"{ask.engine.name} gave {len(rankings)} answers to {len(queries)} queries")
         except Exception as error:
-            if len(batch) > 1:  # one of them may be to blame: the others are answered
-                for job in batch:
-                    self._answer([job])
-                return
-            self.failures += 1
-            batch[0].future.set_exception(error)
+            self._fail(batch, error)
             return
         self.failures = 0
-        self._seconds = self._clock() - began
-        self._observe(len(queries), self._seconds)
-        if ask.mode is None or self._seconds <= self._max_seconds:
-            self._limit = min(self._max_batch, self._limit + 1)
-        elif len(queries) > self._least:
-            self._limit = max(self._least, 3 * len(queries) // 4)
+        self._adapt(ask, len(queries), self._clock() - began)
         at = 0
         for job in batch:
             job.future.set_result(Answer(rankings[at : at + len(job.queries)], stopped))
             at += len(job.queries)
+
+    def _fail(self, batch: list[Job], error: Exception) -> None:
+        """Give the error to a single job; of several one may be to blame, so each is tried alone."""
+        if len(batch) > 1:
+            for job in batch:
+                self._answer([job])
+            return
+        self.failures += 1
+        batch[0].future.set_exception(error)
+
+    def _adapt(self, ask: Ask, size: int, seconds: float) -> None:
+        """Note how long a batch took, and set the limit of the next ones."""
+        self._seconds = seconds
+        self._observe(size, seconds)
+        if ask.mode is None or seconds <= self._max_seconds:
+            self._limit = min(self._max_batch, self._limit + 1)
+        elif size > self._least:
+            self._limit = max(self._least, 3 * size // 4)

@@ -1,8 +1,8 @@
-"""What the service needs of a model: the one interface of all engines."""
+"""The interface that the service needs of a model, and the queries that it asks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from cprec.data.catalogue import Catalogue
@@ -11,12 +11,12 @@ from cprec.schema import Item
 
 
 class CacheCounts(Protocol):
-    """What an engine tells of the prompts that it keeps."""
+    """Counts of the prompts that an engine keeps."""
 
     max_bytes: int
     num_bytes: int
     hits: int
-    """Tokens that were found and needed no reading."""
+    """Tokens that were kept and needed no reading."""
 
 
 class Engine(Protocol):
@@ -27,22 +27,22 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str:
-        """What it is called in answers."""
+        """Its name in answers."""
         ...
 
     @property
     def domain(self) -> str | None:
-        """The domain that it was made for; None where it was made for all."""
+        """The domain that it was made for; None if it was made for all."""
         ...
 
     @property
     def catalogue(self) -> Catalogue:
-        """All items that histories may name, those withdrawn included."""
+        """All items that histories may name, including those withdrawn."""
         ...
 
     @property
     def withdrawn(self) -> Mapping[str, frozenset[str]]:
-        """Item ids by domain that are in the catalogue and never recommended."""
+        """Item ids by domain that are in the catalogue but are never recommended."""
         ...
 
     @property
@@ -52,13 +52,13 @@ class Engine(Protocol):
 
     @property
     def item_fields(self) -> tuple[str, ...]:
-        """What stands for an item in every text: its title, and perhaps other fields. Items that have the same are one
-        to whoever reads a list."""
+        """The fields that stand for an item in every text: its title, and perhaps others. Items that agree in them look
+        the same to whoever reads a list."""
         ...
 
     @property
     def cache(self) -> CacheCounts | None:
-        """What it keeps of prompts; None where it keeps nothing."""
+        """The prompts that it keeps; None if it keeps none."""
         ...
 
     def rank(
@@ -68,28 +68,63 @@ class Engine(Protocol):
         mode: Any = None,
         stop: Callable[[], bool] | None = None,
     ) -> list[Ranking]:
-        """As `Recommender.rank`, in mode exact, auto or beam. Once `stop()` is true, the best found, with its gap."""
+        """As `Recommender.rank`, in mode exact, auto or beam. Once `stop()` is true, the best found so far."""
         ...
 
     def shown(self, query: RankingQuery) -> tuple[Item, ...]:
-        """The events of a history that are read."""
+        """The events of a query's history that are read."""
         ...
 
     def with_items(self, catalogue: Catalogue, withdrawn: Mapping[str, frozenset[str]]) -> Engine:
-        """An engine of other items, which shares the model. Raises CPRecError for items that it cannot take."""
+        """An engine with other items that shares the model. Raises CPRecError for items that it cannot take."""
         ...
 
 
+class Recommends(Engine, Protocol):
+    """What `cprec recommend` needs of a recommender."""
+
+    def recommend(
+        self, history: Sequence[Any], k: int = 10, *, domain: str | None = None, exclude_seen: bool = True
+    ) -> Sequence[Any]:
+        """A list for one history of ids or titles, best first."""
+        ...
+
+
+def list_query(
+    engine: Engine,
+    domain: str,
+    history: tuple[Item, ...],
+    *,
+    exclude_seen: bool = True,
+    allow: Iterable[str] | None = None,
+    deny: Iterable[str] = (),
+) -> RankingQuery:
+    """A query for a list. With `exclude_seen`, items that look the same as one of the history are left out too."""
+    seen = [item.item_id for item in history if item.domain == domain and exclude_seen]
+    return RankingQuery(
+        query_id="",
+        domain=domain,
+        history=history,
+        exclude=engine.catalogue.of_equal_text(domain, seen, engine.item_fields) | frozenset(deny),
+        allow=None if allow is None else frozenset(allow),
+    )
+
+
+def score_query(domain: str, history: tuple[Item, ...], item_ids: Iterable[str]) -> RankingQuery:
+    """A query for the scores of items, each of them once."""
+    return RankingQuery(query_id="", domain=domain, history=history, candidates=tuple(dict.fromkeys(item_ids)))
+
+
 def reads_nothing(engine: Engine, query: RankingQuery) -> bool:
-    """Whether the engine reads no event of a history: what it would say is the same for everybody."""
+    """Whether the engine reads no event of the history, so that its list would be the same for everybody."""
     in_domain = any(item.domain == query.domain for item in query.history)
     return not in_domain and not (query.history and engine.shown(query))
 
 
 class Baseline(Recommender, Protocol):
-    """A recommender that answers at once, where the model has no time."""
+    """A recommender that answers at once, for when the model has no time."""
 
     @property
     def catalogue(self) -> Catalogue:
-        """The items that it knows; new ones are not among them."""
+        """The items that it knows; items added later are not among them."""
         ...

@@ -1,7 +1,7 @@
 """Files of histories as rows: one user each, with the events that can be looked up and what was left out.
 
-CSV and JSON lines are taken apart as `cprec prepare` takes logs apart, and ids become text by its rule. A row or an
-event that cannot be used is left out with a reason and stops nobody else.
+CSV and JSON lines are split as `cprec prepare` splits logs, and ids become text by the same rule. A row or an event
+that cannot be used is left out with a reason; the others are not affected.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cprec.data.delimited import SHOWN, Form
 from cprec.data.text_files import KEY_TWICE, NO_OBJECT, first_line, parsed_blocks, text_blocks
@@ -36,15 +39,15 @@ class Row:
     line: int
     """Where it begins in a text file, or its number in a Parquet file; from 1 on."""
     user: str | None
-    """None where the row cannot be used; `left_out` says why."""
+    """None if the row cannot be used; `left_out` says why."""
     events: tuple[str, ...] = ()
     """Ids or titles, oldest first."""
     left_out: tuple[tuple[str, str], ...] = ()
-    """What was left out, and why."""
+    """Pairs of a text that was left out and the reason."""
 
 
 def count_rows(path: Path) -> int:
-    """The rows of a file. Raises DataError where it cannot be read, or lacks a column."""
+    """The number of rows of a file. Raises DataError if it cannot be read, or lacks a column."""
     if not path.is_file():
         raise DataError(f"{path} does not exist")
     if path.suffix == ".parquet":
@@ -64,7 +67,7 @@ def count_rows(path: Path) -> int:
 
 
 def read_histories(path: Path) -> Iterator[Row]:
-    """The rows of a file that `count_rows` has looked at, in their order but for those that are malformed."""
+    """The rows of a file that `count_rows` has checked, in order; only malformed rows may come earlier."""
     if path.suffix == ".parquet":
         yield from _read_parquet(path)
     elif path.suffix == ".csv":
@@ -160,7 +163,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _object(line: bytes) -> dict[str, Any] | str:
-    """The object of a line, or why there is none."""
+    """The object of a line, or the reason why there is none."""
     try:
         value = _json(line)
     except _Twice:
@@ -175,7 +178,7 @@ class _Twice(ValueError):
 
 
 def _json(text: str | bytes) -> Any:
-    """JSON in which numbers are what `id_text` makes of them, with all digits of whole ones."""
+    """Read JSON with numbers as the text that `id_text` makes of them; whole numbers keep all their digits."""
     return json.loads(
         text,
         parse_int=str,
@@ -204,10 +207,7 @@ def _form(path: Path) -> Form:
     return Form(tuple(columns), ",", '"')
 
 
-def _parquet(path: Path) -> Any:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def _parquet(path: Path) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
@@ -228,8 +228,6 @@ def _parquet(path: Path) -> Any:
 
 
 def _is_binary(kind: Any) -> bool:
-    import pyarrow as pa
-
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
 
 

@@ -1,11 +1,11 @@
-"""Items that came and went since the model was made: a file of changes that survives a kill at any moment.
+"""Items that were added, changed or withdrawn since the model was made: a log that survives a kill at any moment.
 
     STATE/items.log      one change a line: a checksum, a space, JSON
 
-Each checksum covers its line and the one before, so a line that was changed, lost or moved shows. A change is written
-and flushed to disk before it counts. A kill while it is written leaves a last line without an end: it never counted,
-and is cut off. Anything else that does not fit is damage, which is refused and left as it is. Where most lines of
-a file were overtaken by later ones, it is written anew when it is opened: beside itself, to take its own place whole.
+Each checksum covers its line and the checksum before it, so a line that was changed, lost or moved is noticed. A
+change counts only once it is flushed to disk. A kill during writing leaves a last line without an end, which never
+counted and is cut off. Anything else that does not fit is damage, which is refused and left as it is. A file most of
+whose lines are superseded by later ones is rewritten, whole, when it is opened.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 
 from cprec.data.catalogue import Catalogue
 from cprec.errors import ConfigError, DataError
+from cprec.files import aside, flush
 
 log = logging.getLogger("cprec.serve")
 
@@ -30,12 +31,12 @@ FILE = "items.log"
 _FIRST = "cprec items 1"
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND
 SPARE = 1_000
-"""Lines that may have been overtaken before a file is written anew, beside one for each item."""
+"""How many superseded lines a file may have before it is rewritten, beside one for each item."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredItem:
-    """An item that differs from the model folder's catalogue: it is new, has other text, or was withdrawn."""
+    """An item that differs from the catalogue of the model folder: it is new, has other text, or was withdrawn."""
 
     domain: str
     item_id: str
@@ -44,15 +45,15 @@ class StoredItem:
     brand: str = ""
     categories: str = ""
     withdrawn: bool = False
-    """It is in the catalogue and never recommended."""
+    """It stays in the catalogue but is never recommended."""
 
 
 class ItemStore:
-    """The changes of items in a folder, which one process has to itself; None keeps none, and takes none."""
+    """The changes of items in a folder that one process has to itself. Without a folder it holds and takes none."""
 
     def __init__(self, folder: str | Path | None) -> None:
-        """Raises ConfigError where another process has the folder, DataError where the file is damaged, OSError where
-        it cannot be opened, or written anew for good."""
+        """Raises ConfigError if another process has the folder, DataError if the file is damaged, OSError if it cannot
+        be opened."""
         self.items: dict[tuple[str, str], StoredItem] = {}
         """By domain and item id, as the last change left them."""
         self._file: int | None = None
@@ -66,7 +67,7 @@ class ItemStore:
         self._file = os.open(self.path, _FLAGS, 0o644)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_ours = os.fstat(self._file).st_ino == self.path.stat().st_ino  # and not the one that was written anew
+            is_ours = os.fstat(self._file).st_ino == self.path.stat().st_ino  # not one that has been replaced meanwhile
         except OSError:
             is_ours = False
         if not is_ours:
@@ -75,14 +76,14 @@ class ItemStore:
                 f"state={str(folder)!r} belongs to another process that serves: give each process a folder of its own"
             )
         if created:
-            _flush_folder(Path(folder))
+            flush(Path(folder))
         try:
             num_lines = self._read()
         except DataError:
             self.close()
             raise
         if num_lines > 2 * len(self.items) + SPARE:
-            self._write_anew()
+            self._rewrite()
 
     @property
     def is_open(self) -> bool:
@@ -90,13 +91,13 @@ class ItemStore:
         return self._file is not None
 
     def append(self, changes: Sequence[StoredItem]) -> None:
-        """Store changes, all or none: they are on disk when this returns. Raises OSError where they cannot be."""
+        """Store changes, all or none: they are on disk when this returns. Raises OSError if they cannot be stored."""
         if self._file is None:
             raise ConfigError("there is no folder for changes of items: start with state=FOLDER")
         data, digest = _lines(changes, self._digest)
         try:
             _write(self._file, data)
-        except OSError:  # a full disk: what is there of it goes again, for it was not promised
+        except OSError:  # a full disk, say: remove the part that was written
             os.ftruncate(self._file, self._size)
             raise
         self._digest = digest
@@ -112,34 +113,36 @@ class ItemStore:
     def _keep(self, changes: Iterable[StoredItem]) -> None:
         self.items.update({(change.domain, change.item_id): change for change in changes})
 
-    def _write_anew(self) -> None:
-        """One line for each item, in a new file that is locked and then takes the place of the old one, which stays
-        where there is no room for another."""
+    def _rewrite(self) -> None:
+        """Replace the file by a new one with one line for each item; without room for it, the old one stays.
+
+        The new file is locked before it gets the name, so that no other process can take the folder in between.
+        """
         assert self._file is not None
         data, digest = _lines(self.items.values(), _FIRST)
         path = self.path.resolve()
-        temporary = path.with_name(path.name + ".incomplete")
+        unfinished = aside(path)
         try:
-            temporary.unlink(missing_ok=True)
-            new = os.open(temporary, _FLAGS, 0o600)
+            unfinished.unlink(missing_ok=True)
+            new = os.open(unfinished, _FLAGS, 0o600)
             try:
                 fcntl.flock(new, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.fchmod(new, os.fstat(self._file).st_mode)
                 _write(new, data)
-                temporary.replace(path)
+                unfinished.replace(path)
             except OSError:
                 os.close(new)
-                temporary.unlink()
+                unfinished.unlink()
                 raise
         except OSError as error:
-            log.warning("%s has many lines that count no more, and cannot be written anew: %s", self.path, error)
+            log.warning("%s has many superseded lines, and cannot be rewritten: %s", self.path, error)
             return
         self.close()
         self._file, self._digest, self._size = new, digest, len(data)
-        _flush_folder(path.parent)
+        flush(path.parent)
 
     def _read(self) -> int:
-        """What the file has, and in how many lines."""
+        """Read the file, and return how many lines it has."""
         assert self._file is not None
         data = self.path.read_bytes()
         end = data.rfind(b"\n") + 1
@@ -163,7 +166,7 @@ class ItemStore:
 
 
 def _lines(changes: Iterable[StoredItem], digest: str) -> tuple[bytes, str]:
-    """Changes as lines behind one with a checksum, and the checksum of the last."""
+    """Changes as lines that follow the one with the checksum `digest`, and the checksum of the last."""
     lines = []
     for change in changes:
         text = json.dumps(asdict(change), ensure_ascii=True, separators=(",", ":"))
@@ -173,7 +176,7 @@ def _lines(changes: Iterable[StoredItem], digest: str) -> tuple[bytes, str]:
 
 
 def _write(file: int, data: bytes) -> None:
-    """All of it, on disk. Raises OSError where that cannot be."""
+    """Write all data and flush it to disk. Raises OSError if that fails."""
     written = 0
     while written < len(data):
         written += os.write(file, data[written:])
@@ -184,17 +187,8 @@ def _checksum(before: str, text: str) -> str:
     return hashlib.sha256(f"{before} {text}".encode()).hexdigest()[:16]
 
 
-def _flush_folder(folder: Path) -> None:
-    """A new file's name is on disk only when its folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def with_items(catalogue: Catalogue, items: Sequence[StoredItem]) -> Catalogue:
-    """A catalogue with new items, and with the text of those that it has replaced. The rows stay sorted."""
+    """A catalogue with items added, or with their text replaced if it has them. The rows stay sorted."""
     columns = {name: getattr(catalogue, name).copy() for name in ("title", "brand", "categories")}
     new: dict[tuple[int, str], StoredItem] = {}
     for item in items:

@@ -1,12 +1,15 @@
-"""What the HTTP service is asked and what it answers, as plain dataclasses: FastAPI checks and documents them.
+"""The requests and answers of the HTTP service, as plain dataclasses that FastAPI checks and documents.
 
-The limits stand in the fields' metadata, under the names that pydantic knows.
+Limits are in the metadata of the fields, under the names that pydantic knows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic_core import core_schema
 
 from cprec.schema import MAX_WHOLE, id_text
 
@@ -22,19 +25,28 @@ LONGEST_DEADLINE = 60_000.0
 """Milliseconds that a request may wait at most."""
 
 STRICT: dict[str, Any] = {"extra": "forbid"}
-"""A field that is not known is refused: a filter with a slip in its name would not filter."""
-
+"""An unknown field is refused: a filter with a misspelt name would not filter."""
 
 TAGS = frozenset({"an event", "an id", "one", "several"})
-"""What stands in the places of errors where a body may have one of two forms; no field is called so."""
+"""Names of the two forms that an event, or a body, may have. Pydantic puts them into the path of an error as if they
+were fields."""
+
+HUNG_UP = 499
+"""The status of a request whose client has gone; only the metrics show it."""
+
+
+class Refused(Exception):
+    """A request that is not answered as asked; the message is for the client."""
+
+    def __init__(self, status: int, message: str, unknown: Sequence[str] = (), retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.unknown, self.retry_after = status, list(unknown), retry_after
 
 
 class _Id:
-    """Lets pydantic take whole numbers for ids, as the readers of files do."""
+    """Has pydantic accept whole numbers as ids, as the readers of files do."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        from pydantic_core import core_schema
-
         return core_schema.no_info_before_validator_function(_as_id, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
@@ -55,11 +67,9 @@ Id = Annotated[str, _Id()]
 
 
 class _Event:
-    """Lets pydantic tell an object from an id before it looks for mistakes, so that it names those of one form."""
+    """Has pydantic tell an object from an id before it checks it, so that it reports the mistakes of one form only."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        from pydantic_core import core_schema
-
         forms = {"an event": handler.generate_schema(Event), "an id": handler.generate_schema(Id)}
         return core_schema.tagged_union_schema(
             forms, discriminator=lambda value: "an event" if isinstance(value, (dict, Event)) else "an id"
@@ -67,11 +77,9 @@ class _Event:
 
 
 class OneOrSeveral:
-    """The same for a body: it holds several requests where it has a field `requests`."""
+    """The same for a body, which holds several requests if it has a field `requests`."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        from pydantic_core import core_schema
-
         def form(value: Any) -> str:
             is_several = "requests" in value if isinstance(value, dict) else isinstance(value, RecommendRequests)
             return "several" if is_several else "one"

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from typing import TYPE_CHECKING, TextIO
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TextIO, TypeVar
+
+from rich.console import Console
+from rich.table import Table
 
 from cprec.errors import ConfigError
+from cprec.progress import say, track
 from cprec.serve.config import RecommendConfig
+from cprec.serve.engine import Baseline, Recommends
+from cprec.serve.histories import ROWS_AT_ONCE, count_rows, read_histories
+from cprec.serve.lists import Answers, ListStore, ListWriter, Rejected, made_of
 
-if TYPE_CHECKING:
-    from cprec.serve.engine import Baseline
-    from cprec.serve.lists import Recommends
+T = TypeVar("T")
+
+USERS_AT_ONCE = ROWS_AT_ONCE
+"""Users that are read, ranked and written together, so that memory does not grow with the file. Their lists are what a
+kill may cost."""
 
 
 def recommend(config: RecommendConfig, recommender: Recommends, popular: Baseline | None = None) -> None:
@@ -20,16 +33,11 @@ def recommend(config: RecommendConfig, recommender: Recommends, popular: Baselin
     """
     if config.history:
         _show(config, recommender, sys.stdout)
-        return
-    from cprec.serve.lists import answer_file
-
-    answer_file(config, recommender, popular)
+    else:
+        _answer_file(config, recommender, popular)
 
 
 def _show(config: RecommendConfig, recommender: Recommends, out: TextIO) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     try:
         found = recommender.recommend(config.history, config.k, domain=config.domain, exclude_seen=config.exclude_seen)
     except ValueError as error:
@@ -40,3 +48,45 @@ def _show(config: RecommendConfig, recommender: Recommends, out: TextIO) -> None
     for rank, item in enumerate(found, 1):
         table.add_row(str(rank), item.title, item.item_id, f"{item.score:.2f}")
     Console(file=out).print(table)
+
+
+def _answer_file(config: RecommendConfig, recommender: Recommends, popular: Baseline | None) -> None:
+    assert config.input and config.output
+    source, output = Path(config.input), Path(config.output)
+    domain = config.domain or recommender.domain
+    if domain is None or domain not in recommender.catalogue.domains:
+        raise ConfigError(f"domain={domain!r}: name one of {', '.join(recommender.catalogue.domains)}")
+    num_rows = count_rows(source)
+    if (old := _beside(output, ".parts")).is_dir():
+        say(f"{old} is of an earlier version, and is not read: remove it")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    key = made_of(config.model, domain, config.k, config.exclude_seen)
+    settings = {"domain": domain, "k": config.k, "exclude_seen": config.exclude_seen}
+    with ExitStack() as opened:
+        lists = opened.enter_context(ListStore(_beside(output, ".lists"), key))
+        rejected = opened.enter_context(Rejected(_beside(output, ".rejected.csv"), source, config.strict))
+        writer = opened.enter_context(ListWriter(output))
+        progress = opened.enter_context(track(num_rows, "recommending", unit="users"))
+        answers = Answers(recommender, popular, lists, rejected, **settings)
+        for rows in _chunks(read_histories(source), USERS_AT_ONCE):
+            writer.write(answers.of(rows))
+            progress.advance(len(rows))
+        answers.require_some()
+        rejected.finish()
+        writer.finish()
+        lists.is_kept = bool(rejected.counts)
+    say(f"{output}: {answers.summary()}")
+    if rejected.counts:
+        what = "; ".join(f"{reason}: {count:,}" for reason, count in sorted(rejected.counts.items()))
+        say(f"{rejected.path} lists what was left out ({what})")
+    if lists.path.exists():
+        say(f"{lists.path} keeps the lists: once {source} is mended, only changed users are ranked. Or remove it")
+
+
+def _beside(output: Path, ending: str) -> Path:
+    return output.with_name(output.name + ending)
+
+
+def _chunks(rows: Iterator[T], size: int) -> Iterator[list[T]]:
+    while chunk := list(itertools.islice(rows, size)):
+        yield chunk

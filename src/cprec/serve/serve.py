@@ -7,42 +7,40 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
 
 from cprec.errors import ConfigError
 from cprec.progress import say
+from cprec.serve.app import make_app
 from cprec.serve.config import ServeConfig
-
-if TYPE_CHECKING:
-    from cprec.serve.engine import Baseline, Engine
+from cprec.serve.engine import Baseline, Engine
+from cprec.serve.items import ItemStore
+from cprec.serve.service import Service
 
 MAX_CONNECTIONS = 4_000
-"""Beyond these, or half of the files that the process may open, uvicorn answers 503 by itself; the application sheds
-load long before."""
+"""Connections beyond which uvicorn answers 503 by itself, or half as many as the process may open files, if that is
+fewer. The application refuses requests long before."""
 SWITCH_SECONDS = 0.0005
-"""After which the engine's thread lets that of the connections go on: with Python's 5 ms a busy engine holds up each
-step of each request by so much."""
+"""How long the engine's thread may run before it lets the thread of the connections go on. With Python's 5 ms a busy
+engine would delay each step of each request by as much."""
 IDLE_SECONDS = 75
-"""After which a connection that is not used is closed: longer than proxies keep theirs, so that they never use a closed
-one."""
+"""How long an unused connection stays open: longer than proxies keep theirs, so that they never use a closed one."""
 GRACE_SECONDS = 30
-"""What requests under way may take once the service shuts down."""
+"""How long requests under way may take once the service shuts down."""
 
 
 def serve(config: ServeConfig, engines: Sequence[Engine], baselines: Sequence[Baseline]) -> None:
     """Answer requests until SIGINT or SIGTERM; requests under way are finished.
 
-    Raises ConfigError where the address is taken or the state folder belongs to another process, DataError where what
-    is stored there is damaged.
+    Raises ConfigError if the address is taken or the state folder belongs to another process, DataError if the items
+    stored there are damaged.
     """
-    import uvicorn
-
-    from cprec.serve.app import make_app
-    from cprec.serve.items import ItemStore
-    from cprec.serve.service import Service
-
     sys.setswitchinterval(SWITCH_SECONDS)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with _listening(config.host, config.port) as listener:
         service = Service(
             engines,
@@ -58,31 +56,41 @@ def serve(config: ServeConfig, engines: Sequence[Engine], baselines: Sequence[Ba
             cors=config.cors,
             root_path=config.root_path,
         )
-        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                lifespan="on",
-                ws="none",
-                limit_concurrency=_max_connections(),
-                timeout_keep_alive=IDLE_SECONDS,
-                timeout_graceful_shutdown=GRACE_SECONDS,
-            )
-        )
         host = f"[{config.host}]" if ":" in config.host else config.host
         say(f"serving on http://{host}:{listener.getsockname()[1]} (the interface: /docs; stop: Ctrl-C)")
-        # uvicorn raises a signal again once it has shut down in order; that is no reason to die of it.
-        handlers = {number: signal.signal(number, _ignore) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            server.run(sockets=[listener])
+            with _surviving_signals():
+                _server(app).run(sockets=[listener])
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
             service.close()
     say("stopped: every request that was taken has its answer")
+
+
+def _server(app: Any) -> uvicorn.Server:
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="on",
+            ws="none",
+            limit_concurrency=_max_connections(),
+            timeout_keep_alive=IDLE_SECONDS,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )
+    )
+
+
+@contextmanager
+def _surviving_signals() -> Iterator[None]:
+    """Ignore the signal that uvicorn sends to this process again after it has shut down in order."""
+    handlers = {number: signal.signal(number, _ignore) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -97,7 +105,7 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 def _max_connections() -> int:
-    """As many as there may be files for, once the process's limit is as high as it may be."""
+    """Raise the process's limit of open files as far as allowed, and return how many connections it leaves room for."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * MAX_CONNECTIONS
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -1,16 +1,14 @@
 """The audit of one part of the log: its events against the shards, examples and queries made from them.
 
-Parts are audited one by one, in any process, because a user stands in one part only. What all parts need is prepared
-once (`audit_folder`); `certificate.audit` puts their findings together.
+Parts are audited one by one, in any process, because a user stands in one part only. `certificate.audit` writes what
+all parts need into the audit folder, and puts their findings together.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +46,11 @@ from cprec.text.config import Template
 from cprec.text.documents import query_names, read_queries_of_part, shard_names
 from cprec.text.encoding import PromptEncoder
 from cprec.text.shards import Shards, read_piece, read_shard_manifest
-from cprec.text.tokenizer import beginning_of, load_tokenizer
 
-_AUDIT_FOLDER = ".audit"
+AUDIT_FOLDER = ".audit"
 """Inside the data folder, while it is audited: the encoded catalogue and what the parts count."""
 
-_READABLE = "readable.json"
+READABLE = "readable.json"
 """In the audit folder: the names of the shards, examples and queries that can be read."""
 
 
@@ -89,34 +86,11 @@ class Prepared:
         return {name: from_seconds(seconds) for name, seconds in cuts.items()} if cuts else None
 
 
-@contextmanager
-def audit_folder(data: Prepared, catalogue: Catalogue, readable: Sequence[str]) -> Iterator[Path]:
-    """The folder with what `audit_part` needs, removed at the end; `readable` names what the parts may read."""
-    work = data.folder / _AUDIT_FOLDER
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
-        (work / _READABLE).write_text(json.dumps(readable), encoding="utf-8")
-        tokenizer = load_tokenizer(str(data.folder / "tokenizer"))
-        encoder = PromptEncoder(
-            tokenizer,
-            catalogue,
-            max_title_tokens=data.settings["max_title_tokens"],
-            template=data.template,
-            begin=beginning_of(tokenizer, data.settings.get("add_bos_token", "false")),  # older folders have none
-        )
-        encoder.save(work)
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        _open.cache_clear()
-
-
 @functools.lru_cache(maxsize=1)
-def _open(folder: Path) -> tuple[Catalogue, Grammar]:
+def open_grammar(folder: Path) -> tuple[Catalogue, Grammar]:
     """The catalogue, and how its documents are written; read once for all parts of a process."""
     catalogue = read_catalogue(folder)
-    encoder = PromptEncoder.load(folder / _AUDIT_FOLDER, catalogue)
+    encoder = PromptEncoder.load(folder / AUDIT_FOLDER, catalogue)
     return catalogue, Grammar(
         heads=encoder.heads(),
         line=encoder.line_tokens,
@@ -134,11 +108,11 @@ def audit_part(folder: Path, part: int) -> dict[str, Any]:
     Returns properties, observations and counts of events in time as plain JSON; how many training events each item has
     goes into the audit folder.
     """
-    catalogue, grammar = _open(folder)
+    catalogue, grammar = open_grammar(folder)
     data = Prepared.read(folder)
-    readable = set(json.loads((folder / _AUDIT_FOLDER / _READABLE).read_text(encoding="utf-8")))
+    readable = set(json.loads((folder / AUDIT_FOLDER / READABLE).read_text(encoding="utf-8")))
     split = read_split(folder, part, catalogue)
-    np.save(folder / _AUDIT_FOLDER / f"part-{part}.npy", np.bincount(split.train.item, minlength=len(catalogue)))
+    np.save(folder / AUDIT_FOLDER / f"part-{part}.npy", np.bincount(split.train.item, minlength=len(catalogue)))
     auditor = _PartAuditor(data, part, split, grammar)
     properties = [auditor.check_parts(), auditor.check_split(), *auditor.check_documents(readable)]
     observations: list[Observation] = []

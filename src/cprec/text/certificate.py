@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,12 @@ from cprec.files import write_whole
 from cprec.progress import say
 from cprec.provenance import CONFIG_FILE, file_sha256
 from cprec.schema import TEST, TRAIN, VALIDATION
-from cprec.text.audit_part import Prepared, audit_folder
+from cprec.text.audit_part import AUDIT_FOLDER, READABLE, Prepared, open_grammar
+from cprec.text.config import TINY
 from cprec.text.documents import QUERY_COLUMNS, ROW_GROUPS, query_names, shard_names
+from cprec.text.encoding import PromptEncoder
 from cprec.text.shards import DOCUMENTS, DTYPES, INDEX, TOKENS, manifest_sha256, read_shard_manifest
-from cprec.text.tokenizer import TINY, load_tokenizer, train_on_titles
+from cprec.text.tokenizer import beginning_of, load_tokenizer, train_on_titles
 from cprec.text.workers import num_workers, run_parts
 
 CERTIFICATE = "certificate.json"
@@ -273,7 +277,7 @@ def _check_contents(
     data: Prepared, catalogue: Catalogue, readable: Sequence[str], workers: int
 ) -> Iterator[Property | Observation]:
     """What the parts find, put together, then what only all users together can show."""
-    with audit_folder(data, catalogue, readable) as work:
+    with _audit_folder(data, catalogue, readable) as work:
         found = run_parts(
             "cprec.text.audit_part:audit_part", data.folder, range(data.manifest["num_parts"]), workers, "auditing"
         )
@@ -285,6 +289,29 @@ def _check_contents(
     yield from _check_tokenizer(data, catalogue)
     for domain in data.target_domains:
         yield find_near_duplicates(catalogue, domain, data.pretrain_domains(catalogue))
+
+
+@contextmanager
+def _audit_folder(data: Prepared, catalogue: Catalogue, readable: Sequence[str]) -> Iterator[Path]:
+    """The folder with what `audit_part` needs, removed at the end; `readable` names what the parts may read."""
+    work = data.folder / AUDIT_FOLDER
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        (work / READABLE).write_text(json.dumps(readable), encoding="utf-8")
+        tokenizer = load_tokenizer(str(data.folder / "tokenizer"))
+        encoder = PromptEncoder(
+            tokenizer,
+            catalogue,
+            max_title_tokens=data.settings["max_title_tokens"],
+            template=data.template,
+            begin=beginning_of(tokenizer, data.settings.get("add_bos_token", "false")),  # older folders have none
+        )
+        encoder.save(work)
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        open_grammar.cache_clear()
 
 
 def _check_cuts(data: Prepared, times: np.ndarray) -> Property:

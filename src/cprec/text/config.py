@@ -13,6 +13,10 @@ from cprec.schema import BRAND, CATEGORIES, TITLE
 ITEM_FIELDS = (TITLE, BRAND, CATEGORIES)
 
 
+TINY = "tiny"
+"""The tokenizer that is trained on the titles of the data."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Template:
     """The fixed parts of the unified template. Raises ConfigError for item fields that are not in ITEM_FIELDS."""
@@ -134,7 +138,7 @@ class PrepareConfig(DocumentRules, Rules, Sources):
 
     output_dir: str
     """The data folder to write."""
-    tokenizer: str = "tiny"
+    tokenizer: str = TINY
     """The base model's tokenizer (a Hugging Face name or folder), or `tiny`: a byte-level BPE trained on the titles."""
     vocabulary_size: int = 8192
     """Of the tiny tokenizer."""

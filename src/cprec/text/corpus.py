@@ -1,34 +1,31 @@
-"""What training reads: documents of several shard folders as one list, in groups that a mixture weighs."""
+"""The documents that training reads: those of several shard folders as one list, in groups that a mixture weighs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.schema import MIXED, SPECIFIC
-
-if TYPE_CHECKING:
-    from cprec.text.shards import Shards
+from cprec.text.shards import Shards
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Documents that a mixture weighs together: one domain's specific ones, all mixed ones, or those of one source."""
+    """Documents with one weight in a mixture: a domain's specific ones, all mixed ones, or those of another source."""
 
     name: str
-    """As `books (specific)`, `mixed`, `general text`, `examples of books`."""
+    """For example `books (specific)`, `mixed`, `general text` or `examples of books`."""
     kind: str
     """specific, mixed, general text or examples."""
     shards: Shards
     documents: np.ndarray
     """Their row numbers in the shards: int64[D]."""
     domain: str = ""
-    """Of specific ones and examples."""
+    """The domain of specific documents and of examples; empty for others."""
     targets_only: bool = False
     """Whether the loss covers the target's tokens alone."""
 
@@ -48,7 +45,7 @@ class Group:
 def behaviour_groups(shards: Shards) -> list[Group]:
     """The groups of a shard folder of behaviour sequences: specific ones by domain, then mixed ones.
 
-    Read from the manifest's list of pieces (runs of documents of one domain and kind).
+    They are read from the manifest, which lists the pieces (runs of documents of one domain and kind).
     """
     rows: dict[tuple[bool, str], list[np.ndarray]] = {}
     start = 0
@@ -66,7 +63,7 @@ def behaviour_groups(shards: Shards) -> list[Group]:
 
 
 class Corpus:
-    """The documents of several groups as one list; suffix D = documents in all, the first group's first."""
+    """The documents of several groups as one list, group after group; D is the number of documents in all."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self.groups = tuple(groups)
@@ -93,14 +90,13 @@ class Corpus:
         offsets = offsets_of(self.lengths[documents])
         tokens = np.empty(offsets[-1], dtype=np.int64)
         first_target = np.ones(len(documents), dtype=np.int64)
-        of = self.group[documents]
-        for number in np.unique(of):
-            group, mine = self.groups[number], np.flatnonzero(of == number)
+        group_of = self.group[documents]
+        for number in np.unique(group_of):
+            group, mine = self.groups[number], np.flatnonzero(group_of == number)
             rows = group.documents[documents[mine] - self._starts[number]]
             found = group.shards.take(rows)
-            tokens[np.repeat(offsets[mine] - found.offsets[:-1], found.lengths) + np.arange(len(found.values))] = (
-                found.values
-            )
+            # The tokens of the i-th document found go where the documents asked for have their mine[i]-th.
+            tokens[np.repeat(offsets[mine], found.lengths) + found.place_of] = found.values
             if group.targets_only:
                 first_target[mine] = group.shards.column("target_start")[rows]
         return Ragged(tokens, offsets), first_target

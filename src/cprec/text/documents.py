@@ -1,6 +1,6 @@
-"""What one part of the log gives: documents to pre-train on, examples to fine-tune on, queries to evaluate with.
+"""Writes what a part of the log gives: documents to pre-train on, examples to fine-tune on, queries to evaluate with.
 
-Each part is written aside, by any process on any machine that sees the folder; `join_parts` puts the parts together.
+Any process on any machine that sees the folder may write a part; `join_parts` puts the parts together.
 
     DATA/shards/{train,heldout}/             behaviour sequences
     DATA/examples/DOMAIN/{train,validation}/ next-item examples of a target domain
@@ -26,11 +26,20 @@ from cprec.data.catalogue import Catalogue
 from cprec.data.config import SplitSpec
 from cprec.data.dataset import POPULARITY, finish_part, read_catalogue, read_manifest
 from cprec.data.interactions import Interactions, split_time
-from cprec.data.ragged import Ragged, offsets_of
+from cprec.data.ragged import Ragged, gather, offsets_of
 from cprec.data.sequences import build_sequences
-from cprec.data.splits import Queries, Split, comparable_domains, from_seconds, in_seconds, make_split, user_shares
+from cprec.data.splits import (
+    Queries,
+    Split,
+    comparable_domains,
+    from_seconds,
+    in_seconds,
+    make_split,
+    runs,
+    user_shares,
+)
 from cprec.errors import ConfigError, DataError
-from cprec.files import whole_file, whole_folder
+from cprec.files import whole_folder
 from cprec.schema import KINDS, SPECIFIC, TEST, TRAIN, VALIDATION, DomainInfo
 from cprec.text.config import DocumentRules
 from cprec.text.encoding import PromptEncoder
@@ -38,7 +47,6 @@ from cprec.text.shards import join_shards, write_shards
 
 RULES, ENCODER, PARTS = "rules.json", "encoder", "parts"
 """Names inside an unfinished data folder: what `write_part` needs, and what it writes."""
-
 
 QUERY_COLUMNS = frozenset(
     ("query_id", "platform", "user_id", "domain", "history_domain", "history_item", "target", "timestamp")
@@ -145,10 +153,11 @@ class _PartWriter:
                 max_events=rules.max_events,
                 mixed_order=rules.mixed_order,
             )
+            items = Ragged(log.item[sequences.event], sequences.offsets)
             parts, columns = [], []
             for number, kind in enumerate(KINDS):
                 rows = np.flatnonzero(sequences.kind == number)
-                events = Ragged(log.item[sequences.event], sequences.offsets).take(rows)
+                events = items.take(rows)
                 documents, domain, user = _split_long(
                     encoder, kind, sequences.domain[rows], sequences.user[rows], events, rules.max_document_tokens
                 )
@@ -164,15 +173,9 @@ class _PartWriter:
         """Next-item examples of a domain: every training event with enough history, and the validation queries."""
         rules, encoder = self.rules, self.encoder
         number = self.split.catalogue.domains.index(domain)
-        validation = self._queries(domain, VALIDATION, rules.max_history)
-        history, target = validation.history, validation.target
-        with_target = np.concatenate([history.values, target])
-        slots = np.concatenate([history.row_of, np.arange(len(target))])
-        order = np.argsort(slots, kind="stable")
-        validation_events = Ragged(with_target[order], history.offsets + np.arange(len(history.offsets)))
-        for name, events, user in (
-            ("train", *self._training_examples(number)),
-            ("validation", validation_events, validation.user),
+        for name, (events, user) in (
+            (TRAIN, self._training_examples(number)),
+            (VALIDATION, self._validation_examples(domain)),
         ):
             documents_domain = np.full(len(events), number)
             kept = encoder.fit(rules.history, documents_domain, events, rules.max_document_tokens - 1)
@@ -210,13 +213,13 @@ class _PartWriter:
         split, rules = self.split, self.rules
         log = split.interactions
         unseen = [split.catalogue.domains.index(d) for d in rules.target_domains if d not in rules.pretrain_domains]
-        tested = np.isin(split.catalogue.domain[log.item], unseen) & (split.part != 0)
+        tested = np.isin(split.catalogue.domain[log.item], unseen) & ~split.events(TRAIN)
         excluded = np.zeros(len(log.user_id), dtype=bool)
         excluded[log.user[tested]] = True
         return excluded, (user_shares(log, str(rules.seed)) < rules.heldout_share) & ~excluded
 
     def _training_examples(self, domain: int) -> tuple[Ragged, np.ndarray]:
-        """Every training event of the domain as the last event of a row, after its history; and the row's user."""
+        """Every training event of the domain with enough history, as the last event of a row; and the row's user."""
         split, rules = self.split, self.rules
         log = split.interactions
         mask = split.events(TRAIN)
@@ -226,13 +229,21 @@ class _PartWriter:
             mask &= comparable_domains(split.catalogue, split.domains)[split.catalogue.domain[log.item]]
         events = np.flatnonzero(mask)
         user, item = log.user[events], log.item[events]
-        first = np.flatnonzero(np.r_[True, user[1:] != user[:-1]]) if len(user) else np.empty(0, dtype=np.int64)
-        within = np.arange(len(user)) - np.repeat(first, np.diff(np.r_[first, len(user)]))
-        targets = np.flatnonzero((within >= rules.min_history) & (split.catalogue.domain[item] == domain))
-        lengths = np.minimum(within[targets], rules.max_history) + 1
-        offsets = offsets_of(lengths)
-        place = np.repeat(targets - lengths + 1, lengths) + np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-        return Ragged(item[place], offsets), user[targets]
+        # Events stand user by user in order, so an event's place in its user's run is the number of events before it,
+        # and a row is the stretch of `item` that ends with its target.
+        num_before, _, _ = runs(user)
+        targets = np.flatnonzero((num_before >= rules.min_history) & (split.catalogue.domain[item] == domain))
+        lengths = np.minimum(num_before[targets], rules.max_history) + 1
+        return gather(item, targets - lengths + 1, lengths), user[targets]
+
+    def _validation_examples(self, domain: str) -> tuple[Ragged, np.ndarray]:
+        """Every validation query of the domain with its target as the last event of a row; and the row's user."""
+        queries = self._queries(domain, VALIDATION, self.rules.max_history)
+        history, target = queries.history, queries.target
+        # A stable sort by row puts each target, which comes after all histories, behind its own history.
+        rows = np.concatenate([history.row_of, np.arange(len(target))])
+        items = np.concatenate([history.values, target])[np.argsort(rows, kind="stable")]
+        return Ragged(items, history.offsets + np.arange(len(history.offsets))), queries.user
 
     def _columns(
         self, kind: str, domain: np.ndarray, user: np.ndarray, num_events: np.ndarray, target_start: np.ndarray
@@ -260,25 +271,33 @@ def _split_long(
 ) -> tuple[Ragged, np.ndarray, np.ndarray]:
     """Halve documents (by events) until each has at most `max_tokens` tokens or a single event."""
     while True:
-        cost = np.add.reduceat(np.r_[encoder.event_tokens(kind, events.values), 0], events.offsets[:-1])
-        long = (cost + encoder.frame_tokens(kind, np.maximum(domain, 0)) + 1 > max_tokens) & (events.lengths > 1)
+        # Tokens of each document: its events, what frames them, and the end-of-sequence.
+        size = np.add.reduceat(np.r_[encoder.event_tokens(kind, events.values), 0], events.offsets[:-1])
+        size = size + encoder.frame_tokens(kind, np.maximum(domain, 0)) + 1
+        long = (size > max_tokens) & (events.lengths > 1)
         if not len(events) or not long.any():
             return events, domain, user
-        halves = np.where(long, 2, 1)
+        # Each long document becomes two rows; its second one, at `second`, gets the events that the first leaves.
+        copies = np.where(long, 2, 1)
         first = np.where(long, (events.lengths + 1) // 2, events.lengths)
-        lengths = np.repeat(first, halves)
-        second = np.cumsum(halves)[long] - 1
+        lengths = np.repeat(first, copies)
+        second = np.cumsum(copies)[long] - 1
         lengths[second] = (events.lengths - first)[long]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        events, domain, user = Ragged(events.values, offsets), np.repeat(domain, halves), np.repeat(user, halves)
+        events, domain, user = Ragged(events.values, offsets_of(lengths)), domain.repeat(copies), user.repeat(copies)
+
+
+_HASH_FACTORS = 40503, 9973, 31
+"""Odd factors of the hash in `shuffled`: 2**16 divided by the golden ratio, which scatters neighbouring numbers widest
+(Knuth, The Art of Computer Programming, 6.4), and two primes, so that the three numbers hashed do not cancel out."""
 
 
 def shuffled(rows: Ragged, seed: int) -> Ragged:
-    """Each row in an order that its values and the seed decide, wherever it stands."""
-    rank = np.random.default_rng(seed).permutation(1 << 16)
-    place = np.arange(len(rows.values)) - np.repeat(rows.offsets[:-1], rows.lengths)
-    salt = np.repeat(np.add.reduceat(np.r_[rows.values, 0], rows.offsets[:-1]), rows.lengths)
-    key = rank[(rows.values * 40503 + place * 9973 + salt * 31) & 0xFFFF]
+    """Shuffle within rows. A row's order depends on its values and the seed alone, not on the rows around it."""
+    # A hash of each value, its place and its row's sum, of 16 bits, looked up in a random table, is its sort key.
+    table = np.random.default_rng(seed).permutation(1 << 16)
+    sums = np.repeat(np.add.reduceat(np.r_[rows.values, 0], rows.offsets[:-1]), rows.lengths)
+    of_value, of_place, of_sum = _HASH_FACTORS
+    key = table[(rows.values * of_value + rows.place_of * of_place + sums * of_sum) & 0xFFFF]
     return Ragged(rows.values[np.lexsort((key, rows.row_of))], rows.offsets)
 
 
@@ -314,7 +333,7 @@ def queries_table(split: Split, queries: Queries, domain: str) -> pa.Table:
 def join_parts(folder: Path, about: Mapping[str, Any]) -> None:
     """Put all parts of an unfinished data folder together; `about` goes into every shard manifest.
 
-    It may be called again after an interruption. `remove_parts` is to follow.
+    It may be called again after an interruption, until `remove_parts` has deleted the parts.
     """
     rules, _, encoder = _open(folder)
     parts = [folder / PARTS / f"part-{part}" for part in range(read_manifest(folder)["num_parts"])]
@@ -331,10 +350,9 @@ def join_parts(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Delete what only the parts needed."""
-    for leftover in (PARTS, ENCODER):
-        if (folder / leftover).exists():
-            shutil.rmtree(folder / leftover)
+    """Delete the parts and what only they needed, where these are still there."""
+    for name in (PARTS, ENCODER):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _join_tables(sources: list[Path], target: Path) -> None:
@@ -342,7 +360,7 @@ def _join_tables(sources: list[Path], target: Path) -> None:
     sources the metadata has under `ROW_GROUPS`."""
     numbers = [number for number, source in enumerate(sources) if pq.read_metadata(source).num_rows]
     schema = pq.read_schema(sources[0]).with_metadata({ROW_GROUPS: json.dumps(numbers)})
-    with whole_file(target) as unfinished, pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(target, schema, compression="zstd") as writer:
         for number in numbers:
             table = pq.ParquetFile(sources[number]).read().replace_schema_metadata(schema.metadata)
             writer.write_table(table, row_group_size=table.num_rows)
@@ -354,8 +372,7 @@ def read_queries_of_part(path: Path, part: int) -> pa.Table:
     numbers = json.loads((file.schema_arrow.metadata or {}).get(ROW_GROUPS, b"[]"))
     if len(numbers) != file.num_row_groups:
         raise DataError(f"{path} does not say which part its rows are from: it was changed; run `cprec prepare` again")
-    groups = [group for group, number in enumerate(numbers) if number == part]
-    return file.read_row_groups(groups)
+    return file.read_row_groups([group for group, number in enumerate(numbers) if number == part])
 
 
 def write_popularity(folder: Path, catalogue: Catalogue, counts: np.ndarray) -> None:

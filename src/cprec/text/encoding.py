@@ -1,4 +1,4 @@
-"""Prompts to token ids: every piece is tokenised once, a document is a ragged gather of pieces."""
+"""Turns prompts into token ids: every piece is tokenised once, and a document is a ragged gather of pieces."""
 
 from __future__ import annotations
 
@@ -26,43 +26,46 @@ def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
 
 
 def encode_pieces(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """The tokens of pieces, each on its own; what spells a special token ("<eos>") does not become one."""
+    """The tokens of each piece by itself; text that spells a special token ("<eos>") stays text."""
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
 
 
 class TemplateMarks:
-    """Finds the template's fixed tokens in documents, so that a loss may leave them out."""
+    """Finds the template's fixed tokens in documents, so that a loss can leave them out."""
 
     def __init__(self, tokenizer: Any, template: Template, domains: Sequence[str], begin: Sequence[int] = ()) -> None:
         line, next_, *tags = encode_pieces(
             tokenizer, [template.line, template.next, *(template.tag(domain) for domain in domains)]
         )
-        self._marks = [np.array(line), np.array(next_)]
+        self._marks = [np.array(line), np.array(next_)]  # what opens a line, and the target
         self._tags = sorted(map(np.array, tags), key=len)
         self._mixed_head = np.array([*begin, *encode_pieces(tokenizer, [template.head(template.mixed_scope)])[0]])
 
     def in_titles(self, tokens: Ragged) -> np.ndarray:
-        """bool per token: whether it is of a title, or the end-of-sequence that closes the last one.
+        """bool per token: whether it belongs to a title, or is the end-of-sequence that closes the last title.
 
-        Not of titles are the head, what opens a line, and in mixed documents the tag before each title.
+        The rest is the head, the opening of each line and, in mixed documents, the tag before each title.
         """
-        values, doc = tokens.values, tokens.offsets[:-1]
-        mixed = np.repeat(_begins_with(values, doc, self._mixed_head), tokens.lengths)
-        edge = np.zeros(len(values) + 1, dtype=np.int64)  # +1 where a part of the template begins, -1 where it ends
+        values, starts = tokens.values, tokens.offsets[:-1]
+        mixed = np.repeat(_begins_with(values, starts, self._mixed_head), tokens.lengths)
+        # +1 where a stretch of the template begins and -1 where it ends: the running sum is 0 in titles alone.
+        edge = np.zeros(len(values) + 1, dtype=np.int64)
         openings = [np.array([len(values)])]
         for mark in self._marks:
             at = np.flatnonzero(values == mark[0])
             at = at[_begins_with(values, at, mark)]
             end = at + len(mark)
+            # The tag behind each opening of a mixed document; of several that fit, the longest, which comes last.
             width = np.zeros(len(at), dtype=np.int64)
-            for tag in self._tags:  # of several that fit the longest
+            for tag in self._tags:
                 width[_begins_with(values, end, tag)] = len(tag)
             np.add.at(edge, at, 1)
             np.add.at(edge, end + np.where(mixed[at], width, 0), -1)
             openings.append(at)
-        first = np.sort(np.concatenate(openings))
-        head_end = np.minimum(first[np.searchsorted(first, doc)], tokens.offsets[1:])
-        np.add.at(edge, doc, 1)
+        # A head reaches from the start of its document to the first line opening, or to the end where there is none.
+        opening = np.sort(np.concatenate(openings))
+        head_end = np.minimum(opening[np.searchsorted(opening, starts)], tokens.offsets[1:])
+        np.add.at(edge, starts, 1)
         np.add.at(edge, head_end, -1)
         return np.cumsum(edge[:-1]) == 0
 
@@ -111,9 +114,9 @@ class PromptEncoder:
 
         t, domains = self.template, list(catalogue.domains)
         mixed_head, *heads = ([*begin, *head] for head in encode([t.head(name) for name in [t.mixed_scope, *domains]]))
-        parts = [*encode([t.line, t.next]), mixed_head]
+        line, next_ = encode([t.line, t.next])
         tags = encode([t.tag(domain) for domain in domains])
-        frame = Ragged.of(parts + [[self.eos_id]] + heads + tags)
+        frame = Ragged.of([line, next_, mixed_head, [self.eos_id], *heads, *tags])  # in the order of `_set_pieces`
         self._set_pieces(
             Ragged.concatenate([frame, self._encode_items(tokenizer, np.arange(len(catalogue)), max_title_tokens)])
         )
@@ -126,7 +129,7 @@ class PromptEncoder:
         """The title of each catalogue row, with the other fields that the template asks for, each cut to `most`."""
         t, catalogue = self.template, self.catalogue
         pieces = [Ragged.of([])]
-        for start in range(0, len(rows), BATCH):  # lists of Python numbers take much more room than arrays
+        for start in range(0, len(rows), BATCH):  # in batches, because lists of numbers take far more room than arrays
             mine = rows[start : start + BATCH]
             fields = [encode_pieces(tokenizer, [t.title(title) for title in catalogue.title[mine]])]
             for name in t.item_fields[1:]:
@@ -140,6 +143,7 @@ class PromptEncoder:
         assert catalogue.domains == self.catalogue.domains
         out = copy.copy(self)
         out.catalogue = catalogue
+        # The row that each item has in the old catalogue, -1 where it is new: its place in its domain, then in all.
         before = [self.catalogue.arrow_ids(domain) for domain in catalogue.domains]
         known = np.concatenate(
             [
@@ -148,6 +152,7 @@ class PromptEncoder:
             ]
         )
         known[known >= 0] += offsets_of(np.array([len(ids) for ids in before]))[catalogue.domain[known >= 0]]
+        # Items whose text did not change keep their pieces; the others get new ones, behind the old pieces.
         same = known >= 0
         for name in self.template.item_fields:
             same[same] = getattr(catalogue, name)[same] == getattr(self.catalogue, name)[known[same]]
@@ -163,10 +168,10 @@ class PromptEncoder:
         return np.array_equal(mine.offsets, theirs.offsets) and np.array_equal(mine.values, theirs.values)
 
     def _set_pieces(self, pieces: Ragged) -> None:
-        """Number the pieces: three parts of the template and the end, then the heads, the tags and the titles."""
+        """Number the pieces: four that all documents share, then each domain's head, each domain's tag, the titles."""
         domains = self.catalogue.domains
         self._pieces = pieces
-        # Documents are made by the million: their tokens take the least room that holds the vocabulary.
+        # Documents are made by the million, so their tokens have the smallest type that holds the vocabulary.
         self._small_pieces = Ragged(pieces.values.astype(token_dtype(self.vocabulary_size)), pieces.offsets)
         self._line, self._next, self._mixed_head, self._eos = 0, 1, 2, 3
         self._heads = 4 + np.arange(len(domains))
@@ -174,7 +179,7 @@ class PromptEncoder:
         self._titles = 4 + 2 * len(domains)
 
     def save(self, folder: Path) -> None:
-        """Write the tokens of every piece, for `load`: nothing is tokenised twice."""
+        """Write the tokens of every piece, so that `load` need not tokenise them again."""
         folder.mkdir(parents=True, exist_ok=True)
         np.save(folder / "tokens.npy", self._pieces.values)
         np.save(folder / "offsets.npy", self._pieces.offsets)
@@ -183,7 +188,7 @@ class PromptEncoder:
 
     @classmethod
     def load(cls, folder: Path, catalogue: Catalogue) -> PromptEncoder:
-        """What `save` wrote, for the same catalogue; the tokens stay on disk until they are asked for."""
+        """The encoder that `save` wrote, for the same catalogue; tokens stay on disk until they are used."""
         about = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
         encoder = cls.__new__(cls)
         encoder.catalogue, encoder.template = catalogue, Template(**about["template"])
@@ -246,7 +251,7 @@ class PromptEncoder:
         return lengths[self._line] + extra + lengths[self._titles + rows]
 
     def frame_tokens(self, kind: str, domains: np.ndarray) -> np.ndarray:
-        """How many tokens a prompt of each domain has besides its history."""
+        """How many tokens a prompt of each domain has beside those of its history."""
         lengths = self._pieces.lengths
         if kind == MIXED:
             return lengths[self._mixed_head] + lengths[self._next] + lengths[self._tags[domains]]
@@ -254,33 +259,36 @@ class PromptEncoder:
 
     def fit(self, kind: str, domains: np.ndarray, history: Ragged, max_tokens: int) -> Ragged:
         """The most recent events of each history with which the prompt has at most `max_tokens` tokens."""
-        cost = self.event_tokens(kind, history.values)
         room = max_tokens - self.frame_tokens(kind, domains)
-        total = offsets_of(cost)
-        to_end = np.repeat(total[history.offsets[1:]], history.lengths) - total[:-1]  # from this event to the last
+        # Tokens from each event to the last of its history; events fit as long as these do.
+        total = offsets_of(self.event_tokens(kind, history.values))
+        to_end = np.repeat(total[history.offsets[1:]], history.lengths) - total[:-1]
         keep = to_end <= np.repeat(room, history.lengths)
-        kept = offsets_of(np.add.reduceat(np.r_[keep, False], history.offsets[:-1]) * (history.lengths > 0))
-        return Ragged(history.values[keep], kept)
+        # How many events each history keeps; `reduceat` gives an empty one its neighbour's first, hence the factor.
+        num_kept = np.add.reduceat(np.r_[keep, False], history.offsets[:-1]) * (history.lengths > 0)
+        return Ragged(history.values[keep], offsets_of(num_kept))
 
     def _sequence(self, kind: str, domains: np.ndarray, events: Ragged, *, last_is_target: bool) -> Ragged:
         """Piece numbers of each document: head, then (line opening, tag if mixed, title) an event, then the end."""
         assert kind in (SPECIFIC, MIXED), kind
         mixed = kind == MIXED
-        width = 3 if mixed else 2
-        tail = 1 if last_is_target or not mixed else 2
+        width = 3 if mixed else 2  # pieces of an event
+        tail = 1 if last_is_target or not mixed else 2  # pieces behind the last event
         offsets = offsets_of(1 + width * events.lengths + tail)
         out = np.empty(offsets[-1], dtype=np.int64)
         out[offsets[:-1]] = self._mixed_head if mixed else self._heads[domains]
-        within = np.arange(len(events.values)) - np.repeat(events.offsets[:-1], events.lengths)
-        at = np.repeat(offsets[:-1], events.lengths) + 1 + width * within
+        # Where each event's pieces begin: behind the head, `width` for each event before it.
+        at = np.repeat(offsets[:-1], events.lengths) + 1 + width * events.place_of
         out[at] = self._line
         if mixed:
             out[at + 1] = self._tags[self.catalogue.domain[events.values]]
         out[at + width - 1] = self._titles + events.values
         if last_is_target:
+            # The target's line opens as `Next:` does, and the end-of-sequence closes it.
             out[at[events.offsets[1:] - 1]] = self._next
             out[offsets[1:] - 1] = self._eos
         else:
+            # The prompt ends with `Next:` and, in a mixed one, the tag of the domain asked for.
             out[offsets[1:] - tail] = self._next
             if mixed:
                 out[offsets[1:] - 1] = self._tags[domains]

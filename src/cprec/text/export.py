@@ -1,4 +1,4 @@
-"""A data folder in the forms that other libraries read, with the same split and the same text as here.
+"""Writes a data folder in the forms that other libraries read, with the same split and the same text as here.
 
     recbole             RecBole's atomic files; general models take our split by `benchmark_filename`
     recbole-sequential  the same for its sequential models, which want each event's history beside it
@@ -11,10 +11,8 @@ Tables are read part by part and text is decoded in batches, so memory does not 
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -29,9 +27,10 @@ import pyarrow.parquet as pq
 
 from cprec.data.dataset import part_path, read_catalogue, read_manifest, with_microsecond
 from cprec.data.interactions import SECOND
-from cprec.data.ragged import offsets_of
+from cprec.data.ragged import gather
 from cprec.data.splits import runs
 from cprec.errors import ConfigError, DataError, LeakageError
+from cprec.files import whole_folder
 from cprec.progress import say, track
 from cprec.provenance import file_sha256
 from cprec.schema import (
@@ -51,21 +50,22 @@ from cprec.schema import (
     USER_ID,
     VALIDATION,
 )
+from cprec.text.certificate import CERTIFICATE
 from cprec.text.shards import TOKENS, Shards, open_shards
 from cprec.text.tokenizer import load_tokenizer
 
-EXPORT, CERTIFICATE, DATASET_INFO = "export.json", "certificate.json", "dataset_info.json"
+EXPORT, DATASET_INFO = "export.json", "dataset_info.json"
 
 BATCH = 4096
 """Documents that are turned into text at once."""
 
-MARK = re.compile(
+SPECIAL_MARK = re.compile(
     r"[<\[](?:(?<=<)(?:\|[^<>|\s]{1,60}\||｜[^<>｜]{1,60}｜|</?SYS>|/?(?:s|bos|eos|pad|unk|mask|think|tool_call)"
     r"|(?:start|end)_of_(?:turn|text)|endoftext|(?:unused|extra_id_)_?\d+|image|video|audio)>"
     r"|(?<=\[)/?(?:INST|BOS|EOS|PAD|UNK|CLS|SEP|g?MASK|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|THINK)\])"
 )
-"""How tokenizers and chat templates write special tokens: in a title it is text here, but a trainer that tokenises the
-text again may take it for the token."""
+"""How tokenizers and chat templates write special tokens. In a title such a mark is text here, but a trainer that
+tokenises the text again may take it for the token."""
 
 MAX_SAMPLED = 1000
 """Documents of a file whose text is tokenised again, to say whether that gives our tokens."""
@@ -79,7 +79,7 @@ LIST_BATCH = 1 << 14
 
 @dataclass(frozen=True)
 class Export:
-    """One export under way: what it reads, where it writes, and what it has to say."""
+    """An export under way: what it reads, where it writes, and what `export.json` will say."""
 
     folder: Path
     target: Path
@@ -99,11 +99,12 @@ class Export:
         """
         paths = [part_path(self.folder, "interactions", domain, part) for part in range(self.manifest["num_parts"])]
         paths = [path for path in paths if path.is_file()]  # a part without users of this domain has no file
-        found, told = sum(_open(path).metadata.num_rows for path in paths), self.manifest["domains"][domain]
-        if found != told["num_events"]:
+        found = sum(_open(path).metadata.num_rows for path in paths)
+        expected = self.manifest["domains"][domain]["num_events"]
+        if found != expected:
             raise DataError(
-                f"{self.folder}: dataset.json says {told['num_events']:,} events of domain {domain!r}, but its files "
-                f"hold {found:,}: one is missing or was changed; prepare the data again"
+                f"{self.folder}: dataset.json says {expected:,} events of domain {domain!r}, but its files hold "
+                f"{found:,}: one is missing or was changed; prepare the data again"
             )
         return paths
 
@@ -136,6 +137,29 @@ def export(folder: str | Path, format: str, output_dir: str | Path | None = None
     if manifest.get("split") is None:
         raise DataError(f"{folder} has no split yet: run `cprec prepare` to its end")
     chosen = _known(domains, manifest)
+    output_dir = _output_dir(folder, format, output_dir)
+    with whole_folder(output_dir) as target:
+        out = Export(folder, target, chosen, manifest)
+        FORMATS[format](out)
+        files = sorted(path for path in target.rglob("*") if path.is_file())
+        certificate = folder / CERTIFICATE
+        about = {
+            "format": format,
+            "domains": list(chosen),
+            "split": manifest["split"],
+            "catalogue_sha256": read_catalogue(folder).digest(),
+            "certificate_sha256": file_sha256(certificate) if certificate.is_file() else None,
+            "rows": out.rows,
+            **out.notes,
+            "sha256": {path.relative_to(target).as_posix(): file_sha256(path) for path in files},
+        }
+        (target / EXPORT).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    say(f"{output_dir}: {sum(out.rows.values()):,} rows in {len(out.rows)} files, as {format}")
+    return output_dir
+
+
+def _output_dir(folder: Path, format: str, output_dir: str | Path | None) -> Path:
+    """The folder to write, which must be a new one outside the data folder."""
     if output_dir is None:
         named = folder if folder.name not in ("", "..") else folder.resolve()
         output_dir = named.with_name(f"{named.name}-{format}")
@@ -144,25 +168,6 @@ def export(folder: str | Path, format: str, output_dir: str | Path | None = None
         raise ConfigError(f"{output_dir} lies in the data folder, whose files are certified: choose another folder")
     if output_dir.exists():
         raise ConfigError(f"{output_dir} is there already: choose another folder, or delete it")
-    aside = output_dir.with_name(f"{output_dir.name}.incomplete")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    made = Export(folder, aside, chosen, manifest)
-    FORMATS[format](made)
-    certificate = folder / CERTIFICATE
-    about = {
-        "format": format,
-        "domains": list(chosen),
-        "split": manifest["split"],
-        "catalogue_sha256": read_catalogue(folder).digest(),
-        "certificate_sha256": file_sha256(certificate) if certificate.is_file() else None,
-        "rows": made.rows,
-        **made.notes,
-        "sha256": {path.relative_to(aside).as_posix(): file_sha256(path) for path in _files(aside)},
-    }
-    (aside / EXPORT).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.rename(output_dir)
-    say(f"{output_dir}: {sum(made.rows.values()):,} rows in {len(made.rows)} files, as {format}")
     return output_dir
 
 
@@ -172,10 +177,6 @@ def _known(domains: Sequence[str], manifest: Mapping[str, Any]) -> tuple[str, ..
     if unknown:
         raise ConfigError(f"there is no domain {unknown[0]!r}; the data has {', '.join(sorted(manifest['domains']))}")
     return tuple(dict.fromkeys(domains)) or tuple(sorted(manifest["domains"]))
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ _NO_EVENTS = pa.schema(
     ]
 ).empty_table()
 
-_EVERY = (TRAIN, VALIDATION, TEST, CONTEXT)
+_ALL_PARTS = (TRAIN, VALIDATION, TEST, CONTEXT)
 
 
 def _write_events(
@@ -203,14 +204,14 @@ def _write_events(
 ) -> None:
     """Write the events of a domain into `files`, each with its parts of the split, in one pass over the log.
 
-    `shape` gives the rows of a table that a mask chooses in the form to write.
+    `shape` turns the rows of a table that a mask chooses into the tables to write.
     """
     (out.target / domain).mkdir(exist_ok=True)
     paths = out.events(domain)
     num_unrated = num_events = 0
     with ExitStack() as stack, track(len(paths), f"exporting {domain}", "parts") as progress:
-        empty = next(shape(_NO_EVENTS, np.zeros(0, dtype=bool)))
-        writers = {name: stack.enter_context(open_writer(out.target / domain / name, empty.schema)) for name in files}
+        schema = next(shape(_NO_EVENTS, np.zeros(0, dtype=bool))).schema
+        writers = {name: stack.enter_context(open_writer(out.target / domain / name, schema)) for name in files}
         out.rows.update({f"{domain}/{name}": 0 for name in files})
         for path in paths:
             table = with_microsecond(_open(path).read())
@@ -236,15 +237,15 @@ def _write_items(out: Export, domain: str, name: str, items: pa.Table, open_writ
 # ---- RecBole ---------------------------------------------------------------------------------------------------------
 
 # fmt: off
-MISSING = (
+_READ_AS_MISSING = (
     "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL",
     "NaN", "None", "n/a", "nan", "null",
 )
 # fmt: on
-"""What pandas, with which RecBole reads, takes for no value."""
+"""Text that pandas, with which RecBole reads files, takes for a missing value."""
 
 BENCHMARK = {"train": (TRAIN,), "valid": (VALIDATION,), "test": (TEST,)}
-"""RecBole's names of the parts, for `benchmark_filename: [train, valid, test]`."""
+"""RecBole's names of the parts of the split, for `benchmark_filename: [train, valid, test]`."""
 
 
 class _Tsv:
@@ -263,9 +264,9 @@ class _Tsv:
     def write_table(self, table: pa.Table) -> None:
         for name in table.column_names:
             if name.endswith("_id:token"):
-                missing = table[name].filter(pc.is_in(table[name], pa.array(MISSING)))
+                missing = table[name].filter(pc.is_in(table[name], pa.array(_READ_AS_MISSING)))
                 if len(missing):
-                    raise DataError(f"{self._what(name, missing[0])}, which RecBole reads as no id at all{_INSTEAD}")
+                    raise DataError(f"{self._named(name, missing[0])}, which RecBole reads as no id at all{_REMEDY}")
         try:
             self._writer.write_table(table)
         except pa.ArrowInvalid as error:
@@ -276,21 +277,21 @@ class _Tsv:
             if pa.types.is_string(table[name].type):
                 bad = table[name].filter(pc.match_substring_regex(table[name], '[\t\n\r"]'))
                 if len(bad):
-                    what = "a tab, a quote or an end of line, for which atomic files have no room"
-                    return f"{self._what(name, bad[0])} holds {what}{_INSTEAD}"
+                    what = "a tab, a quote or an end of line, which atomic files cannot hold"
+                    return f"{self._named(name, bad[0])} holds {what}{_REMEDY}"
         return ""
 
-    def _what(self, name: str, value: Any) -> str:
+    def _named(self, name: str, value: Any) -> str:
         return f"{self._path.name}: {name.partition(':')[0]} {value.as_py()!r}"
 
 
-_INSTEAD = "; map another column, or export to another format"
+_REMEDY = "; map another column, or export to another format"
 
 
 def write_recbole(out: Export) -> None:
     """DOMAIN/DOMAIN.inter with every event, .train, .valid and .test.inter with our split, and DOMAIN.item."""
     for domain in out.domains:
-        files = {f"{domain}.inter": _EVERY} | {f"{domain}.{name}.inter": parts for name, parts in BENCHMARK.items()}
+        files = {f"{domain}.inter": _ALL_PARTS} | {f"{domain}.{name}.inter": parts for name, parts in BENCHMARK.items()}
         _write_events(out, domain, files, _atomic, _Tsv)
         _write_items(out, domain, f"{domain}.item", _atomic_items(out.items(domain)), _Tsv)
 
@@ -298,9 +299,8 @@ def write_recbole(out: Export) -> None:
 def write_recbole_sequential(out: Export) -> None:
     """DOMAIN/DOMAIN.train, .valid and .test.inter whose events carry the items before them, and DOMAIN.item.
 
-    RecBole's sequential models make such lists only where they split by themselves. The history is that of our
-    queries: what the user did before in the domain, earlier held-out events too. An event without one is left out, as
-    RecBole does.
+    RecBole's sequential models make such lists only where RecBole splits. The history is that of our queries: the
+    user's earlier events in the domain, held-out ones too. An event without a history is left out, as RecBole does.
     """
     for domain in out.domains:
         files = {f"{domain}.{name}.inter": parts for name, parts in BENCHMARK.items()}
@@ -320,7 +320,7 @@ def _atomic(table: pa.Table, mask: np.ndarray) -> Iterator[pa.Table]:
 
 
 def _seconds_text(table: pa.Table) -> pa.ChunkedArray:
-    """Seconds with all their digits, as 1577836802 or 1577836802.535000."""
+    """Seconds in full, as 1577836802 or 1577836802.535000."""
     whole, rest = (table[name].cast(pa.string()) for name in (TIMESTAMP, MICROSECOND))
     full = pc.binary_join_element_wise(whole, pc.utf8_lpad(rest, 6, "0"), ".")
     return pc.if_else(pc.equal(table[MICROSECOND], 0), whole, full)
@@ -335,14 +335,14 @@ def _with_history(table: pa.Table, mask: np.ndarray) -> Iterator[pa.Table]:
             f"item_id {spaced[0].as_py()!r} holds a space, which separates the items of a history in atomic files; use "
             "the format recbole, and let RecBole split"
         )
-    place, _, _ = runs(user.dictionary_encode().indices.to_numpy())
-    chosen = np.flatnonzero(mask & (place > 0))
+    num_before, _, _ = runs(user.dictionary_encode().indices.to_numpy())
+    chosen = np.flatnonzero(mask & (num_before > 0))
     for start in range(0, max(1, len(chosen)), LIST_BATCH):
         some = chosen[start : start + LIST_BATCH]
-        lengths = np.minimum(place[some], MAX_LIST)
-        offsets = offsets_of(lengths)
-        before = np.repeat(some - lengths - offsets[:-1], lengths) + np.arange(offsets[-1])
-        lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), item.take(pa.array(before)))
+        # The history of an event is the stretch of rows that ends before it.
+        lengths = np.minimum(num_before[some], MAX_LIST)
+        rows = gather(np.arange(len(item)), some - lengths, lengths)
+        lists = pa.ListArray.from_arrays(pa.array(rows.offsets, pa.int32()), item.take(pa.array(rows.values)))
         columns = {
             "user_id:token": user.take(pa.array(some)),
             "item_id_list:token_seq": pc.binary_join(lists, " "),
@@ -352,7 +352,7 @@ def _with_history(table: pa.Table, mask: np.ndarray) -> Iterator[pa.Table]:
 
 
 def _atomic_items(items: pa.Table) -> pa.Table:
-    """The catalogue of a domain; what no item has is left out."""
+    """The catalogue of a domain; a column in which no item has a value is left out."""
     names = {
         ITEM_ID: "item_id:token",
         TITLE: "title:token_seq",
@@ -370,7 +370,7 @@ FRAMES: dict[str, dict[str, str]] = {
     "rectools": {USER_ID: "user_id", ITEM_ID: "item_id", RATING: "weight", TIMESTAMP: "datetime"},
     "replay": {USER_ID: "query_id", ITEM_ID: "item_id", RATING: "rating", TIMESTAMP: "timestamp"},
 }
-"""Canonical column to the library's; RecTools has moments, RePlay seconds as floats."""
+"""Canonical column -> the library's column. Times are timestamps for RecTools, float seconds for RePlay."""
 
 ITEMS = "items"
 
@@ -386,32 +386,27 @@ def write_replay(out: Export) -> None:
 
 
 def read_frame(folder: str | Path, format: str, domain: str, part: str) -> Any:
-    """What the files of `rectools` or `replay` hold, as a pandas frame, without writing them.
+    """The pandas frame that a file of the format `rectools` or `replay` holds, without writing that file.
 
     `part` is train, validation, test or context, or `items` for the catalogue of the domain. An event without a rating
     weighs 1. Raises ConfigError for a format, domain or part that is not there.
     """
     if format not in FRAMES:
         raise ConfigError(f"format={format!r}: expected {', '.join(FRAMES)}")
-    if part not in (*_EVERY, ITEMS):
-        raise ConfigError(f"part={part!r}: expected {', '.join((*_EVERY, ITEMS))}")
+    if part not in (*_ALL_PARTS, ITEMS):
+        raise ConfigError(f"part={part!r}: expected {', '.join((*_ALL_PARTS, ITEMS))}")
     manifest = read_manifest(folder)
     _known([domain], manifest)
     out = Export(Path(folder), Path(), (domain,), manifest)
     if part == ITEMS:
         return _item_frame(out.items(domain)).to_pandas()
-    rows = [
-        frame
-        for table in itertools.chain(
-            [_NO_EVENTS], (with_microsecond(_open(path).read()) for path in out.events(domain))
-        )
-        for frame in _frame(format)(table, pc.equal(table[SPLIT], part).to_numpy())
-    ]
-    return pa.concat_tables(rows).to_pandas()
+    tables = [_NO_EVENTS, *(with_microsecond(_open(path).read()) for path in out.events(domain))]
+    frames = [frame for table in tables for frame in _frame(format)(table, pc.equal(table[SPLIT], part).to_numpy())]
+    return pa.concat_tables(frames).to_pandas()
 
 
 def _write_frames(out: Export, format: str) -> None:
-    parts = _EVERY if out.manifest["split"]["unseen_user_share"] else (TRAIN, VALIDATION, TEST)
+    parts = _ALL_PARTS if out.manifest["split"]["unseen_user_share"] else (TRAIN, VALIDATION, TEST)
     files = {f"{part}.parquet": (part,) for part in parts}
     for domain in out.domains:
         _write_events(out, domain, files, _frame(format), _parquet)
@@ -423,11 +418,12 @@ def _parquet(path: Path, schema: pa.Schema) -> Any:
 
 
 def _frame(format: str) -> Callable[[pa.Table, np.ndarray], Iterator[pa.Table]]:
+    """What turns events into the rows of a format."""
+
     def shape(table: pa.Table, mask: np.ndarray) -> Iterator[pa.Table]:
         table = table.filter(pa.array(mask))
-        columns = {}
-        for name, theirs in FRAMES[format].items():
-            columns[theirs] = pc.fill_null(table[name], 1.0) if name == RATING else table[name]
+        columns = {theirs: table[name] for name, theirs in FRAMES[format].items()}
+        columns[FRAMES[format][RATING]] = pc.fill_null(table[RATING], 1.0)
         if format == "rectools":
             whole = columns["datetime"].cast(pa.timestamp("s")).cast(pa.timestamp("us"))  # Parquet has no seconds
             columns["datetime"] = pc.add(whole, table[MICROSECOND].cast(pa.int64()).cast(pa.duration("us")))
@@ -473,8 +469,8 @@ def write_text(out: Export) -> None:
     """text.jsonl and text_heldout.jsonl, the documents of pre-training; completions_DOMAIN.jsonl and
     completions_DOMAIN_validation.jsonl, prompts and completions of fine-tuning.
 
-    Where domains are chosen, mixed documents, which tell of others, are left out. There is no token that begins or ends
-    a sequence in the text: LLaMA-Factory and TRL add them as the tokenizer does.
+    Where only some domains are chosen, mixed documents are left out, because they show others too. The text has no
+    token that begins or ends a sequence: LLaMA-Factory and TRL add them as the tokenizer does.
     """
     tokenizer = load_tokenizer(str(out.folder / "tokenizer"))
     info: dict[str, Any] = {}
@@ -499,7 +495,7 @@ def write_text(out: Export) -> None:
 
 
 def _named(name: str, other: str) -> dict[str, str]:
-    """The names of the files of training, and of the `other` part."""
+    """File names, and the part that each holds: training documents, and those of the `other` part."""
     return {name: TRAIN, f"{name}_{other}": other}
 
 
@@ -527,10 +523,12 @@ def _certified(out: Export, name: str) -> Shards:
 
 
 _Entries = Callable[[np.ndarray], Iterator[dict[str, Any]]]
-"""The entries of some documents of a shard, given by row."""
+"""Makes the JSON entries of some documents of a shard, which are given by row."""
 
 
 def _documents(shards: Shards, tokenizer: Any) -> _Entries:
+    """Whole documents."""
+
     def entries(rows: np.ndarray) -> Iterator[dict[str, Any]]:
         return ({"text": text} for text in _decoded(shards, tokenizer, rows))
 
@@ -538,21 +536,22 @@ def _documents(shards: Shards, tokenizer: Any) -> _Entries:
 
 
 def _completions(shards: Shards, tokenizer: Any) -> _Entries:
-    """Prompts and completions: one after the other they are the document, and the loss is on the completion."""
+    """Prompts and completions, which make up the document; the loss is on the completion."""
     starts = shards.column("target_start")
 
     def entries(rows: np.ndarray) -> Iterator[dict[str, Any]]:
-        # A completion on its own may decode without its leading space: it is what the document has after the prompt.
+        # A completion decoded alone may lose its leading space, so it is cut from the decoded document.
         prompts, documents = _decoded(shards, tokenizer, rows, starts), _decoded(shards, tokenizer, rows)
         for prompt, document in zip(prompts, documents, strict=True):
             if not document.startswith(prompt):
-                raise DataError(f"the tokenizer decodes a prompt alone to other text than in its document: {prompt!r}")
+                raise DataError(f"the tokenizer decodes this prompt differently inside its document: {prompt!r}")
             yield {"prompt": prompt, "completion": document[len(prompt) :]}
 
     return entries
 
 
 def _chats(shards: Shards, tokenizer: Any) -> _Entries:
+    """Conversations: the prompt is the user's message, the title the assistant's."""
     completions = _completions(shards, tokenizer)
 
     def entries(rows: np.ndarray) -> Iterator[dict[str, Any]]:
@@ -571,7 +570,7 @@ def _decoded(shards: Shards, tokenizer: Any, rows: np.ndarray, stops: np.ndarray
 
 
 def _write_lines(out: Export, name: str, rows: np.ndarray, entries: _Entries) -> None:
-    """Write a line of JSON for each of some documents, and note how many hold the mark of a special token."""
+    """Write a line of JSON for each document, and note how many hold the mark of a special token."""
     num_marked, example = 0, ""
     with (
         open(out.target / name, "w", encoding="utf-8") as file,
@@ -581,7 +580,7 @@ def _write_lines(out: Export, name: str, rows: np.ndarray, entries: _Entries) ->
             some = rows[start : start + BATCH]
             for line in (json.dumps(entry, ensure_ascii=False) for entry in entries(some)):
                 file.write(f"{line}\n")
-                if found := MARK.search(line):
+                if found := SPECIAL_MARK.search(line):
                     num_marked, example = num_marked + 1, found[0]
             progress.advance(len(some))
     out.rows[name] = len(rows)
@@ -594,23 +593,23 @@ def _write_lines(out: Export, name: str, rows: np.ndarray, entries: _Entries) ->
 
 
 def _tokenise_again(out: Export, name: str, shards: Shards, tokenizer: Any, rows: np.ndarray) -> None:
-    """Note of how many documents the text gives our tokens again, on a sample spread over the file.
+    """Note how many documents keep their tokens when their text is tokenised again, by a sample spread over the file.
 
-    The tokenizer adds what it adds to a text. Not all of them must: we tokenise title by title, which other tokenizers
-    than the tiny one may join, and a title that was cut to its tokens may end inside a character.
+    The tokenizer may add its own special tokens. Some documents may change: titles are tokenised one by one here, and
+    tokenizers other than the tiny one may join pieces; a title that was cut may end inside a character.
     """
     sample = rows[np.linspace(0, len(rows) - 1, min(len(rows), MAX_SAMPLED)).astype(np.int64)]
     texts, tokens = _decoded(shards, tokenizer, sample), shards.rows
-    again = tokenizer(texts)["input_ids"] if texts else []
+    retokenised = tokenizer(texts)["input_ids"] if texts else []
     ours = [tokens[row].tolist() for row in sample.tolist()]
-    equal = sum(mine in (ids, [*ids, mine[-1]]) for ids, mine in zip(again, ours, strict=True))
+    equal = sum(mine in (ids, [*ids, mine[-1]]) for ids, mine in zip(retokenised, ours, strict=True))
     out.notes.setdefault("tokenised_again", {})[name] = {"checked": len(sample), "equal": equal}
     if equal < len(sample):
         say(f"note: {name}: of {len(sample):,} documents tokenised again, {len(sample) - equal:,} give other tokens")
 
 
 def _write_info(out: Export, info: Mapping[str, Any]) -> None:
-    """dataset_info.json of LLaMA-Factory; files without rows, which it cannot read, are not in it."""
+    """Write LLaMA-Factory's dataset_info.json. It names no file without rows, which LLaMA-Factory cannot read."""
     kept = {name: about for name, about in info.items() if out.rows[about["file_name"]]}
     (out.target / DATASET_INFO).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 

@@ -1,17 +1,20 @@
-"""General text (JSON lines, Parquet, plain files) as token shards, for replay beside behaviour sequences."""
+"""Turns general text (JSON lines, Parquet, plain files) into token shards, for replay beside behaviour sequences."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
-from cprec.data.ragged import Ragged, offsets_of
+from cprec.data.ragged import Ragged
 from cprec.errors import ConfigError, DataError, ShardError
+from cprec.files import whole_folder
 from cprec.progress import say, track
 from cprec.provenance import file_sha256
 from cprec.text.mixture import TEXT
@@ -22,10 +25,11 @@ BATCH = 256
 
 
 def text_shards(folder: Path, files: Sequence[str], tokenizer: Any, max_tokens: int, begin: Sequence[int] = ()) -> str:
-    """The folder of token shards of some files' texts: made once, inside `folder`, named by what they are made from.
+    """Write the texts of some files as token shards into a folder inside `folder`, and return that folder.
 
-    Each text ends with end-of-sequence; one of more than `max_tokens` tokens is cut into pieces of nearly equal length,
-    each a document that begins with the tokens `begin`.
+    Its name is a hash of what the shards are made from, so they are made once. Each text ends with end-of-sequence; one
+    of more than `max_tokens` tokens is cut into pieces of nearly equal length, each a document that begins with the
+    tokens `begin`.
 
     Raises ConfigError for a file of another kind, DataError for one without text.
     """
@@ -45,6 +49,21 @@ def text_shards(folder: Path, files: Sequence[str], tokenizer: Any, max_tokens: 
             return str(target)
         except ShardError:
             say(f"{target}: damaged, made again")
+    rows = _tokenised(paths, tokenizer, max_tokens, begin)
+    columns = {
+        "domain": [""] * len(rows),
+        "kind": [TEXT] * len(rows),
+        "num_events": np.zeros(len(rows), dtype=np.int32),
+        "target_start": np.ones(len(rows), dtype=np.int64),
+    }
+    about = {"vocabulary_size": len(tokenizer), "files": [path.name for path in paths], "made_from": made_from}
+    with whole_folder(target) as unfinished:
+        write_shards(unfinished, rows, columns, about)
+    return str(target)
+
+
+def _tokenised(paths: Sequence[Path], tokenizer: Any, max_tokens: int, begin: Sequence[int]) -> Ragged:
+    """The texts of some files as documents of tokens."""
     documents: list[np.ndarray] = []
     with track(None, "tokenising general text", "texts") as progress:
         for path in paths:
@@ -55,21 +74,11 @@ def text_shards(folder: Path, files: Sequence[str], tokenizer: Any, max_tokens: 
                 progress.advance(len(texts))
             if len(documents) == before:
                 raise DataError(f"{path} has no text")
-    lengths = np.array([len(piece) for piece in documents])
-    rows = Ragged(np.concatenate(documents), offsets_of(lengths))
-    columns = {
-        "domain": [""] * len(rows),
-        "kind": [TEXT] * len(rows),
-        "num_events": np.zeros(len(rows), dtype=np.int32),
-        "target_start": np.ones(len(rows), dtype=np.int64),
-    }
-    about = {"vocabulary_size": len(tokenizer), "files": [path.name for path in paths], "made_from": made_from}
-    write_shards(target, rows, columns, about)
-    return str(target)
+    return Ragged.of(documents)
 
 
 def documents_of(ids: Sequence[int], max_tokens: int, begin: Sequence[int] = ()) -> list[np.ndarray]:
-    """A text as documents of at most `max_tokens` tokens and nearly equal length, each begun with `begin`.
+    """Cut a text into documents of at most `max_tokens` tokens and nearly equal length, each begun with `begin`.
 
     >>> [document.tolist() for document in documents_of([5, 6, 7, 1], 3, begin=[2])]
     [[2, 5, 6], [2, 7, 1]]
@@ -79,7 +88,7 @@ def documents_of(ids: Sequence[int], max_tokens: int, begin: Sequence[int] = ())
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """The texts of a file: `text` of each JSON line or Parquet row, or the whole of a plain file; empty ones left out.
+    """The texts of a file: `text` of each JSON line or Parquet row, or all of a plain file; empty ones are left out.
 
     Raises ConfigError for another suffix, DataError, naming file and line, for a row without a text.
     """
@@ -96,8 +105,6 @@ def read_texts(path: Path) -> Iterator[str]:
                 if text.strip():
                     yield text
     elif path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
         file = pq.ParquetFile(path)
         if "text" not in file.schema_arrow.names:
             raise DataError(f"{path} has no column text; it has {', '.join(file.schema_arrow.names)}")
@@ -112,11 +119,6 @@ def read_texts(path: Path) -> Iterator[str]:
 
 
 def _batches(path: Path) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for text in read_texts(path):
-        batch.append(text)
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
+    texts = read_texts(path)
+    while batch := list(itertools.islice(texts, BATCH)):
         yield batch

@@ -12,7 +12,7 @@ from cprec.data.sources.files import files_of
 from cprec.errors import ConfigError, DataError
 from cprec.progress import say
 from cprec.provenance import TOKENIZER, FileHashes, differences, file_state, model_hashes, read_resolved
-from cprec.text.tokenizer import TINY
+from cprec.text.config import TINY
 
 _TOKENIZER_PREFIX = "tokenizer://"
 """Begins the names of a tokenizer's files among the recorded inputs; no path has two slashes in a row."""

@@ -1,32 +1,27 @@
-"""The mixture: which share of the tokens each domain and kind has."""
+"""Computes a mixture: the share of the tokens that each domain and kind of document has."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from cprec.errors import ConfigError
 from cprec.schema import MIXED, SPECIFIC
 from cprec.text.config import Mixture
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from cprec.text.corpus import Group
+from cprec.text.corpus import Group
 
 TEXT, EXAMPLES = "general text", "examples"
 
 
 def shares(groups: Sequence[Group], mixture: Mixture) -> np.ndarray:
-    """The share of all tokens that each group is to have, float64[groups], summing to 1.
+    """The share of all tokens that each group should have: float64[groups], summing to 1.
 
-    General text and examples get their shares; of the rest, mixed sequences get `mixed_share` and domains divide what
-    is left in proportion to (events in the domain) ** temperature, times their weight. A kind without documents leaves
-    its share to the others. Raises ConfigError for a weight of a domain that is not there, for a share of text or
-    examples that are not there, and where nothing is left to read.
+    General text and examples get their shares. Of the rest, mixed sequences get `mixed_share`, and the domains divide
+    what is left in proportion to (events in the domain) ** temperature, times their weight. A kind without documents
+    leaves its share to the others. Raises ConfigError for the weight of a domain that has no documents, for a share of
+    text or examples where there are none, and where nothing is left to read.
     """
-    import numpy as np
-
     domains = [group.domain for group in groups if group.kind == SPECIFIC]
     for domain in mixture.domain_weights:
         if domain not in domains:
@@ -41,19 +36,20 @@ def shares(groups: Sequence[Group], mixture: Mixture) -> np.ndarray:
     ):
         if share and name not in kind:
             raise ConfigError(f"the mixture asks for {share:.1%} {name}, but there are none: {what}")
+        # Groups of one kind divide its share in proportion to their tokens.
         tokens = np.array([group.num_tokens for group in groups]) * (kind == name)
         weight += share * tokens / max(1, tokens.sum())
     rest = 1 - weight.sum()
-    specific, mixed = kind == SPECIFIC, kind == MIXED
-    by_domain = np.array([_domain_weight(group, mixture) for group in groups]) * specific
-    of_mixed = mixture.mixed_share if by_domain.any() else 1.0
+    mixed = kind == MIXED
+    by_domain = np.array([_domain_weight(group, mixture) for group in groups]) * (kind == SPECIFIC)
+    mixed_share = mixture.mixed_share if by_domain.any() else 1.0
     if not mixed.any():
-        of_mixed = 0.0
-    weight[mixed] = rest * of_mixed
+        mixed_share = 0.0
+    weight[mixed] = rest * mixed_share
     if by_domain.any():
-        weight += rest * (1 - of_mixed) * by_domain / by_domain.sum()
+        weight += rest * (1 - mixed_share) * by_domain / by_domain.sum()
     if not weight.sum() > 0:
-        raise ConfigError("the mixture leaves nothing to read: every share or weight that has documents is 0")
+        raise ConfigError("the mixture leaves nothing to read: whatever has documents has a share or weight of 0")
     return weight / weight.sum()
 
 

@@ -1,4 +1,4 @@
-"""Documents to fixed-length rows, within a window: no document is cut, and rows are nearly full."""
+"""Packs documents into rows of one length, window by window: no document is cut, and rows are nearly full."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def pack(lengths: np.ndarray, row_tokens: int, seed: int, window: int = WINDOW) 
     """Assign documents, in their given order, to rows of `row_tokens` tokens.
 
     Each window of consecutive documents fills one row after the other: by a document or a pair that fits exactly, else
-    by the longest that fits, until none does. (Best-fit decreasing, Johnson 1973, leaves about twice the room: it never
-    looks for what fits exactly.) The rows of a window come out in an order shuffled by `seed`, for packing puts long
-    documents first. Returns, per row, the positions in `lengths` of its documents; every position occurs exactly once.
+    by the longest that fits, until none does. (Best-fit decreasing, Johnson 1973, leaves about twice as much padding,
+    because it never looks for an exact fit.) Packing puts long documents first, so the rows of a window are shuffled
+    by `seed`. Returns, per row, the positions in `lengths` of its documents; every position occurs exactly once.
 
     Raises ConfigError if a document is longer than a row.
     """
@@ -38,8 +38,12 @@ def pack(lengths: np.ndarray, row_tokens: int, seed: int, window: int = WINDOW) 
 
 
 def _filled(lengths: np.ndarray, row_tokens: int) -> list[list[int]]:
-    """Rows of documents (places in `lengths`). The lengths that are left are bits of whole numbers, so that a step is
-    quick: bit n of `left` stands for n tokens, and bit row_tokens - n of `mirrored` too."""
+    """Rows of documents, which are places in `lengths`.
+
+    The lengths of the documents left are bits of whole numbers, which makes a step quick: bit n of `left`, and bit
+    row_tokens - n of `mirrored`, say that there is a document of n tokens.
+    """
+    # Documents of each length, the last one first, so that `pop` takes them in order.
     by_length: list[list[int]] = [[] for _ in range(row_tokens + 1)]
     for document in range(len(lengths) - 1, -1, -1):
         by_length[lengths[document]].append(document)
@@ -52,10 +56,11 @@ def _filled(lengths: np.ndarray, row_tokens: int) -> list[list[int]]:
     while left:
         row: list[int] = []
         room = row_tokens
-        while fitting := left & ((2 << room) - 1):
+        while fitting := left & ((2 << room) - 1):  # the lengths up to `room`
             longest = fitting.bit_length() - 1
             taken = [longest]
-            pairs = left & (mirrored >> (row_tokens - room))  # bit n: documents of n and of room - n tokens
+            # Bit n of `pairs`: there are documents of n and of room - n tokens, which fill the row exactly.
+            pairs = left & (mirrored >> (row_tokens - room))
             if longest < room and pairs:
                 long, short = pairs.bit_length() - 1, room - pairs.bit_length() + 1
                 if long != short or len(by_length[long]) > 1:

@@ -22,13 +22,13 @@ from cprec.progress import say
 from cprec.provenance import CONFIG_FILE, file_sha256, read_resolved, save_resolved, shortened, to_dict
 from cprec.schema import KINDS, MIXED, SPECIFIC, TEST, VALIDATION
 from cprec.text.certificate import audit, violated
-from cprec.text.config import PrepareConfig
+from cprec.text.config import TINY, PrepareConfig
 from cprec.text.documents import ENCODER, is_joined, join_parts, read_rules, remove_parts, save_rules, unwritten_parts
 from cprec.text.encoding import PromptEncoder
 from cprec.text.inputs import InputRecord, changed_inputs
 from cprec.text.shards import read_shard_manifest
 from cprec.text.shared_texts import notes, shared_texts
-from cprec.text.tokenizer import TINY, beginning_of, load_tokenizer, train_on_titles
+from cprec.text.tokenizer import beginning_of, load_tokenizer, train_on_titles
 from cprec.text.workers import num_workers, run_parts
 
 if TYPE_CHECKING:

@@ -33,9 +33,9 @@ def render(
 ) -> str:
     """The text of a document (with a target) or of a prompt that asks for one (without).
 
-    `history` and `target` hold (domain, title) pairs, oldest first; a title may have other fields of its item behind
-    it. `domain` is the scope of a specific sequence and the domain asked for in a mixed prompt. Vectorised assembly
-    (`encoding.PromptEncoder`) gives the tokens of this text.
+    `history` and `target` hold (domain, title) pairs, oldest first; other fields of an item may follow its title.
+    `domain` is the scope of a specific sequence and the domain asked for in a mixed prompt. `encoding.PromptEncoder`
+    assembles the tokens of this text in arrays.
 
     >>> print(render(Template(), "specific", "books", [("books", "Dune")], ("books", "Emma"), "<eos>"))
     Domain: books

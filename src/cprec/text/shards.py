@@ -1,4 +1,4 @@
-"""Token shards: a flat token file, a document index and a manifest with hashes. Write, verify, memory-map."""
+"""Token shards: a flat file of tokens, an index of documents and a manifest with hashes. Write, verify, memory-map."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ INDEX = {
 class Shards:
     """Documents of token ids, read in place.
 
-    `documents` has one row per document: domain (empty for mixed), kind, num_events, platform, user_id, target_start
-    (where the tokens that a fine-tuning loss covers begin), beside offset and length into `tokens`.
+    `documents` has one row per document: its offset and length in `tokens`, domain (empty for mixed ones), kind,
+    num_events, platform, user_id and target_start (where the tokens that a fine-tuning loss covers begin).
     """
 
     tokens: np.ndarray
@@ -57,7 +57,7 @@ class Shards:
 
     @property
     def rows(self) -> Ragged:
-        """The documents' tokens as a ragged array over the memory-mapped file."""
+        """The tokens of all documents as a ragged array over the memory-mapped file."""
         offset, length = self.column("offset"), self.column("length")
         end = offset[-1:] + length[-1:] if len(offset) else np.zeros(1, dtype=np.int64)
         return Ragged(self.tokens, np.concatenate([offset, end]).astype(np.int64))
@@ -68,7 +68,7 @@ class Shards:
 
     @classmethod
     def concatenate(cls, pieces: Sequence[Shards], manifest: dict[str, Any]) -> Shards:
-        """Pieces that `read_piece` gave, one after the other, in memory."""
+        """Pieces from `read_piece`, one after the other, in memory."""
         if not pieces:
             empty = pa.table({name: pa.array([], kind) for name, kind in INDEX.items()})
             return cls(np.empty(0, dtype=DTYPES[manifest["dtype"]]), empty, manifest)
@@ -85,6 +85,10 @@ class Shards:
         return manifest_sha256(self.manifest)
 
 
+Piece = tuple[dict[str, Any], np.ndarray, pa.Table]
+"""Documents of one domain and kind: domain, kind and part; their tokens; and their rows of the index."""
+
+
 def manifest_sha256(manifest: dict[str, Any]) -> str:
     """The identity of a shard folder: the hash of its manifest, which holds the hash of each file."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
@@ -93,17 +97,18 @@ def manifest_sha256(manifest: dict[str, Any]) -> str:
 def write_shards(
     folder: Path, documents: Ragged, columns: dict[str, Any], about: dict[str, Any], *, part: int = 0
 ) -> Shards:
-    """Write documents of token ids; the folder appears complete or not at all.
+    """Write documents of token ids into a folder, in place of what is there.
 
-    `columns` has one value per document for each column of the index, `domain` and `kind` among them; `about` goes into
-    the manifest and must hold `vocabulary_size`, which decides between uint16 and uint32. Documents of one domain and
-    kind that stand together are a piece: one row group of the index, listed in the manifest with `part`.
+    The manifest comes last, but only a folder written inside `files.whole_folder` appears complete or not at all.
+    `columns` has the values of the index, `domain` and `kind` among them, one for each document. `about` goes into the
+    manifest and must hold `vocabulary_size`, which decides between uint16 and uint32. Neighbouring documents of one
+    domain and kind are a piece: one row group of the index, which the manifest lists with `part`.
     """
     full = {"offset": documents.offsets[:-1], "length": documents.lengths, **columns}
     index = pa.table({name: pa.array(values, INDEX[name]) for name, values in full.items()})
     starts = _piece_starts(columns["domain"], columns["kind"])
 
-    def pieces() -> Iterator[tuple[dict[str, Any], np.ndarray, pa.Table]]:
+    def pieces() -> Iterator[Piece]:
         for start, stop in itertools.pairwise([*starts, len(documents)]):
             first, last = documents.offsets[start], documents.offsets[stop]
             where = {"domain": str(columns["domain"][start]), "kind": str(columns["kind"][start]), "part": part}
@@ -114,25 +119,25 @@ def write_shards(
 
 
 def _piece_starts(domain: Any, kind: Any) -> list[int]:
+    """The documents with which a new domain or kind begins."""
     names = np.array([f"{k}/{d}" for k, d in zip(kind, domain, strict=True)], dtype=object)
     return [0, *(np.flatnonzero(names[1:] != names[:-1]) + 1).tolist()] if len(names) else []
 
 
 def join_shards(folder: Path, sources: Sequence[Path], about: dict[str, Any]) -> Shards:
-    """One shard folder of the pieces of several: all of the first domain and kind, then the next; sources in order.
+    """Write one shard folder with the pieces of several: specific ones by domain, then mixed ones; sources in order.
 
-    A piece at a time is in memory. The order of domains and kinds is that in which the sources have them.
+    One piece at a time is in memory.
     """
     opened = [open_shards(source, verify=False) for source in sources]
-    rank = {key: place for place, key in enumerate(_common_order([source.manifest["pieces"] for source in opened]))}
     found = sorted(
-        (rank[piece["kind"], piece["domain"]], number, place)
+        (KINDS.index(piece["kind"]), piece["domain"], number, place)
         for number, source in enumerate(opened)
         for place, piece in enumerate(source.manifest["pieces"])
     )
 
-    def pieces() -> Iterator[tuple[dict[str, Any], np.ndarray, pa.Table]]:
-        for _, number, place in found:
+    def pieces() -> Iterator[Piece]:
+        for _, _, number, place in found:
             piece = read_piece(sources[number], opened[number].manifest, place)
             where = {key: opened[number].manifest["pieces"][place][key] for key in ("domain", "kind", "part")}
             yield where, piece.tokens, piece.documents
@@ -141,30 +146,19 @@ def join_shards(folder: Path, sources: Sequence[Path], about: dict[str, Any]) ->
     return open_shards(folder, verify=False)
 
 
-def _common_order(lists: Sequence[Sequence[dict[str, Any]]]) -> list[tuple[str, str]]:
-    """Kinds and domains in order: specific ones by domain, then mixed ones."""
-    keys = {(piece["kind"], piece["domain"]) for pieces in lists for piece in pieces}
-    return sorted(keys, key=lambda key: (KINDS.index(key[0]), key[1]))
-
-
-def _write(
-    folder: Path,
-    pieces: Iterable[tuple[dict[str, Any], np.ndarray, pa.Table]],
-    schema: pa.Schema,
-    about: dict[str, Any],
-) -> None:
-    """Write pieces one after the other: (what it is, its tokens, its rows of the index)."""
-    temporary = folder.with_name(folder.name + ".incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+def _write(folder: Path, pieces: Iterable[Piece], schema: pa.Schema, about: dict[str, Any]) -> None:
+    """Write pieces one after the other, and a manifest that lists them."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     dtype = token_dtype(about["vocabulary_size"])
     listed, num_tokens, num_documents = [], 0, 0
     with (
-        open(temporary / TOKENS, "wb") as file,
-        pq.ParquetWriter(temporary / DOCUMENTS, schema, compression="zstd") as writer,
+        open(folder / TOKENS, "wb") as file,
+        pq.ParquetWriter(folder / DOCUMENTS, schema, compression="zstd") as writer,
     ):
         for where, tokens, index in pieces:
             tokens.astype(dtype, copy=False).tofile(file)
+            # Offsets in the whole file: the tokens before the piece, and those of its documents before each.
             lengths = index["length"].to_numpy()
             offsets = pa.array(num_tokens + np.cumsum(lengths) - lengths)
             index = index.set_column(0, schema.field(0), offsets)
@@ -178,15 +172,13 @@ def _write(
         "num_documents": num_documents,
         "num_tokens": num_tokens,
         "pieces": listed,
-        "sha256": {name: file_sha256(temporary / name) for name in (TOKENS, DOCUMENTS)},
+        "sha256": {name: file_sha256(folder / name) for name in (TOKENS, DOCUMENTS)},
     }
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_piece(folder: Path, manifest: dict[str, Any], place: int) -> Shards:
-    """One piece of a shard folder, with the offsets of its documents counted from its own first token."""
+    """A piece of a shard folder, whose documents' offsets count from its own first token."""
     pieces = manifest["pieces"]
     start = sum(piece["num_tokens"] for piece in pieces[:place])
     size = pieces[place]["num_tokens"]
@@ -198,7 +190,7 @@ def read_piece(folder: Path, manifest: dict[str, Any], place: int) -> Shards:
 
 
 def read_shard_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a shard folder. Raises ShardError where it is missing or none."""
+    """The manifest of a shard folder. Raises ShardError where it is missing or is not a manifest."""
     path = Path(folder, MANIFEST)
     if not path.is_file():
         raise ShardError(f"{path} is missing: run `cprec prepare` again for this data folder")
@@ -207,16 +199,16 @@ def read_shard_manifest(folder: Path) -> dict[str, Any]:
         assert isinstance(manifest["num_tokens"], int) and isinstance(manifest["num_documents"], int)
         _ = DTYPES[manifest["dtype"]], [manifest["sha256"][name] for name in (TOKENS, DOCUMENTS)], manifest["pieces"]
     except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ShardError(f"{path} is no manifest of token shards ({error!r}): run `cprec prepare` again") from error
+        raise ShardError(f"{path} is not a manifest of token shards ({error!r}): run `cprec prepare` again") from error
     return manifest
 
 
 TRAINING = ("offset", "length", "num_events", "target_start")
-"""Columns of the index that training needs: numbers alone, for the index of a large log is large."""
+"""Columns of the index that training needs: the numbers, because the index of a large log is large."""
 
 
 def open_shards(folder: Path, *, verify: bool = True, columns: Sequence[str] | None = None) -> Shards:
-    """Memory-map a shard folder; of the index, `columns` or all of it.
+    """Memory-map a shard folder, and read the index: the named columns or all.
 
     Raises ShardError, naming the file, if one is missing, has another size, or (with `verify`) another hash.
     """

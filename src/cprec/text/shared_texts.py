@@ -1,4 +1,4 @@
-"""Items that a model cannot tell apart: those that it reads as the same tokens, why they are, and what that costs."""
+"""Finds items that a model reads as the same tokens and cannot tell apart: how many, why, and what that costs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from cprec.schema import BRAND, CATEGORIES, TITLE
 from cprec.text.encoding import PromptEncoder
 
 SPELT = 0.5
-"""Tokens for each character from which on a text is spelt in pieces rather than read in words: the tokenizer is of
-another language. English has some 0.25."""
+"""Tokens per character at or above which a tokenizer spells text in pieces, as it does with languages that it was not
+made for. English text has about 0.25."""
+
 NOTABLE = 0.01
-"""Share of a domain's items, or loss of NDCG, from which on `notes` says something."""
-MAX_SHOWN = 3
-SHOWN_CHARACTERS = 60
+"""Share of a domain's items, or loss of NDCG, at or above which `notes` says something."""
+
+MAX_EXAMPLES = 3
+MAX_CHARACTERS = 60
+"""Of a title in an example."""
 
 
 def best_ndcg(family_I: np.ndarray, weight_I: np.ndarray, k: int = 10) -> float:
     """The mean NDCG@K of a model that always knows the text: its item stands among the n items of that text by chance.
 
-    `family_I` is n for each item, itself included, and `weight_I` how often it is asked for. The item's rank is one of
-    1 to n, each as likely, so its expected NDCG@K is the mean of 1 / log2(1 + rank) over them, 0 past rank K.
+    `family_I` is n for each item, itself included, and `weight_I` how often it is asked for. The item's rank is uniform
+    in 1 to n, so its expected NDCG@K is the mean of 1 / log2(1 + rank) over them, 0 past rank K.
 
     >>> best_ndcg(np.array([1]), np.array([5]))
     1.0
@@ -34,21 +37,22 @@ def best_ndcg(family_I: np.ndarray, weight_I: np.ndarray, k: int = 10) -> float:
     >>> round(best_ndcg(np.array([1, 2, 2]), np.array([2, 1, 1])), 4)
     0.9077
     """
-    summed = np.cumsum(1 / np.log2(1 + np.arange(1, k + 1)))
+    summed = np.cumsum(1 / np.log2(1 + np.arange(1, k + 1)))  # the gains of ranks 1 to n, for n up to k
     return float(np.average(summed[np.minimum(family_I, k) - 1] / family_I, weights=weight_I))
 
 
 def shared_texts(encoder: PromptEncoder, tokenizer: Any, domain: str, events_I: np.ndarray) -> dict[str, Any]:
-    """What items of a domain share with others of it, in numbers, with up to three examples; for `dataset.json`.
+    """How many items of a domain are read as the same text, why, and up to three examples; for `dataset.json`.
 
-    `events_I` has the events of each item, in the order of its rows.
+    `events_I` has the number of events of each item, in the order of the catalogue's rows.
     """
     catalogue = encoder.catalogue
     rows = catalogue.rows_of(domain)
     tokens = encoder.titles(rows)
+    # Equal numbers are equal tokens (`read_as`), texts (`text`) and, of shared items, uncut tokens (`whole`).
     read_as = tokens.numbers()
     text, _ = catalogue.texts_of(domain, encoder.template.item_fields)
-    family = np.bincount(read_as)[read_as]
+    family = np.bincount(read_as)[read_as]  # how many items are read as each item is
     some = np.flatnonzero(family > 1)
     uncut = encoder.whole_titles(tokenizer, rows[some])
     whole = uncut.numbers()
@@ -70,14 +74,14 @@ def shared_texts(encoder: PromptEncoder, tokenizer: Any, domain: str, events_I: 
         "empty": len(empty),
         "examples": {
             "shared": _largest(read_as[some], text[some], titles[some]),
-            "unknown_tokens": titles[unknown[:MAX_SHOWN]].tolist(),
-            "empty": titles[empty[:MAX_SHOWN]].tolist(),
+            "unknown_tokens": titles[unknown[:MAX_EXAMPLES]].tolist(),
+            "empty": titles[empty[:MAX_EXAMPLES]].tolist(),
         },
     }
 
 
 def notes(domain: str, found: dict[str, Any], encoder: PromptEncoder) -> list[str]:
-    """What to say of `shared_texts`, where it matters: how much, why, and what to do."""
+    """The lines to print about what `shared_texts` found, where it matters: how much, why, and what to do."""
     out = []
     if found["shared"] >= NOTABLE * found["items"] or found["best_ndcg_at_10"] <= 1 - NOTABLE:
         cut = f"once cut to max_title_tokens={encoder.max_title_tokens}"
@@ -87,7 +91,7 @@ def notes(domain: str, found: dict[str, Any], encoder: PromptEncoder) -> list[st
         out.append(
             f"{domain}: {found['shared']:,} of {found['items']:,} items are read as the same text as others "
             f"({why}), up to {found['largest']:,} as one; a model that always knew the text would have an NDCG@10 of "
-            f"{found['best_ndcg_at_10']:.3f} at best. As {pairs}. {_what_to_do(domain, found, encoder)}"
+            f"{found['best_ndcg_at_10']:.3f} at best. As {pairs}. {_remedies(domain, found, encoder)}"
         )
     if found["unknown_tokens"] >= NOTABLE * found["items"]:
         out.append(
@@ -98,7 +102,8 @@ def notes(domain: str, found: dict[str, Any], encoder: PromptEncoder) -> list[st
     return out
 
 
-def _what_to_do(domain: str, found: dict[str, Any], encoder: PromptEncoder) -> str:
+def _remedies(domain: str, found: dict[str, Any], encoder: PromptEncoder) -> str:
+    """What a user may do about shared texts, as one sentence without its full stop."""
     catalogue, used = encoder.catalogue, encoder.template.item_fields
     rows = catalogue.rows_of(domain)
     more = [name for name in (BRAND, CATEGORIES) if name not in used and (getattr(catalogue, name)[rows] != "").any()]
@@ -124,22 +129,23 @@ def _has(rows: Ragged, token: int | None) -> np.ndarray:
 
 
 def _holds_several(group_N: np.ndarray, kind_N: np.ndarray) -> np.ndarray:
-    """bool[N]: whether the group of each entry holds entries of several kinds.
+    """bool[N]: whether the group that each entry belongs to holds entries of more than one kind.
 
     >>> _holds_several(np.array([0, 0, 1, 1, 2]), np.array([5, 6, 7, 7, 5])).tolist()
     [True, True, False, False, False]
     """
     width = int(kind_N.max(initial=0)) + 1
+    # The distinct (group, kind) pairs, each as one number; a group with two of them holds two kinds.
     pairs = np.unique(group_N.astype(np.int64) * width + kind_N)
     several: np.ndarray = np.bincount(pairs // width)[group_N] > 1
     return several
 
 
 def _largest(family_N: np.ndarray, text_N: np.ndarray, title_N: np.ndarray) -> list[list[str]]:
-    """Two titles of each of the largest families, of different texts where it has them."""
+    """Two titles of each of the largest families (items read as one text); titles that differ, where there are some."""
     out = []
     sizes = np.bincount(family_N, minlength=1)
-    for family in np.argsort(-sizes, kind="stable")[:MAX_SHOWN]:
+    for family in np.argsort(-sizes, kind="stable")[:MAX_EXAMPLES]:
         members = np.flatnonzero(family_N == family)
         if len(members):
             others = members[text_N[members] != text_N[members[0]]]
@@ -148,6 +154,6 @@ def _largest(family_N: np.ndarray, text_N: np.ndarray, title_N: np.ndarray) -> l
 
 
 def _short(title: str) -> str:
-    """A title in quotes; the middle of a long one is left out, for what tells titles apart often ends them."""
-    half = SHOWN_CHARACTERS // 2
-    return repr(title) if len(title) <= SHOWN_CHARACTERS else repr(f"{title[:half]} ... {title[-half:]}")
+    """A title in quotes; of a long one the middle is left out, because titles often differ at the end."""
+    half = MAX_CHARACTERS // 2
+    return repr(title) if len(title) <= MAX_CHARACTERS else repr(f"{title[:half]} ... {title[-half:]}")

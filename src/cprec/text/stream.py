@@ -1,8 +1,8 @@
 """A deterministic mixture of documents as packed batches: which tokens step s trains on is a pure function of the plan.
 
-The whole order is fixed before the first step, from (documents, phases, seed) alone. So a run resumes at a step with no
-other state, another number of processes takes other rows of the same step, weights change without tokenising again, and
-two plans whose first phases are the same read the same documents in them: that is what lets runs fork.
+The whole order is fixed before the first step, from (documents, phases, seed) alone. So a run resumes at any step
+without other state, any number of processes divides the rows of a step, the mixture changes without tokenising again,
+and two plans that begin with the same phases read the same documents in them, which lets runs fork.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ NEXT_TOKEN = "next_token"
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A stretch of training that reads one mixture."""
+    """A stretch of training with one mixture."""
 
     name: str
     num_tokens: float
-    """About as many are read: what whole documents allow."""
+    """How many to read, about: documents are read whole."""
     share: np.ndarray
     """Of the tokens, for each group of the corpus."""
     num_steps: int = 0
@@ -39,16 +39,17 @@ def document_order(corpus: Corpus, phases: Sequence[Phase], seed: int, max_passe
     """Documents of each phase in training order, each group holding its share at every moment.
 
     A group's documents come in one shuffled pass after the other, and a phase goes on where the one before it stopped.
-    A document is read if its middle token lies within what its group is to have read by the end of the phase; it is
-    due when its group should have reached that token, and sorting by due time interleaves the groups evenly.
-    `max_passes` above 0 caps the passes over a group's documents in all phases together: what it may not read, the
-    others do. Returns int64 places in the corpus.
+    A document is read if its middle token lies within the tokens that its group should have read by the end of the
+    phase. It is due when its group should have reached that token; sorting by due time interleaves the groups evenly.
+    `max_passes` above 0 caps the passes over a group's documents in all phases together; the other groups make up for
+    what it may not read. Returns int64 places in the corpus.
     """
     members = np.split(np.arange(len(corpus)), np.cumsum([len(group.documents) for group in corpus.groups])[:-1])
     size = np.array([group.num_tokens for group in corpus.groups], dtype=np.float64)
     cap = max_passes * size if max_passes else np.full(len(members), np.inf)
-    asked, read = np.zeros(len(members)), np.zeros(len(members))  # tokens, in all phases so far
-    given = np.zeros(len(members), dtype=np.int64)  # documents
+    # Of each group in all phases so far: tokens asked for, tokens read, and documents read.
+    asked, read = np.zeros(len(members)), np.zeros(len(members))
+    given = np.zeros(len(members), dtype=np.int64)
     orders = []
     for phase in phases:
         share = np.where(size > 0, phase.share, 0.0)
@@ -56,6 +57,7 @@ def document_order(corpus: Corpus, phases: Sequence[Phase], seed: int, max_passe
         documents, due = [np.empty(0, dtype=np.int64)], [np.empty(0)]
         for number in np.flatnonzero(tokens >= 1):
             mine = members[number]
+            # The passes that the phase may touch, shuffled each by itself; 1e-9 keeps a whole number of passes whole.
             first = int(given[number]) // len(mine)
             last = int((asked + tokens)[number] / size[number] + 1 - 1e-9)
             passes = [
@@ -64,8 +66,10 @@ def document_order(corpus: Corpus, phases: Sequence[Phase], seed: int, max_passe
             ]
             coming = np.concatenate(passes)[given[number] - first * len(mine) :]
             lengths = corpus.lengths[coming]
+            # Tokens of the group from the start of the phase to the middle of each document.
             middle = read[number] + np.cumsum(lengths) - lengths / 2 - asked[number]
-            limit = tokens[number] if given[number] else max(tokens[number], middle[0])  # one document at least
+            # A group that has read nothing yet reads one document at least.
+            limit = tokens[number] if given[number] else max(tokens[number], middle[0])
             taken = int(np.searchsorted(middle, limit, side="right"))
             documents.append(coming[:taken])
             due.append(middle[:taken] / tokens[number])
@@ -77,24 +81,24 @@ def document_order(corpus: Corpus, phases: Sequence[Phase], seed: int, max_passe
 
 
 def within_caps(share: np.ndarray, tokens: float, room: np.ndarray) -> np.ndarray:
-    """Tokens of each group: its share of `tokens`, but no more than its room; what is over goes to the others.
+    """Tokens of each group: its share of `tokens`, but no more than its room; the excess goes to the others.
 
-    The others take it in proportion to their shares, as far as they have room; where no group has any, less is read
-    than was asked for.
+    The others take it in proportion to their shares, as far as they have room. Where no group has any left, fewer
+    tokens are read than asked for.
 
     >>> within_caps(np.array([0.5, 0.3, 0.2]), 100, np.array([20, 1000, 30])).tolist()
     [20.0, 50.0, 30.0]
     """
     wanted = np.zeros(len(share))
-    open_ = share > 0
-    while open_.any():
-        left = tokens - wanted[~open_].sum()
-        wanted[open_] = left * share[open_] / share[open_].sum()
-        full = open_ & (wanted > room)
+    has_room = share > 0
+    while has_room.any():
+        left = tokens - wanted[~has_room].sum()
+        wanted[has_room] = left * share[has_room] / share[has_room].sum()
+        full = has_room & (wanted > room)
         if not full.any():
             break
         wanted[full] = room[full]
-        open_ &= ~full
+        has_room &= ~full
     return wanted
 
 
@@ -127,6 +131,7 @@ class TokenStream:
         for number, (phase, order) in enumerate(zip(phases, orders, strict=True)):
             packed = pack(corpus.lengths[order], row_tokens, seed + number)
             rows.append(Ragged(order[packed.values], packed.offsets))
+            # Rows are divided over the steps so that two steps differ by one row at most.
             num_steps = max(phase.num_steps, -(-len(packed) // rows_per_step)) if len(packed) else 0
             num_steps = min(num_steps, len(packed))
             sizes.append(np.diff(np.arange(num_steps + 1) * len(packed) // max(1, num_steps)))

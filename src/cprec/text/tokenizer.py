@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from cprec.data.catalogue import Catalogue
+from cprec.data.cleaning import clean_title
 from cprec.errors import ConfigError
+from cprec.text.config import Template
 
-if TYPE_CHECKING:
-    from cprec.data.catalogue import Catalogue
-    from cprec.text.config import Template
-
-TINY = "tiny"
 EOS = "<eos>"
 PAD = "<pad>"
 
-# Words, numbers and marks apart, each with the space before it; the line opening of the template is one unit. Every
-# template piece starts a new unit, so tokens of a whole document equal those of its pieces.
-SPLIT = r"\n-| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
+UNIT = r"\n-| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
+"""What the tiny tokenizer splits text into first: words, numbers and marks, each with the space before it, and the line
+opening of the template. Every piece of the template starts a unit, so a document has the tokens of its pieces."""
+
+TEMPLATE_REPEATS = 100
+"""How often the template's parts stand among the titles in training, so that they are merged to few tokens."""
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int = 8192) -> Any:
@@ -25,9 +30,6 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int = 8192) -> Any:
 
     Raises ConfigError if `vocabulary_size` is too small for the 256 bytes and the special tokens.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + 2
     if vocabulary_size < smallest:
@@ -35,7 +37,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int = 8192) -> Any:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(UNIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -48,19 +50,15 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int = 8192) -> Any:
 
 
 def train_on_titles(catalogue: Catalogue, domains: Sequence[str], vocabulary_size: int, template: Template) -> Any:
-    """`train_tokenizer` on the titles of some domains, the other item fields that the template asks for, and its fixed
-    parts, and on nothing else."""
-    import numpy as np
-
-    from cprec.data.cleaning import clean_title
-
+    """A tiny tokenizer trained on nothing but the template's fixed parts and the item fields that it asks for, of the
+    items of some domains."""
     rows = np.concatenate([catalogue.rows_of(domain) for domain in domains])
     fixed = [
         template.head(domain) + template.line + template.next + template.tag(domain) for domain in catalogue.domains
     ]
     return train_tokenizer(
         [
-            *fixed * 100,
+            *fixed * TEMPLATE_REPEATS,
             template.head(template.mixed_scope),
             *(template.title(title) for title in catalogue.title[rows]),
             *(
@@ -86,8 +84,8 @@ def beginning_of(tokenizer: Any, add_bos_token: str = "auto") -> list[int]:
     places = [place for place in range(len(whole)) if whole[place : place + len(bare)] == bare]
     if not places:
         raise ConfigError(
-            "the tokenizer writes 'x' otherwise where it adds special tokens, so what it puts before a text cannot be "
-            "told: set add_bos_token=false"
+            "the tokenizer encodes 'x' differently where it adds special tokens, so what it puts before a text cannot "
+            "be told: set add_bos_token=false"
         )
     begin = [int(token) for token in whole[: places[0]]]
     if begin or add_bos_token == "auto":
@@ -102,6 +100,4 @@ def beginning_of(tokenizer: Any, add_bos_token: str = "auto") -> list[int]:
 
 def load_tokenizer(name_or_path: str) -> Any:
     """The tokenizer of a Hugging Face model, by name or folder."""
-    from transformers import AutoTokenizer
-
     return AutoTokenizer.from_pretrained(name_or_path)

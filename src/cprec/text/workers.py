@@ -1,7 +1,7 @@
 """Runs a function on every part of a data folder, in several processes.
 
-A worker is this module started anew (`python -m cprec.text.workers`), not a copy of the caller: nothing that the
-caller holds is doubled, and a script needs no `if __name__ == "__main__"`.
+A worker is this module started afresh (`python -m cprec.text.workers`), not a copy of the caller: it holds none of the
+caller's memory, and a script needs no `if __name__ == "__main__"`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from cprec.progress import track
 
 
 def num_workers(wanted: int | None) -> int:
-    """As many processes as asked for, or as many as this process may use cores."""
+    """The number of processes asked for, or else of the cores that this process may use."""
     return wanted or num_cores()
 
 
 def run_parts(function: str, folder: Path, parts: Sequence[int], workers: int, description: str) -> list[Any]:
-    """What `function` ("module:name", called with the folder and a part) returns for each part, in their order.
+    """Call `function` ("module:name") with the folder and each part; returns its results in the order of the parts.
 
-    Results must be plain JSON. With one worker, or one part, it runs in this process. An error of a part (those of
+    Results must be plain JSON. With one worker, or one part, it runs in this process. An error in a part (those of
     `cprec.errors` keep their type) stops all others; so does an interruption.
     """
     with track(len(parts), description, "parts") as progress:
@@ -73,7 +73,7 @@ def _start(
     function: str, folder: Path, parts: Sequence[int], number: int, messages: queue.Queue[Any]
 ) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", __name__, function, str(folder), ",".join(map(str, parts))]
-    # One thread each: the parts are what runs side by side.
+    # One thread each, because the parts run side by side.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CPREC_PROGRESS": "off"}
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment
@@ -83,7 +83,7 @@ def _start(
 
 
 def _listen(lines: IO[str], number: int, messages: queue.Queue[Any]) -> None:
-    with lines, contextlib.suppress(json.JSONDecodeError):  # a line cut by the end of its process, whose code tells
+    with lines, contextlib.suppress(json.JSONDecodeError):  # a line cut short: its process died, as its exit code says
         for line in lines:
             messages.put((number, json.loads(line)))
     messages.put((number, None))
@@ -95,16 +95,16 @@ def _function(name: str) -> Any:
 
 
 def _end_with_parent() -> None:
-    """Nothing is ever sent: the pipe ends when the parent does, however it ends. No one may go on behind its back."""
+    """Exit when the parent ends, however it ends: nothing is sent through the pipe, which then closes."""
     os.read(0, 1)
     os._exit(1)
 
 
 def main() -> int:
-    """Work on the parts that the command line names; prints one JSON object for each."""
+    """Work on the parts that the command line names, and print one JSON object for each."""
     name, folder, parts = sys.argv[1:]
     output = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever others print, libraries in C among them, is no message
+    os.dup2(2, 1)  # what libraries print, those in C too, must not come among the messages
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         function = _function(name)

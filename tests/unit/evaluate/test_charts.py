@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cprec.evaluate.charts import HEIGHT, WIDTH, interval_bar, line_chart, log_ticks, thinned, ticks
+from cprec.evaluate.charts import HEIGHT, WIDTH, Bar, bars, line_chart, log_ticks, tag, thinned, ticks
 
 
 def parsed(svg: str) -> ElementTree.Element:
@@ -60,12 +60,19 @@ def test_names_are_escaped_and_the_ninth_line_is_dashed() -> None:
 
 
 def test_bars_are_shares_of_the_largest() -> None:
-    bar = parsed(interval_bar(0.2, 0.1, 0.4, 0.4, "accent"))
-    (rectangle,) = bar.iter("rect")
-    assert rectangle.attrib["width"] == "50.00%"
-    xs = re.findall(r'x1="([\d.]+)%"', interval_bar(0.2, 0.1, 0.4, 0.4, "accent"))
-    assert xs == ["25.00", "25.00", "100.00"]
-    assert 'width="0.00%"' in interval_bar(0, 0, 0, 0, "bar")
+    drawn = bars({"<a>": [Bar(0.2, (0.1, 0.4))], "b": [Bar(0.1), Bar(0.4, colour="bar")], "c": []}, "{:.1f}")
+    rectangles = list(parsed(drawn).iter("rect"))
+    assert [each.attrib["width"] for each in rectangles] == ["50.00%", "25.00%", "100.00%"]
+    assert re.findall(r'x1="([\d.]+)%"', drawn) == ["25.00", "25.00", "100.00"]
+    assert "".join(parsed(drawn).itertext()) == "<a>0.2b0.10.4c-"
+    assert 'width="0.00%"' in bars({"a": [Bar(0, (0, 0))]}, "{:.0f}")
+    assert 'width="20.00%"' in bars({"a": [Bar(0.2)]}, "{:.0%}", largest=1)
+
+
+def test_an_element_escapes_what_it_is_given() -> None:
+    assert tag("b", "<i>", tag("i", "&"), title='"<', x=0.25) == (
+        '<b title="&#34;&lt;" x="0.2">&lt;i&gt;<i>&amp;</i></b>'
+    )
 
 
 def test_bands_are_shaded_as_far_as_the_lines_go() -> None:

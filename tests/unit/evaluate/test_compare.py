@@ -16,13 +16,13 @@ import pytest
 
 from cprec.errors import ConfigError, DataError
 from cprec.evaluate.compare import compare, protocol_differences
-from cprec.evaluate.comparison_report import (
-    Table,
-    forest_plot,
-    html_of,
+from cprec.evaluate.comparison import ComparisonTable
+from cprec.evaluate.comparison_page import (
+    comparison_page,
     latex_table,
     markdown_table,
     notes,
+    plot,
     print_tables,
     title_of,
 )
@@ -81,7 +81,7 @@ def first_in(share: float, size: int = 1200, shift: int = 0) -> np.ndarray:
     return np.roll(np.where(np.arange(size) < round(share * size), 0, 50), shift)
 
 
-def run(*folders: Path, **options: Any) -> tuple[list[Table], str]:
+def run(*folders: Path, **options: Any) -> tuple[list[ComparisonTable], str]:
     printed = io.StringIO()
     output = options.pop("output", folders[0].parent / "compare.html")
     tables = compare(folders, output=output, file=printed, **options)
@@ -95,11 +95,11 @@ def test_two_runs_in_one_table_worked_by_hand(tmp_path: Path) -> None:
     (table,), printed = run(a, b)
     assert table.metric == "ndcg@10" and table.protocol == "full" and table.runs == ("a", "b")
     # an arm with the same numbers in both runs stands once, the others have their run in front; best first
-    assert [row.name for row in table.rows] == ["oracle", "a: CPRec", "b: CPRec", "popularity"]
-    assert [row.estimates["ndcg@10"].mean for row in table.rows] == pytest.approx([0.9, 0.3, 0.2, 0.05])
-    assert table.best is table.rows[1] and table.best.against_best is None
-    assert table.rows[0].bound and table.rows[0].against_best is None
-    less = table.rows[2].against_best
+    assert [row.name for row in table.arms] == ["oracle", "a: CPRec", "b: CPRec", "popularity"]
+    assert [row.estimates["ndcg@10"].mean for row in table.arms] == pytest.approx([0.9, 0.3, 0.2, 0.05])
+    assert table.best is table.arms[1] and table.best.against_best is None
+    assert table.arms[0].bound and table.arms[0].against_best is None
+    less = table.arms[2].against_best
     assert less is not None and less.mean == pytest.approx(-0.1)
     assert less.low < -0.1 < less.high < 0 and less.claim and less.num_queries == 1200
     # 120 queries differ by 1: variance 0.1 * 0.9 * 1200 / 1199
@@ -116,12 +116,12 @@ def test_two_runs_in_one_table_worked_by_hand(tmp_path: Path) -> None:
 def test_the_other_protocol_and_metric_may_be_asked_for(tmp_path: Path) -> None:
     a = write(tmp_path / "a", {"x": first_in(0.3), "y": first_in(0.2)})
     (table,), _ = run(a, metric="mrr", protocol="full_with_seen")
-    assert table.metric == "mrr" and [row.name for row in table.rows] == ["x", "y"]
-    assert table.rows[0].estimates["mrr"].mean == pytest.approx(0.3 / 2 + 0.7 / 51)
+    assert table.metric == "mrr" and [row.name for row in table.arms] == ["x", "y"]
+    assert table.arms[0].estimates["mrr"].mean == pytest.approx(0.3 / 2 + 0.7 / 51)
     seen = write(tmp_path / "seen", {"x": first_in(0.3)}, seen="may be recommended")
     (table,), printed = run(seen)
     assert table.protocol == "full_with_seen" and "seen items too" in printed  # that run's main table
-    assert table.comparisons == {} and table.rows[0].against_best is None and "Holm" not in printed
+    assert table.comparisons == {} and table.arms[0].against_best is None and "Holm" not in printed
 
 
 def test_runs_that_were_asked_differently_are_refused_with_each_difference(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_differences_are_told_by_value_and_missing_ones_are_not_stated() -> None
 def test_small_test_sets_and_missing_certificates_are_told_everywhere(tmp_path: Path) -> None:
     a = write(tmp_path / "a", {"x": first_in(0.5, 900), "y": first_in(0.1, 900)}, certificate="uncertified")
     (table,), printed = run(a)
-    against = table.rows[1].against_best
+    against = table.arms[1].against_best
     assert against is not None and against.p_adjusted < 0.001 and not against.claim
     page = (tmp_path / "compare.html").read_text()
     for text in (printed, page, markdown_table(table), latex_table(table)):
@@ -172,29 +172,29 @@ def test_arms_of_several_seeds_become_one_with_both_errors(tmp_path: Path) -> No
     shares = {"SASRec (seed 1)": first_in(0.30), "SASRec (seed 2)": first_in(0.34), "SASRec (seed 3)": first_in(0.26)}
     a = write(tmp_path / "a", {**shares, "popularity": first_in(0.28), "GRU (seed 7)": first_in(0.01)})
     (table,), printed = run(a)
-    assert [(row.name, row.num_seeds) for row in table.rows] == [
+    assert [(row.name, row.num_seeds) for row in table.arms] == [
         ("SASRec (3 seeds)", 3),
         ("popularity", 1),
         ("GRU (seed 7)", 1),
     ]
-    main = table.rows[0].estimates["ndcg@10"]
+    main = table.arms[0].estimates["ndcg@10"]
     assert main.mean == pytest.approx(0.30)
     # seed means 0.30, 0.34, 0.26: variance 0.0016; a third of it, less what users explain
     assert main.error_seeds == pytest.approx((0.0016 / 3) ** 0.5, rel=0.05)
     assert main.error_users is not None and 0.01 < main.error_users < 0.015
     assert "0.0127 from users" in printed and "from seeds" in printed
-    assert table.rows[1].against_best is not None and not table.rows[1].against_best.claim  # within the luck of seeds
-    assert table.rows[2].against_best is not None and table.rows[2].against_best.claim
+    assert table.arms[1].against_best is not None and not table.arms[1].against_best.claim  # within the luck of seeds
+    assert table.arms[2].against_best is not None and table.arms[2].against_best.claim
 
 
 def test_seeds_of_one_model_in_several_runs_are_one_arm(tmp_path: Path) -> None:
     a = write(tmp_path / "a", {"EASE": first_in(0.3), "SASRec (seed 0)": first_in(0.2)})
     b = write(tmp_path / "b", {"EASE": first_in(0.3), "SASRec (seed 1)": first_in(0.24)})
     (table,), _ = run(a, b)
-    assert [(row.name, row.num_seeds) for row in table.rows] == [("EASE", 1), ("SASRec (2 seeds)", 2)]
+    assert [(row.name, row.num_seeds) for row in table.arms] == [("EASE", 1), ("SASRec (2 seeds)", 2)]
     c = write(tmp_path / "c", {"SASRec (seed 0)": first_in(0.1), "SASRec (seed 1)": first_in(0.12)})
     (table,), _ = run(a, c)  # another SASRec, which has other numbers with seed 0
-    assert [row.name for row in table.rows] == ["EASE", "a: SASRec (seed 0)", "c: SASRec (2 seeds)"]
+    assert [row.name for row in table.arms] == ["EASE", "a: SASRec (seed 0)", "c: SASRec (2 seeds)"]
 
 
 def test_only_an_arm_whose_training_draws_is_given_the_luck_of_others(tmp_path: Path) -> None:
@@ -202,8 +202,8 @@ def test_only_an_arm_whose_training_draws_is_given_the_luck_of_others(tmp_path: 
     found = []
     for name in ("EASE", "GRU4Rec"):
         (table,), _ = run(write(tmp_path / name, {**seeds, name: first_in(0.3)}))
-        assert table.rows[1].against_best is not None
-        found.append(table.rows[1].against_best.detectable)
+        assert table.arms[1].against_best is not None
+        found.append(table.arms[1].against_best.detectable)
     assert found[0] is not None and found[1] is not None and found[1] > 1.3 * found[0]
 
 
@@ -226,7 +226,7 @@ def test_queries_of_one_user_count_together(tmp_path: Path) -> None:
     arms = {"x": first_in(0.5), "y": first_in(0.2)}
     (alone,), _ = run(write(tmp_path / "a", arms))
     (together,), _ = run(write(tmp_path / "b", arms, users=10))
-    wide, narrow = (table.rows[0].estimates["ndcg@10"] for table in (alone, together))
+    wide, narrow = (table.arms[0].estimates["ndcg@10"] for table in (alone, together))
     assert narrow.high - narrow.low != pytest.approx(wide.high - wide.low, rel=0.2)  # all ten users are much alike
     assert narrow.mean == wide.mean
 
@@ -266,7 +266,7 @@ def test_folders_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> No
     a = write(tmp_path / "one" / "evaluation", {"x": first_in(0.3)})
     b = write(tmp_path / "two" / "evaluation", {"x": first_in(0.2)})
     (table,), _ = run(a, b)
-    assert [row.name for row in table.rows] == [f"{a}: x", f"{b}: x"]
+    assert [row.name for row in table.arms] == [f"{a}: x", f"{b}: x"]
 
 
 def test_files_that_are_no_evaluation_are_refused(tmp_path: Path) -> None:
@@ -287,32 +287,32 @@ def test_files_that_are_no_evaluation_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def table(tmp_path: Path) -> Table:
+def table(tmp_path: Path) -> ComparisonTable:
     arms = {"A & B_1 | <b>": first_in(0.3), "y": first_in(0.2), "z": first_in(0.29, shift=100), "oracle": first_in(0.9)}
     (made,), _ = run(write(tmp_path / "a", arms))
     return made
 
 
-def test_the_page_is_one_safe_file_with_a_plot(table: Table, tmp_path: Path) -> None:
+def test_the_page_is_one_safe_file_with_a_plot(table: ComparisonTable, tmp_path: Path) -> None:
     page = (tmp_path / "compare.html").read_text()
-    assert page == html_of([table])
+    assert page == comparison_page([table])
     assert "<b>" not in page and "A &amp; B_1 | &lt;b&gt;" in page
     assert not re.search(r"<script|https?://|src=|href=", page)
     assert list(tmp_path.glob("*.incomplete")) == []
     assert page.count("<circle") == 4 and page.count("stroke-dasharray") == 1  # a dot an arm, a line at the best
-    plot = forest_plot(table)
-    assert plot.count('fill="var(--page)"') == 1  # z alone is not told from the best
-    assert plot.index("oracle") < plot.index("A &amp; B_1") < plot.index(">z<") < plot.index(">y<")
+    drawing = plot(table)
+    assert drawing.count('fill="var(--page)"') == 1  # z alone is not told from the best
+    assert drawing.index("oracle") < drawing.index("A &amp; B_1") < drawing.index(">z<") < drawing.index(">y<")
 
 
 def test_the_plot_shortens_long_names_and_draws_a_single_value(tmp_path: Path) -> None:
     (made,), _ = run(write(tmp_path / "a", {"n" * 80: np.zeros(1200, int)}))
-    plot = forest_plot(made)
-    assert ">" + "n" * 47 + "\u2026<" in plot and "n" * 80 in plot
-    assert "nan" not in plot and "inf" not in plot
+    drawing = plot(made)
+    assert ">" + "n" * 47 + "\u2026<" in drawing and "n" * 80 in drawing
+    assert "nan" not in drawing and "inf" not in drawing
 
 
-def test_a_terminal_gets_the_columns_that_fit(table: Table) -> None:
+def test_a_terminal_gets_the_columns_that_fit(table: ComparisonTable) -> None:
     for width, columns in ((60, 2), (150, 6)):
         printed = io.StringIO()
         print_tables([table], printed, width=width)
@@ -329,7 +329,7 @@ def test_the_tables_alone_are_written_by_the_name_of_the_file(name: str, form: A
     assert (tmp_path / name).read_text() == form(tables[0])
 
 
-def test_tables_for_papers(table: Table) -> None:
+def test_tables_for_papers(table: ComparisonTable) -> None:
     lines = markdown_table(table).splitlines()
     assert lines[0] == "| | NDCG@10 | Recall@10 | NDCG@5 | MRR | less the best | p |"
     assert lines[1] == "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"

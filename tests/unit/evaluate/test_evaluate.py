@@ -6,10 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
-from itertools import groupby
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,31 @@ from cprec import lineup
 from cprec.baselines.popularity import PopularityRecommender
 from cprec.baselines.random import RandomRecommender
 from cprec.data.config import SyntheticConfig
-from cprec.data.dataset import read_manifest, read_split
+from cprec.data.dataset import read_split
 from cprec.data.splits import Split
-from cprec.errors import ConfigError, CPRecError, DataError, LeakageError
+from cprec.entrants import SCORES, baseline_entrants, model_entrants
+from cprec.errors import ConfigError, CPRecError, DataError, InputChanged, LeakageError, Unsuitable
 from cprec.evaluate.config import EvaluateConfig
-from cprec.evaluate.evaluate import Entrant, check_certificate, evaluate, protocol_of, rankings_path
-from cprec.evaluate.questions import FULL, FULL_WITH_SEEN, NEW_ITEMS, SAMPLED, Questions, read_questions
+from cprec.evaluate.coverage import check_certificate
+from cprec.evaluate.evaluate import Entrant, Opened, evaluate, protocol_of
+from cprec.evaluate.questions import SAMPLED, Protocol, Questions, read_questions
+from cprec.evaluate.rankings import rankings_path
+from cprec.evaluate.results import (
+    CANDIDATES_UNIFORM,
+    FULL,
+    FULL_WITH_SEEN,
+    NEW_ITEMS,
+    FoundOfExact,
+    Interval,
+    Metric,
+    Proofs,
+    read_report,
+)
 from cprec.evaluate.tables import metrics_of
-from cprec.recommender import Certificate, Ranking, RankingQuery, Recommender
-from cprec.run import SCORES, baseline_entrants, evaluate_models
+from cprec.provenance import FileHashes
+from cprec.rank.config import RankConfig
+from cprec.recommender import Proof, Ranking, RankingQuery, Recommender
+from cprec.run import evaluate_models
 from cprec.text.config import PrepareConfig
 from cprec.text.prepare import prepare
 
@@ -95,31 +110,37 @@ class Knowing:
 
 
 def baseline(recommender: Recommender, name: str = "") -> Entrant:
-    return Entrant(name=name or recommender.name, recommender=recommender, kind="baseline")
+    return Entrant(name=name or recommender.name, kind="baseline", open=lambda: Opened(recommender=recommender))
 
 
-def model(recommender: Recommender, data: Path, name: str = "model", scores: str = SCORES) -> Entrant:
+def model(recommender: Recommender, data: Path, name: str = "model", **identity: Any) -> Entrant:
     """A model trained on what the certificate covers."""
     covered = json.loads((data / "certificate.json").read_text())["artifacts"]["shards/train"]
     return Entrant(
         name=name,
-        recommender=recommender,
         kind="model",
+        open=lambda: Opened(recommender=recommender),
+        identity={"model": "1", **identity},
         stochastic=True,
         trained_on=(covered,),
-        identity="1",
-        scores=scores,
     )
+
+
+def questions_of(config: EvaluateConfig, split: Split, domain: str = "books") -> Questions:
+    """What `evaluate` asks."""
+    asked = {name: getattr(config, name) for name in ("max_queries", "num_candidates", "seed")}
+    return read_questions(config.data, split, domain, config.part, **asked)
+
+
+def protocol_named(questions: Questions, name: str) -> Protocol:
+    return next(protocol for protocol in questions.protocols(generate=True) if protocol.name == name)
 
 
 # ---- questions -------------------------------------------------------------------------------------------------------
 
 
-UNIFORM = SAMPLED["uniform"]
-
-
 def test_queries_ask_for_the_last_event_and_know_all_that_came_before(config: EvaluateConfig, split: Split) -> None:
-    questions = read_questions(config, split, "books")
+    questions = questions_of(config, split)
     log, catalogue = split.interactions, split.catalogue
     books = catalogue.domain_index("books")
     assert len(questions.queries) == len(questions.target) == len(questions.user) > 20
@@ -136,47 +157,48 @@ def test_queries_ask_for_the_last_event_and_know_all_that_came_before(config: Ev
 def test_candidates_are_the_target_and_items_outside_the_history_frozen_to_disk(
     config: EvaluateConfig, split: Split, data: Path
 ) -> None:
-    questions = read_questions(config, split, "books")
+    questions = questions_of(config, split)
     for protocol in SAMPLED.values():
-        for query, full, target in zip(questions.of(protocol), questions.queries, questions.target, strict=True):
+        sampled = protocol_named(questions, protocol).queries
+        for query, full, target in zip(sampled, questions.queries, questions.target, strict=True):
             assert query.candidates is not None and len(set(query.candidates)) == 20
             assert target in query.candidates and not set(query.candidates) & (full.uncounted - {target})
     frozen = data / "queries/books/candidates20_test_seed0.parquet"
     before = frozen.read_bytes()
-    again = read_questions(config, split, "books")
+    again = questions_of(config, split)
     assert (
         again.candidates == questions.candidates and again.sha256 == questions.sha256 and frozen.read_bytes() == before
     )
-    other = read_questions(replace(config, seed=1), split, "books")
+    other = questions_of(replace(config, seed=1), split)
     assert other.candidates["uniform"] != questions.candidates["uniform"]
     assert frozen.read_bytes() == before
 
 
 def test_candidates_of_other_queries_are_refused(config: EvaluateConfig, split: Split, data: Path) -> None:
-    read_questions(config, split, "books")
+    questions_of(config, split)
     frozen = data / "queries/books/candidates20_popularity_test_seed0.parquet"
     pq.write_table(pq.read_table(frozen).slice(1), frozen)
     with pytest.raises(DataError, match="holds candidates of other queries"):
-        read_questions(config, split, "books")
+        questions_of(config, split)
 
 
 def test_a_sample_of_queries_is_seeded_and_in_order(config: EvaluateConfig, split: Split) -> None:
-    every = [query.query_id for query in read_questions(config, split, "books").queries]
-    few = [query.query_id for query in read_questions(replace(config, max_queries=7), split, "books").queries]
+    every = [query.query_id for query in questions_of(config, split).queries]
+    few = [query.query_id for query in questions_of(replace(config, max_queries=7), split).queries]
     assert len(few) == 7 and few == [name for name in every if name in few]
-    assert few == [query.query_id for query in read_questions(replace(config, max_queries=7), split, "books").queries]
-    all_of_them = read_questions(replace(config, max_queries=10**6), split, "books").queries
+    assert few == [query.query_id for query in questions_of(replace(config, max_queries=7), split).queries]
+    all_of_them = questions_of(replace(config, max_queries=10**6), split).queries
     assert [query.query_id for query in all_of_them] == every
 
 
 def test_a_domain_without_queries_is_named(config: EvaluateConfig, split: Split) -> None:
     with pytest.raises(ConfigError, match="name 'toys' in target_domains"):
-        read_questions(config, split, "toys")
+        questions_of(config, split, "toys")
 
 
 def test_queries_with_fewer_candidates_than_asked_for_are_counted(config: EvaluateConfig, split: Split) -> None:
     many = replace(config, num_candidates=53)
-    questions = read_questions(many, split, "books")
+    questions = questions_of(many, split)
     sizes = [len(mine) for mine in questions.candidates["uniform"]]
     few = [size for size in sizes if size < 53]
     assert few and max(sizes) <= 53
@@ -184,56 +206,58 @@ def test_queries_with_fewer_candidates_than_asked_for_are_counted(config: Evalua
     assert f"for {len(few)} of {len(sizes)} queries ({min(few)} at least)" in note
     assert all(target in mine for target, mine in zip(questions.target, questions.candidates["uniform"], strict=True))
     assert "popularity" not in questions.candidates  # fewer items than that have training events
-    assert read_questions(replace(config, num_candidates=20), split, "books").notes == []
+    assert questions_of(replace(config, num_candidates=20), split).notes == []
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
 def test_results_have_intervals_and_paired_differences(config: EvaluateConfig, split: Split, data: Path) -> None:
-    questions = read_questions(config, split, "books")
+    questions = questions_of(config, split)
     entrants = [
         baseline(RandomRecommender(split.catalogue)),
         baseline(PopularityRecommender(split)),
         model(Knowing(questions), data, "knowing"),
         model(PopularityRecommender(split), data, "popular model"),
-        Entrant(name="oracle", recommender=Knowing(questions), kind="bound"),
+        replace(baseline(Knowing(questions), "oracle"), kind="bound"),
     ]
     result = evaluate(config, split, "books", entrants)
-    assert result["certified"] and result["num_items"] == len(split.catalogue.rows_of("books"))
-    assert result["num_queries"] == len(questions.queries)
-    assert list(result["arms"]) == [entrant.name for entrant in entrants]
-    for arm in result["arms"].values():
-        for cells in (arm, arm["candidates20"]):
-            for metric in ("recall@1", "recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr"):
-                assert 0 <= cells[metric]["low"] <= cells[metric]["mean"] <= cells[metric]["high"] <= 1
-    assert result["arms"]["knowing"]["ndcg@10"] == {"mean": 1, "low": 1, "high": 1}
-    chance = result["arms"]["random"]["candidates20"]["recall@1"]
-    assert chance["low"] <= 0.05 <= chance["high"]
-    pairs = {(line["a"], line["b"]): line for line in result["differences"]}
+    assert result.certified and result.num_items == len(split.catalogue.rows_of("books"))
+    assert result.num_queries == len(questions.queries)
+    assert list(result.arms) == [entrant.name for entrant in entrants]
+    for arm in result.arms.values():
+        for pool in (FULL, CANDIDATES_UNIFORM):
+            for name, k in (("recall", 1), ("recall", 5), ("recall", 10), ("ndcg", 5), ("ndcg", 10), ("mrr", None)):
+                cell = arm.metrics[Metric(name, k, pool)]
+                assert 0 <= cell.low <= cell.mean <= cell.high <= 1
+    assert result.main == Metric("ndcg", 10, FULL)
+    assert result.arms["knowing"].metrics[result.main] == Interval(1, 1, 1)
+    chance = result.arms["random"].metrics[Metric("recall", 1, CANDIDATES_UNIFORM)]
+    assert chance.low <= 0.05 <= chance.high
+    pairs = {(line.a, line.b): line.test for line in result.differences}
     assert list(pairs) == [
         ("popular model", "popularity"),
         ("popular model", "knowing"),
         ("knowing", "popularity"),
     ]
-    assert pairs["popular model", "popularity"]["mean"] == pairs["popular model", "popularity"]["low"] == 0
-    expected = 1 - result["arms"]["popularity"]["ndcg@10"]["mean"]
-    assert pairs["knowing", "popularity"]["mean"] == pytest.approx(expected)
-    assert pairs["knowing", "popularity"]["low"] > 0
+    assert pairs["popular model", "popularity"].mean == pairs["popular model", "popularity"].low == 0
+    expected = 1 - result.arms["popularity"].metrics[result.main].mean
+    assert pairs["knowing", "popularity"].mean == pytest.approx(expected)
+    assert pairs["knowing", "popularity"].low > 0
 
 
 def test_means_can_be_made_again_from_what_is_saved(config: EvaluateConfig, split: Split) -> None:
     result = evaluate(config, split, "books", [baseline(PopularityRecommender(split))])
-    questions = read_questions(config, split, "books")
-    rankings = pq.read_table(rankings_path(config, "books", "popularity", FULL))
+    questions = questions_of(config, split)
+    rankings = pq.read_table(rankings_path(config.output_dir, "books", "popularity", FULL))
     assert rankings.column_names == ["query_id", "user_id", "domain", "rank", "item_id", "score", "seen"]
     metrics = pq.read_table(Path(config.output_dir) / "books" / "metrics.parquet")
     assert set(metrics["protocol"].to_pylist()) - {NEW_ITEMS} == {FULL, FULL_WITH_SEEN, *SAMPLED.values()}
     full = metrics.filter(pa.compute.equal(metrics["protocol"], FULL))
-    for name, values in metrics_of(rankings, questions, config.k).items():
+    for name, values in metrics_of(rankings, protocol_named(questions, FULL), config.k, FULL).items():
         np.testing.assert_array_equal(full[name].to_numpy(), values)
         if "@" in name:
-            assert values.mean() == result["arms"]["popularity"][name]["mean"]
+            assert values.mean() == result.arms["popularity"].metrics[Metric.of(name, FULL)].mean
 
 
 class Certified(Knowing):
@@ -242,16 +266,18 @@ class Certified(Knowing):
     def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
         out = []
         for number, ranking in enumerate(super().rank(queries, k)):
-            proof = Certificate(gap=0.0 if number % 2 else 0.5, expanded=7)
+            proof = Proof(gap=0.0 if number % 2 else 0.5, expanded=7)
             items = ranking.item_ids if number % 2 else (self._other[ranking.query_id],)
-            out.append(replace(ranking, item_ids=items, certificate=proof))
+            out.append(replace(ranking, item_ids=items, proof=proof))
         return out
 
     def __init__(self, questions: Questions) -> None:
         super().__init__(questions)
         self._other = {
             query.query_id: next(item for item in query.candidates or () if item != target)
-            for query, target in zip(questions.of(UNIFORM), questions.target, strict=True)
+            for query, target in zip(
+                protocol_named(questions, CANDIDATES_UNIFORM).queries, questions.target, strict=True
+            )
         }
 
 
@@ -264,25 +290,26 @@ class Silent(Knowing):
 
 
 def test_what_is_proven_and_what_a_beam_found_is_told(config: EvaluateConfig, split: Split, data: Path) -> None:
-    questions = read_questions(config, split, "books")
+    questions = questions_of(config, split)
     exact = Counting(Knowing(questions))
-    entrant = replace(model(Certified(questions), data), modes={"exact": exact, "generate": Silent(questions)})
-    beam = replace(config, mode="beam", generate=True)
-    arm = evaluate(beam, split, "books", [entrant])["arms"]["model"]
+    modes = {"exact": exact.rank, "generate": Silent(questions).rank}
+    opened = Opened(recommender=Certified(questions), modes=modes)
+    entrant = replace(model(exact, data), open=lambda: opened)
+    free = replace(config, generate=True)
+    arm = evaluate(free, split, "books", [entrant]).arms["model"]
     number = len(questions.queries)
-    assert arm["proven"] == (number // 2) / number
-    assert (arm["mean_gap"], arm["expanded"]) == (0.5, 7)
-    assert arm["found_of_exact"]["num_queries"] == min(100, number) == exact.asked
-    assert 0 < arm["found_of_exact"]["share"] < 1
-    free = arm["generate"]
-    assert free["valid_ratio"] == free["hr@1-all"] == (number // 2) / number
-    assert free["hr@1-valid"] == 1
-    assert evaluate(beam, split, "books", [entrant])["arms"]["model"] == arm
+    assert arm.proofs == Proofs(proven=(number // 2) / number, mean_gap=0.5, expanded=7)
+    assert isinstance(arm.found_of_exact, FoundOfExact) and 0 < arm.found_of_exact.share < 1
+    assert arm.found_of_exact.num_queries == min(100, number) == exact.asked
+    assert arm.generated is not None
+    assert arm.generated.valid_ratio == arm.generated.hit_rate_all == (number // 2) / number
+    assert arm.generated.hit_rate_valid == 1
+    assert evaluate(free, split, "books", [entrant]).arms["model"] == arm
     assert exact.asked == min(100, number)  # what is saved needs no model
 
 
 def test_metrics_from_rankings_count_ties_in_expectation(config: EvaluateConfig, split: Split) -> None:
-    questions = read_questions(replace(config, max_queries=3), split, "books")
+    questions = questions_of(replace(config, max_queries=3), split)
     first, second, third = (query.query_id for query in questions.queries)
     a, b = questions.target[0], questions.target[1]
     others = [str(item) for item in split.catalogue.item_id[split.catalogue.rows_of("books")] if item not in (a, b)]
@@ -294,7 +321,7 @@ def test_metrics_from_rankings_count_ties_in_expectation(config: EvaluateConfig,
             "seen": [False] * 6,
         }
     )
-    columns = metrics_of(rankings, questions, 10)
+    columns = metrics_of(rankings, protocol_named(questions, FULL), 10, FULL)
     assert columns["num_better"].tolist() == [1, 1, 0] and columns["num_tied"].tolist() == [2, 1, 0]
     np.testing.assert_allclose(columns["mrr"], [(1 / 2 + 1 / 3) / 2, 1 / 2, 0])
     assert columns["recall@1"].tolist() == [0, 0, 0] and columns["recall@5"].tolist() == [1, 1, 0]
@@ -307,13 +334,13 @@ def test_saved_rankings_are_reused_only_for_the_same_question_and_recommender(
     entrant = model(counting, data)
     first = evaluate(config, split, "books", [entrant])
     asked = counting.asked
-    every = len(read_questions(config, split, "books").of(NEW_ITEMS)) + 3 * first["num_queries"]
+    every = first.pools[NEW_ITEMS].num_queries + 3 * first.num_queries
     assert asked == every  # the full catalogue once, with and without seen items; two sets of candidates; new items
     assert evaluate(config, split, "books", [entrant]) == first
     assert counting.asked == asked
     for changed, other in (
-        (config, replace(entrant, identity="2")),
-        (replace(config, k=11), replace(entrant, identity="2")),
+        (config, replace(entrant, identity={"model": "2"})),
+        (replace(config, k=11), replace(entrant, identity={"model": "2"})),
         (replace(config, seed=4), entrant),
     ):
         before = counting.asked
@@ -325,7 +352,7 @@ def test_saved_rankings_are_reused_only_for_the_same_question_and_recommender(
     manifest = data / "dataset.json"
     manifest.write_text(manifest.read_text() + "\n")
     before = counting.asked
-    evaluate(replace(config, seed=4), split, "books", [entrant])
+    evaluate(replace(config, seed=4, uncertified=True), split, "books", [entrant])
     assert counting.asked == before + every
 
 
@@ -351,37 +378,91 @@ def test_saved_rankings_are_scored_again_without_torch_and_examples_show_the_bes
     """Baselines alone, a trained one among them; then the same in a process that must not load torch."""
     settings = {"data": config.data, "output_dir": config.output_dir, "baselines": ("popularity", "ItemKNN", "SASRec")}
     first = evaluate_models(EvaluateConfig(**settings))
-    assert first["domains"]["books"]["arms"]["SASRec"]["cost"]["num_parameters"] > 10_000
+    assert (first.domains["books"].arms["SASRec"].cost.num_parameters or 0) > 10_000
     again = (
         "import sys\n"
-        "from cprec.evaluate.evaluate import EvaluateConfig\n"
-        "from cprec.run import baseline_entrants, evaluate_models\n"
+        "from cprec.evaluate.config import EvaluateConfig\n"
+        "from cprec.run import evaluate_models\n"
         f"evaluate_models(EvaluateConfig(**{settings!r}))\n"
         "assert not {'torch', 'ibis', 'transformers'} & sys.modules.keys()\n"
     )
     done = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads((Path(config.output_dir) / "report.json").read_text()) == json.loads(json.dumps(first))
-    arms = first["domains"]["books"]["arms"]
-    best = max(arms, key=lambda name: arms[name]["ndcg@10"]["mean"])
-    assert f"{best} recommends:" in done.stdout
+    assert read_report(Path(config.output_dir) / "report.json") == first
+    best = first.domains["books"].best()
+    assert best is not None and f"{best.name} recommends:" in done.stdout
+
+
+RULE = {"rank": asdict(RankConfig()), "scores": SCORES}
 
 
 def test_rankings_of_a_model_that_is_gone_are_scored_again(config: EvaluateConfig, split: Split, data: Path) -> None:
-    first = evaluate(config, split, "books", [model(PopularityRecommender(split), data)])
+    first = evaluate(config, split, "books", [model(PopularityRecommender(split), data, **RULE)])
     gone = replace(config, baselines=("random",), models={"model": "nowhere"})
-    again = evaluate_models(gone)["domains"]["books"]
-    assert again["certified"]
-    assert again["arms"]["model"]["ndcg@10"] == first["arms"]["model"]["ndcg@10"]
-    with pytest.raises(
-        ConfigError, match=r"models\.model=nowhere holds no weights, and its saved rankings answer other"
-    ):
-        evaluate_models(replace(gone, k=7))
-    evaluate(config, split, "books", [model(PopularityRecommender(split), data, scores="of whole titles")])
+    again = evaluate_models(gone).domains["books"]
+    assert again.certified
+    assert again.arms["model"].metrics == first.arms["model"].metrics
+    for changed in (replace(gone, k=7), replace(gone, rank=RankConfig(beam_width=3))):
+        with pytest.raises(ConfigError, match=r"models\.model=nowhere holds no weights, and its saved rankings answer"):
+            evaluate_models(changed)
+    of_titles = {**RULE, "scores": "of whole titles"}
+    evaluate(config, split, "books", [model(PopularityRecommender(split), data, **of_titles)])
     with pytest.raises(ConfigError, match=r"before the items of a title shared its probability need the model"):
         evaluate_models(gone)
     with pytest.raises(ConfigError, match=r"models\.other=nowhere: no finished model"):
         evaluate_models(replace(gone, models={"other": "nowhere"}))
+
+
+def test_rankings_of_earlier_versions_are_scored_again_where_the_model_is_gone(
+    config: EvaluateConfig, split: Split, data: Path
+) -> None:
+    """How models rank stood among the questions then, and an identity was one hash."""
+    first = evaluate(config, split, "books", [model(PopularityRecommender(split), data, **RULE)])
+    for path in (Path(config.output_dir) / "books").glob("model.*.parquet"):
+        table = pq.read_table(path)
+        answers = json.loads(table.schema.metadata[b"answers"])
+        answers |= {"identity": "0123", **answers["identity"]["rank"], "scores": SCORES}
+        pq.write_table(table.replace_schema_metadata(table.schema.metadata | {b"answers": json.dumps(answers)}), path)
+    gone = replace(config, baselines=("random",), models={"model": "nowhere"})
+    assert evaluate_models(gone).domains["books"].arms["model"].metrics == first.arms["model"].metrics
+    with pytest.raises(ConfigError, match="its saved rankings answer other"):
+        evaluate_models(replace(gone, rank=RankConfig(score="mean")))
+
+
+def test_how_models_rank_is_part_of_who_they_are_and_not_of_the_questions(
+    config: EvaluateConfig, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, prompts and code count, too. Baselines know nothing of it: they are not ranked again."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    about = {"trained_on": ["1"], "template": {"line": "-"}, "num_parameters": 1, "tokens": 1, "seconds": 1.0}
+    (folder / "cprec.json").write_text(json.dumps(about))
+    (folder / "model.safetensors").write_bytes(b"weights")
+
+    def identity(**rank: Any) -> Mapping[str, Any]:
+        (entrant,) = model_entrants(config.output_dir, "books", {"model": str(folder)}, RankConfig(**rank))
+        return entrant.identity
+
+    before = identity()
+    assert identity() == before
+    assert identity(beam_width=3) != before
+    (folder / "cprec.json").write_text(json.dumps(about | {"seconds": 2.0}))
+    assert identity() == before, "a model that was trained again, and came out the same"
+    (folder / "cprec.json").write_text(json.dumps(about | {"template": {"line": "*"}}))
+    assert identity() != before
+    (folder / "cprec.json").write_text(json.dumps(about))
+    (folder / "model.safetensors").write_bytes(b"others")
+    assert identity() != before
+    (folder / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr("cprec.entrants.code_sha256", lambda module: "other code")
+    assert identity() != before
+
+    popular = replace(config, baselines=("popularity",))
+    answers = [
+        baseline_entrants(one, split, "books")[0].identity
+        for one in (popular, replace(popular, rank=RankConfig(mode="beam", beam_width=3)))
+    ]
+    assert answers[0] == answers[1]
 
 
 def test_damaged_files_are_named_or_made_anew(
@@ -393,10 +474,10 @@ def test_damaged_files_are_named_or_made_anew(
     def halve(path: Path) -> None:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
-    rankings = rankings_path(config, "books", "popularity", FULL)
+    rankings = rankings_path(config.output_dir, "books", "popularity", FULL)
     halve(rankings)
-    ndcg = evaluate(config, split, "books", entrants)["arms"]["popularity"]["ndcg@10"]
-    assert ndcg == whole["arms"]["popularity"]["ndcg@10"]
+    again = evaluate(config, split, "books", entrants)
+    assert again.arms["popularity"].metrics == whole.arms["popularity"].metrics
     assert f"{rankings} cannot be read" in capsys.readouterr().err
     for name, remedy in (("candidates20_test_seed0", "delete it, and it is drawn anew"), ("test", "prepare the data")):
         path = data / "queries" / "books" / f"{name}.parquet"
@@ -406,8 +487,8 @@ def test_damaged_files_are_named_or_made_anew(
 
 
 def test_nothing_left_to_rank_with_is_an_error(config: EvaluateConfig, split: Split) -> None:
-    def unfit() -> None:
-        raise ConfigError("too many items")
+    def unfit() -> Opened:
+        raise Unsuitable("too many items")
 
     for entrants in ([], [replace(baseline(PopularityRecommender(split)), open=unfit)]):
         with pytest.raises(ConfigError, match="books: nothing is left to rank with"):
@@ -417,9 +498,8 @@ def test_nothing_left_to_rank_with_is_an_error(config: EvaluateConfig, split: Sp
 def test_seeds_of_one_model_stand_together_in_differences(config: EvaluateConfig, split: Split, data: Path) -> None:
     seeds = [model(RandomRecommender(split.catalogue, seed=n), data, f"x (seed {n})") for n in range(2)]
     arms = [baseline(PopularityRecommender(split)), *seeds]
-    found = evaluate(config, split, "books", arms)["differences"]
-    assert [(line["a"], line["b"]) for line in found] == [("x (2 seeds)", "popularity")]
-    json.dumps(found, allow_nan=False)
+    found = evaluate(config, split, "books", arms).differences
+    assert [(line.a, line.b) for line in found] == [("x (2 seeds)", "popularity")]
     rows = pq.read_table(Path(config.output_dir) / "books" / "metrics.parquet").to_pylist()
     assert {(row["arm"], row["stochastic"]) for row in rows} == {
         ("popularity", False),
@@ -427,18 +507,18 @@ def test_seeds_of_one_model_stand_together_in_differences(config: EvaluateConfig
         ("x (seed 1)", True),
     }
     twins = [baseline(PopularityRecommender(split), name) for name in ("one", "two")]
-    (line,) = evaluate(config, split, "books", twins)["differences"]
-    assert line["p_value"] == 1 and line["detectable"] is None
+    (line,) = evaluate(config, split, "books", twins).differences
+    assert line.test.p_value == 1 and line.test.detectable is None
 
 
 def test_tables_of_many_pairs_draw_more_flips(
     config: EvaluateConfig, split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cprec.evaluate.statistics.PERMUTATIONS", 9)  # as if 3 pairs were many: 100 flips for each
-    knowing = baseline(Knowing(read_questions(config, split, "books")))
+    knowing = baseline(Knowing(questions_of(config, split)))
     others = [baseline(PopularityRecommender(split), name) for name in ("one", "two")]
-    found = evaluate(config, split, "books", [knowing, *others])["differences"]
-    assert [line["p_value"] for line in found] == [1 / 301] * 2
+    found = evaluate(config, split, "books", [knowing, *others]).differences
+    assert [line.test.p_value for line in found] == [1 / 301] * 2
 
 
 def test_an_interrupted_evaluation_leaves_no_protocol_beside_metrics_of_another(
@@ -448,7 +528,7 @@ def test_an_interrupted_evaluation_leaves_no_protocol_beside_metrics_of_another(
     evaluate(config, split, "books", entrants)
     protocol = Path(config.output_dir) / "books" / "protocol.json"
     before = protocol.read_text()
-    broken = baseline(Knowing(read_questions(config, split, "books"), score=float("nan")))
+    broken = baseline(Knowing(questions_of(config, split), score=float("nan")))
     with pytest.raises(CPRecError, match="not finite"):
         evaluate(replace(config, k=7), split, "books", [*entrants, broken])
     assert protocol.read_text() == before and json.loads(before)["k"] == 10
@@ -460,7 +540,7 @@ def test_the_seed_decides_random_and_seeds_train_what_is_trained(config: Evaluat
         output = f"{config.output_dir}{number}"
         mine = replace(config, output_dir=output, baselines=("random",), **changed)
         evaluate_models(mine)
-        lists.append(pq.read_table(rankings_path(mine, "books", "random", FULL))["item_id"].to_pylist())
+        lists.append(pq.read_table(rankings_path(mine.output_dir, "books", "random", FULL))["item_id"].to_pylist())
     assert lists[0] == lists[2] != lists[1]
 
 
@@ -493,44 +573,77 @@ def test_a_trained_baseline_of_other_data_learns_elsewhere(
     assert folders[0] == folders[1] != folders[2] and folders[2].parent == folders[0].parent
 
 
-def test_what_an_arm_opened_is_let_go_before_the_next_is_opened(
-    config: EvaluateConfig, split: Split, data: Path
-) -> None:
-    happened: list[str] = []
-    entrants = [
-        replace(
-            baseline(Counting(PopularityRecommender(split)), name),
-            open=partial(happened.append, f"open {name}"),
-            close=partial(happened.append, f"close {name}"),
-        )
-        for name in ("one", "two")
-    ]
+def test_what_an_arm_opened_is_let_go_before_the_next_is_opened(config: EvaluateConfig, split: Split) -> None:
+    alive: weakref.WeakSet[Recommender] = weakref.WeakSet()
+
+    def opened() -> Opened:
+        assert not alive
+        recommender = PopularityRecommender(split)
+        alive.add(recommender)
+        return Opened(recommender=recommender)
+
+    entrants = [Entrant(name=name, kind="baseline", open=opened) for name in ("one", "two")]
     evaluate(config, split, "books", entrants)
-    assert [event for event, _ in groupby(happened)] == ["open one", "close one", "open two", "close two"]
+    assert not alive
 
 
-def test_a_baseline_that_cannot_be_made_is_left_out_by_name(
+def test_a_batch_of_a_baseline_is_asked_under_every_protocol_before_the_next(
+    config: EvaluateConfig, split: Split, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cprec.evaluate.evaluate.BATCH", 8)
+    asked: list[tuple[str, bool]] = []
+
+    class Noting(Counting):
+        def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
+            asked.append((queries[0].query_id, queries[0].candidates is None))
+            return super().rank(queries, k)
+
+    few = replace(config, max_queries=16)
+    first, second = (questions_of(few, split).queries[row].query_id for row in (0, 8))
+    evaluate(few, split, "books", [baseline(Noting(PopularityRecommender(split)))])
+    of_everyone = [call for call in asked if call[0] in (first, second)]
+    assert [query for query, _ in of_everyone[:3]] == [first] * 3 and (second, True) in of_everyone[3:]
+    asked.clear()
+    evaluate(few, split, "books", [model(Noting(PopularityRecommender(split)), data)])
+    assert asked[:2] == [(first, True), (second, True)], "what a model has finished is saved before it goes on"
+
+
+def test_a_baseline_that_does_not_suit_the_data_is_left_out_by_name(
     config: EvaluateConfig, split: Split, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def too_large() -> None:
-        raise ConfigError("too many items")
+    def too_large() -> Opened:
+        raise Unsuitable("too many items")
 
     entrants = [
         baseline(PopularityRecommender(split)),
         replace(baseline(RandomRecommender(split.catalogue)), open=too_large),
     ]
-    assert list(evaluate(config, split, "books", entrants)["arms"]) == ["popularity"]
+    assert list(evaluate(config, split, "books", entrants).arms) == ["popularity"]
     assert "random is left out: too many items" in capsys.readouterr().err
 
 
-def test_two_arms_of_one_name_are_refused(config: EvaluateConfig, split: Split) -> None:
-    entrants = [baseline(PopularityRecommender(split)), baseline(PopularityRecommender(split), "Popularity")]
-    with pytest.raises(ConfigError, match="two arms are called 'popularity' and 'Popularity'"):
+def test_another_error_of_a_baseline_leaves_no_row_out(config: EvaluateConfig, split: Split) -> None:
+    def other_data() -> Opened:
+        raise InputChanged("its folder was made from other data")
+
+    entrants = [
+        baseline(PopularityRecommender(split)),
+        replace(baseline(RandomRecommender(split.catalogue)), open=other_data),
+    ]
+    with pytest.raises(InputChanged, match="made from other data"):
+        evaluate(config, split, "books", entrants)
+
+
+@pytest.mark.parametrize("name", ["Popularity", "popularity", " popularity!"])
+def test_two_arms_of_one_name_are_refused(config: EvaluateConfig, split: Split, name: str) -> None:
+    own = "".join(list(name))  # equal, and not the same object
+    entrants = [baseline(PopularityRecommender(split)), baseline(PopularityRecommender(split), own)]
+    with pytest.raises(ConfigError, match=f"two arms are called 'popularity' and '{name}'"):
         evaluate(config, split, "books", entrants)
 
 
 def test_a_score_that_is_not_finite_is_named(config: EvaluateConfig, split: Split) -> None:
-    broken = Knowing(read_questions(config, split, "books"), score=float("nan"))
+    broken = Knowing(questions_of(config, split), score=float("nan"))
     with pytest.raises(CPRecError, match="knowing gave query 'books/library/.*' a score that is not finite"):
         evaluate(config, split, "books", [baseline(broken)])
 
@@ -544,48 +657,78 @@ def changed_certificate(data: Path, **fields: object) -> None:
 
 
 @pytest.fixture
-def judged(split: Split, data: Path) -> list[Entrant]:
-    return [model(PopularityRecommender(split), data, "judged")]
+def judged(data: Path) -> dict[str, list[str]]:
+    """What a model was trained on."""
+    return {"judged": [json.loads((data / "certificate.json").read_text())["artifacts"]["shards/train"]]}
 
 
-def test_a_covering_certificate_is_accepted(config: EvaluateConfig, judged: list[Entrant]) -> None:
-    assert check_certificate(config, "books", judged)
+def covers(config: EvaluateConfig, judged: Mapping[str, Sequence[str]]) -> bool:
+    hashes = FileHashes(config.output_dir)
+    return check_certificate(config.data, "books", config.part, judged, hashes, uncertified=config.uncertified)
 
 
-def test_a_missing_certificate_is_refused(config: EvaluateConfig, judged: list[Entrant], data: Path) -> None:
+def test_a_covering_certificate_is_accepted(config: EvaluateConfig, judged: dict[str, list[str]]) -> None:
+    assert covers(config, judged)
+
+
+def test_a_missing_certificate_is_refused(config: EvaluateConfig, judged: dict[str, list[str]], data: Path) -> None:
     (data / "certificate.json").unlink()
     with pytest.raises(LeakageError, match="certificate.json is missing: make it with `cprec audit"):
-        check_certificate(config, "books", judged)
-    assert not check_certificate(replace(config, uncertified=True), "books", judged)
+        covers(config, judged)
+    assert not covers(replace(config, uncertified=True), judged)
 
 
-def test_leaks_are_named(config: EvaluateConfig, judged: list[Entrant], data: Path) -> None:
+def test_leaks_are_named(config: EvaluateConfig, judged: dict[str, list[str]], data: Path) -> None:
     leak = {"name": "shards/train: no held-out event", "checked": 9, "violations": 1, "examples": []}
     changed_certificate(data, clean=False, properties=[leak])
     with pytest.raises(LeakageError, match="found leaks: shards/train: no held-out event"):
-        check_certificate(config, "books", judged)
+        covers(config, judged)
 
 
-def test_other_training_data_is_refused(config: EvaluateConfig, judged: list[Entrant]) -> None:
-    foreign = replace(judged[0], trained_on=(*judged[0].trained_on, "f" * 64))
+def test_other_training_data_is_refused(config: EvaluateConfig, judged: dict[str, list[str]]) -> None:
     with pytest.raises(LeakageError, match="does not cover the data that judged was trained on"):
-        check_certificate(config, "books", [foreign])
+        covers(config, {"judged": [*judged["judged"], "f" * 64]})
     with pytest.raises(LeakageError, match="judged does not say what data it was trained on"):
-        check_certificate(config, "books", [replace(judged[0], trained_on=())])
+        covers(config, {"judged": []})
 
 
-def test_other_queries_are_refused(config: EvaluateConfig, judged: list[Entrant], data: Path) -> None:
+def test_other_queries_are_refused(config: EvaluateConfig, judged: dict[str, list[str]], data: Path) -> None:
     path = data / "queries/books/test.parquet"
     pq.write_table(pq.read_table(path).slice(1), path)
     with pytest.raises(LeakageError, match="is not the file that"):
-        check_certificate(config, "books", judged)
+        covers(config, judged)
+
+
+def test_other_events_than_the_certificate_covers_are_refused_for_baselines_too(
+    config: EvaluateConfig, split: Split, data: Path
+) -> None:
+    path = next((data / "interactions" / "domain=toys").glob("*.parquet"))
+    events = path.read_bytes()
+    pq.write_table(pq.read_table(path).slice(1), path)
+    popular = [baseline(PopularityRecommender(split))]
+    with pytest.raises(LeakageError, match=r"domain=toys/part-0.parquet changed: the events in .* run `cprec audit"):
+        evaluate(config, split, "books", popular)
+    assert not evaluate(replace(config, uncertified=True), split, "books", popular).certified
+    path.write_bytes(events)
+    assert evaluate(config, split, "books", popular).certified
+    (path.parent / "part-7.parquet").write_bytes(events)
+    with pytest.raises(LeakageError, match="part-7.parquet is new"):
+        evaluate(config, split, "books", popular)
+
+
+def test_a_certificate_from_before_it_named_event_files_is_to_be_made_anew(config: EvaluateConfig, data: Path) -> None:
+    changed_certificate(data, files={})
+    with pytest.raises(LeakageError, match="does not say which events it covers: make it anew with `cprec audit"):
+        covers(config, {})
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"artifacts": 3}', '{"artifacts": {"a": "'])
-def test_a_broken_certificate_is_named(config: EvaluateConfig, judged: list[Entrant], data: Path, text: str) -> None:
+def test_a_broken_certificate_is_named(
+    config: EvaluateConfig, judged: dict[str, list[str]], data: Path, text: str
+) -> None:
     (data / "certificate.json").write_text(text)
     with pytest.raises(DataError, match="certificate.json is no certificate: make it anew"):
-        check_certificate(config, "books", judged)
+        covers(config, judged)
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
@@ -600,11 +743,11 @@ def test_impossible_settings_are_refused(setting: dict[str, int], message: str) 
         EvaluateConfig(data="d", output_dir="o", **setting)
 
 
-def test_the_protocol_says_what_numbers_depend_on(config: EvaluateConfig, split: Split, data: Path) -> None:
-    lines = protocol_of(replace(config, exclude_seen=False, max_queries=50), split, read_manifest(data))
+def test_the_protocol_says_what_numbers_depend_on(config: EvaluateConfig, split: Split) -> None:
+    lines = protocol_of(replace(config, exclude_seen=False, max_queries=50), split, "beam search")
     assert "leave-one-out" in lines["split"]
     assert lines["seen items"].startswith("may be recommended again in the main table")
-    assert "at most 50 a domain" in lines["queries"]
+    assert "at most 50 a domain" in lines["queries"] and lines["language models"] == "beam search"
 
 
 @pytest.mark.parametrize(

@@ -168,17 +168,17 @@ def test_unknown_items_and_domains_are_named(make: Callable[..., LLMRecommender]
 def test_certificates_tell_what_is_proven(make: Callable[..., LLMRecommender]) -> None:
     asked = [query("b0"), query("b3", exclude=frozenset({"b1"}))]
     exact = make(mode="exact").rank(asked, 2)
-    assert all(ranking.certificate and ranking.certificate.exact for ranking in exact)
+    assert all(ranking.proof and ranking.proof.exact for ranking in exact)
     for options in ({"mode": "beam", "beam_width": 1}, {"mode": "auto", "max_nodes": 1}):
         for found, best in zip(make(**options).rank(asked, 2), exact, strict=True):
-            assert found.certificate is not None
-            if found.certificate.exact:
+            assert found.proof is not None
+            if found.proof.exact:
                 assert found.item_ids == best.item_ids
             else:
                 kth = found.scores[1] if len(found.scores) > 1 else -1e9
-                assert found.certificate.gap == np.inf or best.scores[1] <= kth + found.certificate.gap + 1e-5
+                assert found.proof.gap == np.inf or best.scores[1] <= kth + found.proof.gap + 1e-5
     (given,) = make().rank([query("b0", candidates=("b1", "b2"))], 2)
-    assert given.certificate is None
+    assert given.proof is None
 
 
 def test_allowed_items_alone_come_back(make: Callable[..., LLMRecommender]) -> None:
@@ -203,7 +203,7 @@ def test_scores_may_be_means_or_corrected(make: Callable[..., LLMRecommender], t
     for ranking in make(score="corrected").rank(asked, 6):
         expected = {item: total[item] - empty[item] for item in ids}
         assert dict(zip(ranking.item_ids, ranking.scores, strict=True)) == pytest.approx(expected, abs=1e-4)
-        assert ranking.certificate is None
+        assert ranking.proof is None
     with pytest.raises(ConfigError, match="a corrected score may rise along a title, so nothing can be proven"):
         make(mode="exact", score="corrected")
 
@@ -510,7 +510,7 @@ def test_a_title_cannot_leave_its_line(
     prompt = recommender._prompts([query("b0"), RankingQuery("q", "books", (Item("books", "evil"),))])
     assert tokenizer.eos_token_id not in prompt.values  # what spells the end is not the end
     ranking = recommender.rank([RankingQuery("q", "books", (Item("books", "evil"),))], 50)[0]
-    assert set(ranking.item_ids) == set(books) and ranking.certificate is not None and ranking.certificate.exact
+    assert set(ranking.item_ids) == set(books) and ranking.proof is not None and ranking.proof.exact
 
 
 def test_a_ranking_that_is_stopped_is_the_beam(make: Callable[..., LLMRecommender]) -> None:

@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 
 from cprec.data.catalogue import Catalogue
-from cprec.recommender import Certificate, Ranking, RankingQuery
+from cprec.recommender import Proof, Ranking, RankingQuery
 from cprec.schema import Item
 from cprec.serve.app import make_app
 from cprec.serve.engine import CacheCounts
@@ -67,8 +67,8 @@ class FakeEngine:
             }
             chosen.sort(key=lambda name: -score[name])
             chosen = chosen if query.candidates is not None else chosen[:k]
-            certificate = Certificate(gap=0 if self.proven else 1, expanded=len(ids))
-            out.append(Ranking("", tuple(chosen), tuple(score[name] for name in chosen), certificate))
+            proof = Proof(gap=0 if self.proven else 1, expanded=len(ids))
+            out.append(Ranking("", tuple(chosen), tuple(score[name] for name in chosen), proof))
         return out
 
     def weight(self, item: Item) -> float:

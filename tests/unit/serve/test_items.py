@@ -110,7 +110,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pyte
     assert stored(tmp_path) == {("books", "b15"): NEW, ("games", "g0"): GONE}
 
 
-def test_a_file_of_overtaken_lines_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_superseded_lines_is_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cprec.serve.items.SPARE", 3)
     store = ItemStore(tmp_path)
     store.append([GONE, *(replace(NEW, title=f"Niels {number}") for number in range(6))])
@@ -165,7 +165,7 @@ def test_a_file_that_cannot_be_written_anew_stays(
     again = ItemStore(tmp_path)
     monkeypatch.undo()
     assert (tmp_path / FILE).read_bytes() == before and [each.name for each in tmp_path.iterdir()] == [FILE]
-    assert "cannot be written anew: [Errno 28]" in caplog.text
+    assert "cannot be rewritten: [Errno 28]" in caplog.text
     again.append([GONE])
     again.close()
     assert stored(tmp_path) == {("books", "b15"): replace(NEW, title="Niels 5"), ("games", "g0"): GONE}

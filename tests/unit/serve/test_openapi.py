@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis.specs.openapi.checks import positive_data_acceptance, unsupported_method
 
-from cprec.serve.app import EXPLAIN_EXAMPLES, ITEM_EXAMPLES, RECOMMEND_EXAMPLES, SCORE_EXAMPLES
 from cprec.serve.items import ItemStore
+from cprec.serve.routes import EXPLAIN_EXAMPLES, ITEM_EXAMPLES, RECOMMEND_EXAMPLES, SCORE_EXAMPLES
 
 
 @pytest.fixture(scope="module")

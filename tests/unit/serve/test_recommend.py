@@ -19,7 +19,8 @@ from cprec.data.catalogue import Catalogue
 from cprec.errors import ConfigError, DataError
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import Item
-from cprec.serve import lists as stage
+from cprec.serve import lists
+from cprec.serve import recommend as stage
 from cprec.serve.config import RecommendConfig
 from cprec.serve.recommend import recommend
 
@@ -76,7 +77,7 @@ class Popular(Ascending):
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "USERS_AT_ONCE", 4)
-    monkeypatch.setattr(stage, "ROW_GROUP", 8)
+    monkeypatch.setattr(lists, "ROW_GROUP", 8)
 
 
 def write(path: Path, rows: Sequence[tuple[Any, Any]]) -> Path:
@@ -197,7 +198,7 @@ def test_lists_of_another_model_or_other_settings_are_made_anew(tmp_path: Path) 
     Path(f"{output}.lists").unlink()
     assert [num_asked(), num_asked()] == [2, 0]
     with (
-        stage._Lists(Path(f"{output}.lists"), stage._made_of(config(source, output, model=str(model)), "shop")),
+        lists.ListStore(Path(f"{output}.lists"), lists.made_of(str(model), "shop", 10, True)),
         pytest.raises(DataError, match=r"is locked\): wait if another command writes the same output"),
     ):
         num_asked()
@@ -211,7 +212,7 @@ def test_lists_are_of_the_files_that_decide_them(tmp_path: Path, monkeypatch: py
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-        return stage._made_of(config(tmp_path / "in.csv", tmp_path / "out.csv", model=str(model)), "shop")
+        return lists.made_of(str(model), "shop", 10, True)
 
     commits = ["c" * 40, "d" * 40]
     for commit in commits:
@@ -240,7 +241,7 @@ def test_weights_that_were_not_touched_are_read_once(tmp_path: Path, monkeypatch
     monkeypatch.setattr(provenance, "_COARSE_CLOCK", -(10**12))
     monkeypatch.setattr(provenance, "file_sha256", lambda path: read.append(path) or "hash")
     for _ in range(2):
-        stage._made_of(config(tmp_path / "in.csv", tmp_path / "out.csv", model=str(tmp_path)), "shop")
+        lists.made_of(str(tmp_path), "shop", 10, True)
     assert read == [weights]
 
 

@@ -33,13 +33,13 @@ from cprec.systems.signals import RowStream, TrainingSequences
 
 NUM_ITEMS = 12
 SMALL: dict[str, Any] = {"hidden_size": 16, "dropout": 0.0, "learning_rate": 1e-2, "batch_size": 16, "anneal": 0.3}
-SASREC = SASRec(**SMALL, num_epochs=8, num_blocks=1, num_heads=2)
+SASREC = SASRec(**SMALL, num_epochs=5, num_blocks=1, num_heads=2)
 SEQUENTIAL: list[SystemSettings] = [
     SASREC,
-    GRU4Rec(**SMALL, num_epochs=8),
-    BERT4Rec(**SMALL, num_epochs=30, num_blocks=1, objective="softmax", num_negatives=0),
-    ICSRec(**SMALL, num_epochs=4, num_blocks=1, num_intentions=4),
-    ReaRec(**SMALL, num_epochs=2, first_epochs=8, num_blocks=1),
+    GRU4Rec(**SMALL, num_epochs=5),
+    BERT4Rec(**SMALL, num_epochs=15, num_blocks=1, objective="softmax", num_negatives=0),
+    ICSRec(**SMALL, num_epochs=1, num_blocks=1, num_intentions=4),
+    ReaRec(**SMALL, num_epochs=1, first_epochs=2, num_blocks=1),
 ]
 
 
@@ -48,16 +48,16 @@ def asked(split: Split) -> tuple[Ragged, np.ndarray, list[str]]:
     return queries.history, queries.target, [f"p/{split.interactions.user_id[row]}" for row in queries.user]
 
 
-def recall_at_1(recommender: Any, split: Split) -> float:
+def recall_of_unseen_at_1(recommender: Any, split: Split) -> float:
     histories, targets, users = asked(split)
-    better, _ = recommender.target_ranks(histories, targets, users=users, exclude_seen=False)
+    better, _ = recommender.target_ranks(histories, targets, users=users, exclude_seen=True)
     return float((better == 0).mean())
 
 
 @pytest.mark.parametrize("settings", SEQUENTIAL, ids=lambda settings: type(settings).__name__)
 def test_learns_what_comes_next(settings: SystemSettings, split: Split, tmp_path: Path) -> None:
     recommender = settings.make(split, "ring", folder=tmp_path)
-    assert recall_at_1(recommender, split) > 0.7
+    assert recall_of_unseen_at_1(recommender, split) > 0.8
     (folder,) = tmp_path.iterdir()
     record = json.loads((folder / "system.json").read_text())
     assert record["stages"][-1]["best"] > 0.7 and record["seconds"] == recommender.seconds > 0
@@ -227,8 +227,8 @@ def test_smoothing_is_the_mean_of_the_layers(data: TrainingSequences) -> None:
 
 
 GRAPHS = [
-    LightGCN(hidden_size=16, num_negatives=8, batch_size=64, num_epochs=20),
-    AlphaRec(hidden_size=16, text_size=8, adapter_size=16, num_negatives=8, batch_size=64, num_epochs=20),
+    LightGCN(hidden_size=16, num_negatives=8, batch_size=64, num_epochs=10),
+    AlphaRec(hidden_size=16, text_size=8, adapter_size=16, num_negatives=8, batch_size=64, num_epochs=10),
 ]
 
 

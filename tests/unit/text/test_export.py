@@ -345,9 +345,9 @@ def test_marks_of_chat_templates_are_counted(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize("mark", MARKS)
 def test_marks_are_known(mark: str) -> None:
-    found = exports.MARK.search(f"Tea {mark} cup")
+    found = exports.SPECIAL_MARK.search(f"Tea {mark} cup")
     assert found and found[0] == mark
-    assert not exports.MARK.search("[REC] <3 <Untitled> a|b [Blu-ray] <i>s</i> (2001)")
+    assert not exports.SPECIAL_MARK.search("[REC] <3 <Untitled> a|b [Blu-ray] <i>s</i> (2001)")
 
 
 def test_few_documents_at_a_time_give_the_same(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,6 @@ The chance that user u's next event in domain d is item i, which u has not had y
 Tastes are the user's own and hold in every domain. Given the taste, events of other domains matter only through the
 last line, the planted signal; a recommender, which has to guess the taste, may also learn it from those events. When
 events happen and in which domain is drawn apart from the items, so the same law holds for held-out events.
-
-This module imports only the standard library until a world is made, because `SyntheticConfig` is part of
-configurations.
 """
 
 from __future__ import annotations
@@ -24,16 +21,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
 
 from cprec.data.config import SyntheticConfig
+from cprec.data.ragged import offsets_of
 from cprec.errors import DataError, UnknownItemError
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import BRAND, CATEGORIES, ITEM_ID, TEST, TIMESTAMP, TITLE, USER_ID, VALIDATION, DomainInfo, Item
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -110,8 +106,6 @@ class SyntheticWorld:
         Items have item_id, title, brand and categories (the kind). Interactions have user_id, item_id and timestamp
         (seconds UTC), by user and time; a user's times strictly increase over all domains.
         """
-        import pyarrow as pa
-
         out = {}
         for name, info in self.domains.items():
             shelf, crowd = self._shelves[name], self._crowds[info.platform]
@@ -157,8 +151,6 @@ class SyntheticWorld:
 
         Raises DataError for a user or a domain that is not of this world, UnknownItemError for such an item.
         """
-        import numpy as np
-
         shelf = self._shelf(domain)
         crowd = self._crowds[self.domains[domain].platform]
         user = self._user(user_id, domain)
@@ -198,7 +190,7 @@ class SyntheticWorld:
 
 
 class OracleRecommender:
-    """Ranks by the true chances of the next item: the bound of every recommender, not a recommender to be had.
+    """Ranks by the true chances of the next item: a bound that no recommender can know or beat.
 
     A query says by its `query_id` (domain/platform/user_id/part, as splits write it) whom it asks about. The oracle
     reads the user's whole history in the world, all domains, up to the event asked for: the one that follows the last
@@ -220,8 +212,6 @@ class OracleRecommender:
         return [self._rank(query, k) for query in queries]
 
     def _rank(self, query: RankingQuery, k: int) -> Ranking:
-        import numpy as np
-
         user_id, history = self._history(query)
         chance = self._world.next_item_probabilities(user_id, query.domain, history)
         ids = np.array(self._world.item_ids(query.domain), dtype=object)
@@ -232,7 +222,7 @@ class OracleRecommender:
         rows = rows[[ids[row] not in query.exclude for row in rows]]
         if query.allow is not None:
             rows = rows[[ids[row] in query.allow for row in rows]]
-        rows = rows[np.lexsort((rows, -chance[rows]))]
+        rows = rows[np.lexsort((rows, -chance[rows]))]  # greatest chance first, then by row
         counted = rows[[ids[row] not in query.uncounted for row in rows]] if query.uncounted else rows
         if query.candidates is None and len(counted) > k:
             rows = rows[chance[rows] >= chance[counted[k - 1]]]
@@ -296,14 +286,14 @@ class _Shelf:
         item here, -1 for none. hints: int8[N, num_qualities], words of the latest item in the trigger domain. had:
         bool[N, num_items], items that the user cannot get again.
         """
-        import numpy as np
-
+        # Of an item's two quality words and its brand, how many the user loves; of the words, how many the hints have.
         first, second = self.quality.T
         taste = loved_qualities[:, first] + loved_qualities[:, second] + loved_brands[:, self.brand]
         signal = hints[:, first] + hints[:, second]
         log_odds = config.popularity_strength * self.log_popularity + config.taste_strength * taste
         log_odds += config.habit_strength * self.follows[latest] + config.cross_domain_strength * signal
         log_odds[had] = -np.inf
+        # Softmax over the items, with the greatest log-odds taken out first so that nothing overflows.
         odds = np.exp(log_odds - log_odds.max(axis=1, keepdims=True))
         chances: np.ndarray = odds / odds.sum(axis=1, keepdims=True)
         return chances
@@ -337,17 +327,17 @@ def _brand_names() -> tuple[str, ...]:
 
 def _stock(config: SyntheticConfig, number: int, name: str) -> _Shelf:
     """Draw the items of a domain: different titles, popularity without regard to them, and what follows what."""
-    import numpy as np
-
     generator = np.random.default_rng([config.seed, 0, number])
     size, kinds = config.items_per_domain, KINDS_OF_DOMAIN[name]
     brands = (*SHARED_BRANDS, *BRANDS_OF_DOMAIN[name])
+    # Each item is a number drawn without repetition that stands for a brand, a pair of quality words and a kind.
     pairs = np.array(list(itertools.combinations(range(len(QUALITIES)), 2)))
     drawn = generator.choice(len(brands) * len(pairs) * len(kinds), size, replace=False)
     own_brand, pair, kind = np.unravel_index(drawn, (len(brands), len(pairs), len(kinds)))
     quality = generator.permuted(pairs[pair], axis=1)
     has_quality = np.zeros((size + 1, len(QUALITIES)), dtype=np.int8)
     np.put_along_axis(has_quality[:-1], quality, 1, axis=1)
+    # The kinds that often follow each kind, and from them the items that often follow each item.
     next_kinds = np.zeros((len(kinds), len(kinds)), dtype=np.int8)
     likely = generator.permuted(np.tile(np.arange(len(kinds)), (len(kinds), 1)), axis=1)[:, :NEXT_KINDS]
     np.put_along_axis(next_kinds, likely, 1, axis=1)
@@ -378,51 +368,69 @@ def _live(config: SyntheticConfig, number: int, platform: str, num_users: int, s
     Tastes, plans and items have a stream of random numbers each, so that worlds that differ in their strengths alone
     have the same users, who act at the same times in the same domains.
     """
-    import numpy as np
-
     generator = np.random.default_rng([config.seed, 1, number])
     loved_qualities = (generator.random((num_users, len(QUALITIES))).argsort(axis=1) < LOVED_QUALITIES).astype(np.int8)
     loved_brands = (generator.random((num_users, len(_brand_names()))) < LOVED_BRANDS).astype(np.int8)
-
-    generator = np.random.default_rng([config.seed, 2, number])
-    chance = generator.random((num_users, len(shelves)))
-    active = (chance < config.domain_share) | (chance == chance.min(axis=1, keepdims=True))
-    counts = np.where(active, generator.integers(config.min_events, config.max_events + 1, active.shape), 0)
-    user = np.repeat(np.arange(num_users), counts.sum(axis=1))
-    domain = np.repeat(np.tile(np.arange(len(shelves)), num_users), counts.ravel())
-    domain = domain[np.lexsort((generator.random(len(domain)), user))]  # shuffled within each user
-    offsets = np.concatenate([[0], np.cumsum(counts.sum(axis=1))])
-    start = FIRST_SECOND + generator.integers(0, YEAR, num_users)
-    timestamp = start[user] + generator.integers(0, YEAR, len(user))
-    timestamp = timestamp[np.lexsort((timestamp, user))] + np.arange(len(user)) - offsets[user]  # no two are equal
-
-    uniform = np.random.default_rng([config.seed, 3, number]).random(len(user))
-    item = np.full(len(user), -1, dtype=np.int64)
-    latest = np.full((num_users, len(shelves)), -1, dtype=np.int64)
-    had = np.zeros((len(shelves), num_users, config.items_per_domain), dtype=bool)
-    place = np.arange(len(user)) - offsets[user]
-    for step in range(int(place.max()) + 1):
-        now = np.flatnonzero(place == step)
-        for index, shelf in enumerate(shelves):
-            event = now[domain[now] == index]
-            who = user[event]
-            hints = shelves[index - 1].has_quality[latest[who, index - 1]]
-            chances = shelf.probabilities(
-                config, loved_qualities[who], loved_brands[who], latest[who, index], hints, had[index, who]
-            )
-            total = np.cumsum(chances, axis=1)
-            drawn = (total <= uniform[event, None] * total[:, -1:]).sum(axis=1)
-            item[event] = latest[who, index] = drawn
-            had[index, who, drawn] = True
+    user, domain, timestamp = _plan(config, np.random.default_rng([config.seed, 2, number]), num_users, len(shelves))
     user_ids = tuple(f"{platform}-{name:0{len(str(num_users))}d}" for name in range(1, num_users + 1))
-    return _Crowd(
+    crowd = _Crowd(
         user_ids=user_ids,
         row_of_user={name: row for row, name in enumerate(user_ids)},
         loved_qualities=loved_qualities,
         loved_brands=loved_brands,
-        offsets=offsets,
+        offsets=offsets_of(np.bincount(user, minlength=num_users)),
         user=user,
         domain=domain,
-        item=item,
+        item=np.full(len(user), -1, dtype=np.int64),
         timestamp=timestamp,
     )
+    _choose_items(config, np.random.default_rng([config.seed, 3, number]), crowd, shelves)
+    return crowd
+
+
+def _plan(
+    config: SyntheticConfig, generator: np.random.Generator, num_users: int, num_domains: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The user, domain and time of each event, by user and time."""
+    # Everyone is active in the domain with the smallest chance drawn, and in those below `domain_share`.
+    chance = generator.random((num_users, num_domains))
+    active = (chance < config.domain_share) | (chance == chance.min(axis=1, keepdims=True))
+    counts = np.where(active, generator.integers(config.min_events, config.max_events + 1, active.shape), 0)
+    per_user = counts.sum(axis=1)
+    user = np.repeat(np.arange(num_users), per_user)
+    domain = np.repeat(np.tile(np.arange(num_domains), num_users), counts.ravel())
+    domain = domain[np.lexsort((generator.random(len(domain)), user))]  # shuffled within each user
+    start = FIRST_SECOND + generator.integers(0, YEAR, num_users)
+    timestamp = start[user] + generator.integers(0, YEAR, len(user))
+    # Sorted within each user; the place of each event is added, so that no two times of a user are equal.
+    place = np.arange(len(user)) - offsets_of(per_user)[user]
+    return user, domain, timestamp[np.lexsort((timestamp, user))] + place
+
+
+def _choose_items(
+    config: SyntheticConfig, generator: np.random.Generator, crowd: _Crowd, shelves: list[_Shelf]
+) -> None:
+    """Draw the item of each event by the law, into `crowd.item`: every user's first event, then the second ones ..."""
+    num_users = len(crowd.user_ids)
+    uniform = generator.random(len(crowd.user))
+    latest = np.full((num_users, len(shelves)), -1, dtype=np.int64)  # item of each user and domain, -1 for none
+    had = np.zeros((len(shelves), num_users, config.items_per_domain), dtype=bool)
+    place = np.arange(len(crowd.user)) - crowd.offsets[crowd.user]
+    for step in range(int(place.max()) + 1):
+        now = np.flatnonzero(place == step)
+        for index, shelf in enumerate(shelves):
+            event = now[crowd.domain[now] == index]
+            who = crowd.user[event]
+            chances = shelf.probabilities(
+                config,
+                crowd.loved_qualities[who],
+                crowd.loved_brands[who],
+                latest[who, index],
+                shelves[index - 1].has_quality[latest[who, index - 1]],
+                had[index, who],
+            )
+            # The drawn item is the first whose cumulated chance exceeds the uniform number.
+            total = np.cumsum(chances, axis=1)
+            drawn = (total <= uniform[event, None] * total[:, -1:]).sum(axis=1)
+            crowd.item[event] = latest[who, index] = drawn
+            had[index, who, drawn] = True

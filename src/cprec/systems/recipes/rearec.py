@@ -39,7 +39,7 @@ class ReaRec(SelfAttentionSettings):
     """Passes over the training windows without reasoning, before `num_epochs` passes over all prefixes with it."""
     num_steps: int = 2
     """Steps of reasoning."""
-    likeness_weight: float = 0.05
+    likeness_weight: float = 0.01
     """Weight of the term that keeps the states of different steps apart."""
     temperature: float = 1.0
     """Scores are divided by it."""
@@ -87,6 +87,7 @@ PUBLISHED = ReaRec(
     num_epochs=100,
     first_epochs=2,
     temperature=0.07,
+    likeness_weight=0.05,
     anneal=0.0,
     patience=3,
 )

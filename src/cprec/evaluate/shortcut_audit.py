@@ -23,6 +23,7 @@ from cprec.data.ragged import Ragged
 from cprec.data.splits import Queries, Split
 from cprec.data.titles import title_vectors
 from cprec.errors import ConfigError
+from cprec.evaluate.results import Interval
 from cprec.evaluate.statistics import ALPHA, POWER, SAMPLES, bootstrap_interval
 from cprec.progress import track
 from cprec.ranks import ndcg, recall
@@ -49,15 +50,6 @@ VARIANTS: Mapping[str, int | None] = {
 
 ONE_STEP, TWO_STEPS, BACKWARD, FROM_ANY = "one step", "two steps", "one step backward", "one step from any event"
 USERS, TITLES = "shared users", "titles"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """A mean with its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +100,7 @@ class Similarity:
 
 @dataclass(frozen=True, kw_only=True)
 class Dependence:
-    """What a model makes of parts of the histories."""
+    """How well a model ranks when it is shown only a part of each history."""
 
     model: str
     ndcg: Interval
@@ -139,7 +131,7 @@ class Targets:
 
 @dataclass(frozen=True, kw_only=True)
 class ShortcutAudit:
-    """What was measured of one domain."""
+    """The measurements of one domain."""
 
     domain: str
     num_items: int
@@ -171,45 +163,35 @@ def shortcut_audit(
     seed: int = 0,
     tie_order: str = "source",
 ) -> ShortcutAudit:
-    """Measure the shortcuts of a domain on its test queries, and what models, by name, make of parts of histories.
+    """Measure the shortcuts of a domain on its test queries, and how models, by name, rank with parts of histories.
 
-    Histories are what the user did in the domain before, the whole of it. Similarity and models are measured on a
-    sample of at most `max_queries` queries drawn by `seed`, the rest on all. `tie_order` is that of the data's rules.
+    A history is all that the user did in the domain before. Similarity and models are measured on a sample of at most
+    `max_queries` queries drawn by `seed`, everything else on all queries. `tie_order` is that of the data's rules.
 
     Raises ConfigError where the domain has no test query with a history, or `max_queries` is below 1.
     """
-    if max_queries < 1:
-        raise ConfigError(f"max_queries={max_queries} must be at least 1")
-    queries = split.queries(domain, TEST, history_kind=SPECIFIC, max_history=max(len(split.interactions), 1))
-    if not len(queries):
-        raise ConfigError(f"domain {domain!r} has no test event with a history before it: nothing can be asked of it")
-    first = int(split.catalogue.rows_of(domain)[0])
-    history, target_Q = Ragged(queries.history.values - first, queries.history.offsets), queries.target - first
+    queries = _queries(split, domain, max_queries)
+    rows = split.catalogue.rows_of(domain)
+    # Items are counted from 0 in the domain.
+    history, target_Q = Ragged(queries.history.values - int(rows[0]), queries.history.offsets), queries.target - rows[0]
     last_Q = history.values[history.offsets[1:] - 1]
     user, item = training_events(split, domain)
-    count_N = np.bincount(item, minlength=len(split.catalogue.rows_of(domain)))
+    count_N = np.bincount(item, minlength=len(rows))
     graph = transitions(user, item, len(count_N))
     chosen = np.sort(np.random.default_rng(seed).permutation(len(queries))[:max_queries])
-
-    work = len(queries) + len(chosen) * (2 + len(VARIANTS) * len(models))
+    titles = [str(title) for title in split.catalogue.title[rows]]
+    vectors = {USERS: user_vectors(user, item, len(count_N)), TITLES: title_vectors(titles)}
+    work = len(queries) + len(chosen) * (len(vectors) + len(VARIANTS) * len(models))
     with track(work, f"{domain}: shortcuts", unit="queries") as progress:
         reach = reaches(graph, count_N, history, target_Q, progress.advance)
         similarity = {
-            name: similarity_of(vectors, last_Q[chosen], target_Q[chosen], progress.advance)
-            for name, vectors in (
-                (USERS, user_vectors(user, item, len(count_N))),
-                (
-                    TITLES,
-                    title_vectors([str(title) for title in split.catalogue.title[split.catalogue.rows_of(domain)]]),
-                ),
-            )
+            name: similarity_of(of_kind, last_Q[chosen], target_Q[chosen], progress.advance)
+            for name, of_kind in vectors.items()
         }
-        dependence = tuple(
+        dependence = [
             dependence_of(name, model, split, queries, chosen, seed=seed, done=progress.advance)
             for name, model in models.items()
-        )
-    lengths = history.lengths
-    repeats = user[1:] == user[:-1]
+        ]
     return ShortcutAudit(
         domain=domain,
         num_items=len(count_N),
@@ -218,15 +200,24 @@ def shortcut_audit(
         sample=len(chosen),
         seed=seed,
         tie_order=tie_order,
-        median_history=float(np.median(lengths)),
-        longer={size: float((lengths > size).mean()) for size in (1, 2, 5)},
+        median_history=float(np.median(history.lengths)),
+        longer={size: float((history.lengths > size).mean()) for size in (1, 2, 5)},
         targets=targets_of(split, domain, history, target_Q, count_N),
-        immediate_repeats=float((item[1:] == item[:-1])[repeats].mean()) if repeats.any() else 0.0,
+        immediate_repeats=immediate_repeats(user, item),
         out_degree=out_degree_of(graph, last_Q),
         reach=reach,
         similarity=similarity,
-        dependence=dependence,
+        dependence=tuple(dependence),
     )
+
+
+def _queries(split: Split, domain: str, max_queries: int) -> Queries:
+    if max_queries < 1:
+        raise ConfigError(f"max_queries={max_queries} must be at least 1")
+    queries = split.queries(domain, TEST, history_kind=SPECIFIC, max_history=max(len(split.interactions), 1))
+    if not len(queries):
+        raise ConfigError(f"domain {domain!r} has no test event with a history before it: nothing can be asked of it")
+    return queries
 
 
 # ---- the training part -----------------------------------------------------------------------------------------------
@@ -239,12 +230,23 @@ def training_events(split: Split, domain: str) -> tuple[np.ndarray, np.ndarray]:
     return log.user[at], log.item[at] - mine[0]
 
 
+def immediate_repeats(user: np.ndarray, item: np.ndarray) -> float:
+    """Share of events, first ones of a user aside, of the same item as the event before.
+
+    >>> immediate_repeats(np.array([0, 0, 0, 1]), np.array([5, 5, 6, 6]))
+    0.5
+    """
+    same_user = user[1:] == user[:-1]
+    return float((item[1:] == item[:-1])[same_user].mean()) if same_user.any() else 0.0
+
+
 def transitions(user: np.ndarray, item: np.ndarray, num_items: int) -> sparse.csr_array:
     """How often item j is a user's next event after item i: csr[N, N].
 
     >>> transitions(np.array([0, 0, 0, 1, 1]), np.array([0, 1, 2, 0, 1]), 3).toarray().tolist()
     [[0.0, 2.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
     """
+    # Neighbours in the log make a transition where both belong to one user; equal ones add up in the matrix.
     same = user[1:] == user[:-1]
     start, end = item[:-1][same], item[1:][same]
     return sparse.csr_array((np.ones(len(start)), (start, end)), (num_items, num_items))
@@ -253,6 +255,7 @@ def transitions(user: np.ndarray, item: np.ndarray, num_items: int) -> sparse.cs
 def user_vectors(user: np.ndarray, item: np.ndarray, num_items: int) -> sparse.csr_array:
     """Which users have an item in training, each row of length 1: csr[N, users]. Dot products are the cosine of two
     items: users who had both, over the root of the product of those who had each."""
+    # One column for each user who trains, a 1 for each item that the user had, however often.
     _, column = np.unique(user, return_inverse=True)
     table = sparse.csr_array((np.ones(len(item)), (item, column)), (num_items, int(column.max(initial=-1)) + 1 or 1))
     table.data[:] = 1
@@ -269,13 +272,15 @@ def _unit_rows(table: sparse.csr_array) -> sparse.csr_array:
 
 
 def out_degree_of(graph: sparse.csr_array, last_Q: np.ndarray) -> OutDegree:
-    """What follows the last items, by `transitions`."""
+    """How many items follow the last items of the queries in `graph`, which `transitions` made."""
+    # Entropy of what follows each item: -sum p log p over its row, p the share of each follower.
     degree_N = np.diff(graph.indptr)
     total_N = np.maximum(graph.sum(axis=1), 1)
     chance = graph.data / np.repeat(total_N, degree_N)
     row = np.repeat(np.arange(len(degree_N)), degree_N)
     entropy_N = -np.bincount(row, chance * np.log(chance), minlength=len(degree_N))
     effective_N = np.where(degree_N > 0, np.exp(entropy_N), 0)
+    # Queries by the number of followers of their last item, in bins that double.
     degree_Q = degree_N[last_Q]
     edges = (0, 1, 2, 4, 8, 16, 32, 64, 1 << 62)
     names = ("none", "1", "2-3", "4-7", "8-15", "16-31", "32-63", "64 or more")
@@ -302,6 +307,7 @@ def reaches(
     queries are.
     """
     size = len(count_N)
+    # Links with weight 1, forward and backward. A set times `weights` gives its share of the catalogue and of events.
     linked = graph.copy()
     linked.data[:] = 1
     backward = sparse.csr_array(linked.T)
@@ -309,6 +315,7 @@ def reaches(
     sums: dict[str, np.ndarray] = {}
     for start in range(0, len(history), BATCH):
         rows = np.arange(start, min(start + BATCH, len(history)))
+        # Rows of sets of items: had[q, i] where the history of q holds i, step[q, j] where j followed its last item.
         last = history.values[history.offsets[rows + 1] - 1]
         past = history.take(rows)
         had = sparse.csr_array((np.ones(len(past.values)), (past.row_of, past.values)), (len(rows), size))
@@ -320,6 +327,7 @@ def reaches(
             FROM_ANY: had @ linked,
         }
         wanted = sparse.csr_array((np.ones(len(rows)), (np.arange(len(rows)), target_Q[rows])), (len(rows), size))
+        # A target is hit where its set holds it; paths that lead to an item twice count once.
         for name, found in sets.items():
             found.data[:] = 1
             hit = found.multiply(wanted).sum()
@@ -343,6 +351,7 @@ def percentiles(similarity_QN: np.ndarray, last_Q: np.ndarray, target_Q: np.ndar
     """
     rows = np.arange(len(target_Q))
     of_target = similarity_QN[rows, target_Q][:, None]
+    # Neither the last item nor the target itself is among the others; half of the ties stand below the target.
     below, same = similarity_QN < of_target, similarity_QN == of_target
     below[rows, last_Q] = same[rows, last_Q] = False
     others = similarity_QN.shape[1] - 2
@@ -426,16 +435,16 @@ def dependence_of(
     and not what it may return. Queries do not say who asks: a model that knows users by name would know their histories
     whatever is shown. Shuffles are drawn by `seed`; intervals are over users, and paired.
     """
-    catalogue, domain = split.catalogue, queries.domain
-    histories = [[Item(domain, str(item)) for item in catalogue.item_id[queries.history[row]]] for row in chosen]
-    targets = [str(item) for item in catalogue.item_id[queries.target[chosen]]]
+    item_id = split.catalogue.item_id
+    histories = [[Item(queries.domain, str(item)) for item in item_id[queries.history[row]]] for row in chosen]
+    targets = [str(item) for item in item_id[queries.target[chosen]]]
     generator = np.random.default_rng(seed)
     values: dict[str, np.ndarray] = {}
     for variant in VARIANTS:
         asked = [
             RankingQuery(
                 query_id=str(query),
-                domain=domain,
+                domain=queries.domain,
                 history=shown(history, variant, generator),
                 exclude=frozenset(item.item_id for item in history),
             )
@@ -467,9 +476,10 @@ def share_interval(part_Q: np.ndarray, whole_Q: np.ndarray, user_Q: np.ndarray, 
     >>> share_interval(np.array([0.5, 0.25]), np.array([1.0, 0.5]), np.array([0, 1]))
     Interval(mean=0.5, low=0.5, high=0.5)
     """
+    # Sums of both sides for each user. Most users miss on both, so equal rows are drawn together by their number.
     _, group = np.unique(user_Q, return_inverse=True)
     sums = np.column_stack([np.bincount(group, part_Q), np.bincount(group, whole_Q)])
-    distinct, times = np.unique(sums, axis=0, return_counts=True)  # most are misses of both, drawn all at once
+    distinct, times = np.unique(sums, axis=0, return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(len(sums), times / len(sums), SAMPLES)
     part, whole = (drawn @ distinct).T
     if not whole.all():
@@ -497,10 +507,12 @@ def smallest_difference(interval: Interval, sample: int, num_queries: int) -> fl
 
 
 def targets_of(split: Split, domain: str, history: Ragged, target_Q: np.ndarray, count_N: np.ndarray) -> Targets:
-    """What can be said of targets without any model; `history` and `target_Q` count items from 0 in the domain."""
+    """Shares of the targets that need no model; `history` and `target_Q` count items from 0 in the domain."""
     last_Q = history.values[history.offsets[1:] - 1]
+    # A query is marked where any event of its history has its target.
     repeated = np.zeros(len(target_Q), dtype=bool)
     repeated[history.row_of[history.values == target_Q[history.row_of]]] = True
+    # The rank of each target by training events: items with more of them, and items with as many, itself among them.
     descending = np.sort(-count_N)
     better = np.searchsorted(descending, -count_N[target_Q])
     tied = np.searchsorted(descending, -count_N[target_Q], side="right") - better

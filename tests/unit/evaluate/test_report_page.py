@@ -5,93 +5,125 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from copy import deepcopy
+from collections.abc import Mapping
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cprec.evaluate.report import (
+from cprec.evaluate.report_page import (
     UNCERTIFIED,
     difference_line,
-    html_of,
     latex_table,
     markdown_table,
     print_report,
-    write_html,
+    report_page,
+    write_report_page,
 )
+from cprec.evaluate.results import (
+    CANDIDATES_POPULARITY,
+    CANDIDATES_UNIFORM,
+    FULL,
+    FULL_WITH_SEEN,
+    Arm,
+    CertificateSummary,
+    Cost,
+    Difference,
+    DomainResult,
+    Example,
+    Interval,
+    Kind,
+    Metric,
+    Pool,
+    Report,
+)
+from cprec.evaluate.statistics import Comparison
+from cprec.evaluate.training_run import TrainingRun
 
-EXAMPLES: list[dict[str, Any]] = [
-    {
-        "domain": "kitchen",
-        "user": "u<1>",
-        "history": [f"Mug [red]number {number}" for number in range(10)],
-        "target": "Kettle <script>alert(1)</script>",
-        "recommendations": {
+EXAMPLES = [
+    Example(
+        domain="kitchen",
+        user="u<1>",
+        history=[f"Mug [red]number {number}" for number in range(10)],
+        target="Kettle <script>alert(1)</script>",
+        recommendations={
             "CPRec-style": [("Kettle <script>alert(1)</script>", -1.5), ("Pan", -2.0)],
             "fine-tuning only": [("Tray", -1.0)],
         },
-    }
+    )
 ]
+PRETRAINING = [
+    {"step": 0, "tokens": 0, "heldout": {"kitchen (specific)": 300.0, "mixed": 310.0}},
+    {"step": 1, "tokens": 10, "loss": 5.0, "learning_rate": 0.001, "tokens_per_second": 9.0},
+    {"step": 20, "tokens": 200, "loss": 4.0, "learning_rate": 0.0001, "tokens_per_second": 9.0},
+    {"step": 20, "tokens": 200, "heldout": {"kitchen (specific)": 30.0, "mixed": 31.0}},
+]
+
+
+def runs_of(**logs: list[dict[str, Any]]) -> dict[str, TrainingRun]:
+    return {name: TrainingRun(name, records) for name, records in logs.items()}
+
+
 RUNS = {
-    "pre-training": [
-        {"step": 0, "tokens": 0, "heldout": {"kitchen (specific)": 300.0, "mixed": 310.0}},
-        {"step": 1, "tokens": 10, "loss": 5.0, "learning_rate": 0.001, "tokens_per_second": 9.0},
-        {"step": 20, "tokens": 200, "loss": 4.0, "learning_rate": 0.0001, "tokens_per_second": 9.0},
-        {"step": 20, "tokens": 200, "heldout": {"kitchen (specific)": 30.0, "mixed": 31.0}},
-    ],
-    "kitchen: CPRec-style": [{"step": 1, "tokens": 9, "loss": 2.0, "learning_rate": 0.002}],
-    "kitchen: fine-tuning only": [{"step": 1, "tokens": 9, "loss": 3.0, "learning_rate": 0.002}],
+    "pre-training": TrainingRun("pre-training", PRETRAINING, {"num_parameters": 2_900_000, "seconds": 10.0}),
+    **runs_of(
+        **{
+            "kitchen: CPRec-style": [{"step": 1, "tokens": 9, "loss": 2.0, "learning_rate": 0.002}],
+            "kitchen: fine-tuning only": [{"step": 1, "tokens": 9, "loss": 3.0, "learning_rate": 0.002}],
+        }
+    ),
 }
+MAIN = Metric("ndcg", 10, FULL)
+MEASURED = [("recall", 1), ("recall", 5), ("recall", 10), ("ndcg", 5), ("ndcg", 10), ("mrr", None)]
 
 
-def interval(mean: float) -> dict[str, float]:
-    return {"mean": mean, "low": mean - 0.01, "high": mean + 0.02}
+def interval(mean: float) -> Interval:
+    return Interval(mean, mean - 0.01, mean + 0.02)
 
 
-def arm(kind: str, mean: float) -> dict[str, Any]:
-    metrics = {name: interval(mean) for name in ("recall@1", "recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")}
-    return {"kind": kind, "num_queries": 1234, **metrics, "seconds": 2.0, "candidates20": {**metrics, "seconds": 1.0}}
+def arm(name: str, kind: Kind, mean: float, **others: Any) -> Arm:
+    metrics = {Metric(m, k, pool): interval(mean) for pool in (FULL, CANDIDATES_UNIFORM) for m, k in MEASURED}
+    seconds = {FULL: 2.0, CANDIDATES_UNIFORM: 1.0}
+    return Arm(name=name, kind=kind, metrics=metrics, seconds=seconds, cost=Cost(milliseconds_per_query=1.5), **others)
 
 
-def report() -> dict[str, Any]:
-    arms = {
-        "random": arm("baseline", 0.05),
-        "fine-tuning only": arm("model", 0.1234),
-        "CPRec-style": arm("model", 0.2345),
-        "oracle": arm("bound", 0.5),
-    }
-    difference = {"a": "CPRec-style", "b": "fine-tuning only", "metric": "ndcg@10", "num_queries": 1234}
-    domain = {"num_items": 300, "num_queries": 1234, "certified": True, "arms": arms}
-    return {
-        "title": "demo",
-        "protocol": {"split": "method leave-one-out", "statistics": "95 % bootstrap intervals over queries"},
-        "certificate": {"clean": True, "checked": 5000, "violations": 0, "uncertified": False},
-        "domains": {
-            "kitchen": {
-                "unseen": False,
-                **domain,
-                "differences": [{**difference, "mean": 0.1111, "low": 0.1, "high": 0.12}],
-            },
-            "books": {
-                "unseen": True,
-                **domain,
-                "differences": [{**difference, "mean": 0.01, "low": -0.1, "high": 0.12}],
-            },
+def changed(result: Arm, cells: Mapping[Metric, float], **others: Any) -> Arm:
+    """The arm with other means."""
+    return replace(result, metrics={**result.metrics, **{m: interval(mean) for m, mean in cells.items()}}, **others)
+
+
+RANDOM, FINETUNED = arm("random", "baseline", 0.05), arm("fine-tuning only", "model", 0.1234)
+CPREC, ORACLE = arm("CPRec-style", "model", 0.2345), arm("oracle", "bound", 0.5)
+
+
+def difference(mean: float, low: float, high: float, num_queries: int = 1234, p: float = 0.001) -> Difference:
+    test = Comparison(mean=mean, low=low, high=high, p_value=p, p_adjusted=p, num_queries=num_queries, detectable=None)
+    return Difference(a="CPRec-style", b="fine-tuning only", metric=MAIN, test=test)
+
+
+def domain(name: str, line: Difference, *arms: Arm, **others: Any) -> DomainResult:
+    of_domain = {"num_items": 300, "num_queries": 1234, "certified": True, "main": MAIN, **others}
+    pools = {CANDIDATES_UNIFORM: Pool(1234, 20)}
+    shown = {arm.name: arm for arm in arms or (RANDOM, FINETUNED, CPREC, ORACLE)}
+    return DomainResult(domain=name, pools=pools, arms=shown, differences=[line], **of_domain)
+
+
+def report(*kitchen: Arm, certified: bool = True) -> Report:
+    """Two domains, `kitchen` with these arms."""
+    return Report(
+        title="demo",
+        protocol={"split": "method leave-one-out", "statistics": "95 % bootstrap intervals over queries"},
+        certificate=CertificateSummary(clean=True, checked=5000, violations=0, uncertified=not certified),
+        domains={
+            "kitchen": domain("kitchen", difference(0.1111, 0.1, 0.12), *kitchen, unseen=False),
+            "books": domain("books", difference(0.01, -0.1, 0.12), unseen=True, certified=certified),
         },
-        "models": {"pre-training": {"num_parameters": 2_900_000, "tokens": 3000, "seconds": 10.0}},
-    }
+    )
 
 
-def uncertified() -> dict[str, Any]:
-    changed = deepcopy(report())
-    changed["certificate"]["uncertified"] = True
-    changed["domains"]["books"]["certified"] = False
-    return changed
-
-
-def printed(of: dict[str, Any], width: int = 100) -> str:
+def printed(of: Report, width: int = 100) -> str:
     file = io.StringIO()
     print_report(of, EXAMPLES, file, width=width)
     return file.getvalue()
@@ -110,39 +142,39 @@ def test_the_table_names_metrics_with_cut_and_pool_and_gives_intervals() -> None
 
 
 def test_every_number_stands_in_its_own_column() -> None:
-    changed = report()
-    arm_of = changed["domains"]["kitchen"]["arms"]["CPRec-style"]
-    shown = {"ndcg@10": 0.3111, "recall@10": 0.4222, "ndcg@5": 0.2333, "mrr": 0.1444}
-    arm_of.update({name: interval(mean) for name, mean in shown.items()})
-    arm_of["candidates20"]["recall@1"] = interval(0.5555)
-    row = next(line for line in printed(changed).splitlines() if "CPRec-style" in line)
+    shown = {"ndcg": 0.3111, "recall": 0.4222}
+    cells = {Metric(name, 10, FULL): mean for name, mean in shown.items()}
+    cells |= {Metric("ndcg", 5, FULL): 0.2333, Metric("mrr", None, FULL): 0.1444}
+    cells[Metric("recall", 1, CANDIDATES_UNIFORM)] = 0.5555
+    row = next(line for line in printed(report(changed(CPREC, cells))).splitlines() if "CPRec-style" in line)
     means = [word for word in row.split() if re.fullmatch(r"0\.\d{4}", word)]
     assert means == ["0.3111", "0.4222", "0.2333", "0.1444", "0.5555"]
 
 
-DIFFERENCE = {"a": "new", "b": "old", "metric": "ndcg@10", "num_queries": 1000}
+A, B = "CPRec-style", "fine-tuning only"
 
 
 @pytest.mark.parametrize(
-    ("mean", "low", "high", "expected"),
+    ("mean", "low", "high", "p", "expected"),
     [
-        (0.0123, 0.01, 0.0145, "new beats old by 0.0123 NDCG@10 [0.0100, 0.0145] (1,000 queries)"),
-        (-0.0123, -0.0145, -0.01, "old beats new by 0.0123 NDCG@10 [0.0100, 0.0145] (1,000 queries)"),
-        (0.01, -0.1, 0.12, "new against old: no difference shown, +0.0100 NDCG@10 [-0.1000, +0.1200] (1,000 queries)"),
-        (0.01, 0.0, 0.02, "new against old: no difference shown, +0.0100 NDCG@10 [+0.0000, +0.0200] (1,000 queries)"),
-        (-0.01, -0.02, 0.0, "new against old: no difference shown, -0.0100 NDCG@10 [-0.0200, +0.0000] (1,000 queries)"),
+        (0.0123, 0.01, 0.0145, 0.0, f"{A} beats {B} by 0.0123 NDCG@10 [0.0100, 0.0145]"),
+        (-0.0123, -0.0145, -0.01, 0.0, f"{B} beats {A} by 0.0123 NDCG@10 [0.0100, 0.0145]"),
+        (0.01, -0.1, 0.12, 0.0, f"{A} against {B}: no difference shown, +0.0100 NDCG@10 [-0.1000, +0.1200]"),
+        (0.01, 0.0, 0.02, 0.0, f"{A} against {B}: no difference shown, +0.0100 NDCG@10 [+0.0000, +0.0200]"),
+        (-0.01, -0.02, 0.0, 0.0, f"{A} against {B}: no difference shown, -0.0100 NDCG@10 [-0.0200, +0.0000]"),
+        (0.01, 0.005, 0.02, 0.06, f"{A} against {B}: no difference shown, +0.0100 NDCG@10 [+0.0050, +0.0200]"),
     ],
 )
-def test_a_winner_is_claimed_only_if_the_interval_excludes_0(
-    mean: float, low: float, high: float, expected: str
+def test_a_winner_is_claimed_only_if_the_interval_excludes_0_and_p_is_small(
+    mean: float, low: float, high: float, p: float, expected: str
 ) -> None:
-    assert difference_line({**DIFFERENCE, "mean": mean, "low": low, "high": high}) == expected
+    assert difference_line(difference(mean, low, high, 1000, p)) == f"{expected} (1,000 queries, p {p:.4f})"
 
 
 @pytest.mark.parametrize(("mean", "low", "high"), [(0.2, 0.1, 0.3), (-0.2, -0.3, -0.1), (0.0, -0.1, 0.1)])
 def test_too_few_queries_support_no_claim(mean: float, low: float, high: float) -> None:
-    line = difference_line({**DIFFERENCE, "mean": mean, "low": low, "high": high, "num_queries": 999})
-    assert "no claim under 1,000 queries" in line and "(999 queries)" in line
+    line = difference_line(difference(mean, low, high, 999))
+    assert "no claim under 1,000 queries" in line and "(999 queries, " in line
     assert "beats" not in line and "no difference" not in line
 
 
@@ -155,7 +187,7 @@ def test_titles_are_printed_as_they_are() -> None:
 
 def test_titles_cannot_steer_the_terminal() -> None:
     file = io.StringIO()
-    print_report(report(), [{**EXAMPLES[0], "history": ["Mug\x1b[2J\r\nPan"]}], file, width=100)
+    print_report(report(), [replace(EXAMPLES[0], history=["Mug\x1b[2J\r\nPan"])], file, width=100)
     assert "\x1b" not in file.getvalue() and "\r" not in file.getvalue()
     assert "Mug [2J  Pan" in file.getvalue()
 
@@ -183,15 +215,14 @@ def test_elsewhere_than_on_a_terminal_there_are_100_columns_and_no_colours(monke
 
 
 def test_an_uncertified_table_says_so() -> None:
-    assert "UNCERTIFIED" in printed(uncertified())
+    assert "UNCERTIFIED" in printed(report(certified=False))
     assert "UNCERTIFIED" not in printed(report())
     assert "clean (5,000 checks, 0 violations) and covers" in printed(report()).replace("\n", " ")
 
 
 def test_the_bound_is_explained_where_there_is_one() -> None:
-    without = report()
-    for domain in without["domains"].values():
-        domain["arms"] = {name: cells for name, cells in domain["arms"].items() if name != "oracle"}
+    whole = report(RANDOM, CPREC)
+    without = replace(whole, domains={"kitchen": whole.domains["kitchen"]})
     assert "true chances" in printed(report()) and "true chances" not in printed(without)
 
 
@@ -199,12 +230,8 @@ def test_the_bound_is_explained_where_there_is_one() -> None:
 
 
 def test_the_markdown_table_is_as_given() -> None:
-    changed = report()
-    arms = changed["domains"]["kitchen"]["arms"]
-    changed["domains"]["kitchen"]["arms"] = {"a|b": arms["random"], "CPRec-style": arms["CPRec-style"]}
-    changed["domains"]["kitchen"]["arms"]["oracle"] = arms["oracle"]
     a, b, c = "0.0500 [0.0400, 0.0700]", "**0.2345 [0.2245, 0.2545]**", "0.5000 [0.4900, 0.5200]"
-    assert markdown_table(changed, "kitchen") == (
+    assert markdown_table(report(replace(RANDOM, name="a|b"), CPREC, ORACLE), "kitchen") == (
         "| | NDCG@10 | Recall@10 | Recall@1 of 20, uniform |\n"
         "| --- | ---: | ---: | ---: |\n"
         f"| a\\|b | {a} | {a} | 0.050 |\n"
@@ -217,15 +244,14 @@ def test_the_markdown_table_is_as_given() -> None:
 
 
 def test_the_markdown_table_has_what_arms_have() -> None:
-    changed = report()
-    arms = changed["domains"]["kitchen"]["arms"]
-    arms["random"] |= {
-        "seen_kept": {"ndcg@10": interval(0.01), "recall@10": interval(0.02)},
-        "candidates20_popularity": {"recall@1": interval(0.03)},
-        "lists": {"coverage": 0.987},
-        "cost": {"train_seconds": 1234.5},
-    }
-    head, _, first, second, *_ = markdown_table(changed, "kitchen").splitlines()
+    cells = {Metric("ndcg", 10, FULL_WITH_SEEN): 0.01, Metric("recall", 10, FULL_WITH_SEEN): 0.02}
+    cells[Metric("recall", 1, CANDIDATES_POPULARITY)] = 0.03
+    cost = Cost(milliseconds_per_query=1.0, train_seconds=1234.5)
+    given = report(changed(RANDOM, cells, lists={"coverage": 0.987}, cost=cost), FINETUNED, CPREC, ORACLE)
+    kitchen = given.domains["kitchen"]
+    pools = {**kitchen.pools, CANDIDATES_POPULARITY: Pool(1234, 20)}
+    given = replace(given, domains={"kitchen": replace(kitchen, pools=pools)})
+    head, _, first, second, *_ = markdown_table(given, "kitchen").splitlines()
     assert head.split(" | ")[-6:] == [
         "NDCG@10, seen kept",
         "Recall@10, seen kept",
@@ -239,13 +265,13 @@ def test_the_markdown_table_has_what_arms_have() -> None:
 
 
 def test_the_markdown_table_of_an_uncertified_domain_says_so() -> None:
-    assert UNCERTIFIED in markdown_table(uncertified(), "books")
-    assert UNCERTIFIED not in markdown_table(uncertified(), "kitchen")
+    assert UNCERTIFIED in markdown_table(report(certified=False), "books")
+    assert UNCERTIFIED not in markdown_table(report(certified=False), "kitchen")
 
 
 def test_the_latex_table_of_an_uncertified_domain_says_so_in_print() -> None:
     def printed_lines(domain: str) -> list[str]:
-        return [line for line in latex_table(uncertified(), domain).splitlines() if not line.startswith("%")]
+        return [line for line in latex_table(report(certified=False), domain).splitlines() if not line.startswith("%")]
 
     assert any(UNCERTIFIED in line for line in printed_lines("books"))
     assert not any(UNCERTIFIED in line for line in printed_lines("kitchen"))
@@ -290,7 +316,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_well_formed_and_needs_nothing_else() -> None:
-    html = html_of(report(), RUNS, EXAMPLES)
+    html = report_page(report(), RUNS, EXAMPLES)
     page = Page(html)
     used = {name for _, attributes in page.tags for name in attributes}
     assert not used & {"src", "href"} and "url(" not in html and "@import" not in html and "http" not in html
@@ -300,7 +326,7 @@ def test_the_page_is_well_formed_and_needs_nothing_else() -> None:
 
 
 def test_every_colour_that_is_used_is_defined_for_light_and_dark() -> None:
-    html = html_of(report(), RUNS, EXAMPLES)
+    html = report_page(report(), RUNS, EXAMPLES)
     light, dark = re.findall(r":root \{(.*?)\}", html, re.DOTALL)
     for name in set(re.findall(r"var\((--[a-z0-9-]+)\)", html)):
         assert f"{name}:" in light, name
@@ -308,13 +334,13 @@ def test_every_colour_that_is_used_is_defined_for_light_and_dark() -> None:
 
 
 def test_the_protocol_comes_before_any_number() -> None:
-    text = Page(html_of(report(), RUNS, EXAMPLES)).text
+    text = Page(report_page(report(), RUNS, EXAMPLES)).text
     assert text.index("method leave-one-out") < text.index("0.2345")
     assert text.index("5,000 checks") < text.index("0.2345")
 
 
 def test_the_page_has_metrics_differences_curves_and_examples() -> None:
-    page = Page(html_of(report(), RUNS, EXAMPLES))
+    page = Page(report_page(report(), RUNS, EXAMPLES))
     for words in (
         "NDCG@10, full catalogue",
         "Recall@1, 20 candidates",
@@ -329,55 +355,56 @@ def test_the_page_has_metrics_differences_curves_and_examples() -> None:
     ):
         assert words in page.text
     assert page.text.count("Training: ") == 2  # pre-training; both arms of kitchen in one group
-    assert sum(tag == "polyline" for tag, _ in page.tags) == 2 + 2 + 4
+    assert sum(tag == "polyline" for tag, _ in page.tags) == 2 + 2 + 5
 
 
 def test_a_start_far_above_the_rest_is_told_but_not_drawn() -> None:
     def records(*perplexities: float) -> list[dict[str, Any]]:
         return [{"step": n, "tokens": 1000 * n, "heldout": {"mixed": value}} for n, value in enumerate(perplexities)]
 
-    far = Page(html_of(report(), {"pre-training": records(8000.0, 30.0, 20.0, 25.0)}, []))
-    near = Page(html_of(report(), {"pre-training": records(80.0, 30.0, 20.0, 25.0)}, []))
+    far = Page(report_page(report(), runs_of(run=records(8000.0, 30.0, 20.0, 25.0)), []))
+    near = Page(report_page(report(), runs_of(run=records(80.0, 30.0, 20.0, 25.0)), []))
     for page, points in ((far, 3), (near, 4)):
         (line,) = (attributes["points"] for tag, attributes in page.tags if tag == "polyline")
         assert line is not None and len(line.split()) == points
         assert "mixed" in page.text and "tokens" in page.text
-    assert "is not drawn" in far.text and "is not drawn" not in near.text
+    assert "are not drawn" in far.text and "are not drawn" not in near.text
     assert "8,000.0025.0020.00" in far.text  # start, end, lowest
 
 
 def test_the_table_of_perplexities_has_single_values_where_the_curve_has_means() -> None:
     values = [40.0, *[30.0, 20.0] * 300, 10.0, 25.0]
     log = [{"step": n, "tokens": n, "heldout": {"mixed": value}} for n, value in enumerate(values)]
-    assert "40.0025.0010.00" in Page(html_of(report(), {"pre-training": log}, [])).text
+    assert "40.0025.0010.00" in Page(report_page(report(), runs_of(run=log), [])).text
 
 
 def test_nothing_is_folded_away_from_paper() -> None:
-    page = Page(html_of(report(), RUNS, EXAMPLES))
+    page = Page(report_page(report(), RUNS, EXAMPLES))
     assert all("open" in attributes for tag, attributes in page.tags if tag == "details")
 
 
 def test_the_file_is_small(tmp_path: Path) -> None:
     heldout = {f"domain {n} (specific)": 20.0 + n for n in range(9)}
-    long = [{"step": n, "tokens": n, "loss": 2.0, "learning_rate": 0.1, "heldout": heldout} for n in range(5000)]
-    write_html(tmp_path / "report.html", report(), {f"run {n}": long for n in range(5)}, EXAMPLES * 9)
+    long = [{"step": n, "tokens": n, "loss": 2.0, "learning_rate": 0.1, "heldout": heldout} for n in range(2000)]
+    write_report_page(tmp_path / "report.html", report(), runs_of(**{f"run {n}": long for n in range(5)}), EXAMPLES * 9)
     assert (tmp_path / "report.html").stat().st_size < 1_000_000
 
 
 def test_every_section_without_a_certificate_says_so() -> None:
-    assert Page(html_of(uncertified(), RUNS, EXAMPLES)).text.count(UNCERTIFIED) == 3  # the banner, its row, books
-    assert UNCERTIFIED not in html_of(report(), RUNS, EXAMPLES)
+    assert (
+        Page(report_page(report(certified=False), RUNS, EXAMPLES)).text.count(UNCERTIFIED) == 3
+    )  # the banner, its row, books
+    assert UNCERTIFIED not in report_page(report(), RUNS, EXAMPLES)
 
 
 def test_without_runs_models_and_examples_the_page_is_shorter() -> None:
-    bare = {name: value for name, value in report().items() if name != "models"}
-    text = Page(html_of(bare, {}, [])).text
+    text = Page(report_page(report(), {"a model that is gone": TrainingRun("gone", [])}, [])).text
     assert "0.2345" in text and "Training" not in text and "users" not in text and "trained" not in text
 
 
 def test_the_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
-    write_html(path, report(), RUNS, EXAMPLES)
-    write_html(path, report(), RUNS, EXAMPLES)
+    write_report_page(path, report(), RUNS, EXAMPLES)
+    write_report_page(path, report(), RUNS, EXAMPLES)
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
     assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")

@@ -1,34 +1,39 @@
-"""What the service measures of itself, for Prometheus."""
+"""The service's own measurements, for Prometheus."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+SECOND_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
     """Counters, histograms and gauges of one service, in a registry of their own."""
 
     def __init__(self) -> None:
-        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-
         self._registry: Any = CollectorRegistry()
-        self._gauge = Gauge
         self._requests = Histogram(
             "cprec_request_seconds",
             "Time from the first byte of a request to the last of its answer",
             ("method", "route", "status"),
-            buckets=SECONDS,
+            buckets=SECOND_BUCKETS,
             registry=self._registry,
         )
         self._batch_size = Histogram(
-            "cprec_batch_queries", "Queries that an engine answered together", buckets=SIZES, registry=self._registry
+            "cprec_batch_queries",
+            "Queries that an engine answered together",
+            buckets=SIZE_BUCKETS,
+            registry=self._registry,
         )
         self._batch_seconds = Histogram(
-            "cprec_batch_seconds", "Time that an engine took for a batch", buckets=SECONDS, registry=self._registry
+            "cprec_batch_seconds",
+            "Time that an engine took for a batch",
+            buckets=SECOND_BUCKETS,
+            registry=self._registry,
         )
         self._answers = Counter(
             "cprec_lists",
@@ -40,32 +45,30 @@ class Metrics:
         self._failures = Counter("cprec_engine_failures", "Calls of an engine that failed", registry=self._registry)
 
     def request(self, method: str, route: str, status: int, seconds: float) -> None:
-        """A request was answered."""
+        """Count a request that was answered."""
         self._requests.labels(method, route, str(status)).observe(seconds)
 
     def batch(self, size: int, seconds: float) -> None:
-        """An engine answered a batch."""
+        """Count a batch that an engine answered."""
         self._batch_size.observe(size)
         self._batch_seconds.observe(seconds)
 
     def answered(self, mode: str, degraded: bool) -> None:
-        """A list was recommended."""
+        """Count a list that was recommended."""
         self._answers.labels(mode, str(degraded).lower()).inc()
 
     def shed(self) -> None:
-        """A request was refused under overload."""
+        """Count a request that was refused under overload."""
         self._shed.inc()
 
     def failed(self) -> None:
-        """An engine raised an exception."""
+        """Count a call of an engine that raised an exception."""
         self._failures.inc()
 
     def gauge(self, name: str, about: str, value: Callable[[], float]) -> None:
-        """A value that is asked for when the metrics are read."""
-        self._gauge(name, about, registry=self._registry).set_function(value)
+        """Add a value that is computed whenever the metrics are read."""
+        Gauge(name, about, registry=self._registry).set_function(value)
 
     def text(self) -> bytes:
         """All metrics in the text format of Prometheus."""
-        from prometheus_client import generate_latest
-
         return bytes(generate_latest(self._registry))

@@ -19,19 +19,9 @@ from cprec.data.interactions import Interactions
 from cprec.data.splits import Split, make_split
 from cprec.data.titles import title_vectors
 from cprec.errors import ConfigError
-from cprec.evaluate.shortcut_report import (
-    CAN,
-    CANNOT,
-    CARE,
-    findings,
-    markdown_table,
-    print_shortcuts,
-    reading,
-    shortcut_page,
-    table_rows,
-    write_shortcuts,
-)
-from cprec.evaluate.shortcuts import (
+from cprec.evaluate.findings import CAN, CANNOT, CARE, findings
+from cprec.evaluate.results import Interval
+from cprec.evaluate.shortcut_audit import (
     BACKWARD,
     FROM_ANY,
     ONE_STEP,
@@ -40,7 +30,6 @@ from cprec.evaluate.shortcuts import (
     TWO_STEPS,
     USERS,
     Dependence,
-    Interval,
     OutDegree,
     Reach,
     ShortcutAudit,
@@ -51,6 +40,7 @@ from cprec.evaluate.shortcuts import (
     share_interval,
     shortcut_audit,
 )
+from cprec.evaluate.shortcut_page import print_shortcuts, reading, shortcut_page, shortcut_table, write_shortcuts
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import DomainInfo
 
@@ -344,13 +334,14 @@ def test_findings_of_reach() -> None:
 
 
 def test_the_table_says_what_its_columns_are() -> None:
-    rows = table_rows([GOOD, replace(GOOD, domain="films", dependence=())])
-    assert list(rows["books"]) == list(reading([GOOD]))
-    assert rows["books"]["1 step"] == "4.0% (2.0%)" and rows["books"]["last 1"] == "50 [40, 60]"
-    assert "last 1" not in rows["films"]
-    table = markdown_table([GOOD])
-    assert table.splitlines()[0].startswith("| domain | queries | items |")
-    assert len({line.count("|") for line in table.splitlines()}) == 1
+    table = shortcut_table([GOOD, replace(GOOD, domain="films", dependence=())])
+    assert [column.head for column in table.columns] == ["domain", *reading([GOOD])]
+    books, films = (
+        {head: cell.text for head, cell in zip(reading([GOOD]), row.cells[1:], strict=True)} for row in table.rows
+    )
+    assert books["1 step"] == "4.0% (2.0%)" and books["last 1"] == "50 [40, 60]"
+    assert films["last 1"] == films["NDCG@10"] == "-"
+    assert "last 1" not in reading([replace(GOOD, dependence=())])
 
 
 def test_the_terminal_gets_domains_side_by_side_as_they_fit() -> None:

@@ -1,0 +1,187 @@
+"""Who takes part in an evaluation: baselines, models, and in a generated world the best result that is possible.
+
+Nothing is made before its turn comes: where saved rankings answer the questions, neither torch nor a model is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cprec import lineup
+from cprec.data.config import SyntheticConfig
+from cprec.data.sources.synthetic import OracleRecommender, SyntheticWorld
+from cprec.data.splits import Split
+from cprec.errors import ConfigError
+from cprec.evaluate.config import EvaluateConfig
+from cprec.evaluate.evaluate import EXACT, Entrant, Opened
+from cprec.evaluate.rankings import rankings_path, read_rankings
+from cprec.evaluate.results import FULL, GENERATED
+from cprec.evaluate.seeds import arm_of
+from cprec.progress import say
+from cprec.provenance import FileHashes, code_sha256, file_sha256, to_dict
+from cprec.rank.config import RankConfig
+from cprec.train.folder import model_identity, read_done
+from cprec.tune import read_results
+
+COSTS = {"num_parameters": "num_parameters", "seconds": "train_seconds"}
+"""What recommenders and model folders say of their cost, and the names it has in a report."""
+
+
+# ---- baselines -------------------------------------------------------------------------------------------------------
+
+
+def baseline_entrants(config: EvaluateConfig, split: Split, domain: str) -> list[Entrant]:
+    """The baselines of an evaluation as entrants.
+
+    Raises ConfigError for names of no baseline.
+    """
+    names = lineup.names_of(config.baselines)
+    tuned = _tuned(config, domain, names)
+    entrants = []
+    for name in names:
+        for seed in config.seeds if lineup.is_trained(name) else [config.seed]:
+            entrants.append(_baseline(config, split, domain, name, seed, tuned.get(name)))
+    return entrants
+
+
+def _baseline(
+    config: EvaluateConfig, split: Split, domain: str, name: str, seed: int, tuned: Mapping[str, Any] | None
+) -> Entrant:
+    trained = lineup.is_trained(name)
+    identity = {"code": lineup.identity_of(name), "seed": seed, "tuned": tuned}
+
+    def made() -> Opened:
+        settings = lineup.settings_of(name, tuned)
+        data = file_sha256(Path(config.data) / "dataset.json")
+        made_of = hashlib.sha256(f"{settings} {seed} {data}".encode()).hexdigest()[:8]  # others train elsewhere
+        folder = Path(config.output_dir, "baselines", domain, re.sub("[^a-z0-9]+", "-", name.lower()).strip("-"))
+        recommender = settings.make(split, domain, seed=seed, folder=folder.with_name(f"{folder.name}-{made_of}"))
+        cost = {shown: getattr(recommender, name) for name, shown in COSTS.items() if hasattr(recommender, name)}
+        return Opened(recommender=recommender, cost=cost)
+
+    return Entrant(
+        name=arm_of(name, seed) if trained and len(config.seeds) > 1 else name,
+        kind="baseline",
+        open=made,
+        identity=identity,
+        stochastic=trained,
+    )
+
+
+def _tuned(config: EvaluateConfig, domain: str, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The settings that tuning has found for a domain, by baseline; those set as published stay as they are.
+
+    Raises ConfigError for a file that is missing, or of other data.
+    """
+    if not config.tuned:
+        return {}
+    check_tuned(config)
+    found = read_results(config.tuned).get(domain, {})
+    data = file_sha256(Path(config.data) / "dataset.json")
+    if any(entry["asked"]["data"] != data for entry in found.values()):
+        raise ConfigError(f"tuned={config.tuned!r} was found on other data than {config.data}: tune on that folder")
+    wanted = [name for name in names if not name.endswith("(published)")]
+    if missing := [name for name in wanted if name not in found]:
+        say(f"{domain}: {config.tuned} has no settings of {', '.join(missing)}, which keep their defaults")
+    return {name: found[name]["settings"] for name in wanted if "settings" in found.get(name, {})}
+
+
+def check_tuned(config: EvaluateConfig) -> None:
+    """Raises ConfigError where the file of tuned settings is missing."""
+    if config.tuned and not Path(config.tuned).is_file():
+        raise ConfigError(f"tuned={config.tuned!r} does not exist: make it with `cprec tune`")
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+CODE = "cprec.rank.llm"
+"""The module that ranks with models: a change of it, or of what it imports, makes their rankings anew."""
+SCORES = "P(item) = P(title) / n, n the items in stock that have the title"
+"""The rule by which models score items (`rank.llm`), which saved rankings are tied to: change it with the rule."""
+
+
+def model_entrants(output_dir: str, domain: str, models: Mapping[str, str], rank: RankConfig) -> list[Entrant]:
+    """Model folders, by the name they have in tables, as entrants of an evaluation into `output_dir`.
+
+    Of a model that is gone, or whose weights are, the rankings that it left there are what enters.
+    """
+    hashes = FileHashes(output_dir)
+    entrants = [
+        _model(name, folder, rank, hashes) if _has_weights(folder) else _gone(name, folder, rank, output_dir, domain)
+        for name, folder in models.items()
+    ]
+    hashes.save()
+    return entrants
+
+
+def _has_weights(folder: str) -> bool:
+    return read_done(folder) is not None and any(Path(folder).glob("*.safetensors"))
+
+
+def _model(name: str, folder: str, rank: RankConfig, hashes: FileHashes) -> Entrant:
+    about = read_done(folder) or {}
+
+    def opened() -> Opened:
+        from cprec.rank.llm import LLMRecommender  # loads torch
+
+        model = LLMRecommender.from_pretrained(folder, name=name, **asdict(rank))
+        modes = {GENERATED: partial(model.rank, mode="generate")}
+        if rank.mode == "beam":
+            modes[EXACT] = partial(model.rank, mode="exact")
+        return Opened(recommender=model, modes=modes, cost={shown: about[key] for key, shown in COSTS.items()})
+
+    return Entrant(
+        name=name,
+        kind="model",
+        open=opened,
+        identity={"model": model_identity(folder, hashes), "code": code_sha256(CODE), **_rule(rank)},
+        stochastic=True,
+        trained_on=tuple(about["trained_on"]),
+    )
+
+
+def _gone(name: str, folder: str, rank: RankConfig, output_dir: str, domain: str) -> Entrant:
+    """A model without weights: its saved rankings are used, if they are of the rule that holds now."""
+    say(f"{domain}: {name}: no weights in {folder}, so its saved rankings are scored as they are")
+    saved = read_rankings(rankings_path(output_dir, domain, name, FULL))
+    about = read_done(folder)
+
+    def opened() -> Opened:
+        raise ConfigError(
+            f"models.{name}={folder} holds no weights, and its saved rankings answer other questions than those asked "
+            "now: ask as they were (k, max_queries, seed, num_candidates, rank), or bring the model back. Rankings "
+            "that were saved before the items of a title shared its probability need the model, too"
+        )
+
+    return Entrant(
+        name=name,
+        kind="model",
+        open=opened,
+        identity={**(saved.answers["identity"] if saved else {}), **_rule(rank)},
+        stochastic=True,
+        trained_on=tuple(about["trained_on"] if about else saved.trained_on if saved else ()),
+    )
+
+
+def _rule(rank: RankConfig) -> dict[str, Any]:
+    """How a model ranks, beside its weights and the code."""
+    return {"rank": asdict(rank), "scores": SCORES}
+
+
+# ---- the bound -------------------------------------------------------------------------------------------------------
+
+
+def oracle(world: SyntheticConfig) -> Entrant:
+    """The bound of a generated world, from its true chances."""
+    return Entrant(
+        name="oracle",
+        kind="bound",
+        open=lambda: Opened(recommender=OracleRecommender(SyntheticWorld(world))),
+        identity={"code": code_sha256("cprec.data.sources.synthetic"), "world": to_dict(world)},
+    )
