@@ -48,7 +48,7 @@ class CodeStream(RowStream):
         """See `RowStream.batch`."""
         members = self.members(step)
         tokens, lengths = padded(self._rows.take(members), PADDING)
-        place = np.broadcast_to(np.arange(tokens.shape[1] - 1), (len(members), tokens.shape[1] - 1))
+        place = np.tile(np.arange(tokens.shape[1] - 1), (len(members), 1))
         targets = np.where(place + 1 < lengths[:, None], tokens[:, 1:], IGNORE)
         num_targets = int((lengths - 1).sum())
         return self._batch(
