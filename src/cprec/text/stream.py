@@ -61,10 +61,7 @@ def document_order(corpus: Corpus, phases: Sequence[Phase], seed: int, max_passe
             # The passes that the phase may touch, shuffled each by itself; 1e-9 keeps a whole number of passes whole.
             first = int(given[number]) // len(mine)
             last = int((asked + tokens)[number] / size[number] + 1 - 1e-9)
-            passes = [
-                mine[np.random.default_rng([seed, int(number), each]).permutation(len(mine))]
-                for each in range(first, last)
-            ]
+            passes = [_shuffled(mine, seed, int(number), each) for each in range(first, last)]
             coming = np.concatenate(passes)[given[number] - first * len(mine) :]
             lengths = corpus.lengths[coming]
             # Tokens of the group from the start of the phase to the middle of each document.
@@ -79,6 +76,10 @@ def document_order(corpus: Corpus, phases: Sequence[Phase], seed: int, max_passe
         asked += tokens
         orders.append(np.concatenate(documents)[np.argsort(np.concatenate(due), kind="stable")])
     return orders
+
+
+def _shuffled(documents: np.ndarray, *seed: int) -> np.ndarray:
+    return documents[np.random.default_rng(seed).permutation(len(documents))]
 
 
 def within_caps(share: np.ndarray, tokens: float, room: np.ndarray) -> np.ndarray:
