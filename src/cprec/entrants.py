@@ -5,7 +5,6 @@ Nothing is made before its turn comes: where saved rankings answer the questions
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -58,10 +57,8 @@ def _baseline(
 
     def made() -> Opened:
         settings = lineup.settings_of(name, tuned)
-        data = file_sha256(Path(config.data) / "dataset.json")
-        made_of = hashlib.sha256(f"{settings} {seed} {data}".encode()).hexdigest()[:8]  # others train elsewhere
         folder = Path(config.output_dir, "baselines", domain, re.sub("[^a-z0-9]+", "-", name.lower()).strip("-"))
-        recommender = settings.make(split, domain, seed=seed, folder=folder.with_name(f"{folder.name}-{made_of}"))
+        recommender = settings.make(split, domain, seed=seed, folder=folder)
         cost = {shown: getattr(recommender, name) for name, shown in COSTS.items() if hasattr(recommender, name)}
         return Opened(recommender=recommender, cost=cost)
 

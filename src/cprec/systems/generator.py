@@ -7,16 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from cprec.batch import IGNORE, Batch
 from cprec.data.ragged import Ragged
+from cprec.models import hide_progress_bars
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import Item
 from cprec.scoring import check_domain, histories_of
 from cprec.search.ranking import SequenceRanker, batches
 from cprec.search.reading import ModelReader
 from cprec.search.trie import Trie
-from cprec.systems.codes import PADDING, ItemCodes
+from cprec.systems.codes import END, PADDING, ItemCodes
 from cprec.systems.signals import RowStream, TrainingSequences, padded, recent, windows
 from cprec.text.stream import NEXT_TOKEN
 
@@ -24,6 +26,27 @@ QUERY_BATCH = 64
 """Histories that are read and searched together."""
 TOP = 10
 """The length of lists by which weights are chosen."""
+
+
+def decoder(
+    codes: ItemCodes, *, max_length: int, dropout: float, hidden_size: int, num_layers: int, num_heads: int
+) -> GPT2LMHeadModel:
+    """A causal transformer before training, with room for `max_length` items and one more; the tokens have the same
+    vectors at its input and output."""
+    hide_progress_bars()
+    config = GPT2Config(
+        vocab_size=codes.vocabulary_size,
+        n_positions=1 + (max_length + 1) * codes.longest,
+        n_embd=hidden_size,
+        n_layer=num_layers,
+        n_head=num_heads,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=None,
+        eos_token_id=END,
+    )
+    return GPT2LMHeadModel(config)
 
 
 class CodeStream(RowStream):
@@ -58,7 +81,7 @@ class CodeStream(RowStream):
 
 class CodeRecommender:
     """Ranks a domain's items by a model's probability of each item's codes after those of the history. Full lists come
-    with a certificate, as those of titles do."""
+    with a proof, as those of titles do."""
 
     seconds = 0.0
 

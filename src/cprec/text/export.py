@@ -123,13 +123,12 @@ def _open(path: Path) -> pq.ParquetFile:
 def export(folder: str | Path, format: str, output_dir: str | Path | None = None, domains: Sequence[str] = ()) -> Path:
     """Write a data folder in another form into a new folder, and return that.
 
-    `format` is one of `FORMATS`; `output_dir` is by default the data folder's name with the format behind it; `domains`
-    are those to write, none named means all. `export.json` says what was written and from what: the format, the
-    catalogue's and the certificate's SHA-256, the rows and the SHA-256 of each file. The folder appears complete or not
-    at all.
+    `format` is one of `FORMATS`. By default `output_dir` is the data folder's name followed by the format, and all
+    `domains` are written. `export.json` records the format, the SHA-256 of the catalogue and of the certificate, and
+    the rows and the SHA-256 of each file. The folder appears complete or not at all.
 
-    Raises ConfigError for a format or domain that is not there and an output folder that is; DataError for a value
-    that the format cannot hold; LeakageError where text is asked for and no clean certificate covers it.
+    Raises ConfigError for an unknown format or domain and for an output folder that exists; DataError for a value that
+    the format cannot hold; LeakageError where text is asked for and no clean certificate covers it.
     """
     folder = Path(folder)
     if format not in FORMATS:

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from transformers import GPT2Config, GPT2LMHeadModel
+from typing import ClassVar
 
 from cprec import distributed
 from cprec.errors import ConfigError
-from cprec.models import hide_progress_bars
 from cprec.progress import say
-from cprec.systems.codes import END, ItemCodes, residual_codes
+from cprec.systems.codes import ItemCodes, residual_codes
 from cprec.systems.fit import Stage, SystemSettings
-from cprec.systems.generator import CodeRecommender, CodeStream
+from cprec.systems.generator import CodeRecommender, CodeStream, decoder
 from cprec.systems.items import read_vectors
 from cprec.systems.signals import TrainingSequences
 from cprec.systems.vectors import text_vectors
@@ -52,6 +50,8 @@ class TIGER(SystemSettings):
     max_nodes: int = 2000
     """Prefixes that are read for a list at most; where they do not suffice for a proof, it is the best found."""
 
+    VALIDATION_QUERIES: ClassVar[int] = 1000
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("num_layers", "num_heads", "num_levels", "num_codes", "text_size", "beam_width", "max_nodes"):
@@ -65,7 +65,8 @@ class TIGER(SystemSettings):
         given = read_vectors(self.vectors, data.item_ids) if self.vectors else text_vectors(data.titles, self.text_size)
         codes = ItemCodes.of(residual_codes(given, self.num_levels, self.num_codes, seed), self.num_codes)
         say(f"{data.domain}: {codes.num_collisions:,} of {data.num_items:,} items share their codes and get one more")
-        model = self.decoder(codes)
+        sizes = {"hidden_size": self.hidden_size, "num_layers": self.num_layers, "num_heads": self.num_heads}
+        model = decoder(codes, max_length=self.max_length, dropout=self.dropout, **sizes)
         stream = CodeStream(data, codes, self.max_length, **self.passes(seed))
         reads = {"max_length": self.max_length, "beam_width": self.beam_width, "max_nodes": self.max_nodes}
         return [
@@ -76,15 +77,3 @@ class TIGER(SystemSettings):
                 recommender=lambda: CodeRecommender("TIGER", data, codes, model, **reads),
             )
         ]
-
-    def decoder(self, codes: ItemCodes) -> GPT2LMHeadModel:
-        """The model before training: input and output share the vectors of tokens."""
-        hide_progress_bars()
-        config = GPT2Config(
-            vocab_size=codes.vocabulary_size,
-            n_positions=1 + (self.max_length + 1) * codes.longest,
-            **{"n_embd": self.hidden_size, "n_layer": self.num_layers, "n_head": self.num_heads},
-            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), self.dropout),
-            **{"bos_token_id": None, "eos_token_id": END},
-        )
-        return GPT2LMHeadModel(config)
