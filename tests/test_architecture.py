@@ -312,11 +312,12 @@ def test_modules_that_need_more_than_the_gpu_stack_are_named() -> None:
 
 
 def test_imports_stand_at_the_top() -> None:
-    """But for extras, those that would break a promise at the top, and those that have a reason in IN_FUNCTIONS."""
+    """But for extras, those that would break a promise at the top, and those that have a reason in IN_FUNCTIONS. The
+    same holds under `if TYPE_CHECKING`."""
     wrong, explained = [], set()
     for module in modules():
         for used in imports(module):
-            if not used.in_function or used.for_types:
+            if used.at_top:
                 continue
             if (module, used.module) in IN_FUNCTIONS:
                 explained.add((module, used.module))
