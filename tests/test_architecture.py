@@ -82,10 +82,10 @@ class Promise(NamedTuple):
 
 
 TRAINED_WITH = frozenset(
-    {"models", "distributed", "train", "search", "rank", "systems", "baselines", "evaluate", "serving"}
+    {"text", "models", "distributed", "train", "search", "rank", "systems", "baselines", "evaluate", "serving"}
     | {"run", "entrants", "anneal", "tune", "lineup", "report", "shortcuts", "progress", "provenance"}
 )
-"""Parts that machines load which train, rank or judge."""
+"""Parts that are loaded by machines which train, rank or judge, with data that were prepared elsewhere."""
 
 TORCH = frozenset({"torch", "transformers", "peft", "safetensors", "tokenizers"})
 
@@ -309,6 +309,31 @@ def test_modules_that_need_more_than_the_gpu_stack_are_named() -> None:
         )
     }
     assert at_top == BEYOND_AT_TOP, "import it inside the function that needs it, or say it in BEYOND_AT_TOP"
+
+
+def test_imports_stand_at_the_top() -> None:
+    """But for extras, those that would break a promise at the top, and those that have a reason in IN_FUNCTIONS. The
+    same holds under `if TYPE_CHECKING`."""
+    wrong, explained = [], set()
+    for module in modules():
+        for used in imports(module):
+            if used.at_top:
+                continue
+            if (module, used.module) in IN_FUNCTIONS:
+                explained.add((module, used.module))
+            elif used.library not in EXTRAS and not breaks_a_promise(module, used):
+                wrong.append(f"{shown(module, used)}: import {used.module} at the top")
+    assert not wrong, "\n".join(wrong)
+    assert explained == set(IN_FUNCTIONS), "IN_FUNCTIONS explains imports that are gone"
+
+
+def breaks_a_promise(module: str, used: Import) -> bool:
+    """Whether an import would make a light module heavy if it stood at the top of `module`."""
+    loaded = libraries(used.module) if used.library == "cprec" else {used.library} - sys.stdlib_module_names
+    return any(
+        loaded - promise.libraries and any(module in closure(light) for light in promise.modules)
+        for promise in promises()
+    )
 
 
 def test_a_name_says_what_a_module_holds() -> None:

@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from cprec.choices import Choice
+from cprec.data.splits import Split
 from cprec.errors import ConfigError
 from cprec.provenance import code_sha256
 from cprec.recommender import Recommender
-
-if TYPE_CHECKING:  # loads numpy
-    from cprec.data.splits import Split
 
 ALL = "all"
 

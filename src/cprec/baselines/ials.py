@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
+import torch
 from scipy import sparse
 
 from cprec.baselines.domain import DomainRecommender, profiles, training_matrix
@@ -15,9 +16,6 @@ from cprec.choices import Choice, Real, Whole
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import ConfigError
-
-if TYPE_CHECKING:
-    import torch
 
 CELLS = 16_000_000
 """Numbers of the batch of equations that is solved at once, unless one row alone has more."""
@@ -103,8 +101,6 @@ class IALSRecommender(DomainRecommender):
 
 def item_factors(matrix_UN: sparse.csr_array, settings: IALS, seed: int) -> torch.Tensor:
     """The items' vectors after all epochs: float32[N, factors]."""
-    import torch
-
     size = (matrix_UN.shape[1], settings.factors)
     deviation = settings.initial_deviation / np.sqrt(settings.factors)
     items = torch.from_numpy(np.random.default_rng(seed).normal(0, deviation, size).astype(np.float32))
@@ -124,8 +120,6 @@ def solve(other_MF: torch.Tensor, weight_RM: sparse.csr_array, settings: IALS) -
     (Woodbury). A is diagonal in the basis of the other side's principal axes, where everything is done. Rows are solved
     in batches of like length, padded with vectors of zeros.
     """
-    import torch
-
     num_other, size = other_MF.shape
     spread_F, axes_FF = torch.linalg.eigh(settings.unobserved_weight * (other_MF.T @ other_MF))
     padded = torch.cat([other_MF @ axes_FF, other_MF.new_zeros(1, size)])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
+from filelock import FileLock
 
 from cprec.data.catalogue import Catalogue
 from cprec.data.config import GLOBAL_TIME, TableSource
@@ -76,8 +77,6 @@ def prepare(config: PrepareConfig) -> Path:
 @contextmanager
 def _locked(output_dir: Path) -> Iterator[None]:
     """Wait until no other process is here; the lock of a process that dies is released."""
-    from filelock import FileLock
-
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     path = output_dir.with_name(f".{output_dir.name}.lock")
     with FileLock(path):
