@@ -1,9 +1,9 @@
 """TIGER: items are short codes made of their text, and the next item's codes are written one by one.
 
 Rajput et al. 2023, "Recommender Systems with Generative Retrieval", section 3. Deviations: codes are residual k-means
-of title vectors (there a residual-quantised autoencoder of Sentence-T5 vectors); the code that tells items of equal codes
-apart stands only where it is needed, and a token closes each item; one causal decoder reads and writes (there a T5
-encoder and decoder, with a token for the user); rankings are searched until proven, not by a beam alone.
+of title vectors (there a residual-quantised autoencoder of Sentence-T5 vectors); the code that tells items of equal
+codes apart stands only where it is needed, and a token closes each item; one causal decoder reads and writes (there a
+T5 encoder and decoder, with a token for the user); rankings are searched until proven, not by a beam alone.
 """
 
 from __future__ import annotations
