@@ -9,8 +9,8 @@ environment with what `pip install` gives (RecBole needs four pins, see PEERS; m
 predicted position that is not padding. One step is, for ours, 256 windows of at most L targets, for RecTools the latest
 L items of 256 users, for RecBole 256 prefixes of histories with one target each. Ours is measured from outside the
 training loop of the library, between two batches that it asks for; ranking as validation does it, by
-`TrainedRecommender.target_ranks`, which counts scores above the target; and beside it what `cprec evaluate` does, which
-keeps the ten best items, with those of the history and without, and takes the metrics of both from the kept table.
+`DotProductRecommender.target_ranks`, which counts scores above the target; and beside it what `cprec evaluate` does,
+which keeps the ten best items, with those of the history and without, and takes the metrics of both from the kept table.
 Medians of rounds; a ratio is the median of each round's.
 
 `ml1m` has the shape of MovieLens-1M and is generated; `games` is the folder amazon18_games of --data, else generated
@@ -140,6 +140,7 @@ def ours(folder: Path, name: str, asked: dict[str, Any]) -> dict[str, Any]:
     """Train by the library's loop until the budget is spent, then rank every user's last item."""
     import torch
 
+    from cprec import distributed
     from cprec.data.catalogue import Catalogue
     from cprec.data.ragged import Ragged, gather, offsets_of
     from cprec.evaluate.evaluate import BATCH
@@ -150,8 +151,8 @@ def ours(folder: Path, name: str, asked: dict[str, Any]) -> dict[str, Any]:
     from cprec.ranks import ndcg
     from cprec.recommender import RankingQuery
     from cprec.schema import Item
-    from cprec.systems.fit import TrainedRecommender, TrainingLog
     from cprec.systems.recipes.sasrec import SASRec
+    from cprec.systems.signals import TrainingSequences
     from cprec.train.loop import Cadence, Optimisation, train
     from cprec.train.schedule import WSA
 
@@ -160,7 +161,10 @@ def ours(folder: Path, name: str, asked: dict[str, Any]) -> dict[str, Any]:
     rows, num_items = Ragged(item, offsets_of(np.bincount(user))), int(item.max()) + 1
     start, lengths = rows.offsets[:-1], rows.lengths
     users = tuple(map(str, range(len(rows))))
-    log = TrainingLog(gather(item, start, lengths - 2), users, num_items)
+    text = np.array([""] * num_items, dtype=object)
+    ids = np.array([str(number) for number in range(num_items)], dtype=object)
+    catalogue = Catalogue(("items",), np.zeros(num_items, dtype=np.int16), ids, ids, text, text)
+    data = TrainingSequences(catalogue, "items", gather(item, start, lengths - 2), users)
     settings = SASRec(
         hidden_size=asked["width"],
         num_blocks=asked["num_blocks"],
@@ -172,13 +176,14 @@ def ours(folder: Path, name: str, asked: dict[str, Any]) -> dict[str, Any]:
         num_epochs=10**5,
     )
     torch.manual_seed(asked["seed"])
-    model = settings.build(log)
-    stream = Clocked(settings.stream(log, asked["seed"]), asked["seconds"], asked["num_warm"])
+    distributed.use_bf16 = lambda setting, device: asked["bf16"]
+    (stage,) = settings.stages(data, asked["seed"])
+    stream = Clocked(stage.stream, asked["seconds"], asked["num_warm"])
     schedule = WSA(total=1000, peak=settings.learning_rate, warmup=20, anneal=300, shape="linear")
     try:
         with tempfile.TemporaryDirectory() as temporary:
             train(
-                ItemTrainable(model, settings.objective, settings.num_negatives, asked["bf16"]),
+                stage.trainable,
                 stream,
                 lambda step: schedule.after(1 + int(999 * stream.share())),
                 output_dir=Path(temporary),
@@ -189,13 +194,8 @@ def ours(folder: Path, name: str, asked: dict[str, Any]) -> dict[str, Any]:
             )
     except Spent:
         pass
-    text = np.array([""] * num_items, dtype=object)
-    ids = np.array([str(number) for number in range(num_items)], dtype=object)
-    catalogue = Catalogue(("items",), np.zeros(num_items, dtype=np.int16), ids, ids, text, text)
     known, target = gather(item, start, lengths - 1), item[rows.offsets[1:] - 1]
-
-    row_of = {each: int(each) for each in users}
-    recommender = TrainedRecommender("SASRec", settings, model, catalogue, "items", row_of, 0.0)
+    recommender = stage.recommender()
 
     def counted(leave_out_seen: bool) -> float:
         ranks = recommender.target_ranks(known, target, users=users, exclude_seen=leave_out_seen)

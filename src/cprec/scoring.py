@@ -52,7 +52,7 @@ class ScoringRecommender(ABC):
         return [ranking for ranking in out if ranking is not None]
 
     def _scores_once(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
-        """`scores`, unless the latest batch had all of these queries, whatever they were to leave out or choose from."""
+        """`scores`, or the latest ones where that batch had all of these queries, whatever they leave out or allow."""
         keys = [(domain, query.query_id, query.user, query.history) for query in queries]
         row_of, rows_QN = self._latest
         if not all(key in row_of for key in keys):

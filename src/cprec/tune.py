@@ -40,10 +40,10 @@ def tune(config: TuneConfig, baselines: Mapping[str, lineup.Settings] | None = N
     """Tune baselines and systems for NDCG@10 over validation queries, full catalogue, items of the history left out.
 
     Settings come from Optuna's TPE sampler (Bergstra et al. 2011). The result, also in `config.output`, is domain ->
-    name -> the best `settings`, their `ndcg@10`, that of the `defaults`, the number of `trials` and the `seconds`. Where
-    a recommender cannot be made of a domain the result is `unfit`, the reason. The file is written whole after each
-    name, so a run that was stopped goes on with the next. The same seed tries the same settings unless the time ends
-    first. `baselines` takes the place of those that the configuration names.
+    name -> the best `settings`, their `ndcg@10`, that of the `defaults`, the number of `trials` and the `seconds`.
+    Where a recommender cannot be made of a domain the result is `unfit`, the reason. The file is written whole after
+    each name, so a run that was stopped goes on with the next. The same seed tries the same settings unless the time
+    ends first. `baselines` takes the place of those that the configuration names.
 
     Raises ConfigError where Optuna is missing, a name is unknown, or a domain has no validation query.
     """

@@ -1,4 +1,4 @@
-"""Histories to states: self-attention (causal, or over the whole row), a recurrent network, and latent steps around one.
+"""Encoders of histories: self-attention, a recurrent network, and latent steps around an encoder.
 
 Suffixes: R rows, T positions, D width, H heads, K latent steps. Rows are padded on the right; `lengths_R` says how many
 positions of each are filled.
@@ -41,8 +41,11 @@ class Encoder(nn.Module, ABC):
 
 
 class SelfAttention(Encoder):
-    """Transformer blocks over item and position vectors. A causal one reads up to each position and needs no mask, since
-    padding comes after what is read; the other reads the whole row, without its padding."""
+    """Transformer blocks over item and position vectors.
+
+    A causal one reads up to each position, and needs no mask, since padding comes after the items. The other reads the
+    whole row without its padding.
+    """
 
     def __init__(
         self, size: int, *, max_length: int, num_blocks: int, num_heads: int, dropout: float, causal: bool

@@ -113,12 +113,16 @@ class SystemSettings(ABC):
     }
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "hidden_size", "learning_rate", "batch_size", "num_epochs"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+        self.require_positive("max_length", "hidden_size", "learning_rate", "batch_size", "num_epochs")
         for name in ("dropout", "anneal"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must lie in 0..1, 1 left out")
+
+    def require_positive(self, *names: str) -> None:
+        """Raise ConfigError unless these settings are above 0."""
+        for name in names:
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
 
     @abstractmethod
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
@@ -209,12 +213,7 @@ class WeightedTerms:
         """See `Trainable.losses`."""
         vectors = self._model.vectors()
         states, targets = self._model.states(vectors, rows)
-        return {
-            name: term(states, targets, vectors.items_VD)
-            if weight == 1
-            else weight * term(states, targets, vectors.items_VD)
-            for name, (weight, term) in self._terms.items()
-        }
+        return {name: weight * term(states, targets, vectors.items_VD) for name, (weight, term) in self._terms.items()}
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """See `Trainable.parameter_groups`."""

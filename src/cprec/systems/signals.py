@@ -106,7 +106,7 @@ class RowStream(ABC):
         return self._order(epoch)[place]
 
     def _order_of(self, epoch: int) -> list[np.ndarray]:
-        """The batches of an epoch: rows in random order, sorted by length within a pool, and batches in random order."""
+        """The batches of an epoch: rows are shuffled, sorted by length within a pool, and batches are shuffled."""
         generator = np.random.default_rng([self._seed, epoch])
         order = generator.permutation(len(self._lengths))
         batches = []

@@ -132,8 +132,10 @@ def next_item(objective: Objective, num_negatives: int = 0, temperature: float =
 def info_nce(
     first_ND: torch.Tensor, second_ND: torch.Tensor, label_N: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """Cross-entropy of each vector's partner against all other vectors of both sides that have another label, summed
-    over both directions and halved (van den Oord et al. 2018; the mask of labels as in Qin et al. 2024, section 3.4)."""
+    """Cross-entropy of each vector's partner against all vectors of both sides that have another label.
+
+    Summed over both directions and halved (van den Oord et al. 2018; the mask of labels is that of Qin et al. 2024).
+    """
     both = torch.cat([first_ND, second_ND])
     partner = (first_ND * second_ND).sum(1).repeat(2) / temperature
     label = label_N.repeat(2)
@@ -172,8 +174,10 @@ class SameCluster(nn.Module):
 
     @torch.no_grad()
     def fit(self, states_ND: torch.Tensor, seed: int, num_rounds: int = 10) -> None:
-        """Centres of states by k-means (Lloyd 1982), begun at states drawn without replacement; a centre that nothing is
-        nearest to stays where it is."""
+        """Find the centres of states by k-means (Lloyd 1982), begun at states drawn without replacement.
+
+        A centre that is nearest to no state stays where it is.
+        """
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randperm(len(states_ND), generator=generator)[: len(self.centre_CD)]
         self.centre_CD[: len(drawn)] = states_ND[drawn.to(states_ND.device)]
@@ -200,9 +204,11 @@ def of_first(term: Term) -> Term:
 
 
 def likeness(temperature: float = 1.0) -> Term:
-    """Minus the mean Kullback-Leibler divergence between the item distributions of a target's states, [N, W, D], over
-    all ordered pairs of two; minimising it spreads the states (Tang et al. 2025, equation 9). The second of a pair has no
-    gradient, as in their code."""
+    """Minus the mean Kullback-Leibler divergence between the item distributions of a target's states, [N, W, D].
+
+    The mean is over all ordered pairs; minimising the term spreads the states (Tang et al. 2025, equation 9). The
+    second of a pair has no gradient, as in their code.
+    """
 
     def term(hidden_NWD: torch.Tensor, target_N: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
         log_NWV = (hidden_NWD @ weight_VD.T / temperature).log_softmax(-1)

@@ -1,4 +1,4 @@
-"""AlphaRec: frozen vectors of titles through a small network, smoothed over the graph of who had what (Sheng et al. 2025).
+"""AlphaRec: frozen vectors of titles, adapted and smoothed over the graph of who had what (Sheng et al. 2025).
 
 A user is the mean of their items' frozen vectors; one network maps users and items (their equations 2 and 3); both are
 smoothed as in LightGCN (equation 4) and compared by cosines over a temperature in a softmax against sampled items
@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from cprec.choices import Choice, Real
-from cprec.errors import ConfigError
 from cprec.systems.dot_product import GraphModel
 from cprec.systems.fit import NEXT_ITEM, Stage
 from cprec.systems.graph import UserItemGraph
@@ -47,9 +46,7 @@ class AlphaRec(GraphSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("text_size", "adapter_size", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+        self.require_positive("text_size", "adapter_size", "temperature")
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
         """See `SystemSettings.stages`."""

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
 import torch
 
 from cprec.choices import Choice, OneOf, Real
-from cprec.errors import ConfigError
 from cprec.systems.dot_product import SequenceModel
 from cprec.systems.fit import NEXT_ITEM, NextItemSettings, Stage
 from cprec.systems.recipes.sasrec import SelfAttentionSettings
@@ -27,7 +27,6 @@ from cprec.systems.terms import SameCluster, of_first, same_target
 
 CLUSTERED = 50_000
 """Prefixes whose states are clustered, at most."""
-COARSE, FINE = "same_target", "same_cluster"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +56,7 @@ class ICSRec(NextItemSettings, SelfAttentionSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_intentions", "coarse_weight", "fine_weight", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+        self.require_positive("num_intentions", "coarse_weight", "fine_weight", "temperature")
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
         """See `SystemSettings.stages`."""
@@ -68,29 +65,25 @@ class ICSRec(NextItemSettings, SelfAttentionSettings):
         (_, main), *_ = self.next_item().values()
         terms = {
             NEXT_ITEM: (1.0, of_first(main)),
-            COARSE: (self.coarse_weight, same_target(self.temperature)),
-            FINE: (self.fine_weight, fine),
+            "same_target": (self.coarse_weight, same_target(self.temperature)),
+            "same_cluster": (self.fine_weight, fine),
         }
         stream = PrefixStream(data, list(terms), self.max_length, same_target=True, **self.passes(seed))
         sample = np.random.default_rng(seed).permutation(len(stream.targets))[:CLUSTERED]
-
-        def find_centres() -> None:
-            fine.fit(prefix_states(model, stream, sample), seed)
-
-        return [self.stage(data, model, terms, stream, refresh=find_centres)]
+        refresh = partial(refit, fine, model, stream, sample, seed)
+        return [self.stage(data, model, terms, stream, refresh=refresh)]
 
 
 @torch.no_grad()
-def prefix_states(model: SequenceModel, stream: PrefixStream, rows: np.ndarray) -> torch.Tensor:
-    """The states of some prefixes, without dropout: [N, D]."""
+def refit(fine: SameCluster, model: SequenceModel, stream: PrefixStream, rows: np.ndarray, seed: int) -> None:
+    """Find the centres of the states of some prefixes, without dropout."""
     model.eval()
     vectors = model.vectors()
     states = []
     for some in np.array_split(rows, -(-len(rows) // 512)):
         items = torch.from_numpy(padded(stream.prefixes(some), model.items.num_items)[0])
         states.append(model.encode(vectors, {"items": items.to(vectors.inputs.device)}))
-    model.train()
-    return torch.cat(states)
+    fine.fit(torch.cat(states), seed)
 
 
 PUBLISHED = ICSRec(max_length=50, learning_rate=1e-3, num_epochs=100, anneal=0.0, patience=3)

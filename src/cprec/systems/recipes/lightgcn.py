@@ -13,7 +13,6 @@ from typing import ClassVar
 from torch import nn
 
 from cprec.choices import Choice, OneOf, Real, Whole
-from cprec.errors import ConfigError
 from cprec.systems.dot_product import GraphModel
 from cprec.systems.fit import NEXT_ITEM, NextItemSettings, Stage
 from cprec.systems.graph import UserItemGraph
@@ -46,8 +45,7 @@ class GraphSettings(NextItemSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_layers < 1:
-            raise ConfigError(f"num_layers={self.num_layers} must be at least 1")
+        self.require_positive("num_layers")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,6 @@ from cprec.systems.recipes.sasrec import INITIAL, SelfAttentionSettings
 from cprec.systems.signals import PrefixStream, TrainingSequences, WindowStream
 from cprec.systems.terms import likeness, next_item, of_mean
 
-LIKENESS = "likeness"
-
 
 @dataclass(frozen=True, kw_only=True)
 class ReaRec(SelfAttentionSettings):
@@ -52,9 +50,7 @@ class ReaRec(SelfAttentionSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("first_epochs", "num_steps", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+        self.require_positive("first_epochs", "num_steps", "temperature")
         if self.likeness_weight < 0:
             raise ConfigError(f"likeness_weight={self.likeness_weight} must not be below 0")
 
@@ -65,7 +61,7 @@ class ReaRec(SelfAttentionSettings):
         torch.nn.init.normal_(reasoning.step.weight, std=INITIAL)
         main = next_item("softmax", temperature=self.temperature)
         first, second = SequenceModel(items, encoder), SequenceModel(items, reasoning, pool=mean_of_steps)
-        terms = {NEXT_ITEM: (1.0, of_mean(main)), LIKENESS: (self.likeness_weight, likeness(self.temperature))}
+        terms = {NEXT_ITEM: (1.0, of_mean(main)), "likeness": (self.likeness_weight, likeness(self.temperature))}
         passes = replace(self, num_epochs=self.first_epochs).passes(seed)
         windows = WindowStream(data, [NEXT_ITEM], self.max_length, **passes)
         prefixes = PrefixStream(data, list(terms), self.max_length, **self.passes(seed))

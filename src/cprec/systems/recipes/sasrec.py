@@ -38,22 +38,15 @@ class SelfAttentionSettings(SystemSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_blocks < 1:
-            raise ConfigError(f"num_blocks={self.num_blocks} must be at least 1")
+        self.require_positive("num_blocks", "num_heads")
         if self.hidden_size % self.num_heads:
             raise ConfigError(f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}")
 
     def parts(self, num_items: int, *, causal: bool = True) -> tuple[IdTable, SelfAttention]:
         """Item vectors and an encoder before training."""
         items = IdTable(num_items, self.hidden_size)
-        encoder = SelfAttention(
-            self.hidden_size,
-            max_length=self.max_length,
-            num_blocks=self.num_blocks,
-            num_heads=self.num_heads,
-            dropout=self.dropout,
-            causal=causal,
-        )
+        sizes = {"max_length": self.max_length, "num_blocks": self.num_blocks, "num_heads": self.num_heads}
+        encoder = SelfAttention(self.hidden_size, **sizes, dropout=self.dropout, causal=causal)
         for table in (items.table, encoder.position):
             nn.init.normal_(table.weight, std=INITIAL)
         return items, encoder
