@@ -9,7 +9,7 @@ import torch
 
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.search.reading import Tree
-from cprec.search.trie import build_block, levels_of
+from cprec.search.trie import Block, build_block, levels_of
 
 SEQUENCES = 128
 """Sequences of all users together whose prefixes are read in one pass."""
@@ -34,23 +34,34 @@ def score_candidates(tree: Tree, candidates: Sequence[Ragged]) -> list[np.ndarra
 def _score(
     tree: Tree, candidates: Sequence[Ragged], users: np.ndarray, rows: np.ndarray
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Log-probabilities of some users' candidates (users ascending) by one pass over the trie of each user's."""
-    device = tree.prompt_hidden_UD.device
-    # A block of prefixes for each user, and all blocks one after the other: a node of a user is block start + node.
+    """Log-probabilities of some users' candidates (users ascending) by one pass over the block of each user's."""
     present, first = np.unique(users, return_index=True)
-    blocks, leaves, chosen = [], [], np.split(rows, first[1:])
-    for user, mine in zip(present, chosen, strict=True):
-        block, leaf = build_block(candidates[user].take(mine))
-        blocks.append(block)
-        leaves.append(leaf)
+    chosen = np.split(rows, first[1:])
+    built = [build_block(candidates[user].take(mine)) for user, mine in zip(present, chosen, strict=True)]
+    scores = _token_log_probs(tree, present, [block for block, _ in built])
+    start = 0
+    for user, mine, (block, leaf) in zip(present, chosen, built, strict=True):
+        below = scores[start : start + len(block.token)]
+        start += len(block.token)
+        # Summed along each path, depth by depth.
+        parent = _parents(block)
+        for low, high in levels_of(block.first_child)[1:]:
+            below[low:high] += below[parent[low:high]]
+        yield int(user), mine, below[leaf]
+
+
+def _token_log_probs(tree: Tree, users: np.ndarray, blocks: Sequence[Block]) -> np.ndarray:
+    """The log-probability of each node's token after its prefix, 0 for roots: float64, for each user's block in turn.
+
+    The nodes of `tree` are dropped.
+    """
+    device = tree.prompt_hidden_UD.device
+    # All blocks one after the other: a node is its block's root plus its number there.
     root = offsets_of(np.array([len(block.token) for block in blocks]))
-    token = np.concatenate([block.token for block in blocks])
+    token = np.concatenate([block.token for block in blocks]).astype(np.int64)
     children = np.concatenate([np.diff(block.first_child) for block in blocks])
-    parent = np.concatenate(
-        [np.append(start, start + np.repeat(np.arange(len(b.token)), np.diff(b.first_child)))
-         for start, b in zip(root, blocks, strict=False)]
-    )  # fmt: skip
-    user = np.repeat(present, np.diff(root))
+    parent = np.concatenate([start + _parents(block) for start, block in zip(root, blocks, strict=False)])
+    user = np.repeat(users, np.diff(root))
     is_root = np.zeros(len(token), dtype=bool)
     is_root[root[:-1]] = True
     # The model reads inner nodes only: nothing follows a leaf, and the root is the prompt.
@@ -58,27 +69,21 @@ def _score(
     place = np.cumsum(read) - 1
     place[is_root] = -1
     tree.forget()
-    hidden = tree.prompt_hidden_UD[torch.from_numpy(present).to(device)]
+    hidden = tree.prompt_hidden_UD[torch.from_numpy(users).to(device)]
     if read.any():
-        new = tree.extend(
-            *(torch.from_numpy(a[read]).to(device) for a in (token.astype(np.int64), user, place[parent]))
-        )
+        new = tree.extend(*(torch.from_numpy(a[read]).to(device) for a in (token, user, place[parent])))
         hidden = torch.cat([hidden, new])
-    # The log-probability of each node's token after its parent; children follow each other as their parents do.
+    # Each child is asked for after its parent's state; children follow each other as their parents do.
     inner = np.flatnonzero(children)
-    state = np.where(is_root, np.cumsum(is_root) - 1, len(present) + place)[inner]
-    child = np.flatnonzero(~is_root)
+    state = np.where(is_root, np.cumsum(is_root) - 1, len(users) + place)[inner]
     row = np.repeat(np.arange(len(inner)), children[inner])
-    states = hidden[torch.from_numpy(state).to(device)]
-    at = (torch.from_numpy(each).to(device) for each in (row, token[child].astype(np.int64)))
-    step = tree.log_probs(states, *at).cpu().numpy()
+    at = (torch.from_numpy(each).to(device) for each in (row, token[~is_root]))
+    scores = np.zeros(len(token))
+    scores[~is_root] = tree.log_probs(hidden[torch.from_numpy(state).to(device)], *at).cpu().numpy()
     tree.forget()
-    # Summed along each path, depth by depth.
-    total = np.zeros(len(token))
-    total[child] = step
-    for number, (start, block, leaf) in enumerate(zip(root[:-1], blocks, leaves, strict=True)):
-        below = total[start : start + len(block.token)]
-        above = parent[start : start + len(block.token)] - start
-        for low, high in levels_of(block.first_child)[1:]:
-            below[low:high] += below[above[low:high]]
-        yield int(present[number]), chosen[number], below[leaf]
+    return scores
+
+
+def _parents(block: Block) -> np.ndarray:
+    """The node before each node of a block; the root's is itself: int64[num_nodes]."""
+    return np.append(0, np.repeat(np.arange(len(block.token)), np.diff(block.first_child)))
