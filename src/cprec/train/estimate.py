@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
 from cprec import distributed
 from cprec.machine import free_memory
 from cprec.models import inner_model, trunk_and_head
 from cprec.progress import format_seconds
 from cprec.text.stream import NEXT_TOKEN, TokenStream
+from cprec.train.flops import attention_width, flops_per_token, mean_context, mfu, multiplying_weights
 from cprec.train.loss import CHUNK, PackedLoss
 
 Clock = Callable[[], float]
@@ -28,61 +26,16 @@ FP32, BF16 = 4, 2
 """Bytes of a number."""
 ASSUMED_MFU = 0.4
 """Share of the device's matmul peak that training is taken to reach where it was not timed."""
-SAVE_MEMORY = (
-    "lower micro_batch_size (it changes nothing else), set gradient_checkpointing=true, or train adapters alone "
-    "(lora_rank)"
-)
-SAVE_DISK = "lower save_total_limit or choose another output_dir"
+ADVICE = {
+    "memory": "lower micro_batch_size (it changes nothing else), set gradient_checkpointing=true, or train adapters "
+    "alone (lora_rank)",
+    "disk": "lower save_total_limit or choose another output_dir",
+}
 MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 """Rows and columns of the matrices that the peak is measured with."""
 
 
-# ---- arithmetic ------------------------------------------------------------------------------------------------------
-
-
-def mean_context(lengths: np.ndarray | Sequence[int]) -> float:
-    """Tokens that a token attends to on average, itself included, in documents of these lengths that see no other.
-
-    >>> mean_context([3]), mean_context([1, 1, 1]), mean_context([2, 4])
-    (2.0, 1.0, 2.1666666666666665)
-    """
-    lengths = np.asarray(lengths, dtype=np.float64)
-    return float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
-
-
-def flops_per_token(model: Any, context: float, target_share: float = 1.0) -> float:
-    """Floating-point operations that training on one token needs, forward and backward.
-
-    A weight that multiplies counts 6 where it is trained (2 forward, 2 for the gradient of its input, 2 for its own)
-    and 4 where it is frozen; so does the output layer, for the `target_share` of tokens that are targets. Embeddings
-    are looked up and do not count. Attention adds 12 * heads * head width * `context` in each layer, `context` being
-    the tokens that one attends to (see `mean_context`; at most the window where a layer has one). Recomputation by
-    gradient checkpointing, masked attention, norms and the optimizer are left out: the measure is what the model
-    needs, whatever the machine does.
-
-    Source: Chowdhery et al. (2022), PaLM, appendix B, with the causal context of packed documents for the row's length.
-    """
-    _, head = trunk_and_head(model)
-    flops = sum((6.0 if weight.requires_grad else 4.0) * weight.numel() for weight in _multiplying(model))
-    flops += (6.0 if head.weight.requires_grad else 4.0) * head.weight.numel() * target_share
-    config = inner_model(model).config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    window = getattr(config, "sliding_window", None) or math.inf
-    seen = sum(min(context, window if kind == "sliding_attention" else math.inf) for kind in kinds)
-    return flops + 12 * _attention_width(config) * seen
-
-
-def _multiplying(model: Any) -> list[nn.Parameter]:
-    """Weights that each token is multiplied by, the output layer left out."""
-    _, head = trunk_and_head(model)
-    left_out = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {id(head.weight)}
-    return [weight for weight in model.parameters() if weight.ndim == 2 and id(weight) not in left_out]
-
-
-def _attention_width(config: Any) -> int:
-    """The width of all heads of a layer together."""
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(config.num_attention_heads * head_width)
+# ---- memory ----------------------------------------------------------------------------------------------------------
 
 
 def micro_batch_bytes(model: Any, tokens: int, *, bf16: bool, gradient_checkpointing: bool = False) -> float:
@@ -95,7 +48,7 @@ def micro_batch_bytes(model: Any, tokens: int, *, bf16: bool, gradient_checkpoin
     config, (_, head) = inner_model(model).config.get_text_config(), trunk_and_head(model)
     compute, hidden, num_layers = BF16 if bf16 else FP32, config.hidden_size, config.num_hidden_layers
     feed_forward = getattr(config, "intermediate_size", None) or 4 * hidden
-    layer = tokens * (7 * hidden * FP32 + 4 * (_attention_width(config) + feed_forward) * compute)
+    layer = tokens * (7 * hidden * FP32 + 4 * (attention_width(config) + feed_forward) * compute)
     kept = layer + num_layers * tokens * hidden * FP32 if gradient_checkpointing else num_layers * layer
     copies = BF16 * _numbers(model) if bf16 else 0
     logits = min(CHUNK, tokens) * len(head.weight) * (FP32 + compute)
@@ -184,7 +137,7 @@ class Estimate:
     """On disk at most, the one being written included."""
     model_bytes: int
     free_memory: float
-    """What the process may use, its weights included."""
+    """Bytes that the process may use, its weights included."""
     free_disk: float
 
     @property
@@ -219,13 +172,11 @@ class Estimate:
             f"time: about {format_seconds(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s ({timed}, "
             f"{self.mfu:.0%} of the {_scaled(self.peak)}FLOP/s of matrix products here)",
         ]
-        for what, needed, free, advice in (
-            ("memory", self.memory_bytes, self.free_memory, SAVE_MEMORY),
-            ("disk", self.disk_bytes, self.free_disk, SAVE_DISK),
-        ):
+        needs = {"memory": (self.memory_bytes, self.free_memory), "disk": (self.disk_bytes, self.free_disk)}
+        for what, (needed, free) in needs.items():
             if free < needed:
                 found = f"about {_scaled(needed)}B of {what} are needed and {_scaled(free)}B are free"
-                lines.append(f"warning: {found}: {advice}")
+                lines.append(f"warning: {found}: {ADVICE[what]}")
         return "\n".join(lines)
 
 
@@ -246,7 +197,9 @@ def estimate(
     num_processes, first = distributed.num_ranks(), stream.batch(0)
     context = mean_context(stream.corpus.lengths)
     flops = flops_per_token(model, context, first.counts[NEXT_TOKEN] / first.num_tokens)
-    computed_again = 2.0 * sum(weight.numel() for weight in _multiplying(model)) if gradient_checkpointing else 0.0
+    computed_again = (
+        2.0 * sum(weight.numel() for weight in multiplying_weights(model)) if gradient_checkpointing else 0.0
+    )
     peak = matmul_peak(device, bf16) * num_processes
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory() / num_processes
     num_parameters, num_trained = _numbers(model), _numbers(model, trained=True)
@@ -276,15 +229,6 @@ def estimate(
         free_memory=free + (FP32 * num_parameters / num_shares if is_loaded else 0),
         free_disk=shutil.disk_usage(existing).free,
     )
-
-
-def mfu(tokens_per_second: float, flops_per_token: float, peak: float) -> float:
-    """Model FLOPs utilisation: what the model needs a second, as a share of what the devices reach in matrix products.
-
-    >>> mfu(1000, 2e9, 4e12)
-    0.5
-    """
-    return tokens_per_second * flops_per_token / peak
 
 
 def _scaled(value: float) -> str:

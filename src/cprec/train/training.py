@@ -46,7 +46,8 @@ from cprec.train.checkpoint import (
     whole_weights,
 )
 from cprec.train.config import TrainingConfig
-from cprec.train.estimate import Estimate, estimate, measure, mfu
+from cprec.train.estimate import Estimate, estimate, measure
+from cprec.train.flops import mfu
 from cprec.train.folder import DONE, LOG, read_done, read_log
 from cprec.train.forgetting import GENERAL_TEXT, general_text_batches
 from cprec.train.loop import Cadence, Optimisation, perplexity, train

@@ -18,15 +18,8 @@ from cprec.models import add_lora, packed_hidden, tiny_model, unloaded_model
 from cprec.text.stream import NEXT_TOKEN, TokenStream
 from cprec.train import estimate as module
 from cprec.train.checkpoint import TrainState, save_checkpoint
-from cprec.train.estimate import (
-    Estimate,
-    estimate,
-    flops_per_token,
-    matmul_peak,
-    mean_context,
-    measure,
-    micro_batch_bytes,
-)
+from cprec.train.estimate import Estimate, estimate, matmul_peak, measure, micro_batch_bytes
+from cprec.train.flops import flops_per_token, mean_context
 from cprec.train.loss import PackedLoss
 from cprec.train.trainable import make_optimizer
 
