@@ -13,7 +13,6 @@ from typing import Any, TypeVar, get_type_hints
 
 from cprec.errors import ConfigError
 from cprec.field_help import show_value
-from cprec.provenance import to_dict
 from cprec.recipe import STAGE_CONFIGS, Recipe
 from cprec.recipes import RECIPES
 from cprec.recipes.arms import ARMS, with_arm
@@ -155,6 +154,8 @@ def from_yaml(path: Path | str, cls: type[ConfigT], overrides: Iterable[str] = (
 def to_yaml(config: Any) -> str:
     """Write a configuration as YAML text, with the fields in the order of the class; `from_yaml` reads it back."""
     import yaml
+
+    from cprec.provenance import to_dict
 
     text: str = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
     return text

@@ -1,7 +1,7 @@
 """Processes, devices and number formats: the only file that knows what machines a model runs on.
 
-One process is the usual case, and everything here then does nothing. `torchrun` starts several: each trains on its
-share of the rows of every step and holds the whole model, or with `shard` a part of it (FSDP2).
+Usually there is one process, and then everything here does nothing. `torchrun` starts several: each trains on its
+share of the rows of every step, and holds the whole model or, with `shard`, a part of it (FSDP2).
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from cprec import machine
 from cprec.errors import CPRecError, TrainingError
@@ -33,10 +36,10 @@ BUCKET = 2**24
 
 
 def join_processes(timeout_seconds: float = 1800) -> None:
-    """Joins the processes that torchrun started, where it did and this one has not yet; it leaves them when it exits.
+    """Join the processes that torchrun started, if it did and this one has not joined yet; it leaves them at exit.
 
     An exchange that takes longer than `timeout_seconds` fails: another process hangs or is lost. Raises TrainingError
-    where the others cannot be reached.
+    if the others cannot be reached.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return
@@ -73,7 +76,7 @@ def is_first() -> bool:
 def by_first(function: Callable[[], Result]) -> Result:
     """The result of `function`, run by the first process alone; the others wait for it.
 
-    What it raises is raised in all of them, as a TrainingError where it is none of our own errors.
+    Its errors are raised in all of them; those that are not CPRecErrors become a TrainingError in the others.
     """
     if num_ranks() == 1:
         return function()
@@ -134,6 +137,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _sum_bucket(gradients: list[torch.Tensor]) -> None:
+    # One exchange of one flat tensor is much faster than one for each gradient.
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
@@ -142,7 +146,7 @@ def _sum_bucket(gradients: list[torch.Tensor]) -> None:
 
 @contextmanager
 def naming_lost_processes() -> Iterator[None]:
-    """Turns an exchange between processes that failed into a TrainingError that says what to do."""
+    """Turn a failed exchange between processes into a TrainingError that says what to do."""
     try:
         yield
     except RuntimeError as error:
@@ -151,13 +155,13 @@ def naming_lost_processes() -> Iterator[None]:
         raise TrainingError(
             f"process {os.environ.get('RANK', rank())} of {os.environ.get('WORLD_SIZE', num_ranks())} lost touch with "
             f"the others ({str(error).splitlines()[0]}). One of them failed, was killed, ran out of memory or hung; "
-            "what it said itself, if anything, stands with its own number. The last checkpoint is intact: start the "
-            "same command again to resume, with as many processes or others"
+            "its own message, if there is one, has its number. The last checkpoint is intact: start the same command "
+            "again to resume, with the same number of processes or another"
         ) from error
 
 
 def _is_exchange_failure(error: RuntimeError) -> bool:
-    """Failures of gloo, NCCL and the store behind them; gloo raises a plain RuntimeError."""
+    """Whether gloo, NCCL or the store behind them failed; gloo raises a plain RuntimeError."""
     if isinstance(error, dist.DistError):
         return True
     return any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset"))
@@ -174,9 +178,6 @@ def shard(module: nn.Module, blocks: Iterable[nn.Module], *, bf16: bool) -> None
     """
     if num_ranks() == 1:
         return
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
     mesh = init_device_mesh(pick_device().type, (num_ranks(),))
     policy = (
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
@@ -187,16 +188,12 @@ def shard(module: nn.Module, blocks: Iterable[nn.Module], *, bf16: bool) -> None
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether this module, or one around it, was spread by `shard`: each process holds a part of its weights."""
-    from torch.distributed.tensor import DTensor
-
+    """Whether `shard` has spread this module, or one that contains it: each process holds a part of its weights."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that may be spread over processes; each of them must ask for it."""
-    from torch.distributed.tensor import DTensor
-
+    """The whole of a tensor that may be spread over processes; all of them must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -220,9 +217,10 @@ def to_device(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[st
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Gives a function that tells, after the block or in it, the most bytes taken at once beside what was before.
+    """Gives a function that returns the most bytes that were in use at once since the block began, beyond those in use
+    before.
 
-    On a CPU these are pages of the process, so what it had freed and kept is not seen.
+    On a CPU these are pages of the process: memory that it had freed and kept is not counted when it is used again.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -234,16 +232,16 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
 
 
 def describe(device: torch.device) -> str:
-    """One line for people: the device, how many of them, and how much of a CPU is used."""
+    """One line for people: the device, the number of processes, and the threads on a CPU."""
     one = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return one if num_ranks() == 1 else f"{num_ranks()} processes, each on {one}"
 
 
 def use_bf16(setting: Precision, device: torch.device) -> bool:
-    """Whether to compute in bf16: as told, or where the machine is good at it.
+    """Whether to compute in bf16: as the setting says, or with `auto` where the machine is fast at it.
 
     Many CPUs accept bf16 and are slow at it; those with bf16 instructions (AVX-512 BF16, AMX) are several times faster
-    than in fp32. The instructions are asked for, not timed: a busy machine gives the same answer as an idle one.
+    than in fp32. Looking for the instructions, in place of timing, gives a busy machine the same answer as an idle one.
     """
     if setting != "auto":
         return setting == "true"

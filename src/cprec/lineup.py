@@ -96,7 +96,7 @@ LINEUP: Mapping[str, Listed] = {
     "ICSRec (published)": Listed(settings="systems.recipes.icsrec:PUBLISHED", about="Qin et al. 2024"),
     "ReaRec": Listed(settings="systems.recipes.rearec:ReaRec", about="and latent steps of reasoning"),
     "ReaRec (published)": Listed(settings="systems.recipes.rearec:PUBLISHED", about="Tang et al. 2025, ensemble"),
-    "TIGER": Listed(settings="systems.recipes.tiger:TIGER", about="writes item codes; Rajput et al. 2023"),
+    "TIGER": Listed(settings="systems.recipes.tiger:TIGER", about="writes the codes of the next item one by one"),
 }
 """Name -> where it is; tables have them in this order."""
 

@@ -20,6 +20,7 @@ def num_cores() -> int:
 
 def free_memory() -> int:
     """Bytes that this process may still take; memory that the system would give back (file cache) counts as free."""
+    # The smallest of: all memory of the machine, what the system calls available, what limits of groups leave.
     free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

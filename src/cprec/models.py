@@ -40,7 +40,7 @@ def tiny_model(
     attn_implementation: str | None = None,
 ) -> nn.Module:
     """A small Qwen3-style decoder with random weights and tied embeddings; the same weights for the same seed."""
-    _hide_progress_bars()
+    hide_progress_bars()
     config = Qwen3Config(
         vocab_size=vocabulary_size,
         hidden_size=hidden_size,
@@ -70,7 +70,7 @@ def load_model(
 
     Raises ConfigError where nothing can be loaded.
     """
-    _hide_progress_bars()
+    hide_progress_bars()
     path = Path(name_or_path)
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
@@ -111,8 +111,8 @@ def _no_model(name_or_path: str | Path, error: Exception) -> ConfigError:
     )
 
 
-def _hide_progress_bars() -> None:
-    """Transformers shows a bar for each file that it reads or writes, across ours; the bars of downloads stay."""
+def hide_progress_bars() -> None:
+    """Keep transformers from showing a bar for each file that it reads or writes; downloads keep theirs."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 
     shown = not are_progress_bars_disabled()
@@ -123,7 +123,7 @@ def _hide_progress_bars() -> None:
 
 @contextmanager
 def _peft_warnings_off() -> Iterator[None]:
-    """peft reads a property that transformers is about to rename, and users can do nothing about it."""
+    """Silence a warning that users can do nothing about: peft reads a property that transformers is going to rename."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         yield
@@ -132,8 +132,8 @@ def _peft_warnings_off() -> Iterator[None]:
 def add_lora(model: Any, *, rank: int, alpha: int, seed: int = 0) -> Any:
     """The model with LoRA adapters (Hu et al. 2021) on all linear layers but the head; only they are trained.
 
-    A model that has adapters keeps them, to be trained further. Raises ConfigError if those are of another rank, and
-    for a model that stands in no folder: adapters are saved without their base.
+    A model that has adapters already keeps them, to be trained further. Raises ConfigError if those have another rank,
+    and for a model that was never saved: adapters are saved without their base, and need one to be loaded.
     """
     if hasattr(model, "peft_config"):
         ranks = sorted({adapter.r for adapter in model.peft_config.values()})
@@ -152,8 +152,11 @@ def add_lora(model: Any, *, rank: int, alpha: int, seed: int = 0) -> Any:
 
 
 def trunk_and_head(model: Any) -> tuple[Any, Any]:
-    """The decoder without its output layer, and the output layer, so that logits are made only where needed: they are
-    what the output layer gives times `output_scale(model)`."""
+    """The decoder without its output layer, and the output layer, so that logits are made only where they are needed.
+
+    Logits are the output of that layer times `output_scale(model)`. Raises ConfigError for a model whose output layer
+    does more than a product with its weights.
+    """
     inner = inner_model(model)
     head, trunk = inner.get_output_embeddings(), inner.get_decoder()
     if getattr(head, "bias", None) is not None or getattr(inner.config, "final_logit_softcapping", None):
@@ -170,15 +173,15 @@ _SUPPORTED = "; docs/models.md lists the architectures that are (Llama, Qwen, Mi
 
 
 def inner_model(model: Any) -> Any:
-    """The model of transformers, within adapters too."""
+    """The transformers model itself, also where it is wrapped in adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def output_scale(model: Any) -> float:
-    """What the output of a model's last layer is multiplied by to give logits: 1 for most, a constant for some (Cohere,
-    Granite), found by running the model once and remembered with it.
+    """The constant that the output layer's result is multiplied by to give logits: 1 for most models, another number
+    for some (Cohere, Granite). It is found by running the model once, and remembered with it.
 
-    Raises ConfigError, with the name of the architecture, where logits are anything else than that.
+    Raises ConfigError, with the name of the architecture, if logits are anything else than such a multiple.
     """
     inner = inner_model(model)
     if not hasattr(inner, "_output_scale"):
@@ -199,10 +202,11 @@ def _measured_scale(inner: Any) -> float:
             raise ConfigError(f"{name} does not read tokens and their positions alone ({unfit}){_SUPPORTED}") from unfit
     scale, error = 1.0, torch.inf
     if logits.shape == ours.shape:
+        # The least-squares solution of logits = scale * ours, and how far from it the worst logit is.
         measured = float((logits * ours).sum() / ours.square().sum())
         scale = _number_of_config(inner.config, measured) if math.isfinite(measured) else 1.0
         error = float((logits - scale * ours).abs().max() / logits.abs().max())
-    if error > _tolerance(inner):  # not finite ones are found where scores are made
+    if error > _tolerance(inner):  # logits that are not finite are found where scores are made
         raise ConfigError(
             f"{name} does more between its last layer and its logits than to multiply by a constant (relative "
             f"difference {error:.2g}), so its loss and its scores would be those of another model{_SUPPORTED}"
@@ -211,11 +215,11 @@ def _measured_scale(inner: Any) -> float:
 
 
 _UNFIT = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
-"""What models raise that cannot be called as we call them."""
+"""Errors of models that cannot be called as we call them."""
 
 
 def _number_of_config(config: Any, measured: float) -> float:
-    """The number of a model's configuration, or its inverse, that a measured one is; 1 comes first."""
+    """The number in a model's configuration (or its inverse) that a measured number stands for; 1 comes first."""
     numbers = [1.0]
     for value in config.get_text_config().to_dict().values():
         if isinstance(value, int | float) and not isinstance(value, bool) and 0 < abs(value) < float("inf"):
@@ -225,13 +229,13 @@ def _number_of_config(config: Any, measured: float) -> float:
 
 
 def _tolerance(model: Any) -> float:
-    """Relative differences that rounding explains."""
+    """The largest relative difference that rounding explains."""
     return 1e-5 if next(model.parameters()).dtype == torch.float32 else 2e-2
 
 
 @contextmanager
 def _exactly(inner: Any) -> Iterator[None]:
-    """The model without dropout, in its own precision, with attention that takes any, for the time being."""
+    """For the block, the model runs without dropout, in its own precision, with attention that takes any input."""
     was_training = inner.training
     inner.eval()
     own = str(getattr(inner.config, "_attn_implementation", ""))
@@ -254,7 +258,7 @@ def _few_tokens(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def blocks_of(model: Any) -> Any:
-    """The decoder's layers, in order: what is compiled and sharded one by one."""
+    """The decoder's layers, in order. They are compiled and sharded one by one."""
     trunk, _ = trunk_and_head(model)
     lists = (
         [each for each in trunk.children() if isinstance(each, nn.ModuleList)] if isinstance(trunk, nn.Module) else []
@@ -284,7 +288,7 @@ def packed_hidden(model: Any, input_ids_RT: torch.Tensor, position_ids_RT: torch
 
 @contextmanager
 def attending_by(trunk: Any, name: str) -> Iterator[None]:
-    """The model attends by what transformers knows under a name, for the time being."""
+    """For the block, the model uses the attention that is registered with transformers under this name."""
     config = trunk.config
     before = config._attn_implementation
     config._attn_implementation = name
@@ -295,7 +299,7 @@ def attending_by(trunk: Any, name: str) -> Iterator[None]:
 
 
 def has_learned_positions(model: Any) -> bool:
-    """Whether positions are rows of a table, so that there are none beyond the model's context."""
+    """Whether positions are rows of a table, so that the model has none beyond its context."""
     inner = inner_model(model)
     context = context_of(inner)
     tables = [m for m in inner.modules() if isinstance(m, nn.Embedding) and m is not inner.get_input_embeddings()]
@@ -303,10 +307,10 @@ def has_learned_positions(model: Any) -> bool:
 
 
 def context_of(model: Any) -> int | None:
-    """Tokens that a model was made to read at most; None where its configuration does not say.
+    """The most tokens that a model was made to read; None if its configuration does not say.
 
-    Of rotary positions of the kind `longrope` (Phi-3 with 128,000 tokens) only the original context counts: beyond it
-    all positions of a batch change with its longest text, so that a score would depend on who stands beside it.
+    With `longrope` positions (Phi-3 with 128,000 tokens) only the original context counts: beyond it all positions of a
+    batch change with its longest text, so that a score would depend on the other texts in the batch.
     """
     config = model.config.get_text_config()
     context: int | None = getattr(config, "max_position_embeddings", None)
@@ -323,7 +327,7 @@ def merge_adapters(model: Any) -> Any:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Parameters, tied ones counted once."""
+    """The number of parameters, tied ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -339,17 +343,17 @@ def check_weights(model: Any) -> None:
 
 
 PROBE = "cprec_probe"
-"""The name under which transformers knows the attention of `check_attention`."""
+"""The name that `check_attention` registers its attention with transformers under."""
 
 
 class _Probe:
-    """Plain causal attention, with notes of what it was given."""
+    """Plain causal attention that records its arguments."""
 
     def __init__(self) -> None:
         self.layers: list[int] = []
         self.windows: set[int | None] = set()
         self.masked: set[int | None] = set()
-        """What is seen, as masks would have it."""
+        """The windows that the model asks masks for."""
         self.unknown: set[str] = set()
         self.positions = True
 
@@ -394,11 +398,12 @@ def _attend_by_probe(
 
 @torch.no_grad()
 def check_attention(model: Any) -> bool:
-    """Asserts that this model may attend by functions of ours, as trees of titles are read.
+    """Check that the attention of this model may be replaced by a function of ours, as it is to read trees of titles.
 
-    Such a function gets the queries, keys and values of each layer, a scale and a window; what else a model has is lost
-    (sinks, soft caps, biases of positions, chunks, layers that are no attention, layers that run twice). Returns
-    whether it also gets the positions. Raises ConfigError, with the name of the architecture, where something is lost.
+    Such a function gets the queries, keys and values of each layer, a scale and a window. Anything else that a model
+    has is lost: sinks, soft caps, position biases, chunks, layers without attention, layers that run twice. Returns
+    whether the function also gets the positions. Raises ConfigError, with the name of the architecture, if something
+    is lost.
     """
     inner, probe = inner_model(model), _Probe()
     AttentionInterface.register(PROBE, _attend_by_probe)
@@ -413,17 +418,9 @@ def check_attention(model: Any) -> bool:
                 found = trunk(input_ids=ids, position_ids=positions, use_cache=False, tree=probe).last_hidden_state
         except _UNFIT as unfit:
             why = f"{type(unfit).__name__}: {unfit}"
-    num_layers = inner.config.get_text_config().num_hidden_layers
     if found is not None:
         error = float((found.double() - expected).abs().max() / expected.abs().max())
-        if sorted(probe.layers) != list(range(num_layers)):
-            why = f"of {num_layers} layers {len(set(probe.layers))} are attention, run {len(probe.layers)} times"
-        elif probe.unknown:
-            why = f"it has {', '.join(sorted(probe.unknown))}"
-        elif not probe.masked <= probe.windows | {None}:
-            why = "its masks hide more than a sliding window"
-        elif error > 10 * _tolerance(inner):
-            why = f"relative difference {error:.2g}"
+        why = _what_is_lost(probe, inner, error)
     if why:
         raise ConfigError(
             f"{type(inner).__name__} attends in a way that cannot be read as a tree of titles ({why}){_SUPPORTED}"
@@ -431,17 +428,51 @@ def check_attention(model: Any) -> bool:
     return probe.positions
 
 
+def _what_is_lost(probe: _Probe, inner: Any, error: float) -> str:
+    """What the model's own attention has beyond the probe's, in words; empty if nothing."""
+    num_layers = inner.config.get_text_config().num_hidden_layers
+    if sorted(probe.layers) != list(range(num_layers)):
+        return f"of {num_layers} layers {len(set(probe.layers))} are attention, run {len(probe.layers)} times"
+    if probe.unknown:
+        return f"it has {', '.join(sorted(probe.unknown))}"
+    if not probe.masked <= probe.windows | {None}:
+        return "its masks hide more than a sliding window"
+    return f"relative difference {error:.2g}" if error > 10 * _tolerance(inner) else ""
+
+
 @torch.no_grad()
 def check_isolation(model: Any, documents: Sequence[Sequence[int]] = ((5, 6, 7, 8), (9, 10, 11))) -> None:
-    """Asserts that packed documents do not see each other on this very model, evaluating and training alike.
+    """Check that packed documents do not see each other on this very model, evaluating and training alike.
 
     With restarting `position_ids` alone, transformers isolates documents only under certain settings, and silently does
     not under others. Several rows are tried, since some attention isolates in a single row only. Raises ConfigError if
     the hidden states of a row's second document depend on its first, and if weights or states are not finite.
     """
     check_weights(model)
+    name, device, was_training = type(inner_model(model)).__name__, next(model.parameters()).device, model.training
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            alone, moved = _states_alone_and_moves(model, *(list(document) for document in documents))
+        finally:
+            model.train(was_training)
+    if not torch.isfinite(torch.cat([alone, moved])).all():
+        raise ConfigError(
+            f"{name} gives states that are not finite (NaN or infinity) for a few tokens, though its weights are "
+            "finite: take another model, or an earlier checkpoint"
+        )
+    error = moved.abs().max().item() / max(alone.abs().max().item(), 1e-12)
+    if not error < 1e-3:
+        attention = getattr(model.config, "_attn_implementation", "unknown")
+        raise ConfigError(
+            f"{name}: packed documents see each other in this model (relative difference {error:.2g}, attention "
+            f"{attention!r}): try another attn_implementation, or a transformers version whose masks follow "
+            "position_ids, or another model"
+        )
+
+
+def _states_alone_and_moves(model: Any, first: list[int], second: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The second document's hidden states by itself, and how they change when another document stands before it."""
     device = next(model.parameters()).device
-    first, second = (list(document) for document in documents)
     other = [token + 1 for token in first]
     positions = [*range(len(first)), *range(len(second))]
 
@@ -451,31 +482,12 @@ def check_isolation(model: Any, documents: Sequence[Sequence[int]] = ((5, 6, 7, 
         where = torch.tensor([positions[-len(row) :] for row in rows], device=device)
         return packed_hidden(model, ids, where)[:, -len(second) :].float()
 
-    was_training = model.training
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            model.eval()
-            alone = states(second)
-            moved = [states(first + second, other + second) - alone]
-            model.train()  # dropout may differ from row to row, but not between the two runs
-            packed = []
-            for rows in ((first, other), (other, first)):
-                torch.manual_seed(0)
-                packed.append(states(*(row + second for row in rows)))
-            moved.append(packed[0] - packed[1])
-        finally:
-            model.train(was_training)
-    if not torch.isfinite(torch.cat([alone, *moved])).all():
-        raise ConfigError(
-            f"{type(inner_model(model)).__name__} gives states that are not finite (NaN or infinity) for a few tokens, "
-            "though its weights are finite: take another model, or an earlier checkpoint"
-        )
-    error = torch.cat(moved).abs().max().item() / max(alone.abs().max().item(), 1e-12)
-    if not error < 1e-3:
-        attention = getattr(model.config, "_attn_implementation", "unknown")
-        raise ConfigError(
-            f"{type(inner_model(model)).__name__}: packed documents see each other in this model (relative difference "
-            f"{error:.2g}, attention {attention!r}): try another attn_implementation, or a transformers version whose "
-            "masks follow position_ids, or another model"
-        )
+    model.eval()
+    alone = states(second)
+    moved = [states(first + second, other + second) - alone]
+    model.train()  # dropout may differ from row to row, but not between two runs with one seed
+    packed = []
+    for rows in ((first, other), (other, first)):
+        torch.manual_seed(0)
+        packed.append(states(*(row + second for row in rows)))
+    return alone, torch.cat([*moved, packed[0] - packed[1]])

@@ -17,6 +17,7 @@ import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,7 @@ class FileHashes:
     def add(self, path: Path | str, state: tuple[int, ...], sha256: str, when: int) -> None:
         """Note the hash of a file that had `state` at the time `when` (in nanoseconds), and has not changed since."""
         self._known.pop(str(path), None)
+        # Only if the file is old enough to have other times after another change.
         if max(state[1:]) < when - _COARSE_CLOCK:
             self._known[str(path)] = (*state, sha256)
         self._changed = True
@@ -224,8 +226,6 @@ def _hub_commit(name: str) -> str | None:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that may change a result, read without importing them."""
-    from importlib.metadata import PackageNotFoundError, version
-
     found = {"python": platform.python_version()}
     for name in VERSIONED_PACKAGES:
         try:

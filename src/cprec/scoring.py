@@ -1,9 +1,9 @@
-"""What baselines that score every item share: from scores over a domain's items to rankings."""
+"""Recommenders that score every item of a domain: from scores to rankings."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
@@ -28,6 +28,9 @@ class ScoringRecommender(ABC):
     """An item scored this or less has nothing that speaks for it: it is not returned from the full catalogue, and
     stands last among candidates."""
 
+    _latest: tuple[Mapping[Hashable, int], np.ndarray] = ({}, np.empty((0, 0)))
+    """The latest batch of queries by row, and their scores: other protocols ask the same queries again."""
+
     @abstractmethod
     def scores(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
         """Scores of the domain's items for queries of that domain: float[Q, N], higher is better.
@@ -43,11 +46,21 @@ class ScoringRecommender(ABC):
             for start in range(0, len(members), BATCH):
                 chosen = members[start : start + BATCH]
                 asked = [queries[number] for number in chosen]
-                rows_QN = self.scores(domain, asked)
-                rows_QN = rows_QN if rows_QN.dtype.kind == "f" else rows_QN.astype(float)
+                rows_QN = self._scores_once(domain, asked)
                 for number, query, row_N in zip(chosen, asked, rows_QN, strict=True):
                     out[number] = self._ranking(query, row_N, k)
         return [ranking for ranking in out if ranking is not None]
+
+    def _scores_once(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
+        """`scores`, unless the latest batch had all of these queries, whatever they were to leave out or choose from."""
+        keys = [(domain, query.query_id, query.user, query.history) for query in queries]
+        row_of, rows_QN = self._latest
+        if not all(key in row_of for key in keys):
+            rows_QN = self.scores(domain, queries)
+            rows_QN = rows_QN if rows_QN.dtype.kind == "f" else rows_QN.astype(float)
+            self._latest = {key: row for row, key in enumerate(keys)}, rows_QN
+            return rows_QN
+        return rows_QN[[row_of[key] for key in keys]]
 
     def histories(self, domain: str, queries: Sequence[RankingQuery]) -> Ragged:
         """See `histories_of`."""

@@ -303,6 +303,7 @@ def _convert_union(value: Any, members: tuple[Any, ...], where: str, current: An
             raise ConfigError(f"{error}{hint}") from None
     if _is_config(current) and isinstance(value, SettingsTree):
         return update(current, value, f"{where}.")
+    # A mapping can only be meant for a group of settings; one whose keys are numbers is meant for a tuple.
     groups = [member for member in others if dataclasses.is_dataclass(member)]
     if isinstance(value, Mapping) and len(groups) == 1 and not (value and all(str(key).isdecimal() for key in value)):
         return convert(value, groups[0], where, current)
@@ -310,6 +311,7 @@ def _convert_union(value: Any, members: tuple[Any, ...], where: str, current: An
         for member in others:
             if isinstance(member, type) and type(value) is member:
                 return value
+    # Otherwise try every member; groups must not fit both, of other types the first that fits counts.
     results, refusals = [], []
     for member in sorted(others, key=lambda member: member in (str, Path)):  # anything can be text: try it last
         try:
@@ -353,6 +355,7 @@ def _convert_tuple(value: Any, annotation: Any, where: str, current: Any) -> Any
     fixed = get_origin(annotation) is tuple and not (len(arguments) == 2 and arguments[1] is Ellipsis)
     make = list if get_origin(annotation) is list else tuple
     if isinstance(value, SettingsTree) and all(key.isdecimal() for key in value):
+        # Numbered settings change single entries, and may add one after another at the end.
         entries = list(current or ())
         for key, entry in sorted(value.items(), key=lambda pair: int(pair[0])):
             index = int(key)
@@ -406,6 +409,7 @@ def _convert_config(value: Any, cls: type, where: str, current: Any) -> Any:
         fields = listed(f"{where}.{name}" for name in settable_fields(cls))
         raise ConfigError(f"{where}={value}: {where} is a group of settings; set one of {fields}")
     if isinstance(value, SettingsTree):
+        # A single value that stood here before becomes the field PLAIN of the group.
         plain = value.plain if current is None else current
         if hasattr(cls, "PLAIN") and plain is not None and type(current) is not cls:
             return from_mapping(cls, {cls.PLAIN: plain, **value}, f"{where}.")

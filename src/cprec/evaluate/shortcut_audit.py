@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import NormalDist
 
 import numpy as np
@@ -184,14 +185,10 @@ def shortcut_audit(
     work = len(queries) + len(chosen) * (len(vectors) + len(VARIANTS) * len(models))
     with track(work, f"{domain}: shortcuts", unit="queries") as progress:
         reach = reaches(graph, count_N, history, target_Q, progress.advance)
-        similarity = {
-            name: similarity_of(of_kind, last_Q[chosen], target_Q[chosen], progress.advance)
-            for name, of_kind in vectors.items()
-        }
-        dependence = [
-            dependence_of(name, model, split, queries, chosen, seed=seed, done=progress.advance)
-            for name, model in models.items()
-        ]
+        of_sample = partial(similarity_of, last_Q=last_Q[chosen], target_Q=target_Q[chosen], done=progress.advance)
+        similarity = {name: of_sample(kind) for name, kind in vectors.items()}
+        depends = partial(dependence_of, split=split, queries=queries, chosen=chosen, seed=seed, done=progress.advance)
+        dependence = tuple(depends(name, model) for name, model in models.items())
     return ShortcutAudit(
         domain=domain,
         num_items=len(count_N),
@@ -207,7 +204,7 @@ def shortcut_audit(
         out_degree=out_degree_of(graph, last_Q),
         reach=reach,
         similarity=similarity,
-        dependence=tuple(dependence),
+        dependence=dependence,
     )
 
 

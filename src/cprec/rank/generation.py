@@ -1,4 +1,4 @@
-"""What a model writes freely, matched to candidates, as LLaRA (Liao et al. 2024) and S-DPO (Chen et al. 2024) rank."""
+"""Free writing, matched to candidates: how LLaRA (Liao et al. 2024) and S-DPO (Chen et al. 2024) rank."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from cprec.search.reading import Tree
 
 
 def write(tree: Tree, end: int, max_tokens: int) -> list[np.ndarray]:
-    """The likeliest next token, again and again, up to the token `end` (left out) or `max_tokens`: int64 tokens of each
-    user. Nothing keeps a model to the catalogue."""
+    """Greedy text after each prompt, up to the token `end` (left out) or `max_tokens`: int64 tokens of each user.
+    Nothing keeps the model to titles of the catalogue."""
     device = tree.prompt_hidden_UD.device
     out: list[list[int]] = [[] for _ in range(tree.num_users)]
     users = torch.arange(tree.num_users, device=device)
     parents, hidden = torch.full_like(users, -1), tree.prompt_hidden_UD
     for _ in range(max_tokens):
         tokens = tree.likeliest(hidden)
+        # Users whose text has ended take no further part.
         going = tokens != end
         users, parents, tokens = users[going], parents[going], tokens[going]
         if not len(users):
@@ -32,8 +33,8 @@ def write(tree: Tree, end: int, max_tokens: int) -> list[np.ndarray]:
 
 
 def match(text: str, titles: Sequence[str]) -> int | None:
-    """The candidate that a text means: the one whose title it is, else in another case, else the only one whose title
-    occurs in it; None if there is none or there are several. Outer spaces do not matter.
+    """The candidate that a text means: the one with this title, or with this title in another case, or else the only
+    one whose title occurs in the text. None if there is none, or if several fit. Outer spaces do not matter.
 
     >>> match("Us ", ["US", "Us", "Go"]), match("us", ["US", "Us"]), match("I say GO", ["Go", "Chess"])
     (1, None, 0)

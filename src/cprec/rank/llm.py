@@ -1,4 +1,4 @@
-"""A language model as a recommender: prompts in, the catalogue's items out, behind the protocol that all share."""
+"""A language model as a recommender: it reads a history as a prompt and ranks the catalogue's items by their titles."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class Recommendation:
 class LLMRecommender:
     """Ranks a catalogue by a language model's probability of each item after the history's prompt.
 
-    The model writes titles, so what it learns is the probability of a title (as far as it is read, `max_title_tokens`):
-    that of all items together that have it. Each of these items has an equal share, P(item) = P(title) / n, where n
-    counts the items of the domain in stock. A withdrawn item that is given as a candidate counts itself.
+    The model learns the probability of a title (its first `max_title_tokens` tokens), which is that of all items with
+    this title together. Each of them has an equal share: P(item) = P(title) / n, where n counts the items of the domain
+    in stock. A withdrawn item that is given as a candidate counts itself.
 
     Made by `from_pretrained` from a folder that `cprec pretrain` or `cprec finetune` wrote. Candidate lists are ranked
     by exact log-likelihood; the full catalogue over a trie of the domain's titles by `mode`:
@@ -160,10 +160,10 @@ class LLMRecommender:
         mode: Mode | Literal["generate"] | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> list[Ranking]:
-        """See `Recommender.rank`. Prompts of similar length share a batch. `mode` takes the place of the recommender's.
+        """See `Recommender.rank`. Prompts of similar length share a batch. `mode` replaces the recommender's own.
 
-        Once `stop()` is true, no more is searched for than a beam has found, and lists that are not proven have their
-        gap. Reading prompts, the beam and scoring candidates take the time that they take.
+        Once `stop()` is true, the search ends with what a beam has found, and lists that are not proven state their
+        gap. Nothing stops the reading of prompts, the beam, or the scoring of candidates.
 
         Raises UnknownItemError for items that the catalogue does not have, ConfigError for queries without candidates
         in mode `generate`, ModelError where the model's scores are not finite.
@@ -323,9 +323,9 @@ class LLMRecommender:
     def with_items(self, catalogue: Catalogue, withdrawn: Mapping[str, frozenset[str]]) -> LLMRecommender:
         """The same model over another catalogue of the same domains, less the items `withdrawn` (ids by domain).
 
-        What a withdrawn item adds to a history is still read; only full rankings leave it out. This recommender goes on
-        as it was, so a ranking under way is not disturbed. The two share the model and what was read of prompts; titles
-        that did not change are not tokenised again, and tries of domains that did not change are shared.
+        Withdrawn items are still read in histories; only full rankings leave them out. This recommender stays as it is,
+        so a ranking under way is not disturbed. The two share the model, its cache, the tokens of titles that did not
+        change and the tries of domains that did not change.
 
         Raises ConfigError for other domains, UnknownItemError for withdrawn items that the catalogue does not have,
         DataError for titles that cannot be ranked.
@@ -364,11 +364,11 @@ class LLMRecommender:
 
     @property
     def cache(self) -> PrefixCache | None:
-        """What is kept of prompts; None where nothing is."""
+        """Prompts kept in this process; None where none are."""
         return self.reader.cache
 
     def _ranker(self, domain: str) -> SequenceRanker:
-        """What ranks the titles of a domain by this model's scores."""
+        """The ranker of a domain's titles by this model's scores."""
         score = self.ranking.score
         return SequenceRanker(
             self.catalogue,
@@ -390,7 +390,7 @@ class LLMRecommender:
         out = []
         for query, tokens in zip(queries, written, strict=True):
             rows = self.catalogue.find(ranker.domain, list(query.candidates or ()))
-            # a title is compared as the model knows it, cut to its length
+            # A title is compared as the model knows it, cut to `max_title_tokens`.
             titles = self._encoder.titles(rows)
             known = [self._tokenizer.decode(titles[number]) for number in range(len(titles))]
             said = match(self._tokenizer.decode(tokens), known)

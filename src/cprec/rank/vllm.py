@@ -1,9 +1,9 @@
 """Prompts and titles read by vLLM, behind the interface that the model in this process has.
 
-A node of the tree is no more than its tokens here. What comes after some nodes is asked in one call of the engine, a
-request each, which makes one token: the trie is the request's logits processor (`vllm_processor`), so what comes back
-are the log-probabilities of the node's children. vLLM's prefix cache keeps what requests share, so little of a prompt
-is read twice. Searching the trie, budgets and proofs are those of `decoding`, whoever reads.
+A node of the tree is just its tokens here. One call of the engine asks what comes after some nodes, with a request for
+each, which makes one token. The request's logits processor (`vllm_processor`) lets the node's children through, so
+their log-probabilities come back. vLLM's prefix cache keeps what requests share, so little of a prompt is read twice.
+The search, its budgets and its proofs are those of `cprec.search`.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ class VLLMReader:
         settings: dict[str, Any] = {
             "model": str(folder),
             "logits_processors": [PROCESSOR],
-            "logprobs_mode": "processed_logits",  # what the processor made of them: log-probabilities
-            "max_logprobs": -1,  # a node has as many children as it has
+            "logprobs_mode": "processed_logits",  # the processor makes log-probabilities of logits
+            "max_logprobs": -1,  # a node may have any number of children
             "enable_prefix_caching": True,
             "max_model_len": -1,  # as much of the model's context as there is memory for
         }
-        # The engine is a process of its own: a Ctrl-C is for this one, which ends it once requests are answered.
+        # The engine is a process of its own. Ctrl-C must reach this process only, which stops the engine in order.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             engine = LLM(**settings | options)
@@ -114,7 +114,7 @@ class VLLMTree:
             each.logprobs[0][token].logprob for each, tokens in zip(found, asked, strict=True) for token in tokens
         ]
         made = torch.tensor(values, dtype=torch.float64)
-        require_finite(made[made != -torch.inf])  # NaN is what the processor makes of a distribution that is none
+        require_finite(made[made != -torch.inf])  # the processor marks distributions that are not finite with NaN
         return made
 
     def likeliest(self, hidden_MD: torch.Tensor) -> torch.Tensor:
@@ -126,7 +126,7 @@ class VLLMTree:
         return torch.tensor(tokens, dtype=torch.long)
 
     def _ask(self, hidden_MD: torch.Tensor, options: Sequence[dict[str, Any]]) -> list[Any]:
-        """One token after each state, and what the engine says of it."""
+        """The engine's output for one token after each state."""
         from vllm import SamplingParams
 
         if not options:
@@ -139,7 +139,7 @@ class VLLMTree:
         return [output.outputs[0] for output in outputs]
 
     def _text(self, state: int) -> list[int]:
-        """A prompt and the tokens up to a node."""
+        """A prompt and the tokens that lead to a node."""
         path: list[int] = []
         user = state + self.num_users
         while state >= 0:

@@ -1,7 +1,7 @@
-"""The trie as a logits processor of vLLM: of a prefix, only its children in the trie have a log-probability.
+"""A logits processor of vLLM that gives log-probabilities to the children of a trie node, and to no other token.
 
-vLLM imports this module in the process of its engine and in the one that asks; nothing else does but the reader, once
-vLLM is there.
+vLLM imports this module in the process of its engine and in the one that asks. Apart from vLLM only the reader imports
+it, and only where vLLM is installed.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ CHILDREN = "cprec_children"
 
 
 class ChildrenOnly(LogitsProcessor, LogitsProcessorV2):
-    """Puts log-probabilities, over the whole vocabulary, in the place of the logits of a request's children, and -inf
-    everywhere else. Requests that name no children are left alone. Where the logits are no distribution, children get
-    NaN, which the one that asks refuses.
+    """Replaces the logits of a request's children by log-probabilities over the whole vocabulary, and all others by
+    -inf. Requests that name no children are left alone. Where the logits are not finite, children get NaN, which the
+    reader refuses.
 
-    vLLM has two model runners, whose processors differ in how they learn of requests: by rows that move
-    (`update_state`) or by slots that stay (`add_request`). This one serves both.
+    vLLM has two model runners. One tells processors of requests by rows that move (`update_state`), the other by slots
+    that stay (`add_request`). This processor serves both.
     """
 
     def __init__(self, vllm_config: Any, *state: Any) -> None:
@@ -40,11 +40,11 @@ class ChildrenOnly(LogitsProcessor, LogitsProcessorV2):
             raise ValueError(f"{CHILDREN}: expected a list of one or more tokens")
 
     def is_argmax_invariant(self) -> bool:
-        """No: what is likeliest may be none of the children."""
+        """No: the likeliest token need not be one of the children."""
         return False
 
     def update_state(self, batch_update: Any) -> None:
-        """Rows that are new, gone or elsewhere (the first runner)."""
+        """Follow rows that are added, removed or moved (the first runner)."""
         if batch_update is None:
             return
         for row in batch_update.removed:
@@ -59,7 +59,7 @@ class ChildrenOnly(LogitsProcessor, LogitsProcessorV2):
                 self._children[start] = there
 
     def add_request(self, slot: int, params: Any) -> bool:
-        """A request that takes a slot, whoever had it before (the second runner). Says whether it has children."""
+        """A request takes a slot, in place of any earlier one (the second runner). Returns whether it has children."""
         children = (params.extra_args or {}).get(CHILDREN)
         self._children.pop(slot, None)
         if children is not None:
@@ -72,10 +72,12 @@ class ChildrenOnly(LogitsProcessor, LogitsProcessorV2):
         mine = [(row, self._children[slot]) for row, slot in enumerate(slots) if slot in self._children]
         if not mine:
             return logits
+        # One entry for each child: its row and its token.
         rows = torch.tensor([row for row, _ in mine], device=logits.device)
         sizes = torch.tensor([len(children) for _, children in mine], device=logits.device)
         token = torch.from_numpy(np.concatenate([children for _, children in mine])).to(logits.device)
         row = torch.repeat_interleave(rows, sizes)
+        # A logit less its row's log-sum-exp is a log-probability.
         normaliser = logits[rows].logsumexp(-1)
         normaliser = torch.where(normaliser.isfinite(), normaliser, torch.nan)
         kept = logits[row, token] - torch.repeat_interleave(normaliser, sizes)

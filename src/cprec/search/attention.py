@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from cprec.distributed import autocast
 from cprec.models import attending_by, output_scale, trunk_and_head
@@ -37,7 +38,7 @@ class PromptTree:
         pad_id: int = 0,
         cache: PrefixCache | None = None,
     ) -> None:
-        """Reads the prompts, of at least one token each; what `cache` knows of their beginnings is not read again."""
+        """Reads the prompts, of at least one token each. Beginnings that `cache` knows are not read again."""
         _register()
         self._trunk, self._head = trunk_and_head(model)
         self._scale = output_scale(model)
@@ -54,11 +55,13 @@ class PromptTree:
         self._read(prompts, pad_id, cache)
 
     def _read(self, prompts: Sequence[np.ndarray], pad_id: int, cache: PrefixCache | None) -> None:
+        """One pass over what is new of each prompt, behind what the cache has of it."""
         lengths = np.array([len(prompt) for prompt in prompts])
         known = [cache.find(prompt) if cache is not None else (0, None) for prompt in prompts]
         start = np.array([length for length, _ in known])
         new = lengths - start
         self.num_read = int(new.sum())
+        # The new ends, side by side from the left, whatever stands before each.
         ids = np.full((len(prompts), int(new.max())), pad_id, dtype=np.int64)
         for row, prompt in enumerate(prompts):
             ids[row, : new[row]] = prompt[start[row] :]
@@ -66,30 +69,38 @@ class PromptTree:
         self._padded = bool((lengths != lengths.max()).any())
         self._start = torch.from_numpy(start).to(self._device) if start.any() else None
         if self._start is not None:
-            for row, (length, entry) in enumerate(known):
-                if entry is None:
-                    continue
-                for layer, (key, value) in enumerate(zip(*entry, strict=True)):
-                    if layer not in self._keys:
-                        shape = (len(prompts), key.shape[0], int((start + ids.shape[1]).max()), key.shape[2])
-                        self._keys[layer] = key.new_zeros(shape)
-                        self._values[layer] = key.new_zeros(shape)
-                    self._keys[layer][row, :, :length] = key[:, :length]
-                    self._values[layer][row, :, :length] = value[:, :length]
+            self._place_known([entry for _, entry in known], start, int((start + ids.shape[1]).max()))
         positions = torch.from_numpy(start[:, None] + np.arange(ids.shape[1])).to(self._device)
         hidden = self._forward(torch.from_numpy(ids).to(self._device), positions)
-        if self._start is not None:  # known beginnings before new ends of other lengths leave room behind all prompts
+        if self._start is not None:
+            # A long known beginning beside a long new end leaves room behind all prompts: cut it off.
             longest = int(lengths.max())
             for grids in (self._keys, self._values):
                 grids.update({layer: grid[:, :, :longest].contiguous() for layer, grid in grids.items()})
+        # What follows a prompt depends on the state of its last token.
         rows = torch.arange(len(prompts), device=self._device)
         self.prompt_hidden_UD = hidden[rows, torch.from_numpy(new - 1).to(self._device)]
-        if cache is not None:
-            for row, prompt in enumerate(prompts):
-                size = int(lengths[row])
-                keys = torch.stack([self._keys[layer][row, :, :size] for layer in sorted(self._keys)])
-                values = torch.stack([self._values[layer][row, :, :size] for layer in sorted(self._values)])
-                cache.put(prompt, keys, values)
+        for row, prompt in enumerate(prompts if cache is not None else ()):
+            assert cache is not None
+            keys, values = (
+                torch.stack([grids[layer][row, :, : len(prompt)] for layer in sorted(grids)])
+                for grids in (self._keys, self._values)
+            )
+            cache.put(prompt, keys, values)
+
+    def _place_known(
+        self, entries: Sequence[tuple[torch.Tensor, torch.Tensor] | None], start: np.ndarray, length: int
+    ) -> None:
+        """Put known keys and values at the beginning of grids of `length` positions; `start` are known of each row."""
+        for row, entry in enumerate(entries):
+            if entry is None:
+                continue
+            for layer, (key, value) in enumerate(zip(*entry, strict=True)):
+                if layer not in self._keys:
+                    shape = (len(entries), key.shape[0], length, key.shape[2])
+                    self._keys[layer], self._values[layer] = key.new_zeros(shape), key.new_zeros(shape)
+                self._keys[layer][row, :, : start[row]] = key[:, : start[row]]
+                self._values[layer][row, :, : start[row]] = value[:, : start[row]]
 
     def extend(self, tokens_M: torch.Tensor, users_M: torch.Tensor, parents_M: torch.Tensor) -> torch.Tensor:
         """Add nodes, users ascending, and return their hidden states [M, D].
@@ -117,6 +128,7 @@ class PromptTree:
         """Log-probabilities of tokens, each the next one after a state, whose rows ascend: float64[N].
 
         Raises ModelError where they are not finite."""
+        # Logits of a block of states at a time; rows ascend, so each block's tokens stand together.
         size = max(1, LOGITS // int(self._head.weight.shape[0]))
         starts = torch.arange(0, len(hidden_MD) + size, size, device=row_N.device)
         ends = torch.searchsorted(row_N, starts).tolist()
@@ -145,14 +157,16 @@ class PromptTree:
     # ---- where nodes are ---------------------------------------------------------------------------------------------
 
     def _grow(self, parents: torch.Tensor) -> None:
-        """Paths of the new nodes: each its parent's, and itself."""
+        """Paths of the new nodes: each is its parent's path, and then itself."""
         first, size = self.num_nodes, len(parents)
         inside = parents >= first
+        # One deeper than the parent, where the parent was there before.
         known = torch.where(inside, -1, parents)
         depth = torch.cat([self._depths, self._depths.new_zeros(size)])
         depth[first:] = torch.where(known >= 0, depth[known.clamp(min=0)] + 1, 0)
         generation = [torch.arange(size, device=parents.device)]
-        if bool(inside.any()):  # parents of this very call, generation by generation
+        if bool(inside.any()):
+            # Some parents are new as well: take the nodes generation by generation, parents before children.
             generation = []
             todo = torch.ones(size, dtype=torch.bool, device=parents.device)
             done = torch.ones(first + size, dtype=torch.bool, device=parents.device)
@@ -165,6 +179,7 @@ class PromptTree:
                 done[first + rows] = True
                 todo &= ~ready
                 generation.append(rows)
+        # All paths in a table that is wide enough for the deepest node; places beyond a node's depth mean nothing.
         width = max(self._paths.shape[1], int(depth[first:].max()) + 1 if size else 1)
         paths = self._paths.new_zeros(first + size, width)
         paths[:first, : self._paths.shape[1]] = self._paths
@@ -179,7 +194,7 @@ class PromptTree:
         self._on_path = torch.arange(width, device=parents.device)[None] <= self._new_depths[:, None]  # [M, P]
 
     def _place(self, users: torch.Tensor) -> None:
-        """Nodes of one user in one row of a grid, to meet its prompt in one product."""
+        """Places of nodes in a grid with a row for each user, so that a user's nodes meet its prompt in one product."""
         counts = torch.bincount(users, minlength=self.num_users)
         present = counts.nonzero()[:, 0]
         self._present = None if len(present) == self.num_users else present
@@ -190,11 +205,13 @@ class PromptTree:
         if widest * len(present) == len(users):
             self._grid = self._at = None  # the flat order is that of the grid already
         else:
+            # `_at` is the place of each node in the flattened grid, `_grid` the node of each place (0 for empty ones).
             self._at = row * widest + column
             self._grid = torch.zeros(len(present) * widest, dtype=torch.long, device=users.device)
             self._grid[self._at] = torch.arange(len(users), device=users.device)
         self._shape = len(present), widest
         if self._padded:
+            # Added to scores, this hides the padding of shorter prompts.
             lengths = self._lengths if self._present is None else self._lengths[present]
             real = torch.arange(int(self._lengths.max()), device=users.device) < lengths[:, None]
             self._hidden_UT = torch.zeros(real.shape, device=users.device).masked_fill_(~real, -torch.inf)
@@ -224,11 +241,13 @@ class PromptTree:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
     ) -> torch.Tensor:
         tokens = query.shape[2]
+        """Causal attention within each prompt, behind what is known of it: [U, H, T, D]. Fills the layer's grids."""
         start = self._start
         if start is None:
             key, value = key.contiguous(), value.contiguous()  # products with nodes would copy them each time
             self._keys[layer], self._values[layer] = key, value
         else:
+            # New keys and values go behind the known ones, which begin each row of the grids.
             rows = torch.arange(len(start), device=start.device)[:, None]
             where = start[:, None] + torch.arange(tokens, device=start.device)
             self._keys[layer][rows, :, where] = key.transpose(1, 2)
@@ -239,6 +258,7 @@ class PromptTree:
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         if start is None and (window is None or tokens <= window):
             return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+        # Which places of the grid each new token sees: those up to its own, and no more than the window.
         at = torch.arange(tokens, device=query.device)
         mine = at[None] if start is None else start[:, None] + at
         other = torch.arange(key.shape[2], device=query.device)
@@ -253,10 +273,12 @@ class PromptTree:
         """One softmax over the prompt, met user by user, and over the path, gathered node by node: [M, H, D]."""
         heads, size, width = query.shape
         num_groups = key.shape[0]
+        # Scores with the node's own path, ancestors and itself.
         near = self._near(layer, key, value)  # [M, P, 2, G, D]
         query = (query * scale).transpose(0, 1).reshape(size, num_groups, heads // num_groups, width)  # [M, G, h, D]
         near_weight = torch.einsum("mghd,mpgd->mghp", query, near[:, :, 0])
         near_weight = near_weight.masked_fill(~self._on_path[:, None, None], -torch.inf)
+        # Scores with the prompt.
         far_key, far_value = self._keys[layer], self._values[layer]
         if self._present is not None:
             far_key, far_value = far_key[self._present], far_value[self._present]
@@ -268,6 +290,7 @@ class PromptTree:
             far_weight = self._windowed(far_weight, heads // num_groups, window)
             ago = self._new_depths[:, None] - torch.arange(near.shape[1], device=query.device)
             near_weight = near_weight.masked_fill((ago >= window)[:, None, None], -torch.inf)
+        # One softmax over both, in the grid, and then each part with its own values.
         weight = torch.cat([far_weight, self._to_grid(near_weight)], dim=3).softmax(-1, dtype=torch.float32)
         weight = weight.to(query.dtype)
         far = self._to_flat(weight[..., :length] @ far_value, heads // num_groups)
@@ -275,7 +298,7 @@ class PromptTree:
         return (far + torch.einsum("mghp,mpgd->mghd", near_weight, near[:, :, 1])).reshape(size, heads, width)
 
     def _near(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Keys and values along the path of each new node, whose own are put into the buffer first."""
+        """Keys and values along the path of each new node: [M, P, 2, G, D]. Its own are put into the buffer first."""
         first, last = self.num_nodes, self.num_nodes + key.shape[1]
         buffer = self._nodes.get(layer)
         if buffer is None or len(buffer) < last:
@@ -331,7 +354,6 @@ def _attend(
 
 
 def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-
+    """Let transformers know the attention by its name."""
     AttentionInterface.register(PROMPT_TREE, _attend)
     AttentionMaskInterface.register(PROMPT_TREE, lambda *_, **__: None)

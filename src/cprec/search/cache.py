@@ -9,21 +9,21 @@ import numpy as np
 import torch
 
 STEP = 16
-"""Prompts are known by their beginnings of multiples of so many tokens; shorter ones in common are read again."""
+"""Prompts are found by beginnings whose length is a multiple of this; a shorter common beginning is read again."""
 
 
 class PrefixCache:
     """Prompts by their beginnings, within `max_bytes`; the one used longest ago goes first.
 
-    It belongs to one model. Prompts of histories that grow at their end share their beginnings; those that lose their
-    oldest event at each new one share little more than the instruction.
+    It belongs to one model. Prompts share a long beginning while a history grows at its end. Once each new event pushes
+    out the oldest one, they share little more than the instruction.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
         self.hits = 0
-        """Tokens that were found and needed no reading."""
+        """Tokens that were found here and not read again."""
         self._entries: OrderedDict[bytes, tuple[np.ndarray, torch.Tensor, torch.Tensor]] = OrderedDict()
         self._owner: dict[bytes, bytes] = {}  # beginning -> entry that has it
 
@@ -31,9 +31,9 @@ class PrefixCache:
         return len(self._entries)
 
     def find(self, prompt: np.ndarray) -> tuple[int, tuple[torch.Tensor, torch.Tensor] | None]:
-        """The longest beginning that is known, but for the last token, and its keys and values [layers, G, T, D].
+        """The longest known beginning, without the last token, and its keys and values [layers, G, T, D].
 
-        The last token is always read, for its hidden state is what the titles follow.
+        The last token is always read, because what follows depends on its hidden state.
         """
         for name in reversed(_beginnings(prompt[:-1])):
             owner = self._owner.get(name)

@@ -1,9 +1,9 @@
-"""Search of the trie of a catalogue's titles: best-first with a proof, or by a beam that says how far it may be off.
+"""Search of a trie of token sequences: best-first with a proof, or by a beam that says how far it may be off.
 
-A title's log-probability only falls as tokens are added, and the items that have the title share it evenly. So no
-item below a prefix scores higher than the prefix itself, less log n for the fewest items n that share a title there.
+A sequence's log-probability only falls as tokens are added, and the items that have the sequence share it evenly. So no
+item below a prefix scores higher than the prefix itself, less log n for the fewest items n that share a sequence there.
 A prefix whose bound is below the K-th best item leads to nothing better. When no other prefix is left, the K items are
-proven the best of the catalogue.
+proven to be the best of all.
 """
 
 from __future__ import annotations
@@ -80,19 +80,20 @@ def search(
     stop: Callable[[], bool] | None = None,
     per_token: bool = False,
 ) -> list[Found]:
-    """The `k` best items for each prompt of `tree`, by log-probability: that of title and end of sequence, less log n
-    for the n items in stock that share the title.
+    """The `k` best items for each prompt of `tree`, by log-probability: that of the sequence with its end, less log n
+    for the n items in stock that share it.
 
-    First a beam: at each depth the `width` prefixes of the highest bounds go on, and every title that ends is kept, so
-    completed titles take no beam. With `exact` the prefixes that it left behind follow, the best first, `width` a pass,
-    until none is as good as the K-th item; or until a user has read `max_nodes` prefixes, `seconds` are over, or
-    `stop()`, which is asked before each pass, is true; that leaves the best found and the gap. The beam is not stopped
-    by time: lists are whole. `per_token` divides an item's log-probability by its title's number of tokens, the end
-    included; a bound is then divided by those of the longest title below the prefix.
+    A beam comes first: at each depth the `width` prefixes with the highest bounds go on, and every sequence that ends
+    is kept, so finished sequences take no place in the beam. With `exact` the prefixes that it left behind follow, the
+    best first, `width` in a pass, until none is as good as the K-th item. It ends before that when a user has read
+    `max_nodes` prefixes, `seconds` are over, or `stop()`, which is asked before each pass, is true; then the best found
+    is returned, with the gap. Time does not stop the beam, so lists are always full. `per_token` divides an item's
+    log-probability by the number of its tokens, the end included; a bound is then divided by the tokens of the longest
+    sequence below the prefix.
 
-    Items with equal titles tie, and all found that tie with the K-th are returned. `excluded` and `allowed` hold item
-    positions per user (None allows all); prefixes of nothing else are never entered. Raises ConfigError for a width or
-    `k` below 1.
+    Items with equal sequences tie, and all found that tie with the K-th are returned. `excluded` and `allowed` hold
+    item positions for each user (None allows all); prefixes without a permitted item are never entered. Raises
+    ConfigError for a width or `k` below 1.
     """
     if k < 1 or width < 1:
         raise ConfigError(f"k={k} and width={width} must be at least 1")
@@ -100,6 +101,8 @@ def search(
 
 
 class _Search:
+    """One search for all users of a tree. All users' prefixes are searched together, as columns of tensors."""
+
     def __init__(
         self,
         tree: Tree,
@@ -127,23 +130,26 @@ class _Search:
         empty = torch.zeros(0, dtype=torch.long, device=self.device)
         self.found = empty, empty, empty.double(), empty  # user, leaf, score, items
         self.threshold = torch.full((self.users,), -torch.inf, dtype=torch.float64, device=self.device)
-        self.dropped = self.threshold.clone()  # best bound of what was not expanded and is kept no longer
+        self.dropped = self.threshold.clone()  # the best bound of prefixes that were given up without being read
         self.expanded = torch.zeros(self.users, dtype=torch.long, device=self.device)
 
     def run(self, width: int, exact: bool) -> list[Found]:
         users = torch.arange(self.users, device=self.device)
         roots = torch.zeros_like(users)
         zero = torch.zeros_like(users, dtype=torch.float64)
+        # Every user begins at the root, behind the prompt, whose state is known.
         start = Prefixes(users, roots, torch.full_like(users, -1), zero, zero)
         start = start.take(self.reach.items(users, roots) > 0)
         fresh = self._children(start, start.parent, self.tree.prompt_hidden_UD, start.user)
         left: list[Prefixes] = []
+        # The beam, depth by depth.
         while len(fresh):
             chosen, rest = self._best(fresh, width, timed=False)
             left.append(rest)
             if not exact:
                 self._drop(rest)
             fresh = self._expand(chosen)
+        # What it left behind, the best first, until nothing is as good as the K-th item.
         frontier = self._hopeful(_joined(left, self.users)) if exact and left else None
         while frontier is not None and len(frontier):
             chosen, rest = self._best(frontier, width)
@@ -156,7 +162,7 @@ class _Search:
     # ---- one pass ----------------------------------------------------------------------------------------------------
 
     def _expand(self, chosen: Prefixes) -> Prefixes:
-        """Let the model read prefixes; returns their children that may still matter, and keeps the titles that end."""
+        """Let the model read prefixes. Keeps the sequences that end, and returns the children that may still matter."""
         if not len(chosen):
             return chosen
         first = self.tree.num_nodes
@@ -166,40 +172,46 @@ class _Search:
         return self._children(chosen, first + rows, hidden, rows)
 
     def _children(self, above: Prefixes, place: torch.Tensor, hidden: torch.Tensor, rows: torch.Tensor) -> Prefixes:
-        """Children of prefixes; `rows` says where in `hidden` [M, D] each one's state is, and `place` where in the
-        tree."""
+        """Children of prefixes; `rows` says where in `hidden` [M, D] the state of each prefix is, and `place` where it
+        is in the tree."""
         if not len(above):
             return above
+        # All children of all prefixes, in one flat run: `row` is the prefix of each, `child` its node.
         begin = self.first_child[above.node].long()
         counts = self.first_child[above.node + 1] - begin
         row = torch.repeat_interleave(torch.arange(len(above), device=self.device), counts)
         child = begin[row] + torch.arange(len(row), device=self.device) - (counts.cumsum(0) - counts)[row]
+        # Children without an item that this user may be given are left out.
         items = self.reach.items(above.user[row], child)
         alive = (items > 0).nonzero()[:, 0]
         row, child, items = row[alive], child[alive], items[alive]
         user, token = above.user[row], self.token[child].long()
+        # A child's score is its prefix's and one more token; its bound allows for items that share a sequence.
         score = above.score[row] + self.tree.log_probs(hidden[rows], row, token)
         bound = score - self.num_sharing[child].double().log()
         if self.longest is not None:
             bound = bound / self.longest[child]
         ends = token == self.trie.end
+        # At a leaf the bound is the score of its items.
         if bool(ends.any()):
             self._keep(user[ends], child[ends], bound[ends], items[ends])
         alive = ~ends
         return self._hopeful(Prefixes(user[alive], child[alive], place[row[alive]], score[alive], bound[alive]))
 
     def _keep(self, user: torch.Tensor, leaf: torch.Tensor, score: torch.Tensor, items: torch.Tensor) -> None:
-        """Of all titles found, each user's `k` best items and what ties with the last; sets the thresholds."""
+        """Of all sequences found, keep each user's `k` best items and what ties with the last; set the thresholds."""
+        # All sequences found so far, by user, the best of each user first.
         columns = [torch.cat(pair) for pair in zip(self.found, (user, leaf, score, items), strict=True)]
         order = torch.argsort(columns[2], descending=True, stable=True)
         order = order[torch.argsort(columns[0][order], stable=True)]
         user, leaf, score, items = (column[order] for column in columns)
+        # Items of the user up to each sequence: a running sum, less what it was before the user's first sequence.
         so_far = items.cumsum(0)
         counts = torch.bincount(user, minlength=self.users)
         first = counts.cumsum(0) - counts
         before = so_far - items
         so_far = so_far - before[first[user]]
-        last = (so_far >= self.k) & (so_far - items < self.k)  # the title with the K-th item
+        last = (so_far >= self.k) & (so_far - items < self.k)  # the sequence with the K-th item
         self.threshold[user[last]] = score[last]
         kept = score >= self.threshold[user]
         self.found = user[kept], leaf[kept], score[kept], items[kept]
@@ -208,6 +220,7 @@ class _Search:
 
     def _best(self, prefixes: Prefixes, number: int, timed: bool = True) -> tuple[Prefixes, Prefixes]:
         """Each user's best `number` prefixes, as far as budgets go (that of time if `timed`), and the others."""
+        # How many each user may read now.
         counts = torch.bincount(prefixes.user, minlength=self.users)
         widest = int(counts.max())
         wanted = torch.full_like(counts, number)
@@ -217,11 +230,13 @@ class _Search:
             wanted = torch.zeros_like(wanted)
         chosen = torch.zeros(len(prefixes), dtype=torch.bool, device=self.device)
         if widest > number or self.max_nodes is not None or self.timed:
+            # Bounds in a grid, a row for each user, so that one topk serves all.
             column = torch.arange(len(prefixes), device=self.device) - (counts.cumsum(0) - counts)[prefixes.user]
             grid = torch.full((self.users, widest), -torch.inf, dtype=torch.float64, device=self.device)
-            # a prefix may be impossible (-inf), and must still come before the padding
+            # A prefix may be impossible (-inf) and must still come before the padding.
             grid[prefixes.user, column] = prefixes.bound.clamp(min=torch.finfo(torch.float64).min)
             best = grid.topk(min(number, widest), dim=1).indices
+            # Of the best columns, those that are no padding and within the budget.
             real = torch.arange(best.shape[1], device=self.device) < torch.minimum(wanted, counts)[:, None]
             chosen[((counts.cumsum(0) - counts)[:, None] + best)[real]] = True
         else:
@@ -237,11 +252,13 @@ class _Search:
         return prefixes.take(kept.nonzero()[:, 0])
 
     def _drop(self, prefixes: Prefixes) -> None:
+        """Give prefixes up; the best bound among them is remembered for the gap."""
         self.dropped.scatter_reduce_(0, prefixes.user, prefixes.bound, "amax")
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 
     def _results(self) -> list[Found]:
+        """What was found for each user, as items."""
         user, leaf, score, _ = (column.cpu().numpy() for column in self.found)
         at = np.searchsorted(user, np.arange(self.users + 1))
         threshold, dropped = self.threshold.cpu().numpy(), self.dropped.cpu().numpy()
@@ -249,6 +266,7 @@ class _Search:
         out = []
         for number in range(self.users):
             mine = slice(at[number], at[number + 1])
+            # Each sequence found stands for all its items, less those that are not to be returned.
             ended = self.trie.items_at(leaf[mine])
             items, scores = ended.values.astype(np.int64), np.repeat(score[mine], ended.lengths)
             kept = self.trie.in_stock[items]
@@ -272,7 +290,10 @@ class _Search:
 
 
 class _Reach:
-    """How many items of a node a user may be given: those in stock, less the excluded ones, or the allowed ones."""
+    """How many items below a node a user may be given: those in stock less the excluded ones, or the allowed ones.
+
+    What differs from the stock is kept sparsely, as counts by (user, node) for nodes above excluded or allowed items.
+    """
 
     def __init__(
         self,
@@ -284,7 +305,7 @@ class _Reach:
     ) -> None:
         self._num_items = trie.on(device, "num_items")
         self._num_nodes = trie.num_nodes
-        listed = np.zeros(users, dtype=bool)
+        listed = np.zeros(users, dtype=bool)  # users whose counts are of the items allowed, not of those excluded
         keys, counts = [], []
         for user in range(users):
             gone = np.unique(excluded[user]) if excluded is not None else np.empty(0, dtype=np.int64)
@@ -303,10 +324,11 @@ class _Reach:
         self._listed = torch.from_numpy(listed).to(device) if listed.any() else None
 
     def items(self, user: torch.Tensor, node: torch.Tensor) -> torch.Tensor:
-        """int64, of each pair."""
+        """Items below each node for the user of the same row: int64."""
         there = self._num_items[node].long()
         counts = torch.zeros_like(there)
         if self._keys is not None and self._counts is not None:
+            # Keys ascend, so a pair is found by bisection; pairs that are not there have no count.
             key = user * self._num_nodes + node
             at = torch.searchsorted(self._keys, key).clamp(max=len(self._keys) - 1)
             counts = torch.where(self._keys[at] == key, self._counts[at], counts)

@@ -1,4 +1,4 @@
-"""The one check that what a model says is a number: where its log-probabilities are made, whoever reads for it."""
+"""The one check that a model's log-probabilities are numbers, made where they are."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from cprec.errors import ModelError
 
 
 def require_finite(values: torch.Tensor) -> None:
-    """Raise ModelError where values of a model are infinite or no numbers.
+    """Raise ModelError where values of a model are infinite or NaN.
 
-    `values` are the normalisers of its distributions, or what is NaN where these are not finite: a token that a model
-    forbids has the logit -inf, and with it a distribution that is as good as any.
+    `values` are the normalisers of its distributions, or anything that is NaN where these are not finite. Logits
+    themselves may be -inf: a model forbids tokens so, and the distribution is still a good one.
     """
     if not bool(torch.isfinite(values).all()):
         raise ModelError(

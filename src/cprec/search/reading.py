@@ -1,4 +1,4 @@
-"""Who reads prompts and titles for a recommender: a model in this process, or an engine behind the same interface."""
+"""What reads prompts and sequences for a recommender: a model in this process, or an engine behind one interface."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from cprec.search.cache import PrefixCache
 class Tree(Protocol):
     """Prompts of several users and the continuations tried for each, which are its nodes.
 
-    U users, M nodes or states, N tokens. A state stands for what has been read up to a node; what is in it is the
-    tree's own affair.
+    U users, M nodes or states, N tokens. A state stands for everything read up to a node; its content is the tree's own
+    affair.
     """
 
     prompt_hidden_UD: torch.Tensor
@@ -36,7 +36,7 @@ class Tree(Protocol):
         ...
 
     def forget(self) -> None:
-        """Drops all nodes, and their states; the prompts stay."""
+        """Drop all nodes and their states; the prompts stay."""
         ...
 
     def log_probs(self, hidden_MD: torch.Tensor, row_N: torch.Tensor, token_N: torch.Tensor) -> torch.Tensor:
@@ -55,9 +55,9 @@ class Reader(Protocol):
     """Reads prompts."""
 
     context: int
-    """Tokens that a prompt and a title may have together."""
+    """Tokens that a prompt and a sequence may have together."""
     cache: PrefixCache | None
-    """What is kept of prompts in this process; None where nothing is."""
+    """Prompts kept in this process; None where none are."""
 
     def read(self, prompts: Sequence[np.ndarray]) -> Tree:
         """The tree of prompts, of at least one token each."""
@@ -68,9 +68,9 @@ class ModelReader:
     """A causal language model of transformers in this process."""
 
     def __init__(self, model: Any, *, bf16: bool = False, pad_id: int = 0, cache_bytes: int = 0) -> None:
-        """`cache_bytes` of memory keep what was read of prompts.
+        """`cache_bytes` of memory keep prompts that were read.
 
-        Raises ConfigError for architectures that cannot be read so.
+        Raises ConfigError for architectures whose attention a `PromptTree` cannot stand in for.
         """
         output_scale(model)
         check_attention(model)

@@ -1,4 +1,4 @@
-"""Exact log-likelihood of given titles: each prefix that titles share is read once, and many in one pass."""
+"""Exact log-likelihood of given sequences: each prefix that they share is read once, and many in one pass."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from cprec.data.ragged import Ragged, offsets_of
 from cprec.search.reading import Tree
 from cprec.search.trie import build_block, levels_of
 
-TITLES = 128
-"""Titles of all users together whose prefixes are read in one pass."""
+SEQUENCES = 128
+"""Sequences of all users together whose prefixes are read in one pass."""
 
 
 def score_candidates(tree: Tree, candidates: Sequence[Ragged]) -> list[np.ndarray]:
-    """Summed log-probability of each candidate's title tokens, the end of sequence included.
+    """Summed log-probability of each candidate's tokens, the end included.
 
-    `candidates` holds, for each prompt of `tree`, its candidates' title tokens, of one or more each. Returns
+    `candidates` holds, for each prompt of `tree`, its candidates' sequences, of one or more tokens each. Returns
     float64[number of candidates] for each prompt. The nodes of `tree` are dropped.
     """
-    out = [np.empty(len(titles)) for titles in candidates]
-    users = np.repeat(np.arange(len(candidates)), [len(titles) for titles in candidates])
-    rows = np.concatenate([np.arange(len(titles)) for titles in candidates]) if len(users) else users
-    for start in range(0, len(users), TITLES):
-        mine = slice(start, start + TITLES)
+    out = [np.empty(len(sequences)) for sequences in candidates]
+    users = np.repeat(np.arange(len(candidates)), [len(sequences) for sequences in candidates])
+    rows = np.concatenate([np.arange(len(sequences)) for sequences in candidates]) if len(users) else users
+    for start in range(0, len(users), SEQUENCES):
+        mine = slice(start, start + SEQUENCES)
         for user, chosen, scores in _score(tree, candidates, users[mine], rows[mine]):
             out[user][chosen] = scores
     return out
@@ -36,6 +36,7 @@ def _score(
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Log-probabilities of some users' candidates (users ascending) by one pass over the trie of each user's."""
     device = tree.prompt_hidden_UD.device
+    # A block of prefixes for each user, and all blocks one after the other: a node of a user is block start + node.
     present, first = np.unique(users, return_index=True)
     blocks, leaves, chosen = [], [], np.split(rows, first[1:])
     for user, mine in zip(present, chosen, strict=True):
@@ -52,7 +53,8 @@ def _score(
     user = np.repeat(present, np.diff(root))
     is_root = np.zeros(len(token), dtype=bool)
     is_root[root[:-1]] = True
-    read = (children > 0) & ~is_root  # leaves are read by nobody
+    # The model reads inner nodes only: nothing follows a leaf, and the root is the prompt.
+    read = (children > 0) & ~is_root
     place = np.cumsum(read) - 1
     place[is_root] = -1
     tree.forget()
@@ -62,7 +64,8 @@ def _score(
             *(torch.from_numpy(a[read]).to(device) for a in (token.astype(np.int64), user, place[parent]))
         )
         hidden = torch.cat([hidden, new])
-    inner = np.flatnonzero(children)  # with their children in the order of nodes
+    # The log-probability of each node's token after its parent; children follow each other as their parents do.
+    inner = np.flatnonzero(children)
     state = np.where(is_root, np.cumsum(is_root) - 1, len(present) + place)[inner]
     child = np.flatnonzero(~is_root)
     row = np.repeat(np.arange(len(inner)), children[inner])
@@ -70,6 +73,7 @@ def _score(
     at = (torch.from_numpy(each).to(device) for each in (row, token[child].astype(np.int64)))
     step = tree.log_probs(states, *at).cpu().numpy()
     tree.forget()
+    # Summed along each path, depth by depth.
     total = np.zeros(len(token))
     total[child] = step
     for number, (start, block, leaf) in enumerate(zip(root[:-1], blocks, leaves, strict=True)):

@@ -143,6 +143,7 @@ class Batcher:
                 self._changed.wait()
             batch: list[Job] = []
             left: deque[Job] = deque()
+            # Jobs that ask for the same join the oldest, whoever waits between them, until the batch is full.
             size, ask = 0, self._jobs[0].ask
             for job in self._jobs:
                 if job.ask == ask and (not batch or size + len(job.queries) <= self._limit):

@@ -65,6 +65,7 @@ class Gate:
             return
         began, status, method = time.monotonic(), HUNG_UP, scope["method"]
 
+        # Note the status for the metrics, and drop the body of an answer to HEAD.
         async def noting(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":

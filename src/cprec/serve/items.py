@@ -63,6 +63,7 @@ class ItemStore:
             return
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.path = Path(folder) / FILE
+        # The lock is on the open file: it says nothing once another process has replaced that file in the folder.
         created = not self.path.exists()
         self._file = os.open(self.path, _FLAGS, 0o644)
         try:
@@ -158,6 +159,7 @@ class ItemStore:
                 )
             self._keep([StoredItem(**json.loads(text))])
             self._digest = expected
+        # A last line without an end was being written at a kill: it was never promised.
         if end < len(data):
             os.ftruncate(self._file, end)
             os.fsync(self._file)
@@ -198,6 +200,7 @@ def with_items(catalogue: Catalogue, items: Sequence[StoredItem]) -> Catalogue:
         else:
             for name, column in columns.items():
                 column[row] = getattr(item, name)
+    # New items in the order of the rows, and for each the row that it goes before.
     keys = sorted(new)
     at = np.empty(len(keys), dtype=np.int64)
     for number, (index, item_id) in enumerate(keys):
@@ -205,7 +208,7 @@ def with_items(catalogue: Catalogue, items: Sequence[StoredItem]) -> Catalogue:
         at[number] = rows[0] + np.searchsorted(catalogue.item_id[rows], item_id)
 
     def grown(column: np.ndarray, values: list[object]) -> np.ndarray:
-        filled = np.empty(len(values), dtype=column.dtype)
+        filled = np.empty(len(values), dtype=column.dtype)  # np.array would make fixed-width text of an object column
         filled[:] = values
         return np.insert(column, at, filled)
 

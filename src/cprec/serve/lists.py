@@ -77,6 +77,7 @@ class Answers:
             for text, reason in row.left_out:
                 self._rejected.add(row.line, row.user, text, reason)
             users.append((row, self._items(row)))
+        # Rank the users whose history the model can read; the others get the popular items.
         queries = {number: self._query(items) for number, (_, items) in enumerate(users)}
         by_model = {n: query for n, query in queries.items() if not reads_nothing(self._recommender, query)}
         found = self._ranked([by_model[n] for n in by_model])
@@ -197,6 +198,7 @@ class ListStore:
             ) from None
 
     def _open(self, made_of: str) -> None:
+        # Another command that writes the same output is refused at once, not waited for.
         self._file = sqlite3.connect(self.path, timeout=0)
         self._file.execute("PRAGMA locking_mode = EXCLUSIVE")  # a lock is kept until the file is closed
         self._file.execute("BEGIN EXCLUSIVE")

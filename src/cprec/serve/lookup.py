@@ -96,12 +96,14 @@ class TitleSearch:
         catalogue = self.catalogue
         domains = catalogue.domains if domain is None else (domain,)
         exact = [row for name in domains if (row := catalogue.row_of_id(name, query)) is not None]
+        # Titles are compared without regard to case, spaces and forms of Unicode.
         words = spelling(query).split()
         if not words and query.strip():
             return exact
         # The rows of a domain are contiguous, and so are those of all domains.
         first, last = (catalogue.rows_of(name)[[0, -1]] for name in (domains[0], domains[-1]))
         start, titles = int(first[0]), self._spelt.slice(int(first[0]), int(last[1]) - int(first[0]) + 1)
+        # Start with all titles of these domains, and keep those that contain each word.
         kept = pa.array([True]).take(pa.array([0] * len(titles), pa.int8()))
         for word in words:
             kept = pc.and_(kept, pc.match_substring(titles, word))

@@ -297,6 +297,7 @@ class Service:
         whole = replace(whole, history=engine.shown(whole))
         events = whole.history
         domains = sorted({event.domain for event in events})
+        # The history without each event in turn, then without the events of each domain.
         shorter = [events[:place] + events[place + 1 :] for place in range(len(events))]
         shorter += [tuple(event for event in events if event.domain != name) for name in domains]
         queries = [whole, *(replace(whole, history=history) for history in shorter)]

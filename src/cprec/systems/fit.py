@@ -39,8 +39,6 @@ from cprec.train.trainable import Stream, Trainable, decay_matrices
 
 NEXT_ITEM = "next_item"
 """The name of the main loss term."""
-VALIDATION_QUERIES = 4000
-"""Validation queries, a seeded sample at most, that decide which weights are kept."""
 RECORD, WEIGHTS = "system.json", "best.safetensors"
 
 
@@ -104,6 +102,8 @@ class SystemSettings(ABC):
     patience: int = 0
     """Validations (there are 15 in a stage) without a better one after which a stage ends; 0: it goes to the end."""
 
+    VALIDATION_QUERIES: ClassVar[int] = 4000
+    """Validation queries, a seeded sample at most, that decide which weights are kept."""
     SEARCH: ClassVar[Mapping[str, Choice]] = {
         "hidden_size": OneOf(values=(64, 128, 256)),
         "dropout": Real(low=0.1, high=0.7),
@@ -238,12 +238,12 @@ class _Validation:
     users: Sequence[str]
 
     @classmethod
-    def of(cls, split: Split, domain: str, seed: int) -> _Validation:
-        """A seeded sample of a domain's validation queries. Raises Unsuitable where there are none."""
+    def of(cls, split: Split, domain: str, seed: int, most: int) -> _Validation:
+        """A seeded sample of a domain's validation queries, of `most` at most. Raises Unsuitable where there are none."""
         queries = split.queries(domain, VALIDATION, max_history=max(1, len(split.interactions)))
         if not len(queries):
             raise Unsuitable(f"domain {domain!r} has no validation event to choose the weights of a system by")
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(queries))[:VALIDATION_QUERIES])
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(queries))[:most])
         first = int(split.catalogue.rows_of(domain)[0])
         asked = queries.history.take(chosen)
         users = user_names(split.interactions, queries.user[chosen])
@@ -262,7 +262,8 @@ class _Validation:
 def fit(settings: SystemSettings, split: Split, domain: str, seed: int, folder: Path) -> TrainedRecommender:
     """See `SystemSettings.make`."""
     name, device = type(settings).__name__, distributed.pick_device()
-    data, validation = TrainingSequences.of(split, domain), _Validation.of(split, domain, seed)
+    data = TrainingSequences.of(split, domain)
+    validation = _Validation.of(split, domain, seed, settings.VALIDATION_QUERIES)
     made_from = {
         **{"system": name, "settings": asdict(settings), "domain": domain, "seed": seed, "data": data.digest()},
         **{"validation": validation.digest(), "code": code_sha256(type(settings).__module__)},

@@ -7,16 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from cprec.batch import IGNORE, Batch
 from cprec.data.ragged import Ragged
+from cprec.models import hide_progress_bars
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import Item
 from cprec.scoring import check_domain, histories_of
 from cprec.search.ranking import SequenceRanker, batches
 from cprec.search.reading import ModelReader
 from cprec.search.trie import Trie
-from cprec.systems.codes import PADDING, ItemCodes
+from cprec.systems.codes import END, PADDING, ItemCodes
 from cprec.systems.signals import RowStream, TrainingSequences, padded, recent, windows
 from cprec.text.stream import NEXT_TOKEN
 
@@ -24,6 +26,27 @@ QUERY_BATCH = 64
 """Histories that are read and searched together."""
 TOP = 10
 """The length of lists by which weights are chosen."""
+
+
+def decoder(
+    codes: ItemCodes, *, max_length: int, dropout: float, hidden_size: int, num_layers: int, num_heads: int
+) -> GPT2LMHeadModel:
+    """A causal transformer before training, with room for `max_length` items and one more; the tokens have the same
+    vectors at its input and output."""
+    hide_progress_bars()
+    config = GPT2Config(
+        vocab_size=codes.vocabulary_size,
+        n_positions=1 + (max_length + 1) * codes.longest,
+        n_embd=hidden_size,
+        n_layer=num_layers,
+        n_head=num_heads,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=None,
+        eos_token_id=END,
+    )
+    return GPT2LMHeadModel(config)
 
 
 class CodeStream(RowStream):
@@ -48,7 +71,7 @@ class CodeStream(RowStream):
         """See `RowStream.batch`."""
         members = self.members(step)
         tokens, lengths = padded(self._rows.take(members), PADDING)
-        place = np.broadcast_to(np.arange(tokens.shape[1] - 1), (len(members), tokens.shape[1] - 1))
+        place = np.tile(np.arange(tokens.shape[1] - 1), (len(members), 1))
         targets = np.where(place + 1 < lengths[:, None], tokens[:, 1:], IGNORE)
         num_targets = int((lengths - 1).sum())
         return self._batch(
@@ -58,7 +81,7 @@ class CodeStream(RowStream):
 
 class CodeRecommender:
     """Ranks a domain's items by a model's probability of each item's codes after those of the history. Full lists come
-    with a certificate, as those of titles do."""
+    with a proof, as those of titles do."""
 
     seconds = 0.0
 
@@ -106,11 +129,12 @@ class CodeRecommender:
     ) -> tuple[np.ndarray, np.ndarray]:
         """How many items score above each target, and how many as high, itself included: int64[Q] each.
 
-        Counted in the ten best that a beam finds; a target that is not among them is tied with nothing (0): a miss.
+        Counted in the ten best that a beam finds. A target that is not among them is a miss: ten are better, and it is
+        tied with nothing (0).
         """
         ids = self.catalogue.item_id[self.catalogue.rows_of(self.domain)]
         queries = [self._query(ids[histories[number]], exclude_seen) for number in range(len(histories))]
-        better, tied = np.zeros((2, len(targets)), dtype=np.int64)
+        better, tied = np.full(len(targets), TOP), np.zeros(len(targets), dtype=np.int64)
         for number, ranking in enumerate(self.rank(queries, TOP, "beam")):
             score = dict(zip(ranking.item_ids, ranking.scores, strict=True)).get(ids[targets[number]])
             if score is not None:

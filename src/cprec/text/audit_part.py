@@ -48,7 +48,7 @@ from cprec.text.encoding import PromptEncoder
 from cprec.text.shards import Shards, read_piece, read_shard_manifest
 
 AUDIT_FOLDER = ".audit"
-"""Inside the data folder, while it is audited: the encoded catalogue and what the parts count."""
+"""Inside the data folder, while it is audited: the encoded catalogue and the counts of the parts."""
 
 READABLE = "readable.json"
 """In the audit folder: the names of the shards, examples and queries that can be read."""
@@ -56,7 +56,7 @@ READABLE = "readable.json"
 
 @dataclass(frozen=True)
 class Prepared:
-    """A data folder and what it says of itself."""
+    """A data folder with the settings and the manifest that stand in it."""
 
     folder: Path
     settings: dict[str, Any]
@@ -103,7 +103,7 @@ def open_grammar(folder: Path) -> tuple[Catalogue, Grammar]:
 
 
 def audit_part(folder: Path, part: int) -> dict[str, Any]:
-    """Check what the users of one part have in every shard, example and query.
+    """Check the documents, examples and queries of the users of one part.
 
     Returns properties, observations and counts of events in time as plain JSON; how many training events each item has
     goes into the audit folder.
@@ -173,7 +173,7 @@ class _PartAuditor:
         )
 
     def check_split(self) -> Property:
-        """The split in the tables is what its parameters say."""
+        """The split in the tables is the one that its parameters give."""
         split, log, cuts = self._split, self._split.interactions, self._data.cuts
         expected = make_split(
             split.catalogue,
@@ -209,14 +209,14 @@ class _PartAuditor:
             yield check_absent("shards/heldout: no user of shards/train", users["shards/heldout"], trained, self._users)
 
     def _check_shards(self, name: str) -> tuple[list[Property], np.ndarray]:
-        """Everything that the documents of a shard folder can be asked; and each document's user, -1 where unknown."""
+        """All checks of the documents of a shard folder; and each document's user, -1 where unknown."""
         laid_out, shards, numbers = self._read(name)
         if laid_out.violations:
             return [laid_out], np.empty(0, dtype=np.int64)
         split, cuts = self._split, self._data.cuts
         user, labels = self._user_rows(shards.documents), self._labels(shards, numbers)
         is_example, validates = name.startswith("examples/"), name.endswith(f"/{VALIDATION}")
-        # A validation example ends with a validation event, after what was known by then.
+        # A validation example ends with a validation event, and may show everything before it.
         allowed = ~split.events(TEST) if validates else self._train
         events, properties = self._check_lines(name, shards, user, allowed, labels)
         if is_example:
@@ -258,7 +258,7 @@ class _PartAuditor:
     def _check_examples(
         self, name: str, events: Events, user: np.ndarray, shown: np.ndarray, labels: Labels
     ) -> list[Property]:
-        """What examples ask for, and that they show only what came before it."""
+        """Examples ask only for events that they may ask for, and show only events before those."""
         log, catalogue = self._split.interactions, self._split.catalogue
         _, domain, part = name.split("/")
         of_domain = catalogue.domain[log.item] == catalogue.domain_index(domain)
@@ -356,7 +356,7 @@ class _PartAuditor:
         return np.where(shards.column("kind") == MIXED, -1, domain)
 
     def _user_rows(self, table: pa.Table) -> np.ndarray:
-        """The row of each entry's user in the log; -1 where the log has no such user."""
+        """The row of each entry's user in the log; -1 for a user that the log does not have."""
         found = pc.index_in(_user_keys(table["platform"], table["user_id"]), self._user_keys)
         return np.asarray(pc.fill_null(found, -1).to_numpy().astype(np.int64))
 

@@ -1,4 +1,4 @@
-"""The leakage certificate of a data folder: made from what stands on disk, not from the code that wrote it."""
+"""The leakage certificate of a data folder: made from the files on disk, without the code that wrote them."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ CERTIFICATE = "certificate.json"
 
 
 def audit(folder: str | Path, workers: int | None = None) -> dict[str, Any]:
-    """Check what stands in a data folder, write `certificate.json` and return it.
+    """Check the files of a data folder, write `certificate.json` and return its content.
 
     Everything is read back from disk: the canonical tables and their split, and the tokens of every shard and example.
-    `clean` means that no property is violated; observations are counts that a reader should know and that prove no
-    leak. Files that differ from those of the last clean certificate are a violation, until they are as they were.
+    `clean` means that no property is violated; observations are counts that a reader should know, but that prove no
+    leak. Files that differ from those of the last clean certificate are a violation until they are restored.
 
     `folder` may be the folder of a run, whose data folder is `data`. Raises ConfigError for any other.
     """
@@ -180,7 +180,7 @@ def _check_unchanged(folder: Path, files: dict[str, str]) -> Property:
 
 
 def _check_hashes(folder: Path, readable: Sequence[str], files: dict[str, str], catalogue_sha256: str) -> Property:
-    """What a shard manifest says of its own files, and of the catalogue and the tokenizer that it was made with."""
+    """Shard manifests have the true hashes of their own files, of the catalogue and of the tokenizer."""
     wrong, checked = [], 0
     for name in readable:
         if name.startswith("queries/"):
@@ -276,7 +276,7 @@ def _check_interactions(folder: Path, domain: str, num_events: int, parts: range
 def _check_contents(
     data: Prepared, catalogue: Catalogue, readable: Sequence[str], workers: int
 ) -> Iterator[Property | Observation]:
-    """What the parts find, put together, then what only all users together can show."""
+    """The findings of the parts, added up, and then those that need all users together."""
     with _audit_folder(data, catalogue, readable) as work:
         found = run_parts(
             "cprec.text.audit_part:audit_part", data.folder, range(data.manifest["num_parts"]), workers, "auditing"
@@ -293,7 +293,7 @@ def _check_contents(
 
 @contextmanager
 def _audit_folder(data: Prepared, catalogue: Catalogue, readable: Sequence[str]) -> Iterator[Path]:
-    """The folder with what `audit_part` needs, removed at the end; `readable` names what the parts may read."""
+    """The folder that `audit_part` reads, removed at the end; `readable` names the shards and queries to check."""
     work = data.folder / AUDIT_FOLDER
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()

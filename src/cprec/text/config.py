@@ -27,10 +27,10 @@ class Template:
     next: str = "\nNext:"
     mixed_scope: str = "multiple"
     item_fields: tuple[str, ...] = (TITLE,)
-    """What stands for an item: its title, then what else it has."""
+    """The fields that stand for an item: its title, then others."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "item_fields", tuple(self.item_fields))  # a list where it was read from a file
+        object.__setattr__(self, "item_fields", tuple(self.item_fields))  # files hold lists
         wrong = set(self.item_fields) - set(ITEM_FIELDS)
         if self.item_fields[:1] != (TITLE,) or wrong or len(set(self.item_fields)) < len(self.item_fields):
             raise ConfigError(
@@ -42,11 +42,11 @@ class Template:
         return f"{self.scope} {scope}{self.history}"
 
     def tag(self, domain: str) -> str:
-        """What stands before each title of a mixed sequence, so that domain switches are visible."""
+        """The tag before each title of a mixed sequence, which shows the item's domain."""
         return f" [{domain}]"
 
     def title(self, title: str) -> str:
-        """A title as a piece: with the space that separates it from the dash, the tag or `Next:`."""
+        """A title as a piece: it begins with the space after the dash, the tag or `Next:`."""
         return f" {title}"
 
     def field(self, text: str) -> str:
@@ -56,15 +56,16 @@ class Template:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """Shares of the tokens that a phase of training reads; shards are made once, whatever these say."""
+    """Shares of the tokens that a phase of training reads. Shards do not depend on them."""
 
     mixed_share: float = 0.5
     """Of the behaviour sequences' tokens, the share of all-domain mixed ones; the rest is domain-specific (our
     reconstruction: 1:1)."""
     domain_temperature: float = 0.7
-    """Domains share the specific tokens in proportion to (number of events) ** this: 1 as they come, 0 all alike."""
+    """Domains share the specific tokens in proportion to (number of events) ** this: 1 keeps their sizes, 0 makes them
+    equal."""
     domain_weights: Mapping[str, float] = field(default_factory=dict)
-    """Factors on what the temperature gives single domains: 2 doubles a domain's weight, 0 leaves it out."""
+    """Factors on the weights of single domains: 2 doubles the weight that the temperature gives, 0 leaves it out."""
     text_share: float = 0.0
     """Share of all tokens from the general text in `replay`."""
     examples_share: float = 0.0
@@ -99,7 +100,7 @@ class DocumentRules:
     order; or interleaved, which spreads the events of those evenly among the user's others (no one knows when they
     happened)."""
     document_order: Literal["time", "shuffled"] = "time"
-    """Events inside the documents to pre-train on: in time order, or shuffled, the arm that asks what order gives.
+    """Events inside the documents to pre-train on: in time order, or shuffled, to measure what the order contributes.
     Held-out documents, examples and queries stay in time order."""
     min_events: int = 5
     """Shortest behaviour sequence to pre-train on."""
@@ -153,9 +154,9 @@ class PrepareConfig(DocumentRules, Rules, Sources):
     engine: str = "duckdb"
     """What runs the steps that concern all rows: duckdb, or a Spark session (spark://...)."""
     memory_limit: str | None = None
-    """Memory for the table engine, as 8GB; None: 60 % of what is free."""
+    """Memory for the table engine, as 8GB; None: 60 % of the free memory."""
     spill_dir: str | None = None
-    """Where the table engine puts what does not fit into memory; None: inside the unfinished data folder."""
+    """Where the table engine puts data that do not fit into memory; None: inside the unfinished data folder."""
     workers: int | None = None
     """Processes that write documents side by side; None: one for each core. The result does not depend on it."""
     partition: str | None = None

@@ -1,4 +1,4 @@
-"""Writes what a part of the log gives: documents to pre-train on, examples to fine-tune on, queries to evaluate with.
+"""Writes documents to pre-train on, examples to fine-tune on and queries to evaluate with, part by part of the log.
 
 Any process on any machine that sees the folder may write a part; `join_parts` puts the parts together.
 
@@ -14,7 +14,7 @@ import functools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from cprec.text.encoding import PromptEncoder
 from cprec.text.shards import join_shards, write_shards
 
 RULES, ENCODER, PARTS = "rules.json", "encoder", "parts"
-"""Names inside an unfinished data folder: what `write_part` needs, and what it writes."""
+"""Names inside an unfinished data folder: the rules and the encoder that `write_part` reads, and where it writes."""
 
 QUERY_COLUMNS = frozenset(
     ("query_id", "platform", "user_id", "domain", "history_domain", "history_item", "target", "timestamp")
@@ -69,14 +69,14 @@ def query_names(target_domains: Sequence[str], parts: Sequence[str] = (VALIDATIO
 
 
 def save_rules(folder: Path, rules: DocumentRules, cuts: tuple[int, int] | None) -> None:
-    """Write what `write_part` needs besides the encoder.
+    """Write the rules that `write_part` follows.
 
     `cuts` are the first moments of validation and test where the whole log is split in time: microseconds since 1970
     UTC.
     """
     fields = asdict(rules) | {"cuts": cuts and [in_seconds(cut) for cut in cuts]}
     (folder / RULES).write_text(json.dumps(fields), encoding="utf-8")
-    _open.cache_clear()  # what this process read before was of other settings
+    _open.cache_clear()  # this process may have read the rules of other settings
 
 
 def read_rules(folder: Path) -> tuple[DocumentRules, tuple[int, int] | None]:
@@ -110,7 +110,7 @@ def is_joined(folder: Path) -> bool:
 
 
 def write_part(folder: Path, part: int) -> dict[str, int]:
-    """Order and split the events of a part and write what they give; returns how many of each there are."""
+    """Order and split the events of a part, and write its documents; returns how many each folder or file has."""
     rules, cuts, encoder = _open(folder)
 
     def decide(catalogue: Catalogue, log: Interactions, domains: dict[str, DomainInfo]) -> Split:
@@ -130,14 +130,15 @@ def write_part(folder: Path, part: int) -> dict[str, int]:
 
 @dataclass
 class _PartWriter:
+    """Writes the documents, examples and queries of a part into a folder."""
+
     rules: DocumentRules
     split: Split
     encoder: PromptEncoder
     folder: Path
     part: int
-
-    def __post_init__(self) -> None:
-        self.counts: dict[str, int] = {}
+    counts: dict[str, int] = field(default_factory=dict)
+    """How many documents or queries each folder or file has."""
 
     def write_behaviour(self) -> None:
         """Specific and mixed documents of the training events: shards to train on, and shards to measure perplexity."""
@@ -271,7 +272,7 @@ def _split_long(
 ) -> tuple[Ragged, np.ndarray, np.ndarray]:
     """Halve documents (by events) until each has at most `max_tokens` tokens or a single event."""
     while True:
-        # Tokens of each document: its events, what frames them, and the end-of-sequence.
+        # Tokens of each document: its events, the template's frame, and the end-of-sequence.
         size = np.add.reduceat(np.r_[encoder.event_tokens(kind, events.values), 0], events.offsets[:-1])
         size = size + encoder.frame_tokens(kind, np.maximum(domain, 0)) + 1
         long = (size > max_tokens) & (events.lengths > 1)
@@ -350,7 +351,7 @@ def join_parts(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Delete the parts and what only they needed, where these are still there."""
+    """Delete the parts and the encoder, which only they needed."""
     for name in (PARTS, ENCODER):
         shutil.rmtree(folder / name, ignore_errors=True)
 

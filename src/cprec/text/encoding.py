@@ -37,7 +37,7 @@ class TemplateMarks:
         line, next_, *tags = encode_pieces(
             tokenizer, [template.line, template.next, *(template.tag(domain) for domain in domains)]
         )
-        self._marks = [np.array(line), np.array(next_)]  # what opens a line, and the target
+        self._marks = [np.array(line), np.array(next_)]  # they open a line, and the target
         self._tags = sorted(map(np.array, tags), key=len)
         self._mixed_head = np.array([*begin, *encode_pieces(tokenizer, [template.head(template.mixed_scope)])[0]])
 
@@ -122,7 +122,7 @@ class PromptEncoder:
         )
 
     def whole_titles(self, tokenizer: Any, rows: np.ndarray) -> Ragged:
-        """Title tokens of catalogue rows, other fields in use included, as they are before they are cut."""
+        """Title tokens of catalogue rows, with the other fields in use, before they are cut."""
         return self._encode_items(tokenizer, rows, None)
 
     def _encode_items(self, tokenizer: Any, rows: np.ndarray, most: int | None) -> Ragged:

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,13 +123,12 @@ def _open(path: Path) -> pq.ParquetFile:
 def export(folder: str | Path, format: str, output_dir: str | Path | None = None, domains: Sequence[str] = ()) -> Path:
     """Write a data folder in another form into a new folder, and return that.
 
-    `format` is one of `FORMATS`; `output_dir` is by default the data folder's name with the format behind it; `domains`
-    are those to write, none named means all. `export.json` says what was written and from what: the format, the
-    catalogue's and the certificate's SHA-256, the rows and the SHA-256 of each file. The folder appears complete or not
-    at all.
+    `format` is one of `FORMATS`. By default `output_dir` is the data folder's name followed by the format, and all
+    `domains` are written. `export.json` records the format, the SHA-256 of the catalogue and of the certificate, and
+    the rows and the SHA-256 of each file. The folder appears complete or not at all.
 
-    Raises ConfigError for a format or domain that is not there and an output folder that is; DataError for a value
-    that the format cannot hold; LeakageError where text is asked for and no clean certificate covers it.
+    Raises ConfigError for an unknown format or domain and for an output folder that exists; DataError for a value that
+    the format cannot hold; LeakageError where text is asked for and no clean certificate covers it.
     """
     folder = Path(folder)
     if format not in FORMATS:
@@ -248,18 +248,13 @@ BENCHMARK = {"train": (TRAIN,), "valid": (VALIDATION,), "test": (TEST,)}
 """RecBole's names of the parts of the split, for `benchmark_filename: [train, valid, test]`."""
 
 
-class _Tsv:
+class _Tsv(pa.csv.CSVWriter):
     """Writes tables with tabs between fields and no quotes, as RecBole reads them."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         options = pa.csv.WriteOptions(delimiter="\t", quoting_style="none", quoting_header="none")
-        self._path, self._writer = path, pa.csv.CSVWriter(path, schema, write_options=options)
-
-    def __enter__(self) -> _Tsv:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._writer.close()
+        super().__init__(path, schema, write_options=options)
+        self._path = path
 
     def write_table(self, table: pa.Table) -> None:
         for name in table.column_names:
@@ -268,7 +263,7 @@ class _Tsv:
                 if len(missing):
                     raise DataError(f"{self._named(name, missing[0])}, which RecBole reads as no id at all{_REMEDY}")
         try:
-            self._writer.write_table(table)
+            super().write_table(table)
         except pa.ArrowInvalid as error:
             raise DataError(self._unwritable(table) or f"{self._path.name} cannot be written: {error}") from None
 
@@ -375,16 +370,6 @@ FRAMES: dict[str, dict[str, str]] = {
 ITEMS = "items"
 
 
-def write_rectools(out: Export) -> None:
-    """DOMAIN/{train,validation,test,items}.parquet for RecTools: user_id, item_id, weight, datetime."""
-    _write_frames(out, "rectools")
-
-
-def write_replay(out: Export) -> None:
-    """DOMAIN/{train,validation,test,items}.parquet for RePlay: query_id, item_id, rating, timestamp."""
-    _write_frames(out, "replay")
-
-
 def read_frame(folder: str | Path, format: str, domain: str, part: str) -> Any:
     """The pandas frame that a file of the format `rectools` or `replay` holds, without writing that file.
 
@@ -405,7 +390,8 @@ def read_frame(folder: str | Path, format: str, domain: str, part: str) -> Any:
     return pa.concat_tables(frames).to_pandas()
 
 
-def _write_frames(out: Export, format: str) -> None:
+def write_frames(out: Export, format: str) -> None:
+    """DOMAIN/{train,validation,test,items}.parquet, with the columns of `FRAMES`; context too, if users are unseen."""
     parts = _ALL_PARTS if out.manifest["split"]["unseen_user_share"] else (TRAIN, VALIDATION, TEST)
     files = {f"{part}.parquet": (part,) for part in parts}
     for domain in out.domains:
@@ -617,8 +603,8 @@ def _write_info(out: Export, info: Mapping[str, Any]) -> None:
 FORMATS: dict[str, Callable[[Export], None]] = {
     "recbole": write_recbole,
     "recbole-sequential": write_recbole_sequential,
-    "rectools": write_rectools,
-    "replay": write_replay,
+    "rectools": partial(write_frames, format="rectools"),
+    "replay": partial(write_frames, format="replay"),
     "messages": write_messages,
     "text": write_text,
 }

@@ -1,4 +1,4 @@
-"""What a data folder was made from: the hashes of its input, and what of that has changed since."""
+"""Records the input that a data folder was made from, and finds what has changed since."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def changed_inputs(sources: Sources, tokenizer: str, folder: Path) -> list[str]:
 
 
 Comparison = tuple[list[str], list[str]]
-"""What has changed, and what cannot be compared."""
+"""The changes that were found, and the reasons why something could not be compared."""
 
 
 def _compare_files(sources: Sources, folder: Path, hashes: FileHashes) -> Comparison:

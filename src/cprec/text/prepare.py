@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from cprec.data.build import Source  # with Ibis, which machines that train may lack
 
 EXECUTION_SETTINGS = ("output_dir", "engine", "memory_limit", "spill_dir", "workers", "partition")
-"""Settings that change where and how a data folder is made, but not what is in it."""
+"""Settings that change where and how a data folder is made, but not its content."""
 
 
 def prepare(config: PrepareConfig) -> Path:
@@ -44,7 +44,7 @@ def prepare(config: PrepareConfig) -> Path:
     The folder is made aside and renamed at the end, so an interrupted run leaves nothing that looks complete; the same
     command goes on where it was interrupted once the tables are there.
 
-    Raises ConfigError where the folder is of other settings, InputChanged where what it was made from has changed.
+    Raises ConfigError where the folder was made with other settings, InputChanged where its input has changed.
     """
     output_dir = Path(config.output_dir)
     if _is_complete(config, output_dir):
@@ -86,7 +86,7 @@ def _locked(output_dir: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-# ---- what is there already -------------------------------------------------------------------------------------------
+# ---- folders of earlier runs -----------------------------------------------------------------------------------------
 
 
 def _is_complete(config: PrepareConfig, folder: Path) -> bool:
@@ -130,7 +130,7 @@ def _has_tables(config: PrepareConfig, folder: Path) -> bool:
 
 
 def _changed_settings(config: PrepareConfig, folder: Path) -> list[str]:
-    """The settings that differ from those a folder was made with, where they change what is in it."""
+    """The settings that differ from those a folder was made with, of those that decide its content."""
     old, new = read_resolved(folder)["config"], to_dict(config)
     for table in old.get("tables", ()):
         for name in ("encoding", "decimal"):  # a folder may be older than these
@@ -148,7 +148,7 @@ def _changed_settings(config: PrepareConfig, folder: Path) -> list[str]:
 
 
 def _write_tables(config: PrepareConfig, folder: Path) -> None:
-    """Canonical tables, the tokenizer and the tokens of every title: what all parts need."""
+    """Write the canonical tables, the tokenizer and the tokens of every title, which all parts need."""
     sources = _domain_sources(config)
     _check_domains(config, [source.domain for source in sources])
     shutil.rmtree(folder, ignore_errors=True)
@@ -227,7 +227,7 @@ def _count_shared_texts(
 ) -> None:
     """Enter into `dataset.json` which items are read as the same text, and say so where it matters.
 
-    Raises DataError for items of a target domain of which the tokenizer leaves nothing: they cannot be ranked.
+    Raises DataError for items of a target domain that have no token left: they cannot be ranked.
     """
     manifest, catalogue = read_manifest(folder), encoder.catalogue
     for domain in domains:
@@ -254,7 +254,7 @@ def _write_parts(config: PrepareConfig, folder: Path) -> None:
 
 
 def _join_parts(config: PrepareConfig, folder: Path) -> None:
-    """Put the parts together; what an interrupted run did of it is not done again."""
+    """Put the parts together, unless an interrupted run did so already."""
     if not is_joined(folder):
         manifest, (_, cuts) = read_manifest(folder), read_rules(folder)
         manifest["split"] = asdict(config.split)
@@ -278,7 +278,7 @@ def _about(config: PrepareConfig, catalogue: Catalogue, folder: Path) -> dict[st
     }
 
 
-# ---- what was written ------------------------------------------------------------------------------------------------
+# ---- the summary -----------------------------------------------------------------------------------------------------
 
 
 def _describe(config: PrepareConfig, folder: Path) -> None:

@@ -81,7 +81,7 @@ def shared_texts(encoder: PromptEncoder, tokenizer: Any, domain: str, events_I: 
 
 
 def notes(domain: str, found: dict[str, Any], encoder: PromptEncoder) -> list[str]:
-    """The lines to print about what `shared_texts` found, where it matters: how much, why, and what to do."""
+    """Lines to print about the findings of `shared_texts`, where they matter: how many items, why, and the remedy."""
     out = []
     if found["shared"] >= NOTABLE * found["items"] or found["best_ndcg_at_10"] <= 1 - NOTABLE:
         cut = f"once cut to max_title_tokens={encoder.max_title_tokens}"

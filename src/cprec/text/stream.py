@@ -107,7 +107,7 @@ class TokenStream:
     """Batches of packed rows in a fixed order: `stream.batch(step)` needs no earlier step.
 
     Each phase is packed on its own, and its rows are divided evenly over its steps, `rows_per_step` at most.
-    `is_target(documents, tokens)` says, per token, which the loss covers, beside what the corpus says.
+    `is_target(documents, tokens)` says for each token whether the loss covers it, where the corpus allows that.
 
     Raises ConfigError if a document does not fit a row or nothing is to be trained on.
     """

@@ -104,7 +104,7 @@ def main() -> int:
     """Work on the parts that the command line names, and print one JSON object for each."""
     name, folder, parts = sys.argv[1:]
     output = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print, those in C too, must not come among the messages
+    os.dup2(2, 1)  # so that nothing that libraries print, those in C too, mixes with the messages
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         function = _function(name)

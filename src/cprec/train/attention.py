@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
 
 DOCUMENTS = "documents"
 """The name under which transformers knows it."""
@@ -23,11 +24,9 @@ ROUND = 32
 def use_document_attention(model: Any, *, compiled: bool = False) -> None:
     """Let a model attend by `document_attention`. Rows must then be packed and read without a cache.
 
-    Where blocks are `compiled`, what is around it is, and not itself: its shapes change with every batch. Blocks that
-    are recomputed in the backward pass as well must be compiled whole, which it prevents.
+    With `compiled` blocks, this function itself is not compiled: its shapes change with every batch. Blocks that
+    are also recomputed in the backward pass must be compiled whole, so they cannot use it.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-
     AttentionInterface.register(
         DOCUMENTS, torch.compiler.disable(document_attention) if compiled else document_attention
     )
@@ -50,18 +49,20 @@ def document_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within the documents of packed rows, where `position_ids` [R or 1, T] restart at 0.
 
-    As transformers calls it: heads H in G groups of keys and values; returns [R, T, H, D] and no weights. A
-    `sliding_window` limits how far back a position sees.
+    The signature is that of transformers: heads H in G groups of keys and values; returns [R, T, H, D] and no weights.
+    A `sliding_window` limits how far back a position sees.
     """
     rows, heads, tokens, width = query_RHTD.shape
     device = query_RHTD.device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else query_RHTD.dtype
     scale = width**-0.5 if scaling is None else scaling
+    # All tokens of all rows one after the other, so that documents can be picked by the places of their tokens.
     flat = [
         states.transpose(1, 2).reshape(rows * tokens, -1).to(dtype) for states in (query_RHTD, key_RGTD, value_RGTD)
     ]
     buckets, standing = _buckets(position_ids, rows)
     out = []
+    # Documents of about one length at a time, as a batch without gaps: N documents of L tokens.
     for place_NL in buckets:
         num, longest = place_NL.shape
         query, key, value = (
@@ -78,6 +79,7 @@ def document_attention(
         else:
             found = scaled_dot_product_attention(query, key, value, attn_mask=seen, dropout_p=dropout, scale=scale)
         out.append(found.transpose(1, 2).reshape(num * longest, heads * width))
+    # Put each token's result back where the token stands in the rows.
     return torch.cat(out).index_select(0, standing).view(rows, tokens, heads, width), None
 
 
@@ -104,6 +106,7 @@ class _PlainAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, weights, out = ctx.saved_tensors
+        # For p = softmax(s): ds = p * (dp - sum(p * dp)), and sum(p * dp) over keys is the sum of out * dout.
         grad = grads[0].to(out.dtype)
         of_value = torch.matmul(weights.transpose(-1, -2), grad)
         of_scores = torch.matmul(grad, value.transpose(-1, -2))
@@ -112,14 +115,16 @@ class _PlainAttention(torch.autograd.Function):
 
 
 def _buckets(position_ids: torch.Tensor, rows: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Places of the documents' tokens, [documents, length], by bucket of length, and where each token then stands.
+    """Places of the documents' tokens, [documents, length], by bucket of length; and for each token of the rows, its
+    place in the buckets one after the other.
 
-    Worked out once for all layers of a step. The end of a shorter document is filled up with its last token, which
-    nothing before it sees.
+    Computed once for all layers of a step, and kept on the position ids. A shorter document is filled up with its last
+    token, which no earlier token sees.
     """
     known: tuple[list[torch.Tensor], torch.Tensor] | None = getattr(position_ids, "_buckets", None)
     if known is not None:
         return known
+    # A document begins wherever a position is 0, and ends where the next one begins.
     positions = position_ids.expand(rows, -1).flatten()
     starts = (positions == 0).nonzero().squeeze(1)
     lengths = torch.diff(pad(starts, (0, 1), value=len(positions)))

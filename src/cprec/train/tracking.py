@@ -1,7 +1,7 @@
-"""Where a run's numbers go beside its log: TensorBoard, Weights & Biases, MLflow, Trackio.
+"""Trackers, which show a run's numbers beside its log: TensorBoard, Weights & Biases, MLflow, Trackio.
 
-Each is imported when it is asked for. A run that is resumed goes on as the same run there: TensorBoard drops the steps
-that are run again, the others are found by the id that `trackers.json` in the output folder keeps.
+Each is imported when it is asked for. A resumed run continues as the same run there: TensorBoard drops the steps that
+are run again, and the others find the run by its id, which `trackers.json` in the output folder keeps.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from cprec import distributed
 from cprec.errors import ConfigError
+from cprec.files import write_whole
 from cprec.progress import say
 
 IDS = "trackers.json"
-"""Ids of this run in the places that give runs one."""
+"""The file with the ids that trackers gave this run."""
 PROJECT = "cprec"
-"""What runs are filed under, unless WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME or TRACKIO_PROJECT says otherwise."""
+"""The project that runs belong to, unless WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME or TRACKIO_PROJECT says otherwise."""
 
 
 class Tracker(Protocol):
-    """A place that shows the numbers of a run."""
+    """A program or service that shows the numbers of a run."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """The values after a step, by name; a slash divides a name into a group and its member."""
@@ -40,18 +42,16 @@ class Tracker(Protocol):
 def trackers(
     report_to: str | Sequence[str], output_dir: Path, run_name: str, config: Mapping[str, Any], *, step: int = 0
 ) -> Tracker:
-    """All places that `report_to` names, as one; in processes other than the first, none.
+    """All trackers that `report_to` names, as one; none in processes other than the first.
 
-    `report_to` is one or several (a sequence, or with commas) of tensorboard, wandb, mlflow and trackio; `none`; or
-    `auto`: TensorBoard where it is installed. `step` is the step that the run goes on from, 0 for a new one. `config`
-    is shown beside the run.
+    `report_to` is one or several (a sequence, or with commas) of tensorboard, wandb, mlflow and trackio; or `none`; or
+    `auto`, which is TensorBoard if it is installed. The run goes on from `step`, 0 for a new one. `config` is shown
+    beside the run.
 
-    A place that fails later on is named in a warning and left out from then on: training does not stop for it.
+    A tracker that fails later is named in a warning and left out from then on; training does not stop for it.
 
     Raises ConfigError for an unknown name, for one that is not installed, and where a run cannot be opened.
     """
-    from cprec import distributed
-
     names = places(report_to)
     if not distributed.is_first():
         return _All({})
@@ -59,14 +59,14 @@ def trackers(
     found: dict[str, Tracker] = {}
     for name in names:
         try:
-            found[name] = _PLACES[name](output_dir, run_name, config, step)
+            found[name] = TRACKERS[name](output_dir, run_name, config, step)
         except ImportError as error:
             _All(found).close()
             raise ConfigError(
                 f"report_to={name}, but {name} cannot be imported ({error}): pip install {name}, or leave it out "
                 "(report_to=none reports nowhere; log.jsonl is written always)"
             ) from error
-        except Exception as error:  # whatever a service says when it is not reached or knows nobody
+        except Exception as error:  # services that are not reached or refuse us raise all kinds of errors
             _All(found).close()
             raise ConfigError(
                 f"report_to={name} could not open a run ({type(error).__name__}: {error}): log in there, or leave it "
@@ -85,10 +85,10 @@ def places(report_to: str | Sequence[str]) -> tuple[str, ...]:
     """
     words = report_to.split(",") if isinstance(report_to, str) else report_to
     names = tuple(dict.fromkeys(word.strip() for word in words if word.strip()))
-    unknown = [name for name in names if name not in (*_PLACES, "auto", "none")]
+    unknown = [name for name in names if name not in (*TRACKERS, "auto", "none")]
     if unknown or (len(names) > 1 and {"auto", "none"} & set(names)):
         raise ConfigError(
-            f"report_to={','.join(names)}: give auto or none alone, or one or more of {', '.join(_PLACES)}"
+            f"report_to={','.join(names)}: give auto or none alone, or one or more of {', '.join(TRACKERS)}"
         )
     if names == ("auto",):
         return ("tensorboard",) if find_spec("tensorboard") else ()
@@ -115,7 +115,7 @@ def values_of(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 class _All:
-    """Several places as one."""
+    """Several trackers as one."""
 
     def __init__(self, members: dict[str, Tracker]) -> None:
         self._members = members
@@ -136,13 +136,13 @@ class _All:
                 say(f"warning: {name} failed ({type(error).__name__}: {error}); nothing more is reported there")
 
 
-# ---- places ----------------------------------------------------------------------------------------------------------
+# ---- trackers --------------------------------------------------------------------------------------------------------
 
 
 class _TensorBoard:
     def __init__(self, output_dir: Path, run_name: str, config: Mapping[str, Any], step: int) -> None:
         writer = import_module("torch.utils.tensorboard").SummaryWriter
-        # What the log keeps on resuming (steps up to `step`) TensorBoard keeps; a run begun anew hides what was there.
+        # On resuming, TensorBoard keeps the steps that the log keeps (up to `step`); a new run hides older ones.
         self._writer = writer(str(output_dir / "tensorboard"), purge_step=step + 1 if step else 0)
         if step == 0:
             self._writer.add_text("config", "\n".join(f"    {name}: {config[name]}" for name in config))
@@ -173,7 +173,7 @@ class _Wandb:
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        # wandb's own steps may never go back, ours do where a run resumes: so it counts lines and draws over `step`
+        # wandb's own steps must not go back, as ours do when a run resumes: it counts lines, and draws them over `step`
         self._run.log({**values, "step": step})
 
     def close(self) -> None:
@@ -190,10 +190,10 @@ class _MLflow:
         mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
         run = mlflow.start_run(run_name=run_name)
         _keep_id(output_dir, "mlflow", run.info.run_id)
-        mlflow.log_params({name: str(value)[:500] for name, value in config.items()})  # the longest that MLflow takes
+        mlflow.log_params({name: str(value)[:500] for name, value in config.items()})  # MLflow takes no longer values
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        # MLflow refuses all other characters, the brackets of `books (specific)` among them
+        # MLflow refuses other characters, such as the brackets of `books (specific)`
         named = {re.sub(r"[^\w\-. /]", "", name): value for name, value in values.items()}
         self._mlflow.log_metrics(named, step=step)
 
@@ -207,7 +207,7 @@ class _Trackio:
         # a run's name is its identity there: two runs of one name would be one
         name = _kept_id(output_dir, "trackio", step) or f"{run_name}-{os.urandom(3).hex()}"
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
-        with redirect_stdout(sys.stderr):  # it talks, and standard output is for results
+        with redirect_stdout(sys.stderr):  # it prints, and standard output is for results
             self._run = trackio.init(project=project, name=name, config=dict(config), resume="allow")
         _keep_id(output_dir, "trackio", name)
 
@@ -219,14 +219,12 @@ class _Trackio:
             self._run.finish()
 
 
-_PLACES: dict[str, Callable[[Path, str, Mapping[str, Any], int], Tracker]] = {
+TRACKERS: dict[str, Callable[[Path, str, Mapping[str, Any], int], Tracker]] = {
     "tensorboard": _TensorBoard,
     "wandb": _Wandb,
     "mlflow": _MLflow,
     "trackio": _Trackio,
 }
-NAMES = tuple(_PLACES)
-"""What `report_to` may name, beside auto and none."""
 
 
 def _ids(output_dir: Path) -> dict[str, str]:
@@ -241,6 +239,4 @@ def _kept_id(output_dir: Path, name: str, step: int) -> str | None:
 
 def _keep_id(output_dir: Path, name: str, identity: str) -> None:
     path = output_dir / IDS
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(_ids(output_dir) | {name: identity}) + "\n")
-    unfinished.replace(path)
+    write_whole(path, json.dumps(_ids(output_dir) | {name: identity}) + "\n")

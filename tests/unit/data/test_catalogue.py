@@ -107,7 +107,7 @@ def test_a_text_means_an_id_then_an_exact_title_then_another_spelling(
 
 
 def test_a_spelling_of_several_titles_is_refused_with_their_names(alike: Catalogue) -> None:
-    named = r"'uS' is not a title as it is written, and may mean 'US' \(f1 of films\), 'Us' \(f2 of films\): write the title"
+    named = r"'uS' is not a title as it is written, and may mean 'US' \(f1 of films\), 'Us' \(f2 of films\): write "
     for find in (lambda: alike.look_up("uS", "films"), lambda: alike.find_titles("films", ["US", "uS"])):
         with pytest.raises(UnknownItemError, match=named):
             find()

@@ -265,7 +265,7 @@ def test_titles_that_are_impossible_come_last(model: Any, of_item: OfItem, width
 
 
 def test_all_items_at_once(model: Any, teacher_forced: Score, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cprec.search.scoring.TITLES", 7)  # several blocks
+    monkeypatch.setattr("cprec.search.scoring.SEQUENCES", 7)  # several blocks
     tree = PromptTree(model, [np.array(prompt) for prompt in PROMPTS])
     for prompt, mine in zip(PROMPTS, score_candidates(tree, [Ragged.of(ENDED)] * len(PROMPTS)), strict=True):
         assert mine.tolist() == pytest.approx([teacher_forced(prompt, title) for title in ENDED], abs=1e-4)

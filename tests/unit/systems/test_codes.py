@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from cprec.batch import IGNORE
 from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
+from cprec.data.splits import Split
 from cprec.errors import ConfigError
 from cprec.models import tiny_model
 from cprec.recommender import RankingQuery
@@ -21,6 +24,7 @@ from cprec.systems.codes import BEGIN, END, FIRST_CODE, ItemCodes, k_means, resi
 from cprec.systems.generator import CodeRecommender, CodeStream
 from cprec.systems.recipes.tiger import TIGER
 from cprec.systems.signals import TrainingSequences
+from cprec.systems.vectors import text_vectors
 
 NUM_ITEMS = 40
 
@@ -89,7 +93,7 @@ def data() -> TrainingSequences:
 
 @pytest.fixture(scope="module")
 def codes(data: TrainingSequences) -> ItemCodes:
-    return TIGER(num_codes=4, num_levels=2).codes(data, seed=0)
+    return ItemCodes.of(residual_codes(text_vectors(data.titles, 8), num_levels=2, num_codes=4, seed=0), num_codes=4)
 
 
 def test_every_token_of_a_row_predicts_the_next(data: TrainingSequences, codes: ItemCodes) -> None:
@@ -170,6 +174,19 @@ def test_ranks_of_targets_are_their_places_in_the_beam(recommender: CodeRecommen
     targets = np.array([int(first.item_ids[3][1:]), 9])
     better, tied = recommender.target_ranks(histories, targets, users=["", ""], exclude_seen=True)
     assert better[0] == 3 and tied.tolist() == [1, 0]  # the second one is left out, because it was seen
+
+
+def test_learns_what_comes_next_and_is_used_again(split: Split, tmp_path: Path) -> None:
+    settings = TIGER(
+        **{"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_levels": 2, "num_codes": 4, "dropout": 0.0},
+        **{"learning_rate": 2e-2, "batch_size": 16, "num_epochs": 2, "beam_width": 4, "max_length": 8},
+    )
+    recommender = settings.make(split, "ring", folder=tmp_path)
+    (log,) = tmp_path.glob("*/*/log.jsonl")
+    losses = [line["loss"] for line in map(json.loads, log.read_text().splitlines()) if "loss" in line]
+    assert losses[-1] < 0.9 * losses[0]
+    asked = [query(domain="ring", history=(Item("ring", "i03"),))]
+    assert settings.make(split, "ring", folder=tmp_path).rank(asked, 5) == recommender.rank(asked, 5)
 
 
 def test_another_domain_is_refused(recommender: CodeRecommender) -> None:

@@ -6,11 +6,12 @@ import importlib
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from cprec.data import build
-from cprec.data.config import Rules, SplitSpec, TableSource
+from cprec.data.config import Rules, Sources, SplitSpec, TableSource
 from cprec.data.dataset import read_manifest, read_split, slot_of
 from cprec.data.interactions import SECOND
 from cprec.errors import ConfigError, DataError
 from cprec.provenance import to_dict
 from cprec.text import documents
 from cprec.text.certificate import audit
-from cprec.text.config import PrepareConfig
+from cprec.text.config import DocumentRules, PrepareConfig
 from cprec.text.export import export
 from cprec.text.prepare import prepare
 from cprec.text.shards import open_shards
@@ -65,10 +66,9 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[TableSource, ...]:
     return tuple(write_domain(folder, domain, 1, num_users=count) for domain, count in users.items())
 
 
-@pytest.fixture
-def config(tmp_path: Path, tables: tuple[TableSource, ...]) -> PrepareConfig:
+def config_of(folder: Path, tables: tuple[TableSource, ...]) -> PrepareConfig:
     return PrepareConfig(
-        output_dir=str(tmp_path / "whole"),
+        output_dir=str(folder),
         tables=tables,
         target_domains=("books", "toys"),
         pretrain_domains=("games", "toys"),
@@ -79,6 +79,32 @@ def config(tmp_path: Path, tables: tuple[TableSource, ...]) -> PrepareConfig:
         heldout_share=0.1,
         workers=1,
     )
+
+
+@pytest.fixture
+def config(tmp_path: Path, tables: tuple[TableSource, ...]) -> PrepareConfig:
+    return config_of(tmp_path / "whole", tables)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tables: tuple[TableSource, ...]) -> Path:
+    """The data folder of `config`, made once; `whole` is a copy of it."""
+    return prepare(config_of(tmp_path_factory.mktemp("made") / "whole", tables))
+
+
+@pytest.fixture
+def whole(made: Path, config: PrepareConfig) -> Path:
+    """The data folder of `config`."""
+    return Path(shutil.copytree(made, config.output_dir))
+
+
+def test_the_settings_are_those_of_three_records_and_no_name_is_in_two(config: PrepareConfig) -> None:
+    names = [{field.name for field in fields(record)} for record in (Sources, Rules, DocumentRules)]
+    assert len(set().union(*names)) == sum(map(len, names)) < len(fields(PrepareConfig))
+    assert config.document_rules() == DocumentRules(**{name: getattr(config, name) for name in names[2]})
+    for wrong in ({"tables": ()}, {"k_core": -1}, {"min_events": 1}):  # each record checks its own
+        with pytest.raises(ConfigError):
+            replace(config, **wrong)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -330,27 +356,25 @@ def test_settings_changed_after_an_error_are_followed(
 
 
 def test_a_complete_folder_is_reused_and_no_other_is_touched(
-    config: PrepareConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: PrepareConfig, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = prepare(config)
-    before = contents(folder)
+    before = contents(whole)
     again = prepare(replace(config, workers=3, partition="1/2", memory_limit="1GB"))
-    assert again == folder and "complete with these settings, reused" in capsys.readouterr().err
+    assert again == whole and "complete with these settings, reused" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="whole was prepared with other settings of k_core, seed: choose another"):
         prepare(replace(config, k_core=2, seed=1))
-    assert contents(folder) == before
+    assert contents(whole) == before
     (tmp_path / "other").mkdir()
     with pytest.raises(ConfigError, match="other exists and is not a data folder"):
         prepare(replace(config, output_dir=str(tmp_path / "other")))
 
 
-def test_a_folder_made_before_tables_had_settings_of_their_own_is_reused(config: PrepareConfig) -> None:
-    folder = prepare(config)
-    record = json.loads((folder / "run.json").read_text())
+def test_a_folder_made_before_tables_had_settings_of_their_own_is_reused(config: PrepareConfig, whole: Path) -> None:
+    record = json.loads((whole / "run.json").read_text())
     for table in record["config"]["tables"]:
         assert table.pop("encoding"), table.pop("decimal")
-    (folder / "run.json").write_text(json.dumps(record))
-    before = contents(folder)
+    (whole / "run.json").write_text(json.dumps(record))
+    before = contents(whole)
     assert contents(prepare(config)) == before
 
 
@@ -584,8 +608,8 @@ def test_nothing_to_train_on_is_an_error(config: PrepareConfig, tmp_path: Path) 
     assert not (tmp_path / "none").exists()
 
 
-def test_a_run_is_audited_by_its_folder(config: PrepareConfig, tmp_path: Path) -> None:
-    prepare(replace(config, output_dir=str(tmp_path / "run" / "data")))
+def test_a_run_is_audited_by_its_folder(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "run" / "data")
     (tmp_path / "run" / "data" / "certificate.json").unlink()
     assert audit(tmp_path / "run", workers=1)["clean"]
     assert (tmp_path / "run" / "data" / "certificate.json").is_file()

@@ -13,7 +13,7 @@ import pytest
 
 from cprec import distributed
 from cprec.errors import ConfigError
-from cprec.train.tracking import IDS, NAMES, places, trackers, values_of
+from cprec.train.tracking import IDS, TRACKERS, places, trackers, values_of
 
 CONFIG = {"learning_rate": 1e-3, "mixture": {"mixed_share": 0.5}}
 
@@ -169,7 +169,7 @@ def test_other_processes_than_the_first_report_nothing(
     assert fakes.calls == [] and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", tuple(TRACKERS))
 def test_what_is_missing_is_named_with_what_installs_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

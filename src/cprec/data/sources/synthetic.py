@@ -269,7 +269,7 @@ class _Shelf:
     log_popularity: np.ndarray
     """float64[num_items]: minus the logarithm of the rank."""
     follows: np.ndarray
-    """int8[num_items + 1, num_items]: 1 where the column's kind often follows the row's; the last row is for no item."""
+    """int8[num_items + 1, num_items]: 1 where the column's kind often follows the row's; the last row is all 0."""
 
     def probabilities(
         self,
