@@ -5,7 +5,6 @@ Nothing is made before its turn comes: where saved rankings answer the questions
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -19,7 +18,7 @@ from cprec.data.splits import Split
 from cprec.errors import ConfigError
 from cprec.evaluate.config import EvaluateConfig
 from cprec.evaluate.evaluate import EXACT, Entrant, Opened
-from cprec.evaluate.rankings import rankings_path, read_rankings
+from cprec.evaluate.rankings import rankings_path, read_rankings, slug
 from cprec.evaluate.results import FULL, GENERATED
 from cprec.evaluate.seeds import arm_of
 from cprec.progress import say
@@ -36,29 +35,27 @@ COSTS = {"num_parameters": "num_parameters", "seconds": "train_seconds"}
 
 
 def baseline_entrants(config: EvaluateConfig, split: Split, domain: str) -> list[Entrant]:
-    """The baselines of an evaluation as entrants.
+    """The baselines of an evaluation as entrants; one that is trained enters once for each seed.
 
     Raises ConfigError for names of no baseline.
     """
     names = lineup.names_of(config.baselines)
     tuned = _tuned(config, domain, names)
-    entrants = []
-    for name in names:
-        for seed in config.seeds if lineup.is_trained(name) else [config.seed]:
-            entrants.append(_baseline(config, split, domain, name, seed, tuned.get(name)))
-    return entrants
+    return [
+        _baseline(config, split, domain, name, seed, tuned.get(name))
+        for name in names
+        for seed in (config.seeds if lineup.is_trained(name) else [config.seed])
+    ]
 
 
 def _baseline(
     config: EvaluateConfig, split: Split, domain: str, name: str, seed: int, tuned: Mapping[str, Any] | None
 ) -> Entrant:
     trained = lineup.is_trained(name)
-    identity = {"code": lineup.identity_of(name), "seed": seed, "tuned": tuned}
 
     def made() -> Opened:
-        settings = lineup.settings_of(name, tuned)
-        folder = Path(config.output_dir, "baselines", domain, re.sub("[^a-z0-9]+", "-", name.lower()).strip("-"))
-        recommender = settings.make(split, domain, seed=seed, folder=folder)
+        folder = Path(config.output_dir, "baselines", domain, slug(name))
+        recommender = lineup.settings_of(name, tuned).make(split, domain, seed=seed, folder=folder)
         cost = {shown: getattr(recommender, name) for name, shown in COSTS.items() if hasattr(recommender, name)}
         return Opened(recommender=recommender, cost=cost)
 
@@ -66,7 +63,7 @@ def _baseline(
         name=arm_of(name, seed) if trained and len(config.seeds) > 1 else name,
         kind="baseline",
         open=made,
-        identity=identity,
+        identity={"code": lineup.identity_of(name), "seed": seed, "tuned": tuned},
         stochastic=trained,
     )
 
@@ -106,7 +103,7 @@ SCORES = "P(item) = P(title) / n, n the items in stock that have the title"
 def model_entrants(output_dir: str, domain: str, models: Mapping[str, str], rank: RankConfig) -> list[Entrant]:
     """Model folders, by the name they have in tables, as entrants of an evaluation into `output_dir`.
 
-    Of a model that is gone, or whose weights are, the rankings that it left there are what enters.
+    A model that is gone, or whose weights are, enters with the rankings that it left there.
     """
     hashes = FileHashes(output_dir)
     entrants = [

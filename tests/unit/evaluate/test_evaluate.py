@@ -20,8 +20,9 @@ import pytest
 from cprec import lineup
 from cprec.baselines.popularity import PopularityRecommender
 from cprec.baselines.random import RandomRecommender
-from cprec.data.config import SyntheticConfig
+from cprec.data.config import SyntheticConfig, TableSource
 from cprec.data.dataset import read_split
+from cprec.data.sources.synthetic import SyntheticWorld
 from cprec.data.splits import Split
 from cprec.entrants import SCORES, baseline_entrants, model_entrants
 from cprec.errors import ConfigError, CPRecError, DataError, InputChanged, LeakageError, Unsuitable
@@ -52,21 +53,30 @@ from cprec.text.prepare import prepare
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("evaluate") / "data"
+    """Two domains of the synthetic world, one of each platform."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    world = SyntheticWorld(SyntheticConfig(num_market_users=60, num_library_users=40, items_per_domain=60))
+    sources = []
+    for domain in ("books", "toys"):
+        paths = [str(folder / f"{domain}-{name}.parquet") for name in ("items", "interactions")]
+        for table, path in zip(world.tables()[domain], paths, strict=True):
+            pq.write_table(table, path)
+        platform = world.domains[domain].platform
+        sources.append(TableSource(domain=domain, platform=platform, items=paths[0], interactions=paths[1]))
     prepare(
         PrepareConfig(
-            output_dir=str(folder),
-            synthetic=SyntheticConfig(num_market_users=60, num_library_users=40, items_per_domain=60),
-            pretrain_domains=("beauty", "garden", "kitchen", "sports", "toys"),
+            output_dir=str(folder / "data"),
+            tables=tuple(sources),
+            pretrain_domains=("toys",),
             target_domains=("books",),
             k_core=0,
-            vocabulary_size=600,
+            vocabulary_size=300,
             min_events=3,
             min_history=1,
             heldout_share=0.1,
         )
     )
-    return folder
+    return folder / "data"
 
 
 @pytest.fixture
@@ -82,6 +92,18 @@ def config(data: Path, tmp_path: Path) -> EvaluateConfig:
 @pytest.fixture(scope="module")
 def split(prepared: Path) -> Split:
     return read_split(prepared)
+
+
+@pytest.fixture
+def quick_sasrec(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained systems are small, and see the data once."""
+    small = {"num_epochs": 1, "hidden_size": 16, "num_heads": 1, "num_blocks": 1}
+    of_name = lineup.settings_of
+
+    def settings_of(name: str, changed: Mapping[str, Any] | None = None) -> Any:
+        return of_name(name, small if lineup.is_trained(name) else changed)
+
+    monkeypatch.setattr(lineup, "settings_of", settings_of)
 
 
 class Counting:
@@ -373,12 +395,12 @@ def test_an_interrupted_arm_leaves_nothing_and_finished_ones_stay(config: Evalua
 
 
 def test_saved_rankings_are_scored_again_without_torch_and_examples_show_the_best_baseline(
-    config: EvaluateConfig,
+    config: EvaluateConfig, quick_sasrec: None
 ) -> None:
     """Baselines alone, a trained one among them; then the same in a process that must not load torch."""
     settings = {"data": config.data, "output_dir": config.output_dir, "baselines": ("popularity", "ItemKNN", "SASRec")}
     first = evaluate_models(EvaluateConfig(**settings))
-    assert (first.domains["books"].arms["SASRec"].cost.num_parameters or 0) > 10_000
+    assert (first.domains["books"].arms["SASRec"].cost.num_parameters or 0) > 1_000
     again = (
         "import sys\n"
         "from cprec.evaluate.config import EvaluateConfig\n"
@@ -544,33 +566,23 @@ def test_the_seed_decides_random_and_seeds_train_what_is_trained(config: Evaluat
     assert lists[0] == lists[2] != lists[1]
 
 
-def test_a_trained_baseline_of_other_data_learns_elsewhere(
-    config: EvaluateConfig, split: Split, data: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_trained_baseline_keeps_its_row_when_data_are_prepared_again(
+    config: EvaluateConfig, data: Path, quick_sasrec: None
 ) -> None:
-    """Its folder holds what it learnt from the data before, and it would be left out of the table."""
-    folders: list[Path] = []
-
-    class Settings:
-        def make(self, split: Split, domain: str, *, seed: int, folder: Path) -> Recommender:
-            folders.append(folder)
-            return PopularityRecommender(split)
-
-        def __repr__(self) -> str:
-            return "settings"
-
-    monkeypatch.setattr(lineup, "settings_of", lambda name, changed=None: Settings())
-    mine = replace(config, baselines=("SASRec",))
-
-    def open_it() -> None:
-        (entrant,) = baseline_entrants(mine, split, "books")
-        entrant.open()
-
-    open_it()
-    open_it()
+    """Its folder has weights that were learnt from other events."""
+    mine = replace(config, baselines=("popularity", "SASRec"), uncertified=True)
+    first = evaluate_models(mine).domains["books"]
+    path = next((data / "interactions" / "domain=books").glob("*.parquet"))
+    events = pq.read_table(path)
+    item = events["item_id"].to_pylist()
+    item[events["split"].to_pylist().index("train")] = item[-1]
+    column = events.column_names.index("item_id")
+    pq.write_table(events.set_column(column, events.field(column), pa.array(item, events.field(column).type)), path)
     manifest = data / "dataset.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"note": "prepared anew"}))
-    open_it()
-    assert folders[0] == folders[1] != folders[2] and folders[2].parent == folders[0].parent
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"note": "prepared again"}))
+    again = evaluate_models(mine).domains["books"]
+    assert list(again.arms) == list(first.arms) == ["popularity", "SASRec"]
+    assert len(list((Path(config.output_dir) / "baselines" / "books" / "sasrec").iterdir())) == 2
 
 
 def test_what_an_arm_opened_is_let_go_before_the_next_is_opened(config: EvaluateConfig, split: Split) -> None:
