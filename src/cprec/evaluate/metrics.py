@@ -1,8 +1,8 @@
-"""Metrics of lists as pure functions: how much of the catalogue they show, and how alike what they hold is.
+"""Metrics of lists as pure functions: how much of the catalogue they show, and how alike their items are.
 
 Lists come flat: `list_N` says to which of `num_lists` lists an entry belongs, `item_N` its item's position in the
 catalogue. They are cut at K first (`first_k`); of items that tie with the K-th those count that the list names first.
-What has no value (the novelty of an empty list) is NaN: whoever takes a mean leaves it out.
+A list without a value (the novelty of an empty list, say) has NaN; means leave it out.
 
 Suffixes: Q queries, N entries of all lists, I items of the catalogue, D terms of a vocabulary, L lists.
 """

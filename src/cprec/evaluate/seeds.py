@@ -1,6 +1,6 @@
-"""Arms that are one model, trained with several seeds: they are told by their names.
+"""Arms that are one model trained with several seeds. Their names say so.
 
-In a table of differences such arms stand together, and are never tested against each other.
+In a table of differences such arms stand together and are never tested against each other.
 """
 
 from __future__ import annotations

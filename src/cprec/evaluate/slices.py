@@ -1,4 +1,4 @@
-"""Slices: groups of queries whose results are also told apart, each decided by the training part and the query alone.
+"""Slices: groups of queries with results of their own. The training part and the query alone decide the group.
 
 A query is in one group of each slice. Suffix Q: queries.
 """
@@ -15,7 +15,7 @@ from cprec.schema import TRAIN
 
 NEW, COLD, TAIL, HEAD = "new", "cold", "tail", "head"
 COLD_EVENTS = 4
-"""Training events up to which an item is cold: too few for collaborative models to learn much of it."""
+"""An item with at most this many training events is cold: too few for collaborative models to learn much of it."""
 LENGTHS = (5, 10, 20)
 """Upper ends of the groups of history length."""
 ABOUT = {
@@ -26,7 +26,7 @@ ABOUT = {
     "user activity": "training events of the user in all domains of the platform: thirds of the queries",
     "repeat": "whether the target is in the history",
 }
-"""Slice -> what it is, for people; slices that tell nothing (one group only, or no real times) are left out."""
+"""What each slice is, for people. A slice of one group is left out, and so is one by time where times are not real."""
 
 
 def slices_of(
