@@ -195,10 +195,10 @@ def listed() -> str:
         return ", ".join(f"`{kind}`" for kind in chosen) or "none"
 
     reasons = {
-        "an output layer with a bias or soft-capped logits": "^output layers",
-        "attention of another kind, or layers that are none": "attends in a way",
+        "output layer with a bias or soft-capped logits": "^output layers",
+        "attention of another kind, or layers without attention": "attends in a way",
         "packed documents see each other": "packed documents",
-        "not called as a decoder with a separate output layer is": "no decoder apart|does not read|does more",
+        "cannot be called as a decoder with a separate output layer": "no decoder apart|does not read|does more",
     }
     lines = [f"**Supported**: {names('supported')}", ""]
     for title, why in reasons.items():
