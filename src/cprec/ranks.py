@@ -9,9 +9,11 @@ Suffixes: Q queries, N entries of all lists.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+
+from cprec.recommender import Ranking
 
 
 def count(
@@ -29,6 +31,15 @@ def count(
     better_Q = np.bincount(query_N[score_N > of_target_Q[query_N]], minlength=num_queries)
     tied_Q = np.bincount(query_N[score_N == of_target_Q[query_N]], minlength=num_queries)
     return better_Q, np.where(np.isnan(of_target_Q), 0, tied_Q)
+
+
+def count_in(rankings: Sequence[Ranking], targets: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """`count` of rankings with one target each, by item id."""
+    query_N = np.repeat(np.arange(len(rankings)), [len(ranking.item_ids) for ranking in rankings])
+    score_N = np.array([score for ranking in rankings for score in ranking.scores])
+    pairs = zip(rankings, targets, strict=True)
+    is_target_N = np.array([item == target for ranking, target in pairs for item in ranking.item_ids], dtype=bool)
+    return count(query_N, score_N, is_target_N, len(rankings))
 
 
 def _expected(better_Q: np.ndarray, tied_Q: np.ndarray, upto: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

@@ -26,7 +26,7 @@ from cprec.errors import ConfigError
 from cprec.evaluate.results import Interval
 from cprec.evaluate.statistics import ALPHA, POWER, SAMPLES, bootstrap_interval
 from cprec.progress import track
-from cprec.ranks import ndcg, recall
+from cprec.ranks import count_in, ndcg, recall
 from cprec.recommender import Ranking, RankingQuery, Recommender
 from cprec.schema import SPECIFIC, TEST, Item
 
@@ -410,13 +410,7 @@ def shown(history: Sequence[Item], variant: str, generator: np.random.Generator)
 
 def ndcg_of(rankings: Sequence[Ranking], targets: Sequence[str]) -> np.ndarray:
     """NDCG@10 of each ranking of the full catalogue for its target: float[Q]; ties with their expected value."""
-    better, tied = np.zeros(len(rankings), dtype=np.int64), np.zeros(len(rankings), dtype=np.int64)
-    for row, (ranking, target) in enumerate(zip(rankings, targets, strict=True)):
-        if target in ranking.item_ids:
-            scores = np.array(ranking.scores)
-            mine = scores[ranking.item_ids.index(target)]
-            better[row], tied[row] = (scores > mine).sum(), (scores == mine).sum()
-    return ndcg(better, tied, K)
+    return ndcg(*count_in(rankings, targets), K)
 
 
 def dependence_of(

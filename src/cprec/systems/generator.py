@@ -10,6 +10,7 @@ import torch
 
 from cprec.batch import IGNORE, Batch
 from cprec.data.ragged import Ragged
+from cprec.ranks import count_in
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import Item
 from cprec.scoring import check_domain, histories_of
@@ -110,13 +111,7 @@ class CodeRecommender:
         """
         ids = self.catalogue.item_id[self.catalogue.rows_of(self.domain)]
         queries = [self._query(ids[histories[number]], exclude_seen) for number in range(len(histories))]
-        better, tied = np.zeros((2, len(targets)), dtype=np.int64)
-        for number, ranking in enumerate(self.rank(queries, TOP, "beam")):
-            score = dict(zip(ranking.item_ids, ranking.scores, strict=True)).get(ids[targets[number]])
-            if score is not None:
-                better[number] = sum(other > score for other in ranking.scores)
-                tied[number] = sum(other == score for other in ranking.scores)
-        return better, tied
+        return count_in(self.rank(queries, TOP, "beam"), ids[targets].tolist())
 
     def _query(self, item_ids: np.ndarray, exclude_seen: bool) -> RankingQuery:
         history = tuple(Item(self.domain, item) for item in item_ids)
