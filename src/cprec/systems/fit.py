@@ -281,7 +281,7 @@ def fit(settings: SystemSettings, split: Split, domain: str, seed: int, folder: 
     }
     write_whole(folder / RECORD, json.dumps(record, indent=1) + "\n")
     recommender = stages[-1].recommender()
-    recommender.seconds = record["seconds"]
+    recommender.seconds = seconds
     return recommender
 
 
