@@ -10,9 +10,10 @@ import pyarrow as pa
 import pytest
 
 from cprec.data.build import build_dataset
+from cprec.data.config import Rules, SplitSpec
 from cprec.data.dataset import read_dataset
 from cprec.data.sources.memory import MemorySource
-from cprec.data.splits import Split, SplitSpec, make_split
+from cprec.data.splits import Split, make_split
 from cprec.lineup import settings_of
 from cprec.train.folder import LOG, read_log
 
@@ -49,7 +50,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
     )
     folder = tmp_path_factory.mktemp("steps") / "data"
     source = MemorySource("steps", "p", items, pa.Table.from_pylist(events))
-    build_dataset([source], folder, min_user_events=0, min_item_events=0)
+    build_dataset([source], folder, Rules(k_core=0))
     return make_split(*read_dataset(folder), SplitSpec())
 
 
