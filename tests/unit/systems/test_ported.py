@@ -10,11 +10,7 @@ import pyarrow as pa
 import pytest
 
 from cprec.data.build import build_dataset
-<<<<<<< HEAD
-from cprec.data.config import Rules
-=======
 from cprec.data.config import Rules, SplitSpec
->>>>>>> systems
 from cprec.data.dataset import read_dataset
 from cprec.data.sources.memory import MemorySource
 from cprec.data.splits import Split, make_split
