@@ -10,8 +10,8 @@ predicted position that is not padding. One step is, for ours, 256 windows of at
 L items of 256 users, for RecBole 256 prefixes of histories with one target each. Ours is measured from outside the
 training loop of the library, between two batches that it asks for; ranking as validation does it, by
 `DotProductRecommender.target_ranks`, which counts scores above the target; and beside it what `cprec evaluate` does,
-which keeps the ten best items, with those of the history and without, and takes the metrics of both from the kept table.
-Medians of rounds; a ratio is the median of each round's.
+which keeps the ten best items, with those of the history and without, and takes the metrics of both from the kept
+table. Medians of rounds; a ratio is the median of each round's.
 
 `ml1m` has the shape of MovieLens-1M and is generated; `games` is the folder amazon18_games of --data, else generated
 too. With --quality, NDCG@10 after as many CPU seconds of training: leave-one-out, full catalogue, with items of the

@@ -11,8 +11,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from cprec import lineup
 from cprec.baselines.config import TuneConfig
 from cprec.choices import Choice, OneOf, Whole, can_be
@@ -23,7 +21,7 @@ from cprec.errors import ConfigError, Unsuitable
 from cprec.files import write_whole
 from cprec.progress import track
 from cprec.provenance import file_sha256
-from cprec.ranks import count, ndcg
+from cprec.ranks import count_rankings, ndcg
 from cprec.recommender import RankingQuery, Recommender
 from cprec.schema import VALIDATION
 
@@ -156,12 +154,7 @@ def mean_ndcg(recommender: Recommender, queries: Sequence[RankingQuery], targets
     rankings = []
     for start in range(0, len(queries), BATCH):
         rankings += recommender.rank(queries[start : start + BATCH], K)
-    # All entries of all lists in flat arrays: whose they are, their scores, and whether they are the target.
-    query = np.repeat(np.arange(len(rankings)), [len(ranking.item_ids) for ranking in rankings])
-    score = np.array([score for ranking in rankings for score in ranking.scores])
-    pairs = zip(rankings, targets, strict=True)
-    is_target = np.array([item == target for ranking, target in pairs for item in ranking.item_ids], dtype=bool)
-    return float(ndcg(*count(query, score, is_target, len(queries)), K).mean())
+    return float(ndcg(*count_rankings(rankings, targets), K).mean())
 
 
 def read_results(output: str | Path) -> dict[str, dict[str, Any]]:

@@ -166,6 +166,8 @@ class DotProductRecommender(ScoringRecommender):
     """Ranks by the products of a history's representation with the items' vectors. A history without events in the
     domain is represented by padding alone."""
 
+    seconds = 0.0
+
     def __init__(
         self,
         name: str,

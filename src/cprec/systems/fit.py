@@ -275,14 +275,15 @@ def fit(settings: SystemSettings, split: Split, domain: str, seed: int, folder: 
         stage.trainable.module.to(device)
         title = f"{domain}: training {name}" + (f", stage {number} of {len(stages)}" if len(stages) > 1 else "")
         finished.append(_fit_stage(settings, stage, validation, seed, folder / f"stage-{number}", title))
+    seconds = round(sum(done["seconds"] for done in finished), 3)
     record = {
         "made_from": made_from,
         "stages": finished,
-        "seconds": round(sum(done["seconds"] for done in finished), 3),
+        "seconds": seconds,
     }
     write_whole(folder / RECORD, json.dumps(record, indent=1) + "\n")
     recommender = stages[-1].recommender()
-    recommender.seconds = record["seconds"]
+    recommender.seconds = seconds
     return recommender
 
 

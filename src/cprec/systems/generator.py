@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from cprec.batch import IGNORE, Batch
 from cprec.data.ragged import Ragged
 from cprec.models import hide_progress_bars
+from cprec.ranks import count_rankings
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import Item
 from cprec.scoring import check_domain, histories_of
@@ -134,13 +135,7 @@ class CodeRecommender:
         """
         ids = self.catalogue.item_id[self.catalogue.rows_of(self.domain)]
         queries = [self._query(ids[histories[number]], exclude_seen) for number in range(len(histories))]
-        better, tied = np.full(len(targets), TOP), np.zeros(len(targets), dtype=np.int64)
-        for number, ranking in enumerate(self.rank(queries, TOP, "beam")):
-            score = dict(zip(ranking.item_ids, ranking.scores, strict=True)).get(ids[targets[number]])
-            if score is not None:
-                better[number] = sum(other > score for other in ranking.scores)
-                tied[number] = sum(other == score for other in ranking.scores)
-        return better, tied
+        return count_rankings(self.rank(queries, TOP, "beam"), ids[targets].tolist())
 
     def _query(self, item_ids: np.ndarray, exclude_seen: bool) -> RankingQuery:
         history = tuple(Item(self.domain, item) for item in item_ids)

@@ -2,7 +2,7 @@
 
 A checkpoint is a model folder of whole tensors and the optimizer's state, which processes that each hold a part of it
 write part by part (torch.distributed.checkpoint). Whatever number of processes wrote it, any number can read it.
-`files.json` has the size and SHA-256 of each of its files: what a disk or a copy has damaged since is noticed.
+`files.json` has the size and SHA-256 of each file, so that later damage by a disk or a copy is noticed.
 """
 
 from __future__ import annotations
@@ -49,24 +49,24 @@ _NAME = re.compile(r"(checkpoint|stable)-(\d+)")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainState:
-    """What a run has done so far; with the plan of the stream it is all that resuming needs besides the weights."""
+    """How far a run has come. With the plan of the stream this is all that resuming needs besides the weights."""
 
     step: int = 0
     """Steps completed, which is also the next step's number."""
     num_tokens: int = 0
     num_targets: int = 0
     consumed: str = ""
-    """Running SHA-256 over the documents trained on, in order."""
+    """Running SHA-256 over the examples trained on, in order."""
     seconds: float = 0.0
     """Training time, interruptions left out."""
 
-    def advance(self, documents: bytes, num_tokens: int, num_targets: int, seconds: float) -> TrainState:
-        """The state after one more step on these documents (their row numbers as bytes)."""
+    def advance(self, examples: bytes, num_tokens: int, num_targets: int, seconds: float) -> TrainState:
+        """The state after one more step on these examples (their numbers as bytes)."""
         return TrainState(
             step=self.step + 1,
             num_tokens=self.num_tokens + num_tokens,
             num_targets=self.num_targets + num_targets,
-            consumed=hashlib.sha256(self.consumed.encode() + documents).hexdigest(),
+            consumed=hashlib.sha256(self.consumed.encode() + examples).hexdigest(),
             seconds=self.seconds + seconds,
         )
 
@@ -253,7 +253,7 @@ def require_intact(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, in words, or None if they are those that were written."""
+    """What is wrong with a checkpoint's files, in words; None if they are as they were written."""
     try:
         written = json.loads((folder / FILES).read_text())
         for name, expected in written.items():
@@ -274,7 +274,7 @@ def damage(folder: Path) -> str | None:
 def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> TrainState:
     """Restore weights and optimizer in place. Raises CheckpointError if a file cannot be read or is of another model.
 
-    A damage that leaves files readable is found by `newest_intact` and `damage`, not here.
+    Damage that leaves the files readable is found by `newest_intact` and `damage`, not here.
     """
     unreadable = (
         *(OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError),
@@ -303,7 +303,7 @@ def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) 
 
 
 def _load_moments(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Restore the optimizer from whole tensors or from parts, whichever the folder has, spread as the model is."""
+    """Restore the optimizer from whole tensors or parts, whichever the folder has; it is spread as the model is."""
     if (folder / OPTIMIZER_PARTS).is_dir():
         moments = get_optimizer_state_dict(model, optimizer)
         with warnings.catch_warnings():
@@ -316,7 +316,7 @@ def _load_moments(folder: Path, model: Any, optimizer: torch.optim.Optimizer) ->
 
 
 def read_state(folder: Path) -> TrainState:
-    """What the run of a checkpoint had done. Raises CheckpointError if that cannot be read."""
+    """The state of a run when it wrote a checkpoint. Raises CheckpointError if that cannot be read."""
     try:
         return TrainState(**json.loads((folder / STATE).read_text()))
     except (OSError, ValueError, TypeError) as error:

@@ -18,7 +18,7 @@ from cprec.text.shards import Shards
 from cprec.text.stream import TokenStream, one_phase
 
 GENERAL_TEXT = "general text"
-"""What the meter is called among held-out perplexities."""
+"""The name of this text among the held-out perplexities."""
 
 
 def general_text_batches(
@@ -30,12 +30,12 @@ def general_text_batches(
     rows_per_batch: int = 8,
     max_tokens: int = 50_000,
 ) -> TokenStream:
-    """Packed rows of a fixed general text, the same for the same arguments: iterate over them.
+    """Packed rows of a fixed general text, the same for the same arguments.
 
-    The text is one of our own, some 600 words on everyday things, or the first `max_tokens` tokens of the file `path`:
+    The text is our own, some 600 words on everyday things, or the first `max_tokens` tokens of the file `path`:
     JSON lines or Parquet with a column `text`, or plain .txt. Each text ends with end-of-sequence; longer ones than a
-    row are cut into pieces of nearly equal length, each a document, begun with the tokens `begin`. Perplexities compare
-    between models of one tokenizer only.
+    row are cut into documents of nearly equal length that begin with the tokens `begin`. Perplexities can be compared
+    between models with one tokenizer only.
 
     Raises ConfigError if there is no such file or it is of another kind, DataError if it has no text to predict.
     """

@@ -1,4 +1,4 @@
-"""The loss of packed rows as a module, without ever making a tensor of all tokens by the vocabulary."""
+"""The loss of packed rows as a module. No tensor of all tokens by the whole vocabulary is ever made."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ CHUNK = 256
 """Positions whose logits exist at once. Small chunks stay in the cache (benchmarks/loss.py: 2.5x over plain logits)."""
 
 BLOCK = 1024
-"""Entries of the vocabulary in one product in fp32 on a CPU: with all of a large one it takes up to twice as long."""
+"""Entries of the vocabulary in one fp32 product on a CPU, where a product with a large vocabulary at once takes up to
+twice as long."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Loss and gradients chunk by chunk, the gradients already in the forward pass, where the logits are at hand.
+    """Loss and gradients chunk by chunk. The gradients are made in the forward pass already, where the logits exist.
 
     Suffixes: N positions, D hidden width, V vocabulary, C positions of a chunk.
     """
@@ -40,7 +41,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         block_size = BLOCK if hidden.device.type == "cpu" and dtype == torch.float32 else max(1, len(weight))
         blocks = [slice(start, start + block_size) for start in range(0, len(weight), block_size)]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        # All chunks share the memory of the first: fresh memory costs a CPU page faults.
+        # All chunks share the memory of the first, because new memory costs a CPU page faults.
         size = min(CHUNK, len(hidden)), len(weight)
         logits_room, share_room = hidden.new_empty(size), hidden.new_empty(size, dtype=torch.float32)
         grad_room = share_room if dtype == torch.float32 else logits_room
@@ -50,11 +51,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits_CV, share_CV, grad_CV = (room[: len(hidden_CD)] for room in (logits_room, share_room, grad_room))
             for block in blocks:
                 torch.matmul(hidden_CD, weight[block].T, out=logits_CV[:, block])
+            # The loss of a target is log(sum(exp(logits))) minus its own logit.
             correct = logits_CV.gather(1, target_C1).float()
             largest = logits_CV.amax(1, keepdim=True).float()
             torch.softmax(logits_CV, 1, dtype=torch.float32, out=share_CV)
             # The largest share is 1 / sum(exp(logits - largest)), at least 1 / V.
             loss += (largest - correct - share_CV.amax(1, keepdim=True).log()).sum()
+            # The gradient of the logits is the softmax, less 1 at the target.
             share_CV.scatter_add_(1, target_C1, correct.new_full(correct.shape, -1.0))
             grad_CV.copy_(share_CV)
             if grad_hidden is not None:
@@ -86,7 +89,7 @@ def linear_cross_entropy(
 
     Equals torch's cross_entropy(reduction="sum") on the full logits, values and gradients, up to rounding.
     """
-    if not torch.is_grad_enabled():  # a Function is told that parameters want gradients all the same
+    if not torch.is_grad_enabled():  # otherwise the Function would make gradients, since parameters require them
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, target_N, dtype)
 
@@ -135,10 +138,10 @@ class PackedLoss(nn.Module):
 def prepare_loss(
     model: Any, *, bf16: bool, fsdp: bool = False, gradient_checkpointing: bool = False, torch_compile: bool = False
 ) -> PackedLoss:
-    """The model as a loss to train: its blocks recompute what they did in the backward pass (half the memory or less
-    for a third more time), are compiled, and are spread over the processes, as asked.
+    """The model as a loss to train. As asked, its blocks are computed again in the backward pass (half the memory or
+    less for a third more time), compiled, and spread over the processes.
 
-    Raises ConfigError where the model has no such blocks or cannot recompute.
+    Raises ConfigError where the model has no list of blocks or cannot compute them again.
     """
     loss = PackedLoss(model, bf16=bf16)
     if gradient_checkpointing:

@@ -168,6 +168,19 @@ def test_a_beam_finds_most_of_the_exact_list_and_knows_its_gap(recommender: Code
     assert np.mean(shares) > 0.5
 
 
+def test_filters_are_honoured_and_a_batch_is_answered_as_singly(recommender: CodeRecommender) -> None:
+    few, seen = frozenset({"i01", "i07", "i30"}), frozenset({"i02", "i03"})
+    asked = [query(3, 2), query(5, allow=few), query(2, 3, uncounted=seen), query(candidates=("i01", "i07"))]
+    rankings = recommender.rank(asked, 4)
+    for one, ranking in zip(asked, rankings, strict=True):
+        (alone,) = recommender.rank([one], 4)
+        assert alone.item_ids == ranking.item_ids
+        assert alone.scores == pytest.approx(ranking.scores, abs=1e-4)
+    assert set(rankings[1].item_ids) == few
+    (without,) = recommender.rank([query(2, 3, exclude=seen)], 4)
+    assert [item for item in rankings[2].item_ids if item not in seen] == list(without.item_ids)
+
+
 def test_ranks_of_targets_are_their_places_in_the_beam(recommender: CodeRecommender) -> None:
     histories = Ragged.of([[4, 7], [9]])
     (first, second) = recommender.rank([query(4, 7, exclude=frozenset({"i04", "i07"})), query(9)], 10, "beam")

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pytest
 
 from cprec.data.build import build_dataset
-from cprec.data.config import Rules
+from cprec.data.config import Rules, SplitSpec
 from cprec.data.dataset import read_dataset
 from cprec.data.sources.memory import MemorySource
-from cprec.data.splits import Split, SplitSpec, make_split
+from cprec.data.splits import Split, make_split
 from cprec.lineup import settings_of
 from cprec.train.folder import LOG, read_log
 

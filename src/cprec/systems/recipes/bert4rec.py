@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +54,7 @@ class BERT4Rec(NextItemSettings, SelfAttentionSettings):
             return ids
 
         model = SequenceModel(*self.parts(data.num_items, causal=False))
-        masks = {"mask_share": self.mask_share, "last_share": self.last_share}
+        masks: dict[str, Any] = {"mask_share": self.mask_share, "last_share": self.last_share}
         stream = MaskedStream(data, [NEXT_ITEM], self.max_length, **masks, **self.passes(seed))
         return [self.stage(data, model, self.next_item(), stream, history=with_mask)]
 

@@ -32,7 +32,7 @@ class TIGER(SystemSettings):
     dropout: float = 0.2
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
-    num_epochs: float = 40
+    num_epochs: float = 15
     num_layers: int = 4
     """Layers of the decoder."""
     num_heads: int = 4
