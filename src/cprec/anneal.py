@@ -18,8 +18,8 @@ from cprec.entrants import model_entrants
 from cprec.errors import ConfigError
 from cprec.evaluate.config import EvaluateConfig
 from cprec.evaluate.evaluate import evaluate
-from cprec.evaluate.fork_page import print_forks, write_forks
 from cprec.evaluate.results import DomainResult
+from cprec.evaluate.training_page import print_forks, write_forks
 from cprec.files import write_whole
 from cprec.progress import say
 from cprec.provenance import CONFIG_FILE, read_resolved, save_resolved

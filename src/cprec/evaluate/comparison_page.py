@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TextIO
 
 from markupsafe import Markup
 
-from cprec.evaluate.charts import Mark, forest_plot
+from cprec.evaluate.charts import Value, dots
 from cprec.evaluate.comparison import PROTOCOLS, ComparedArm, ComparisonTable, in_words, key_in_words
-from cprec.evaluate.grid import Column, Grid, Kind, Row, console_for, plain, printable, widest_fitting
-from cprec.evaluate.pages import Section, render
+from cprec.evaluate.grid import Column, Grid, Row, console_for, printable, widest_fitting
+from cprec.evaluate.pages import Section, print_sections, render
 from cprec.evaluate.report_page import UNCERTIFIED, metric_name
 from cprec.evaluate.results import Interval, Metric
 from cprec.evaluate.statistics import ALPHA, MIN_QUERIES, Comparison
@@ -74,21 +75,20 @@ def grid_of(table: ComparisonTable, heads: Sequence[str], means: Sequence[str] =
     for arm in table.arms:
         cells = _cells(table, arm)
         cells |= {head: cells[head].partition(" ")[0] for head in means}
-        kind: Kind = "bound" if arm.bound else ""
-        rows.append(Row.of([arm.name, *(cells[head] for head in heads)], kind, best=arm is table.best))
+        shown = [arm.name, *(cells[head] for head in heads)]
+        rows.append(Row.of(shown, "bound" if arm.bound else "", best=arm is table.best))
     columns = (Column(head, align="left" if head == axis_of(table) else "right") for head in heads)
     return Grid((Column("", align="left", wrap=True), *columns), tuple(rows))
 
 
 def _cells(table: ComparisonTable, arm: ComparedArm) -> dict[str, str]:
     """Every cell of an arm by the head of its column."""
-    main, low, high = arm.estimates[table.metric], *_ends(table)
-    cells = {_written(table, metric): _interval(estimate) for metric, estimate in arm.estimates.items()}
-    return (
-        cells
-        | dict(zip(AGAINST_BEST, _against_best(arm.against_best), strict=True))
-        | {axis_of(table): interval_text(main, low, high, PLOT_WIDTH)}
-    )
+    cells = {
+        _written(table, metric): f"{found.mean:.4f} [{found.low:.4f}, {found.high:.4f}]"
+        for metric, found in arm.estimates.items()
+    }
+    cells |= dict(zip(AGAINST_BEST, _against_best(arm.against_best), strict=True))
+    return cells | {axis_of(table): interval_text(arm.estimates[table.metric], *_ends(table), PLOT_WIDTH)}
 
 
 def _against_best(test: Comparison | None) -> tuple[str, str, str]:
@@ -101,12 +101,12 @@ def _against_best(test: Comparison | None) -> tuple[str, str, str]:
     return f"{test.mean:+.4f} [{test.low:+.4f}, {test.high:+.4f}]", p, detectable
 
 
-def _interval(estimate: Interval) -> str:
-    return f"{estimate.mean:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]"
-
-
 def _written(table: ComparisonTable, metric: str) -> str:
     return metric_name(Metric.of(metric, table.protocol))
+
+
+def _metrics(table: ComparisonTable) -> list[str]:
+    return [_written(table, metric) for metric in table.arms[0].estimates]
 
 
 def _ends(table: ComparisonTable) -> tuple[float, float]:
@@ -141,20 +141,13 @@ def interval_text(estimate: Interval, low: float, high: float, width: int) -> st
 def print_tables(tables: Sequence[ComparisonTable], file: TextIO | None = None, *, width: int | None = None) -> None:
     """Print each table, with as many columns as fit, and its notes; `file` and `width` as in `console_for`."""
     console = console_for(file, width)
+    sections = []
     for table in tables:
-        first, *others = (_written(table, metric) for metric in table.arms[0].estimates)
+        first, *others = _metrics(table)
         heads = [first, *AGAINST_BEST, *others[:1], axis_of(table)]
-        console.print()
-        console.print(plain(title_of(table), "bold"))
-        console.print(
-            widest_fitting(
-                [grid_of(table, heads[:count], means=others[:1]) for count in range(len(heads), 0, -1)], console, gap=2
-            )
-        )
-        for line in notes(table):
-            console.print(plain(line, "bold red" if line == UNCERTIFIED else "dim"))
-        console.print(plain(settings_line(table), "dim"))
-    console.print()
+        grids = [grid_of(table, heads[:count], means=others[:1]) for count in range(len(heads), 0, -1)]
+        sections.append(replace(_section(table), tables=[widest_fitting(grids, console)]))
+    print_sections(console, sections)
 
 
 def comparison_page(tables: Sequence[ComparisonTable]) -> str:
@@ -164,14 +157,14 @@ def comparison_page(tables: Sequence[ComparisonTable]) -> str:
 
 
 def _section(table: ComparisonTable) -> Section:
-    first, *others = (_written(table, metric) for metric in table.arms[0].estimates)
-    lines = [line for line in notes(table) if line != UNCERTIFIED]
+    first, *others = _metrics(table)
+    lines = notes(table)
     return Section(
         title=title_of(table),
-        warning=UNCERTIFIED if UNCERTIFIED in warnings(table) else "",
+        warning=UNCERTIFIED if UNCERTIFIED in lines else "",
         figures={f"{first} with 95 % intervals; a hollow dot: no difference from the best is shown": plot(table)},
         tables=[grid_of(table, [first, *AGAINST_BEST, *others])],
-        notes=[*lines, settings_line(table)],
+        notes=[*(line for line in lines if line != UNCERTIFIED), settings_line(table)],
     )
 
 
@@ -186,9 +179,9 @@ def plot(table: ComparisonTable) -> Markup:
         main, best = arm.estimates[table.metric], arm is table.best
         differs = arm.bound or best or (arm.against_best is not None and arm.against_best.claim)
         colour = "muted" if arm.bound else "accent" if best else "bar"
-        marks[arm.name] = Mark(main.mean, (main.low, main.high), colour, differs)
+        marks[arm.name] = Value(main.mean, (main.low, main.high), colour, hollow=not differs)
     line_at = table.best.estimates[table.metric].mean if table.best else None
-    return forest_plot(marks, _written(table, table.metric), line_at)
+    return dots(marks, _written(table, table.metric), line_at)
 
 
 def markdown_table(table: ComparisonTable) -> str:
@@ -204,4 +197,4 @@ def latex_table(table: ComparisonTable) -> str:
 
 
 def _for_papers(table: ComparisonTable) -> Grid:
-    return grid_of(table, [*(_written(table, metric) for metric in table.arms[0].estimates), *AGAINST_BEST[:2]])
+    return grid_of(table, [*_metrics(table), *AGAINST_BEST[:2]])

@@ -96,9 +96,9 @@ class Grid:
 
     # ---- terminal ----
 
-    def for_terminal(self, gap: int = 1) -> Table:
-        """The table for a console of rich, its columns `gap` characters apart."""
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap, 0, 0))
+    def for_terminal(self) -> Table:
+        """The table for a console of rich."""
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
         for column in self.columns:
             head = "\n".join(printable(part) for part in column.head.split("\n"))
             table.add_column(Text(head), justify=column.align, no_wrap=not column.wrap)
@@ -152,12 +152,12 @@ def console_for(file: TextIO | None, width: int | None = None, *, least: int = 1
     return console
 
 
-def widest_fitting(grids: Sequence[Grid], console: Console, gap: int = 1) -> Table:
+def widest_fitting(grids: Sequence[Grid], console: Console) -> Grid:
     """The first table that is no wider than the console, or else the last. The widest come first."""
-    tables = [grid.for_terminal(gap) for grid in grids]
     room = console.options.update(max_width=10_000)  # measures what a table asks for, whatever the console's width
-    fitting = (table for table in tables if Measurement.get(console, room, table).maximum <= console.width)
-    return next(fitting, tables[-1])
+    return next(
+        (g for g in grids if Measurement.get(console, room, g.for_terminal()).maximum <= console.width), grids[-1]
+    )
 
 
 def printable(text: str) -> str:

@@ -1,15 +1,19 @@
-"""What training did: curves and final numbers of one run or several, on a page and as tables in the terminal."""
+"""What training did: curves and numbers of runs and of anneal forks, on a page and as tables in the terminal."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TextIO
+from pathlib import Path
+from typing import Any, TextIO
+
+from markupsafe import Markup
 
 from cprec.evaluate.charts import Band, Points, line_chart, thinned
-from cprec.evaluate.grid import Grid, console_for
-from cprec.evaluate.pages import Section, render
+from cprec.evaluate.grid import Column, Grid, console_for
+from cprec.evaluate.pages import Section, print_sections, render
 from cprec.evaluate.training_run import ANNEALING, GENERAL_TEXT, STABLE, WARMUP, TrainingRun, phases_of
+from cprec.files import write_whole
 from cprec.progress import format_seconds
 
 FAR_START = 10
@@ -35,12 +39,21 @@ def final_numbers(run: TrainingRun) -> dict[str, str]:
     }
 
 
-def final_table(runs: Sequence[TrainingRun]) -> Grid:
+def _shown(value: float, form: str) -> str:
+    return form.format(value) if math.isfinite(value) else "-"
+
+
+def final_section(runs: Sequence[TrainingRun], title: str = "") -> Section:
     """The final numbers of each run, without columns that no run has anything in."""
     rows = [(run.name, final_numbers(run)) for run in runs]
-    heads = [head for head in final_numbers(runs[0]) if any(numbers[head] != "-" for _, numbers in rows)]
+    heads = [head for head in rows[0][1] if any(numbers[head] != "-" for _, numbers in rows)]
     cells = ([name, *(numbers[head] for head in heads)] for name, numbers in rows)
-    return Grid.of(["run", *heads], cells, caption="Final numbers")
+    note = (
+        f"Forgetting is the perplexity on a fixed {GENERAL_TEXT} at the end over that at the start: 1 means that "
+        "nothing was forgotten."
+    )
+    table = Grid.of(["run", *heads], cells, caption="Final numbers")
+    return Section(title=title, tables=[table], notes=[note] if "forgetting" in heads else [])
 
 
 def perplexity_rows(runs: Sequence[TrainingRun]) -> list[list[str]]:
@@ -52,6 +65,15 @@ def perplexity_rows(runs: Sequence[TrainingRun]) -> list[list[str]]:
             if values:
                 rows.append([run.name, name, *map(_perplexity, (values[0], values[-1], min(values)))])
     return rows
+
+
+def _perplexity(value: float) -> str:
+    """Two decimals, or a power of ten for a model that has diverged.
+
+    >>> _perplexity(1234.5), _perplexity(1e304)
+    ('1,234.50', '1e+304')
+    """
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.3g}"
 
 
 def perplexity_table(runs: Sequence[TrainingRun], *, named: bool) -> Grid:
@@ -75,103 +97,15 @@ def mixture_table(run: TrainingRun) -> Grid:
     return Grid.of(["", "asked", "read", "points more"], rows, caption=caption)
 
 
-def _perplexity(value: float) -> str:
-    """Two decimals, or a power of ten for a model that has diverged.
-
-    >>> _perplexity(1234.5), _perplexity(1e304)
-    ('1,234.50', '1e+304')
-    """
-    return f"{value:,.2f}" if value < 1e6 else f"{value:.3g}"
-
-
-def _shown(value: float, form: str) -> str:
-    return form.format(value) if math.isfinite(value) else "-"
-
-
-def print_training(runs: Sequence[TrainingRun], file: TextIO | None = None) -> None:
-    """Print the final numbers and the held-out perplexities; `file` is standard output if None."""
-    console = console_for(file, least=160)
-    console.print(final_table(runs).for_terminal())
-    if (perplexities := perplexity_table(runs, named=True)).rows:
-        console.print()
-        console.print(perplexities.for_terminal())
-
-
-# ---- pages -----------------------------------------------------------------------------------------------------------
+# ---- curves ----------------------------------------------------------------------------------------------------------
 
 LinesOf = Callable[[TrainingRun], Mapping[str, Points]]
 """Finds lines by name in a run; a line that has its chart to itself has no name."""
 
 
-def heldout_of(run: TrainingRun) -> Mapping[str, Points]:
-    """Held-out perplexities of a run."""
-    return run.heldout
-
-
 def field_of(name: str, scale: float = 1) -> LinesOf:
     """The values of a field of the log, times `scale`."""
     return lambda run: {"": [(x, scale * y) for x, y in run.points(name)]}
-
-
-FROM_ZERO, LOG = {"from_zero": True}, {"log_y": True}
-CURVES: Mapping[str, tuple[LinesOf, Mapping[str, bool]]] = {
-    "Training loss (nats per target token)": (field_of("loss"), {}),
-    "Held-out perplexity": (heldout_of, LOG),
-    "Forgetting: perplexity on the general text, as a multiple of the start": (
-        lambda run: {"": run.relative_forgetting},
-        {},
-    ),
-    "Learning rate": (field_of("learning_rate"), FROM_ZERO),
-    "Gradient norm": (field_of("grad_norm"), LOG),
-    "Tokens per second": (field_of("tokens_per_second"), FROM_ZERO),
-    "MFU: per cent of the matmul peak": (field_of("mfu", 100), FROM_ZERO),
-    "Mixture: shares of the tokens read so far": (lambda run: run.members("mixture"), FROM_ZERO),
-}
-"""Charts of a run by caption: their lines, and how they are drawn."""
-
-
-def training_page(title: str, runs: Sequence[TrainingRun]) -> str:
-    """The text of the page: final numbers of all runs, then the curves of each."""
-    curves = [run_section(run.name, {run.name: run}) for run in runs]
-    return render(f"training of {title}", [final_section(runs), *curves])
-
-
-def final_section(runs: Sequence[TrainingRun], title: str = "") -> Section:
-    """The final numbers of all runs."""
-    measured = any(math.isfinite(run.forgetting) for run in runs)
-    note = (
-        f"Forgetting is the perplexity on a fixed {GENERAL_TEXT} at the end over that at the start: 1 means that "
-        "nothing was forgotten."
-    )
-    return Section(title=title, tables=[final_table(runs)], notes=[note] if measured else [])
-
-
-def run_section(title: str, runs: Mapping[str, TrainingRun]) -> Section:
-    """The curves of a run, or of several runs by name in one set of charts."""
-    phases = {tuple(phases_of(run.points("learning_rate"))) for run in runs.values()}
-    shaded = [phase for phase in phases.pop() if phase[0] != STABLE] if len(phases) == 1 else []
-    figures = {}
-    for caption, (lines_of, options) in CURVES.items():
-        lines = _named(runs, lines_of)
-        drawn = without_far_starts(lines) if lines_of is heldout_of else lines
-        few = {name: thinned(points) for name, points in drawn.items() if points}
-        figures[caption] = line_chart(few, x_label="tokens", bands=shaded, **options)
-    notes = [_phase_note(shaded)] if shaded else []
-    heldout = _named(runs, heldout_of)
-    if without_far_starts(heldout) != heldout:
-        notes.append("Perplexities of the start, far above the rest, are not drawn.")
-    tables = [perplexity_table(list(runs.values()), named=len(runs) > 1), *map(mixture_table, runs.values())]
-    return Section(title=title, figures=figures, notes=notes, tables=tables)
-
-
-def _named(runs: Mapping[str, TrainingRun], lines_of: LinesOf) -> dict[str, Points]:
-    """The lines of all runs by the name that tells them apart."""
-    several = len(runs) > 1
-    return {
-        (f"{name}, {member}" if member else name) if several else member or name: points
-        for name, run in runs.items()
-        for member, points in lines_of(run).items()
-    }
 
 
 def without_far_starts(lines: Mapping[str, Points]) -> dict[str, Points]:
@@ -180,6 +114,52 @@ def without_far_starts(lines: Mapping[str, Points]) -> dict[str, Points]:
         name: points[1:] if len(points) > 2 and points[0][1] > FAR_START * max(y for _, y in points[1:]) else points
         for name, points in lines.items()
     }
+
+
+LOSS, LEARNING_RATE = "Training loss (nats per target token)", "Learning rate"
+FROM_ZERO, LOG = {"from_zero": True}, {"log_y": True}
+CURVES: Mapping[str, tuple[LinesOf, Mapping[str, bool]]] = {
+    LOSS: (field_of("loss"), {}),
+    "Held-out perplexity": (lambda run: without_far_starts(run.heldout), LOG),
+    "Forgetting: perplexity on the general text, as a multiple of the start": (
+        lambda run: {"": run.relative_forgetting},
+        {},
+    ),
+    LEARNING_RATE: (field_of("learning_rate"), FROM_ZERO),
+    "Gradient norm": (field_of("grad_norm"), LOG),
+    "Tokens per second": (field_of("tokens_per_second"), FROM_ZERO),
+    "MFU: per cent of the matmul peak": (field_of("mfu", 100), FROM_ZERO),
+    "Mixture: shares of the tokens read so far": (lambda run: run.members("mixture"), FROM_ZERO),
+}
+"""Charts of a run by caption: their lines, and how they are drawn."""
+
+
+def _curves(
+    runs: Mapping[str, TrainingRun], lines_of: LinesOf, options: Mapping[str, bool], bands: Sequence[Band] = ()
+) -> Markup:
+    """A chart of the lines of all runs over tokens, each by the name that tells it apart."""
+    several = len(runs) > 1
+    lines = {
+        (f"{name}, {member}" if member else name) if several else member or name: thinned(points)
+        for name, run in runs.items()
+        for member, points in lines_of(run).items()
+    }
+    return line_chart(lines, x_label="tokens", bands=bands, **options)
+
+
+def run_section(title: str, runs: Mapping[str, TrainingRun]) -> Section:
+    """The curves of a run, or of several runs by name in one set of charts."""
+    phases = {tuple(phases_of(run.points("learning_rate"))) for run in runs.values()}
+    shaded = [phase for phase in phases.pop() if phase[0] != STABLE] if len(phases) == 1 else []
+    notes = [_phase_note(shaded)] if shaded else []
+    if any(without_far_starts(run.heldout) != run.heldout for run in runs.values()):
+        notes.append("Perplexities of the start, far above the rest, are not drawn.")
+    return Section(
+        title=title,
+        figures={caption: _curves(runs, lines, options, shaded) for caption, (lines, options) in CURVES.items()},
+        tables=[perplexity_table(list(runs.values()), named=len(runs) > 1), *map(mixture_table, runs.values())],
+        notes=notes,
+    )
 
 
 def _phase_note(phases: Sequence[Band]) -> str:
@@ -191,3 +171,106 @@ def _phase_note(phases: Sequence[Band]) -> str:
     parts = [f"warm-up, up to {last:,.0f} tokens" for name, _, last in phases if name == WARMUP]
     parts += [f"annealing, from {first:,.0f}" for name, first, _ in phases if name == ANNEALING]
     return f"Shaded: {'; '.join(parts)}."
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def print_training(runs: Sequence[TrainingRun], file: TextIO | None = None) -> None:
+    """Print the final numbers and the held-out perplexities; `file` is standard output if None."""
+    perplexities = Section(tables=[perplexity_table(runs, named=True)])
+    print_sections(console_for(file, least=160), [final_section(runs), perplexities])
+
+
+def training_page(title: str, runs: Sequence[TrainingRun]) -> str:
+    """The text of the page: final numbers of all runs, then the curves of each."""
+    curves = [run_section(run.name, {run.name: run}) for run in runs]
+    return render(f"training of {title}", [final_section(runs), *curves])
+
+
+# ---- anneal forks ----------------------------------------------------------------------------------------------------
+
+FORK_COLUMNS = {
+    "tokens": ("tokens", "{:,}"),
+    "seconds": ("seconds", "{:,.0f}"),
+    "next item in {domain}": ("next_item_perplexity", "{:.3f}"),
+    "NDCG@10, validation": ("ndcg@10", "{0[mean]:.4f} [{0[low]:.3f}, {0[high]:.3f}]"),
+    "against no annealing": ("against_trunk", "{0[mean]:+.4f} [{0[low]:+.4f}, {0[high]:+.4f}]"),
+}
+"""Columns of the table of branches: the field of a row of `forks.json`, and how it is written."""
+
+
+def print_forks(comparison: Mapping[str, Any]) -> None:
+    """Print the tables of `forks.json` on standard output."""
+    print_sections(console_for(None), [_fork_section(comparison)])
+
+
+def write_forks(
+    path: Path,
+    comparison: Mapping[str, Any],
+    branches: Mapping[str, Sequence[Mapping[str, Any]]],
+    trunk: Sequence[Mapping[str, Any]],
+) -> None:
+    """Write the page: the tables, then learning rate, loss and held-out perplexity of the run and its branches over
+    tokens.
+
+    `comparison` is the content of `forks.json`: run, start, domain, and a row for each branch by name. `branches` and
+    `trunk` are the records of training logs.
+    """
+    start = min((row["total_tokens"] for row in comparison["rows"].values()), default=0)
+    run = [record for record in trunk if record["tokens"] <= start]
+    # A branch begins where the run was when it was left.
+    last = {key: record[key] for record in run for key in ("learning_rate", "loss", "heldout") if key in record}
+    forks = {name: TrainingRun(name, [{"tokens": start, **last}, *log]) for name, log in branches.items()}
+    figures = {
+        caption: _curves({"run": TrainingRun("run", run), **forks}, *CURVES[caption])
+        for caption in (LEARNING_RATE, LOSS)
+    }
+    for group in _groups(comparison):
+        figures[f"Held-out perplexity: {group}"] = _curves(forks, _heldout_in(group), {})
+    sections = [_fork_section(comparison), Section(title="Curves", figures=figures)]
+    write_whole(path, render(f"anneal forks of {comparison['run']}", sections))
+
+
+def _heldout_in(group: str) -> LinesOf:
+    return lambda run: {"": run.members("heldout").get(group, [])}
+
+
+def _groups(comparison: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(name for row in comparison["rows"].values() for name in row["heldout"]))
+
+
+def _fork_section(comparison: Mapping[str, Any]) -> Section:
+    """What each branch cost and what fine-tuning made of it; held-out perplexity at its end, where it was measured."""
+    rows, domain = comparison["rows"], comparison["domain"]
+    shown = {
+        head.format(domain=domain): cell
+        for head, cell in FORK_COLUMNS.items()
+        if any(cell[0] in r for r in rows.values())
+    }
+    groups = {name.removesuffix(" (specific)"): (name, "{:.3f}") for name in _groups(comparison)}
+    heldout = {name: row["heldout"] for name, row in rows.items()}
+    tables = [
+        _fork_table(f"branches of {comparison['start']}", shown, rows),
+        _fork_table("held-out perplexity", groups, heldout),
+    ]
+    text = (
+        "Tokens and seconds are what a branch costs beyond the run that it shares. Held-out perplexity is that of "
+        "users never trained on."
+    )
+    if domain:
+        text += (
+            f" Every branch was fine-tuned in the same short way on {domain}; NDCG@10 is over the full "
+            "catalogue, of validation queries: test queries are not touched by a choice between branches. Intervals "
+            "are 95 % over users, and the last column is paired."
+        )
+    return Section(tables=[table for table in tables if len(table.columns) > 1], notes=[text])
+
+
+def _fork_table(first: str, columns: Mapping[str, tuple[str, str]], rows: Mapping[str, Mapping[str, Any]]) -> Grid:
+    """Columns by head; a dash stands for what was not measured."""
+    cells = (
+        [name, *(form.format(row[key]) if row.get(key) is not None else "-" for key, form in columns.values())]
+        for name, row in rows.items()
+    )
+    return Grid.of([Column(first, align="left"), *(Column(head, wrap=True) for head in columns)], cells)

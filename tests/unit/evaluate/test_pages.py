@@ -14,7 +14,6 @@ from cprec.evaluate.comparison import ComparedArm, ComparisonTable, Estimate
 from cprec.evaluate.comparison_page import comparison_page, print_tables
 from cprec.evaluate.comparison_page import latex_table as comparison_latex
 from cprec.evaluate.comparison_page import markdown_table as comparison_markdown
-from cprec.evaluate.fork_page import print_forks, write_forks
 from cprec.evaluate.grid import Cell, Column, Grid
 from cprec.evaluate.pages import Section, render
 from cprec.evaluate.report_page import latex_table, markdown_table, print_report, report_page
@@ -48,7 +47,7 @@ from cprec.evaluate.shortcut_audit import (
     Targets,
 )
 from cprec.evaluate.shortcut_page import print_shortcuts, shortcut_page
-from cprec.evaluate.training_page import print_training, training_page
+from cprec.evaluate.training_page import print_forks, print_training, training_page, write_forks
 from cprec.evaluate.training_run import TrainingRun
 
 EVIL = "<script>alert('x')</script> & \"q\" {{ 7 * 6 }} </style> a|b*c $x_1^2$ \\input{y}% \x1b[2J\r[red]"
@@ -244,7 +243,7 @@ def test_an_empty_table_is_not_shown() -> None:
 
 def test_templates_are_part_of_the_package() -> None:
     names = {path.name for path in files("cprec.evaluate").joinpath("templates").iterdir()}
-    assert names == {"page.html", "macros.html", "style.css"}
+    assert names == {"page.html", "macros.html", "charts.html", "style.css"}
 
 
 def test_a_section_says_only_what_it_has() -> None:
