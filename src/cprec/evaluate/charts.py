@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from statistics import fmean
-from typing import cast
+from typing import Any
 
 from markupsafe import Markup
 
@@ -43,6 +43,8 @@ class Scale:
 
 
 ACROSS = LEFT, WIDTH - RIGHT
+MACROS: Any = TEMPLATES.get_template("charts.html").module
+"""They draw; all text is escaped there."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Value:
     value: float
     ends: tuple[float, float] | None = None
     colour: str = "accent"
+    dot: bool = False
     hollow: bool = False
 
     def __str__(self) -> str:
@@ -69,37 +72,30 @@ class Box:
     top: float | None = None
 
 
-def bars(rows: Mapping[str, Sequence[Value]], form: str, largest: float | None = None) -> Markup:
-    """Rows by name, each with its bars one under the other and their values as `form` writes them, a dash without any.
+def row_chart(
+    rows: Mapping[str, Sequence[Value]],
+    form: str,
+    *,
+    low: float = 0.0,
+    high: float | None = None,
+    level: float | None = None,
+) -> Markup:
+    """Rows by name, each with its values drawn one under the other and written as `form` says, a dash without any.
 
-    The full width stands for `largest`, by default the largest number that is drawn.
+    The axis goes from `low` to `high`, by default the largest number that is drawn; a dashed line marks `level`.
     """
-    if largest is None:
-        largest = max((max(bar.ends or (bar.value,)) for row in rows.values() for bar in row), default=0.0)
-    return _drawn("bars", rows, form, largest)
-
-
-def dots(marks: Mapping[str, Value], label: str, level: float | None) -> Markup:
-    """Values with intervals by name over one axis, whose `label` stands below, with a dashed line at a value."""
-    low, high = zip(*(mark.ends or (mark.value, mark.value) for mark in marks.values()), strict=True)
-    x = Scale(min(low), max(high), RIGHT, WIDTH - RIGHT)
-    return _drawn("dots", marks, x, ticks(x.low, x.high, 5), label, level)
+    if high is None:
+        high = max((max(value.ends or (value.value,)) for row in rows.values() for value in row), default=0.0)
+    return Markup(MACROS.row_chart(rows, form, low, high, level))
 
 
 def histogram(shares: Sequence[float], x_label: str) -> Markup:
     """Shares in equal bins over 0 to 100, with a line at the height that all bins would have by chance."""
     largest, width = max(*shares, 2 / len(shares)), 100 / len(shares)
-    return _drawn(
-        "plot",
-        x_label,
-        Scale(0, 100, *ACROSS),
-        Scale(0, largest, HISTOGRAM_HEIGHT - BOTTOM, TOP),
-        (0, 25, 50, 75, 100),
-        {share: f"{share:.0%}" for share in (0, largest)},
-        x_label,
-        [Box("column", f"{share:.1%}", n * width, (n + 1) * width, share) for n, share in enumerate(shares)],
-        level=1 / len(shares),
-    )
+    x, y = Scale(0, 100, *ACROSS), Scale(0, largest, HISTOGRAM_HEIGHT - BOTTOM, TOP)
+    boxes = [Box("column", f"{share:.1%}", n * width, (n + 1) * width, share) for n, share in enumerate(shares)]
+    x_ticks, y_ticks = {tick: str(tick) for tick in (0, 25, 50, 75, 100)}, {0: "0%", largest: f"{largest:.0%}"}
+    return Markup(MACROS.plot(x_label, x, y, x_ticks, y_ticks, x_label, boxes, level=1 / len(shares)))
 
 
 def line_chart(
@@ -125,18 +121,12 @@ def line_chart(
     y = Scale(min(*ys, *y_ticks), max(*ys, *y_ticks), HEIGHT - BOTTOM, TOP, log=log_y)
     boxes = [Box("band", name, max(first, x.low), min(last, x.high)) for name, first, last in bands]
     shaded = [box for box in boxes if box.left < box.right]
-    labels = {tick: number(tick) for tick in y_ticks}
-    return _drawn("plot", ", ".join(drawn), x, y, x_ticks, labels, x_label, shaded, drawn)
+    labels = ({tick: number(tick) for tick in chosen} for chosen in (x_ticks, y_ticks))
+    return Markup(MACROS.plot(", ".join(drawn), x, y, *labels, x_label, shaded, drawn))
 
 
 def _drawable(points: Points, log_y: bool) -> list[tuple[float, float]]:
     return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log_y)]
-
-
-def _drawn(macro: str, *values: object, **named: object) -> Markup:
-    """What a macro of `charts.html` makes of these; all text is escaped."""
-    module = TEMPLATES.get_template("charts.html", globals={"number": number}).module
-    return cast("Markup", getattr(module, macro)(*values, **named))
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TextIO
 
 from markupsafe import Markup
 
-from cprec.evaluate.charts import Value, bars
+from cprec.evaluate.charts import Value, row_chart
 from cprec.evaluate.grid import Cell, Column, Grid, Row, console_for, latex_text, printable, widest_fitting
 from cprec.evaluate.pages import Section, print_sections, render
 from cprec.evaluate.results import (
@@ -26,12 +25,12 @@ from cprec.evaluate.results import (
     Interval,
     Metric,
     Report,
+    Slice,
 )
 from cprec.evaluate.slices import ABOUT
-from cprec.evaluate.statistics import ALPHA, MIN_QUERIES
+from cprec.evaluate.statistics import MIN_QUERIES
 from cprec.evaluate.training_page import final_section, run_section
 from cprec.evaluate.training_run import TrainingRun
-from cprec.files import write_whole
 
 UNCERTIFIED = "UNCERTIFIED: no clean leakage certificate covers these results. They may rest on held-out events."
 METRICS = {"ndcg": "NDCG", "recall": "Recall", "mrr": "MRR", "precision": "Precision", "map": "MAP"}
@@ -78,13 +77,12 @@ def difference_line(difference: Difference) -> str:
     a, b, test, metric = difference.a, difference.b, difference.test, metric_name(difference.metric)
     found = "" if test.detectable is None else f", could find {test.detectable:.4f}"
     queries = f"({test.num_queries:,} queries, p {test.p_adjusted:.4f}{found})"
-    verdict = "no difference shown"
-    if test.num_queries < MIN_QUERIES:
-        verdict = f"no claim under {MIN_QUERIES:,} queries"
-    elif test.p_adjusted < ALPHA and test.low > 0:
+    if test.claim and test.high < 0:
+        a, b, test = b, a, test.reversed()
+    if test.claim and test.low > 0:
         return f"{a} beats {b} by {test.mean:.4f} {metric} [{test.low:.4f}, {test.high:.4f}] {queries}"
-    elif test.p_adjusted < ALPHA and test.high < 0:
-        return f"{b} beats {a} by {-test.mean:.4f} {metric} [{-test.high:.4f}, {-test.low:.4f}] {queries}"
+    few = test.num_queries < MIN_QUERIES
+    verdict = f"no claim under {MIN_QUERIES:,} queries" if few else "no difference shown"
     return f"{a} against {b}: {verdict}, {test.mean:+.4f} {metric} [{test.low:+.4f}, {test.high:+.4f}] {queries}"
 
 
@@ -152,26 +150,20 @@ def _mean_above_interval(cell: Interval) -> Cell:
     return Cell(f"{cell.mean:.4f}", f"{cell.low:.4f} to {cell.high:.4f}")
 
 
-def _column(head: str, part: str, key: Any, shown: Callable[[Any], Cell | str]) -> ArmColumn:
-    """What a mapping of an arm (its `metrics`, `seconds` or `lists`) has under a key."""
-    return Column(head), lambda arm: shown(getattr(arm, part)[key]) if key in getattr(arm, part) else ""
+def _column(head: str, found: Callable[[Arm], Any], shown: Callable[[Any], Cell | str], note: str = "") -> ArmColumn:
+    """A column of what `found` returns of an arm, as `shown` writes it; empty where it is None."""
+    return Column(head, note), lambda arm: "" if (value := found(arm)) is None else shown(value)
 
 
 def _metric_column(metric: Metric, shown: Callable[[Interval], Cell | str], head: str = "") -> ArmColumn:
-    return _column(head or metric_name(metric), "metrics", metric, shown)
+    return _column(head or metric_name(metric), lambda arm: arm.metrics.get(metric), shown)
 
 
-TRAIN_SECONDS: ArmColumn = (
-    Column("seconds of training"),
-    lambda arm: "" if arm.cost.train_seconds is None else f"{arm.cost.train_seconds:,.0f}",
-)
-COST: Sequence[ArmColumn] = (
-    (
-        Column("parameters"),
-        lambda arm: "" if arm.cost.num_parameters is None else f"{arm.cost.num_parameters / 1e6:,.2f} M",
-    ),
+TRAIN_SECONDS = _column("seconds of training", lambda arm: arm.cost.train_seconds, "{:,.0f}".format)
+COST = (
+    _column("parameters", lambda arm: arm.cost.num_parameters, lambda number: f"{number / 1e6:,.2f} M"),
     TRAIN_SECONDS,
-    (Column("ms per query"), lambda arm: f"{arm.cost.milliseconds_per_query:,.2f}"),
+    _column("ms per query", lambda arm: arm.cost.milliseconds_per_query, "{:,.2f}".format),
 )
 
 
@@ -262,7 +254,7 @@ def markdown_table(report: Report, domain: str) -> str:
     for pool, head in ((CANDIDATES_UNIFORM, "Recall@1 of {}, uniform"), (CANDIDATES_POPULARITY, "of {}, popular")):
         if asked := result.pools.get(pool):
             columns.append(_metric_column(Metric("recall", 1, pool), SHORT_MEAN, head.format(asked.num_items)))
-    columns += [_column("coverage", "lists", "coverage", "{:.2f}".format), TRAIN_SECONDS]
+    columns += [_column("coverage", lambda arm: arm.lists.get("coverage"), "{:.2f}".format), TRAIN_SECONDS]
     table = _arm_grid(result, columns).without_empty_columns()
     pool = "full catalogue unless another pool is named, 95 % intervals in brackets"
     warning = "" if result.certified else f" {UNCERTIFIED}"
@@ -288,13 +280,6 @@ def _domain(report: Report, domain: str) -> DomainResult:
 
 
 # ---- page ------------------------------------------------------------------------------------------------------------
-
-
-def write_report_page(
-    path: str | Path, report: Report, runs: Mapping[str, TrainingRun], examples: Sequence[Example]
-) -> None:
-    """Write the report as one HTML file without scripts or links to elsewhere; it appears complete or not at all."""
-    write_whole(path, report_page(report, runs, examples))
 
 
 def report_page(report: Report, runs: Mapping[str, TrainingRun], examples: Sequence[Example]) -> str:
@@ -324,33 +309,29 @@ def _protocol_section(report: Report) -> Section:
 
 
 def _domain_section(result: DomainResult) -> Section:
-    figures = {
-        f"{metric_name(metric)}, full catalogue": _bars(result, metric) for metric in _leading_metrics(result.main)[:2]
-    }
+    charts = {f"{metric_name(metric)}, full catalogue": metric for metric in _leading_metrics(result.main)[:2]}
     if uniform := result.pools.get(CANDIDATES_UNIFORM):
-        figures[f"Recall@1, {uniform.num_items} candidates"] = _bars(result, Metric("recall", 1, CANDIDATES_UNIFORM))
-    lists = [_column(name.replace("_", " "), "lists", name, "{:.3f}".format) for name in LISTS]
-    about = "Lists: " + "; ".join(f"{name.replace('_', ' ')}, {text}" for name, text in LISTS.items())
+        charts[f"Recall@1, {uniform.num_items} candidates"] = Metric("recall", 1, CANDIDATES_UNIFORM)
+    cost = _arm_grid(result, COST, "Cost, on the machine that made them")
     return Section(
         title=domain_line(result),
         warning="" if result.certified else UNCERTIFIED,
         points=[("", line) for line in (*map(difference_line, result.differences), *ranking_lines(result))],
-        figures=figures,
+        figures={caption: _bars(result, metric) for caption, metric in charts.items()},
         fold="All metrics",
-        details=[
-            *_pool_grids(result),
-            *_slice_grids(result),
-            _arm_grid(result, lists, about),
-            _arm_grid(result, COST, "Cost, on the machine that made them"),
-        ],
+        details=[*_pool_grids(result), *_slice_grids(result), _list_grid(result), cost],
     )
 
 
 def _bars(result: DomainResult, metric: Metric) -> Markup:
-    cells = {name: (arm.metrics[metric], COLOURS[arm.kind]) for name, arm in result.arms.items()}
-    return bars({name: [Value(cell.mean, (cell.low, cell.high), c)] for name, (cell, c) in cells.items()}, "{:.4f}")
+    rows = {}
+    for name, arm in result.arms.items():
+        cell = arm.metrics[metric]
+        rows[name] = [Value(cell.mean, (cell.low, cell.high), COLOURS[arm.kind])]
+    return row_chart(rows, "{:.4f}")
 
 
+LEADING_POOL = "Full catalogue. MRR counts items that were listed only"
 POOLS = {
     CANDIDATES_UNIFORM: "{0.num_items} candidates, the others uniform",
     FULL_WITH_SEEN: "Full catalogue, seen items may be recommended again",
@@ -365,35 +346,38 @@ POOLS = {
 
 def _pool_grids(result: DomainResult) -> Iterator[Grid]:
     """All metrics over the full catalogue and uniform candidates, and the leading ones over the other pools."""
-    yield _whole_grid(result, result.main.pool, "Full catalogue. MRR counts items that were listed only")
-    for pool, caption in POOLS.items():
-        asked = result.pools.get(pool)
-        if pool == result.main.pool or (asked is None and pool not in SEEN_RULES):
-            continue
-        if pool == CANDIDATES_UNIFORM:
-            yield _whole_grid(result, pool, caption.format(asked))
-            continue
-        shown = [Metric("recall", 1, pool)] if pool == CANDIDATES_POPULARITY else _leading_metrics(result.main)[:2]
+    main, measured = result.main.pool, next(iter(result.arms.values()))
+    asked = [pool for pool in POOLS if pool in SEEN_RULES or pool in result.pools]
+    for pool in sorted(asked, key=lambda pool: pool != main):  # the leading one first
+        caption = LEADING_POOL if pool == main else POOLS[pool].format(result.pools.get(pool))
+        shown = list(measured.of(pool)) if pool in (main, CANDIDATES_UNIFORM) else _leading_metrics(result.main)[:2]
+        if pool == CANDIDATES_POPULARITY:
+            shown = [Metric("recall", 1, pool)]
         columns = [_metric_column(replace(metric, pool=pool), _mean_above_interval) for metric in shown]
-        yield _arm_grid(result, columns, caption.format(asked))
-
-
-def _whole_grid(result: DomainResult, pool: str, caption: str) -> Grid:
-    metrics = next(iter(result.arms.values())).of(pool)
-    columns = [_metric_column(metric, _mean_above_interval) for metric in metrics]
-    return _arm_grid(result, [*columns, _column("seconds", "seconds", pool, "{:.1f}".format)], caption)
+        seconds = _column("seconds", lambda arm, pool=pool: arm.seconds.get(pool), "{:.1f}".format)
+        yield _arm_grid(result, [*columns, seconds], caption).without_empty_columns()
 
 
 def _slice_grids(result: DomainResult) -> Iterator[Grid]:
     """The leading metric in each group of each slice."""
+
+    def shown(group: Slice) -> Cell:
+        return _mean_above_interval(group.metrics[result.main])
+
     slices = next((arm.slices for arm in result.arms.values() if arm.slices), {})
-
-    def column(name: str, group: str, num_queries: int) -> ArmColumn:
-        def cell(arm: Arm) -> Cell | str:
-            return _mean_above_interval(arm.slices[name][group].metrics[result.main]) if name in arm.slices else ""
-
-        return Column(group, f"{num_queries:,} queries"), cell
-
     for name, groups in slices.items():
-        columns = [column(name, group, asked.num_queries) for group, asked in groups.items()]
+        columns = [
+            _column(
+                group, lambda arm, group=group: arm.slices.get(name, {}).get(group), shown, f"{n.num_queries:,} queries"
+            )
+            for group, n in groups.items()
+        ]
         yield _arm_grid(result, columns, f"{metric_name(result.main)} by {name}: {ABOUT[name]}")
+
+
+def _list_grid(result: DomainResult) -> Grid:
+    heads = {name: name.replace("_", " ") for name in LISTS}
+    columns = [
+        _column(head, lambda arm, name=name: arm.lists.get(name), "{:.3f}".format) for name, head in heads.items()
+    ]
+    return _arm_grid(result, columns, "Lists: " + "; ".join(f"{heads[name]}, {about}" for name, about in LISTS.items()))

@@ -10,7 +10,7 @@ from typing import TextIO
 
 from markupsafe import Markup
 
-from cprec.evaluate.charts import Value, bars, histogram
+from cprec.evaluate.charts import Value, histogram, row_chart
 from cprec.evaluate.findings import METRIC, findings
 from cprec.evaluate.grid import Column, Grid, console_for
 from cprec.evaluate.pages import Section, print_sections, render
@@ -154,8 +154,8 @@ def _figures(audit: ShortcutAudit) -> dict[str, Markup]:
     reached = {name: [Value(reach.targets), Value(reach.popular, colour="bar")] for name, reach in audit.reach.items()}
     followers = {name: [Value(share)] for name, share in audit.out_degree.histogram.items()}
     figures = {
-        "Targets reached (grey: what popularity alone would reach)": bars(reached, "{:.1%}", largest=1),
-        "Items that follow the last item": bars(followers, "{:.1%}"),
+        "Targets reached (grey: what popularity alone would reach)": row_chart(reached, "{:.1%}", high=1),
+        "Items that follow the last item": row_chart(followers, "{:.1%}"),
     }
     label = "percentile among all items; no likeness at all lies near 50"
     for name, similarity in audit.similarity.items():
@@ -163,5 +163,5 @@ def _figures(audit: ShortcutAudit) -> dict[str, Markup]:
     for model in audit.dependence:
         kept = {name: [Value(s.mean, (s.low, s.high))] if s else [] for name, s in model.shares.items()}
         caption = f"{model.model}: {METRIC} kept ({model.ndcg.mean:.4f} on whole histories)"
-        figures[caption] = bars(kept, "{:.0%}")
+        figures[caption] = row_chart(kept, "{:.0%}")
     return figures

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TextIO
 
 from markupsafe import Markup
@@ -13,7 +12,6 @@ from cprec.evaluate.charts import Band, Points, line_chart, thinned
 from cprec.evaluate.grid import Column, Grid, console_for
 from cprec.evaluate.pages import Section, print_sections, render
 from cprec.evaluate.training_run import ANNEALING, GENERAL_TEXT, STABLE, WARMUP, TrainingRun, phases_of
-from cprec.files import write_whole
 from cprec.progress import format_seconds
 
 FAR_START = 10
@@ -56,17 +54,6 @@ def final_section(runs: Sequence[TrainingRun], title: str = "") -> Section:
     return Section(title=title, tables=[table], notes=[note] if "forgetting" in heads else [])
 
 
-def perplexity_rows(runs: Sequence[TrainingRun]) -> list[list[str]]:
-    """Run, held-out set, and its perplexity at the start, at the end and at its lowest; the general text is last."""
-    rows = []
-    for run in runs:
-        for name, points in {**run.heldout, GENERAL_TEXT: run.general_text}.items():
-            values = [value for _, value in points]
-            if values:
-                rows.append([run.name, name, *map(_perplexity, (values[0], values[-1], min(values)))])
-    return rows
-
-
 def _perplexity(value: float) -> str:
     """Two decimals, or a power of ten for a model that has diverged.
 
@@ -76,11 +63,15 @@ def _perplexity(value: float) -> str:
     return f"{value:,.2f}" if value < 1e6 else f"{value:.3g}"
 
 
-def perplexity_table(runs: Sequence[TrainingRun], *, named: bool) -> Grid:
-    """Held-out perplexity; `named` adds a first column with the run."""
-    first = 0 if named else 1
+def perplexity_table(runs: Sequence[TrainingRun], *, named: bool = True) -> Grid:
+    """Held-out perplexity at the start, at the end and at its lowest, of the general text last; `named` adds a first
+    column with the run."""
+    first, rows = 0 if named else 1, []
+    for run in runs:
+        for name, points in {**run.heldout, GENERAL_TEXT: run.general_text}.items():
+            if values := [value for _, value in points]:
+                rows.append([run.name, name, *map(_perplexity, (values[0], values[-1], min(values)))][first:])
     heads = ["run", "held out", "start", "end", "lowest"][first:]
-    rows = (row[first:] for row in perplexity_rows(runs))
     return Grid.of(heads, rows, caption="Held-out perplexity", left=2 - first)
 
 
@@ -178,7 +169,7 @@ def _phase_note(phases: Sequence[Band]) -> str:
 
 def print_training(runs: Sequence[TrainingRun], file: TextIO | None = None) -> None:
     """Print the final numbers and the held-out perplexities; `file` is standard output if None."""
-    perplexities = Section(tables=[perplexity_table(runs, named=True)])
+    perplexities = Section(tables=[perplexity_table(runs)])
     print_sections(console_for(file, least=160), [final_section(runs), perplexities])
 
 
@@ -205,14 +196,12 @@ def print_forks(comparison: Mapping[str, Any]) -> None:
     print_sections(console_for(None), [_fork_section(comparison)])
 
 
-def write_forks(
-    path: Path,
+def fork_page(
     comparison: Mapping[str, Any],
     branches: Mapping[str, Sequence[Mapping[str, Any]]],
     trunk: Sequence[Mapping[str, Any]],
-) -> None:
-    """Write the page: the tables, then learning rate, loss and held-out perplexity of the run and its branches over
-    tokens.
+) -> str:
+    """The text of the page: the tables, then learning rate, loss and held-out perplexity over tokens.
 
     `comparison` is the content of `forks.json`: run, start, domain, and a row for each branch by name. `branches` and
     `trunk` are the records of training logs.
@@ -229,7 +218,7 @@ def write_forks(
     for group in _groups(comparison):
         figures[f"Held-out perplexity: {group}"] = _curves(forks, _heldout_in(group), {})
     sections = [_fork_section(comparison), Section(title="Curves", figures=figures)]
-    write_whole(path, render(f"anneal forks of {comparison['run']}", sections))
+    return render(f"anneal forks of {comparison['run']}", sections)
 
 
 def _heldout_in(group: str) -> LinesOf:
