@@ -312,6 +312,8 @@ def _domain_section(result: DomainResult) -> Section:
     charts = {f"{metric_name(metric)}, full catalogue": metric for metric in _leading_metrics(result.main)[:2]}
     if uniform := result.pools.get(CANDIDATES_UNIFORM):
         charts[f"Recall@1, {uniform.num_items} candidates"] = Metric("recall", 1, CANDIDATES_UNIFORM)
+    slices = next((arm.slices for arm in result.arms.values() if arm.slices), {})
+    sliced = [_slice_grid(result, name, groups) for name, groups in slices.items()]
     cost = _arm_grid(result, COST, "Cost, on the machine that made them")
     return Section(
         title=domain_line(result),
@@ -319,7 +321,7 @@ def _domain_section(result: DomainResult) -> Section:
         points=[("", line) for line in (*map(difference_line, result.differences), *ranking_lines(result))],
         figures={caption: _bars(result, metric) for caption, metric in charts.items()},
         fold="All metrics",
-        details=[*_pool_grids(result), *_slice_grids(result), _list_grid(result), cost],
+        details=[*_pool_grids(result), *sliced, _list_grid(result), cost],
     )
 
 
@@ -358,21 +360,18 @@ def _pool_grids(result: DomainResult) -> Iterator[Grid]:
         yield _arm_grid(result, [*columns, seconds], caption).without_empty_columns()
 
 
-def _slice_grids(result: DomainResult) -> Iterator[Grid]:
-    """The leading metric in each group of each slice."""
-
-    def shown(group: Slice) -> Cell:
-        return _mean_above_interval(group.metrics[result.main])
-
-    slices = next((arm.slices for arm in result.arms.values() if arm.slices), {})
-    for name, groups in slices.items():
-        columns = [
-            _column(
-                group, lambda arm, group=group: arm.slices.get(name, {}).get(group), shown, f"{n.num_queries:,} queries"
-            )
-            for group, n in groups.items()
-        ]
-        yield _arm_grid(result, columns, f"{metric_name(result.main)} by {name}: {ABOUT[name]}")
+def _slice_grid(result: DomainResult, name: str, groups: Mapping[str, Slice]) -> Grid:
+    """The leading metric in each group of a slice."""
+    columns = [
+        _column(
+            group,
+            lambda arm, group=group: arm.slices.get(name, {}).get(group),
+            lambda found: _mean_above_interval(found.metrics[result.main]),
+            f"{asked.num_queries:,} queries",
+        )
+        for group, asked in groups.items()
+    ]
+    return _arm_grid(result, columns, f"{metric_name(result.main)} by {name}: {ABOUT[name]}")
 
 
 def _list_grid(result: DomainResult) -> Grid:
