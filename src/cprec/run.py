@@ -28,7 +28,7 @@ from cprec.evaluate.questions import read_queries
 from cprec.evaluate.rankings import rankings_path, read_rankings
 from cprec.evaluate.report_page import latex_table, markdown_table, print_report, report_page
 from cprec.evaluate.results import FULL, DomainResult, Example, Report, TrainedModel, write_report
-from cprec.evaluate.training_run import TrainingRun
+from cprec.evaluate.training_page import TrainingRun
 from cprec.files import write_whole
 from cprec.progress import say
 from cprec.provenance import read_resolved, save_resolved

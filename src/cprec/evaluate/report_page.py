@@ -18,7 +18,6 @@ from cprec.evaluate.results import (
     FULL_WITH_SEEN,
     NEW_ITEMS,
     Arm,
-    CertificateSummary,
     Difference,
     DomainResult,
     Example,
@@ -29,8 +28,7 @@ from cprec.evaluate.results import (
 )
 from cprec.evaluate.slices import ABOUT
 from cprec.evaluate.statistics import MIN_QUERIES
-from cprec.evaluate.training_page import final_section, run_section
-from cprec.evaluate.training_run import TrainingRun
+from cprec.evaluate.training_page import TrainingRun, final_section, run_section
 
 UNCERTIFIED = "UNCERTIFIED: no clean leakage certificate covers these results. They may rest on held-out events."
 METRICS = {"ndcg": "NDCG", "recall": "Recall", "mrr": "MRR", "precision": "Precision", "map": "MAP"}
@@ -86,32 +84,6 @@ def difference_line(difference: Difference) -> str:
     return f"{a} against {b}: {verdict}, {test.mean:+.4f} {metric} [{test.low:+.4f}, {test.high:+.4f}] {queries}"
 
 
-def certificate_line(certificate: CertificateSummary) -> str:
-    """What the leakage certificate found."""
-    found = f"{certificate.checked:,} checks, {certificate.violations:,} violations"
-    if certificate.uncertified:
-        return UNCERTIFIED
-    return f"clean ({found}) and covers every model and query here" if certificate.clean else f"not clean ({found})"
-
-
-def protocol_lines(report: Report) -> dict[str, str]:
-    """What every number depends on, the certificate and the bound included."""
-    lines = {**report.protocol, "leakage certificate": certificate_line(report.certificate)}
-    bounds = {arm.name for result in report.domains.values() for arm in result.arms.values() if arm.kind == "bound"}
-    if bounds:
-        names = ", ".join(sorted(bounds))
-        lines["bound"] = f"{names}: ranks by the true chances of this generated world; none is better on average"
-    return lines
-
-
-def explanation(k: int | None) -> str:
-    """What the leading metrics are."""
-    return (
-        f"Recall@{k} is the share of queries whose held-out item is among the first {k}; NDCG@{k} also counts how far "
-        "up it stands (1 is always first, 0 never listed). Intervals are 95 % over queries."
-    )
-
-
 def ranking_lines(result: DomainResult) -> list[str]:
     """Notes on the queries, and for each model how exact its lists are and how well it wrote titles freely."""
     lines = list(result.notes)
@@ -155,8 +127,13 @@ def _column(head: str, found: Callable[[Arm], Any], shown: Callable[[Any], Cell 
     return Column(head, note), lambda arm: "" if (value := found(arm)) is None else shown(value)
 
 
+def _under(part: str, key: Any) -> Callable[[Arm], Any]:
+    """Finds what a mapping of an arm (its `metrics`, `lists` or `seconds`) has under a key."""
+    return lambda arm: getattr(arm, part).get(key)
+
+
 def _metric_column(metric: Metric, shown: Callable[[Interval], Cell | str], head: str = "") -> ArmColumn:
-    return _column(head or metric_name(metric), lambda arm: arm.metrics.get(metric), shown)
+    return _column(head or metric_name(metric), _under("metrics", metric), shown)
 
 
 TRAIN_SECONDS = _column("seconds of training", lambda arm: arm.cost.train_seconds, "{:,.0f}".format)
@@ -254,7 +231,7 @@ def markdown_table(report: Report, domain: str) -> str:
     for pool, head in ((CANDIDATES_UNIFORM, "Recall@1 of {}, uniform"), (CANDIDATES_POPULARITY, "of {}, popular")):
         if asked := result.pools.get(pool):
             columns.append(_metric_column(Metric("recall", 1, pool), SHORT_MEAN, head.format(asked.num_items)))
-    columns += [_column("coverage", lambda arm: arm.lists.get("coverage"), "{:.2f}".format), TRAIN_SECONDS]
+    columns += [_column("coverage", _under("lists", "coverage"), "{:.2f}".format), TRAIN_SECONDS]
     table = _arm_grid(result, columns).without_empty_columns()
     pool = "full catalogue unless another pool is named, 95 % intervals in brackets"
     warning = "" if result.certified else f" {UNCERTIFIED}"
@@ -299,13 +276,21 @@ def report_page(report: Report, runs: Mapping[str, TrainingRun], examples: Seque
 
 
 def _protocol_section(report: Report) -> Section:
-    return Section(
-        title="How this was measured",
-        boxed=True,
-        warning=UNCERTIFIED if report.certificate.uncertified else "",
-        terms=protocol_lines(report),
-        notes=[explanation(report.main.k)],
+    """What every number depends on, the certificate and the bound included."""
+    certificate, k = report.certificate, report.main.k
+    found = f"{certificate.checked:,} checks, {certificate.violations:,} violations"
+    clean = f"clean ({found}) and covers every model and query here" if certificate.clean else f"not clean ({found})"
+    terms = {**report.protocol, "leakage certificate": UNCERTIFIED if certificate.uncertified else clean}
+    bounds = {arm.name for result in report.domains.values() for arm in result.arms.values() if arm.kind == "bound"}
+    if bounds:
+        names = ", ".join(sorted(bounds))
+        terms["bound"] = f"{names}: ranks by the true chances of this generated world; none is better on average"
+    note = (
+        f"Recall@{k} is the share of queries whose held-out item is among the first {k}; NDCG@{k} also counts how far "
+        "up it stands (1 is always first, 0 never listed). Intervals are 95 % over queries."
     )
+    warning = UNCERTIFIED if certificate.uncertified else ""
+    return Section(title="How this was measured", boxed=True, warning=warning, terms=terms, notes=[note])
 
 
 def _domain_section(result: DomainResult) -> Section:
@@ -356,27 +341,24 @@ def _pool_grids(result: DomainResult) -> Iterator[Grid]:
         if pool == CANDIDATES_POPULARITY:
             shown = [Metric("recall", 1, pool)]
         columns = [_metric_column(replace(metric, pool=pool), _mean_above_interval) for metric in shown]
-        seconds = _column("seconds", lambda arm, pool=pool: arm.seconds.get(pool), "{:.1f}".format)
+        seconds = _column("seconds", _under("seconds", pool), "{:.1f}".format)
         yield _arm_grid(result, [*columns, seconds], caption).without_empty_columns()
 
 
 def _slice_grid(result: DomainResult, name: str, groups: Mapping[str, Slice]) -> Grid:
     """The leading metric in each group of a slice."""
-    columns = [
-        _column(
-            group,
-            lambda arm, group=group: arm.slices.get(name, {}).get(group),
-            lambda found: _mean_above_interval(found.metrics[result.main]),
-            f"{asked.num_queries:,} queries",
-        )
-        for group, asked in groups.items()
-    ]
+
+    def shown(found: Slice) -> Cell:
+        return _mean_above_interval(found.metrics[result.main])
+
+    def column(group: str, num_queries: int) -> ArmColumn:
+        return _column(group, lambda arm: arm.slices.get(name, {}).get(group), shown, f"{num_queries:,} queries")
+
+    columns = [column(group, asked.num_queries) for group, asked in groups.items()]
     return _arm_grid(result, columns, f"{metric_name(result.main)} by {name}: {ABOUT[name]}")
 
 
 def _list_grid(result: DomainResult) -> Grid:
     heads = {name: name.replace("_", " ") for name in LISTS}
-    columns = [
-        _column(head, lambda arm, name=name: arm.lists.get(name), "{:.3f}".format) for name, head in heads.items()
-    ]
+    columns = [_column(head, _under("lists", name), "{:.3f}".format) for name, head in heads.items()]
     return _arm_grid(result, columns, "Lists: " + "; ".join(f"{heads[name]}, {about}" for name, about in LISTS.items()))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TextIO
 
 from markupsafe import Markup
@@ -11,11 +13,107 @@ from markupsafe import Markup
 from cprec.evaluate.charts import Band, Points, line_chart, thinned
 from cprec.evaluate.grid import Column, Grid, console_for
 from cprec.evaluate.pages import Section, print_sections, render
-from cprec.evaluate.training_run import ANNEALING, GENERAL_TEXT, STABLE, WARMUP, TrainingRun, phases_of
 from cprec.progress import format_seconds
 
+GENERAL_TEXT = "general text"
+"""The held-out perplexity that is the forgetting meter; see `cprec.train.forgetting`."""
+WARMUP, STABLE, ANNEALING = "warm-up", "stable", "annealing"
 FAR_START = 10
 """A perplexity at the start this many times all later ones is left out of the curves, which it would flatten."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingRun:
+    """A run as its folder tells it; what the log lacks is left out of the report."""
+
+    name: str
+    records: Sequence[Mapping[str, Any]]
+    """Lines of its log: step and tokens in all, then loss, learning_rate, heldout and so on, each in some."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """The content of `cprec.json`, once the run is finished."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens read so far."""
+        return max((record["tokens"] for record in self.records), default=0)
+
+    @property
+    def seconds(self) -> float:
+        """Training time; of an unfinished run by its last rate, NaN where it has none."""
+        if "seconds" in self.about:
+            return float(self.about["seconds"])
+        rate = self.last("tokens_per_second")
+        return self.num_tokens / rate if rate > 0 else math.nan
+
+    def points(self, name: str) -> list[tuple[float, float]]:
+        """The finite values of a field over tokens."""
+        return _finite([(record["tokens"], record[name]) for record in self.records if name in record])
+
+    def last(self, name: str) -> float:
+        """The last finite value of a field; NaN where there is none."""
+        points = self.points(name)
+        return points[-1][1] if points else math.nan
+
+    @cached_property
+    def heldout(self) -> dict[str, list[tuple[float, float]]]:
+        """Held-out perplexity over tokens, by domain and kind; the general text is not among them."""
+        return {name: points for name, points in self.members("heldout").items() if name != GENERAL_TEXT}
+
+    @cached_property
+    def general_text(self) -> list[tuple[float, float]]:
+        """Perplexity on the general text over tokens."""
+        return self.members("heldout").get(GENERAL_TEXT, [])
+
+    @property
+    def mixture_asked(self) -> dict[str, float]:
+        """The share of each group that the settings ask for, where the log has it."""
+        return next((dict(record["mixture_asked"]) for record in self.records if "mixture_asked" in record), {})
+
+    @cached_property
+    def relative_forgetting(self) -> list[tuple[float, float]]:
+        """Perplexity on the general text over tokens, as a multiple of the first."""
+        start = self.general_text[0][1] if self.general_text else 0.0
+        return [(tokens, value / start) for tokens, value in self.general_text] if start > 0 else []
+
+    @property
+    def forgetting(self) -> float:
+        """The last perplexity on the general text over the first; NaN where it was not measured twice."""
+        return self.relative_forgetting[-1][1] if len(self.relative_forgetting) > 1 else math.nan
+
+    def members(self, name: str) -> dict[str, list[tuple[float, float]]]:
+        """The finite values over tokens of each member of a field that is a mapping: `heldout` or `mixture`."""
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for record in self.records:
+            for member, value in (record.get(name) or {}).items():
+                lines.setdefault(member, []).append((record["tokens"], value))
+        return {member: _finite(points) for member, points in lines.items()}
+
+
+def _finite(points: Sequence[tuple[float, Any]]) -> list[tuple[float, float]]:
+    return [(x, float(y)) for x, y in points if isinstance(y, (int, float)) and math.isfinite(y)]
+
+
+def phases_of(learning_rates: Points) -> list[Band]:
+    """Where the rate rises to its peak, where it stays there, and where it falls: name, first and last tokens.
+
+    A rate that never changes has no phases.
+
+    >>> phases_of([(10, 0.5), (20, 1.0), (30, 1.0), (40, 1.0), (50, 0.4)])
+    [('warm-up', 0, 20), ('stable', 20, 40), ('annealing', 40, 50)]
+    >>> phases_of([(10, 1.0), (20, 1.0)])
+    []
+    """
+    if not learning_rates:
+        return []
+    peak = max(rate for _, rate in learning_rates)
+    at_peak = [place for place, (_, rate) in enumerate(learning_rates) if rate >= peak * (1 - 1e-9)]
+    first, last, end = learning_rates[at_peak[0]][0], learning_rates[at_peak[-1]][0], learning_rates[-1][0]
+    found: list[Band] = [(WARMUP, 0, first)] if at_peak[0] else []
+    if last > first:
+        found.append((STABLE, first, last))
+    if end > last:
+        found.append((ANNEALING, last, end))
+    return found if [name for name, _, _ in found] != [STABLE] else []
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -27,7 +125,7 @@ def final_numbers(run: TrainingRun) -> dict[str, str]:
     return {
         "state": "finished" if run.about else "not finished",
         "parameters": f"{parameters / 1e6:,.2f} M" if parameters else "-",
-        "steps": f"{run.num_steps:,}",
+        "steps": f"{max((record['step'] for record in run.records), default=0):,}",
         "tokens": f"{run.num_tokens:,}",
         "loss": _shown(run.last("loss"), "{:.3f}"),
         "tokens/s": _shown(run.last("tokens_per_second"), "{:,.0f}"),
@@ -142,7 +240,9 @@ def run_section(title: str, runs: Mapping[str, TrainingRun]) -> Section:
     """The curves of a run, or of several runs by name in one set of charts."""
     phases = {tuple(phases_of(run.points("learning_rate"))) for run in runs.values()}
     shaded = [phase for phase in phases.pop() if phase[0] != STABLE] if len(phases) == 1 else []
-    notes = [_phase_note(shaded)] if shaded else []
+    parts = [f"warm-up, up to {last:,.0f} tokens" for name, _, last in shaded if name == WARMUP]
+    parts += [f"annealing, from {first:,.0f}" for name, first, _ in shaded if name == ANNEALING]
+    notes = [f"Shaded: {'; '.join(parts)}."] if parts else []
     if any(without_far_starts(run.heldout) != run.heldout for run in runs.values()):
         notes.append("Perplexities of the start, far above the rest, are not drawn.")
     return Section(
@@ -151,17 +251,6 @@ def run_section(title: str, runs: Mapping[str, TrainingRun]) -> Section:
         tables=[perplexity_table(list(runs.values()), named=len(runs) > 1), *map(mixture_table, runs.values())],
         notes=notes,
     )
-
-
-def _phase_note(phases: Sequence[Band]) -> str:
-    """Which phase is shaded where.
-
-    >>> _phase_note([("warm-up", 0, 2000), ("annealing", 9000, 10000)])
-    'Shaded: warm-up, up to 2,000 tokens; annealing, from 9,000.'
-    """
-    parts = [f"warm-up, up to {last:,.0f} tokens" for name, _, last in phases if name == WARMUP]
-    parts += [f"annealing, from {first:,.0f}" for name, first, _ in phases if name == ANNEALING]
-    return f"Shaded: {'; '.join(parts)}."
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------

@@ -45,8 +45,7 @@ from cprec.evaluate.shortcut_audit import (
     Targets,
 )
 from cprec.evaluate.shortcut_page import print_shortcuts, shortcut_page
-from cprec.evaluate.training_page import fork_page, print_forks, print_training, training_page
-from cprec.evaluate.training_run import TrainingRun
+from cprec.evaluate.training_page import TrainingRun, fork_page, print_forks, print_training, training_page
 
 EVIL = "<script>alert('x')</script> & \"q\" {{ 7 * 6 }} </style> a|b*c $x_1^2$ \\input{y}% \x1b[2J\r[red]"
 """Means something to HTML, Jinja, CSS, Markdown, LaTeX, a terminal and rich."""

@@ -38,7 +38,7 @@ from cprec.evaluate.results import (
     Report,
 )
 from cprec.evaluate.statistics import Comparison
-from cprec.evaluate.training_run import TrainingRun
+from cprec.evaluate.training_page import TrainingRun
 
 EXAMPLES = [
     Example(

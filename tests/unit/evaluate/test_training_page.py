@@ -12,8 +12,15 @@ from xml.etree import ElementTree
 
 import pytest
 
-from cprec.evaluate.training_page import final_numbers, perplexity_table, print_training, training_page
-from cprec.evaluate.training_run import GENERAL_TEXT, TrainingRun, phases_of
+from cprec.evaluate.training_page import (
+    GENERAL_TEXT,
+    TrainingRun,
+    final_numbers,
+    perplexity_table,
+    phases_of,
+    print_training,
+    training_page,
+)
 
 RATES = [0.001, 0.002, 0.002, 0.002, 0.0011, 0.0002]
 
