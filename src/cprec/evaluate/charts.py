@@ -111,7 +111,10 @@ def line_chart(
     `bands` are stretches of x that are shaded, as far as the lines go. Points that are not finite are left out, and
     with a logarithmic axis those that are not above 0. Returns '' where no point is left.
     """
-    drawn = {name: kept for name, points in lines.items() if (kept := _drawable(points, log_y))}
+    drawn = {}
+    for name, points in lines.items():
+        if kept := [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log_y)]:
+            drawn[name] = kept
     if not drawn:
         return Markup("")
     xs, ys = zip(*chain(*drawn.values()), strict=True)
@@ -123,10 +126,6 @@ def line_chart(
     shaded = [box for box in boxes if box.left < box.right]
     labels = ({tick: number(tick) for tick in chosen} for chosen in (x_ticks, y_ticks))
     return Markup(MACROS.plot(", ".join(drawn), x, y, *labels, x_label, shaded, drawn))
-
-
-def _drawable(points: Points, log_y: bool) -> list[tuple[float, float]]:
-    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log_y)]
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

@@ -77,16 +77,15 @@ class Grid:
         *,
         caption: str = "",
         left: int = 1,
-        best: int | None = None,
     ) -> Grid:
-        """A table of these heads and rows, the first `left` columns set flush left; `best` is the number of a row."""
+        """A table of these heads and rows, the first `left` columns set flush left."""
         columns = [
             head
             if isinstance(head, Column)
             else Column(head, align="left" if place < left else "right", wrap=place < left)
             for place, head in enumerate(heads)
         ]
-        return cls(tuple(columns), tuple(Row.of(row, best=place == best) for place, row in enumerate(rows)), caption)
+        return cls(tuple(columns), tuple(map(Row.of, rows)), caption)
 
     def without_empty_columns(self) -> Grid:
         """The table without the columns in which no row has anything."""
@@ -116,7 +115,8 @@ class Grid:
     def markdown(self) -> str:
         """The table in Markdown, its best row bold.
 
-        >>> print(Grid.of(["", "NDCG"], [["a|b", "0.1"], ["c", ""]], best=0).markdown())
+        >>> rows = Row.of(["a|b", "0.1"], best=True), Row.of(["c", ""])
+        >>> print(Grid((Column("", align="left"), Column("NDCG")), rows).markdown())
         | | NDCG |
         | --- | ---: |
         | **a\\|b** | **0.1** |
