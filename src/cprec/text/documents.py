@@ -339,7 +339,7 @@ def join_parts(folder: Path, about: Mapping[str, Any]) -> None:
     rules, _, encoder = _open(folder)
     parts = [folder / PARTS / f"part-{part}" for part in range(read_manifest(folder)["num_parts"])]
     for name in shard_names(rules.target_domains):
-        full = {**about, "vocabulary_size": encoder.vocabulary_size}
+        full = {"about": about, "vocabulary_size": encoder.vocabulary_size}
         join_shards(folder / name, [part / name for part in parts], full)
     for name in query_names(rules.target_domains):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
