@@ -127,18 +127,14 @@ def audit_part(folder: Path, part: int) -> dict[str, Any]:
             if readable.intersection(query_names([domain], [name])):
                 properties.append(check_queries(split, domain, name, auditor.queries(domain, name)))
             observations += find_ties(split, domain, name, data.manifest["rules"]["tie_order"])
+    # The number of events; with cuts also those before and up to the validation cut, then the test cut.
+    time, cuts = split.interactions.time, data.cuts
+    moments = [cuts[VALIDATION], cuts[VALIDATION] + 1, cuts[TEST], cuts[TEST] + 1] if cuts else []
     return {
         "properties": [p.to_dict() for p in properties],
         "observations": [o.to_dict() for o in observations],
-        "times": _count_times(split, data.cuts),
+        "times": [len(time), *(int((time < moment).sum()) for moment in moments)],
     }
-
-
-def _count_times(split: Split, cuts: dict[str, int] | None) -> list[int]:
-    """The number of events; with cuts also those before and up to the validation cut, then the test cut."""
-    time = split.interactions.time
-    moments = [cuts[VALIDATION], cuts[VALIDATION] + 1, cuts[TEST], cuts[TEST] + 1] if cuts else []
-    return [len(time), *(int((time < moment).sum()) for moment in moments)]
 
 
 class _PartAuditor:
@@ -150,9 +146,7 @@ class _PartAuditor:
         platforms = pa.array(log.platforms, pa.string()).take(pa.array(log.user_platform))
         user_ids = pa.array(log.user_id, pa.string())
         self._user_keys = _user_keys(platforms, user_ids)
-        self._users = np.asarray(
-            pc.binary_join_element_wise(platforms, user_ids, "/").to_numpy(zero_copy_only=False), dtype=object
-        )
+        self._users = pc.binary_join_element_wise(platforms, user_ids, "/").to_numpy(zero_copy_only=False)
         """What examples call each user of the log."""
         self._title = grammar.title_of_row[log.item]
         """The title number of each event of the log."""
@@ -173,15 +167,9 @@ class _PartAuditor:
 
     def check_split(self) -> Property:
         """The split in the tables is the one that its parameters give."""
-        split, log, cuts = self._split, self._split.interactions, self._data.cuts
-        expected = make_split(
-            split.catalogue,
-            log,
-            split.domains,
-            split.spec,
-            cuts=(cuts[VALIDATION], cuts[TEST]) if cuts else None,
-            seed=self._data.settings["seed"],
-        )
+        split, log, found = self._split, self._split.interactions, self._data.cuts
+        cuts, seed = (found[VALIDATION], found[TEST]) if found else None, self._data.settings["seed"]
+        expected = make_split(split.catalogue, log, split.domains, split.spec, cuts=cuts, seed=seed)
 
         def describe(event: int) -> str:
             is_, should = SPLITS[split.part[event]], SPLITS[expected.part[event]]
@@ -331,7 +319,7 @@ class _PartAuditor:
 
     def _labels(self, shards: Shards, numbers: np.ndarray) -> Labels:
         def document(number: int) -> str:
-            row = shards.documents.slice(number, 1).to_pylist()[0]
+            (row,) = shards.documents.slice(number, 1).to_pylist()
             return f"document {numbers[number]} of {row['platform']}/{row['user_id']}"
 
         return Labels(document, lambda user, title: self._name_of_title(title))

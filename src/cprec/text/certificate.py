@@ -133,16 +133,11 @@ def _file_hashes(folder: Path) -> dict[str, str]:
 
     Candidates are not among them: an evaluation draws them and freezes them beside the queries.
     """
-    single = (CONFIG_FILE, "dataset.json", POPULARITY, "rejected.parquet")
-    folders = ("items", "interactions", "tokenizer", "shards", "examples", "queries")
-    paths = [folder / name for name in single]
-    paths += [path for name in folders for path in sorted((folder / name).rglob("*"))]
-    names = {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
-    return {
-        name: file_sha256(path)
-        for name, path in names.items()
-        if not (name.startswith("queries/") and path.name.startswith("candidates"))
-    }
+    paths = [folder / name for name in (CONFIG_FILE, "dataset.json", POPULARITY, "rejected.parquet")]
+    for name in ("items", "interactions", "tokenizer", "shards", "examples", "queries"):
+        found = sorted((folder / name).rglob("*"))
+        paths += [path for path in found if not (name == "queries" and path.name.startswith("candidates"))]
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in paths if path.is_file()}
 
 
 def _certified_files(folder: Path) -> dict[str, str]:
@@ -151,33 +146,29 @@ def _certified_files(folder: Path) -> dict[str, str]:
         earlier = json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    files: dict[str, str] = earlier.get("files", {}) if earlier.get("clean") else earlier.get("certified_files", {})
-    return files
+    return dict(earlier.get("files" if earlier.get("clean") else "certified_files", {}))
 
 
 def _check_unchanged(folder: Path, files: dict[str, str]) -> Property:
     earlier = _certified_files(folder)
-    changed = sorted(name for name in earlier.keys() | files.keys() if earlier and earlier.get(name) != files.get(name))
+    changed = sorted({name for name, _ in earlier.items() ^ files.items()}) if earlier else []
     return property_of("files: none was changed, added or removed after it was certified", len(earlier), changed)
 
 
 def _check_hashes(folder: Path, readable: Sequence[str], files: dict[str, str], catalogue_sha256: str) -> Property:
     """Shard manifests have the true hashes of their own files, of the catalogue and of the tokenizer."""
-    wrong, checked = [], 0
+    found: dict[str, tuple[str | None, str | None]] = {}
     for name in readable:
-        if name.startswith("queries/"):
-            continue
-        manifest = read_shard_manifest(folder / name)
-        about = manifest.get("about", {})
-        found = {
-            f"{name}/{file}": (manifest["sha256"][file], files.get(f"{name}/{file}")) for file in (TOKENS, DOCUMENTS)
-        }
-        found[f"{name}: the catalogue"] = (about.get("catalogue_sha256"), catalogue_sha256)
-        found[f"{name}: the tokenizer"] = (about.get("tokenizer_sha256"), files.get("tokenizer/tokenizer.json"))
-        checked += len(found)
-        wrong += [what for what, (expected, actual) in found.items() if expected != actual]
+        if not name.startswith("queries/"):
+            manifest = read_shard_manifest(folder / name)
+            about = manifest.get("about", {})
+            for file in (TOKENS, DOCUMENTS):
+                found[f"{name}/{file}"] = (manifest["sha256"][file], files.get(f"{name}/{file}"))
+            found[f"{name}: the catalogue"] = (about.get("catalogue_sha256"), catalogue_sha256)
+            found[f"{name}: the tokenizer"] = (about.get("tokenizer_sha256"), files.get("tokenizer/tokenizer.json"))
+    wrong = [name for name, (expected, actual) in found.items() if expected != actual]
     what = "every file, the catalogue and the tokenizer have the hash that the manifest gives"
-    return property_of(f"shards, examples: {what}", checked, wrong)
+    return property_of(f"shards, examples: {what}", len(found), wrong)
 
 
 def _check_structure(data: Prepared) -> tuple[Property, list[str]]:
@@ -293,15 +284,12 @@ def _check_cuts(data: Prepared, times: np.ndarray) -> Property:
     if spec.method == GLOBAL_TIME and cuts:
         total, *around = times.tolist()
         validation, test = spec.fractions()
-        shares = {VALIDATION: 1 - validation - test, TEST: 1 - test}
+        shares = (1 - validation - test, 1 - test)
+        checked += len(shares)
         for number, name in enumerate((VALIDATION, TEST)):
-            checked += 1
             cut, (below, upto) = cuts[name], around[2 * number : 2 * number + 2]
-            if spec.test_from is not None:
-                right = cut == spec.dates()[number]
-            else:
-                right = below <= int(total * shares[name]) < upto
-            if not right:
+            is_share = below <= int(total * shares[number]) < upto
+            if not (is_share if spec.test_from is None else cut == spec.dates()[number]):
                 problems.append(f"{name} from {format_time(cut)}, before which there are {below:,} of {total:,} events")
     return property_of("split: it is the one of the settings, and its cuts lie where they say", checked, problems)
 
