@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -239,25 +238,7 @@ def _check_contents(
     data: Prepared, catalogue: Catalogue, readable: Sequence[str], workers: int
 ) -> Iterator[Property | Observation]:
     """The findings of the parts, added up, and then those that need all users together."""
-    with _audit_folder(data, catalogue, readable) as work:
-        found = run_parts(
-            "cprec.text.audit_part:audit_part", data.folder, range(data.manifest["num_parts"]), workers, "auditing"
-        )
-        counts = [np.load(path) for path in sorted(work.glob("part-*.npy"))]
-    yield from add_up([[Property(**entry) for entry in part["properties"]] for part in found])
-    yield from add_up([[Observation(**entry) for entry in part["observations"]] for part in found])
-    yield _check_cuts(data, np.sum([part["times"] for part in found], axis=0))
-    yield _check_popularity(data.folder, catalogue, sum(counts, np.zeros(len(catalogue), dtype=np.int64)))
-    if data.settings["tokenizer"] == TINY:
-        yield _check_tokenizer(data, catalogue)
-    for domain in data.target_domains:
-        yield find_near_duplicates(catalogue, domain, data.pretrain_domains(catalogue))
-
-
-@contextmanager
-def _audit_folder(data: Prepared, catalogue: Catalogue, readable: Sequence[str]) -> Iterator[Path]:
-    """The folder that `audit_part` reads, removed at the end; `readable` names the shards and queries to check."""
-    work = data.folder / AUDIT_FOLDER
+    work, parts = data.folder / AUDIT_FOLDER, range(data.manifest["num_parts"])
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
@@ -266,10 +247,19 @@ def _audit_folder(data: Prepared, catalogue: Catalogue, readable: Sequence[str])
         begin = beginning_of(tokenizer, data.settings.get("add_bos_token", "false"))  # older folders have none
         most = data.settings["max_title_tokens"]
         PromptEncoder(tokenizer, catalogue, max_title_tokens=most, template=data.template, begin=begin).save(work)
-        yield work
+        found = run_parts("cprec.text.audit_part:audit_part", data.folder, parts, workers, "auditing")
+        counts = [np.load(path) for path in sorted(work.glob("part-*.npy"))]
     finally:
         shutil.rmtree(work, ignore_errors=True)
         open_grammar.cache_clear()
+    yield from add_up([[Property(**entry) for entry in part["properties"]] for part in found])
+    yield from add_up([[Observation(**entry) for entry in part["observations"]] for part in found])
+    yield _check_cuts(data, np.sum([part["times"] for part in found], axis=0))
+    yield _check_popularity(data.folder, catalogue, sum(counts, np.zeros(len(catalogue), dtype=np.int64)))
+    if data.settings["tokenizer"] == TINY:
+        yield _check_tokenizer(data, catalogue)
+    for domain in data.target_domains:
+        yield find_near_duplicates(catalogue, domain, data.pretrain_domains(catalogue))
 
 
 def _check_cuts(data: Prepared, times: np.ndarray) -> Property:

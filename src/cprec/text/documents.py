@@ -14,7 +14,7 @@ import functools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +109,8 @@ def is_joined(folder: Path) -> bool:
     return not (folder / RULES).exists()
 
 
-def write_part(folder: Path, part: int) -> dict[str, int]:
-    """Order and split the events of a part, and write its documents; returns how many each folder or file has."""
+def write_part(folder: Path, part: int) -> None:
+    """Order and split the events of a part, and write its documents."""
     rules, cuts, encoder = _open(folder)
 
     def decide(catalogue: Catalogue, log: Interactions, domains: dict[str, DomainInfo]) -> Split:
@@ -125,7 +125,6 @@ def write_part(folder: Path, part: int) -> dict[str, int]:
             writer.write_examples(domain)
             writer.write_queries(domain)
         np.save(target / "popularity.npy", np.bincount(split.train.item, minlength=len(split.catalogue)))
-    return writer.counts
 
 
 @dataclass
@@ -137,8 +136,6 @@ class _PartWriter:
     encoder: PromptEncoder
     folder: Path
     part: int
-    counts: dict[str, int] = field(default_factory=dict)
-    """How many documents or queries each folder or file has."""
 
     def write_behaviour(self) -> None:
         """Specific and mixed documents of the training events: shards to train on, and shards to measure perplexity."""
@@ -193,9 +190,8 @@ class _PartWriter:
         target.mkdir(parents=True)
         for name in (VALIDATION, TEST):
             # The whole history: each recommender reads as much as it can.
-            queries = self._queries(domain, name, len(self.split.interactions))
-            pq.write_table(queries_table(self.split, queries, domain), target / f"{name}.parquet", compression="zstd")
-            self.counts[f"queries/{domain}/{name}"] = len(queries)
+            table = queries_table(self.split, self._queries(domain, name, len(self.split.interactions)))
+            pq.write_table(table, target / f"{name}.parquet", compression="zstd")
 
     def _queries(self, domain: str, part: str, max_history: int) -> Queries:
         kind, least = self.rules.history, self.rules.min_history
@@ -213,19 +209,16 @@ class _PartWriter:
 
     def _training_examples(self, domain: int) -> tuple[Ragged, np.ndarray]:
         """Every training event of the domain with enough history, as the last event of a row; and the row's user."""
-        split, rules = self.split, self.rules
-        log = split.interactions
-        mask = split.events(TRAIN)
-        if rules.history == SPECIFIC:
-            mask &= split.catalogue.domain[log.item] == domain
-        else:
-            mask &= comparable_domains(split.catalogue, split.domains)[split.catalogue.domain[log.item]]
-        events = np.flatnonzero(mask)
-        user, item = log.user[events], log.item[events]
+        rules, catalogue, train = self.rules, self.split.catalogue, self.split.train
+        is_shown = np.arange(len(catalogue.domains)) == domain
+        if rules.history != SPECIFIC:
+            is_shown = comparable_domains(catalogue, self.split.domains)
+        events = np.flatnonzero(is_shown[catalogue.domain[train.item]])
+        user, item = train.user[events], train.item[events]
         # Events stand user by user in order, so an event's place in its user's run is the number of events before it,
         # and a row is the stretch of `item` that ends with its target.
         num_before, _, _ = runs(user)
-        targets = np.flatnonzero((num_before >= rules.min_history) & (split.catalogue.domain[item] == domain))
+        targets = np.flatnonzero((num_before >= rules.min_history) & (catalogue.domain[item] == domain))
         lengths = np.minimum(num_before[targets], rules.max_history) + 1
         return gather(item, targets - lengths + 1, lengths), user[targets]
 
@@ -256,7 +249,6 @@ class _PartWriter:
     def _write_shards(self, name: str, documents: Ragged, columns: dict[str, np.ndarray]) -> None:
         about = {"vocabulary_size": self.encoder.vocabulary_size}
         write_shards(self.folder / name, documents, columns, about, part=self.part)
-        self.counts[name] = len(documents)
 
 
 def _split_long(
@@ -294,16 +286,16 @@ def shuffled(rows: Ragged, seed: int) -> Ragged:
     return Ragged(rows.values[np.lexsort((key, rows.row_of))], rows.offsets)
 
 
-def queries_table(split: Split, queries: Queries, domain: str) -> pa.Table:
+def queries_table(split: Split, queries: Queries) -> pa.Table:
     """Queries as a table: query_id, platform, user_id, domain, history_domain, history_item, target, timestamp,
     microsecond."""
     catalogue, log, history = split.catalogue, split.interactions, queries.history.values
-    timestamp, microsecond = split_time(queries.time, split.domains[domain].has_times)
+    timestamp, microsecond = split_time(queries.time, split.domains[queries.domain].has_times)
     columns = {
         "query_id": queries.query_id,
         "platform": np.array(log.platforms, dtype=object)[log.user_platform[queries.user]],
         "user_id": log.user_id[queries.user],
-        "domain": [domain] * len(queries),
+        "domain": [queries.domain] * len(queries),
         "history_domain": np.array(catalogue.domains, dtype=object)[catalogue.domain[history]],
         "history_item": catalogue.item_id[history],
         "target": catalogue.item_id[queries.target],
