@@ -1,8 +1,9 @@
-"""What every test shares: when marked tests are skipped, and how Hypothesis runs."""
+"""What every test shares: when marked tests are skipped, how Hypothesis runs, and that nothing waits for the disk."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,14 @@ from hypothesis import settings
 # The same examples on every run; a deadline would be a timed test, and machines differ.
 settings.register_profile("cprec", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("cprec")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_fsync() -> Iterator[None]:
+    """Waiting for the disk is slow and changes nothing that a test sees; tests of flushing note the calls."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,12 @@ AUDIT_FOLDER = ".audit"
 
 READABLE = "readable.json"
 """In the audit folder: the names of the shards, examples and queries that can be read."""
+
+
+def property_of(name: str, checked: int, wrong: Sequence[Any], describe: Callable[[Any], str] = str) -> Property:
+    """A property that the entries of `wrong` violate; `describe` says of one what it is."""
+    examples = [describe(entry) for entry in wrong[:MAX_EXAMPLES]]
+    return Property(name=name, checked=checked, violations=len(wrong), examples=examples)
 
 
 @dataclass(frozen=True)
@@ -121,18 +127,14 @@ def audit_part(folder: Path, part: int) -> dict[str, Any]:
             if readable.intersection(query_names([domain], [name])):
                 properties.append(check_queries(split, domain, name, auditor.queries(domain, name)))
             observations += find_ties(split, domain, name, data.manifest["rules"]["tie_order"])
+    # The number of events; with cuts also those before and up to the validation cut, then the test cut.
+    time, cuts = split.interactions.time, data.cuts
+    moments = [cuts[VALIDATION], cuts[VALIDATION] + 1, cuts[TEST], cuts[TEST] + 1] if cuts else []
     return {
         "properties": [p.to_dict() for p in properties],
         "observations": [o.to_dict() for o in observations],
-        "times": _count_times(split, data.cuts),
+        "times": [len(time), *(int((time < moment).sum()) for moment in moments)],
     }
-
-
-def _count_times(split: Split, cuts: dict[str, int] | None) -> list[int]:
-    """The number of events; with cuts also those before and up to the validation cut, then the test cut."""
-    time = split.interactions.time
-    moments = [cuts[VALIDATION], cuts[VALIDATION] + 1, cuts[TEST], cuts[TEST] + 1] if cuts else []
-    return [len(time), *(int((time < moment).sum()) for moment in moments)]
 
 
 class _PartAuditor:
@@ -144,57 +146,39 @@ class _PartAuditor:
         platforms = pa.array(log.platforms, pa.string()).take(pa.array(log.user_platform))
         user_ids = pa.array(log.user_id, pa.string())
         self._user_keys = _user_keys(platforms, user_ids)
-        self._users = np.asarray(
-            pc.binary_join_element_wise(platforms, user_ids, "/").to_numpy(zero_copy_only=False), dtype=object
-        )
+        self._users = pc.binary_join_element_wise(platforms, user_ids, "/").to_numpy(zero_copy_only=False)
         """What examples call each user of the log."""
-        self._title_of_row = grammar.title_of_row
-        self._title = self._title_of_row[log.item]
+        self._title = grammar.title_of_row[log.item]
         """The title number of each event of the log."""
         self._train = split.events(TRAIN)
-        pretrained = data.pretrain_domains(catalogue)
-        self._other_domains = [domain for domain in catalogue.domains if domain not in pretrained]
-        self._unseen_domains = [domain for domain in data.target_domains if domain not in pretrained]
+        self._pretrained = data.pretrain_domains(catalogue)
 
     # ---- the log ----
 
     def check_parts(self) -> Property:
         """No user is in two parts: the parts are audited each by itself."""
         log = self._split.interactions
-        names = zip((log.platforms[number] for number in log.user_platform), log.user_id, strict=True)
-        slots = np.array([slot_of(platform, user) for platform, user in names], dtype=np.int64)
+        platforms = (log.platforms[number] for number in log.user_platform)
+        slots = np.fromiter(map(slot_of, platforms, log.user_id), dtype=np.int64)
         slots_per_part = NUM_SLOTS // self._data.manifest["num_parts"]
         wrong = np.flatnonzero(slots // slots_per_part != self._part)
-        return Property(
-            name="interactions: every user stands in the part of the hash",
-            checked=len(slots),
-            violations=len(wrong),
-            examples=self._users[wrong[:MAX_EXAMPLES]].tolist(),
-        )
+        what = "interactions: every user stands in the part of the hash"
+        return property_of(what, len(slots), self._users[wrong])
 
     def check_split(self) -> Property:
         """The split in the tables is the one that its parameters give."""
-        split, log, cuts = self._split, self._split.interactions, self._data.cuts
-        expected = make_split(
-            split.catalogue,
-            log,
-            split.domains,
-            split.spec,
-            cuts=(cuts[VALIDATION], cuts[TEST]) if cuts else None,
-            seed=self._data.settings["seed"],
-        )
-        wrong = np.flatnonzero(expected.part != split.part)
-        examples = []
-        for event in wrong[:MAX_EXAMPLES]:
+        split, log, found = self._split, self._split.interactions, self._data.cuts
+        cuts, seed = (found[VALIDATION], found[TEST]) if found else None, self._data.settings["seed"]
+        expected = make_split(split.catalogue, log, split.domains, split.spec, cuts=cuts, seed=seed)
+
+        def describe(event: int) -> str:
             is_, should = SPLITS[split.part[event]], SPLITS[expected.part[event]]
-            title = self._name_of_title(int(self._title[event]))
-            examples.append(f"{title} of {self._users[log.user[event]]} is {is_} and should be {should}")
-        return Property(
-            name=f"interactions: the split is what {split.spec.method} makes of them",
-            checked=len(log),
-            violations=len(wrong),
-            examples=examples,
-        )
+            title, user = self._name_of_title(int(self._title[event])), self._users[log.user[event]]
+            return f"{title} of {user} is {is_} and should be {should}"
+
+        wrong = np.flatnonzero(expected.part != split.part)
+        what = f"interactions: the split is what {split.spec.method} makes of them"
+        return property_of(what, len(log), wrong, describe)
 
     # ---- shards and examples ----
 
@@ -235,7 +219,11 @@ class _PartAuditor:
         self, name: str, shards: Shards, user: np.ndarray, allowed: np.ndarray, labels: Labels
     ) -> tuple[Events, list[Property]]:
         """Take documents apart, and hold each line against the log, of which `allowed` (a mask) may be shown."""
-        log, documents, domain = self._split.interactions, shards.rows, self._document_domain(shards)
+        log, documents, mixed = self._split.interactions, shards.rows, shards.column("kind") == MIXED
+        # The index of each document's domain; -1 for mixed ones and for names that the catalogue does not have.
+        names = pa.array(self._split.catalogue.domains, pa.string())
+        domain = pc.fill_null(pc.index_in(shards.documents["domain"], names), -1).to_numpy().astype(np.int64)
+        domain[mixed] = -1
         events = read_events(documents, domain, self._grammar)
         return events, [
             check_heads(name, documents, domain, self._grammar, labels),
@@ -250,7 +238,7 @@ class _PartAuditor:
                 log.user[~allowed],
                 self._title[~allowed],
                 per_document=name.startswith("examples/"),
-                group=(shards.column("kind") == MIXED).astype(int),
+                group=mixed.astype(int),
                 labels=labels,
             ),
         ]
@@ -272,23 +260,21 @@ class _PartAuditor:
     def _check_unseen_domains(self, name: str, titles: np.ndarray, users: np.ndarray) -> list[Property]:
         """No item of a domain that is not pre-trained on, and no user tested in one."""
         log, catalogue = self._split.interactions, self._split.catalogue
-        others = [catalogue.domain_index(domain) for domain in self._other_domains]
-        rows = np.flatnonzero(np.isin(catalogue.domain, others))
+        others = [domain for domain in catalogue.domains if domain not in self._pretrained]
+        rows = np.flatnonzero(np.isin(catalogue.domain, list(map(catalogue.domain_index, others))))
         # One catalogue row for each title number of the other domains, to name what is found.
-        row_of_title = dict(zip(self._title_of_row[rows].tolist(), rows.tolist(), strict=True))
+        row_of_title = dict(zip(self._grammar.title_of_row[rows].tolist(), rows.tolist(), strict=True))
         absent = np.fromiter(row_of_title.keys(), dtype=np.int64)
         named = {title: self._name_of_item(row_of_title[title]) for title in np.intersect1d(titles, absent).tolist()}
         # Users with a held-out event in a domain that is a target and not pre-trained on.
-        unseen = [catalogue.domain_index(domain) for domain in self._unseen_domains]
-        tested = np.unique(log.user[~self._train & np.isin(catalogue.domain[log.item], unseen)])
-        other_names, unseen_names = (
-            ", ".join(names) or "none" for names in (self._other_domains, self._unseen_domains)
-        )
+        unseen = [domain for domain in self._data.target_domains if domain not in self._pretrained]
+        is_unseen = np.isin(catalogue.domain[log.item], list(map(catalogue.domain_index, unseen)))
+        tested = np.unique(log.user[~self._train & is_unseen])
+        no_item = f"{name}: no item of a domain that is not pre-trained on ({', '.join(others) or 'none'})"
+        no_user = f"{name}: no user tested in an unseen domain ({', '.join(unseen) or 'none'})"
         return [
-            check_absent(
-                f"{name}: no item of a domain that is not pre-trained on ({other_names})", titles, absent, named
-            ),
-            check_absent(f"{name}: no user tested in an unseen domain ({unseen_names})", users, tested, self._users),
+            check_absent(no_item, titles, absent, named),
+            check_absent(no_user, users, tested, self._users),
         ]
 
     def _read(self, name: str) -> tuple[Property, Shards, np.ndarray]:
@@ -305,12 +291,8 @@ class _PartAuditor:
                 wrong.append(f"{listed['kind']} documents from {starts[place]} on")
             pieces.append(piece)
             numbers.append(np.arange(starts[place], starts[place + 1]))
-        found = Property(
-            name=f"{name}: documents follow one another and are of the domain and kind of their piece",
-            checked=len(pieces),
-            violations=len(wrong),
-            examples=wrong[:MAX_EXAMPLES],
-        )
+        what = "documents follow one another and are of the domain and kind of their piece"
+        found = property_of(f"{name}: {what}", len(pieces), wrong)
         return found, Shards.concatenate([] if wrong else pieces, manifest), np.concatenate(numbers)
 
     # ---- queries ----
@@ -337,23 +319,17 @@ class _PartAuditor:
 
     def _labels(self, shards: Shards, numbers: np.ndarray) -> Labels:
         def document(number: int) -> str:
-            row = shards.documents.slice(number, 1).to_pylist()[0]
+            (row,) = shards.documents.slice(number, 1).to_pylist()
             return f"document {numbers[number]} of {row['platform']}/{row['user_id']}"
 
         return Labels(document, lambda user, title: self._name_of_title(title))
 
     def _name_of_title(self, number: int) -> str:
-        return self._name_of_item(int(np.argmax(self._title_of_row == number)))
+        return self._name_of_item(int(np.argmax(self._grammar.title_of_row == number)))
 
     def _name_of_item(self, row: int) -> str:
         catalogue = self._split.catalogue
         return f"'{catalogue.title[row]}' ({catalogue.domains[catalogue.domain[row]]})"
-
-    def _document_domain(self, shards: Shards) -> np.ndarray:
-        """The index of each document's domain; -1 for mixed ones."""
-        names = pa.array(self._split.catalogue.domains, pa.string())
-        domain = pc.fill_null(pc.index_in(shards.documents["domain"], names), -1).to_numpy().astype(np.int64)
-        return np.where(shards.column("kind") == MIXED, -1, domain)
 
     def _user_rows(self, table: pa.Table) -> np.ndarray:
         """The row of each entry's user in the log; -1 for a user that the log does not have."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,14 @@ import pyarrow.parquet as pq
 from cprec.data.catalogue import Catalogue
 from cprec.data.config import GLOBAL_TIME, SplitSpec
 from cprec.data.dataset import POPULARITY, event_files, part_path, read_catalogue
-from cprec.data.leakage import MAX_EXAMPLES, Observation, Property, add_up, find_near_duplicates
+from cprec.data.leakage import Observation, Property, add_up, find_near_duplicates
 from cprec.data.splits import format_time
 from cprec.errors import ConfigError, DataError, ShardError
 from cprec.files import write_whole
 from cprec.progress import say
 from cprec.provenance import CONFIG_FILE, file_sha256
 from cprec.schema import TEST, TRAIN, VALIDATION
-from cprec.text.audit_part import AUDIT_FOLDER, READABLE, Prepared, open_grammar
+from cprec.text.audit_part import AUDIT_FOLDER, READABLE, Prepared, open_grammar, property_of
 from cprec.text.config import TINY
 from cprec.text.documents import QUERY_COLUMNS, ROW_GROUPS, query_names, shard_names
 from cprec.text.encoding import PromptEncoder
@@ -46,30 +45,26 @@ def audit(folder: str | Path, workers: int | None = None) -> dict[str, Any]:
     data = Prepared.read(_data_folder(Path(folder)))
     files = _file_hashes(data.folder)
     structure, readable = _check_structure(data)
-    properties, observations = [_check_unchanged(data.folder, files), structure], []
+    findings: list[Property | Observation] = [_check_unchanged(data.folder, files), structure]
     catalogue_sha256, unreadable = None, []
     try:
         catalogue = read_catalogue(data.folder)
         catalogue_sha256 = catalogue.digest()
-        properties.append(_check_hashes(data.folder, readable, files, catalogue_sha256))
+        findings.append(_check_hashes(data.folder, readable, files, catalogue_sha256))
         for finding in _check_contents(data, catalogue, readable, num_workers(workers)):
-            if isinstance(finding, Property):
-                properties.append(finding)
-            else:
-                observations.append(finding)
+            findings.append(finding)
     except (DataError, ShardError) as error:
         unreadable.append(str(error))
-    properties.append(
-        Property(
-            name="tables: they can be read as they stand",
-            checked=1,
-            violations=len(unreadable),
-            examples=unreadable,
-        )
-    )
+    findings.append(property_of("tables: they can be read as they stand", 1, unreadable))
+    properties = [finding for finding in findings if isinstance(finding, Property)]
+    observations = [finding for finding in findings if isinstance(finding, Observation)]
     certificate = _certificate(data, properties, observations, readable, files, catalogue_sha256)
     write_whole(data.folder / CERTIFICATE, json.dumps(certificate, indent=1) + "\n")
-    _describe(properties, observations)
+    num_checks, num_wrong = sum(p.checked for p in properties), sum(p.violations for p in properties)
+    say(f"certificate: {len(properties)} properties, {num_checks:,} checks, {num_wrong:,} violations")
+    for o in observations:
+        if o.found:
+            say(f"  noted: {o.name}: {o.found:,} of {o.checked:,}")
     return certificate
 
 
@@ -129,15 +124,6 @@ def _certificate(
     return certificate
 
 
-def _describe(properties: Sequence[Property], observations: Sequence[Observation]) -> None:
-    checked = sum(p.checked for p in properties)
-    wrong = sum(p.violations for p in properties)
-    say(f"certificate: {len(properties)} properties, {checked:,} checks, {wrong:,} violations")
-    for o in observations:
-        if o.found:
-            say(f"  noted: {o.name}: {o.found:,} of {o.checked:,}")
-
-
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -146,16 +132,11 @@ def _file_hashes(folder: Path) -> dict[str, str]:
 
     Candidates are not among them: an evaluation draws them and freezes them beside the queries.
     """
-    single = (CONFIG_FILE, "dataset.json", POPULARITY, "rejected.parquet")
-    folders = ("items", "interactions", "tokenizer", "shards", "examples", "queries")
-    paths = [folder / name for name in single]
-    paths += [path for name in folders for path in sorted((folder / name).rglob("*"))]
-    names = {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
-    return {
-        name: file_sha256(path)
-        for name, path in names.items()
-        if not (name.startswith("queries/") and path.name.startswith("candidates"))
-    }
+    paths = [folder / name for name in (CONFIG_FILE, "dataset.json", POPULARITY, "rejected.parquet")]
+    for name in ("items", "interactions", "tokenizer", "shards", "examples", "queries"):
+        found = sorted((folder / name).rglob("*"))
+        paths += [path for path in found if not (name == "queries" and path.name.startswith("candidates"))]
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in paths if path.is_file()}
 
 
 def _certified_files(folder: Path) -> dict[str, str]:
@@ -164,42 +145,29 @@ def _certified_files(folder: Path) -> dict[str, str]:
         earlier = json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    files: dict[str, str] = earlier.get("files", {}) if earlier.get("clean") else earlier.get("certified_files", {})
-    return files
+    return dict(earlier.get("files" if earlier.get("clean") else "certified_files", {}))
 
 
 def _check_unchanged(folder: Path, files: dict[str, str]) -> Property:
     earlier = _certified_files(folder)
-    changed = sorted(name for name in earlier.keys() | files.keys() if earlier and earlier.get(name) != files.get(name))
-    return Property(
-        name="files: none was changed, added or removed after it was certified",
-        checked=len(earlier),
-        violations=len(changed),
-        examples=changed[:MAX_EXAMPLES],
-    )
+    changed = sorted({name for name, _ in earlier.items() ^ files.items()}) if earlier else []
+    return property_of("files: none was changed, added or removed after it was certified", len(earlier), changed)
 
 
 def _check_hashes(folder: Path, readable: Sequence[str], files: dict[str, str], catalogue_sha256: str) -> Property:
     """Shard manifests have the true hashes of their own files, of the catalogue and of the tokenizer."""
-    wrong, checked = [], 0
+    found: dict[str, tuple[str | None, str | None]] = {}
     for name in readable:
-        if name.startswith("queries/"):
-            continue
-        manifest = read_shard_manifest(folder / name)
-        about = manifest.get("about", {})
-        found = {
-            f"{name}/{file}": (manifest["sha256"][file], files.get(f"{name}/{file}")) for file in (TOKENS, DOCUMENTS)
-        }
-        found[f"{name}: the catalogue"] = (about.get("catalogue_sha256"), catalogue_sha256)
-        found[f"{name}: the tokenizer"] = (about.get("tokenizer_sha256"), files.get("tokenizer/tokenizer.json"))
-        checked += len(found)
-        wrong += [what for what, (expected, actual) in found.items() if expected != actual]
-    return Property(
-        name="shards, examples: every file, the catalogue and the tokenizer have the hash that the manifest gives",
-        checked=checked,
-        violations=len(wrong),
-        examples=wrong[:MAX_EXAMPLES],
-    )
+        if not name.startswith("queries/"):
+            manifest = read_shard_manifest(folder / name)
+            about = manifest.get("about", {})
+            for file in (TOKENS, DOCUMENTS):
+                found[f"{name}/{file}"] = (manifest["sha256"][file], files.get(f"{name}/{file}"))
+            found[f"{name}: the catalogue"] = (about.get("catalogue_sha256"), catalogue_sha256)
+            found[f"{name}: the tokenizer"] = (about.get("tokenizer_sha256"), files.get("tokenizer/tokenizer.json"))
+    wrong = [name for name, (expected, actual) in found.items() if expected != actual]
+    what = "every file, the catalogue and the tokenizer have the hash that the manifest gives"
+    return property_of(f"shards, examples: {what}", len(found), wrong)
 
 
 def _check_structure(data: Prepared) -> tuple[Property, list[str]]:
@@ -215,15 +183,8 @@ def _check_structure(data: Prepared) -> tuple[Property, list[str]]:
         name = f"interactions/domain={domain}"
         problems[name] = _problem(_check_interactions, folder, domain, about["num_events"], parts)
     wrong = [f"{name}: {problem}" for name, problem in problems.items() if problem is not None]
-    return (
-        Property(
-            name="files: each is whole, and all its rows belong to the parts that are checked",
-            checked=len(problems),
-            violations=len(wrong),
-            examples=wrong[:MAX_EXAMPLES],
-        ),
-        readable,
-    )
+    what = "files: each is whole, and all its rows belong to the parts that are checked"
+    return property_of(what, len(problems), wrong), readable
 
 
 def _problem(check: Callable[..., str | None], *arguments: Any) -> str | None:
@@ -277,41 +238,28 @@ def _check_contents(
     data: Prepared, catalogue: Catalogue, readable: Sequence[str], workers: int
 ) -> Iterator[Property | Observation]:
     """The findings of the parts, added up, and then those that need all users together."""
-    with _audit_folder(data, catalogue, readable) as work:
-        found = run_parts(
-            "cprec.text.audit_part:audit_part", data.folder, range(data.manifest["num_parts"]), workers, "auditing"
-        )
-        counts = [np.load(path) for path in sorted(work.glob("part-*.npy"))]
-    yield from add_up([[Property(**entry) for entry in part["properties"]] for part in found])
-    yield from add_up([[Observation(**entry) for entry in part["observations"]] for part in found])
-    yield _check_cuts(data, np.sum([part["times"] for part in found], axis=0))
-    yield _check_popularity(data.folder, catalogue, sum(counts, np.zeros(len(catalogue), dtype=np.int64)))
-    yield from _check_tokenizer(data, catalogue)
-    for domain in data.target_domains:
-        yield find_near_duplicates(catalogue, domain, data.pretrain_domains(catalogue))
-
-
-@contextmanager
-def _audit_folder(data: Prepared, catalogue: Catalogue, readable: Sequence[str]) -> Iterator[Path]:
-    """The folder that `audit_part` reads, removed at the end; `readable` names the shards and queries to check."""
-    work = data.folder / AUDIT_FOLDER
+    work, parts = data.folder / AUDIT_FOLDER, range(data.manifest["num_parts"])
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
         (work / READABLE).write_text(json.dumps(readable), encoding="utf-8")
         tokenizer = load_tokenizer(str(data.folder / "tokenizer"))
-        encoder = PromptEncoder(
-            tokenizer,
-            catalogue,
-            max_title_tokens=data.settings["max_title_tokens"],
-            template=data.template,
-            begin=beginning_of(tokenizer, data.settings.get("add_bos_token", "false")),  # older folders have none
-        )
-        encoder.save(work)
-        yield work
+        begin = beginning_of(tokenizer, data.settings.get("add_bos_token", "false"))  # older folders have none
+        most = data.settings["max_title_tokens"]
+        PromptEncoder(tokenizer, catalogue, max_title_tokens=most, template=data.template, begin=begin).save(work)
+        found = run_parts("cprec.text.audit_part:audit_part", data.folder, parts, workers, "auditing")
+        counts = [np.load(path) for path in sorted(work.glob("part-*.npy"))]
     finally:
         shutil.rmtree(work, ignore_errors=True)
         open_grammar.cache_clear()
+    yield from add_up([[Property(**entry) for entry in part["properties"]] for part in found])
+    yield from add_up([[Observation(**entry) for entry in part["observations"]] for part in found])
+    yield _check_cuts(data, np.sum([part["times"] for part in found], axis=0))
+    yield _check_popularity(data.folder, catalogue, sum(counts, np.zeros(len(catalogue), dtype=np.int64)))
+    if data.settings["tokenizer"] == TINY:
+        yield _check_tokenizer(data, catalogue)
+    for domain in data.target_domains:
+        yield find_near_duplicates(catalogue, domain, data.pretrain_domains(catalogue))
 
 
 def _check_cuts(data: Prepared, times: np.ndarray) -> Property:
@@ -326,22 +274,14 @@ def _check_cuts(data: Prepared, times: np.ndarray) -> Property:
     if spec.method == GLOBAL_TIME and cuts:
         total, *around = times.tolist()
         validation, test = spec.fractions()
-        shares = {VALIDATION: 1 - validation - test, TEST: 1 - test}
+        shares = (1 - validation - test, 1 - test)
+        checked += len(shares)
         for number, name in enumerate((VALIDATION, TEST)):
-            checked += 1
             cut, (below, upto) = cuts[name], around[2 * number : 2 * number + 2]
-            if spec.test_from is not None:
-                right = cut == spec.dates()[number]
-            else:
-                right = below <= int(total * shares[name]) < upto
-            if not right:
+            is_share = below <= int(total * shares[number]) < upto
+            if not (is_share if spec.test_from is None else cut == spec.dates()[number]):
                 problems.append(f"{name} from {format_time(cut)}, before which there are {below:,} of {total:,} events")
-    return Property(
-        name="split: it is the one of the settings, and its cuts lie where they say",
-        checked=checked,
-        violations=len(problems),
-        examples=problems,
-    )
+    return property_of("split: it is the one of the settings, and its cuts lie where they say", checked, problems)
 
 
 def _check_popularity(folder: Path, catalogue: Catalogue, expected: np.ndarray) -> Property:
@@ -356,24 +296,18 @@ def _check_popularity(folder: Path, catalogue: Catalogue, expected: np.ndarray) 
     except (OSError, pa.ArrowInvalid, KeyError):
         pass  # every item is then without a number
     wrong = np.flatnonzero(found != expected)
-    return Property(
-        name="popularity: every item has the number of its training events",
-        checked=len(expected),
-        violations=len(wrong),
-        examples=[
-            f"{names[row]}/{catalogue.item_id[row]}: {found[row]} counted, {expected[row]} train"
-            for row in wrong[:MAX_EXAMPLES]
-        ],
+    return property_of(
+        "popularity: every item has the number of its training events",
+        len(expected),
+        wrong,
+        lambda row: f"{names[row]}/{catalogue.item_id[row]}: {found[row]} counted, {expected[row]} train",
     )
 
 
-def _check_tokenizer(data: Prepared, catalogue: Catalogue) -> list[Property]:
+def _check_tokenizer(data: Prepared, catalogue: Catalogue) -> Property:
     """A tokenizer that was trained here is the one that the titles of the pre-training domains alone give."""
-    settings = data.settings
-    if settings["tokenizer"] != TINY:
-        return []
     domains = data.pretrain_domains(catalogue)
-    trained = train_on_titles(catalogue, domains, settings["vocabulary_size"], data.template)
+    trained = train_on_titles(catalogue, domains, data.settings["vocabulary_size"], data.template)
     expected = json.loads(trained.backend_tokenizer.to_str())
     written = json.loads(load_tokenizer(str(data.folder / "tokenizer")).backend_tokenizer.to_str())
     vocabulary, known = written["model"].pop("vocab"), expected["model"].pop("vocab")
@@ -381,11 +315,5 @@ def _check_tokenizer(data: Prepared, catalogue: Catalogue) -> list[Property]:
     if not other and vocabulary != known:
         other = sorted(token for token in known if vocabulary.get(token) != known[token])
     other += [f"its {name}" for name in expected if written.get(name) != expected[name]]
-    return [
-        Property(
-            name="tokenizer: trained on titles of the pre-training domains again, it comes out the same",
-            checked=len(vocabulary),
-            violations=len(other),
-            examples=other[:MAX_EXAMPLES],
-        )
-    ]
+    what = "tokenizer: trained on titles of the pre-training domains again, it comes out the same"
+    return property_of(what, len(vocabulary), other)

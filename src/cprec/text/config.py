@@ -12,7 +12,6 @@ from cprec.schema import BRAND, CATEGORIES, TITLE
 
 ITEM_FIELDS = (TITLE, BRAND, CATEGORIES)
 
-
 TINY = "tiny"
 """The tokenizer that is trained on the titles of the data."""
 

@@ -14,7 +14,7 @@ import functools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +109,8 @@ def is_joined(folder: Path) -> bool:
     return not (folder / RULES).exists()
 
 
-def write_part(folder: Path, part: int) -> dict[str, int]:
-    """Order and split the events of a part, and write its documents; returns how many each folder or file has."""
+def write_part(folder: Path, part: int) -> None:
+    """Order and split the events of a part, and write its documents."""
     rules, cuts, encoder = _open(folder)
 
     def decide(catalogue: Catalogue, log: Interactions, domains: dict[str, DomainInfo]) -> Split:
@@ -125,7 +125,6 @@ def write_part(folder: Path, part: int) -> dict[str, int]:
             writer.write_examples(domain)
             writer.write_queries(domain)
         np.save(target / "popularity.npy", np.bincount(split.train.item, minlength=len(split.catalogue)))
-    return writer.counts
 
 
 @dataclass
@@ -137,8 +136,6 @@ class _PartWriter:
     encoder: PromptEncoder
     folder: Path
     part: int
-    counts: dict[str, int] = field(default_factory=dict)
-    """How many documents or queries each folder or file has."""
 
     def write_behaviour(self) -> None:
         """Specific and mixed documents of the training events: shards to train on, and shards to measure perplexity."""
@@ -173,11 +170,9 @@ class _PartWriter:
     def write_examples(self, domain: str) -> None:
         """Next-item examples of a domain: every training event with enough history, and the validation queries."""
         rules, encoder = self.rules, self.encoder
-        number = self.split.catalogue.domains.index(domain)
-        for name, (events, user) in (
-            (TRAIN, self._training_examples(number)),
-            (VALIDATION, self._validation_examples(domain)),
-        ):
+        number = self.split.catalogue.domain_index(domain)
+        examples = {TRAIN: self._training_examples(number), VALIDATION: self._validation_examples(domain)}
+        for name, (events, user) in examples.items():
             documents_domain = np.full(len(events), number)
             kept = encoder.fit(rules.history, documents_domain, events, rules.max_document_tokens - 1)
             if not kept.lengths.all():
@@ -195,19 +190,12 @@ class _PartWriter:
         target.mkdir(parents=True)
         for name in (VALIDATION, TEST):
             # The whole history: each recommender reads as much as it can.
-            queries = self._queries(domain, name, len(self.split.interactions))
-            table = queries_table(self.split, queries, domain)
+            table = queries_table(self.split, self._queries(domain, name, len(self.split.interactions)))
             pq.write_table(table, target / f"{name}.parquet", compression="zstd")
-            self.counts[f"queries/{domain}/{name}"] = len(queries)
 
     def _queries(self, domain: str, part: str, max_history: int) -> Queries:
-        return self.split.queries(
-            domain,
-            part,
-            history_kind=self.rules.history,
-            max_history=max_history,
-            min_history=self.rules.min_history,
-        )
+        kind, least = self.rules.history, self.rules.min_history
+        return self.split.queries(domain, part, history_kind=kind, max_history=max_history, min_history=least)
 
     def _users_apart(self) -> tuple[np.ndarray, np.ndarray]:
         """Masks over users: held out of pre-training (tested in an unseen domain), and for perplexity only."""
@@ -221,19 +209,16 @@ class _PartWriter:
 
     def _training_examples(self, domain: int) -> tuple[Ragged, np.ndarray]:
         """Every training event of the domain with enough history, as the last event of a row; and the row's user."""
-        split, rules = self.split, self.rules
-        log = split.interactions
-        mask = split.events(TRAIN)
-        if rules.history == SPECIFIC:
-            mask &= split.catalogue.domain[log.item] == domain
-        else:
-            mask &= comparable_domains(split.catalogue, split.domains)[split.catalogue.domain[log.item]]
-        events = np.flatnonzero(mask)
-        user, item = log.user[events], log.item[events]
+        rules, catalogue, train = self.rules, self.split.catalogue, self.split.train
+        is_shown = np.arange(len(catalogue.domains)) == domain
+        if rules.history != SPECIFIC:
+            is_shown = comparable_domains(catalogue, self.split.domains)
+        events = np.flatnonzero(is_shown[catalogue.domain[train.item]])
+        user, item = train.user[events], train.item[events]
         # Events stand user by user in order, so an event's place in its user's run is the number of events before it,
         # and a row is the stretch of `item` that ends with its target.
         num_before, _, _ = runs(user)
-        targets = np.flatnonzero((num_before >= rules.min_history) & (split.catalogue.domain[item] == domain))
+        targets = np.flatnonzero((num_before >= rules.min_history) & (catalogue.domain[item] == domain))
         lengths = np.minimum(num_before[targets], rules.max_history) + 1
         return gather(item, targets - lengths + 1, lengths), user[targets]
 
@@ -264,7 +249,6 @@ class _PartWriter:
     def _write_shards(self, name: str, documents: Ragged, columns: dict[str, np.ndarray]) -> None:
         about = {"vocabulary_size": self.encoder.vocabulary_size}
         write_shards(self.folder / name, documents, columns, about, part=self.part)
-        self.counts[name] = len(documents)
 
 
 def _split_long(
@@ -302,30 +286,26 @@ def shuffled(rows: Ragged, seed: int) -> Ragged:
     return Ragged(rows.values[np.lexsort((key, rows.row_of))], rows.offsets)
 
 
-def queries_table(split: Split, queries: Queries, domain: str) -> pa.Table:
+def queries_table(split: Split, queries: Queries) -> pa.Table:
     """Queries as a table: query_id, platform, user_id, domain, history_domain, history_item, target, timestamp,
     microsecond."""
-    catalogue, log = split.catalogue, split.interactions
-    names = np.array(catalogue.domains, dtype=object)
-    offsets = pa.array(queries.history.offsets.astype(np.int32))
-    timestamp, microsecond = split_time(queries.time, split.domains[domain].has_times)
-
-    def lists(values: np.ndarray) -> Any:
-        return pa.ListArray.from_arrays(offsets, pa.array(values, pa.string()))
-
-    return pa.table(
-        {
-            "query_id": pa.array(queries.query_id, pa.string()),
-            "platform": pa.array(np.array(log.platforms, dtype=object)[log.user_platform[queries.user]], pa.string()),
-            "user_id": pa.array(log.user_id[queries.user], pa.string()),
-            "domain": pa.array([domain] * len(queries), pa.string()),
-            "history_domain": lists(names[catalogue.domain[queries.history.values]]),
-            "history_item": lists(catalogue.item_id[queries.history.values]),
-            "target": pa.array(catalogue.item_id[queries.target], pa.string()),
-            "timestamp": pa.array(timestamp, pa.int64()),
-            "microsecond": pa.array(microsecond, pa.int32()),
-        }
-    )
+    catalogue, log, history = split.catalogue, split.interactions, queries.history.values
+    timestamp, microsecond = split_time(queries.time, split.domains[queries.domain].has_times)
+    columns = {
+        "query_id": queries.query_id,
+        "platform": np.array(log.platforms, dtype=object)[log.user_platform[queries.user]],
+        "user_id": log.user_id[queries.user],
+        "domain": [queries.domain] * len(queries),
+        "history_domain": np.array(catalogue.domains, dtype=object)[catalogue.domain[history]],
+        "history_item": catalogue.item_id[history],
+        "target": catalogue.item_id[queries.target],
+    }
+    arrays = {name: pa.array(values, pa.string()) for name, values in columns.items()}
+    offsets = pa.array(queries.history.offsets, pa.int32())
+    for name in ("history_domain", "history_item"):
+        arrays[name] = pa.ListArray.from_arrays(offsets, arrays[name])
+    times = {"timestamp": pa.array(timestamp, pa.int64()), "microsecond": pa.array(microsecond, pa.int32())}
+    return pa.table(arrays | times)
 
 
 # ---- parts together --------------------------------------------------------------------------------------------------
@@ -337,10 +317,10 @@ def join_parts(folder: Path, about: Mapping[str, Any]) -> None:
     It may be called again after an interruption, until `remove_parts` has deleted the parts.
     """
     rules, _, encoder = _open(folder)
+    about = {"about": about, "vocabulary_size": encoder.vocabulary_size}
     parts = [folder / PARTS / f"part-{part}" for part in range(read_manifest(folder)["num_parts"])]
     for name in shard_names(rules.target_domains):
-        full = {**about, "vocabulary_size": encoder.vocabulary_size}
-        join_shards(folder / name, [part / name for part in parts], full)
+        join_shards(folder / name, [part / name for part in parts], about)
     for name in query_names(rules.target_domains):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         _join_tables([part / name for part in parts], folder / name)
@@ -378,12 +358,7 @@ def read_queries_of_part(path: Path, part: int) -> pa.Table:
 
 def write_popularity(folder: Path, catalogue: Catalogue, counts: np.ndarray) -> None:
     """Write how many training events each item has: domain, item_id, num_events; rows as in the catalogue."""
-    names = np.array(catalogue.domains, dtype=object)
-    table = pa.table(
-        {
-            "domain": pa.array(names[catalogue.domain], pa.string()),
-            "item_id": pa.array(catalogue.item_id, pa.string()),
-            "num_events": pa.array(counts.astype(np.int64)),
-        }
-    )
-    pq.write_table(table, folder / POPULARITY, compression="zstd")
+    domains = np.array(catalogue.domains, dtype=object)[catalogue.domain]
+    columns = {"domain": pa.array(domains, pa.string()), "item_id": pa.array(catalogue.item_id, pa.string())}
+    columns["num_events"] = pa.array(counts.astype(np.int64))
+    pq.write_table(pa.table(columns), folder / POPULARITY, compression="zstd")

@@ -108,33 +108,26 @@ class PromptEncoder:
         self.max_title_tokens = max_title_tokens
         self.eos_id = int(tokenizer.eos_token_id)
         self.vocabulary_size = len(tokenizer)
-
-        def encode(texts: list[str]) -> list[list[int]]:
-            return encode_pieces(tokenizer, texts)
-
-        t, domains = self.template, list(catalogue.domains)
-        mixed_head, *heads = ([*begin, *head] for head in encode([t.head(name) for name in [t.mixed_scope, *domains]]))
-        line, next_ = encode([t.line, t.next])
-        tags = encode([t.tag(domain) for domain in domains])
-        frame = Ragged.of([line, next_, mixed_head, [self.eos_id], *heads, *tags])  # in the order of `_set_pieces`
-        self._set_pieces(
-            Ragged.concatenate([frame, self._encode_items(tokenizer, np.arange(len(catalogue)), max_title_tokens)])
+        t, domains = self.template, catalogue.domains
+        line, next_, *scoped = encode_pieces(
+            tokenizer,
+            [t.line, t.next, *map(t.head, [t.mixed_scope, *domains]), *map(t.tag, domains)],
         )
+        mixed_head, *heads = ([*begin, *head] for head in scoped[: 1 + len(domains)])
+        # In the order of `_set_pieces`.
+        frame = Ragged.of([line, next_, mixed_head, [self.eos_id], *heads, *scoped[1 + len(domains) :]])
+        items = self.encode_items(tokenizer, np.arange(len(catalogue)), max_title_tokens)
+        self._set_pieces(Ragged.concatenate([frame, items]))
 
-    def whole_titles(self, tokenizer: Any, rows: np.ndarray) -> Ragged:
-        """Title tokens of catalogue rows, with the other fields in use, before they are cut."""
-        return self._encode_items(tokenizer, rows, None)
-
-    def _encode_items(self, tokenizer: Any, rows: np.ndarray, most: int | None) -> Ragged:
+    def encode_items(self, tokenizer: Any, rows: np.ndarray, most: int | None = None) -> Ragged:
         """The title of each catalogue row, with the other fields that the template asks for, each cut to `most`."""
         t, catalogue = self.template, self.catalogue
         pieces = [Ragged.of([])]
         for start in range(0, len(rows), BATCH):  # in batches, because lists of numbers take far more room than arrays
             mine = rows[start : start + BATCH]
-            fields = [encode_pieces(tokenizer, [t.title(title) for title in catalogue.title[mine]])]
-            for name in t.item_fields[1:]:
-                texts = [t.field(clean_title(text)) for text in getattr(catalogue, name)[mine]]
-                fields.append(encode_pieces(tokenizer, texts))
+            texts = [[t.title(title) for title in catalogue.title[mine]]]
+            texts += [[t.field(clean_title(text)) for text in getattr(catalogue, f)[mine]] for f in t.item_fields[1:]]
+            fields = [encode_pieces(tokenizer, of_field) for of_field in texts]
             pieces.append(Ragged.of([[i for ids in item for i in ids[:most]] for item in zip(*fields, strict=True)]))
         return Ragged.concatenate(pieces)
 
@@ -156,7 +149,7 @@ class PromptEncoder:
         same = known >= 0
         for name in self.template.item_fields:
             same[same] = getattr(catalogue, name)[same] == getattr(self.catalogue, name)[known[same]]
-        new = out._encode_items(tokenizer, np.flatnonzero(~same), self.max_title_tokens)
+        new = out.encode_items(tokenizer, np.flatnonzero(~same), self.max_title_tokens)
         place = np.where(same, self._titles + known, len(self._pieces) + np.cumsum(~same) - 1)
         every = Ragged.concatenate([self._pieces, new])
         out._set_pieces(every.take(np.concatenate([np.arange(self._titles), place])))

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,12 @@ class Export:
     """How many rows each file has."""
     notes: dict[str, Any] = field(default_factory=dict)
     """What else `export.json` says."""
+    info: dict[str, Any] = field(default_factory=dict)
+    """What LLaMA-Factory's dataset_info.json says of files of text."""
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(str(self.folder / "tokenizer"))
 
     def events(self, domain: str) -> list[Path]:
         """The files of a domain's interactions; each user's events stand together in one of them, in order.
@@ -181,16 +187,8 @@ def _known(domains: Sequence[str], manifest: Mapping[str, Any]) -> tuple[str, ..
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
-_NO_EVENTS = pa.schema(
-    [
-        (USER_ID, pa.string()),
-        (ITEM_ID, pa.string()),
-        (TIMESTAMP, pa.int64()),
-        (MICROSECOND, pa.int32()),
-        (RATING, pa.float64()),
-        (SPLIT, pa.string()),
-    ]
-).empty_table()
+_TYPES = {USER_ID: pa.string(), ITEM_ID: pa.string(), TIMESTAMP: pa.int64(), MICROSECOND: pa.int32()}
+_NO_EVENTS = pa.schema(_TYPES | {RATING: pa.float64(), SPLIT: pa.string()}).empty_table()
 
 _ALL_PARTS = (TRAIN, VALIDATION, TEST, CONTEXT)
 
@@ -259,47 +257,38 @@ class _Tsv(pa.csv.CSVWriter):
     def write_table(self, table: pa.Table) -> None:
         for name in table.column_names:
             if name.endswith("_id:token"):
-                missing = table[name].filter(pc.is_in(table[name], pa.array(_READ_AS_MISSING)))
-                if len(missing):
-                    raise DataError(f"{self._named(name, missing[0])}, which RecBole reads as no id at all{_REMEDY}")
+                missing = pc.is_in(table[name], pa.array(_READ_AS_MISSING))
+                self._refuse(table, name, missing, ", which RecBole reads as no id at all")
         try:
             super().write_table(table)
-        except pa.ArrowInvalid as error:
-            raise DataError(self._unwritable(table) or f"{self._path.name} cannot be written: {error}") from None
+        except pa.ArrowInvalid:
+            for name in table.column_names:
+                if pa.types.is_string(table[name].type):
+                    wrong = pc.match_substring_regex(table[name], '[\t\n\r"]')
+                    why = " holds a tab, a quote or an end of line, which atomic files cannot hold"
+                    self._refuse(table, name, wrong, why)
+            raise
 
-    def _unwritable(self, table: pa.Table) -> str:
-        for name in table.column_names:
-            if pa.types.is_string(table[name].type):
-                bad = table[name].filter(pc.match_substring_regex(table[name], '[\t\n\r"]'))
-                if len(bad):
-                    what = "a tab, a quote or an end of line, which atomic files cannot hold"
-                    return f"{self._named(name, bad[0])} holds {what}{_REMEDY}"
-        return ""
-
-    def _named(self, name: str, value: Any) -> str:
-        return f"{self._path.name}: {name.partition(':')[0]} {value.as_py()!r}"
-
-
-_REMEDY = "; map another column, or export to another format"
+    def _refuse(self, table: pa.Table, name: str, wrong: pa.ChunkedArray, why: str) -> None:
+        """Raise DataError for the first of a column's values that a mask marks, where there is one."""
+        if len(values := table[name].filter(wrong)):
+            raise DataError(
+                f"{self._path.name}: {name.partition(':')[0]} {values[0].as_py()!r}{why}; map another column, or "
+                "export to another format"
+            )
 
 
-def write_recbole(out: Export) -> None:
-    """DOMAIN/DOMAIN.inter with every event, .train, .valid and .test.inter with our split, and DOMAIN.item."""
-    for domain in out.domains:
-        files = {f"{domain}.inter": _ALL_PARTS} | {f"{domain}.{name}.inter": parts for name, parts in BENCHMARK.items()}
-        _write_events(out, domain, files, _atomic, _Tsv)
-        _write_items(out, domain, f"{domain}.item", _atomic_items(out.items(domain)), _Tsv)
+def write_recbole(out: Export, *, sequential: bool = False) -> None:
+    """DOMAIN/DOMAIN.inter with every event, .train, .valid and .test.inter with our split, and DOMAIN.item.
 
-
-def write_recbole_sequential(out: Export) -> None:
-    """DOMAIN/DOMAIN.train, .valid and .test.inter whose events carry the items before them, and DOMAIN.item.
-
-    RecBole's sequential models make such lists only where RecBole splits. The history is that of our queries: the
-    user's earlier events in the domain, held-out ones too. An event without a history is left out, as RecBole does.
+    For sequential models the events of our split carry the items before them, because RecBole makes such lists only
+    where it splits, and there is no DOMAIN.inter. The history is that of our queries: the user's earlier events in the
+    domain, held-out ones too. An event without a history is left out, as RecBole does.
     """
     for domain in out.domains:
-        files = {f"{domain}.{name}.inter": parts for name, parts in BENCHMARK.items()}
-        _write_events(out, domain, files, _with_history, _Tsv)
+        files = {} if sequential else {f"{domain}.inter": _ALL_PARTS}
+        files |= {f"{domain}.{name}.inter": parts for name, parts in BENCHMARK.items()}
+        _write_events(out, domain, files, _with_history if sequential else _atomic, _Tsv)
         _write_items(out, domain, f"{domain}.item", _atomic_items(out.items(domain)), _Tsv)
 
 
@@ -386,7 +375,7 @@ def read_frame(folder: str | Path, format: str, domain: str, part: str) -> Any:
     if part == ITEMS:
         return _item_frame(out.items(domain)).to_pandas()
     tables = [_NO_EVENTS, *(with_microsecond(_open(path).read()) for path in out.events(domain))]
-    frames = [frame for table in tables for frame in _frame(format)(table, pc.equal(table[SPLIT], part).to_numpy())]
+    frames = [frame for table in tables for frame in _frame(table, pc.equal(table[SPLIT], part).to_numpy(), format)]
     return pa.concat_tables(frames).to_pandas()
 
 
@@ -395,31 +384,25 @@ def write_frames(out: Export, format: str) -> None:
     parts = _ALL_PARTS if out.manifest["split"]["unseen_user_share"] else (TRAIN, VALIDATION, TEST)
     files = {f"{part}.parquet": (part,) for part in parts}
     for domain in out.domains:
-        _write_events(out, domain, files, _frame(format), _parquet)
-        _write_items(out, domain, f"{ITEMS}.parquet", _item_frame(out.items(domain)), _parquet)
+        _write_events(out, domain, files, partial(_frame, format=format), _Parquet)
+        _write_items(out, domain, f"{ITEMS}.parquet", _item_frame(out.items(domain)), _Parquet)
 
 
-def _parquet(path: Path, schema: pa.Schema) -> Any:
-    return pq.ParquetWriter(path, schema, compression="zstd")
+_Parquet = partial(pq.ParquetWriter, compression="zstd")
 
 
-def _frame(format: str) -> Callable[[pa.Table, np.ndarray], Iterator[pa.Table]]:
-    """What turns events into the rows of a format."""
-
-    def shape(table: pa.Table, mask: np.ndarray) -> Iterator[pa.Table]:
-        table = table.filter(pa.array(mask))
-        columns = {theirs: table[name] for name, theirs in FRAMES[format].items()}
-        columns[FRAMES[format][RATING]] = pc.fill_null(table[RATING], 1.0)
-        if format == "rectools":
-            whole = columns["datetime"].cast(pa.timestamp("s")).cast(pa.timestamp("us"))  # Parquet has no seconds
-            columns["datetime"] = pc.add(whole, table[MICROSECOND].cast(pa.int64()).cast(pa.duration("us")))
-        else:
-            columns["timestamp"] = pc.add(
-                columns["timestamp"].cast(pa.float64()), pc.divide(table[MICROSECOND].cast(pa.float64()), SECOND)
-            )
-        yield pa.table(columns)
-
-    return shape
+def _frame(table: pa.Table, mask: np.ndarray, format: str) -> Iterator[pa.Table]:
+    """The chosen events as rows of a format."""
+    table = table.filter(pa.array(mask))
+    columns = {theirs: table[name] for name, theirs in FRAMES[format].items()}
+    columns[FRAMES[format][RATING]] = pc.fill_null(table[RATING], 1.0)
+    if format == "rectools":
+        whole = columns["datetime"].cast(pa.timestamp("s")).cast(pa.timestamp("us"))  # Parquet has no seconds
+        columns["datetime"] = pc.add(whole, table[MICROSECOND].cast(pa.int64()).cast(pa.duration("us")))
+    else:
+        rest = pc.divide(table[MICROSECOND].cast(pa.float64()), SECOND)
+        columns["timestamp"] = pc.add(columns["timestamp"].cast(pa.float64()), rest)
+    yield pa.table(columns)
 
 
 def _item_frame(items: pa.Table) -> pa.Table:
@@ -429,26 +412,21 @@ def _item_frame(items: pa.Table) -> pa.Table:
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
+_CHAT_INFO = {
+    "formatting": "sharegpt",
+    "columns": {"messages": "messages"},
+    "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+}
+
+
 def write_messages(out: Export) -> None:
     """messages_DOMAIN.jsonl and messages_DOMAIN_validation.jsonl: chats of a prompt and the title that follows it."""
-    tokenizer = load_tokenizer(str(out.folder / "tokenizer"))
-    info = {}
-    for domain in _targets(out):
-        for name, part in _named(f"messages_{domain}", VALIDATION).items():
-            shards = _certified(out, f"examples/{domain}/{part}")
-            _write_lines(out, f"{name}.jsonl", np.arange(len(shards)), _chats(shards, tokenizer))
-            info[f"cprec_{name}"] = {
-                "file_name": f"{name}.jsonl",
-                "formatting": "sharegpt",
-                "columns": {"messages": "messages"},
-                "tags": {
-                    "role_tag": "role",
-                    "content_tag": "content",
-                    "user_tag": "user",
-                    "assistant_tag": "assistant",
-                },
-            }
-    _write_info(out, info)
+    found = _targets(out)
+    if not set(found) & set(out.domains):
+        raise ConfigError(
+            f"there are no examples of {', '.join(out.domains)}; the data has those of {', '.join(found)}"
+        )
+    _write_examples(out, "messages", _chats, _CHAT_INFO)
 
 
 def write_text(out: Export) -> None:
@@ -458,41 +436,30 @@ def write_text(out: Export) -> None:
     Where only some domains are chosen, mixed documents are left out, because they show others too. The text has no
     token that begins or ends a sequence: LLaMA-Factory and TRL add them as the tokenizer does.
     """
-    tokenizer = load_tokenizer(str(out.folder / "tokenizer"))
-    info: dict[str, Any] = {}
-    for name, part in _named("text", "heldout").items():
+    for name, part in (("text", TRAIN), ("text_heldout", "heldout")):
         shards = _certified(out, f"shards/{part}")
         rows = np.arange(len(shards))
         if set(out.domains) != set(out.manifest["domains"]):
             chosen = pc.is_in(shards.documents["domain"], pa.array(out.domains))
             rows = rows[pc.and_(chosen, pc.equal(shards.documents["kind"], SPECIFIC)).to_numpy()]
-        _write_lines(out, f"{name}.jsonl", rows, _documents(shards, tokenizer))
-        _tokenise_again(out, f"{name}.jsonl", shards, tokenizer, rows)
-        info[f"cprec_{name}"] = {"file_name": f"{name}.jsonl", "columns": {"prompt": "text"}}
-    for domain in _targets(out, needed=False):
-        for name, part in _named(f"completions_{domain}", VALIDATION).items():
-            shards = _certified(out, f"examples/{domain}/{part}")
-            rows = np.arange(len(shards))
-            _write_lines(out, f"{name}.jsonl", rows, _completions(shards, tokenizer))
-            _tokenise_again(out, f"{name}.jsonl", shards, tokenizer, rows)
-            columns = {"prompt": "prompt", "response": "completion"}
-            info[f"cprec_{name}"] = {"file_name": f"{name}.jsonl", "columns": columns}
-    _write_info(out, info)
+        _write_lines(out, name, shards, rows, _documents, {"columns": {"prompt": "text"}})
+    info = {"columns": {"prompt": "prompt", "response": "completion"}}
+    _write_examples(out, "completions", _completions, info)
 
 
-def _named(name: str, other: str) -> dict[str, str]:
-    """File names, and the part that each holds: training documents, and those of the `other` part."""
-    return {name: TRAIN, f"{name}_{other}": other}
+def _write_examples(out: Export, stem: str, entries: _Entries, info: Mapping[str, Any]) -> None:
+    """Write the examples of every chosen domain that has some, and LLaMA-Factory's dataset_info.json, the last file."""
+    for domain in _targets(out):
+        if domain in out.domains:
+            for name, part in ((f"{stem}_{domain}", TRAIN), (f"{stem}_{domain}_{VALIDATION}", VALIDATION)):
+                shards = _certified(out, f"examples/{domain}/{part}")
+                _write_lines(out, name, shards, np.arange(len(shards)), entries, info)
+    (out.target / DATASET_INFO).write_text(json.dumps(out.info, indent=1) + "\n", encoding="utf-8")
 
 
-def _targets(out: Export, needed: bool = True) -> list[str]:
-    """The chosen domains that have examples; where they are `needed`, there must be one."""
-    found = sorted(path.name for path in (out.folder / "examples").glob("*") if path.is_dir())
-    if needed and not set(found) & set(out.domains):
-        raise ConfigError(
-            f"there are no examples of {', '.join(out.domains)}; the data has those of {', '.join(found)}"
-        )
-    return [domain for domain in found if domain in out.domains]
+def _targets(out: Export) -> list[str]:
+    """The domains that have examples."""
+    return sorted(path.name for path in (out.folder / "examples").glob("*") if path.is_dir())
 
 
 def _certified(out: Export, name: str) -> Shards:
@@ -508,44 +475,30 @@ def _certified(out: Export, name: str) -> Shards:
     return shards
 
 
-_Entries = Callable[[np.ndarray], Iterator[dict[str, Any]]]
-"""Makes the JSON entries of some documents of a shard, which are given by row."""
+_Entries = Callable[[Shards, Any, np.ndarray], Iterator[dict[str, Any]]]
+"""Makes the JSON entries of some documents of a shard, which are given by row, with a tokenizer."""
 
 
-def _documents(shards: Shards, tokenizer: Any) -> _Entries:
+def _documents(shards: Shards, tokenizer: Any, rows: np.ndarray) -> Iterator[dict[str, Any]]:
     """Whole documents."""
-
-    def entries(rows: np.ndarray) -> Iterator[dict[str, Any]]:
-        return ({"text": text} for text in _decoded(shards, tokenizer, rows))
-
-    return entries
+    return ({"text": text} for text in _decoded(shards, tokenizer, rows))
 
 
-def _completions(shards: Shards, tokenizer: Any) -> _Entries:
+def _completions(shards: Shards, tokenizer: Any, rows: np.ndarray) -> Iterator[dict[str, Any]]:
     """Prompts and completions, which make up the document; the loss is on the completion."""
-    starts = shards.column("target_start")
-
-    def entries(rows: np.ndarray) -> Iterator[dict[str, Any]]:
-        # A completion decoded alone may lose its leading space, so it is cut from the decoded document.
-        prompts, documents = _decoded(shards, tokenizer, rows, starts), _decoded(shards, tokenizer, rows)
-        for prompt, document in zip(prompts, documents, strict=True):
-            if not document.startswith(prompt):
-                raise DataError(f"the tokenizer decodes this prompt differently inside its document: {prompt!r}")
-            yield {"prompt": prompt, "completion": document[len(prompt) :]}
-
-    return entries
+    # A completion decoded alone may lose its leading space, so it is cut from the decoded document.
+    prompts = _decoded(shards, tokenizer, rows, shards.column("target_start"))
+    for prompt, document in zip(prompts, _decoded(shards, tokenizer, rows), strict=True):
+        if not document.startswith(prompt):
+            raise DataError(f"the tokenizer decodes this prompt differently inside its document: {prompt!r}")
+        yield {"prompt": prompt, "completion": document[len(prompt) :]}
 
 
-def _chats(shards: Shards, tokenizer: Any) -> _Entries:
+def _chats(shards: Shards, tokenizer: Any, rows: np.ndarray) -> Iterator[dict[str, Any]]:
     """Conversations: the prompt is the user's message, the title the assistant's."""
-    completions = _completions(shards, tokenizer)
-
-    def entries(rows: np.ndarray) -> Iterator[dict[str, Any]]:
-        for pair in completions(rows):
-            answer = {"role": "assistant", "content": pair["completion"].strip()}
-            yield {"messages": [{"role": "user", "content": pair["prompt"]}, answer]}
-
-    return entries
+    for pair in _completions(shards, tokenizer, rows):
+        answer = {"role": "assistant", "content": pair["completion"].strip()}
+        yield {"messages": [{"role": "user", "content": pair["prompt"]}, answer]}
 
 
 def _decoded(shards: Shards, tokenizer: Any, rows: np.ndarray, stops: np.ndarray | None = None) -> list[str]:
@@ -555,38 +508,45 @@ def _decoded(shards: Shards, tokenizer: Any, rows: np.ndarray, stops: np.ndarray
     return list(tokenizer.batch_decode(pieces, clean_up_tokenization_spaces=False)) if pieces else []
 
 
-def _write_lines(out: Export, name: str, rows: np.ndarray, entries: _Entries) -> None:
+def _write_lines(
+    out: Export, stem: str, shards: Shards, rows: np.ndarray, entries: _Entries, info: Mapping[str, Any]
+) -> None:
     """Write a line of JSON for each document, and note how many hold the mark of a special token."""
-    num_marked, example = 0, ""
+    name, num_marked, example = f"{stem}.jsonl", 0, ""
     with (
         open(out.target / name, "w", encoding="utf-8") as file,
         track(len(rows), f"exporting {name}", "documents") as progress,
     ):
         for start in range(0, len(rows), BATCH):
             some = rows[start : start + BATCH]
-            for line in (json.dumps(entry, ensure_ascii=False) for entry in entries(some)):
+            for entry in entries(shards, out.tokenizer, some):
+                line = json.dumps(entry, ensure_ascii=False)
                 file.write(f"{line}\n")
                 if found := SPECIAL_MARK.search(line):
                     num_marked, example = num_marked + 1, found[0]
             progress.advance(len(some))
     out.rows[name] = len(rows)
     out.notes.setdefault("special_marks", {})[name] = num_marked
+    if len(rows):  # LLaMA-Factory cannot read a file without rows
+        out.info[f"cprec_{stem}"] = {"file_name": name, **info}
     if num_marked:
         say(
             f"note: {name}: {num_marked:,} of {len(rows):,} documents hold a mark of chat templates, as {example!r}; "
             "what trains on them may take it for a special token"
         )
+    if entries is not _chats:  # whose tokens depend on a chat template
+        _tokenise_again(out, name, shards, rows)
 
 
-def _tokenise_again(out: Export, name: str, shards: Shards, tokenizer: Any, rows: np.ndarray) -> None:
+def _tokenise_again(out: Export, name: str, shards: Shards, rows: np.ndarray) -> None:
     """Note how many documents keep their tokens when their text is tokenised again, by a sample spread over the file.
 
     The tokenizer may add its own special tokens. Some documents may change: titles are tokenised one by one here, and
     tokenizers other than the tiny one may join pieces; a title that was cut may end inside a character.
     """
     sample = rows[np.linspace(0, len(rows) - 1, min(len(rows), MAX_SAMPLED)).astype(np.int64)]
-    texts, tokens = _decoded(shards, tokenizer, sample), shards.rows
-    retokenised = tokenizer(texts)["input_ids"] if texts else []
+    texts, tokens = _decoded(shards, out.tokenizer, sample), shards.rows
+    retokenised = out.tokenizer(texts)["input_ids"] if texts else []
     ours = [tokens[row].tolist() for row in sample.tolist()]
     equal = sum(mine in (ids, [*ids, mine[-1]]) for ids, mine in zip(retokenised, ours, strict=True))
     out.notes.setdefault("tokenised_again", {})[name] = {"checked": len(sample), "equal": equal}
@@ -594,15 +554,9 @@ def _tokenise_again(out: Export, name: str, shards: Shards, tokenizer: Any, rows
         say(f"note: {name}: of {len(sample):,} documents tokenised again, {len(sample) - equal:,} give other tokens")
 
 
-def _write_info(out: Export, info: Mapping[str, Any]) -> None:
-    """Write LLaMA-Factory's dataset_info.json. It names no file without rows, which LLaMA-Factory cannot read."""
-    kept = {name: about for name, about in info.items() if out.rows[about["file_name"]]}
-    (out.target / DATASET_INFO).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-
-
 FORMATS: dict[str, Callable[[Export], None]] = {
     "recbole": write_recbole,
-    "recbole-sequential": write_recbole_sequential,
+    "recbole-sequential": partial(write_recbole, sequential=True),
     "rectools": partial(write_frames, format="rectools"),
     "replay": partial(write_frames, format="replay"),
     "messages": write_messages,

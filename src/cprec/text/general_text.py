@@ -68,7 +68,8 @@ def _tokenised(paths: Sequence[Path], tokenizer: Any, max_tokens: int, begin: Se
     with track(None, "tokenising general text", "texts") as progress:
         for path in paths:
             before = len(documents)
-            for texts in _batches(path):
+            all_texts = read_texts(path)
+            while texts := list(itertools.islice(all_texts, BATCH)):
                 for ids in tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]:
                     documents += documents_of([*ids, tokenizer.eos_token_id], max_tokens, begin)
                 progress.advance(len(texts))
@@ -92,33 +93,26 @@ def read_texts(path: Path) -> Iterator[str]:
 
     Raises ConfigError for another suffix, DataError, naming file and line, for a row without a text.
     """
+    return (text for text in _rows(path) if text and text.strip())
+
+
+def _rows(path: Path) -> Iterator[str | None]:
     if path.suffix in (".jsonl", ".json", ".ndjson"):
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
                 try:
-                    text = json.loads(line)["text"]
+                    text = json.loads(line)["text"] if line.strip() else ""
                     assert isinstance(text, str)
                 except (ValueError, KeyError, TypeError, AssertionError):
                     raise DataError(f'{path} line {number}: no JSON object with a text, as {{"text": "..."}}') from None
-                if text.strip():
-                    yield text
+                yield text
     elif path.suffix == ".parquet":
         file = pq.ParquetFile(path)
         if "text" not in file.schema_arrow.names:
             raise DataError(f"{path} has no column text; it has {', '.join(file.schema_arrow.names)}")
         for batch in file.iter_batches(BATCH, columns=["text"]):
-            yield from (text for text in batch["text"].to_pylist() if text and text.strip())
+            yield from batch["text"].to_pylist()
     elif path.suffix == ".txt":
-        text = path.read_text(encoding="utf-8")
-        if text.strip():
-            yield text
+        yield path.read_text(encoding="utf-8")
     else:
         raise ConfigError(f"{path}: general text is read from .jsonl, .parquet and .txt")
-
-
-def _batches(path: Path) -> Iterator[list[str]]:
-    texts = read_texts(path)
-    while batch := list(itertools.islice(texts, BATCH)):
-        yield batch

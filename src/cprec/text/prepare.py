@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from cprec.data.catalogue import Catalogue
 from cprec.data.config import GLOBAL_TIME, TableSource
 from cprec.data.dataset import count_events, read_catalogue, read_domains, read_manifest, write_manifest
 from cprec.data.sources.synthetic import SyntheticWorld
@@ -23,7 +22,7 @@ from cprec.progress import say
 from cprec.provenance import CONFIG_FILE, file_sha256, read_resolved, save_resolved, shortened, to_dict
 from cprec.schema import KINDS, MIXED, SPECIFIC, TEST, VALIDATION
 from cprec.text.certificate import audit, violated
-from cprec.text.config import TINY, PrepareConfig
+from cprec.text.config import TINY, DocumentRules, PrepareConfig
 from cprec.text.documents import ENCODER, is_joined, join_parts, read_rules, remove_parts, save_rules, unwritten_parts
 from cprec.text.encoding import PromptEncoder
 from cprec.text.inputs import InputRecord, changed_inputs
@@ -57,7 +56,9 @@ def prepare(config: PrepareConfig) -> Path:
             return output_dir  # another process was quicker
         if not _has_tables(config, folder):
             _write_tables(config, folder)
-    _write_parts(config, folder)
+    number, count = config.share()
+    parts = [part for part in unwritten_parts(folder) if part % count == number]
+    run_parts("cprec.text.documents:write_part", folder, parts, num_workers(config.workers), "writing documents")
     with _locked(output_dir):
         if not folder.is_dir():
             return output_dir  # another process put the parts together
@@ -149,7 +150,10 @@ def _changed_settings(config: PrepareConfig, folder: Path) -> list[str]:
 def _write_tables(config: PrepareConfig, folder: Path) -> None:
     """Write the canonical tables, the tokenizer and the tokens of every title, which all parts need."""
     sources = _domain_sources(config)
-    _check_domains(config, [source.domain for source in sources])
+    domains = sorted(source.domain for source in sources)
+    for name in ("target_domains", "pretrain_domains"):
+        if unknown := sorted(set(getattr(config, name)) - set(domains)):
+            raise ConfigError(f"{name} names {', '.join(unknown)}, but the data has: {', '.join(domains)}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     record = InputRecord(config, folder)
@@ -163,16 +167,10 @@ def _write_tables(config: PrepareConfig, folder: Path) -> None:
     else:
         tokenizer = load_tokenizer(config.tokenizer)
     tokenizer.save_pretrained(folder / "tokenizer")
-    encoder = PromptEncoder(
-        tokenizer,
-        catalogue,
-        max_title_tokens=config.max_title_tokens,
-        template=config.template(),
-        begin=_beginning(config, folder),
-    )
+    most, begin = config.max_title_tokens, _beginning(config, folder)
+    encoder = PromptEncoder(tokenizer, catalogue, max_title_tokens=most, template=config.template(), begin=begin)
     encoder.save(folder / ENCODER)
-    domains = sorted({*rules.target_domains, *rules.pretrain_domains})
-    _count_shared_texts(folder, tokenizer, encoder, domains, rules.target_domains)
+    _count_shared_texts(folder, tokenizer, encoder, rules)
     # Last: the folder has its tables once it has this file.
     save_resolved(folder, replace(config, partition=None), record.hashes(config.tokenizer))
 
@@ -188,12 +186,6 @@ def _domain_sources(config: PrepareConfig) -> list[Source]:
             info = world.domains[domain]
             sources.append(MemorySource(domain, info.platform, items, interactions, info.has_times))
     return sources
-
-
-def _check_domains(config: PrepareConfig, domains: list[str]) -> None:
-    for name in ("target_domains", "pretrain_domains"):
-        if unknown := sorted(set(getattr(config, name)) - set(domains)):
-            raise ConfigError(f"{name} names {', '.join(unknown)}, but the data has: {', '.join(sorted(domains))}")
 
 
 def _build_tables(config: PrepareConfig, sources: list[Source], folder: Path) -> tuple[int, int] | None:
@@ -221,20 +213,18 @@ def _beginning(config: PrepareConfig, folder: Path) -> list[int]:
     return beginning_of(load_tokenizer(str(folder / "tokenizer")), config.add_bos_token)
 
 
-def _count_shared_texts(
-    folder: Path, tokenizer: Any, encoder: PromptEncoder, domains: list[str], target_domains: tuple[str, ...]
-) -> None:
+def _count_shared_texts(folder: Path, tokenizer: Any, encoder: PromptEncoder, rules: DocumentRules) -> None:
     """Enter into `dataset.json` which items are read as the same text, and say so where it matters.
 
     Raises DataError for items of a target domain that have no token left: they cannot be ranked.
     """
     manifest, catalogue = read_manifest(folder), encoder.catalogue
-    for domain in domains:
+    for domain in sorted({*rules.target_domains, *rules.pretrain_domains}):
         found = shared_texts(encoder, tokenizer, domain, count_events(folder, catalogue, domain))
         manifest["domains"][domain]["texts"] = found
         for note in notes(domain, found, encoder):
             say(f"note: {note}")
-        if found["empty"] and domain in target_domains:
+        if found["empty"] and domain in rules.target_domains:
             raise DataError(
                 f"the tokenizer leaves nothing of {found['empty']:,} items of domain {domain!r}, as "
                 f"{', '.join(map(repr, found['examples']['empty']))}: choose another tokenizer, or leave them out"
@@ -245,13 +235,6 @@ def _count_shared_texts(
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _write_parts(config: PrepareConfig, folder: Path) -> None:
-    """The documents of the parts that are this process's, where they are not written yet."""
-    number, count = config.share()
-    parts = [part for part in unwritten_parts(folder) if part % count == number]
-    run_parts("cprec.text.documents:write_part", folder, parts, num_workers(config.workers), "writing documents")
-
-
 def _join_parts(config: PrepareConfig, folder: Path) -> None:
     """Put the parts together, unless an interrupted run did so already."""
     if not is_joined(folder):
@@ -259,22 +242,19 @@ def _join_parts(config: PrepareConfig, folder: Path) -> None:
         manifest["split"] = asdict(config.split)
         manifest["cuts"] = cuts and dict(zip((VALIDATION, TEST), map(in_seconds, cuts), strict=True))
         write_manifest(folder, manifest)
-        join_parts(folder, {"about": _about(config, read_catalogue(folder), folder)})
+        begin = _beginning(config, folder)
+        # What a model must know of the data that it was trained on: it goes on from shard manifests to `cprec.json`.
+        about = {
+            "template": asdict(config.template()),
+            "max_title_tokens": config.max_title_tokens,
+            **({"begin": begin} if begin else {}),  # missing where nothing stands before a text
+            "history": config.history,
+            "max_history": config.max_history,
+            "catalogue_sha256": read_catalogue(folder).digest(),
+            "tokenizer_sha256": file_sha256(folder / "tokenizer" / "tokenizer.json"),
+        }
+        join_parts(folder, about)
     remove_parts(folder)
-
-
-def _about(config: PrepareConfig, catalogue: Catalogue, folder: Path) -> dict[str, Any]:
-    """What a model must know of the data that it was trained on: it travels from shard manifests to `cprec.json`."""
-    begin = _beginning(config, folder)
-    return {
-        "template": asdict(config.template()),
-        "max_title_tokens": config.max_title_tokens,
-        **({"begin": begin} if begin else {}),  # missing where nothing stands before a text
-        "history": config.history,
-        "max_history": config.max_history,
-        "catalogue_sha256": catalogue.digest(),
-        "tokenizer_sha256": file_sha256(folder / "tokenizer" / "tokenizer.json"),
-    }
 
 
 # ---- the summary -----------------------------------------------------------------------------------------------------
@@ -283,7 +263,21 @@ def _about(config: PrepareConfig, catalogue: Catalogue, folder: Path) -> dict[st
 def _describe(config: PrepareConfig, folder: Path) -> None:
     """Say how much was written. Raises DataError where nothing can be trained or evaluated with it."""
     for name in ("train", "heldout"):
-        _describe_shards(config, folder, name)
+        manifest = read_shard_manifest(folder / "shards" / name)
+        counts = dict.fromkeys(KINDS, 0)
+        for piece in manifest["pieces"]:
+            counts[piece["kind"]] += piece["num_documents"]
+        say(
+            f"shards/{name}: {counts[SPECIFIC]:,} domain-specific and {counts[MIXED]:,} mixed documents, "
+            f"{manifest['num_tokens']:,} tokens"
+        )
+        if name == "train" and not manifest["num_documents"]:
+            raise DataError(
+                f"no behaviour sequence has min_events={config.min_events} events in the training part: the log is too "
+                "small, or lower min_events"
+            )
+    if not manifest["num_documents"] and config.heldout_share > 0:
+        say(f"note: no user is held out to measure perplexity: raise heldout_share={config.heldout_share:g}")
     domains = read_domains(folder)
     ordered = [name for name in config.pretrain_domains or domains if not domains[name].has_times]
     if ordered and config.mixed_order == "time":
@@ -294,26 +288,6 @@ def _describe(config: PrepareConfig, folder: Path) -> None:
         )
     for domain in config.target_domains:
         _describe_target(config, folder, domain)
-
-
-def _describe_shards(config: PrepareConfig, folder: Path, name: str) -> None:
-    manifest = read_shard_manifest(folder / "shards" / name)
-    counts = dict.fromkeys(KINDS, 0)
-    for piece in manifest["pieces"]:
-        counts[piece["kind"]] += piece["num_documents"]
-    say(
-        f"shards/{name}: {counts[SPECIFIC]:,} domain-specific and {counts[MIXED]:,} mixed documents, "
-        f"{manifest['num_tokens']:,} tokens"
-    )
-    if manifest["num_documents"]:
-        return
-    if name == "train":
-        raise DataError(
-            f"no behaviour sequence has min_events={config.min_events} events in the training part: the log is too "
-            "small, or lower min_events"
-        )
-    if config.heldout_share > 0:
-        say(f"note: no user is held out to measure perplexity: raise heldout_share={config.heldout_share:g}")
 
 
 def _describe_target(config: PrepareConfig, folder: Path, domain: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cprec.data.ragged import Ragged, gather
+from cprec.data.ragged import Ragged, gather, offsets_of
 from cprec.errors import ShardError
 from cprec.provenance import file_sha256
 from cprec.schema import KINDS
@@ -39,7 +39,7 @@ INDEX = {
 
 @dataclass(frozen=True)
 class Shards:
-    """Documents of token ids, read in place.
+    """Documents of token ids, read in place, one after the other.
 
     `documents` has one row per document: its offset and length in `tokens`, domain (empty for mixed ones), kind,
     num_events, platform, user_id and target_start (where the tokens that a fine-tuning loss covers begin).
@@ -58,9 +58,7 @@ class Shards:
     @property
     def rows(self) -> Ragged:
         """The tokens of all documents as a ragged array over the memory-mapped file."""
-        offset, length = self.column("offset"), self.column("length")
-        end = offset[-1:] + length[-1:] if len(offset) else np.zeros(1, dtype=np.int64)
-        return Ragged(self.tokens, np.concatenate([offset, end]).astype(np.int64))
+        return Ragged(self.tokens, offsets_of(self.column("length")))
 
     def take(self, documents: np.ndarray) -> Ragged:
         """The tokens of some documents, given by row number, in one gather from the file."""
@@ -72,12 +70,11 @@ class Shards:
         if not pieces:
             empty = pa.table({name: pa.array([], kind) for name, kind in INDEX.items()})
             return cls(np.empty(0, dtype=DTYPES[manifest["dtype"]]), empty, manifest)
-        starts = np.cumsum([0, *(len(piece.tokens) for piece in pieces)])
-        tables = [
-            piece.documents.set_column(0, "offset", pa.array(piece.column("offset") + start))
-            for piece, start in zip(pieces, starts, strict=False)
-        ]
-        return cls(np.concatenate([piece.tokens for piece in pieces]), pa.concat_tables(tables), manifest)
+        tokens = np.concatenate([piece.tokens for piece in pieces])
+        documents = pa.concat_tables([piece.documents for piece in pieces])
+        # Documents follow one another within a piece, so offsets are the sums of the lengths before them.
+        offsets = pa.array(offsets_of(documents["length"].to_numpy())[:-1])
+        return cls(tokens, documents.set_column(0, "offset", offsets), manifest)
 
     @property
     def sha256(self) -> str:
@@ -96,7 +93,7 @@ def manifest_sha256(manifest: dict[str, Any]) -> str:
 
 def write_shards(
     folder: Path, documents: Ragged, columns: dict[str, Any], about: dict[str, Any], *, part: int = 0
-) -> Shards:
+) -> None:
     """Write documents of token ids into a folder, in place of what is there.
 
     The manifest comes last, but only a folder written inside `files.whole_folder` appears complete or not at all.
@@ -106,25 +103,20 @@ def write_shards(
     """
     full = {"offset": documents.offsets[:-1], "length": documents.lengths, **columns}
     index = pa.table({name: pa.array(values, INDEX[name]) for name, values in full.items()})
-    starts = _piece_starts(columns["domain"], columns["kind"])
 
     def pieces() -> Iterator[Piece]:
-        for start, stop in itertools.pairwise([*starts, len(documents)]):
-            first, last = documents.offsets[start], documents.offsets[stop]
-            where = {"domain": str(columns["domain"][start]), "kind": str(columns["kind"][start]), "part": part}
-            yield where, documents.values[first:last], index.slice(start, stop - start)
+        start = 0
+        for (domain, kind), rows in itertools.groupby(zip(columns["domain"], columns["kind"], strict=True)):
+            stop = start + sum(1 for _ in rows)
+            tokens = documents.values[documents.offsets[start] : documents.offsets[stop]]
+            where = {"domain": str(domain), "kind": str(kind), "part": part}
+            yield where, tokens, index.slice(start, stop - start)
+            start = stop
 
     _write(folder, pieces(), index.schema, about)
-    return open_shards(folder, verify=False)
 
 
-def _piece_starts(domain: Any, kind: Any) -> list[int]:
-    """The documents with which a new domain or kind begins."""
-    names = np.array([f"{k}/{d}" for k, d in zip(kind, domain, strict=True)], dtype=object)
-    return [0, *(np.flatnonzero(names[1:] != names[:-1]) + 1).tolist()] if len(names) else []
-
-
-def join_shards(folder: Path, sources: Sequence[Path], about: dict[str, Any]) -> Shards:
+def join_shards(folder: Path, sources: Sequence[Path], about: dict[str, Any]) -> None:
     """Write one shard folder with the pieces of several: specific ones by domain, then mixed ones; sources in order.
 
     One piece at a time is in memory.
@@ -143,7 +135,6 @@ def join_shards(folder: Path, sources: Sequence[Path], about: dict[str, Any]) ->
             yield where, piece.tokens, piece.documents
 
     _write(folder, pieces(), opened[0].documents.schema, about)
-    return open_shards(folder, verify=False)
 
 
 def _write(folder: Path, pieces: Iterable[Piece], schema: pa.Schema, about: dict[str, Any]) -> None:
@@ -159,9 +150,8 @@ def _write(folder: Path, pieces: Iterable[Piece], schema: pa.Schema, about: dict
         for where, tokens, index in pieces:
             tokens.astype(dtype, copy=False).tofile(file)
             # Offsets in the whole file: the tokens before the piece, and those of its documents before each.
-            lengths = index["length"].to_numpy()
-            offsets = pa.array(num_tokens + np.cumsum(lengths) - lengths)
-            index = index.set_column(0, schema.field(0), offsets)
+            offsets = num_tokens + offsets_of(index["length"].to_numpy())[:-1]
+            index = index.set_column(0, schema.field(0), pa.array(offsets))
             writer.write_table(index, row_group_size=max(1, index.num_rows))
             listed.append({**where, "num_documents": index.num_rows, "num_tokens": len(tokens)})
             num_tokens += len(tokens)
@@ -217,8 +207,7 @@ def open_shards(folder: Path, *, verify: bool = True, columns: Sequence[str] | N
     for name in (TOKENS, DOCUMENTS):
         if not (folder / name).is_file():
             raise ShardError(f"{folder / name} is missing: run `cprec prepare` again for this data folder")
-    recorded, dtype, num_tokens = manifest["sha256"], DTYPES[manifest["dtype"]], manifest["num_tokens"]
-    num_documents = manifest["num_documents"]
+    dtype, num_tokens = DTYPES[manifest["dtype"]], manifest["num_tokens"]
     size = (folder / TOKENS).stat().st_size
     if size != num_tokens * dtype.itemsize:
         raise ShardError(
@@ -226,16 +215,16 @@ def open_shards(folder: Path, *, verify: bool = True, columns: Sequence[str] | N
             "file was cut or changed; run `cprec prepare` again"
         )
     for name in (TOKENS, DOCUMENTS) if verify else ():
-        if file_sha256(folder / name) != recorded[name]:
+        if file_sha256(folder / name) != manifest["sha256"][name]:
             raise ShardError(
                 f"{folder / name} is not the file that {MANIFEST} describes (SHA-256 differs): it was changed after it "
                 "was written; run `cprec prepare` again"
             )
     documents = pq.read_table(folder / DOCUMENTS, columns=None if columns is None else list(columns))
-    if documents.num_rows != num_documents:
+    if documents.num_rows != manifest["num_documents"]:
         raise ShardError(
-            f"{folder / MANIFEST} says {num_documents:,} documents but {DOCUMENTS} has {documents.num_rows:,}: one of "
-            "them was changed; run `cprec prepare` again"
+            f"{folder / MANIFEST} says {manifest['num_documents']:,} documents but {DOCUMENTS} has "
+            f"{documents.num_rows:,}: one of them was changed; run `cprec prepare` again"
         )
     tokens = np.memmap(folder / TOKENS, dtype=dtype, mode="r") if num_tokens else np.empty(0, dtype)
     return Shards(tokens, documents, manifest)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from cprec.data.ragged import Ragged
 from cprec.schema import BRAND, CATEGORIES, TITLE
 from cprec.text.encoding import PromptEncoder
 
@@ -54,9 +53,9 @@ def shared_texts(encoder: PromptEncoder, tokenizer: Any, domain: str, events_I: 
     text, _ = catalogue.texts_of(domain, encoder.template.item_fields)
     family = np.bincount(read_as)[read_as]  # how many items are read as each item is
     some = np.flatnonzero(family > 1)
-    uncut = encoder.whole_titles(tokenizer, rows[some])
+    uncut = encoder.encode_items(tokenizer, rows[some])
     whole = uncut.numbers()
-    unknown = np.flatnonzero(_has(tokens, tokenizer.unk_token_id))
+    unknown = np.unique(tokens.row_of[tokens.values == tokenizer.unk_token_id])  # none where that is None
     empty = np.flatnonzero(tokens.lengths == 0)
     titles = catalogue.title[rows]
     characters = sum(map(len, titles[some]))
@@ -118,14 +117,6 @@ def _remedies(domain: str, found: dict[str, Any], encoder: PromptEncoder) -> str
     ]
     text = ", or ".join(way for way in ways if way)
     return text[0].upper() + text[1:]
-
-
-def _has(rows: Ragged, token: int | None) -> np.ndarray:
-    """bool per row: whether it holds a token."""
-    out = np.zeros(len(rows), dtype=bool)
-    if token is not None:
-        out[rows.row_of[rows.values == token]] = True
-    return out
 
 
 def _holds_several(group_N: np.ndarray, kind_N: np.ndarray) -> np.ndarray:

@@ -61,8 +61,10 @@ def document_order(corpus: Corpus, phases: Sequence[Phase], seed: int, max_passe
             # The passes that the phase may touch, shuffled each by itself; 1e-9 keeps a whole number of passes whole.
             first = int(given[number]) // len(mine)
             last = int((asked + tokens)[number] / size[number] + 1 - 1e-9)
-            passes = [_shuffled(mine, seed, int(number), each) for each in range(first, last)]
-            coming = np.concatenate(passes)[given[number] - first * len(mine) :]
+            generators = [np.random.default_rng((seed, int(number), each)) for each in range(first, last)]
+            coming = np.concatenate([mine[rng.permutation(len(mine))] for rng in generators])[
+                given[number] - first * len(mine) :
+            ]
             lengths = corpus.lengths[coming]
             # Tokens of the group from the start of the phase to the middle of each document.
             middle = read[number] + np.cumsum(lengths) - lengths / 2 - asked[number]
@@ -76,10 +78,6 @@ def document_order(corpus: Corpus, phases: Sequence[Phase], seed: int, max_passe
         asked += tokens
         orders.append(np.concatenate(documents)[np.argsort(np.concatenate(due), kind="stable")])
     return orders
-
-
-def _shuffled(documents: np.ndarray, *seed: int) -> np.ndarray:
-    return documents[np.random.default_rng(seed).permutation(len(documents))]
 
 
 def within_caps(share: np.ndarray, tokens: float, room: np.ndarray) -> np.ndarray:
@@ -145,12 +143,7 @@ class TokenStream:
         self._first_row = offsets_of(np.concatenate(sizes))
         self.phase_steps = [len(of_phase) for of_phase in sizes]
         """Optimizer steps of each phase."""
-        self.group_tokens = np.stack(
-            [
-                np.bincount(corpus.group[order], weights=corpus.lengths[order], minlength=len(corpus.groups))
-                for order in orders
-            ]
-        ).astype(np.int64)
+        self.group_tokens = np.diff(self._tokens_until[np.cumsum([0, *self.phase_steps])], axis=0)
         """Tokens that each phase reads of each group: int64[phases, groups]."""
         self.num_tokens = int(self.group_tokens.sum())
 
@@ -184,13 +177,14 @@ class TokenStream:
 
     def mixture_until(self, step: int) -> dict[str, float]:
         """The share of each group in the tokens of the steps before `step`, by name."""
-        tokens = self._tokens_until[step]
-        return dict(zip(self.corpus.names, (tokens / max(1, tokens.sum())).round(5).tolist(), strict=True))
+        return self._shares(self._tokens_until[step])
 
     def mixture_asked(self) -> dict[str, float]:
         """The share of each group that the phases ask for in all, by name; caps on passes may leave less."""
-        asked = np.sum([phase.num_tokens * phase.share for phase in self.phases], axis=0)
-        return dict(zip(self.corpus.names, (asked / max(1.0, asked.sum())).round(5).tolist(), strict=True))
+        return self._shares(np.sum([phase.num_tokens * phase.share for phase in self.phases], axis=0))
+
+    def _shares(self, tokens: np.ndarray) -> dict[str, float]:
+        return dict(zip(self.corpus.names, (tokens / max(1, tokens.sum())).round(5).tolist(), strict=True))
 
     def documents(self, step: int) -> np.ndarray:
         """Places in the corpus of a step's documents, in order."""

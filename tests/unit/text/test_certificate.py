@@ -241,7 +241,7 @@ TABLES = "tables: they can be read as they stand"
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
+def prepared(tmp_path_factory: pytest.TempPathFactory, tables_once: None) -> Iterator[Callable[..., Path]]:
     """Prepares a data folder of the shop, in several parts; the same settings give the same folder."""
     base = tmp_path_factory.mktemp("shop")
     sources = write_logs(base)

@@ -231,15 +231,12 @@ def test_names_of_recorded_inputs_are_those_of_one_input_each(here: Path) -> Non
     for name in ("tokenizer", "games"):
         Path(name).mkdir()
     shutil.copy("logs/a.csv", "tokenizer/ev.csv")
-    shutil.copy("logs/b.csv", "games/interactions.csv")
+    shutil.copy("items.csv", "games/items.csv")
     (games,) = CONFIG.connections
     config = replace(
         CONFIG,
         output_dir="named",
-        tables=(
-            replace(CONFIG.tables[0], interactions="tokenizer/*.csv"),
-            replace(CONFIG.tables[0], domain="books", interactions="games/*.csv"),
-        ),
+        tables=(replace(CONFIG.tables[0], interactions="tokenizer/*.csv", items="games/items.csv"),),
         recbole=(),
         connections=(games, replace(games, domain="films", interactions="SELECT * FROM log WHERE user_id = 'u1'")),
     )
@@ -256,7 +253,8 @@ def test_names_of_recorded_inputs_are_those_of_one_input_each(here: Path) -> Non
 @pytest.mark.filterwarnings("ignore:The .future.infer_string. option")  # set by Ibis
 def test_a_sqlite_file_that_is_being_written_cannot_be_compared(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (games,) = CONFIG.connections
-    config = replace(CONFIG, output_dir="lite", connections=(replace(games, url="sqlite://shop.sqlite"),))
+    lite = replace(games, url="sqlite://shop.sqlite")
+    config = replace(CONFIG, output_dir="lite", recbole=(), connections=(lite,))
     with closing(sqlite3.connect("shop.sqlite")) as connection:
         connection.execute("PRAGMA journal_mode = wal")
         with connection:

@@ -14,7 +14,7 @@ from cprec.errors import ConfigError
 from cprec.text.config import Mixture
 from cprec.text.corpus import Corpus, behaviour_groups
 from cprec.text.mixture import shares
-from cprec.text.shards import Shards, write_shards
+from cprec.text.shards import Shards, open_shards, write_shards
 from cprec.text.stream import NEXT_TOKEN, Phase, TokenStream, one_phase
 
 PAD = 0
@@ -35,7 +35,8 @@ def make_shards(tmp_path: Path) -> MakeShards:
             "num_events": (lengths // 2).astype(np.int32),
             "target_start": (lengths * 2 // 3).astype(np.int64),
         }
-        return write_shards(tmp_path / f"shards{seed}", Ragged.of(rows), columns, {"vocabulary_size": 1 << 20})
+        write_shards(tmp_path / f"shards{seed}", Ragged.of(rows), columns, {"vocabulary_size": 1 << 20})
+        return open_shards(tmp_path / f"shards{seed}")
 
     return make
 
@@ -142,7 +143,8 @@ def test_shares_by_hand(tmp_path: Path) -> None:
         "num_events": [4, 6, 10, 7],
         "target_start": [1, 1, 1, 1],
     }
-    shards = write_shards(tmp_path / "s", Ragged.of([[1], [2], [3], [4]]), columns, {"vocabulary_size": 9})
+    write_shards(tmp_path / "s", Ragged.of([[1], [2], [3], [4]]), columns, {"vocabulary_size": 9})
+    shards = open_shards(tmp_path / "s")
     groups = behaviour_groups(shards)
     assert [group.name for group in groups] == ["books (specific)", "games (specific)", "mixed"]
     assert [group.documents.tolist() for group in groups] == [[0], [1, 2], [3]]
