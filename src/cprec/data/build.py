@@ -391,13 +391,7 @@ def _place_of_user(events: Any, *order: str) -> Any:
 
 def _source_files(domain: str, tables: SourceTables) -> list[dict[str, Any]]:
     files = [
-        {
-            "domain": domain,
-            "table": what,
-            "path": str(path),
-            "bytes": path.stat().st_size,
-            "sha256": file_sha256(path),
-        }
+        {"domain": domain, "table": what, "path": str(path), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for what, path in tables.files
     ]
     return files + [
