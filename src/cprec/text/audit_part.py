@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +122,8 @@ def audit_part(folder: Path, part: int) -> dict[str, Any]:
                 properties.append(check_queries(split, domain, name, auditor.queries(domain, name)))
             observations += find_ties(split, domain, name, data.manifest["rules"]["tie_order"])
     return {
-        "properties": [p.to_dict() for p in properties],
-        "observations": [o.to_dict() for o in observations],
+        "properties": [asdict(p) for p in properties],
+        "observations": [asdict(o) for o in observations],
         "times": _count_times(split, data.cuts),
     }
 
