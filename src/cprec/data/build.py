@@ -24,7 +24,7 @@ from cprec.data.engine import TableEngine, connect
 from cprec.data.interactions import join_time
 from cprec.data.judging import Judge
 from cprec.data.rejected import EMPTIED, REJECTED, RejectedRows
-from cprec.data.sources import connections, memory, public, recbole, tables
+from cprec.data.sources import connections, memory, public, tables
 from cprec.data.sources.memory import MemorySource
 from cprec.data.sources.tables import SourceTables
 from cprec.errors import ConfigError, DataError
@@ -52,7 +52,7 @@ Source = TableSource | RecBoleSource | PublicSource | ConnectionSource | MemoryS
 
 LOADERS: dict[type, Callable[[TableEngine, Any], SourceTables]] = {
     TableSource: tables.load,
-    RecBoleSource: recbole.load,
+    RecBoleSource: tables.load,
     PublicSource: public.load,
     ConnectionSource: connections.load,
     MemorySource: memory.load,

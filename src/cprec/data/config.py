@@ -148,7 +148,7 @@ class RecBoleSource:
         """How each table (interactions, items) is written."""
         suffixes = {"interactions": "inter", "items": "item"}
         return {
-            name: TableFiles(path=f"{self.prefix}.{suffix}", separator="\t", quote="")
+            name: TableFiles(path=f"{self.prefix}.{suffix}", columns=self.columns, separator="\t", quote="")
             for name, suffix in suffixes.items()
         }
 
