@@ -54,13 +54,7 @@ GPU_STACK = frozenset(
 BEYOND_AT_TOP = {
     **{f"cprec.data.{name}": {"ibis"} for name in ("build", "judging")},
     "cprec.data.engine": {"ibis", "duckdb"},
-    **{
-        f"cprec.data.sources.{name}": {"ibis"}
-        for name in (
-            *("amazon_reviews", "goodreads", "memory", "movielens", "numbers", "online_retail", "raw", "tables"),
-            "times",
-        )
-    },
+    **{f"cprec.data.sources.{name}": {"ibis"} for name in ("formats", "memory", "numbers", "raw", "tables", "times")},
     "cprec.data.sources.connections": {"ibis", "duckdb", "sqlglot"},
     "cprec.rank.vllm_processor": {"vllm"},  # vLLM loads it into a process of its own
     "cprec.serve.app": {"fastapi", "starlette"},

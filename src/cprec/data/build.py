@@ -24,7 +24,7 @@ from cprec.data.engine import TableEngine, connect
 from cprec.data.interactions import join_time
 from cprec.data.judging import Judge
 from cprec.data.rejected import EMPTIED, REJECTED, RejectedRows
-from cprec.data.sources import connections, memory, public, recbole, tables
+from cprec.data.sources import connections, memory, public, tables
 from cprec.data.sources.memory import MemorySource
 from cprec.data.sources.tables import SourceTables
 from cprec.errors import ConfigError, DataError
@@ -52,7 +52,7 @@ Source = TableSource | RecBoleSource | PublicSource | ConnectionSource | MemoryS
 
 LOADERS: dict[type, Callable[[TableEngine, Any], SourceTables]] = {
     TableSource: tables.load,
-    RecBoleSource: recbole.load,
+    RecBoleSource: tables.load,
     PublicSource: public.load,
     ConnectionSource: connections.load,
     MemorySource: memory.load,
@@ -391,13 +391,7 @@ def _place_of_user(events: Any, *order: str) -> Any:
 
 def _source_files(domain: str, tables: SourceTables) -> list[dict[str, Any]]:
     files = [
-        {
-            "domain": domain,
-            "table": what,
-            "path": str(path),
-            "bytes": path.stat().st_size,
-            "sha256": file_sha256(path),
-        }
+        {"domain": domain, "table": what, "path": str(path), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for what, path in tables.files
     ]
     return files + [

@@ -11,18 +11,7 @@ from typing import ClassVar, Literal, get_args
 from urllib.parse import urlsplit
 
 from cprec.errors import ConfigError
-from cprec.schema import (
-    BRAND,
-    CATEGORIES,
-    DESCRIPTION,
-    ITEM_ID,
-    ORDER,
-    PRICE,
-    RATING,
-    TIMESTAMP,
-    TITLE,
-    USER_ID,
-)
+from cprec.schema import BRAND, CATEGORIES, DESCRIPTION, ITEM_ID, ORDER, PRICE, RATING, TIMESTAMP, TITLE, USER_ID
 
 INTERACTION_FIELDS = (USER_ID, ITEM_ID, TIMESTAMP, RATING, ORDER)
 ITEM_FIELDS = (ITEM_ID, TITLE, BRAND, CATEGORIES, DESCRIPTION, PRICE)
@@ -159,7 +148,7 @@ class RecBoleSource:
         """How each table (interactions, items) is written."""
         suffixes = {"interactions": "inter", "items": "item"}
         return {
-            name: TableFiles(path=f"{self.prefix}.{suffix}", separator="\t", quote="")
+            name: TableFiles(path=f"{self.prefix}.{suffix}", columns=self.columns, separator="\t", quote="")
             for name, suffix in suffixes.items()
         }
 
@@ -376,10 +365,7 @@ class Rules:
     def __post_init__(self) -> None:
         if self.k_core < 0:
             raise ConfigError(f"k_core={self.k_core} must be at least 0")
-        for name, accepted in (
-            ("k_core_scope", ("domain", "pooled")),
-            ("tie_order", ("source", "item_id", "shuffle")),
-        ):
+        for name, accepted in (("k_core_scope", ("domain", "pooled")), ("tie_order", ("source", "item_id", "shuffle"))):
             if getattr(self, name) not in accepted:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected {', '.join(accepted)}")
 

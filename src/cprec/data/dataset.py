@@ -319,11 +319,7 @@ def _number_users(
 
 
 def _event_order(
-    tie_order: str,
-    catalogue: Catalogue,
-    tables: Sequence[pa.Table],
-    user: np.ndarray,
-    item: np.ndarray,
+    tie_order: str, catalogue: Catalogue, tables: Sequence[pa.Table], user: np.ndarray, item: np.ndarray
 ) -> np.ndarray:
     """Events by (user, time, tie order), as rows of the tables put one after the other.
 

@@ -43,13 +43,7 @@ class Interactions:
 
     def select(self, mask: np.ndarray) -> Interactions:
         """The events under a mask (or at given rows, rising); the table of users stays whole."""
-        return replace(
-            self,
-            user=self.user[mask],
-            item=self.item[mask],
-            time=self.time[mask],
-            rating=self.rating[mask],
-        )
+        return replace(self, user=self.user[mask], item=self.item[mask], time=self.time[mask], rating=self.rating[mask])
 
     def offsets(self) -> np.ndarray:
         """Where each user's events start, and the end: int64[num_users + 1]."""

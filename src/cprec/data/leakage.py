@@ -12,7 +12,7 @@ import itertools
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -37,17 +37,6 @@ class Property:
     violations: int
     examples: list[str] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def plus(self, other: Property) -> Property:
-        return Property(
-            name=self.name,
-            checked=self.checked + other.checked,
-            violations=self.violations + other.violations,
-            examples=[*self.examples, *other.examples][:MAX_EXAMPLES],
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
@@ -58,17 +47,6 @@ class Observation:
     found: int
     examples: list[str] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def plus(self, other: Observation) -> Observation:
-        return Observation(
-            name=self.name,
-            checked=self.checked + other.checked,
-            found=self.found + other.found,
-            examples=[*self.examples, *other.examples][:MAX_EXAMPLES],
-        )
-
 
 Finding = TypeVar("Finding", Property, Observation)
 
@@ -77,24 +55,20 @@ def add_up(parts: Sequence[Sequence[Finding]]) -> list[Finding]:
     """The findings of several parts of the log as one: numbers of the same name are added, the first examples kept."""
     total: dict[str, Finding] = {}
     for entry in itertools.chain(*parts):
-        total[entry.name] = total[entry.name].plus(entry) if entry.name in total else entry
+        if known := total.get(entry.name):
+            count = "found" if isinstance(entry, Observation) else "violations"
+            sums: Any = {name: getattr(known, name) + getattr(entry, name) for name in ("checked", count)}
+            entry = replace(known, **sums, examples=[*known.examples, *entry.examples][:MAX_EXAMPLES])
+        total[entry.name] = entry
     return list(total.values())
-
-
-def _numbered_document(document: int) -> str:
-    return f"document {document}"
-
-
-def _numbered_event(user: int, title: int) -> str:
-    return f"user row {user}, title number {title}"
 
 
 @dataclass(frozen=True)
 class Labels:
     """How examples name documents and events; by number where there is no better name."""
 
-    document: Callable[[int], str] = _numbered_document
-    event: Callable[[int, int], str] = _numbered_event
+    document: Callable[[int], str] = lambda document: f"document {document}"
+    event: Callable[[int, int], str] = lambda user, title: f"user row {user}, title number {title}"
     """Called with a row of users and the number of a title."""
 
 
@@ -122,17 +96,12 @@ class Grammar:
     @property
     def title_of_row(self) -> np.ndarray:
         """A number for each catalogue row; equal titles of a domain have the same."""
-        return self._numbered[1]
-
-    @property
-    def title_hashes(self) -> np.ndarray:
-        """The hash of each number's (domain, title), rising."""
-        return self._numbered[0]
+        return self.numbered_titles[1]
 
     @cached_property
-    def _numbered(self) -> tuple[np.ndarray, np.ndarray]:
-        keys = _with_domain(row_hashes(self.titles), self.domain)
-        hashes, numbers = np.unique(keys, return_inverse=True)
+    def numbered_titles(self) -> tuple[np.ndarray, np.ndarray]:
+        """The hash of each number's (domain, title), rising; and the number of each catalogue row."""
+        hashes, numbers = np.unique(_with_domain(row_hashes(self.titles), self.domain), return_inverse=True)
         return hashes, numbers
 
 
@@ -157,9 +126,8 @@ def row_hashes(rows: Ragged) -> np.ndarray:
 
     Rows of other tokens or another length have another hash, but for a chance that is negligible.
     """
-    place = np.arange(len(rows.values)) - np.repeat(rows.offsets[:-1], rows.lengths)
     with np.errstate(over="ignore"):
-        terms = (rows.values.astype(np.uint64) + np.uint64(1)) * _MULTIPLIERS[place & (len(_MULTIPLIERS) - 1)]
+        terms = (rows.values.astype(np.uint64) + np.uint64(1)) * _MULTIPLIERS[rows.place_of & (len(_MULTIPLIERS) - 1)]
         # A row's sum is the difference of the running sums at its end and its start.
         total = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(terms, dtype=np.uint64)])
         return total[rows.offsets[1:]] - total[rows.offsets[:-1]]
@@ -186,9 +154,8 @@ def _batches(documents: Ragged) -> Iterator[tuple[slice, Ragged]]:
 def read_events(documents: Ragged, domain: np.ndarray, grammar: Grammar) -> Events:
     """The events written in documents; `domain` is each document's domain index, -1 for mixed ones (tags tell)."""
     found = [_read_batch(batch, domain[rows], grammar, rows.start) for rows, batch in _batches(documents)]
-    document, title = (
-        np.concatenate([np.empty(0, dtype=np.int64), *(columns[number] for columns in found)]) for number in (0, 1)
-    )
+    nothing = np.empty(0, dtype=np.int64)
+    document, title = (np.concatenate(columns) for columns in zip((nothing, nothing), *found, strict=True))
     return Events(document=document, title=title)
 
 
@@ -212,11 +179,8 @@ def _read_batch(documents: Ragged, domain: np.ndarray, grammar: Grammar, first: 
         ends = np.where(tagged, ends + len(tag), ends)
     # The number of each title is the place of its hash among those of the catalogue.
     body = gather(tokens, ends, np.maximum(stop - ends, 0))
-    hashes = grammar.title_hashes
-    keys = _with_domain(row_hashes(body), line_domain)
-    at = np.minimum(np.searchsorted(hashes, keys), len(hashes) - 1)
-    known = (hashes[at] == keys) & (line_domain >= 0)
-    return owner + first, np.where(known, at, -1)
+    at = _place(grammar.numbered_titles[0], _with_domain(row_hashes(body), line_domain))
+    return owner + first, np.where(line_domain >= 0, at, -1)
 
 
 def _separators(tokens: np.ndarray, grammar: Grammar) -> tuple[np.ndarray, np.ndarray]:
@@ -246,23 +210,19 @@ def check_heads(
         first = np.minimum(np.append(starts, len(tokens))[np.searchsorted(starts, begin)], end)
         # The head of mixed documents is the last one, which the domain index -1 finds.
         wrong[rows] = row_hashes(gather(tokens, begin, first - begin)) != heads[domain[rows]]
-    return Property(
-        name=f"{name}: before its lines every document has the head of the template and nothing else",
-        checked=len(documents),
-        violations=int(wrong.sum()),
-        examples=[labels.document(number) for number in _first(np.flatnonzero(wrong))],
-    )
+    text = "before its lines every document has the head of the template and nothing else"
+    return _of_documents(f"{name}: {text}", len(documents), np.flatnonzero(wrong), labels)
+
+
+def _of_documents(name: str, checked: int, wrong: np.ndarray, labels: Labels) -> Property:
+    examples = [labels.document(document) for document in _first(wrong)]
+    return Property(name=name, checked=checked, violations=len(wrong), examples=examples)
 
 
 def check_users(name: str, document_user: np.ndarray, labels: Labels = NUMBERS) -> Property:
     """Every document belongs to a user of the log; `document_user` is -1 where it does not."""
     wrong = np.flatnonzero(document_user < 0)
-    return Property(
-        name=f"{name}: every document is of a user of the log",
-        checked=len(document_user),
-        violations=len(wrong),
-        examples=[labels.document(number) for number in _first(wrong)],
-    )
+    return _of_documents(f"{name}: every document is of a user of the log", len(document_user), wrong, labels)
 
 
 def check_documents(
@@ -359,13 +319,8 @@ def check_repeated_targets(
     keys, counts = np.unique(log_user * width + log_title, return_counts=True)
     documents = _distinct(events.document[shown])
     repeated = np.isin(document_user[documents] * width + target[documents], keys[counts > 1])
-    wrong = documents[~repeated]
-    return Property(
-        name=f"{name}: no target inside its own prompt, except where the user had it before",
-        checked=num_documents,
-        violations=len(wrong),
-        examples=[labels.document(d) for d in _first(wrong)],
-    )
+    text = "no target inside its own prompt, except where the user had it before"
+    return _of_documents(f"{name}: {text}", num_documents, documents[~repeated], labels)
 
 
 def check_examples(
@@ -400,13 +355,8 @@ def check_examples(
     # Documents without lines, and targets that are not titles, are violations of `check_documents`.
     bad[np.bincount(events.document, minlength=num_documents) == 0] = False
     bad[target < 0] = False
-    wrong = np.flatnonzero(bad)
-    return Property(
-        name=f"{name}: each ends with an event that it may ask for and shows only what came before it",
-        checked=num_documents,
-        violations=len(wrong),
-        examples=[labels.document(d) for d in _first(wrong)],
-    )
+    text = "each ends with an event that it may ask for and shows only what came before it"
+    return _of_documents(f"{name}: {text}", num_documents, np.flatnonzero(bad), labels)
 
 
 def _targets(events: Events, num_documents: int) -> tuple[np.ndarray, np.ndarray]:
@@ -501,11 +451,10 @@ def check_queries(split: Split, domain: str, part: str, queries: Mapping[str, An
     found = _Occurrences(moments, np.ones(len(moments), dtype=bool)).last(asked)
     event = np.where(found < 0, -1, np.append(askable, -1)[found])
     # How often each query shows an item, and how often its user had that item before the event asked for.
-    items = np.where(
-        history.values < 0, width, history.values
-    )  # an item outside the catalogue gets a number that no user had
+    # An item outside the catalogue gets a number that no user had.
+    items = np.where(history.values < 0, width, history.values)
     shown, times_shown = np.unique(history.row_of * (width + 1) + items, return_counts=True)
-    row, item = shown // (width + 1), shown % (width + 1)
+    row, item = np.divmod(shown, width + 1)
     known = np.where((item == width) | (user[row] < 0), -1, user[row] * width + item)
     had = _Occurrences(log.user * width + log.item, of_domain | elsewhere).count(known, event[row])
     bad = event < 0
@@ -553,25 +502,17 @@ def find_ties(split: Split, domain: str, part: str, tie_order: str) -> list[Obse
     is_target = split.events(part)[rows]
     tied = is_target & (of_group(np.maximum, part_of) != of_group(np.minimum, part_of))
     last = tied & (item == of_group(np.maximum, item))
-    names = [
-        f"{log.platforms[log.user_platform[user[event]]]}/{log.user_id[user[event]]}"
-        for event in _first(np.flatnonzero(tied))
-    ]
+    users = user[_first(np.flatnonzero(tied))]
+    names = [f"{log.platforms[log.user_platform[row]]}/{log.user_id[row]}" for row in users]
+    num_tied, where = int(tied.sum()), f"queries/{domain}/{part}"
+    decided = (
+        f"{where}: targets that tie order ({tie_order}) alone decided: at that time the user has another event, of "
+        "another part of the split"
+    )
+    greatest = "of the targets that tie order decided, those with the greatest item id (chance has 1 of each group)"
     return [
-        Observation(
-            name=f"queries/{domain}/{part}: targets that tie order ({tie_order}) alone decided: at that time the user "
-            "has another event, of another part of the split",
-            checked=int(is_target.sum()),
-            found=int(tied.sum()),
-            examples=names,
-        ),
-        Observation(
-            name=f"queries/{domain}/{part}: of the targets that tie order decided, those with the greatest item id "
-            "(chance has 1 of each group)",
-            checked=int(tied.sum()),
-            found=int(last.sum()),
-            examples=[],
-        ),
+        Observation(name=decided, checked=int(is_target.sum()), found=num_tied, examples=names),
+        Observation(name=f"{where}: {greatest}", checked=num_tied, found=int(last.sum())),
     ]
 
 
@@ -590,12 +531,8 @@ def normalised_title(title: str) -> str:
 def find_near_duplicates(catalogue: Catalogue, domain: str, pretrained: Sequence[str]) -> Observation:
     """How many items of a domain have the title, but for case, accents and marks, of an item of another domain that is
     pre-trained on."""
-    others = {
-        normalised_title(catalogue.title[row])
-        for other in pretrained
-        if other != domain
-        for row in catalogue.rows_of(other)
-    }
+    rows = [catalogue.rows_of(other) for other in pretrained if other != domain]
+    others = {normalised_title(catalogue.title[row]) for row in itertools.chain(*rows)}
     titles = catalogue.title[catalogue.rows_of(domain)]
     found = [str(title) for title in titles if normalised_title(title) in others]
     return Observation(

@@ -86,13 +86,7 @@ class Split:
         return mask
 
     def queries(
-        self,
-        domain: str,
-        part: str,
-        *,
-        history_kind: str = SPECIFIC,
-        max_history: int,
-        min_history: int = 1,
+        self, domain: str, part: str, *, history_kind: str = SPECIFIC, max_history: int, min_history: int = 1
     ) -> Queries:
         """One query for each event of a domain in a held-out part.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +131,8 @@ def audit_part(folder: Path, part: int) -> dict[str, Any]:
     time, cuts = split.interactions.time, data.cuts
     moments = [cuts[VALIDATION], cuts[VALIDATION] + 1, cuts[TEST], cuts[TEST] + 1] if cuts else []
     return {
-        "properties": [p.to_dict() for p in properties],
-        "observations": [o.to_dict() for o in observations],
+        "properties": [asdict(p) for p in properties],
+        "observations": [asdict(o) for o in observations],
         "times": [len(time), *(int((time < moment).sum()) for moment in moments)],
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,8 @@ def _certificate(
         "clean": all(p.violations == 0 for p in properties),
         "split": data.manifest.get("split"),
         "cuts": data.manifest.get("cuts"),
-        "properties": [p.to_dict() for p in properties],
-        "observations": [o.to_dict() for o in observations],
+        "properties": [asdict(p) for p in properties],
+        "observations": [asdict(o) for o in observations],
         "artifacts": {
             name: manifest_sha256(read_shard_manifest(folder / name))
             for name in shard_names(domains, examples=(TRAIN,))

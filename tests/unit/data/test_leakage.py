@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
@@ -290,4 +290,4 @@ def test_what_must_be_absent_is_found_and_named() -> None:
     found = check_absent("no unseen item", np.array([3, 5, 5, 7]), np.array([5, 9]), {5: "Dune", 9: "Emma"})
     assert (found.checked, found.violations, found.examples) == (4, 2, ["Dune"])
     assert check_absent("no unseen user", np.array([3]), np.array([], dtype=np.int64), {}).violations == 0
-    assert found.to_dict() == {"name": "no unseen item", "checked": 4, "violations": 2, "examples": ["Dune"]}
+    assert asdict(found) == {"name": "no unseen item", "checked": 4, "violations": 2, "examples": ["Dune"]}

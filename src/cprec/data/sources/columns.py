@@ -7,18 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from cprec.data.sources.raw import RawTable
 from cprec.errors import DataError
-from cprec.schema import (
-    BRAND,
-    CATEGORIES,
-    DESCRIPTION,
-    ITEM_ID,
-    ORDER,
-    PRICE,
-    RATING,
-    TIMESTAMP,
-    TITLE,
-    USER_ID,
-)
+from cprec.schema import BRAND, CATEGORIES, DESCRIPTION, ITEM_ID, ORDER, PRICE, RATING, TIMESTAMP, TITLE, USER_ID
 
 DEFAULT_NAMES: dict[str, tuple[str, ...]] = {
     USER_ID: ("user_id", "user", "userId", "uid", "reviewerID", "customer_id", "visitorid"),

@@ -150,13 +150,7 @@ LAYOUTS = {
         page="https://grouplens.org/datasets/hetrec-2011/",
     ),
     "online-retail": Layout(
-        interactions=(
-            "Online Retail.csv",
-            "OnlineRetail.csv",
-            "online_retail.csv",
-            "online_retail_II.csv",
-            "data.csv",
-        ),
+        interactions=("Online Retail.csv", "OnlineRetail.csv", "online_retail.csv", "online_retail_II.csv", "data.csv"),
         licence="Online Retail (UCI Machine Learning Repository): CC BY 4.0",
         urls=("https://archive.ics.uci.edu/static/public/352/data.csv",),
         page="https://archive.ics.uci.edu/dataset/352/online+retail",

@@ -1,4 +1,4 @@
-"""Public data sets in their own files: each family of formats has a module, and `FORMATS` names them all."""
+"""Public data sets in their own files, downloaded where that is asked for."""
 
 from __future__ import annotations
 
@@ -7,21 +7,10 @@ from pathlib import Path
 from cprec.data.config import PublicSource
 from cprec.data.download import download_files, verify_files
 from cprec.data.engine import TableEngine
-from cprec.data.sources import amazon_reviews, goodreads, lastfm, movielens, online_retail, steam, yelp
+from cprec.data.sources.formats import FORMATS
 from cprec.data.sources.layouts import LAYOUTS, find_file
-from cprec.data.sources.readers import Format
 from cprec.data.sources.tables import SourceTables, canonical_tables
 from cprec.errors import ConfigError, DataError
-
-FORMATS: dict[str, Format] = {
-    **amazon_reviews.FORMATS,
-    **movielens.FORMATS,
-    **steam.FORMATS,
-    **goodreads.FORMATS,
-    **yelp.FORMATS,
-    **lastfm.FORMATS,
-    **online_retail.FORMATS,
-}
 
 
 def load(engine: TableEngine, source: PublicSource) -> SourceTables:

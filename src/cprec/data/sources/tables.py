@@ -9,7 +9,7 @@ from typing import Any
 
 import ibis
 
-from cprec.data.config import INTERACTION_FIELDS, ITEM_FIELDS, TableSource
+from cprec.data.config import INTERACTION_FIELDS, ITEM_FIELDS, RecBoleSource, TableSource
 from cprec.data.engine import TableEngine
 from cprec.data.sources.columns import check_types, find_columns, missing_column
 from cprec.data.sources.numbers import Numbers, read_numbers
@@ -55,20 +55,17 @@ class SourceTables:
     """Table (items, interactions) -> the prefix of its settings, as `items.`; empty where it has none of its own."""
 
 
-def load(engine: TableEngine, source: TableSource) -> SourceTables:
+def load(engine: TableEngine, source: TableSource | RecBoleSource) -> SourceTables:
     """The rows of all files. Raises DataError for a missing file or column, or a separator that cannot be right."""
-    forms = source.forms()
-    read = {name: read_files(engine, source.domain, name, form) for name, form in forms.items()}
-    log = read["interactions"]
-    return canonical_tables(
-        engine,
-        source.domain,
-        log,
-        read.get("items"),
-        forms["interactions"].columns,
-        source.timestamps,
-        item_mapping=forms["items"].columns if "items" in forms else None,
-    )
+    domain, forms, timestamps = source.domain, source.forms(), source.timestamps
+    is_typed = isinstance(source, RecBoleSource)  # its headers name types too: user_id:token
+    read = {name: read_files(engine, domain, name, form, typed_header=is_typed) for name, form in forms.items()}
+    log, mapping = read["interactions"], forms["interactions"].columns
+    if is_typed and timestamps == "auto":
+        has_time = TIMESTAMP in find_columns(domain, log, INTERACTION_FIELDS, mapping, required=())
+        timestamps = "auto" if has_time else "order"
+    item_mapping = forms["items"].columns if "items" in forms else mapping
+    return canonical_tables(engine, domain, log, read.get("items"), mapping, timestamps, item_mapping=item_mapping)
 
 
 def canonical_tables(
