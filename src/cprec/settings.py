@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 import sys
 import types
 import typing
@@ -18,12 +17,6 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 from cprec.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT")
-
-
-def load_object(path: str) -> Any:
-    """Import the module of `module:name` and return the object of that name."""
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 # ---- settings as a tree ----------------------------------------------------------------------------------------------

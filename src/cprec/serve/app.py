@@ -133,8 +133,8 @@ def _mistake(error: dict[str, Any]) -> str:
     if error["type"] == "json_invalid":
         return f"body: this is no JSON: {error['ctx']['error']}"
     where = ".".join(str(part) for part in error["loc"] if part not in m.TAGS)
-    if error["type"] == "dataclass_type":
+    if error["type"] in ("model_type", "model_attributes_type"):
         return f"{where}: Input should be an object"
-    if error["type"] == "unexpected_keyword_argument":
+    if error["type"] == "extra_forbidden":
         return f"{where}: there is no such field here"
     return f"{where}: {error['msg'].removeprefix('Value error, ')}"

@@ -60,9 +60,7 @@ AService = Annotated[Service, Depends(_service)]
 async def recommend(
     request: Request,
     service: AService,
-    body: Annotated[
-        m.RecommendRequests | m.RecommendRequest, m.OneOrSeveral(), Body(openapi_examples=RECOMMEND_EXAMPLES)
-    ],
+    body: Annotated[m.RecommendBody, Body(openapi_examples=RECOMMEND_EXAMPLES)],
 ) -> Any:
     """The next items for one history or for several, by the deadline, and how each list was made."""
     if isinstance(body, m.RecommendRequests):
