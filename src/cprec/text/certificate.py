@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from cprec.data.catalogue import Catalogue
 from cprec.data.config import GLOBAL_TIME, SplitSpec
-from cprec.data.dataset import POPULARITY, event_files, part_path, read_catalogue
+from cprec.data.dataset import POPULARITY, part_path, read_catalogue
 from cprec.data.leakage import Observation, Property, add_up, find_near_duplicates
 from cprec.data.splits import format_time
 from cprec.errors import ConfigError, DataError, ShardError
@@ -96,8 +96,8 @@ def _certificate(
 ) -> dict[str, Any]:
     """What `certificate.json` holds.
 
-    `artifacts` are the shards that a model may be trained on, `queries` the questions that an evaluation may ask, and
-    `events` the tables that a baseline may learn from; the manifest of a shard folder stands for all of it.
+    `artifacts` are the shards that a model may be trained on (the manifest of a folder stands for all of it), `queries`
+    the questions that an evaluation may ask; `files` has the tables that a baseline may learn from, among all others.
     """
     folder, domains = data.folder, data.target_domains
     certificate = {
@@ -116,7 +116,6 @@ def _certificate(
             for name in query_names(domains)
             if name in readable
         },
-        "events": {name: files[name] for name in event_files(folder)},
         "catalogue_sha256": catalogue_sha256,
         "files": files,
     }
