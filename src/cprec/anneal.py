@@ -18,8 +18,8 @@ from cprec.entrants import model_entrants
 from cprec.errors import ConfigError
 from cprec.evaluate.config import EvaluateConfig
 from cprec.evaluate.evaluate import evaluate
-from cprec.evaluate.fork_page import print_forks, write_forks
 from cprec.evaluate.results import DomainResult
+from cprec.evaluate.training_page import fork_page, print_forks
 from cprec.files import write_whole
 from cprec.progress import say
 from cprec.provenance import CONFIG_FILE, read_resolved, save_resolved
@@ -64,7 +64,8 @@ def anneal(config: AnnealConfig) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     save_resolved(folder, config)
     write_whole(folder / "forks.json", json.dumps(comparison, indent=1) + "\n")
-    write_forks(folder / "forks.html", comparison, {name: _log(path) for name, path in branches.items()}, _log(run))
+    logs = {name: _log(path) for name, path in branches.items()}
+    write_whole(folder / "forks.html", fork_page(comparison, logs, _log(run)))
     print_forks(comparison)
     say(f"wrote {folder / 'forks.json'} and {folder / 'forks.html'}")
     return comparison

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cprec.errors import ConfigError
-from cprec.evaluate.training_page import print_training, training_page
-from cprec.evaluate.training_run import TrainingRun
+from cprec.evaluate.training_page import TrainingRun, print_training, training_page
 from cprec.files import write_whole
 from cprec.progress import say
 from cprec.train.folder import LOG, read_done, read_log

@@ -26,9 +26,9 @@ from cprec.evaluate.evaluate import evaluate, protocol_of
 from cprec.evaluate.examples import NUM_EXAMPLES, examples_of
 from cprec.evaluate.questions import read_queries
 from cprec.evaluate.rankings import rankings_path, read_rankings
-from cprec.evaluate.report_page import latex_table, markdown_table, print_report, write_report_page
+from cprec.evaluate.report_page import latex_table, markdown_table, print_report, report_page
 from cprec.evaluate.results import FULL, DomainResult, Example, Report, TrainedModel, write_report
-from cprec.evaluate.training_run import TrainingRun
+from cprec.evaluate.training_page import TrainingRun
 from cprec.files import write_whole
 from cprec.progress import say
 from cprec.provenance import read_resolved, save_resolved
@@ -217,7 +217,7 @@ def _publish(folder: Path, report: Report, examples: Sequence[Example], runs: Ma
     """Write a report in all its forms, and print it."""
     trained = {name: TrainingRun(name, read_log(Path(run) / LOG), read_done(run) or {}) for name, run in runs.items()}
     write_report(folder / "report.json", report)
-    write_report_page(folder / "report.html", report, trained, examples)
+    write_whole(folder / "report.html", report_page(report, trained, examples))
     for name, table_of in (("tables.md", markdown_table), ("tables.tex", latex_table)):
         write_whole(folder / name, "\n".join(table_of(report, domain) for domain in report.domains))
     print_report(report, examples[:NUM_EXAMPLES])

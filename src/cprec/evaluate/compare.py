@@ -18,8 +18,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cprec.errors import ConfigError, DataError
-from cprec.evaluate.comparison import ComparedArm, ComparisonTable, Estimate, in_words, key_in_words
-from cprec.evaluate.comparison_page import comparison_page, latex_table, markdown_table, print_tables
+from cprec.evaluate.comparison import (
+    ComparedArm,
+    ComparisonTable,
+    Estimate,
+    comparison_page,
+    in_words,
+    key_in_words,
+    latex_table,
+    markdown_table,
+    print_tables,
+)
 from cprec.evaluate.results import FULL, FULL_WITH_SEEN
 from cprec.evaluate.saved import read_saved
 from cprec.evaluate.seeds import model_of, together

@@ -58,7 +58,12 @@ def _problem(
     queries = data / "queries" / domain / f"{part}.parquet"
     if certificate["queries"].get(f"{domain}/{part}") != hashes.of(queries):
         return f"{queries} is not the file that {path} covers: run {audit} and look at what it finds"
-    covered = {name: sha256 for name, sha256 in certificate.get("files", {}).items() if _has_events(name)}
+    # Of the files that it covers, those that a split is read from.
+    covered = {
+        name: sha256
+        for name, sha256 in certificate.get("files", {}).items()
+        if name == "dataset.json" or (name.startswith(("items/", "interactions/")) and name.endswith(".parquet"))
+    }
     if not covered:
         return f"{path} does not say which events it covers: make it anew with {audit}"
     if changed := differences(covered, {name: hashes.of(data / name) for name in event_files(data)}):
@@ -67,11 +72,6 @@ def _problem(
             f"covers: run {audit} and look at what it finds"
         )
     return None
-
-
-def _has_events(name: str) -> bool:
-    """Whether a file of a data folder is one that a split is read from."""
-    return name == "dataset.json" or (name.startswith(("items/", "interactions/")) and name.endswith(".parquet"))
 
 
 def _read(path: Path) -> dict[str, Any]:

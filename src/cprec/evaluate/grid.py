@@ -77,16 +77,15 @@ class Grid:
         *,
         caption: str = "",
         left: int = 1,
-        best: int | None = None,
     ) -> Grid:
-        """A table of these heads and rows, the first `left` columns set flush left; `best` is the number of a row."""
+        """A table of these heads and rows, the first `left` columns set flush left."""
         columns = [
             head
             if isinstance(head, Column)
             else Column(head, align="left" if place < left else "right", wrap=place < left)
             for place, head in enumerate(heads)
         ]
-        return cls(tuple(columns), tuple(Row.of(row, best=place == best) for place, row in enumerate(rows)), caption)
+        return cls(tuple(columns), tuple(map(Row.of, rows)), caption)
 
     def without_empty_columns(self) -> Grid:
         """The table without the columns in which no row has anything."""
@@ -96,9 +95,9 @@ class Grid:
 
     # ---- terminal ----
 
-    def for_terminal(self, gap: int = 1) -> Table:
-        """The table for a console of rich, its columns `gap` characters apart."""
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap, 0, 0))
+    def for_terminal(self) -> Table:
+        """The table for a console of rich."""
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
         for column in self.columns:
             head = "\n".join(printable(part) for part in column.head.split("\n"))
             table.add_column(Text(head), justify=column.align, no_wrap=not column.wrap)
@@ -116,7 +115,8 @@ class Grid:
     def markdown(self) -> str:
         """The table in Markdown, its best row bold.
 
-        >>> print(Grid.of(["", "NDCG"], [["a|b", "0.1"], ["c", ""]], best=0).markdown())
+        >>> rows = Row.of(["a|b", "0.1"], best=True), Row.of(["c", ""])
+        >>> print(Grid((Column("", align="left"), Column("NDCG")), rows).markdown())
         | | NDCG |
         | --- | ---: |
         | **a\\|b** | **0.1** |
@@ -152,12 +152,12 @@ def console_for(file: TextIO | None, width: int | None = None, *, least: int = 1
     return console
 
 
-def widest_fitting(grids: Sequence[Grid], console: Console, gap: int = 1) -> Table:
+def widest_fitting(grids: Sequence[Grid], console: Console) -> Grid:
     """The first table that is no wider than the console, or else the last. The widest come first."""
-    tables = [grid.for_terminal(gap) for grid in grids]
     room = console.options.update(max_width=10_000)  # measures what a table asks for, whatever the console's width
-    fitting = (table for table in tables if Measurement.get(console, room, table).maximum <= console.width)
-    return next(fitting, tables[-1])
+    return next(
+        (g for g in grids if Measurement.get(console, room, g.for_terminal()).maximum <= console.width), grids[-1]
+    )
 
 
 def printable(text: str) -> str:

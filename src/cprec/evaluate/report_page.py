@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from markupsafe import Markup
-from rich.console import Console
-from rich.table import Table
 
-from cprec.evaluate.charts import Bar, bars
-from cprec.evaluate.grid import Cell, Column, Grid, Row, console_for, latex_text, print_line, printable, widest_fitting
-from cprec.evaluate.pages import SHOWN_HISTORY, Section, render
+from cprec.evaluate.charts import Value, row_chart
+from cprec.evaluate.grid import Cell, Column, Grid, Row, console_for, latex_text, printable, widest_fitting
+from cprec.evaluate.pages import Section, print_sections, render
 from cprec.evaluate.results import (
     CANDIDATES_POPULARITY,
     CANDIDATES_UNIFORM,
@@ -22,19 +18,17 @@ from cprec.evaluate.results import (
     FULL_WITH_SEEN,
     NEW_ITEMS,
     Arm,
-    CertificateSummary,
     Difference,
     DomainResult,
     Example,
     Interval,
     Metric,
     Report,
+    Slice,
 )
 from cprec.evaluate.slices import ABOUT
-from cprec.evaluate.statistics import ALPHA, MIN_QUERIES
-from cprec.evaluate.training_page import final_section, run_section
-from cprec.evaluate.training_run import TrainingRun
-from cprec.files import write_whole
+from cprec.evaluate.statistics import MIN_QUERIES
+from cprec.evaluate.training_page import TrainingRun, final_section, run_section
 
 UNCERTIFIED = "UNCERTIFIED: no clean leakage certificate covers these results. They may rest on held-out events."
 METRICS = {"ndcg": "NDCG", "recall": "Recall", "mrr": "MRR", "precision": "Precision", "map": "MAP"}
@@ -81,40 +75,13 @@ def difference_line(difference: Difference) -> str:
     a, b, test, metric = difference.a, difference.b, difference.test, metric_name(difference.metric)
     found = "" if test.detectable is None else f", could find {test.detectable:.4f}"
     queries = f"({test.num_queries:,} queries, p {test.p_adjusted:.4f}{found})"
-    verdict = "no difference shown"
-    if test.num_queries < MIN_QUERIES:
-        verdict = f"no claim under {MIN_QUERIES:,} queries"
-    elif test.p_adjusted < ALPHA and test.low > 0:
+    if test.claim and test.high < 0:
+        a, b, test = b, a, test.reversed()
+    if test.claim and test.low > 0:
         return f"{a} beats {b} by {test.mean:.4f} {metric} [{test.low:.4f}, {test.high:.4f}] {queries}"
-    elif test.p_adjusted < ALPHA and test.high < 0:
-        return f"{b} beats {a} by {-test.mean:.4f} {metric} [{-test.high:.4f}, {-test.low:.4f}] {queries}"
+    few = test.num_queries < MIN_QUERIES
+    verdict = f"no claim under {MIN_QUERIES:,} queries" if few else "no difference shown"
     return f"{a} against {b}: {verdict}, {test.mean:+.4f} {metric} [{test.low:+.4f}, {test.high:+.4f}] {queries}"
-
-
-def certificate_line(certificate: CertificateSummary) -> str:
-    """What the leakage certificate found."""
-    found = f"{certificate.checked:,} checks, {certificate.violations:,} violations"
-    if certificate.uncertified:
-        return UNCERTIFIED
-    return f"clean ({found}) and covers every model and query here" if certificate.clean else f"not clean ({found})"
-
-
-def protocol_lines(report: Report) -> dict[str, str]:
-    """What every number depends on, the certificate and the bound included."""
-    lines = {**report.protocol, "leakage certificate": certificate_line(report.certificate)}
-    bounds = {arm.name for result in report.domains.values() for arm in result.arms.values() if arm.kind == "bound"}
-    if bounds:
-        names = ", ".join(sorted(bounds))
-        lines["bound"] = f"{names}: ranks by the true chances of this generated world; none is better on average"
-    return lines
-
-
-def explanation(k: int | None) -> str:
-    """What the leading metrics are."""
-    return (
-        f"Recall@{k} is the share of queries whose held-out item is among the first {k}; NDCG@{k} also counts how far "
-        "up it stands (1 is always first, 0 never listed). Intervals are 95 % over queries."
-    )
 
 
 def ranking_lines(result: DomainResult) -> list[str]:
@@ -138,109 +105,13 @@ def ranking_lines(result: DomainResult) -> list[str]:
     return lines
 
 
-# ---- terminal --------------------------------------------------------------------------------------------------------
-
-
-def print_report(
-    report: Report, examples: Sequence[Example] = (), file: TextIO | None = None, *, width: int | None = None
-) -> None:
-    """Print one table of all domains and arms, paired comparisons, the protocol, and examples.
-
-    `file` and `width` are as in `console_for`. The table has as many metrics as fit.
-    """
-    console = console_for(file, width)
-    heading = "bold underline" if console.is_terminal else ""
-    alarm = "bold red" if report.certificate.uncertified else "dim"
-
-    def line(text: str, style: str = "", indent: int = 0) -> None:
-        print_line(console, text, style, indent)
-
-    console.print()
-    line(report.title, heading)
-    if report.certificate.uncertified:
-        line(UNCERTIFIED, alarm)
-    console.print()
-    console.print(_terminal_table(report, console))
-    console.print()
-    line(explanation(report.main.k), "dim")
-    for result in report.domains.values():
-        console.print()
-        line(domain_line(result), heading)
-        for difference in result.differences:
-            line(difference_line(difference), indent=2)
-        for text in ranking_lines(result):
-            line(text, "dim", 2)
-    console.print()
-    line("How this was measured", heading)
-    for name, text in protocol_lines(report).items():
-        line(f"{name}: {text}", alarm if name == "leakage certificate" else "dim", 2)
-    for example in examples:
-        console.print()
-        line(f"User {example.user} in {example.domain}", heading)
-        _print_example(console, example)
-    console.print()
-
-
-def _print_example(console: Console, example: Example) -> None:
-    more = len(example.history) - SHOWN_HISTORY
-    print_line(console, f"had, latest last{f' ({more:,} earlier left out)' if more > 0 else ''}:", indent=2)
-    for title in example.history[-SHOWN_HISTORY:]:
-        print_line(console, title, indent=5)
-    print_line(console, "held out, came next:", indent=2)
-    print_line(console, example.target, "bold", 5)
-    for arm, found in example.recommendations.items():
-        print_line(console, f"{arm} recommends:", indent=2)
-        for place, (title, score) in enumerate(found, 1):
-            hit = title == example.target
-            text = f"{place}. {title} ({score:.2f}){'  <- came next' if hit else ''}"
-            print_line(console, text, "green" if hit else "", 5)
-
-
-def _terminal_table(report: Report, console: Console) -> Table:
-    """The table with the most columns that is no wider than the console."""
-    first, second, *others = _leading_metrics(report.main)
-    sampled = Metric("recall", 1, CANDIDATES_UNIFORM)
-    short = dict.fromkeys(others, False)
-    offers = [
-        {first: True, second: True, **short, sampled: True},
-        {first: True, second: True, **short, sampled: False},
-        {first: True, second: True, sampled: False},
-        {first: True, second: False, sampled: False},
-        {first: True},
-    ]
-    return widest_fitting([_terminal_grid(report, columns) for columns in offers], console)
-
-
-def _leading_metrics(main: Metric) -> list[Metric]:
-    """Metrics of the full catalogue in short tables, the most important first."""
-    others = (replace(main, name="recall"), replace(main, k=5), replace(main, name="mrr", k=None))
-    return list(dict.fromkeys([main, *others]))
-
-
-def _terminal_grid(report: Report, metrics: Mapping[Metric, bool]) -> Grid:
-    """A section of arms for each domain; `metrics` says of each metric whether its interval is shown."""
-    pools = next(iter(report.domains.values())).pools
-    columns = []
-    for metric, interval in metrics.items():
-        if metric.pool == report.main.pool or metric.pool in pools:
-            pool = f"{pools[metric.pool].num_items}\ncandidates" if metric.pool in pools else "full\ncatalogue"
-            form = MEAN_AND_SHORT_INTERVAL if interval else MEAN
-            columns.append(_metric_column(metric, form.format, f"{metric_name(metric)}\n{pool}"))
-    rows: list[Row] = []
-    for result in report.domains.values():
-        seen = {True: " (unseen)", False: " (seen)", None: ""}[result.unseen]
-        grid = _arm_grid(result, columns)
-        rows += [Row.of([f"{result.domain}{seen}"], "section"), *grid.rows]
-    return replace(grid, rows=tuple(rows))
-
-
 # ---- tables of arms --------------------------------------------------------------------------------------------------
 
 ArmColumn = tuple[Column, Callable[[Arm], Cell | str]]
 """A column, and what makes the cell of an arm: '' where the arm has nothing to show there."""
 
-MEAN, SHORT_MEAN = "{0.mean:.4f}", "{0.mean:.3f}"
-MEAN_AND_SHORT_INTERVAL = "{0.mean:.4f} [{0.low:.3f}, {0.high:.3f}]"
+MEAN, SHORT_MEAN = "{0.mean:.4f}".format, "{0.mean:.3f}".format
+MEAN_AND_SHORT_INTERVAL = "{0.mean:.4f} [{0.low:.3f}, {0.high:.3f}]".format
 
 
 def _mean_beside_interval(cell: Interval) -> Cell:
@@ -251,9 +122,32 @@ def _mean_above_interval(cell: Interval) -> Cell:
     return Cell(f"{cell.mean:.4f}", f"{cell.low:.4f} to {cell.high:.4f}")
 
 
+def _column(head: str, found: Callable[[Arm], Any], shown: Callable[[Any], Cell | str], note: str = "") -> ArmColumn:
+    """A column of what `found` returns of an arm, as `shown` writes it; empty where it is None."""
+    return Column(head, note), lambda arm: "" if (value := found(arm)) is None else shown(value)
+
+
+def _under(part: str, key: Any) -> Callable[[Arm], Any]:
+    """Finds what a mapping of an arm (its `metrics`, `lists` or `seconds`) has under a key."""
+    return lambda arm: getattr(arm, part).get(key)
+
+
 def _metric_column(metric: Metric, shown: Callable[[Interval], Cell | str], head: str = "") -> ArmColumn:
-    column = Column(head or metric_name(metric))
-    return column, lambda arm: shown(arm.metrics[metric]) if metric in arm.metrics else ""
+    return _column(head or metric_name(metric), _under("metrics", metric), shown)
+
+
+TRAIN_SECONDS = _column("seconds of training", lambda arm: arm.cost.train_seconds, "{:,.0f}".format)
+COST = (
+    _column("parameters", lambda arm: arm.cost.num_parameters, lambda number: f"{number / 1e6:,.2f} M"),
+    TRAIN_SECONDS,
+    _column("ms per query", lambda arm: arm.cost.milliseconds_per_query, "{:,.2f}".format),
+)
+
+
+def _leading_metrics(main: Metric) -> list[Metric]:
+    """Metrics of the full catalogue in short tables, the most important first."""
+    others = (replace(main, name="recall"), replace(main, k=5), replace(main, name="mrr", k=None))
+    return list(dict.fromkeys([main, *others]))
 
 
 def _arm_grid(result: DomainResult, columns: Iterable[ArmColumn], caption: str = "") -> Grid:
@@ -268,6 +162,55 @@ def _arm_grid(result: DomainResult, columns: Iterable[ArmColumn], caption: str =
     return Grid((Column("", align="left", wrap=True), *heads), tuple(rows), caption)
 
 
+# ---- terminal --------------------------------------------------------------------------------------------------------
+
+
+def print_report(
+    report: Report, examples: Sequence[Example] = (), file: TextIO | None = None, *, width: int | None = None
+) -> None:
+    """Print one table of all domains and arms, paired comparisons, the protocol, and examples.
+
+    `file` and `width` are as in `console_for`. The table has as many metrics as fit.
+    """
+    console = console_for(file, width)
+    first, second, *others = _leading_metrics(report.main)
+    sampled = Metric("recall", 1, CANDIDATES_UNIFORM)
+    short = dict.fromkeys(others, False)
+    offers = [
+        {first: True, second: True, **short, sampled: True},
+        {first: True, second: True, **short, sampled: False},
+        {first: True, second: True, sampled: False},
+        {first: True, second: False, sampled: False},
+        {first: True},
+    ]
+    table = widest_fitting([_terminal_grid(report, metrics) for metrics in offers], console)
+    protocol = _protocol_section(report)
+    sections = [
+        Section(title=report.title, warning=protocol.warning, tables=[table], notes=protocol.notes),
+        *map(_domain_section, report.domains.values()),
+        replace(protocol, warning="", notes=()),
+        Section(examples=examples),
+    ]
+    print_sections(console, sections)
+
+
+def _terminal_grid(report: Report, metrics: Mapping[Metric, bool]) -> Grid:
+    """A section of arms for each domain; `metrics` says of each metric whether its interval is shown."""
+    pools = next(iter(report.domains.values())).pools
+    columns = []
+    for metric, interval in metrics.items():
+        if metric.pool == report.main.pool or metric.pool in pools:
+            pool = f"{pools[metric.pool].num_items}\ncandidates" if metric.pool in pools else "full\ncatalogue"
+            form = MEAN_AND_SHORT_INTERVAL if interval else MEAN
+            columns.append(_metric_column(metric, form, f"{metric_name(metric)}\n{pool}"))
+    rows: list[Row] = []
+    for result in report.domains.values():
+        seen = {True: " (unseen)", False: " (seen)", None: ""}[result.unseen]
+        grid = _arm_grid(result, columns)
+        rows += [Row.of([f"{result.domain}{seen}"], "section"), *grid.rows]
+    return replace(grid, rows=tuple(rows))
+
+
 # ---- for papers ------------------------------------------------------------------------------------------------------
 
 
@@ -280,7 +223,16 @@ def markdown_table(report: Report, domain: str) -> str:
     Raises ValueError if the report has no such domain.
     """
     result = _domain(report, domain)
-    table = _arm_grid(result, _markdown_columns(result)).without_empty_columns()
+    leading = _leading_metrics(result.main)[:2]
+    columns = [_metric_column(metric, _mean_beside_interval) for metric in leading]
+    for pool, rule in SEEN_RULES.items():
+        others = (replace(metric, pool=pool) for metric in leading if pool != metric.pool)
+        columns += [_metric_column(metric, MEAN, f"{metric_name(metric)}, {rule}") for metric in others]
+    for pool, head in ((CANDIDATES_UNIFORM, "Recall@1 of {}, uniform"), (CANDIDATES_POPULARITY, "of {}, popular")):
+        if asked := result.pools.get(pool):
+            columns.append(_metric_column(Metric("recall", 1, pool), SHORT_MEAN, head.format(asked.num_items)))
+    columns += [_column("coverage", _under("lists", "coverage"), "{:.2f}".format), TRAIN_SECONDS]
+    table = _arm_grid(result, columns).without_empty_columns()
     pool = "full catalogue unless another pool is named, 95 % intervals in brackets"
     warning = "" if result.certified else f" {UNCERTIFIED}"
     return f"{table.markdown()}\n\n{printable(domain_line(result))}; {pool}.{warning}\n"
@@ -292,12 +244,10 @@ def latex_table(report: Report, domain: str) -> str:
     Raises ValueError if the report has no such domain.
     """
     result = _domain(report, domain)
-    table = _arm_grid(
-        result, [_metric_column(metric, _mean_beside_interval) for metric in _leading_metrics(result.main)]
-    )
+    columns = [_metric_column(metric, _mean_beside_interval) for metric in _leading_metrics(result.main)]
     warning = "" if result.certified else f"{UNCERTIFIED} "
     caption = latex_text(f"{warning}{domain_line(result)}; full catalogue, 95 % intervals")
-    return f"\\begin{{table}}\n\\caption{{{caption}}}\n{table.latex()}\\end{{table}}\n"
+    return f"\\begin{{table}}\n\\caption{{{caption}}}\n{_arm_grid(result, columns).latex()}\\end{{table}}\n"
 
 
 def _domain(report: Report, domain: str) -> DomainResult:
@@ -306,43 +256,12 @@ def _domain(report: Report, domain: str) -> DomainResult:
     return report.domains[domain]
 
 
-def _markdown_columns(result: DomainResult) -> list[ArmColumn]:
-    leading = (result.main, replace(result.main, name="recall"))
-    columns = [_metric_column(metric, _mean_beside_interval) for metric in leading]
-    for pool, rule in SEEN_RULES.items():
-        others = (replace(metric, pool=pool) for metric in leading if pool != metric.pool)
-        columns += [_metric_column(metric, MEAN.format, f"{metric_name(metric)}, {rule}") for metric in others]
-    for pool, head in ((CANDIDATES_UNIFORM, "Recall@1 of {}, uniform"), (CANDIDATES_POPULARITY, "of {}, popular")):
-        if asked := result.pools.get(pool):
-            columns.append(_metric_column(Metric("recall", 1, pool), SHORT_MEAN.format, head.format(asked.num_items)))
-    coverage = (Column("coverage"), lambda arm: f"{arm.lists['coverage']:.2f}" if "coverage" in arm.lists else "")
-    return [*columns, coverage, (Column("seconds of training"), _train_seconds)]
-
-
-def _train_seconds(arm: Arm) -> str:
-    return "" if arm.cost.train_seconds is None else f"{arm.cost.train_seconds:,.0f}"
-
-
 # ---- page ------------------------------------------------------------------------------------------------------------
-
-
-def write_report_page(
-    path: str | Path, report: Report, runs: Mapping[str, TrainingRun], examples: Sequence[Example]
-) -> None:
-    """Write the report as one HTML file without scripts or links to elsewhere; it appears complete or not at all."""
-    write_whole(path, report_page(report, runs, examples))
 
 
 def report_page(report: Report, runs: Mapping[str, TrainingRun], examples: Sequence[Example]) -> str:
     """The text of the page. Runs named `GROUP: ARM` share the charts of their group; one without a log is left out."""
-    protocol = Section(
-        title="How this was measured",
-        boxed=True,
-        warning=UNCERTIFIED if report.certificate.uncertified else "",
-        terms=protocol_lines(report),
-        notes=[explanation(report.main.k)],
-    )
-    sections = [protocol, *map(_domain_section, report.domains.values())]
+    sections = [_protocol_section(report), *map(_domain_section, report.domains.values())]
     if examples:
         sections.append(Section(title="What users are recommended", examples=examples))
     logged = {name: run for name, run in runs.items() if run.records}
@@ -356,19 +275,38 @@ def report_page(report: Report, runs: Mapping[str, TrainingRun], examples: Seque
     return render(report.title, sections)
 
 
+def _protocol_section(report: Report) -> Section:
+    """What every number depends on, the certificate and the bound included."""
+    certificate, k = report.certificate, report.main.k
+    found = f"{certificate.checked:,} checks, {certificate.violations:,} violations"
+    clean = f"clean ({found}) and covers every model and query here" if certificate.clean else f"not clean ({found})"
+    terms = {**report.protocol, "leakage certificate": UNCERTIFIED if certificate.uncertified else clean}
+    bounds = {arm.name for result in report.domains.values() for arm in result.arms.values() if arm.kind == "bound"}
+    if bounds:
+        names = ", ".join(sorted(bounds))
+        terms["bound"] = f"{names}: ranks by the true chances of this generated world; none is better on average"
+    note = (
+        f"Recall@{k} is the share of queries whose held-out item is among the first {k}; NDCG@{k} also counts how far "
+        "up it stands (1 is always first, 0 never listed). Intervals are 95 % over queries."
+    )
+    warning = UNCERTIFIED if certificate.uncertified else ""
+    return Section(title="How this was measured", boxed=True, warning=warning, terms=terms, notes=[note])
+
+
 def _domain_section(result: DomainResult) -> Section:
-    leading = [result.main, replace(result.main, name="recall")]
-    figures = {f"{metric_name(metric)}, full catalogue": _bars(result, metric) for metric in leading}
+    charts = {f"{metric_name(metric)}, full catalogue": metric for metric in _leading_metrics(result.main)[:2]}
     if uniform := result.pools.get(CANDIDATES_UNIFORM):
-        figures[f"Recall@1, {uniform.num_items} candidates"] = _bars(result, Metric("recall", 1, CANDIDATES_UNIFORM))
-    lines = [*map(difference_line, result.differences), *ranking_lines(result)]
+        charts[f"Recall@1, {uniform.num_items} candidates"] = Metric("recall", 1, CANDIDATES_UNIFORM)
+    slices = next((arm.slices for arm in result.arms.values() if arm.slices), {})
+    sliced = [_slice_grid(result, name, groups) for name, groups in slices.items()]
+    cost = _arm_grid(result, COST, "Cost, on the machine that made them")
     return Section(
         title=domain_line(result),
         warning="" if result.certified else UNCERTIFIED,
-        points=[("", line) for line in lines],
-        figures=figures,
+        points=[("", line) for line in (*map(difference_line, result.differences), *ranking_lines(result))],
+        figures={caption: _bars(result, metric) for caption, metric in charts.items()},
         fold="All metrics",
-        details=[*_pool_grids(result), *_slice_grids(result), _list_grid(result), _cost_grid(result)],
+        details=[*_pool_grids(result), *sliced, _list_grid(result), cost],
     )
 
 
@@ -376,73 +314,51 @@ def _bars(result: DomainResult, metric: Metric) -> Markup:
     rows = {}
     for name, arm in result.arms.items():
         cell = arm.metrics[metric]
-        rows[name] = [Bar(cell.mean, (cell.low, cell.high), COLOURS[arm.kind])]
-    return bars(rows, "{:.4f}")
+        rows[name] = [Value(cell.mean, (cell.low, cell.high), COLOURS[arm.kind])]
+    return row_chart(rows, "{:.4f}")
+
+
+LEADING_POOL = "Full catalogue. MRR counts items that were listed only"
+POOLS = {
+    CANDIDATES_UNIFORM: "{0.num_items} candidates, the others uniform",
+    FULL_WITH_SEEN: "Full catalogue, seen items may be recommended again",
+    FULL: "Full catalogue, seen items left out",
+    CANDIDATES_POPULARITY: "{0.num_items} candidates, the others by popularity",
+    NEW_ITEMS: "New items: the {0.num_queries:,} queries whose target never occurs in training, ranked among the "
+    "{0.num_items:,} items that do not. An arm that knows items by their events alone names none, or ranks them by "
+    "nothing it has learnt.",
+}
+"""Captions of the tables of each pool but the leading one."""
 
 
 def _pool_grids(result: DomainResult) -> Iterator[Grid]:
     """All metrics over the full catalogue and uniform candidates, and the leading ones over the other pools."""
-    main, pools, first = result.main, result.pools, next(iter(result.arms.values()))
-    recall = replace(main, name="recall")
-    captions = {main.pool: "Full catalogue. MRR counts items that were listed only"}
-    if uniform := pools.get(CANDIDATES_UNIFORM):
-        captions[CANDIDATES_UNIFORM] = f"{uniform.num_items} candidates, the others uniform"
-    for pool, caption in captions.items():
-        seconds = (Column("seconds"), partial(_seconds_of, pool))
-        yield _arm_grid(result, [*(_metric_column(m, _mean_above_interval) for m in first.of(pool)), seconds], caption)
-    others = {
-        FULL_WITH_SEEN: ("Full catalogue, seen items may be recommended again", [main, recall]),
-        FULL: ("Full catalogue, seen items left out", [main, recall]),
-    }
-    if popular := pools.get(CANDIDATES_POPULARITY):
-        caption = f"{popular.num_items} candidates, the others by popularity"
-        others[CANDIDATES_POPULARITY] = (caption, [Metric("recall", 1, main.pool)])
-    if new := pools.get(NEW_ITEMS):
-        caption = (
-            f"New items: the {new.num_queries:,} queries whose target never occurs in training, ranked among the "
-            f"{new.num_items:,} items that do not. An arm that knows items by their events alone names none, or ranks "
-            "them by nothing it has learnt."
-        )
-        others[NEW_ITEMS] = (caption, [main, recall])
-    for pool, (caption, metrics) in others.items():
-        if pool != main.pool:
-            columns = [_metric_column(replace(metric, pool=pool), _mean_above_interval) for metric in metrics]
-            yield _arm_grid(result, columns, caption)
+    main, measured = result.main.pool, next(iter(result.arms.values()))
+    asked = [pool for pool in POOLS if pool in SEEN_RULES or pool in result.pools]
+    for pool in sorted(asked, key=lambda pool: pool != main):  # the leading one first
+        caption = LEADING_POOL if pool == main else POOLS[pool].format(result.pools.get(pool))
+        shown = list(measured.of(pool)) if pool in (main, CANDIDATES_UNIFORM) else _leading_metrics(result.main)[:2]
+        if pool == CANDIDATES_POPULARITY:
+            shown = [Metric("recall", 1, pool)]
+        columns = [_metric_column(replace(metric, pool=pool), _mean_above_interval) for metric in shown]
+        seconds = _column("seconds", _under("seconds", pool), "{:.1f}".format)
+        yield _arm_grid(result, [*columns, seconds], caption).without_empty_columns()
 
 
-def _seconds_of(pool: str, arm: Arm) -> str:
-    return f"{arm.seconds[pool]:.1f}" if pool in arm.seconds else ""
+def _slice_grid(result: DomainResult, name: str, groups: Mapping[str, Slice]) -> Grid:
+    """The leading metric in each group of a slice."""
 
+    def shown(found: Slice) -> Cell:
+        return _mean_above_interval(found.metrics[result.main])
 
-def _slice_grids(result: DomainResult) -> Iterator[Grid]:
-    def cell(name: str, group: str, arm: Arm) -> Cell | str:
-        return _mean_above_interval(arm.slices[name][group].metrics[result.main]) if name in arm.slices else ""
+    def column(group: str, num_queries: int) -> ArmColumn:
+        return _column(group, lambda arm: arm.slices.get(name, {}).get(group), shown, f"{num_queries:,} queries")
 
-    slices = next((arm.slices for arm in result.arms.values() if arm.slices), {})
-    for name, groups in slices.items():
-        columns = [
-            (Column(group, f"{asked.num_queries:,} queries"), partial(cell, name, group))
-            for group, asked in groups.items()
-        ]
-        yield _arm_grid(result, columns, f"{metric_name(result.main)} by {name}: {ABOUT[name]}")
+    columns = [column(group, asked.num_queries) for group, asked in groups.items()]
+    return _arm_grid(result, columns, f"{metric_name(result.main)} by {name}: {ABOUT[name]}")
 
 
 def _list_grid(result: DomainResult) -> Grid:
-    def cell(name: str, arm: Arm) -> str:
-        return f"{arm.lists[name]:.3f}" if name in arm.lists else ""
-
-    shown = {name: name.replace("_", " ") for name in LISTS}
-    caption = "Lists: " + "; ".join(f"{shown[name]}, {about}" for name, about in LISTS.items())
-    return _arm_grid(result, [(Column(head), partial(cell, name)) for name, head in shown.items()], caption)
-
-
-def _cost_grid(result: DomainResult) -> Grid:
-    def parameters(arm: Arm) -> str:
-        return "" if arm.cost.num_parameters is None else f"{arm.cost.num_parameters / 1e6:,.2f} M"
-
-    columns: list[ArmColumn] = [
-        (Column("parameters"), parameters),
-        (Column("seconds of training"), _train_seconds),
-        (Column("ms per query"), lambda arm: f"{arm.cost.milliseconds_per_query:,.2f}"),
-    ]
-    return _arm_grid(result, columns, "Cost, on the machine that made them")
+    heads = {name: name.replace("_", " ") for name in LISTS}
+    columns = [_column(head, _under("lists", name), "{:.3f}".format) for name, head in heads.items()]
+    return _arm_grid(result, columns, "Lists: " + "; ".join(f"{heads[name]}, {about}" for name, about in LISTS.items()))

@@ -10,10 +10,10 @@ from typing import TextIO
 
 from markupsafe import Markup
 
-from cprec.evaluate.charts import Bar, bars, histogram
+from cprec.evaluate.charts import Value, histogram, row_chart
 from cprec.evaluate.findings import METRIC, findings
-from cprec.evaluate.grid import Column, Grid, console_for, plain
-from cprec.evaluate.pages import Section, render
+from cprec.evaluate.grid import Column, Grid, console_for
+from cprec.evaluate.pages import Section, print_sections, render
 from cprec.evaluate.shortcut_audit import BACKWARD, ONE_STEP, SHUFFLED, TITLES, TWO_STEPS, USERS, ShortcutAudit
 from cprec.files import write_whole
 
@@ -77,7 +77,7 @@ def reading(audits: Sequence[ShortcutAudit]) -> dict[str, str]:
 def _cells(audit: ShortcutAudit) -> dict[str, str]:
     """The numbers of a domain by column."""
     unknown = {"tied": "?"} if audit.targets.tied is None else {}
-    cells = {head: form.format(audit) for head, (form, _) in COLUMNS.items() if head not in unknown} | unknown
+    cells = unknown | {head: form.format(audit) for head, (form, _) in COLUMNS.items() if head not in unknown}
     for model in audit.dependence[:1]:
         cells[METRIC] = f"{model.ndcg.mean:.4f}"
         for name, share in model.shares.items():
@@ -85,35 +85,25 @@ def _cells(audit: ShortcutAudit) -> dict[str, str]:
     return cells
 
 
-def table_rows(audits: Sequence[ShortcutAudit]) -> dict[str, list[str]]:
-    """The leading numbers of each domain, by `reading`; a dash stands for what no model was asked."""
-    heads = reading(audits)
-    return {audit.domain: [_cells(audit).get(head, "-") for head in heads] for audit in audits}
-
-
 def shortcut_table(audits: Sequence[ShortcutAudit]) -> Grid:
-    """A row for each domain."""
-    return Grid.of(["domain", *reading(audits)], ([name, *cells] for name, cells in table_rows(audits).items()))
+    """The numbers of each domain in a row, by `reading`; a dash stands for what no model was asked."""
+    heads = reading(audits)
+    rows = ([audit.domain, *(_cells(audit).get(head, "-") for head in heads)] for audit in audits)
+    return Grid.of(["domain", *heads], rows)
 
 
 def print_shortcuts(audits: Sequence[ShortcutAudit], file: TextIO | None = None) -> None:
     """Print the numbers of all domains, a column each, then what they mean; `file` is standard output if None."""
-    console = console_for(file, least=120)
-    rows, about = table_rows(audits), reading(audits)
-    widest = max(len(text) for name, cells in rows.items() for text in (name, *cells))
+    console, about = console_for(file, least=120), reading(audits)
+    numbers = [[cell.text for cell in row.cells] for row in shortcut_table(audits).rows]
+    widest = max(len(text) for row in numbers for text in row)
     fitting = max(1, (console.width - max(map(len, about))) // (widest + 1))
+    tables = []
     for start in range(0, len(audits), fitting):
-        shown = [audit.domain for audit in audits[start : start + fitting]]
-        heads = [Column("", align="left"), *(Column(domain, wrap=True) for domain in shown)]
-        console.print(Grid.of(heads, zip(about, *(rows[domain] for domain in shown), strict=True)).for_terminal())
-        console.print()
-    for head, text in about.items():
-        console.print(plain(f"{head}: {text}", "dim"))
-    for audit in audits:
-        console.print()
-        console.print(plain(audit.domain, "bold"))
-        for finding in findings(audit):
-            console.print(plain(f"  {finding.kind}: {finding.text}"))
+        heads, *lines = zip(["", *about], *numbers[start : start + fitting], strict=True)
+        columns = [Column(head, align="right" if head else "left", wrap=bool(head)) for head in heads]
+        tables.append(Grid.of(columns, lines))
+    print_sections(console, [Section(tables=tables, terms=about), *map(_section, audits)])
 
 
 def write_shortcuts(
@@ -158,17 +148,17 @@ def _section(audit: ShortcutAudit) -> Section:
 
 
 def _figures(audit: ShortcutAudit) -> dict[str, Markup]:
-    reached = {name: [Bar(reach.targets), Bar(reach.popular, colour="bar")] for name, reach in audit.reach.items()}
-    followers = {name: [Bar(share)] for name, share in audit.out_degree.histogram.items()}
+    reached = {name: [Value(reach.targets), Value(reach.popular, colour="bar")] for name, reach in audit.reach.items()}
+    followers = {name: [Value(share)] for name, share in audit.out_degree.histogram.items()}
     figures = {
-        "Targets reached (grey: what popularity alone would reach)": bars(reached, "{:.1%}", largest=1),
-        "Items that follow the last item": bars(followers, "{:.1%}"),
+        "Targets reached (grey: what popularity alone would reach)": row_chart(reached, "{:.1%}", high=1),
+        "Items that follow the last item": row_chart(followers, "{:.1%}"),
     }
     label = "percentile among all items; no likeness at all lies near 50"
     for name, similarity in audit.similarity.items():
         figures[f"Similarity of the target to the last item, by {name}"] = histogram(similarity.histogram, label)
     for model in audit.dependence:
-        kept = {name: [Bar(s.mean, (s.low, s.high))] if s else [] for name, s in model.shares.items()}
+        kept = {name: [Value(s.mean, (s.low, s.high))] if s else [] for name, s in model.shares.items()}
         caption = f"{model.model}: {METRIC} kept ({model.ndcg.mean:.4f} on whole histories)"
-        figures[caption] = bars(kept, "{:.0%}")
+        figures[caption] = row_chart(kept, "{:.0%}")
     return figures

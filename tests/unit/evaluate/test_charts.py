@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cprec.evaluate.charts import HEIGHT, WIDTH, Bar, bars, line_chart, log_ticks, tag, thinned, ticks
+from cprec.evaluate.charts import HEIGHT, WIDTH, Value, line_chart, log_ticks, row_chart, thinned, ticks
 
 
 def parsed(svg: str) -> ElementTree.Element:
@@ -60,18 +60,20 @@ def test_names_are_escaped_and_the_ninth_line_is_dashed() -> None:
 
 
 def test_bars_are_shares_of_the_largest() -> None:
-    drawn = bars({"<a>": [Bar(0.2, (0.1, 0.4))], "b": [Bar(0.1), Bar(0.4, colour="bar")], "c": []}, "{:.1f}")
+    drawn = row_chart({"<a>": [Value(0.2, (0.1, 0.4))], "b": [Value(0.1), Value(0.4, colour="bar")], "c": []}, "{:.1f}")
     rectangles = list(parsed(drawn).iter("rect"))
     assert [each.attrib["width"] for each in rectangles] == ["50.00%", "25.00%", "100.00%"]
     assert re.findall(r'x1="([\d.]+)%"', drawn) == ["25.00", "25.00", "100.00"]
-    assert "".join(parsed(drawn).itertext()) == "<a>0.2b0.10.4c-"
-    assert 'width="0.00%"' in bars({"a": [Bar(0, (0, 0))]}, "{:.0f}")
-    assert 'width="20.00%"' in bars({"a": [Bar(0.2)]}, "{:.0%}", largest=1)
+    assert "".join("".join(parsed(drawn).itertext()).split()) == "<a>0.2b0.10.4c-"
+    assert 'width="0.00%"' in row_chart({"a": [Value(0, (0, 0))]}, "{:.0f}")
+    assert 'width="20.00%"' in row_chart({"a": [Value(0.2)]}, "{:.0%}", high=1)
 
 
-def test_an_element_escapes_what_it_is_given() -> None:
-    assert tag("b", "<i>", tag("i", "&"), title='"<', x=0.25) == (
-        '<b title="&#34;&lt;" x="0.2">&lt;i&gt;<i>&amp;</i></b>'
+def test_attributes_are_escaped_and_coordinates_have_one_decimal() -> None:
+    drawn = line_chart({'"<': [(0, 0.0), (3, 1.0)]}, x_label="step")
+    assert 'aria-label="&#34;&lt;"' in drawn
+    assert all(
+        re.fullmatch(r"\d+\.\d,\d+\.\d", pair) for pair in re.findall(r"[^ \"]+,[^ \"]+", drawn.split("points=")[1])
     )
 
 

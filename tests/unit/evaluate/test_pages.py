@@ -6,15 +6,12 @@ import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from importlib.resources import files
-from pathlib import Path
 
 import pytest
 
-from cprec.evaluate.comparison import ComparedArm, ComparisonTable, Estimate
-from cprec.evaluate.comparison_page import comparison_page, print_tables
-from cprec.evaluate.comparison_page import latex_table as comparison_latex
-from cprec.evaluate.comparison_page import markdown_table as comparison_markdown
-from cprec.evaluate.fork_page import print_forks, write_forks
+from cprec.evaluate.comparison import ComparedArm, ComparisonTable, Estimate, comparison_page, print_tables
+from cprec.evaluate.comparison import latex_table as comparison_latex
+from cprec.evaluate.comparison import markdown_table as comparison_markdown
 from cprec.evaluate.grid import Cell, Column, Grid
 from cprec.evaluate.pages import Section, render
 from cprec.evaluate.report_page import latex_table, markdown_table, print_report, report_page
@@ -48,8 +45,7 @@ from cprec.evaluate.shortcut_audit import (
     Targets,
 )
 from cprec.evaluate.shortcut_page import print_shortcuts, shortcut_page
-from cprec.evaluate.training_page import print_training, training_page
-from cprec.evaluate.training_run import TrainingRun
+from cprec.evaluate.training_page import TrainingRun, fork_page, print_forks, print_training, training_page
 
 EVIL = "<script>alert('x')</script> & \"q\" {{ 7 * 6 }} </style> a|b*c $x_1^2$ \\input{y}% \x1b[2J\r[red]"
 """Means something to HTML, Jinja, CSS, Markdown, LaTeX, a terminal and rich."""
@@ -155,18 +151,13 @@ FORKS = {
 }
 
 
-def fork_page(folder: Path) -> str:
-    log = [{"tokens": 1, "loss": 1.0, "heldout": {EVIL: 2.0}}]
-    write_forks(folder / "forks.html", FORKS, {EVIL: log}, log)
-    return (folder / "forks.html").read_text()
-
-
-PAGES: dict[str, Callable[[Path], str]] = {
-    "report": lambda _: report_page(*evaluation()),
-    "training": lambda _: training_page(EVIL, [training()]),
-    "comparison": lambda _: comparison_page([comparison()]),
-    "shortcuts": lambda _: shortcut_page(EVIL, [audit()], {EVIL: EVIL}),
-    "forks": fork_page,
+LOG = [{"tokens": 1, "loss": 1.0, "heldout": {EVIL: 2.0}}]
+PAGES: dict[str, Callable[[], str]] = {
+    "report": lambda: report_page(*evaluation()),
+    "training": lambda: training_page(EVIL, [training()]),
+    "comparison": lambda: comparison_page([comparison()]),
+    "shortcuts": lambda: shortcut_page(EVIL, [audit()], {EVIL: EVIL}),
+    "forks": lambda: fork_page(FORKS, {EVIL: LOG}, LOG),
 }
 
 
@@ -194,8 +185,8 @@ class Parsed(HTMLParser):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_no_text_becomes_a_part_of_a_page(name: str, tmp_path: Path) -> None:
-    page = PAGES[name](tmp_path)
+def test_no_text_becomes_a_part_of_a_page(name: str) -> None:
+    page = PAGES[name]()
     parsed = Parsed(page)
     assert "<script>alert('x')</script>" in parsed.text and "{{ 7 * 6 }}" in parsed.text, "told as it is"
     assert not parsed.used & {"script", "link", "img", "iframe", "src", "href", "onclick"}
@@ -244,7 +235,7 @@ def test_an_empty_table_is_not_shown() -> None:
 
 def test_templates_are_part_of_the_package() -> None:
     names = {path.name for path in files("cprec.evaluate").joinpath("templates").iterdir()}
-    assert names == {"page.html", "macros.html", "style.css"}
+    assert names == {"page.html", "charts.html", "style.css"}
 
 
 def test_a_section_says_only_what_it_has() -> None:

@@ -12,8 +12,15 @@ from xml.etree import ElementTree
 
 import pytest
 
-from cprec.evaluate.training_page import final_numbers, perplexity_rows, print_training, training_page
-from cprec.evaluate.training_run import GENERAL_TEXT, TrainingRun, phases_of
+from cprec.evaluate.training_page import (
+    GENERAL_TEXT,
+    TrainingRun,
+    final_numbers,
+    perplexity_table,
+    phases_of,
+    print_training,
+    training_page,
+)
 
 RATES = [0.001, 0.002, 0.002, 0.002, 0.0011, 0.0002]
 
@@ -90,7 +97,7 @@ def test_the_final_numbers_are_those_of_the_log() -> None:
         **{"state": "finished", "parameters": "10.25 M", "steps": "6", "tokens": "6,000", "loss": "1.000"},
         **{"tokens/s": "4,006", "MFU": "46.0%", "time": "1:23", "forgetting": "1.300x"},
     }
-    assert perplexity_rows([FINISHED, BARE]) == [
+    assert [[str(cell) for cell in row.cells] for row in perplexity_table([FINISHED, BARE]).rows] == [
         ["pretrain", "books <specific>", "9,000.00", "54.00", "54.00"],
         ["pretrain", "mixed", "8,000.00", "56.00", "53.00"],
         ["pretrain", GENERAL_TEXT, "20.00", "26.00", "20.00"],
