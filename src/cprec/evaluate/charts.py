@@ -43,13 +43,14 @@ class Scale:
 
 
 ACROSS = LEFT, WIDTH - RIGHT
+"""Where an axis of x starts and ends."""
 MACROS: Any = TEMPLATES.get_template("charts.html").module
-"""They draw; all text is escaped there."""
+"""What draws the charts, and escapes all text in them."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """A number with the ends of its interval, where it has one: drawn as a bar from 0, or as a full or hollow dot."""
+    """A number with the ends of its interval, where it has one: drawn as a bar, or as a full or hollow dot."""
 
     value: float
     ends: tuple[float, float] | None = None

@@ -77,7 +77,7 @@ def reading(audits: Sequence[ShortcutAudit]) -> dict[str, str]:
 def _cells(audit: ShortcutAudit) -> dict[str, str]:
     """The numbers of a domain by column."""
     unknown = {"tied": "?"} if audit.targets.tied is None else {}
-    cells = {head: form.format(audit) for head, (form, _) in COLUMNS.items() if head not in unknown} | unknown
+    cells = unknown | {head: form.format(audit) for head, (form, _) in COLUMNS.items() if head not in unknown}
     for model in audit.dependence[:1]:
         cells[METRIC] = f"{model.ndcg.mean:.4f}"
         for name, share in model.shares.items():
@@ -86,19 +86,16 @@ def _cells(audit: ShortcutAudit) -> dict[str, str]:
 
 
 def shortcut_table(audits: Sequence[ShortcutAudit]) -> Grid:
-    """A row for each domain."""
-    return Grid.of(["domain", *reading(audits)], _rows(audits))
-
-
-def _rows(audits: Sequence[ShortcutAudit]) -> list[list[str]]:
-    """Each domain and its numbers, by `reading`; a dash stands for what no model was asked."""
+    """The numbers of each domain in a row, by `reading`; a dash stands for what no model was asked."""
     heads = reading(audits)
-    return [[audit.domain, *(_cells(audit).get(head, "-") for head in heads)] for audit in audits]
+    rows = ([audit.domain, *(_cells(audit).get(head, "-") for head in heads)] for audit in audits)
+    return Grid.of(["domain", *heads], rows)
 
 
 def print_shortcuts(audits: Sequence[ShortcutAudit], file: TextIO | None = None) -> None:
     """Print the numbers of all domains, a column each, then what they mean; `file` is standard output if None."""
-    console, about, numbers = console_for(file, least=120), reading(audits), _rows(audits)
+    console, about = console_for(file, least=120), reading(audits)
+    numbers = [[cell.text for cell in row.cells] for row in shortcut_table(audits).rows]
     widest = max(len(text) for row in numbers for text in row)
     fitting = max(1, (console.width - max(map(len, about))) // (widest + 1))
     tables = []
