@@ -411,11 +411,10 @@ def _source_files(domain: str, tables: SourceTables) -> list[dict[str, Any]]:
 
 def _core_groups(builders: Sequence[_DomainBuilder], rules: Rules) -> list[list[_DomainBuilder]]:
     """The domains whose events of a user count together."""
-    if rules.k_core_scope == "domain":
-        return [[builder] for builder in builders]
     groups: dict[str, list[_DomainBuilder]] = {}
     for builder in builders:
-        groups.setdefault(builder.source.platform, []).append(builder)
+        key = builder.domain if rules.k_core_scope == "domain" else builder.source.platform
+        groups.setdefault(key, []).append(builder)
     return list(groups.values())
 
 
