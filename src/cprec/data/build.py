@@ -22,8 +22,7 @@ from cprec.data.config import ConnectionSource, PublicSource, RecBoleSource, Rul
 from cprec.data.dataset import NUM_SLOTS, TIE, finish_part, part_path, read_manifest, write_manifest
 from cprec.data.engine import TableEngine, connect
 from cprec.data.interactions import join_time
-from cprec.data.judging import Judge
-from cprec.data.rejected import EMPTIED, REJECTED, RejectedRows
+from cprec.data.judging import EMPTIED, REJECTED, Judge, RejectedRows
 from cprec.data.sources import connections, memory, public, tables
 from cprec.data.sources.memory import MemorySource
 from cprec.data.sources.tables import SourceTables
@@ -268,13 +267,14 @@ class _DomainBuilder:
         """Of events of one user, item and time the first in the source stays."""
         events, key = self.events, [USER_ID, ITEM_ID, *self._time_columns]
         several = self.engine.materialise(events.group_by(key).having(events.count() > 1).aggregate())
-        if self.engine.value(several.count()):
+        has_several = self.engine.value(several.count())
+        if has_several:
             among = events.semi_join(several, key)
             among = among.mutate(place=ibis.row_number().over(group_by=key, order_by=ORDER))
             first = among.filter(among["place"] == 0).drop("place")
             self._replace(events.anti_join(several, key).union(first))
         self.engine.discard(several)
-        self._count("without exact duplicates")
+        self._count("without exact duplicates", has_changed=has_several)
 
     def drop_repeats(self) -> int:
         """Leave out events of the same item as the user's event before; returns how many."""
@@ -311,16 +311,21 @@ class _DomainBuilder:
     def _replace(self, expression: Any) -> int:
         """Put other events in the place of `events`; returns how many fewer they are."""
         before, self.events = self.events, self.engine.materialise(expression)
-        removed = self.engine.value(before.count()) - self.engine.value(self.events.count())
+        sizes = before.aggregate(before=before.count()).cross_join(self.events.aggregate(after=self.events.count()))
+        size = self.engine.row(sizes)
         self.engine.discard(before)
-        return int(removed)
+        return int(size["before"] - size["after"])
 
     # ---- counting and writing ----
 
-    def _count(self, rule: str, table: Any = None, **more: int) -> None:
+    def _count(self, rule: str, table: Any = None, *, has_changed: bool = True, **more: int) -> None:
+        """Enter what a rule left; where it changed nothing, as many as before."""
         table = self.events if table is None else table
-        sizes = {"events": table.count(), "users": table[USER_ID].nunique(), "items": table[ITEM_ID].nunique()}
-        found = self.engine.to_arrow(table.aggregate(**sizes)).to_pylist()[0]
+        if has_changed:
+            sizes = {"events": table.count(), "users": table[USER_ID].nunique(), "items": table[ITEM_ID].nunique()}
+            found = self.engine.row(table.aggregate(**sizes))
+        else:
+            found = {name: self.counts[-1][name] for name in ("events", "users", "items")}
         if self.counts:
             found = {"removed": self.counts[-1]["events"] - found["events"], **found}
         self.counts.append({"rule": rule, **found, **more})
@@ -328,7 +333,8 @@ class _DomainBuilder:
     def count_core(self, repeats: int, rare: int) -> None:
         """Enter what the repeated rules left."""
         rule = "without consecutive repeats, with enough events"
-        self._count(rule, consecutive_repeats=repeats, too_few_events=rare)
+        has_changed = repeats + rare > 0
+        self._count(rule, has_changed=has_changed, consecutive_repeats=repeats, too_few_events=rare)
         if not self.num_events:
             steps = "; ".join(f"{step['rule']}: {step['events']:,} events" for step in self.counts)
             raise DataError(f"nothing is left of domain {self.domain!r} ({steps}): lower k_core={self.rules.k_core}")
@@ -405,11 +411,10 @@ def _source_files(domain: str, tables: SourceTables) -> list[dict[str, Any]]:
 
 def _core_groups(builders: Sequence[_DomainBuilder], rules: Rules) -> list[list[_DomainBuilder]]:
     """The domains whose events of a user count together."""
-    if rules.k_core_scope == "domain":
-        return [[builder] for builder in builders]
     groups: dict[str, list[_DomainBuilder]] = {}
     for builder in builders:
-        groups.setdefault(builder.source.platform, []).append(builder)
+        key = builder.domain if rules.k_core_scope == "domain" else builder.source.platform
+        groups.setdefault(key, []).append(builder)
     return list(groups.values())
 
 

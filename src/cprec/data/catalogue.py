@@ -187,7 +187,7 @@ class Catalogue:
 
     @cached_property
     def _arrow_ids(self) -> list[pa.Array]:
-        return [pa.array(self.item_id[self.rows_of(domain)], pa.string()) for domain in self.domains]
+        return [pa.array(self.item_id[rows], pa.string()) for rows in self._rows_of_domain]
 
     @cached_property
     def _rows_of_domain(self) -> list[np.ndarray]:
@@ -199,20 +199,13 @@ class Catalogue:
 
     @cached_property
     def _row_of_id(self) -> list[dict[str, int]]:
-        rows: list[dict[str, int]] = []
-        for domain in self.domains:
-            of_domain = self.rows_of(domain)
-            rows.append(dict(zip(self.item_id[of_domain], of_domain.tolist(), strict=True)))
-        return rows
+        return [dict(zip(self.item_id[rows], rows.tolist(), strict=True)) for rows in self._rows_of_domain]
 
     @cached_property
     def _row_of_title(self) -> list[dict[str, int]]:
         """By domain, the first row of each title."""
-        rows = []
-        for domain in self.domains:
-            of_domain = self.rows_of(domain)[::-1]
-            rows.append(dict(zip(self.title[of_domain], of_domain.tolist(), strict=True)))
-        return rows
+        reversed_rows = [rows[::-1] for rows in self._rows_of_domain]
+        return [dict(zip(self.title[rows], rows.tolist(), strict=True)) for rows in reversed_rows]
 
     @cached_property
     def spellings(self) -> list[str]:
@@ -296,15 +289,8 @@ class Catalogue:
             rows = self.rows_of(domain)
             path = Path(folder, "items", f"domain={domain}", "part-0.parquet")
             path.parent.mkdir(parents=True, exist_ok=True)
-            text = {
-                name: pa.array(column[rows], pa.string())
-                for name, column in (
-                    (ITEM_ID, self.item_id),
-                    (TITLE, self.title),
-                    (BRAND, self.brand),
-                    (CATEGORIES, self.categories),
-                )
-            }
+            names = (ITEM_ID, TITLE, BRAND, CATEGORIES)
+            text = {name: pa.array(getattr(self, name)[rows], pa.string()) for name in names}
             absent = {DESCRIPTION: pa.nulls(len(rows), pa.string()), PRICE: pa.nulls(len(rows), pa.float64())}
             pq.write_table(pa.table({**text, **absent}), path, compression="zstd")
 

@@ -82,7 +82,7 @@ class TableSource:
 
     def __post_init__(self) -> None:
         check_names(self.domain, self.platform)
-        _check_time_format(self.timestamps)
+        _check_choice("timestamps", self.timestamps, get_args(TimeFormat))
         for name in ("interactions", "items"):
             value = getattr(self, name)
             if value is None:
@@ -140,7 +140,7 @@ class RecBoleSource:
 
     def __post_init__(self) -> None:
         check_names(self.domain, self.platform)
-        _check_time_format(self.timestamps)
+        _check_choice("timestamps", self.timestamps, get_args(TimeFormat))
         _check_columns(self.columns)
         object.__setattr__(self, "prefix", str(self.prefix))
 
@@ -194,8 +194,7 @@ class PublicSource:
     """Fetch the files that are missing. You must agree to the data set's licence, which is shown."""
 
     def __post_init__(self) -> None:
-        if self.format not in get_args(FormatName):
-            raise ConfigError(f"format={self.format!r}: expected {', '.join(get_args(FormatName))}")
+        _check_choice("format", self.format, get_args(FormatName))
         own_platform = _PLATFORMS.get(self.format, self.format.partition("-")[0])
         self._check_category(_EXAMPLE_CATEGORIES.get(own_platform))
         if not self.domain:
@@ -242,7 +241,7 @@ class ConnectionSource:
     def __post_init__(self) -> None:
         check_names(self.domain, self.platform)
         _check_columns(self.columns)
-        _check_time_format(self.timestamps)
+        _check_choice("timestamps", self.timestamps, get_args(TimeFormat))
         if "://" not in self.url:
             raise ConfigError(
                 f"url={self.url!r} is no address: write it as duckdb://shop.db or postgres://user@host/db"
@@ -365,9 +364,8 @@ class Rules:
     def __post_init__(self) -> None:
         if self.k_core < 0:
             raise ConfigError(f"k_core={self.k_core} must be at least 0")
-        for name, accepted in (("k_core_scope", ("domain", "pooled")), ("tie_order", ("source", "item_id", "shuffle"))):
-            if getattr(self, name) not in accepted:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected {', '.join(accepted)}")
+        _check_choice("k_core_scope", self.k_core_scope, ("domain", "pooled"))
+        _check_choice("tie_order", self.tie_order, ("source", "item_id", "shuffle"))
 
 
 # ---- splits ----------------------------------------------------------------------------------------------------------
@@ -404,8 +402,7 @@ class SplitSpec:
     held-out ones are only shown as history. Their validation queries are among those that validate."""
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(f"method={self.method!r}: expected {', '.join(METHODS)}")
+        _check_choice("method", self.method, METHODS)
         fractions = {name: getattr(self, name) for name in ("validation_fraction", "test_fraction")}
         dates = {name: getattr(self, name) for name in ("validation_from", "test_from")}
         given = [name for name, value in (fractions | dates).items() if value is not None]
@@ -477,9 +474,9 @@ def check_names(domain: str, platform: str) -> None:
             )
 
 
-def _check_time_format(timestamps: str) -> None:
-    if timestamps not in get_args(TimeFormat):
-        raise ConfigError(f"timestamps={timestamps!r}: expected {', '.join(get_args(TimeFormat))}")
+def _check_choice(name: str, value: str, accepted: Sequence[str]) -> None:
+    if value not in accepted:
+        raise ConfigError(f"{name}={value!r}: expected {', '.join(accepted)}")
 
 
 def _check_columns(columns: Mapping[str, str]) -> None:

@@ -129,11 +129,6 @@ def count_events(folder: str | Path, catalogue: Catalogue, domain: str) -> np.nd
     return counts
 
 
-def read_part(folder: str | Path, part: int, catalogue: Catalogue) -> Interactions:
-    """The interactions of one part, in order, whether its files are in order yet or not."""
-    return _read_log(Path(folder), catalogue, part, is_sorted=False).interactions
-
-
 def read_split(folder: str | Path, part: int | None = None, catalogue: Catalogue | None = None) -> Split:
     """The split of a data folder, or of one part of it. Raises DataError where there is none.
 

@@ -95,7 +95,7 @@ def set_aside(line: int, reason: str, row: str) -> SetAside:
 def _parse_faultless(block: bytes, first_line: int, form: Form, *, is_last: bool) -> Parsed | None:
     """As `_parse_each`, where Arrow reads the block by the same rules; else None."""
     separator, quote = form.separator.encode(), form.quote.encode()
-    if len(block) > MAX_LINE or len(quote) > 1 or b"\0" in block or _has_lone_return(block):
+    if len(block) > MAX_LINE or len(quote) > 1 or b"\0" in block or block.count(b"\r") != block.count(b"\r\n"):
         return None
     if block.startswith(b"\xef\xbb\xbf"):  # a byte order mark inside the file is text, but Arrow would drop it
         return None
@@ -206,10 +206,6 @@ def _quotes_are_regular(body: bytes, quotes: np.ndarray, separator: bytes) -> bo
     at_start = (before == ord("\n")) | (before == separator[0])
     at_end = (after == ord("\n")) | (after == ord("\r")) | (after == separator[0])
     return bool(at_start.all() and at_end.all())
-
-
-def _has_lone_return(block: bytes) -> bool:
-    return b"\r" in block and block.count(b"\r") != block.count(b"\r\n")
 
 
 def _is_utf8(body: bytes) -> bool:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import shutil
 import tempfile
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import duckdb
 import ibis
@@ -33,136 +32,44 @@ BATCH_ROWS = 1 << 17
 """Rows of a batch."""
 
 
-class TableEngine(ABC):
-    """An engine while it is open. Tables are Ibis expressions of its `backend`."""
+class _Engine:
+    """What both engines have, while they are open. Tables are Ibis expressions of the `backend`."""
 
-    name: str
     backend: Any
     """The Ibis connection."""
     spill: Path
     """A folder for temporary files, empty at the start and deleted at the end."""
 
-    @abstractmethod
-    def read_parquet(self, path: str | Path) -> Any:
-        """A Parquet file with its row numbers (`LINE`)."""
-
-    @abstractmethod
-    def read_delimited(self, path: Path, form: Form) -> tuple[Any, Any | None]:
-        """A delimited text file, every column as text: (rows, malformed rows).
-
-        Rows with too few or too many fields, open quotes or bytes of another encoding are set aside: the second table
-        has columns `line_in_file`, `reason` and `row`; it is None where there are none.
-        """
-
-    @abstractmethod
-    def read_json_lines(self, path: Path, columns: Sequence[str], *, encoding: str = "utf-8") -> tuple[Any, Any | None]:
-        """One JSON object per line, the given keys as text (lists joined by a comma): (rows, malformed rows)."""
-
-    @abstractmethod
-    def from_arrow(self, table: pa.Table) -> Any:
-        """An Arrow table that is in memory already."""
-
-    @abstractmethod
-    def from_batches(self, batches: pa.RecordBatchReader) -> Any:
-        """Rows that come one Arrow batch at a time; they go to disk, and memory holds one batch."""
-
-    @abstractmethod
-    def materialise(self, expression: Any) -> Any:
-        """Compute an expression once; the result is a table that spills to disk where memory is short."""
-
-    @abstractmethod
-    def discard(self, table: Any) -> None:
-        """Drop a table that `materialise` made."""
-
-    @abstractmethod
-    def write_parquet(self, expression: Any, path: Path) -> None:
-        """Write an expression to one Parquet file, in its order of rows."""
-
-    @abstractmethod
-    def write_parts(self, expression: Any, folder: Path, column: str) -> None:
-        """Write the rows of each value n of an int column to `folder/part-n.parquet`, in any order, without it."""
-
-    @abstractmethod
-    def microsecond(self, moment: Any) -> Any:
-        """The microseconds beyond whole seconds of a column of times."""
-
-    @abstractmethod
-    def translated_errors(self, what: str) -> AbstractContextManager[None]:
-        """Turn the engine's errors, of a file, memory or the disk, into DataError; `what` begins the message."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Let go of the connection."""
-
-    @abstractmethod
-    def batches(self, expression: Any) -> Iterator[pa.RecordBatch]:
-        """The rows of an expression, one Arrow batch at a time; ask the engine nothing else until they are read."""
-
-    @abstractmethod
     def to_arrow(self, expression: Any) -> pa.Table:
         """The rows of an expression, in memory."""
+        raise NotImplementedError
+
+    def row(self, expression: Any) -> dict[str, Any]:
+        """The one row of an expression, as an aggregate has."""
+        return dict(self.to_arrow(expression).to_pylist()[0])
 
     def value(self, scalar: Any) -> Any:
         """A single value."""
         return self.to_arrow(scalar.as_table())[0][0].as_py()
 
 
-@contextmanager
-def connect(
-    engine: str = "duckdb", *, memory_limit: str | None = None, spill: str | Path | None = None
-) -> Iterator[TableEngine]:
-    """The table engine while the block runs.
-
-    `engine` is duckdb, spark (the active session of this process, or a local one) or spark://MASTER, where MASTER is
-    local[4] or host:port. `memory_limit` is as '8GB', None a share of the memory that is free (Spark: its own default);
-    what exceeds it goes to temporary files in a new folder inside `spill` (None: the system's), which all executors of
-    a Spark cluster must see. Errors of the engine leave the block as DataError.
-    """
-    if engine != "duckdb" and engine.partition("://")[0] != "spark":
-        raise ConfigError(f"engine={engine!r}: expected duckdb, spark or spark://MASTER, as spark://local[4]")
-    if spill is not None:
-        Path(spill).mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="cprec-", dir=spill))
-    try:
-        with warnings.catch_warnings():
-            # Ibis calls a method of DuckDB that DuckDB has renamed; nothing that a user could act on.
-            warnings.filterwarnings(
-                "ignore", message=r"fetch_arrow_table\(\) is deprecated", category=DeprecationWarning
-            )
-            opened: TableEngine
-            if engine == "duckdb":
-                opened = DuckDBEngine(folder, memory_limit)
-            else:
-                opened = SparkEngine(folder, memory_limit, engine.partition("://")[2])
-            try:
-                with opened.translated_errors("the table engine"):
-                    yield opened
-            finally:
-                opened.close()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@final
-class DuckDBEngine(TableEngine):
+class DuckDBEngine(_Engine):
     """DuckDB in this process."""
-
-    name = "duckdb"
 
     def __init__(self, spill: Path, memory_limit: str | None) -> None:
         self.spill = spill
         self.backend = ibis.duckdb.connect()
         self._run(f"SET temp_directory = {text_files.quoted(spill / 'duckdb')}")
         self._run(f"SET threads = {num_cores()}")
+        limit = memory_limit or f"{int(free_memory() * MEMORY_SHARE)}B"
         try:
-            self._run(
-                f"SET memory_limit = {text_files.quoted(memory_limit or f'{int(free_memory() * MEMORY_SHARE)}B')}"
-            )
+            self._run(f"SET memory_limit = {text_files.quoted(limit)}")
         except duckdb.Error:
             raise ConfigError(f"memory_limit={memory_limit!r}: write a size, as 8GB or 500MB") from None
 
     @contextmanager
     def translated_errors(self, what: str) -> Iterator[None]:
+        """Turn the engine's errors, of a file, memory or the disk, into DataError; `what` begins the message."""
         try:
             yield
         except duckdb.OutOfMemoryException as error:
@@ -171,52 +78,67 @@ class DuckDBEngine(TableEngine):
             raise DataError(f"{what}: {_first_line(error)}; fetch or write a damaged file again") from None
 
     def read_parquet(self, path: str | Path) -> Any:
+        """A Parquet file with its row numbers (`LINE`)."""
         with self.translated_errors(str(path)):
             table = self.backend.read_parquet(str(path), table_name=text_files.new_name(), file_row_number=True)
         return table.mutate((ibis._.file_row_number + 1).name(LINE)).drop("file_row_number")
 
     def read_delimited(self, path: Path, form: Form) -> tuple[Any, Any | None]:
+        """A delimited text file, every column as text: (rows, malformed rows).
+
+        Rows with too few or too many fields, open quotes or bytes of another encoding are set aside: the second table
+        has columns `line_in_file`, `reason` and `row`; it is None where there are none.
+        """
         with self.translated_errors(str(path)):
             rows, malformed = text_files.read_delimited(self.backend.con, path, form)
         return self.backend.table(rows), None if malformed is None else self.backend.table(malformed)
 
     def read_json_lines(self, path: Path, columns: Sequence[str], *, encoding: str = "utf-8") -> tuple[Any, Any | None]:
+        """One JSON object per line, the given keys as text (lists joined by a comma): (rows, malformed rows)."""
         with self.translated_errors(str(path)):
             rows, malformed = text_files.read_json_lines(self.backend.con, path, columns, encoding=encoding)
         return self.backend.table(rows), self.backend.table(malformed)
 
     def from_arrow(self, table: pa.Table) -> Any:
+        """An Arrow table that is in memory already."""
         name = text_files.new_name()
         self.backend.con.register(name, table)
         return self.backend.table(name)
 
     def from_batches(self, batches: pa.RecordBatchReader) -> Any:
+        """Rows that come one Arrow batch at a time; they go to disk, and memory holds one batch."""
         return self.backend.read_parquet(str(_stage(self.spill, batches)), table_name=text_files.new_name())
 
     def close(self) -> None:
         self.backend.disconnect()
 
     def microsecond(self, moment: Any) -> Any:
+        """The microseconds beyond whole seconds of a column of times."""
         return moment.cast("timestamp").microsecond()  # of times with a zone DuckDB gives none
 
     def to_arrow(self, expression: Any) -> pa.Table:
         return self.backend.to_pyarrow(expression)
 
     def batches(self, expression: Any) -> Iterator[pa.RecordBatch]:
+        """The rows of an expression, one Arrow batch at a time; ask the engine nothing else until they are read."""
         # Ibis asks the connection for them in a way that DuckDB 2 no longer has.
         yield from self.backend.con.sql(self.backend.compile(expression)).to_arrow_reader(BATCH_ROWS)
 
     def materialise(self, expression: Any) -> Any:
+        """Compute an expression once; the result is a table that spills to disk where memory is short."""
         return self.backend.create_table(text_files.new_name(), expression, temp=True)
 
     def discard(self, table: Any) -> None:
+        """Drop a table that `materialise` made."""
         self._run(f"DROP TABLE {table.get_name()}")
 
     def write_parquet(self, expression: Any, path: Path) -> None:
+        """Write an expression to one Parquet file, in its order of rows."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.backend.to_parquet(expression, str(path), compression="zstd")
 
     def write_parts(self, expression: Any, folder: Path, column: str) -> None:
+        """Write the rows of each value n of an int column to `folder/part-n.parquet`, in any order, without it."""
         folder.mkdir(parents=True, exist_ok=True)
         aside = self.spill / text_files.new_name()
         self._run("SET preserve_insertion_order = false")
@@ -229,20 +151,16 @@ class DuckDBEngine(TableEngine):
         for part in sorted(aside.glob(f"{column}=*")):
             _join_files(sorted(part.iterdir()), folder / f"part-{part.name.partition('=')[2]}.parquet")
 
-    def _run(self, sql: str) -> list[tuple[Any, ...]]:
-        rows: list[tuple[Any, ...]] = self.backend.con.execute(sql).fetchall()
-        return rows
+    def _run(self, sql: str) -> None:
+        self.backend.con.execute(sql)
 
 
-@final
-class SparkEngine(TableEngine):
+class SparkEngine(_Engine):
     """Spark: a local session, or a cluster whose executors see the files and the spill folder.
 
     DuckDB takes text files apart in this process, as it does without Spark, and hands them over as Parquet. Spark reads
     Parquet itself.
     """
-
-    name = "spark"
 
     def __init__(self, spill: Path, memory_limit: str | None, master: str) -> None:
         try:
@@ -377,6 +295,46 @@ class SparkEngine(TableEngine):
         name = text_files.new_name()
         frame.createOrReplaceTempView(name)
         return self.backend.table(name)
+
+
+TableEngine = DuckDBEngine | SparkEngine
+"""The engines have the same methods: see `DuckDBEngine`."""
+
+
+@contextmanager
+def connect(
+    engine: str = "duckdb", *, memory_limit: str | None = None, spill: str | Path | None = None
+) -> Iterator[TableEngine]:
+    """The table engine while the block runs.
+
+    `engine` is duckdb, spark (the active session of this process, or a local one) or spark://MASTER, where MASTER is
+    local[4] or host:port. `memory_limit` is as '8GB', None a share of the memory that is free (Spark: its own default);
+    what exceeds it goes to temporary files in a new folder inside `spill` (None: the system's), which all executors of
+    a Spark cluster must see. Errors of the engine leave the block as DataError.
+    """
+    if engine != "duckdb" and engine.partition("://")[0] != "spark":
+        raise ConfigError(f"engine={engine!r}: expected duckdb, spark or spark://MASTER, as spark://local[4]")
+    if spill is not None:
+        Path(spill).mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="cprec-", dir=spill))
+    try:
+        with warnings.catch_warnings():
+            # Ibis calls a method of DuckDB that DuckDB has renamed; nothing that a user could act on.
+            warnings.filterwarnings(
+                "ignore", message=r"fetch_arrow_table\(\) is deprecated", category=DeprecationWarning
+            )
+            opened = (
+                DuckDBEngine(folder, memory_limit)
+                if engine == "duckdb"
+                else SparkEngine(folder, memory_limit, engine.partition("://")[2])
+            )
+            try:
+                with opened.translated_errors("the table engine"):
+                    yield opened
+            finally:
+                opened.close()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -6,31 +6,33 @@ import functools
 import operator
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ibis
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cprec.data.cleaning import clean_title, has_word, one_line
 from cprec.data.engine import TableEngine
-from cprec.data.rejected import (
-    BAD_TIME,
-    CONFLICT,
-    EMPTIED,
-    NO_ITEM,
-    NO_TITLE,
-    NO_USER,
-    TITLELESS_ITEM,
-    TWICE,
-    UNKNOWN_ITEM,
-    RejectedRows,
-)
 from cprec.data.sources.tables import SourceTables
 from cprec.data.sources.times import COARSER, OUT_OF_RANGE
 from cprec.errors import DataError
 from cprec.schema import BRAND, CATEGORIES, DESCRIPTION, ITEM_ID, MICROSECOND, PRICE, RATING, TIMESTAMP, TITLE, USER_ID
+
+REJECTED = "rejected.parquet"
+
+NO_USER = "no user id"
+NO_ITEM = "no item id"
+BAD_TIME = "timestamp cannot be read"
+UNKNOWN_ITEM = "item is not in the items table"
+TITLELESS_ITEM = "item has no title"
+NO_TITLE = "title without a word"
+EMPTIED = "title without a word once it is cleaned"
+TWICE = "item id occurs before"
+CONFLICT = "item id occurs before with another title"
 
 MAX_EXAMPLES = 3
 """Rows or titles that a message shows."""
@@ -43,6 +45,38 @@ PROBLEM = "problem"
 
 _KEPT_FIELDS = (USER_ID, ITEM_ID, "time_text", RATING, TITLE, BRAND, CATEGORIES, DESCRIPTION, PRICE)
 """Fields of a row that `rejected.parquet` shows, where the row has them."""
+
+_SCHEMA = pa.schema([("file", pa.string()), ("line", pa.int64()), ("reason", pa.string()), ("row", pa.string())])
+
+
+class RejectedRows:
+    """`rejected.parquet` while it is written; memory holds one batch."""
+
+    def __init__(self, path: Path, strict: bool) -> None:
+        self._strict = strict
+        self._writer = pq.ParquetWriter(path, _SCHEMA, compression="zstd")
+
+    def __enter__(self) -> RejectedRows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+
+    def add(self, batches: Iterable[pa.RecordBatch]) -> Counter[str]:
+        """Keep rows (file, line, reason, row) and count them by reason. Raises DataError at the first one if strict."""
+        counts: Counter[str] = Counter()
+        for batch in batches:
+            rows = pa.Table.from_batches([batch]).select(_SCHEMA.names).cast(_SCHEMA)
+            if rows.num_rows and self._strict:
+                first = rows.slice(0, 1).to_pylist()[0]
+                raise DataError(
+                    f"{first['file']}, line {first['line']}: {first['reason']}: {first['row']} (strict stops at the "
+                    "first bad row)"
+                )
+            self._writer.write_table(rows)
+            for entry in rows["reason"].value_counts().to_pylist():
+                counts[entry["values"]] += entry["counts"]
+        return counts
 
 
 @dataclass
@@ -67,19 +101,23 @@ class Judge:
         Raises DataError where most rows of a table cannot be used.
         """
         items = self.engine.materialise(self.tables.items)
+        num_items = self.engine.value(items.count())
         self._set_aside_malformed("interactions", self.num_events)
-        self._set_aside_malformed("items", self.engine.value(items.count()))
-        items = self._judge_items(items)
+        self._set_aside_malformed("items", num_items)
+        items = self._judge_items(items, num_items)
         events = self._judge_interactions(self.tables.interactions, items)
         self._tell_of_ids(events, items.filter(items["reason"].isnull()))
         return items, events
 
     # ---- items ----
 
-    def _judge_items(self, items: Any) -> Any:
-        items = self._add_clean_title(items)
+    def _judge_items(self, items: Any, num_items: int) -> Any:
+        items = self._join_texts(items, TITLE, ("clean", "before"), _clean_titles)
         for name in (BRAND, CATEGORIES):
-            items = self._add_clean(items, name, f"clean_{name}")
+            if name in self.tables.columns["items"]:
+                items = self._join_texts(items, name, (f"clean_{name}",), lambda raw: [_clean_or_none(raw)])
+            else:
+                items = items.mutate(ibis.null("string").name(f"clean_{name}"))
         # Of several rows with one id the first that has a title stays.
         same_id = {"group_by": items[ITEM_ID], "order_by": [items["clean"].isnull(), items["sequence"]]}
         items = items.mutate(
@@ -95,33 +133,9 @@ class Judge:
             else_=ibis.null("string"),
         )
         items = self.engine.materialise(items.mutate(reason=reason).drop("place", "kept_title"))
-        self._set_aside(items, "items", (ITEM_ID, TITLE), self.engine.value(items.count()), lenient={TWICE, CONFLICT})
+        self._set_aside(items, "items", (ITEM_ID, TITLE), num_items, lenient=(TWICE, CONFLICT))
         self._count_cleaned(items.filter(items["reason"].isnull()))
         return items
-
-    def _add_clean(self, items: Any, name: str, clean_name: str) -> Any:
-        """Add the clean form of a column of text; null where nothing is left."""
-
-        def cleaned(raw: list[str]) -> list[list[str | None]]:
-            return [[clean_title(text) or None for text in raw]]
-
-        return self._join_texts(items, name, (clean_name,), cleaned)
-
-    def _add_clean_title(self, items: Any) -> Any:
-        """Add `clean`, the clean title, null where no word is left; and `before`, the title where cleaning changed more
-        of it than white space."""
-
-        def cleaned(raw: list[str]) -> list[list[str | None]]:
-            clean = [clean_title(title) for title in raw]
-            before = [
-                one_line(old) if old != new and has_word(old) else None for old, new in zip(raw, clean, strict=True)
-            ]
-            return [
-                [title if has_word(title) else None for title in clean],
-                [old if old != new else None for old, new in zip(before, clean, strict=True)],
-            ]
-
-        return self._join_texts(items, TITLE, ("clean", "before"), cleaned)
 
     def _join_texts(
         self, items: Any, name: str, new_names: Sequence[str], make: Callable[[list[str]], list[list[str | None]]]
@@ -196,7 +210,7 @@ class Judge:
         for name, table, rows in ((USER_ID, events, "events"), (ITEM_ID, items, "items")):
             is_rounded = table[name].lower().like("_%e%") & table[name].re_search(r"^\d(\.\d+)?[eE]\+?\d+$")
             odd = table.filter(table[name].isin(MISSING_IDS) | is_rounded)
-            counts = self.engine.to_arrow(odd.aggregate(n=odd.count(), example=odd[name].max())).to_pylist()[0]
+            counts = self.engine.row(odd.aggregate(n=odd.count(), example=odd[name].max()))
             if counts["n"]:
                 self.tell(
                     f"note: {self.domain}: {counts['n']:,} {rows} have an id such as {counts['example']!r}, which is "
@@ -237,7 +251,7 @@ class Judge:
         shown: Sequence[str],
         num_rows: int,
         *,
-        lenient: frozenset[str] | set[str] = frozenset(),
+        lenient: tuple[str, ...] = (),
         known_items: Any = None,
     ) -> None:
         """Keep the rows that have a reason; refuse the table where one reason, unless `lenient`, holds of most of its
@@ -297,6 +311,20 @@ class Judge:
             f": {reason}: {values}. They were read as {self.tables.time_format}: say timestamps=seconds, "
             "milliseconds, microseconds, nanoseconds, iso or order"
         )
+
+
+def _clean_or_none(raw: list[str]) -> list[str | None]:
+    return [clean_title(text) or None for text in raw]
+
+
+def _clean_titles(raw: list[str]) -> list[list[str | None]]:
+    """Clean titles, None where no word is left; and the titles of which cleaning changed more than white space."""
+    clean = [clean_title(title) for title in raw]
+    before = [one_line(old) if old != new and has_word(old) else None for old, new in zip(raw, clean, strict=True)]
+    return [
+        [title if has_word(title) else None for title in clean],
+        [old if old != new else None for old, new in zip(before, clean, strict=True)],
+    ]
 
 
 def _problem(table: Any) -> list[tuple[Any, Any]]:

@@ -55,12 +55,14 @@ def add_up(parts: Sequence[Sequence[Finding]]) -> list[Finding]:
     """The findings of several parts of the log as one: numbers of the same name are added, the first examples kept."""
     total: dict[str, Finding] = {}
     for entry in itertools.chain(*parts):
-        if known := total.get(entry.name):
-            count = "found" if isinstance(entry, Observation) else "violations"
-            sums: Any = {name: getattr(known, name) + getattr(entry, name) for name in ("checked", count)}
-            entry = replace(known, **sums, examples=[*known.examples, *entry.examples][:MAX_EXAMPLES])
-        total[entry.name] = entry
+        total[entry.name] = _sum(total[entry.name], entry) if entry.name in total else entry
     return list(total.values())
+
+
+def _sum(one: Finding, other: Finding) -> Finding:
+    counts = ("checked", "found" if isinstance(one, Observation) else "violations")
+    sums: Any = {name: getattr(one, name) + getattr(other, name) for name in counts}
+    return replace(one, **sums, examples=[*one.examples, *other.examples][:MAX_EXAMPLES])
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,7 +122,9 @@ def _mixed(event: np.ndarray, user: np.ndarray, domain: np.ndarray, min_events: 
     """The sequences of all domains that are long enough and have events of two domains or more."""
     first, sizes = _chunks(runs(user[event]), max_events)
     chunk = np.repeat(np.arange(len(sizes)), sizes)  # of each event
-    kept = _has_two(domain[event], first, chunk) & (sizes >= min_events)
+    # A chunk has two domains or more where an event's differs from that of the chunk's first event.
+    differs = domain[event] != domain[event[first]][chunk]
+    kept = (np.bincount(chunk[differs], minlength=len(first)) > 0) & (sizes >= min_events)
     num_kept = int(kept.sum())
     return Sequences(
         kind=np.full(num_kept, KINDS.index(MIXED), dtype=np.int8),
@@ -135,17 +137,12 @@ def _mixed(event: np.ndarray, user: np.ndarray, domain: np.ndarray, min_events: 
 
 def _joined(parts: Sequence[Sequences]) -> Sequences:
     """The sequences of several parts, one part after the other."""
-
-    def join(dtype: type, arrays: Iterable[np.ndarray]) -> np.ndarray:
-        return np.concatenate([np.empty(0, dtype=dtype), *arrays]).astype(dtype, copy=False)
-
-    return Sequences(
-        kind=join(np.int8, (part.kind for part in parts)),
-        domain=join(np.int16, (part.domain for part in parts)),
-        user=join(np.int64, (part.user for part in parts)),
-        offsets=offsets_of(join(np.int64, (part.lengths for part in parts))),
-        event=join(np.int64, (part.event for part in parts)),
-    )
+    types = {"kind": np.int8, "domain": np.int16, "user": np.int64, "event": np.int64, "lengths": np.int64}
+    joined = {
+        name: np.concatenate([np.empty(0, kind), *(getattr(part, name) for part in parts)])
+        for name, kind in types.items()
+    }
+    return Sequences(offsets=offsets_of(joined.pop("lengths")), **joined)
 
 
 def interleaved(user: np.ndarray, run: np.ndarray) -> np.ndarray:
@@ -177,9 +174,3 @@ def _chunks(places: tuple[np.ndarray, np.ndarray, np.ndarray], max_events: int) 
     lengths, counts = np.repeat(run_lengths, num_chunks), np.repeat(num_chunks, num_chunks)
     sizes = lengths // counts + (within < lengths % counts)
     return offsets_of(sizes)[:-1], sizes
-
-
-def _has_two(domain: np.ndarray, first: np.ndarray, chunk: np.ndarray) -> np.ndarray:
-    """Whether a chunk holds more than one domain: an event differs from the chunk's first one."""
-    differs = domain != domain[first][chunk]
-    return np.bincount(chunk[differs], minlength=len(first)) > 0

@@ -219,12 +219,8 @@ def runs(*keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     [[0, 1, 2, 0], [3, 3, 3, 1], [2, 1, 0, 0]]
     """
     size = len(keys[0])
-    if not size:
-        empty = np.empty(0, dtype=np.int64)
-        return empty, empty, empty
     # A run begins at the first row, and where any key differs from the row before.
-    changes = np.zeros(size, dtype=bool)
-    changes[0] = True
+    changes = np.arange(size) == 0
     for key in keys:
         changes[1:] |= key[1:] != key[:-1]
     starts = np.flatnonzero(changes)

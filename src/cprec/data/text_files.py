@@ -155,12 +155,9 @@ def _load(connection: Any, schema: pa.Schema, batches: Iterator[pa.RecordBatch])
 
 
 def _malformed_table(connection: Any, bad: Sequence[SetAside]) -> str:
-    name, rows = new_name(), new_name()
     lines, reasons, texts = zip(*bad, strict=True)
-    connection.register(rows, pa.table({LINE: pa.array(lines, pa.int64()), "reason": reasons, "row": texts}))
-    connection.execute(f"CREATE TEMP TABLE {name} AS SELECT * FROM {rows}")
-    connection.unregister(rows)
-    return name
+    rows = pa.table({LINE: pa.array(lines, pa.int64()), "reason": reasons, "row": texts})
+    return _load(connection, rows.schema, iter(rows.to_batches()))
 
 
 def new_name() -> str:

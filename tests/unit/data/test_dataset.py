@@ -120,23 +120,24 @@ def test_shuffled_ties_depend_on_the_seed_alone(tmp_path: Path) -> None:
     rows = [("a", f"i{n}", 5) for n in range(20)]
     other = [("a", f"j{n}", 5) for n in range(20)]
 
-    def order(name: str, seed: int, rows: Rows = rows) -> list[str]:
-        sources = [source_of(rows), source_of(other, "books")]
+    def order(name: str, seed: int, rows: Rows = rows, books: Rows = ()) -> list[str]:
+        sources = [source_of(rows), *([source_of(books, "books")] if books else [])]
         folder = build_dataset(sources, tmp_path / name, Rules(k_core=0, tie_order="shuffle"), seed=seed)
         catalogue, log, _ = read_dataset(folder)
         in_file = [item for _, item, _ in events(folder)]
         merged: list[str] = catalogue.item_id[log.item].tolist()
         assert [item for item in merged if item[0] == "i"] == in_file
-        assert sorted(merged) == sorted(item for _, item, _ in [*rows, *other] if item)
+        assert sorted(merged) == sorted(item for _, item, _ in [*rows, *books] if item)
         return merged
 
-    first = order("first", 1)
+    both = order("both", 1, books=other)
+    assert [item[0] for item in both] != ["j"] * 20 + ["i"] * 20, "domains are shuffled together"
+    first = [item for item in both if item[0] == "i"]
     assert order("again", 1) == first
     assert order("other", 2) != first
-    assert [item[0] for item in first] != ["j"] * 20 + ["i"] * 20, "domains are shuffled together"
-    assert [i for i in order("less", 1, rows[:10]) if i in {item for _, item, _ in rows[:10]}] == [
-        i for i in first if i in {item for _, item, _ in rows[:10]}
-    ], "an event's place does not depend on the others"
+    assert order("less", 1, rows[:10]) == [item for item in first if item in {item for _, item, _ in rows[:10]}], (
+        "an event's place does not depend on the others"
+    )
 
 
 def test_a_mapped_order_decides_ties(tmp_path: Path) -> None:

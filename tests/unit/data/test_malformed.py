@@ -21,7 +21,7 @@ import pytest
 from cprec.data.build import build_dataset
 from cprec.data.config import Rules, TableSource
 from cprec.data.dataset import read_manifest
-from cprec.data.rejected import EMPTIED
+from cprec.data.judging import EMPTIED
 from cprec.errors import ConfigError, DataError
 
 T = 1_406_116_800  # 2014-07-23T12:00:00Z

@@ -137,9 +137,8 @@ def _read(
     def numbered() -> Iterator[pa.RecordBatch]:
         row = 0
         for batch in found.batches(places):
-            table = (
-                pa.Table.from_batches([batch]).rename_columns(columns).cast(schema)
-            )  # the database may have other names
+            # The database may have other names.
+            table = pa.Table.from_batches([batch]).rename_columns(columns).cast(schema)
             numbers = pa.array(range(row + 1, row + table.num_rows + 1), pa.int64())
             row += table.num_rows
             for part in table.append_column(LINE, numbers).combine_chunks().to_batches():

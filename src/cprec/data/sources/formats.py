@@ -32,7 +32,7 @@ import ibis
 
 from cprec.data.engine import TableEngine
 from cprec.data.sources.raw import RawTable
-from cprec.data.sources.readers import Format, Read, changed, delimited, json_lines, python_literals, renamed
+from cprec.data.sources.readers import Format, Read, changed, delimited, json_lines, python_literals
 from cprec.data.text_files import first_line
 
 # ---- Amazon ----------------------------------------------------------------------------------------------------------
@@ -169,7 +169,11 @@ FORMATS = {
     **dict.fromkeys(("movielens-20m", "movielens-25m", "movielens-32m"), _MOVIELENS_CSV),
     "steam": Format(
         interactions=python_literals("username", "product_id", "date", "hours"),
-        items=renamed(python_literals("id", "title", "app_name", "publisher", "genres", "price"), product_id="id"),
+        items=changed(
+            python_literals("id", "title", "app_name", "publisher", "genres", "price"),
+            lambda games: games.mutate(product_id=games["id"]),
+            "product_id",
+        ),
         timestamps="iso",
         columns={"user_id": "username", "item_id": "product_id", "title": "app_name", "brand": "publisher"},
     ),

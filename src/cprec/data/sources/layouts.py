@@ -54,6 +54,11 @@ _UCSD_2023 = f"{_UCSD}/data/amazon_2023/raw"
 _GOODREADS = f"{_UCSD}/gdrive/goodreads/byGenre"
 
 
+def _packed(*names: str) -> tuple[str, ...]:
+    """Each name with .gz behind it, then without."""
+    return tuple(name + end for name in names for end in (".gz", ""))
+
+
 def _movielens(size: str, interactions: str, items: str) -> Layout:
     return Layout(
         interactions=(interactions,),
@@ -67,13 +72,8 @@ def _movielens(size: str, interactions: str, items: str) -> Layout:
 
 LAYOUTS = {
     "amazon-2014": Layout(
-        interactions=(
-            "reviews_{category}_5.json.gz",
-            "reviews_{category}_5.json",
-            "reviews_{category}.json.gz",
-            "reviews_{category}.json",
-        ),
-        items=("meta_{category}.json.gz", "meta_{category}.json"),
+        interactions=_packed("reviews_{category}_5.json", "reviews_{category}.json"),
+        items=_packed("meta_{category}.json"),
         licence=_AMAZON_LICENCE,
         urls=(
             f"{_UCSD_2014}/categoryFiles/reviews_{{category}}_5.json.gz",
@@ -82,8 +82,8 @@ LAYOUTS = {
         page="https://jmcauley.ucsd.edu/data/amazon/",
     ),
     "amazon-2018": Layout(
-        interactions=("{category}_5.json.gz", "{category}_5.json", "{category}.json.gz", "{category}.json"),
-        items=("meta_{category}.json.gz", "meta_{category}.json"),
+        interactions=_packed("{category}_5.json", "{category}.json"),
+        items=_packed("meta_{category}.json"),
         licence=_AMAZON_LICENCE,
         urls=(
             f"{_UCSD_2018}/categoryFilesSmall/{{category}}_5.json.gz",
@@ -92,8 +92,8 @@ LAYOUTS = {
         page="https://nijianmo.github.io/amazon/",
     ),
     "amazon-2023": Layout(
-        interactions=("{category}.jsonl.gz", "{category}.jsonl"),
-        items=("meta_{category}.jsonl.gz", "meta_{category}.jsonl"),
+        interactions=_packed("{category}.jsonl"),
+        items=_packed("meta_{category}.jsonl"),
         licence=_AMAZON_LICENCE,
         urls=(
             f"{_UCSD_2023}/review_categories/{{category}}.jsonl.gz",
@@ -108,7 +108,7 @@ LAYOUTS = {
     "movielens-32m": _movielens("32m", "ratings.csv", "movies.csv"),
     "steam": Layout(
         interactions=("steam_reviews.json.gz", "steam_new.json.gz", "steam_reviews.json", "steam_new.json"),
-        items=("steam_games.json.gz", "steam_games.json"),
+        items=_packed("steam_games.json"),
         licence="Steam reviews (UCSD) are crawled and state no licence: for research; cite the papers named there",
         urls=(
             "https://cseweb.ucsd.edu/~wckang/steam_reviews.json.gz",
@@ -117,18 +117,8 @@ LAYOUTS = {
         page="https://cseweb.ucsd.edu/~jmcauley/datasets.html#steam_data",
     ),
     "goodreads": Layout(
-        interactions=(
-            "goodreads_interactions_{category}.json.gz",
-            "goodreads_interactions_{category}.json",
-            "goodreads_reviews_{category}.json.gz",
-            "goodreads_reviews_{category}.json",
-        ),
-        items=(
-            "goodreads_books_{category}.json.gz",
-            "goodreads_books_{category}.json",
-            "goodreads_books.json.gz",
-            "goodreads_books.json",
-        ),
+        interactions=_packed("goodreads_interactions_{category}.json", "goodreads_reviews_{category}.json"),
+        items=_packed("goodreads_books_{category}.json", "goodreads_books.json"),
         licence="Goodreads data (UCSD): for academic use only, not to be redistributed; cite the papers named there",
         urls=(
             f"{_GOODREADS}/goodreads_interactions_{{category}}.json.gz",

@@ -78,7 +78,7 @@ def _read_by_the_rest(engine: TableEngine, table: Any, text: Any, plain: Any, po
     only_comma = comma.notnull() & point.isnull()
     only_point = point.notnull() & comma.isnull()
     clear = table.aggregate(commas=only_comma.sum(), points=only_point.sum(), comma=text.max(where=only_comma))
-    found = engine.to_arrow(clear).to_pylist()[0]
+    found = engine.row(clear)
     none = ibis.null("float64")
     if not found["commas"]:
         is_clear = ibis.literal(True) if found["points"] else plain.notnull()
@@ -96,7 +96,7 @@ def _counted(engine: TableEngine, table: Any, numbers: Numbers, text: Any, there
         unread=text.max(where=is_unread & ~has_two),
         unclear=text.max(where=is_unread & has_two),
     )
-    counts = engine.to_arrow(summary).to_pylist()[0]
+    counts = engine.row(summary)
     return replace(numbers, **{name: count for name, count in counts.items() if count})
 
 

@@ -16,11 +16,10 @@ from cprec.errors import ConfigError, DataError
 def load(engine: TableEngine, source: PublicSource) -> SourceTables:
     """The rows of the files, downloaded first if asked for. Raises DataError for a file that is missing."""
     layout, form = LAYOUTS[source.format], FORMATS[source.format]
-    if source.download and any(
-        find_file(source, names) is None for names in (layout.interactions, layout.items) if names
-    ):
+    tables = [names for names in (layout.interactions, layout.items) if names]
+    if source.download and any(find_file(source, names) is None for names in tables):
         _download(source)
-    paths = tuple(_found(source, names) for names in (layout.interactions, layout.items) if names)
+    paths = tuple(_found(source, names) for names in tables)
     verify_files(Path(source.folder), paths)
     log = form.interactions(engine, "interactions", paths[:1])
     items = form.items(engine, "items", paths[1:]) if form.items else None

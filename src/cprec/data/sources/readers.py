@@ -73,14 +73,3 @@ def changed(read: Read, change: Callable[[Any], Any], *more: str) -> Read:
         return replace(raw, table=change(raw.table), columns=tuple(columns))
 
     return read_changed
-
-
-def renamed(read: Read, **names: str) -> Read:
-    """A reader whose columns have other names: new name to the old one."""
-
-    def read_renamed(engine: TableEngine, what: str, files: tuple[Path, ...]) -> RawTable:
-        raw = read(engine, what, files)
-        new = {old: name for name, old in names.items()}
-        return replace(raw, table=raw.table.rename(names), columns=tuple(new.get(name, name) for name in raw.columns))
-
-    return read_renamed

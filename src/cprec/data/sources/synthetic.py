@@ -219,9 +219,8 @@ class OracleRecommender:
             rows = np.array([self._world._item(Item(query.domain, item)) for item in query.candidates], dtype=np.int64)
         else:
             rows = np.flatnonzero(chance)
-        rows = rows[[ids[row] not in query.exclude for row in rows]]
-        if query.allow is not None:
-            rows = rows[[ids[row] in query.allow for row in rows]]
+        allow = query.allow
+        rows = rows[[ids[row] not in query.exclude and (allow is None or ids[row] in allow) for row in rows]]
         rows = rows[np.lexsort((rows, -chance[rows]))]  # greatest chance first, then by row
         counted = rows[[ids[row] not in query.uncounted for row in rows]] if query.uncounted else rows
         if query.candidates is None and len(counted) > k:

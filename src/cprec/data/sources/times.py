@@ -107,9 +107,8 @@ def detect_time_format(engine: TableEngine, domain: str, log: RawTable, column: 
     summary = log.table.aggregate(
         numbers=number.count(), middle=number.abs().median(), **{name: holds.sum() for name, holds in formats.items()}
     )
-    counts = engine.to_arrow(summary).to_pylist()[0]
-    numbers, middle = counts.pop("numbers"), counts.pop("middle")
-    counts = {name: count or 0 for name, count in counts.items()}
+    found = engine.row(summary)
+    numbers, middle, counts = found["numbers"], found["middle"], {name: found[name] or 0 for name in formats}
 
     def example(holds: Any) -> str:
         return repr(engine.value(value.cast("string").min(where=holds)))
