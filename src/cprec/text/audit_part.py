@@ -54,7 +54,9 @@ READABLE = "readable.json"
 """In the audit folder: the names of the shards, examples and queries that can be read."""
 
 
-def property_of(name: str, checked: int, wrong: Sequence[Any], describe: Callable[[Any], str] = str) -> Property:
+def property_of(
+    name: str, checked: int, wrong: Sequence[Any] | np.ndarray, describe: Callable[[Any], str] = str
+) -> Property:
     """A property that the entries of `wrong` violate; `describe` says of one what it is."""
     examples = [describe(entry) for entry in wrong[:MAX_EXAMPLES]]
     return Property(name=name, checked=checked, violations=len(wrong), examples=examples)

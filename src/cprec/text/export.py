@@ -286,7 +286,7 @@ def write_recbole(out: Export, *, sequential: bool = False) -> None:
     domain, held-out ones too. An event without a history is left out, as RecBole does.
     """
     for domain in out.domains:
-        files = {} if sequential else {f"{domain}.inter": _ALL_PARTS}
+        files: dict[str, tuple[str, ...]] = {} if sequential else {f"{domain}.inter": _ALL_PARTS}
         files |= {f"{domain}.{name}.inter": parts for name, parts in BENCHMARK.items()}
         _write_events(out, domain, files, _with_history if sequential else _atomic, _Tsv)
         _write_items(out, domain, f"{domain}.item", _atomic_items(out.items(domain)), _Tsv)
