@@ -21,7 +21,6 @@ from cprec.settings import (
     convert,
     did_you_mean,
     from_mapping,
-    listed,
     merge,
     parse_overrides,
     resolve,
@@ -73,7 +72,7 @@ def _build_recipe(name: str, settings: SettingsTree) -> tuple[Recipe, SettingsTr
     if name not in RECIPES:
         hint = did_you_mean(name, RECIPES)
         raise ConfigError(
-            f"there is no recipe {name!r}{hint or '.'} Recipes: {listed(sorted(RECIPES)) or 'none'}; "
+            f"there is no recipe {name!r}{hint or '.'} Recipes: {', '.join(sorted(RECIPES)) or 'none'}; "
             "or give a YAML file (ending in .yaml, .yml or .json)"
         )
     recipe = RECIPES[name]
@@ -94,7 +93,7 @@ def _build_recipe(name: str, settings: SettingsTree) -> tuple[Recipe, SettingsTr
     if arm is None:
         return built, rest
     if arm not in ARMS:
-        raise ConfigError(f"there is no arm {arm!r}{did_you_mean(arm, ARMS) or '.'} Arms: {listed(ARMS)}")
+        raise ConfigError(f"there is no arm {arm!r}{did_you_mean(arm, ARMS) or '.'} Arms: {', '.join(ARMS)}")
     return with_arm(built, arm), rest
 
 

@@ -55,6 +55,9 @@ class _Question:
         ask = Ask(self.engine, self.query.domain, self.k, self.mode, self.deadline_ms)
         return Job(ask, [self.query], self.began + self.deadline_ms / 1000)
 
+    def items(self, ranking: Ranking) -> list[m.ScoredItem]:
+        return scored_items(self.engine.catalogue, self.query.domain, ranking.item_ids[: self.k], ranking.scores)
+
 
 class Service:
     """Answers requests with the engines, within deadlines. Its methods are called from one event loop."""
@@ -95,16 +98,10 @@ class Service:
         gauge("cprec_queue_queries", "Queries that wait for an engine", lambda: self._batcher.waiting)
         gauge("cprec_batch_limit", "Queries that a batch, and the queue, may have now", lambda: self._batcher.limit)
         gauge("cprec_cache_bytes", "Memory of kept prompts", lambda: sum(cache.num_bytes for cache in caches))
-        gauge(
-            "cprec_cache_max_bytes",
-            "Memory that kept prompts may take",
-            lambda: sum(cache.max_bytes for cache in caches),
-        )
-        gauge(
-            "cprec_cache_hit_tokens",
-            "Tokens of prompts that were kept and not read again",
-            lambda: sum(cache.hits for cache in caches),
-        )
+        max_bytes = sum(cache.max_bytes for cache in caches)
+        gauge("cprec_cache_max_bytes", "Memory that kept prompts may take", lambda: max_bytes)
+        about_hits = "Tokens of prompts that were kept and not read again"
+        gauge("cprec_cache_hit_tokens", about_hits, lambda: sum(cache.hits for cache in caches))
 
     def close(self) -> None:
         """Answer the requests that wait, then stop."""
@@ -142,7 +139,11 @@ class Service:
         """
         began = self._clock()
         questions = [await self._question(request, began) for request in requests]
-        jobs = [None if self._may_be_popular(question) else question.job() for question in questions]
+        # Popular items answer where the model would read no event of the history.
+        jobs = [
+            None if self._popularity is not None and reads_nothing(question.engine, question.query) else question.job()
+            for question in questions
+        ]
         self._submit([job for job in jobs if job is not None])
         lists = (self._list(*each) for each in zip(questions, jobs, strict=True))
         return await self._unless(hung_up, asyncio.gather(*lists))
@@ -164,10 +165,6 @@ class Service:
         if len(request.history) < LONG_HISTORY:
             return engine, domain, look_up_history(engine.catalogue, domain, request.history)
         return engine, domain, await asyncio.to_thread(look_up_history, engine.catalogue, domain, request.history)
-
-    def _may_be_popular(self, question: _Question) -> bool:
-        """Whether the model reads no event of the history, and popular items are known."""
-        return self._popularity is not None and reads_nothing(question.engine, question.query)
 
     async def _list(self, question: _Question, job: Job | None) -> m.RecommendResponse:
         """The engine's list or, if that is late, short or fails, a baseline's.
@@ -229,41 +226,32 @@ class Service:
         self, question: _Question, ranking: Ranking, mode: str, degraded: bool, proven: bool
     ) -> m.RecommendResponse:
         self.metrics.answered(mode, degraded)
-        domain, engine = question.query.domain, question.engine
         return m.RecommendResponse(
-            items=scored_items(engine.catalogue, domain, ranking.item_ids[: question.k], ranking.scores),
+            items=question.items(ranking),
             mode=mode,
             degraded=degraded,
             proven=proven,
             milliseconds=self._milliseconds(question.began),
-            domain=domain,
-            model=engine.name,
+            domain=question.query.domain,
+            model=question.engine.name,
         )
 
     def _stand_in(self, question: _Question) -> tuple[str, Ranking]:
         """The name and list of the first baseline whose list is whole, or else of the one with the longest list."""
-        best: tuple[str, Ranking] | None = None
+        found: list[tuple[str, Ranking]] = []
         for baseline in self._baselines:
-            found = _baseline_ranking(baseline, question)
-            if best is None or len(found.item_ids) > len(best[1].item_ids):
-                best = baseline.name, found
-            if len(found.item_ids) >= question.k:
+            found.append((baseline.name, _baseline_ranking(baseline, question)))
+            if len(found[-1][1].item_ids) >= question.k:
                 break
-        assert best is not None
-        return best
+        return max(found, key=lambda each: len(each[1].item_ids))
 
     async def baselines(self, request: m.RecommendRequest) -> m.BaselinesResponse:
         """The list of each baseline."""
         question = await self._question(request, self._clock())
-        catalogue, domain = question.engine.catalogue, question.query.domain
 
         def lists() -> list[m.BaselineList]:
-            out = []
-            for baseline in self._baselines:
-                found = _baseline_ranking(baseline, question)
-                items = scored_items(catalogue, domain, found.item_ids[: question.k], found.scores)
-                out.append(m.BaselineList(name=baseline.name, items=items))
-            return out
+            found = {baseline.name: _baseline_ranking(baseline, question) for baseline in self._baselines}
+            return [m.BaselineList(name=name, items=question.items(ranking)) for name, ranking in found.items()]
 
         return m.BaselinesResponse(lists=await asyncio.to_thread(lists))
 
@@ -375,11 +363,11 @@ class Service:
             gone.cancel()
 
     def _shed(self, retry_after: int, message: str) -> m.Refused:
-        self.metrics.shed()
+        self.metrics.refusals.inc()
         return m.Refused(503, message, retry_after=retry_after)
 
     def _failed(self, error: Exception) -> None:
-        self.metrics.failed()
+        self.metrics.failures.inc()
         self._is_broken = self._is_broken or isinstance(error, ModelError)
         log.error("the engine failed: %s", error, exc_info=error)
 
