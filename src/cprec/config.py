@@ -59,12 +59,8 @@ def describe_recipe(name: str, recipe: Callable[..., Any]) -> str:
 
 
 def _placeholder(recipe: Callable[..., Any], name: str) -> str:
-    annotation = _parameter_type(recipe, name)
+    annotation = get_type_hints(recipe).get(name, str)
     return {Path: "FOLDER", int: "NUMBER", float: "NUMBER", bool: "true|false"}.get(annotation, "TEXT")
-
-
-def _parameter_type(recipe: Callable[..., Any], name: str) -> Any:
-    return get_type_hints(recipe).get(name, str)
 
 
 def _build_recipe(name: str, settings: SettingsTree) -> tuple[Recipe, SettingsTree]:
@@ -79,9 +75,8 @@ def _build_recipe(name: str, settings: SettingsTree) -> tuple[Recipe, SettingsTr
     parameters = inspect.signature(recipe).parameters
     rest = SettingsTree({key: value for key, value in settings.items() if key not in parameters})
     arm = rest.pop("arm", None)
-    arguments = {
-        key: convert(value, _parameter_type(recipe, key), key) for key, value in settings.items() if key in parameters
-    }
+    types = get_type_hints(recipe)
+    arguments = {key: convert(value, types.get(key, str), key) for key, value in settings.items() if key in parameters}
     missing = [
         f"{key}={_placeholder(recipe, key)}"
         for key, parameter in parameters.items()

@@ -25,25 +25,16 @@ class Engine(Protocol):
     The service calls `rank` from one thread at a time, and the other methods from any.
     """
 
-    @property
-    def name(self) -> str:
-        """Its name in answers."""
-
-    @property
-    def domain(self) -> str | None:
-        """The domain that it was made for; None if it was made for all."""
-
-    @property
-    def catalogue(self) -> Catalogue:
-        """All items that histories may name, including those withdrawn."""
-
-    @property
-    def withdrawn(self) -> Mapping[str, frozenset[str]]:
-        """Item ids by domain that are in the catalogue but are never recommended."""
-
-    @property
-    def max_history(self) -> int:
-        """The most events of a history that are read."""
+    name: str
+    """Its name in answers."""
+    domain: str | None
+    """The domain that it was made for; None if it was made for all."""
+    catalogue: Catalogue
+    """All items that histories may name, including those withdrawn."""
+    withdrawn: Mapping[str, frozenset[str]]
+    """Item ids by domain that are in the catalogue but are never recommended."""
+    max_history: int
+    """The most events of a history that are read."""
 
     @property
     def item_fields(self) -> tuple[str, ...]:
@@ -113,6 +104,5 @@ def reads_nothing(engine: Engine, query: RankingQuery) -> bool:
 class Baseline(Recommender, Protocol):
     """A recommender that answers at once, for when the model has no time."""
 
-    @property
-    def catalogue(self) -> Catalogue:
-        """The items that it knows; items added later are not among them."""
+    catalogue: Catalogue
+    """The items that it knows; items added later are not among them."""

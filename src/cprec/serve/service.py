@@ -22,6 +22,8 @@ from cprec.serve.monitoring import Metrics
 from cprec.serve.stock import Stock
 
 T = TypeVar("T")
+HungUp = Callable[[], Awaitable[None]]
+"""Returns when the client is gone."""
 
 log = logging.getLogger("cprec.serve")
 
@@ -130,7 +132,7 @@ class Service:
     # ---- lists -------------------------------------------------------------------------------------------------------
 
     async def recommend(
-        self, requests: Sequence[m.RecommendRequest], hung_up: Callable[[], Awaitable[None]] = never
+        self, requests: Sequence[m.RecommendRequest], hung_up: HungUp = never
     ) -> list[m.RecommendResponse]:
         """A list for each request, by its deadline. Those that wait are dropped when `hung_up` returns.
 
@@ -182,8 +184,6 @@ class Service:
             answer = await self._answer(job)
         except TimeoutError:
             late = True
-        except asyncio.CancelledError:
-            raise
         except Exception as error:
             self._failed(error)
             broken = error if isinstance(error, ModelError) else None
@@ -217,10 +217,9 @@ class Service:
         whole = is_whole(ranking, question.k)
         if not (proven or whole or (ranking.item_ids and not self._baselines)):
             return None
-        if question.mode == "beam":
-            return self._response(question, ranking, "beam", degraded=not whole, proven=proven)
-        mode = "exact" if proven else "beam"
-        return self._response(question, ranking, mode, degraded=late and not proven, proven=proven)
+        degraded = not whole if question.mode == "beam" else late and not proven
+        mode = "exact" if proven and question.mode != "beam" else "beam"
+        return self._response(question, ranking, mode, degraded=degraded, proven=proven)
 
     def _response(
         self, question: _Question, ranking: Ranking, mode: str, degraded: bool, proven: bool
@@ -257,7 +256,7 @@ class Service:
 
     # ---- scores ------------------------------------------------------------------------------------------------------
 
-    async def score(self, request: m.ScoreRequest, hung_up: Callable[[], Awaitable[None]] = never) -> m.ScoreResponse:
+    async def score(self, request: m.ScoreRequest, hung_up: HungUp = never) -> m.ScoreResponse:
         """The score of each candidate. Raises Refused as `recommend` does."""
         began = self._clock()
         engine, domain, history = await self._looked_up(request)
@@ -273,9 +272,7 @@ class Service:
             model=engine.name,
         )
 
-    async def explain(
-        self, request: m.ExplainRequest, hung_up: Callable[[], Awaitable[None]] = never
-    ) -> m.ExplainResponse:
+    async def explain(self, request: m.ExplainRequest, hung_up: HungUp = never) -> m.ExplainResponse:
         """What each event, and all events of each domain, add to the score of an item: the score is computed again
         without them."""
         began = self._clock()
@@ -321,7 +318,7 @@ class Service:
         queries: Sequence[RankingQuery],
         began: float,
         deadline_ms: float | None,
-        hung_up: Callable[[], Awaitable[None]],
+        hung_up: HungUp,
     ) -> list[Ranking]:
         """Rankings of candidates for all queries, made together."""
         limit = deadline_ms or SCORE_DEADLINE_MS
@@ -350,7 +347,7 @@ class Service:
         """The engine's answer. Raises TimeoutError at the deadline."""
         return await asyncio.wait_for(asyncio.wrap_future(job.future), max(0.0, job.deadline - self._clock()))
 
-    async def _unless(self, hung_up: Callable[[], Awaitable[None]], work: Awaitable[T]) -> T:
+    async def _unless(self, hung_up: HungUp, work: Awaitable[T]) -> T:
         """The result of work. When the client hangs up, work is cancelled, which takes its jobs out of the queue."""
         task, gone = asyncio.ensure_future(work), asyncio.ensure_future(hung_up())
         try:
