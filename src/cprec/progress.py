@@ -183,7 +183,6 @@ def track(
 
 @contextmanager
 def _shared_display() -> Iterator[RichProgress]:
-    """The display on screen or, where there is none, a new one."""
     global _display
     if _display is not None:
         yield _display

@@ -194,7 +194,6 @@ def model_hashes(name_or_path: Path | str, patterns: Iterable[str], hashes: File
 
 
 def _hub_commit(name: str) -> str | None:
-    """The commit of the copy of a hub model on this machine; None if there is no copy."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

@@ -94,7 +94,6 @@ class Gate:
         return path.rstrip("/") or "/"
 
     async def _let_through(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        """Call the routes with the whole body, or answer with a refusal."""
         try:
             self._check(path, scope)
             body = await self._body(scope, receive)

@@ -177,7 +177,6 @@ def _lines(changes: Iterable[StoredItem], digest: str) -> tuple[bytes, str]:
 
 
 def _write(file: int, data: bytes) -> None:
-    """Write all data and flush it to disk. Raises OSError if that fails."""
     written = 0
     while written < len(data):
         written += os.write(file, data[written:])

@@ -119,7 +119,6 @@ class Answers:
         return told
 
     def _items(self, row: Row) -> tuple[Item, ...]:
-        """The items of a history that the catalogue knows."""
         found = []
         for text in row.events:
             if text not in self._known:
@@ -136,7 +135,6 @@ class Answers:
         return tuple(found)
 
     def _item(self, text: str) -> Item | str:
-        """The item that a text stands for, or the reason why it is left out."""
         catalogue = self._recommender.catalogue
         try:
             found = catalogue.item_of(self._domain, text) or catalogue.item_of(self._domain, text.strip())

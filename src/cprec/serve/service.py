@@ -265,12 +265,8 @@ class Service:
         (ranking,) = await self._scores(engine, [query], began, request.deadline_ms, hung_up)
         score_of = dict(zip(ranking.item_ids, ranking.scores, strict=True))
         scores = [score_of[item_id] for item_id in request.candidates]
-        return m.ScoreResponse(
-            items=scored_items(engine.catalogue, domain, request.candidates, scores),
-            milliseconds=self._milliseconds(began),
-            domain=domain,
-            model=engine.name,
-        )
+        items = scored_items(engine.catalogue, domain, request.candidates, scores)
+        return m.ScoreResponse(items=items, milliseconds=self._milliseconds(began), domain=domain, model=engine.name)
 
     async def explain(self, request: m.ExplainRequest, hung_up: HungUp = never) -> m.ExplainResponse:
         """What each event, and all events of each domain, add to the score of an item: the score is computed again
@@ -344,7 +340,6 @@ class Service:
             raise self._shed(overloaded.retry_after, str(overloaded)) from None
 
     async def _answer(self, job: Job) -> Answer:
-        """The engine's answer. Raises TimeoutError at the deadline."""
         return await asyncio.wait_for(asyncio.wrap_future(job.future), max(0.0, job.deadline - self._clock()))
 
     async def _unless(self, hung_up: HungUp, work: Awaitable[T]) -> T:
@@ -395,11 +390,6 @@ def _baseline_ranking(baseline: Baseline, question: _Question) -> Ranking:
         for item in query.history
         if item.domain in catalogue.domains and catalogue.row_of_id(item.domain, item.item_id) is not None
     )
-    gone = question.engine.withdrawn.get(domain, frozenset())
-    asked = replace(
-        query,
-        history=history,
-        exclude=known(query.exclude | gone),
-        allow=None if query.allow is None else known(query.allow),
-    )
-    return baseline.rank([asked], question.k)[0]
+    exclude = known(query.exclude | question.engine.withdrawn.get(domain, frozenset()))
+    allow = None if query.allow is None else known(query.allow)
+    return baseline.rank([replace(query, history=history, exclude=exclude, allow=allow)], question.k)[0]
