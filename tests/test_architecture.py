@@ -58,6 +58,7 @@ BEYOND_AT_TOP = {
     "cprec.data.sources.connections": {"ibis", "duckdb", "sqlglot"},
     "cprec.rank.vllm_processor": {"vllm"},  # vLLM loads it into a process of its own
     "cprec.serve.app": {"fastapi", "starlette"},
+    "cprec.serve.gate": {"starlette"},
     "cprec.serve.messages": {"pydantic", "pydantic_core"},
     "cprec.serve.monitoring": {"prometheus_client"},
     "cprec.serve.routes": {"fastapi"},

@@ -16,6 +16,7 @@ from cprec.errors import ConfigError, CPRecError
 from cprec.verbs import VERBS
 
 EXIT_ERROR, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_CODES = {ConfigError: EXIT_CONFIG, KeyboardInterrupt: EXIT_INTERRUPTED, Exception: EXIT_ERROR}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,27 +35,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.call(options)
         sys.stdout.flush()
         return 0
-    except ConfigError as error:
-        if debug:
-            raise
-        return _fail(str(error), EXIT_CONFIG)
-    except CPRecError as error:
-        if debug:
-            raise
-        return _fail(str(error), EXIT_ERROR)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # a folder that cannot be written, a disk that is full
+    except (CPRecError, OSError, KeyboardInterrupt) as error:
         if debug:
             raise
-        return _fail(f"{error} (--debug shows where)", EXIT_ERROR)
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        print(file=sys.stderr)
-        again = shlex.join(["cprec", *arguments])
-        return _fail(f"interrupted. What is complete is kept; to go on from there: {again}", EXIT_INTERRUPTED)
+        if isinstance(error, KeyboardInterrupt):
+            again = shlex.join(["cprec", *arguments])
+            message = f"\ncprec: interrupted. What is complete is kept; to go on from there: {again}"
+        else:
+            # An OSError is a folder that cannot be written, a disk that is full.
+            message = f"cprec: error: {error}{' (--debug shows where)' if isinstance(error, OSError) else ''}"
+        print(message, file=sys.stderr)
+        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
 
 
 def _write_any_character() -> None:
@@ -62,12 +56,6 @@ def _write_any_character() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
-
-
-def _fail(message: str, code: int) -> int:
-    prefix = "" if code == EXIT_INTERRUPTED else "error: "
-    print(f"cprec: {prefix}{message}", file=sys.stderr)
-    return code
 
 
 def _brief_warnings(show: Callable[..., None]) -> Callable[..., None]:

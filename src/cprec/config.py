@@ -21,7 +21,6 @@ from cprec.settings import (
     convert,
     did_you_mean,
     from_mapping,
-    listed,
     merge,
     parse_overrides,
     resolve,
@@ -60,12 +59,8 @@ def describe_recipe(name: str, recipe: Callable[..., Any]) -> str:
 
 
 def _placeholder(recipe: Callable[..., Any], name: str) -> str:
-    annotation = _parameter_type(recipe, name)
+    annotation = get_type_hints(recipe).get(name, str)
     return {Path: "FOLDER", int: "NUMBER", float: "NUMBER", bool: "true|false"}.get(annotation, "TEXT")
-
-
-def _parameter_type(recipe: Callable[..., Any], name: str) -> Any:
-    return get_type_hints(recipe).get(name, str)
 
 
 def _build_recipe(name: str, settings: SettingsTree) -> tuple[Recipe, SettingsTree]:
@@ -73,16 +68,15 @@ def _build_recipe(name: str, settings: SettingsTree) -> tuple[Recipe, SettingsTr
     if name not in RECIPES:
         hint = did_you_mean(name, RECIPES)
         raise ConfigError(
-            f"there is no recipe {name!r}{hint or '.'} Recipes: {listed(sorted(RECIPES)) or 'none'}; "
+            f"there is no recipe {name!r}{hint or '.'} Recipes: {', '.join(sorted(RECIPES)) or 'none'}; "
             "or give a YAML file (ending in .yaml, .yml or .json)"
         )
     recipe = RECIPES[name]
     parameters = inspect.signature(recipe).parameters
     rest = SettingsTree({key: value for key, value in settings.items() if key not in parameters})
     arm = rest.pop("arm", None)
-    arguments = {
-        key: convert(value, _parameter_type(recipe, key), key) for key, value in settings.items() if key in parameters
-    }
+    types = get_type_hints(recipe)
+    arguments = {key: convert(value, types.get(key, str), key) for key, value in settings.items() if key in parameters}
     missing = [
         f"{key}={_placeholder(recipe, key)}"
         for key, parameter in parameters.items()
@@ -94,7 +88,7 @@ def _build_recipe(name: str, settings: SettingsTree) -> tuple[Recipe, SettingsTr
     if arm is None:
         return built, rest
     if arm not in ARMS:
-        raise ConfigError(f"there is no arm {arm!r}{did_you_mean(arm, ARMS) or '.'} Arms: {listed(ARMS)}")
+        raise ConfigError(f"there is no arm {arm!r}{did_you_mean(arm, ARMS) or '.'} Arms: {', '.join(ARMS)}")
     return with_arm(built, arm), rest
 
 

@@ -15,9 +15,6 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from cprec.settings import describe_type, field_type, is_required, settable_fields
 
-GROUP = "group of settings"
-"""The type that the help shows of a nested configuration."""
-
 
 class FieldHelp(NamedTuple):
     """The help on one field."""
@@ -65,7 +62,7 @@ def describe_fields(cls: type, prefix: str = "", instance: Any = None) -> list[F
             default = None if required else show_value(value) if not nested or not value else "(below)"
             rows.append(FieldHelp(f"{prefix}{name}", describe_type(annotation), default, docs.get(name, "")))
         elif name in docs:
-            rows.append(FieldHelp(f"{prefix}{name}.*", GROUP, "(below)", docs[name]))
+            rows.append(FieldHelp(f"{prefix}{name}.*", "group of settings", "(below)", docs[name]))
         for inner, key in nested:
             rows += describe_fields(inner, f"{prefix}{name}.{key}", value if type(value) is inner else None)
     return rows

@@ -22,11 +22,9 @@ def free_memory() -> int:
     """Bytes that this process may still take; memory that the system would give back (file cache) counts as free."""
     # The smallest of: all memory of the machine, what the system calls available, what limits of groups leave.
     free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    try:
+    with suppress(OSError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    except OSError:
-        pass
     return max(LEAST_MEMORY, min([*free, *_free_in_groups()]))
 
 

@@ -103,7 +103,8 @@ class _Lines(Progress):
         if self.total is not None and self.completed >= self.total:
             return  # `finish` prints the last line
         self._last_line = now
-        parts = [f"{self._count()}{self._share()}", _rate(self.rate, self.unit)]
+        share = f" ({100 * self.completed / self.total:.0f} %)" if self.total else ""
+        parts = [f"{self._count()}{share}", _rate(self.rate, self.unit)]
         if self.seconds_left is not None:
             parts.append(f"{format_seconds(self.seconds_left)} left")
         self._print(parts)
@@ -116,9 +117,6 @@ class _Lines(Progress):
     def _count(self) -> str:
         total = f"/{self.total:,}" if self.total is not None else ""
         return f"{self.completed:,}{total} {self.unit}"
-
-    def _share(self) -> str:
-        return f" ({100 * self.completed / self.total:.0f} %)" if self.total else ""
 
     def _print(self, parts: list[str]) -> None:
         fields = [self.text_of_fields()] if self.fields else []
@@ -185,7 +183,6 @@ def track(
 
 @contextmanager
 def _shared_display() -> Iterator[RichProgress]:
-    """The display on screen or, where there is none, a new one."""
     global _display
     if _display is not None:
         yield _display

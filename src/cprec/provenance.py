@@ -27,18 +27,8 @@ from cprec.files import write_whole
 CONFIG_FILE, HASHES_FILE = "run.json", "hashes.json"
 
 VERSIONED_PACKAGES = (
-    "cprec",
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "safetensors",
-    "tokenizers",
-    "numpy",
-    "scipy",
-    "pyarrow",
-    "ibis-framework",
-    "duckdb",
+    *("cprec", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers"),
+    *("numpy", "scipy", "pyarrow", "ibis-framework", "duckdb"),
 )
 """Distributions whose versions may change a result; those that are not installed are left out of the record."""
 
@@ -163,15 +153,9 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     >>> differences({"a.csv": "1", "b.csv": "2"}, {"a.csv": "3", "c.csv": "2"})
     ['a.csv changed', 'b.csv is gone', 'c.csv is new']
     """
-    found = []
-    for name in sorted(before.keys() | now.keys()):
-        if name not in now:
-            found.append(f"{name} is gone")
-        elif name not in before:
-            found.append(f"{name} is new")
-        elif before[name] != now[name]:
-            found.append(f"{name} changed")
-    return found
+    found = {name: "changed" for name in before.keys() & now.keys() if before[name] != now[name]}
+    found |= dict.fromkeys(before.keys() - now.keys(), "is gone") | dict.fromkeys(now.keys() - before.keys(), "is new")
+    return [f"{name} {what}" for name, what in sorted(found.items())]
 
 
 def shortened(changes: Sequence[str], most: int = 5) -> str:
@@ -210,7 +194,6 @@ def model_hashes(name_or_path: Path | str, patterns: Iterable[str], hashes: File
 
 
 def _hub_commit(name: str) -> str | None:
-    """The commit of the copy of a hub model on this machine; None if there is no copy."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -228,10 +211,8 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that may change a result, read without importing them."""
     found = {"python": platform.python_version()}
     for name in VERSIONED_PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 

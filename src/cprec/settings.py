@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import sys
 import types
 import typing
@@ -123,7 +124,7 @@ def from_mapping(cls: type[ConfigT], values: Mapping[str, Any], where: str = "")
             raise _unknown_field(name, cls, where)
     missing = [name for name, field in known.items() if name not in values and is_required(field)]
     if missing:
-        raise ConfigError(f"{_owner(cls, where)} needs {listed(where + name for name in missing)}")
+        raise ConfigError(f"{_owner(cls, where)} needs {', '.join(where + name for name in missing)}")
     converted = {name: convert(value, field_type(cls, name), f"{where}{name}") for name, value in values.items()}
     return cls(**converted)
 
@@ -138,10 +139,6 @@ def is_required(field: dataclasses.Field[Any]) -> bool:
 
 def _owner(cls: type, where: str) -> str:
     return f"{cls.__name__} ({where.rstrip('.')})" if where else cls.__name__
-
-
-def listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -160,7 +157,9 @@ def _unknown_field(name: str, cls: type, where: str) -> ConfigError:
         if dataclasses.is_dataclass(kind) and name in settable_fields(kind)  # type: ignore[arg-type]
     ]
     hint = f"; did you mean {inside[0]!r}?" if inside else did_you_mean(name, known)
-    return ConfigError(f"{_owner(cls, where)} has no field {where + name!r}{hint or '.'} Its fields: {listed(known)}")
+    return ConfigError(
+        f"{_owner(cls, where)} has no field {where + name!r}{hint or '.'} Its fields: {', '.join(known)}"
+    )
 
 
 def field_type(cls: type, name: str) -> Any:
@@ -176,8 +175,7 @@ def field_type(cls: type, name: str) -> Any:
 
 # ---- one value -------------------------------------------------------------------------------------------------------
 
-_TRUE = ("true", "yes", "on", "1")
-_FALSE = ("false", "no", "off", "0")
+_BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 
 
 def convert(value: Any, annotation: Any, where: str, current: Any = None) -> Any:
@@ -214,12 +212,12 @@ def _is_config(value: Any) -> bool:
 
 
 def _refused(value: Any, annotation: Any, where: str, hint: str = "") -> ConfigError:
-    shown = value if isinstance(value, str) else _plain(value)
-    return ConfigError(f"{where}={shown}: expected {_ACCEPTED.get(annotation) or describe_type(annotation)}{hint}")
+    accepted = _ACCEPTED.get(annotation) or describe_type(annotation)
+    return ConfigError(f"{where}={_plain(value)}: expected {accepted}{hint}")
 
 
 def _plain(value: Any) -> str:
-    return repr(dict(value)) if isinstance(value, Mapping) else repr(value)
+    return value if isinstance(value, str) else repr(dict(value) if isinstance(value, Mapping) else value)
 
 
 def _to_int(value: Any) -> int:
@@ -238,8 +236,7 @@ def _to_int(value: Any) -> int:
 def _to_float(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError
-    number = float(value)
-    if number != number:
+    if math.isnan(number := float(value)):
         raise ValueError
     return number
 
@@ -247,10 +244,9 @@ def _to_float(value: Any) -> float:
 def _to_bool(value: Any) -> bool:
     if isinstance(value, bool):
         return value
-    text = str(value).lower()
-    if text in _TRUE or text in _FALSE:
-        return text in _TRUE
-    raise ValueError
+    if (text := str(value).lower()) not in _BOOLS:
+        raise ValueError
+    return _BOOLS[text]
 
 
 def _to_str(value: Any) -> str:
@@ -316,14 +312,11 @@ def _convert_union(value: Any, members: tuple[Any, ...], where: str, current: An
             break
     configs = [result for result in results if _is_config(result)]
     if len(configs) > 1:
-        kinds = listed(type(config).__name__ for config in configs)
+        kinds = ", ".join(type(config).__name__ for config in configs)
         raise ConfigError(f"{where}={_plain(value)} fits more than one of {kinds}; set a field that tells them apart")
     if results:
         return results[0]
-    raise ConfigError(
-        f"{where}={value if isinstance(value, str) else _plain(value)} fits nothing that is accepted: "
-        + "; ".join(refusals)
-    )
+    raise ConfigError(f"{where}={_plain(value)} fits nothing that is accepted: {'; '.join(refusals)}")
 
 
 def _convert_literal(value: Any, choices: tuple[Any, ...], where: str) -> Any:
@@ -399,7 +392,7 @@ def _convert_config(value: Any, cls: type, where: str, current: Any) -> Any:
     if isinstance(value, cls):
         return value
     if not isinstance(value, Mapping):
-        fields = listed(f"{where}.{name}" for name in settable_fields(cls))
+        fields = ", ".join(f"{where}.{name}" for name in settable_fields(cls))
         raise ConfigError(f"{where}={value}: {where} is a group of settings; set one of {fields}")
     if isinstance(value, SettingsTree):
         # A single value that stood here before becomes the field PLAIN of the group.

@@ -70,8 +70,6 @@ def make_app(
 
 
 def _application(service: Service) -> FastAPI:
-    """The routes, with every error in one form."""
-
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield

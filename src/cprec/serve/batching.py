@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import islice
 
 from cprec.recommender import Ranking, RankingQuery
 from cprec.serve.engine import Engine
@@ -82,11 +83,14 @@ class Batcher:
     ) -> None:
         """`max_batch` is in queries; `observe` gets the size and the seconds of each batch."""
         self._clock, self._observe = clock, observe
-        self._max_batch = self._limit = max_batch
+        self._max_batch = max_batch
+        self.limit = max_batch
+        """Queries that a batch, and the queue, may have now."""
         self._least = max(1, max_batch // 8)  # still smaller batches would hardly be faster
         self._max_seconds = max_seconds
         self._jobs: deque[Job] = deque()
-        self._waiting = 0
+        self.waiting = 0
+        """Queries in the queue."""
         self._changed = threading.Condition()
         self._closed = False
         self._seconds = 1.0  # of the last batch
@@ -95,16 +99,6 @@ class Batcher:
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
-    @property
-    def waiting(self) -> int:
-        """Queries in the queue."""
-        return self._waiting
-
-    @property
-    def limit(self) -> int:
-        """Queries that a batch, and the queue, may have now."""
-        return self._limit
-
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue jobs, all or none; cancelling a job's future takes it out again, unless it is being answered.
 
@@ -112,13 +106,13 @@ class Batcher:
         """
         size = sum(len(job.queries) for job in jobs)
         with self._changed:
-            if self._waiting + size > self._limit:  # cancelled jobs make room
+            if self.waiting + size > self.limit:  # cancelled jobs make room
                 self._jobs = deque(job for job in self._jobs if not job.future.cancelled())
-                self._waiting = sum(len(job.queries) for job in self._jobs)
-            if self._closed or (self._waiting and self._waiting + size > self._limit):
+                self.waiting = sum(len(job.queries) for job in self._jobs)
+            if self._closed or (self.waiting and self.waiting + size > self.limit):
                 raise Overloaded(max(1, round(2 * self._seconds)))
             self._jobs.extend(jobs)
-            self._waiting += size
+            self.waiting += size
             self._changed.notify()
 
     def close(self) -> None:
@@ -146,13 +140,13 @@ class Batcher:
             # Jobs that ask for the same join the oldest, whoever waits between them, until the batch is full.
             size, ask = 0, self._jobs[0].ask
             for job in self._jobs:
-                if job.ask == ask and (not batch or size + len(job.queries) <= self._limit):
+                if job.ask == ask and (not batch or size + len(job.queries) <= self.limit):
                     batch.append(job)
                     size += len(job.queries)
                 else:
                     left.append(job)
             self._jobs = left
-            self._waiting -= size
+            self.waiting -= size
         return [job for job in batch if job.future.set_running_or_notify_cancel()]
 
     def _answer(self, batch: list[Job]) -> None:
@@ -164,7 +158,7 @@ class Batcher:
         def stop() -> bool:
             nonlocal stopped
             spent = self._clock() - began
-            stopped = stopped or spent >= 2 * third or (spent >= third and self._waiting > 0)
+            stopped = stopped or spent >= 2 * third or (spent >= third and self.waiting > 0)
             return stopped
 
         try:
@@ -172,29 +166,24 @@ class Batcher:
             if len(rankings) != len(queries):
                 raise RuntimeError(f"{ask.engine.name} gave {len(rankings)} answers to {len(queries)} queries")
         except Exception as error:
-            self._fail(batch, error)
+            if len(batch) > 1:  # one of several may be to blame, so each is tried alone
+                for job in batch:
+                    self._answer([job])
+            else:
+                self.failures += 1
+                batch[0].future.set_exception(error)
             return
         self.failures = 0
         self._adapt(ask, len(queries), self._clock() - began)
-        at = 0
+        rest = iter(rankings)
         for job in batch:
-            job.future.set_result(Answer(rankings[at : at + len(job.queries)], stopped))
-            at += len(job.queries)
-
-    def _fail(self, batch: list[Job], error: Exception) -> None:
-        """Give the error to a single job; of several one may be to blame, so each is tried alone."""
-        if len(batch) > 1:
-            for job in batch:
-                self._answer([job])
-            return
-        self.failures += 1
-        batch[0].future.set_exception(error)
+            job.future.set_result(Answer(list(islice(rest, len(job.queries))), stopped))
 
     def _adapt(self, ask: Ask, size: int, seconds: float) -> None:
         """Note how long a batch took, and set the limit of the next ones."""
         self._seconds = seconds
         self._observe(size, seconds)
         if ask.mode is None or seconds <= self._max_seconds:
-            self._limit = min(self._max_batch, self._limit + 1)
+            self.limit = min(self._max_batch, self.limit + 1)
         elif size > self._least:
-            self._limit = max(self._least, 3 * size // 4)
+            self.limit = max(self._least, 3 * size // 4)

@@ -25,41 +25,25 @@ class Engine(Protocol):
     The service calls `rank` from one thread at a time, and the other methods from any.
     """
 
-    @property
-    def name(self) -> str:
-        """Its name in answers."""
-        ...
-
-    @property
-    def domain(self) -> str | None:
-        """The domain that it was made for; None if it was made for all."""
-        ...
-
-    @property
-    def catalogue(self) -> Catalogue:
-        """All items that histories may name, including those withdrawn."""
-        ...
-
-    @property
-    def withdrawn(self) -> Mapping[str, frozenset[str]]:
-        """Item ids by domain that are in the catalogue but are never recommended."""
-        ...
-
-    @property
-    def max_history(self) -> int:
-        """The most events of a history that are read."""
-        ...
+    name: str
+    """Its name in answers."""
+    domain: str | None
+    """The domain that it was made for; None if it was made for all."""
+    catalogue: Catalogue
+    """All items that histories may name, including those withdrawn."""
+    withdrawn: Mapping[str, frozenset[str]]
+    """Item ids by domain that are in the catalogue but are never recommended."""
+    max_history: int
+    """The most events of a history that are read."""
 
     @property
     def item_fields(self) -> tuple[str, ...]:
         """The fields that stand for an item in every text: its title, and perhaps others. Items that agree in them look
         the same to whoever reads a list."""
-        ...
 
     @property
     def cache(self) -> CacheCounts | None:
         """The prompts that it keeps; None if it keeps none."""
-        ...
 
     def rank(
         self,
@@ -69,15 +53,12 @@ class Engine(Protocol):
         stop: Callable[[], bool] | None = None,
     ) -> list[Ranking]:
         """As `Recommender.rank`, in mode exact, auto or beam. Once `stop()` is true, the best found so far."""
-        ...
 
     def shown(self, query: RankingQuery) -> tuple[Item, ...]:
         """The events of a query's history that are read."""
-        ...
 
     def with_items(self, catalogue: Catalogue, withdrawn: Mapping[str, frozenset[str]]) -> Engine:
         """An engine with other items that shares the model. Raises CPRecError for items that it cannot take."""
-        ...
 
 
 class Recommends(Engine, Protocol):
@@ -87,7 +68,6 @@ class Recommends(Engine, Protocol):
         self, history: Sequence[Any], k: int = 10, *, domain: str | None = None, exclude_seen: bool = True
     ) -> Sequence[Any]:
         """A list for one history of ids or titles, best first."""
-        ...
 
 
 def list_query(
@@ -124,7 +104,5 @@ def reads_nothing(engine: Engine, query: RankingQuery) -> bool:
 class Baseline(Recommender, Protocol):
     """A recommender that answers at once, for when the model has no time."""
 
-    @property
-    def catalogue(self) -> Catalogue:
-        """The items that it knows; items added later are not among them."""
-        ...
+    catalogue: Catalogue
+    """The items that it knows; items added later are not among them."""

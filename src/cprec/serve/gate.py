@@ -11,6 +11,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from starlette.datastructures import Headers
+
 from cprec.serve.messages import HUNG_UP
 from cprec.serve.service import Service
 
@@ -92,7 +94,6 @@ class Gate:
         return path.rstrip("/") or "/"
 
     async def _let_through(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        """Call the routes with the whole body, or answer with a refusal."""
         try:
             self._check(path, scope)
             body = await self._body(scope, receive)
@@ -108,37 +109,32 @@ class Gate:
     def _check(self, path: str, scope: Scope) -> None:
         """Raise Refusal where there is no room, or a token is needed and missing."""
         if self._room < 0 and path not in OPEN | {"/metrics"}:  # even an overloaded service can be watched
-            self._service.metrics.shed()
+            self._service.metrics.refusals.inc()
             raise Refusal(503, "too many requests at one time", {"retry-after": "1"})
-        if self._token is not None and path not in OPEN and not self._has_token(scope, self._token):
-            raise Refusal(401, "send the header Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"})
-
-    def _has_token(self, scope: Scope, token: str) -> bool:
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        return hmac.compare_digest(given, f"Bearer {token}".encode())
+        if self._token is not None and path not in OPEN:
+            given = Headers(scope=scope).get("authorization", "")
+            if not hmac.compare_digest(given.encode("latin-1"), f"Bearer {self._token}".encode()):
+                raise Refusal(401, "send the header Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"})
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body; None if the client hung up before. Raises Refusal for one that is too slow or too large."""
+        length = Headers(scope=scope).get("content-length", "0")
+        if length.isdecimal() and int(length) > self._max_bytes:
+            raise self._too_large(more=True)
+        body, more = bytearray(), True
         try:
-            return await asyncio.wait_for(self._read_body(scope, receive), self._body_seconds)
+            async with asyncio.timeout(self._body_seconds):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    if len(body) > self._max_bytes:
+                        raise self._too_large(more)
         except TimeoutError:
             raise Refusal(408, f"the body was not there after {self._body_seconds:g} s", CLOSE) from None
-
-    async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
-        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        if length.isdigit() and int(length) > self._max_bytes:
-            raise self._too_large(more=True)
-        chunks, size = [], 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
-            if size > self._max_bytes:
-                raise self._too_large(more=message.get("more_body", False))
-            if not message.get("more_body", False):
-                return b"".join(chunks)
+        return bytes(body)
 
     def _too_large(self, more: bool) -> Refusal:
         most = self._max_bytes / (1 << 20)
@@ -170,8 +166,8 @@ async def _refuse(send: Send, refusal: Refusal, before_end: Callable[[], Awaitab
 
 def _check_is_json(scope: Scope) -> None:
     """Raise Refusal where the headers say that the body is compressed, or something else than JSON."""
-    headers = {name: value.decode("latin-1").strip().lower() for name, value in scope["headers"]}
-    kind, encoding = headers.get(b"content-type", ""), headers.get(b"content-encoding", "")
+    headers = Headers(scope=scope)
+    kind, encoding = (headers.get(f"content-{name}", "").strip().lower() for name in ("type", "encoding"))
     if encoding not in ("", "identity"):
         raise Refusal(415, f"a body with Content-Encoding {encoding} is not read: send it as it is", {})
     name = kind.partition(";")[0].strip()

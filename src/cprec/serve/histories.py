@@ -25,6 +25,7 @@ from cprec.schema import id_text
 USER, HISTORY = "user_id", "history"
 SEPARATOR = "|"
 ROWS_AT_ONCE = 512
+NOT_TEXT = (pa.types.is_nested, pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
 
 NO_USER = "no user id"
 NO_ITEM = "no item id"
@@ -58,8 +59,7 @@ def count_rows(path: Path) -> int:
     count = 0
     for _, line in _lines(path):
         count += 1
-        value = _object(line)
-        if isinstance(value, dict):
+        if isinstance(value := _object(line), dict):
             keys |= dict.fromkeys(value)
     if count:  # a key may be absent from a row whose value is null, but not from all
         _check_columns(path, list(keys), "no object names it; the keys are")
@@ -78,11 +78,10 @@ def read_histories(path: Path) -> Iterator[Row]:
 
 def _read_csv(path: Path) -> Iterator[Row]:
     form = _form(path)
-    at_user, at_history = form.columns.index(USER), form.columns.index(HISTORY)
     for block in parsed_blocks(path, form):
         for line, reason, row in block.bad:
             yield Row(line, None, left_out=((row, reason),))
-        columns = (block.columns[at].to_pylist() for at in (at_user, at_history))
+        columns = (block.columns[form.columns.index(name)].to_pylist() for name in (USER, HISTORY))
         for line, user, history in zip(block.lines.tolist(), *columns, strict=True):
             yield _row(line, user, history)
 
@@ -99,8 +98,7 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
 def _read_parquet(path: Path) -> Iterator[Row]:
     number = 0
     for batch in _parquet(path).iter_batches(ROWS_AT_ONCE, columns=[USER, HISTORY]):
-        users, histories = (batch.column(batch.schema.get_field_index(name)).to_pylist() for name in (USER, HISTORY))
-        for user, history in zip(users, histories, strict=True):
+        for user, history in zip(batch[USER].to_pylist(), batch[HISTORY].to_pylist(), strict=True):
             number += 1
             yield _row(number, user, history)
 
@@ -219,16 +217,12 @@ def _parquet(path: Path) -> pq.ParquetFile:
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if name == HISTORY and not pa.types.is_map(kind) and hasattr(kind, "value_type"):
             kind = kind.value_type
-        if pa.types.is_nested(kind) or _is_binary(kind):
+        if any(check(kind) for check in NOT_TEXT):
             raise DataError(
                 f"{path}: column {name!r} holds {schema.field(name).type}: write {USER} as text or numbers, and "
                 f"{HISTORY} as a list of them"
             )
     return file
-
-
-def _is_binary(kind: Any) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
 
 
 def _check_columns(path: Path, columns: Iterable[str], which: str) -> None:

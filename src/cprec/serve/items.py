@@ -146,8 +146,7 @@ class ItemStore:
         """Read the file, and return how many lines it has."""
         assert self._file is not None
         data = self.path.read_bytes()
-        end = data.rfind(b"\n") + 1
-        lines = data[:end].split(b"\n")[:-1]
+        *lines, unfinished = data.split(b"\n")
         for number, line in enumerate(lines, 1):
             checksum, _, text = line.decode("ascii", "replace").partition(" ")
             expected = _checksum(self._digest, text)
@@ -160,10 +159,10 @@ class ItemStore:
             self._keep([StoredItem(**json.loads(text))])
             self._digest = expected
         # A last line without an end was being written at a kill: it was never promised.
-        if end < len(data):
-            os.ftruncate(self._file, end)
+        self._size = len(data) - len(unfinished)
+        if unfinished:
+            os.ftruncate(self._file, self._size)
             os.fsync(self._file)
-        self._size = end
         return len(lines)
 
 
@@ -178,7 +177,6 @@ def _lines(changes: Iterable[StoredItem], digest: str) -> tuple[bytes, str]:
 
 
 def _write(file: int, data: bytes) -> None:
-    """Write all data and flush it to disk. Raises OSError if that fails."""
     written = 0
     while written < len(data):
         written += os.write(file, data[written:])

@@ -12,7 +12,8 @@ import hashlib
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 
 from cprec import __version__
 from cprec.errors import DataError, UnknownItemError
-from cprec.files import aside, publish
+from cprec.files import aside, publish, whole_file
 from cprec.provenance import TOKENIZER, WEIGHTS, FileHashes, model_hashes
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import Item
@@ -78,9 +79,11 @@ class Answers:
                 self._rejected.add(row.line, row.user, text, reason)
             users.append((row, self._items(row)))
         # Rank the users whose history the model can read; the others get the popular items.
-        queries = {number: self._query(items) for number, (_, items) in enumerate(users)}
-        by_model = {n: query for n, query in queries.items() if not reads_nothing(self._recommender, query)}
-        found = self._ranked([by_model[n] for n in by_model])
+        queries = [
+            list_query(self._recommender, self._domain, items, exclude_seen=self._exclude_seen) for _, items in users
+        ]
+        by_model = {n: query for n, query in enumerate(queries) if not reads_nothing(self._recommender, query)}
+        found = self._ranked(list(by_model.values()))
         self._counts["repeats"] += self._lists.count_repeats(row.user for row, _ in users)
         out: list[dict[str, Any]] = []
         for number, (row, _) in enumerate(users):
@@ -116,7 +119,6 @@ class Answers:
         return told
 
     def _items(self, row: Row) -> tuple[Item, ...]:
-        """The items of a history that the catalogue knows."""
         found = []
         for text in row.events:
             if text not in self._known:
@@ -133,16 +135,12 @@ class Answers:
         return tuple(found)
 
     def _item(self, text: str) -> Item | str:
-        """The item that a text stands for, or the reason why it is left out."""
         catalogue = self._recommender.catalogue
         try:
             found = catalogue.item_of(self._domain, text) or catalogue.item_of(self._domain, text.strip())
         except UnknownItemError:
             return AMBIGUOUS
         return found or UNKNOWN_ITEM
-
-    def _query(self, items: tuple[Item, ...]) -> RankingQuery:
-        return list_query(self._recommender, self._domain, items, exclude_seen=self._exclude_seen)
 
     def _ranked(self, queries: Sequence[RankingQuery]) -> dict[bytes, Best]:
         """The lists of some queries by their keys; those that are missing are made and kept."""
@@ -158,8 +156,7 @@ class Answers:
         catalogue = self._recommender.catalogue
         titles = catalogue.title[catalogue.find(self._domain, [item_id for item_id, _ in best])]
         for rank, ((item_id, score), title) in enumerate(zip(best, titles, strict=True), 1):
-            values = (user, rank, item_id, str(title), score, source)
-            yield dict(zip(COLUMNS, values, strict=True))
+            yield dict(zip(COLUMNS, (user, rank, item_id, str(title), score, source), strict=True))
 
 
 def _best(ranking: Ranking, k: int) -> Best:
@@ -224,16 +221,14 @@ class ListStore:
         """The lists of these keys, as far as they are kept."""
         found = {}
         for key in keys:
-            row = self._file.execute("SELECT best FROM lists WHERE history = ?", (key,)).fetchone()
-            if row is not None:
-                found[key] = [(item_id, score) for item_id, score in json.loads(row[0])]
+            for (best,) in self._file.execute("SELECT best FROM lists WHERE history = ?", (key,)):
+                found[key] = [(item_id, score) for item_id, score in json.loads(best)]
         return found
 
     def keep(self, made: dict[bytes, Best]) -> None:
         """Keep lists: all of them or, after a kill, none."""
         with self._file:
-            rows = ((key, json.dumps(best)) for key, best in made.items())
-            self._file.executemany("INSERT INTO lists VALUES (?, ?)", rows)
+            self._file.executemany("INSERT INTO lists VALUES (?, ?)", ((key, json.dumps(made[key])) for key in made))
 
     def count_repeats(self, users: Iterator[str | None]) -> int:
         """How many of these users have had an earlier row."""
@@ -278,47 +273,33 @@ class Rejected:
             self.path.unlink(missing_ok=True)
 
 
-class ListWriter:
-    """Writes the output, as CSV, JSONL or Parquet by its name: it appears whole or not at all."""
+@contextmanager
+def list_writer(path: Path) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+    """Give a function that writes rows with the values of COLUMNS, as CSV, JSONL or Parquet by the name of the file.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._aside = aside(path)
-        self._rows: list[dict[str, Any]] = []
-
-    def __enter__(self) -> ListWriter:
-        if self._path.suffix == ".parquet":
+    The file appears whole at the end, or not at all.
+    """
+    with whole_file(path) as unfinished:
+        if path.suffix == ".parquet":
             types = {"rank": pa.int64(), "score": pa.float64()}
-            self._schema = pa.schema([(name, types.get(name, pa.string())) for name in COLUMNS])
-            self._out: Any = pq.ParquetWriter(self._aside, self._schema)
-            return self
-        self._out = open(self._aside, "w", newline="", encoding="utf-8")
-        if self._path.suffix == ".csv":
-            csv.writer(self._out).writerow(COLUMNS)
-        return self
+            schema = pa.schema([(name, types.get(name, pa.string())) for name in COLUMNS])
+            held: list[dict[str, Any]] = []
+            with pq.ParquetWriter(unfinished, schema) as groups:
 
-    def __exit__(self, *_: object) -> None:
-        self._out.close()
-        self._aside.unlink(missing_ok=True)
+                def write(rows: list[dict[str, Any]]) -> None:
+                    held.extend(rows)
+                    if len(held) >= ROW_GROUP:
+                        groups.write_table(pa.Table.from_pylist(held, schema))
+                        held.clear()
 
-    def write(self, rows: list[dict[str, Any]]) -> None:
-        """Add rows with the values of COLUMNS."""
-        if self._path.suffix == ".parquet":
-            self._rows += rows
-            if len(self._rows) >= ROW_GROUP:
-                self._flush()
-        elif self._path.suffix == ".csv":
-            csv.DictWriter(self._out, COLUMNS).writerows(rows)
-        else:
-            self._out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-    def finish(self) -> None:
-        """Give the output its name."""
-        if self._rows:
-            self._flush()
-        self._out.close()
-        publish(self._aside, self._path)
-
-    def _flush(self) -> None:
-        self._out.write_table(pa.Table.from_pylist(self._rows, self._schema))
-        self._rows.clear()
+                yield write
+                if held:
+                    groups.write_table(pa.Table.from_pylist(held, schema))
+            return
+        with open(unfinished, "w", newline="", encoding="utf-8") as file:
+            if path.suffix == ".csv":
+                table = csv.DictWriter(file, COLUMNS)
+                table.writeheader()
+                yield table.writerows
+            else:
+                yield lambda rows: file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

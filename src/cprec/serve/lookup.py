@@ -22,22 +22,20 @@ def look_up_history(catalogue: Catalogue, domain: str, events: Sequence[m.Event 
 
     Raises Refused, which names those that are nowhere.
     """
-    known: dict[tuple[str, str | None, str], Item | None] = {}
+    known: dict[tuple[TextKind, str, str | None], Item | None] = {}
     out, unknown = [], []
-    kind: TextKind
+    key: tuple[TextKind, str, str | None]
     for event in events:
         if isinstance(event, str):
-            kind, text, where = "any", event, None
+            key = "any", event, None
         elif event.item_id is not None:
-            kind, text, where = "item_id", event.item_id, event.domain
+            key = "item_id", event.item_id, event.domain
         else:
-            kind, text, where = "title", event.title or "", event.domain
-        key = (text, where, kind)
+            key = "title", event.title or "", event.domain
         if key not in known:
-            known[key] = _find(catalogue, kind, text, where, domain)
-        item = known[key]
-        if item is None:
-            unknown.append(text)
+            known[key] = _find(catalogue, key, domain)
+        if (item := known[key]) is None:
+            unknown.append(key[1])
         else:
             out.append(item)
     if unknown:
@@ -45,7 +43,8 @@ def look_up_history(catalogue: Catalogue, domain: str, events: Sequence[m.Event 
     return tuple(out)
 
 
-def _find(catalogue: Catalogue, kind: TextKind, text: str, where: str | None, target: str) -> Item | None:
+def _find(catalogue: Catalogue, key: tuple[TextKind, str, str | None], target: str) -> Item | None:
+    kind, text, where = key
     if where is not None and where not in catalogue.domains:
         raise m.Refused(422, f"domain={where!r} in the history: name one of {', '.join(catalogue.domains)}")
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import core_schema
 
 from cprec.schema import MAX_WHOLE, id_text
@@ -60,12 +60,10 @@ Id = Annotated[str, _Id()]
 """An id, as text or as a whole number."""
 
 
-class Sent(BaseModel, extra="forbid", frozen=True):
+class Sent(BaseModel):
     """Part of a request. An unknown field is refused: a filter with a misspelt name would not filter."""
 
-
-class Answer(BaseModel, frozen=True):
-    """Part of an answer."""
+    model_config = ConfigDict(extra="forbid")
 
 
 class Event(Sent):
@@ -183,7 +181,7 @@ class NewItems(Sent):
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
 
-class ScoredItem(Answer):
+class ScoredItem(BaseModel):
     """An item of a list."""
 
     item_id: str
@@ -193,7 +191,7 @@ class ScoredItem(Answer):
     )
 
 
-class RecommendResponse(Answer):
+class RecommendResponse(BaseModel):
     """A list, best first, and how it was made."""
 
     items: list[ScoredItem]
@@ -205,13 +203,13 @@ class RecommendResponse(Answer):
     model: str
 
 
-class RecommendResponses(Answer):
+class RecommendResponses(BaseModel):
     """One list for each request, in their order."""
 
     responses: list[RecommendResponse]
 
 
-class ScoreResponse(Answer):
+class ScoreResponse(BaseModel):
     """The candidates in the order of the request."""
 
     items: list[ScoredItem]
@@ -220,7 +218,7 @@ class ScoreResponse(Answer):
     model: str
 
 
-class EventEffect(Answer):
+class EventEffect(BaseModel):
     """What one event adds to the score."""
 
     item_id: str
@@ -229,14 +227,14 @@ class EventEffect(Answer):
     effect: float = Field(description="score with all events less score without this one")
 
 
-class DomainEffect(Answer):
+class DomainEffect(BaseModel):
     """What the events of a domain add to the score together."""
 
     domain: str
     effect: float
 
 
-class ExplainResponse(Answer):
+class ExplainResponse(BaseModel):
     """The score of an item, and what the events that the model read add to it."""
 
     item_id: str
@@ -250,20 +248,20 @@ class ExplainResponse(Answer):
     model: str
 
 
-class BaselineList(Answer):
+class BaselineList(BaseModel):
     """What a baseline recommends."""
 
     name: str
     items: list[ScoredItem]
 
 
-class BaselinesResponse(Answer):
+class BaselinesResponse(BaseModel):
     """The lists of all baselines."""
 
     lists: list[BaselineList]
 
 
-class FoundItem(Answer):
+class FoundItem(BaseModel):
     """An item of the catalogue."""
 
     item_id: str
@@ -271,27 +269,27 @@ class FoundItem(Answer):
     title: str
 
 
-class FoundItems(Answer):
+class FoundItems(BaseModel):
     """What a search has found."""
 
     items: list[FoundItem]
 
 
-class Changed(Answer):
+class Changed(BaseModel):
     """How many items were changed, and how many of their domain are in stock now."""
 
     changed: int
     in_stock: dict[str, int]
 
 
-class DomainSize(Answer):
+class DomainSize(BaseModel):
     """A domain and the items that can be recommended from it."""
 
     name: str
     num_items: int
 
 
-class About(Answer):
+class About(BaseModel):
     """What the service serves."""
 
     model: str
@@ -303,7 +301,7 @@ class About(Answer):
     version: str
 
 
-class Problem(Answer):
+class Problem(BaseModel):
     """Why a request was refused."""
 
     error: str

@@ -15,34 +15,23 @@ class Metrics:
     """Counters, histograms and gauges of one service, in a registry of their own."""
 
     def __init__(self) -> None:
-        self._registry: Any = CollectorRegistry()
+        registry = self._registry = CollectorRegistry()
+        seconds: dict[str, Any] = {"buckets": SECOND_BUCKETS, "registry": registry}
         self._requests = Histogram(
             "cprec_request_seconds",
             "Time from the first byte of a request to the last of its answer",
             ("method", "route", "status"),
-            buckets=SECOND_BUCKETS,
-            registry=self._registry,
+            **seconds,
         )
         self._batch_size = Histogram(
-            "cprec_batch_queries",
-            "Queries that an engine answered together",
-            buckets=SIZE_BUCKETS,
-            registry=self._registry,
+            "cprec_batch_queries", "Queries that an engine answered together", buckets=SIZE_BUCKETS, registry=registry
         )
-        self._batch_seconds = Histogram(
-            "cprec_batch_seconds",
-            "Time that an engine took for a batch",
-            buckets=SECOND_BUCKETS,
-            registry=self._registry,
-        )
+        self._batch_seconds = Histogram("cprec_batch_seconds", "Time that an engine took for a batch", **seconds)
         self._answers = Counter(
-            "cprec_lists",
-            "Lists recommended, by how they were made",
-            ("mode", "degraded"),
-            registry=self._registry,
+            "cprec_lists", "Lists recommended, by how they were made", ("mode", "degraded"), registry=registry
         )
-        self._shed = Counter("cprec_shed", "Requests refused under overload", registry=self._registry)
-        self._failures = Counter("cprec_engine_failures", "Calls of an engine that failed", registry=self._registry)
+        self.refusals = Counter("cprec_shed", "Requests refused under overload", registry=registry)
+        self.failures = Counter("cprec_engine_failures", "Calls of an engine that failed", registry=registry)
 
     def request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count a request that was answered."""
@@ -57,18 +46,10 @@ class Metrics:
         """Count a list that was recommended."""
         self._answers.labels(mode, str(degraded).lower()).inc()
 
-    def shed(self) -> None:
-        """Count a request that was refused under overload."""
-        self._shed.inc()
-
-    def failed(self) -> None:
-        """Count a call of an engine that raised an exception."""
-        self._failures.inc()
-
     def gauge(self, name: str, about: str, value: Callable[[], float]) -> None:
         """Add a value that is computed whenever the metrics are read."""
         Gauge(name, about, registry=self._registry).set_function(value)
 
     def text(self) -> bytes:
         """All metrics in the text format of Prometheus."""
-        return bytes(generate_latest(self._registry))
+        return generate_latest(self._registry)

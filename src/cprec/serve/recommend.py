@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TextIO, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -17,9 +13,7 @@ from cprec.progress import say, track
 from cprec.serve.config import RecommendConfig
 from cprec.serve.engine import Baseline, Recommends
 from cprec.serve.histories import ROWS_AT_ONCE, count_rows, read_histories
-from cprec.serve.lists import Answers, ListStore, ListWriter, Rejected, made_of
-
-T = TypeVar("T")
+from cprec.serve.lists import Answers, ListStore, Rejected, list_writer, made_of
 
 USERS_AT_ONCE = ROWS_AT_ONCE
 """Users that are read, ranked and written together, so that memory does not grow with the file. Their lists are what a
@@ -32,12 +26,12 @@ def recommend(config: RecommendConfig, recommender: Recommends, popular: Baselin
     `popular` answers for histories of which the model reads no event.
     """
     if config.history:
-        _show(config, recommender, sys.stdout)
+        _show(config, recommender)
     else:
         _answer_file(config, recommender, popular)
 
 
-def _show(config: RecommendConfig, recommender: Recommends, out: TextIO) -> None:
+def _show(config: RecommendConfig, recommender: Recommends) -> None:
     try:
         found = recommender.recommend(config.history, config.k, domain=config.domain, exclude_seen=config.exclude_seen)
     except ValueError as error:
@@ -47,7 +41,7 @@ def _show(config: RecommendConfig, recommender: Recommends, out: TextIO) -> None
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for rank, item in enumerate(found, 1):
         table.add_row(str(rank), item.title, item.item_id, f"{item.score:.2f}")
-    Console(file=out).print(table)
+    Console().print(table)
 
 
 def _answer_file(config: RecommendConfig, recommender: Recommends, popular: Baseline | None) -> None:
@@ -61,20 +55,20 @@ def _answer_file(config: RecommendConfig, recommender: Recommends, popular: Base
         say(f"{old} is of an earlier version, and is not read: remove it")
     output.parent.mkdir(parents=True, exist_ok=True)
     key = made_of(config.model, domain, config.k, config.exclude_seen)
-    with ExitStack() as opened:
-        lists = opened.enter_context(ListStore(_beside(output, ".lists"), key))
-        rejected = opened.enter_context(Rejected(_beside(output, ".rejected.csv"), source, config.strict))
-        writer = opened.enter_context(ListWriter(output))
-        progress = opened.enter_context(track(num_rows, "recommending", unit="users"))
+    with (
+        ListStore(_beside(output, ".lists"), key) as lists,
+        Rejected(_beside(output, ".rejected.csv"), source, config.strict) as rejected,
+    ):
         answers = Answers(
             recommender, popular, lists, rejected, domain=domain, k=config.k, exclude_seen=config.exclude_seen
         )
-        for rows in _chunks(read_histories(source), USERS_AT_ONCE):
-            writer.write(answers.of(rows))
-            progress.advance(len(rows))
-        answers.require_some()
-        rejected.finish()
-        writer.finish()
+        with list_writer(output) as write, track(num_rows, "recommending", unit="users") as progress:
+            histories = read_histories(source)
+            while rows := list(itertools.islice(histories, USERS_AT_ONCE)):
+                write(answers.of(rows))
+                progress.advance(len(rows))
+            answers.require_some()
+            rejected.finish()
         lists.is_kept = bool(rejected.counts)
     say(f"{output}: {answers.summary()}")
     if rejected.counts:
@@ -86,8 +80,3 @@ def _answer_file(config: RecommendConfig, recommender: Recommends, popular: Base
 
 def _beside(output: Path, ending: str) -> Path:
     return output.with_name(output.name + ending)
-
-
-def _chunks(rows: Iterator[T], size: int) -> Iterator[list[T]]:
-    while chunk := list(itertools.islice(rows, size)):
-        yield chunk

@@ -42,19 +42,10 @@ def serve(config: ServeConfig, engines: Sequence[Engine], baselines: Sequence[Ba
     sys.setswitchinterval(SWITCH_SECONDS)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with _listening(config.host, config.port) as listener:
-        service = Service(
-            engines,
-            baselines,
-            ItemStore(config.state),
-            deadline_ms=config.deadline_ms,
-            max_batch=config.max_batch,
-        )
+        store = ItemStore(config.state)
+        service = Service(engines, baselines, store, deadline_ms=config.deadline_ms, max_batch=config.max_batch)
         app = make_app(
-            service,
-            token=config.token,
-            max_body_mb=config.max_body_mb,
-            cors=config.cors,
-            root_path=config.root_path,
+            service, token=config.token, max_body_mb=config.max_body_mb, cors=config.cors, root_path=config.root_path
         )
         host = f"[{config.host}]" if ":" in config.host else config.host
         say(f"serving on http://{host}:{listener.getsockname()[1]} (the interface: /docs; stop: Ctrl-C)")

@@ -22,6 +22,8 @@ from cprec.serve.monitoring import Metrics
 from cprec.serve.stock import Stock
 
 T = TypeVar("T")
+HungUp = Callable[[], Awaitable[None]]
+"""Returns when the client is gone."""
 
 log = logging.getLogger("cprec.serve")
 
@@ -54,6 +56,9 @@ class _Question:
     def job(self) -> Job:
         ask = Ask(self.engine, self.query.domain, self.k, self.mode, self.deadline_ms)
         return Job(ask, [self.query], self.began + self.deadline_ms / 1000)
+
+    def items(self, ranking: Ranking) -> list[m.ScoredItem]:
+        return scored_items(self.engine.catalogue, self.query.domain, ranking.item_ids[: self.k], ranking.scores)
 
 
 class Service:
@@ -95,16 +100,10 @@ class Service:
         gauge("cprec_queue_queries", "Queries that wait for an engine", lambda: self._batcher.waiting)
         gauge("cprec_batch_limit", "Queries that a batch, and the queue, may have now", lambda: self._batcher.limit)
         gauge("cprec_cache_bytes", "Memory of kept prompts", lambda: sum(cache.num_bytes for cache in caches))
-        gauge(
-            "cprec_cache_max_bytes",
-            "Memory that kept prompts may take",
-            lambda: sum(cache.max_bytes for cache in caches),
-        )
-        gauge(
-            "cprec_cache_hit_tokens",
-            "Tokens of prompts that were kept and not read again",
-            lambda: sum(cache.hits for cache in caches),
-        )
+        max_bytes = sum(cache.max_bytes for cache in caches)
+        gauge("cprec_cache_max_bytes", "Memory that kept prompts may take", lambda: max_bytes)
+        about_hits = "Tokens of prompts that were kept and not read again"
+        gauge("cprec_cache_hit_tokens", about_hits, lambda: sum(cache.hits for cache in caches))
 
     def close(self) -> None:
         """Answer the requests that wait, then stop."""
@@ -133,7 +132,7 @@ class Service:
     # ---- lists -------------------------------------------------------------------------------------------------------
 
     async def recommend(
-        self, requests: Sequence[m.RecommendRequest], hung_up: Callable[[], Awaitable[None]] = never
+        self, requests: Sequence[m.RecommendRequest], hung_up: HungUp = never
     ) -> list[m.RecommendResponse]:
         """A list for each request, by its deadline. Those that wait are dropped when `hung_up` returns.
 
@@ -142,7 +141,11 @@ class Service:
         """
         began = self._clock()
         questions = [await self._question(request, began) for request in requests]
-        jobs = [None if self._may_be_popular(question) else question.job() for question in questions]
+        # Popular items answer where the model would read no event of the history.
+        jobs = [
+            None if self._popularity is not None and reads_nothing(question.engine, question.query) else question.job()
+            for question in questions
+        ]
         self._submit([job for job in jobs if job is not None])
         lists = (self._list(*each) for each in zip(questions, jobs, strict=True))
         return await self._unless(hung_up, asyncio.gather(*lists))
@@ -165,10 +168,6 @@ class Service:
             return engine, domain, look_up_history(engine.catalogue, domain, request.history)
         return engine, domain, await asyncio.to_thread(look_up_history, engine.catalogue, domain, request.history)
 
-    def _may_be_popular(self, question: _Question) -> bool:
-        """Whether the model reads no event of the history, and popular items are known."""
-        return self._popularity is not None and reads_nothing(question.engine, question.query)
-
     async def _list(self, question: _Question, job: Job | None) -> m.RecommendResponse:
         """The engine's list or, if that is late, short or fails, a baseline's.
 
@@ -185,8 +184,6 @@ class Service:
             answer = await self._answer(job)
         except TimeoutError:
             late = True
-        except asyncio.CancelledError:
-            raise
         except Exception as error:
             self._failed(error)
             broken = error if isinstance(error, ModelError) else None
@@ -220,56 +217,46 @@ class Service:
         whole = is_whole(ranking, question.k)
         if not (proven or whole or (ranking.item_ids and not self._baselines)):
             return None
-        if question.mode == "beam":
-            return self._response(question, ranking, "beam", degraded=not whole, proven=proven)
-        mode = "exact" if proven else "beam"
-        return self._response(question, ranking, mode, degraded=late and not proven, proven=proven)
+        degraded = not whole if question.mode == "beam" else late and not proven
+        mode = "exact" if proven and question.mode != "beam" else "beam"
+        return self._response(question, ranking, mode, degraded=degraded, proven=proven)
 
     def _response(
         self, question: _Question, ranking: Ranking, mode: str, degraded: bool, proven: bool
     ) -> m.RecommendResponse:
         self.metrics.answered(mode, degraded)
-        domain, engine = question.query.domain, question.engine
         return m.RecommendResponse(
-            items=scored_items(engine.catalogue, domain, ranking.item_ids[: question.k], ranking.scores),
+            items=question.items(ranking),
             mode=mode,
             degraded=degraded,
             proven=proven,
             milliseconds=self._milliseconds(question.began),
-            domain=domain,
-            model=engine.name,
+            domain=question.query.domain,
+            model=question.engine.name,
         )
 
     def _stand_in(self, question: _Question) -> tuple[str, Ranking]:
         """The name and list of the first baseline whose list is whole, or else of the one with the longest list."""
-        best: tuple[str, Ranking] | None = None
+        found: list[tuple[str, Ranking]] = []
         for baseline in self._baselines:
-            found = _baseline_ranking(baseline, question)
-            if best is None or len(found.item_ids) > len(best[1].item_ids):
-                best = baseline.name, found
-            if len(found.item_ids) >= question.k:
+            found.append((baseline.name, _baseline_ranking(baseline, question)))
+            if len(found[-1][1].item_ids) >= question.k:
                 break
-        assert best is not None
-        return best
+        return max(found, key=lambda each: len(each[1].item_ids))
 
     async def baselines(self, request: m.RecommendRequest) -> m.BaselinesResponse:
         """The list of each baseline."""
         question = await self._question(request, self._clock())
-        catalogue, domain = question.engine.catalogue, question.query.domain
 
         def lists() -> list[m.BaselineList]:
-            out = []
-            for baseline in self._baselines:
-                found = _baseline_ranking(baseline, question)
-                items = scored_items(catalogue, domain, found.item_ids[: question.k], found.scores)
-                out.append(m.BaselineList(name=baseline.name, items=items))
-            return out
+            found = {baseline.name: _baseline_ranking(baseline, question) for baseline in self._baselines}
+            return [m.BaselineList(name=name, items=question.items(ranking)) for name, ranking in found.items()]
 
         return m.BaselinesResponse(lists=await asyncio.to_thread(lists))
 
     # ---- scores ------------------------------------------------------------------------------------------------------
 
-    async def score(self, request: m.ScoreRequest, hung_up: Callable[[], Awaitable[None]] = never) -> m.ScoreResponse:
+    async def score(self, request: m.ScoreRequest, hung_up: HungUp = never) -> m.ScoreResponse:
         """The score of each candidate. Raises Refused as `recommend` does."""
         began = self._clock()
         engine, domain, history = await self._looked_up(request)
@@ -278,16 +265,10 @@ class Service:
         (ranking,) = await self._scores(engine, [query], began, request.deadline_ms, hung_up)
         score_of = dict(zip(ranking.item_ids, ranking.scores, strict=True))
         scores = [score_of[item_id] for item_id in request.candidates]
-        return m.ScoreResponse(
-            items=scored_items(engine.catalogue, domain, request.candidates, scores),
-            milliseconds=self._milliseconds(began),
-            domain=domain,
-            model=engine.name,
-        )
+        items = scored_items(engine.catalogue, domain, request.candidates, scores)
+        return m.ScoreResponse(items=items, milliseconds=self._milliseconds(began), domain=domain, model=engine.name)
 
-    async def explain(
-        self, request: m.ExplainRequest, hung_up: Callable[[], Awaitable[None]] = never
-    ) -> m.ExplainResponse:
+    async def explain(self, request: m.ExplainRequest, hung_up: HungUp = never) -> m.ExplainResponse:
         """What each event, and all events of each domain, add to the score of an item: the score is computed again
         without them."""
         began = self._clock()
@@ -333,7 +314,7 @@ class Service:
         queries: Sequence[RankingQuery],
         began: float,
         deadline_ms: float | None,
-        hung_up: Callable[[], Awaitable[None]],
+        hung_up: HungUp,
     ) -> list[Ranking]:
         """Rankings of candidates for all queries, made together."""
         limit = deadline_ms or SCORE_DEADLINE_MS
@@ -359,10 +340,9 @@ class Service:
             raise self._shed(overloaded.retry_after, str(overloaded)) from None
 
     async def _answer(self, job: Job) -> Answer:
-        """The engine's answer. Raises TimeoutError at the deadline."""
         return await asyncio.wait_for(asyncio.wrap_future(job.future), max(0.0, job.deadline - self._clock()))
 
-    async def _unless(self, hung_up: Callable[[], Awaitable[None]], work: Awaitable[T]) -> T:
+    async def _unless(self, hung_up: HungUp, work: Awaitable[T]) -> T:
         """The result of work. When the client hangs up, work is cancelled, which takes its jobs out of the queue."""
         task, gone = asyncio.ensure_future(work), asyncio.ensure_future(hung_up())
         try:
@@ -375,11 +355,11 @@ class Service:
             gone.cancel()
 
     def _shed(self, retry_after: int, message: str) -> m.Refused:
-        self.metrics.shed()
+        self.metrics.refusals.inc()
         return m.Refused(503, message, retry_after=retry_after)
 
     def _failed(self, error: Exception) -> None:
-        self.metrics.failed()
+        self.metrics.failures.inc()
         self._is_broken = self._is_broken or isinstance(error, ModelError)
         log.error("the engine failed: %s", error, exc_info=error)
 
@@ -410,11 +390,6 @@ def _baseline_ranking(baseline: Baseline, question: _Question) -> Ranking:
         for item in query.history
         if item.domain in catalogue.domains and catalogue.row_of_id(item.domain, item.item_id) is not None
     )
-    gone = question.engine.withdrawn.get(domain, frozenset())
-    asked = replace(
-        query,
-        history=history,
-        exclude=known(query.exclude | gone),
-        allow=None if query.allow is None else known(query.allow),
-    )
-    return baseline.rank([asked], question.k)[0]
+    exclude = known(query.exclude | question.engine.withdrawn.get(domain, frozenset()))
+    allow = None if query.allow is None else known(query.allow)
+    return baseline.rank([replace(query, history=history, exclude=exclude, allow=allow)], question.k)[0]

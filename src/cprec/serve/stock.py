@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 from cprec.data.cleaning import clean_title, has_word
 from cprec.errors import CPRecError
@@ -68,21 +69,17 @@ class Stock:
     async def find(self, query: str, domain: str | None, limit: int) -> m.FoundItems:
         """Items in stock whose title has all words of a query, or whose id it is; by id, then in catalogue order."""
         engine, titles = self.engine(), self._titles
+        catalogue = titles.catalogue
         if domain is not None:
             self.domain(engine, domain)
-        withdrawn = engine.withdrawn
 
-        def found() -> list[m.FoundItem]:
-            catalogue, out = titles.catalogue, []
+        def found() -> Iterator[m.FoundItem]:
             for row in titles.find(query, domain):
                 name, item_id = catalogue.domains[catalogue.domain[row]], str(catalogue.item_id[row])
-                if item_id not in withdrawn.get(name, ()):
-                    out.append(m.FoundItem(item_id=item_id, domain=name, title=str(catalogue.title[row])))
-                if len(out) == limit:
-                    break
-            return out
+                if item_id not in engine.withdrawn.get(name, ()):
+                    yield m.FoundItem(item_id=item_id, domain=name, title=str(catalogue.title[row]))
 
-        return m.FoundItems(items=await asyncio.to_thread(found))
+        return m.FoundItems(items=await asyncio.to_thread(lambda: list(islice(found(), limit))))
 
     async def put(self, items: Sequence[m.NewItem]) -> m.Changed:
         """Add items, or change the text of those there are, in every engine: all or none, on disk on return."""
@@ -98,13 +95,8 @@ class Stock:
             )
         if not all(character.isprintable() for character in item.item_id):
             raise m.Refused(422, f"item_id {item.item_id!r} holds control characters: give one without")
-        return StoredItem(
-            domain=item.domain,
-            item_id=item.item_id,
-            title=title,
-            brand=clean_title(item.brand),
-            categories=clean_title(item.categories),
-        )
+        brand, categories = clean_title(item.brand), clean_title(item.categories)
+        return StoredItem(domain=item.domain, item_id=item.item_id, title=title, brand=brand, categories=categories)
 
     async def withdraw(self, domain: str | None, item_ids: Sequence[str]) -> m.Changed:
         """Stop recommending items until they are put again: all or none. Histories may still name them."""
