@@ -46,7 +46,10 @@ def tune(config: TuneConfig, baselines: Mapping[str, lineup.Settings] | None = N
     Raises ConfigError where Optuna is missing, a name is unknown, or a domain has no validation query.
     """
     _optuna()
-    baselines = _named(config) if baselines is None else baselines
+    if baselines is None:  # those set as published are tuned only where they are named
+        names = lineup.names_of(config.baselines)
+        wanted = [name for name in names if name in config.baselines or not name.endswith("(published)")]
+        baselines = {name: lineup.settings_of(name) for name in wanted}
     split, results = read_split(config.data), read_results(config.output)
     domains = config.domains or split.catalogue.domains
     if unknown := sorted(set(domains) - set(split.catalogue.domains)):
@@ -65,16 +68,10 @@ def tune(config: TuneConfig, baselines: Mapping[str, lineup.Settings] | None = N
                     search = _Search(settings, split, domain, questions, config.seed)
                     found = search.run(config.trials, config.seconds, tried=lambda: progress.advance(1))
                     results.setdefault(domain, {})[name] = found | {"asked": asked}
-                    _write(results, Path(config.output))
+                    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+                    write_whole(config.output, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
                 progress.advance(before + config.trials - progress.completed)
     return results
-
-
-def _named(config: TuneConfig) -> dict[str, lineup.Settings]:
-    """The settings to begin with, by name; those set as published only where they are named."""
-    names = lineup.names_of(config.baselines)
-    wanted = [name for name in names if name in config.baselines or not name.endswith("(published)")]
-    return {name: lineup.settings_of(name) for name in wanted}
 
 
 class _Search:
@@ -188,8 +185,3 @@ def _suggest(trial: optuna.Trial, name: str, choice: Choice) -> Any:
     if isinstance(choice, Whole):
         return trial.suggest_int(name, choice.low, choice.high, log=choice.log)
     return trial.suggest_float(name, choice.low, choice.high, log=choice.log)
-
-
-def _write(results: dict[str, dict[str, Any]], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")

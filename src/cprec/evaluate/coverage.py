@@ -43,8 +43,11 @@ def _problem(
     path, audit = data / CERTIFICATE, f"`cprec audit {data}`"
     if not path.is_file():
         return f"{path} is missing: make it with {audit}"
-    certificate = _read(path)
-    known = set(certificate["artifacts"].values())
+    try:
+        certificate: dict[str, Any] = json.loads(path.read_text())
+        known = set(certificate["artifacts"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{path} is no certificate: make it anew with {audit}") from None
     if not certificate["clean"]:
         wrong = [p["name"] for p in certificate["properties"] if p["violations"]]
         return f"{path} found leaks: {'; '.join(wrong)}"
@@ -58,7 +61,11 @@ def _problem(
     queries = data / "queries" / domain / f"{part}.parquet"
     if certificate["queries"].get(f"{domain}/{part}") != hashes.of(queries):
         return f"{queries} is not the file that {path} covers: run {audit} and look at what it finds"
-    covered = {name: sha256 for name, sha256 in certificate.get("files", {}).items() if _has_events(name)}
+    covered = {
+        name: sha256
+        for name, sha256 in certificate.get("files", {}).items()
+        if name == "dataset.json" or (name.startswith(("items/", "interactions/")) and name.endswith(".parquet"))
+    }
     if not covered:
         return f"{path} does not say which events it covers: make it anew with {audit}"
     if changed := differences(covered, {name: hashes.of(data / name) for name in event_files(data)}):
@@ -67,20 +74,6 @@ def _problem(
             f"covers: run {audit} and look at what it finds"
         )
     return None
-
-
-def _has_events(name: str) -> bool:
-    """Whether a file of a data folder is one that a split is read from."""
-    return name == "dataset.json" or (name.startswith(("items/", "interactions/")) and name.endswith(".parquet"))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        certificate: dict[str, Any] = json.loads(path.read_text())
-        set(certificate["artifacts"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(f"{path} is no certificate: make it anew with `cprec audit {path.parent}`") from None
-    return certificate
 
 
 def certificate_summary(data: str | Path, *, uncertified: bool) -> CertificateSummary:

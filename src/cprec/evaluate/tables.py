@@ -32,8 +32,9 @@ from cprec.evaluate.results import (
     Metric,
     Proofs,
     Slice,
+    model_of,
+    together,
 )
-from cprec.evaluate.seeds import model_of, together
 from cprec.evaluate.slices import ordered
 from cprec.evaluate.statistics import adjusted, bootstrap_interval, compare_pair, permutations_for
 
@@ -115,9 +116,8 @@ class Judge:
         cells: dict[Metric, Interval] = {}
         seconds: dict[str, float] = {}
         for protocol in self.protocols:
-            if protocol.name not in rankings:
+            if (saved := rankings.get(protocol.name)) is None:
                 continue
-            saved = rankings[protocol.name]
             for pool in sorted(protocol.pools, key=lambda pool: pool != main):  # the leading one first
                 values[pool] = metrics_of(saved.table, protocol, k, pool)
                 if pool != GENERATED:
@@ -141,27 +141,16 @@ class Judge:
     def table(self, judged: Sequence[Judged]) -> pa.Table:
         """Metrics of every query: a row for each query, arm and pool."""
         asked = {pool: protocol for protocol in self.protocols for pool in protocol.pools}
-        return pa.concat_tables(
-            pa.table(
-                {
-                    "query_id": [query.query_id for query in asked[pool].queries],
-                    "user_id": asked[pool].user,
-                    **{
-                        name: [value] * len(asked[pool].queries)
-                        for name, value in (
-                            ("domain", self.questions.domain),
-                            ("arm", one.arm.name),
-                            ("kind", one.arm.kind),
-                            ("protocol", pool),
-                            ("stochastic", one.stochastic),
-                        )
-                    },
-                    **columns,
-                }
-            )
-            for one in judged
-            for pool, columns in one.values.items()
-        )
+        parts = []
+        for one in judged:
+            about = {"domain": self.questions.domain, "arm": one.arm.name, "kind": one.arm.kind}
+            for pool, columns in one.values.items():
+                queries, users = asked[pool].queries, asked[pool].user
+                same = about | {"protocol": pool, "stochastic": one.stochastic}
+                repeated = {name: [value] * len(queries) for name, value in same.items()}
+                query_ids = [query.query_id for query in queries]
+                parts.append(pa.table({"query_id": query_ids, "user_id": users, **repeated, **columns}))
+        return pa.concat_tables(parts)
 
 
 def sliced(columns: Columns, questions: Questions, main: Metric, seed: int) -> dict[str, dict[str, Slice]]:
