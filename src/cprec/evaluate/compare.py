@@ -22,7 +22,7 @@ from cprec.evaluate.comparison import ComparedArm, ComparisonTable, Estimate, in
 from cprec.evaluate.comparison_page import comparison_page, latex_table, markdown_table, print_tables
 from cprec.evaluate.results import FULL, FULL_WITH_SEEN, model_of, together
 from cprec.evaluate.saved import read_saved
-from cprec.evaluate.statistics import adjusted, bootstrap_interval, compare_pair, permutations_for, seed_variance
+from cprec.evaluate.statistics import bootstrap_interval, compare_pairs, seed_variance
 from cprec.files import write_whole
 from cprec.progress import say
 
@@ -261,26 +261,17 @@ def _table(
     first = next(iter(arms.values()))
     metrics = [name for name in first.values_SQ if all(name in arm.values_SQ for arm in arms.values())]
     users = first.user_id if len(set(first.user_id)) < len(first.user_id) else None
-    means = {name: float(arm.values_SQ[metrics[0]].mean()) for name, arm in arms.items()}
-    order = sorted(arms, key=lambda name: -means[name])
+    values = {name: arm.values_SQ[metrics[0]] for name, arm in arms.items()}
+    order = sorted(arms, key=lambda name: -float(values[name].mean()))
     rivals = [name for name in order if not arms[name].bound]
     pairs = list(combinations(rivals, 2))
-    tests = [
-        compare_pair(
-            arms[a].values_SQ[metrics[0]],
-            arms[b].values_SQ[metrics[0]],
-            groups=users,
-            permutations=permutations_for(len(pairs)),
-            stochastic=(arms[a].stochastic, arms[b].stochastic),
-        )
-        for a, b in pairs
-    ]
-    comparisons = dict(zip(pairs, adjusted(tests), strict=True))
+    stochastic = {name: arm.stochastic for name, arm in arms.items()}
+    comparisons = dict(zip(pairs, compare_pairs(values, pairs, groups=users, stochastic=stochastic), strict=True))
     against_best = {b: test.reversed() for (a, b), test in comparisons.items() if a == rivals[0]}
     compared = [
         ComparedArm(
             name=name,
-            num_seeds=len(arms[name].values_SQ[metrics[0]]),
+            num_seeds=len(values[name]),
             bound=arms[name].bound,
             estimates={m: _estimate(arms[name].values_SQ[m], users) for m in metrics},
             against_best=against_best.get(name),

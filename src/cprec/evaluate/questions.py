@@ -162,12 +162,19 @@ def read_queries(data: str | Path, domain: str, part: str, *, max_queries: int =
 
 
 def _questions(domain: str, rows: Rows) -> Questions:
-    return Questions(
-        domain=domain,
-        queries=[_query(row) for row in rows],
-        target=[row["target"] for row in rows],
-        user=[row["user_id"] for row in rows],
-    )
+    queries = []
+    for row in rows:
+        history = tuple(map(Item, row["history_domain"], row["history_item"]))
+        query = RankingQuery(
+            query_id=row["query_id"],
+            domain=row["domain"],
+            history=history,
+            user=f"{row['platform']}/{row['user_id']}",
+            uncounted=frozenset(item.item_id for item in history if item.domain == row["domain"]),
+        )
+        queries.append(query)
+    targets, users = ([row[name] for row in rows] for name in ("target", "user_id"))
+    return Questions(domain=domain, queries=queries, target=targets, user=users)
 
 
 def _read_rows(folder: Path, part: str) -> Rows:
@@ -184,18 +191,6 @@ def _sample(rows: Rows, max_queries: int, seed: int) -> Rows:
         return rows
     chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:max_queries])
     return [rows[number] for number in chosen]
-
-
-def _query(row: Mapping[str, Any]) -> RankingQuery:
-    domain = row["domain"]
-    history = tuple(Item(d, i) for d, i in zip(row["history_domain"], row["history_item"], strict=True))
-    return RankingQuery(
-        query_id=row["query_id"],
-        domain=domain,
-        history=history,
-        user=f"{row['platform']}/{row['user_id']}",
-        uncounted=frozenset(item.item_id for item in history if item.domain == domain),
-    )
 
 
 def _training_events(split: Split, domain: str) -> np.ndarray:

@@ -5,7 +5,7 @@ A query is in one group of each slice. Suffix Q: queries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -75,7 +75,7 @@ def _thirds(value_Q: np.ndarray) -> np.ndarray:
     return np.array([names[group] for group in group_Q], dtype=object)
 
 
-def ordered(slices: Mapping[str, np.ndarray], name: str) -> list[str]:
+def ordered(group_Q: np.ndarray) -> list[str]:
     """The groups of a slice in their natural order."""
     known = [NEW, COLD, TAIL, HEAD, "never", "first third", "middle third", "last third", "repeat", "new to the user"]
 
@@ -85,4 +85,4 @@ def ordered(slices: Mapping[str, np.ndarray], name: str) -> list[str]:
         number = group.removeprefix("over ").partition("-")[0]
         return (float(number) + group.startswith("over ") if number.isdecimal() else -1.0), group
 
-    return sorted(set(slices[name]), key=place)
+    return sorted(set(group_Q), key=place)

@@ -8,7 +8,7 @@ Suffixes: Q queries, S seeds, G groups (users).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
@@ -127,7 +127,6 @@ class SeedVariance:
     """The mean over seeds and queries, and how far it would move with other users and with other seeds."""
 
     mean: float
-    """Over all seeds and queries."""
     low: float
     high: float
     """Ends of the interval over both users and seeds."""
@@ -212,7 +211,6 @@ class Comparison:
     p_adjusted: float
     """The p value corrected for all comparisons of its table (`adjusted`); the same where it stands alone."""
     num_queries: int
-    """Queries that both arms answered."""
     detectable: float | None
     """The smallest true difference that these queries find with 80 % power at a level of 5 %, before correction. None
     where it cannot be estimated: the arms differ by the same on all queries, or there is a single user."""
@@ -331,13 +329,32 @@ def _student_p(mean: float, squared_error: float, terms: Terms) -> float:
 # ---- many comparisons ------------------------------------------------------------------------------------------------
 
 
-def permutations_for(comparisons: int) -> int:
-    """Flips that let the smallest p value of a table stay small when all its comparisons are corrected for.
+def compare_pairs(
+    values: Mapping[str, np.ndarray],
+    pairs: Sequence[tuple[str, str]],
+    *,
+    groups: Groups = None,
+    seed: int = 0,
+    stochastic: Mapping[str, bool],
+) -> list[Comparison]:
+    """`compare_pair` of the arms of each pair, by name, and Holm's correction over all of them.
 
-    >>> permutations_for(10), permutations_for(253)
-    (9999, 25300)
+    There are so many flips that the smallest p value stays small when it is corrected.
     """
-    return max(PERMUTATIONS, 100 * comparisons)
+    flips = max(PERMUTATIONS, 100 * len(pairs))
+    return adjusted(
+        [
+            compare_pair(
+                values[a],
+                values[b],
+                groups=groups,
+                permutations=flips,
+                seed=seed,
+                stochastic=(stochastic[a], stochastic[b]),
+            )
+            for a, b in pairs
+        ]
+    )
 
 
 def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:

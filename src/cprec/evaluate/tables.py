@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, compress
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +36,7 @@ from cprec.evaluate.results import (
     together,
 )
 from cprec.evaluate.slices import ordered
-from cprec.evaluate.statistics import adjusted, bootstrap_interval, compare_pair, permutations_for
+from cprec.evaluate.statistics import bootstrap_interval, compare_pairs
 
 Columns = Mapping[str, np.ndarray]
 """A value of each query, by the name it has in `metrics.parquet`."""
@@ -156,15 +156,15 @@ class Judge:
 def sliced(columns: Columns, questions: Questions, main: Metric, seed: int) -> dict[str, dict[str, Slice]]:
     """NDCG@K and Recall@K in each group of each slice, with the number of its queries."""
     shown = (replace(main, name="ndcg"), replace(main, name="recall"))
-    out: dict[str, dict[str, Slice]] = {}
-    for name, group_Q in questions.slices.items():
-        out[name] = {}
-        for group in ordered(questions.slices, name):
-            inside = group_Q == group
-            users = [user for user, mine in zip(questions.user, inside, strict=True) if mine]
-            cells = {metric: interval(columns[str(metric)][inside], users, seed) for metric in shown}
-            out[name][group] = Slice(num_queries=int(inside.sum()), metrics=cells)
-    return out
+
+    def of(inside: np.ndarray) -> Slice:
+        users = list(compress(questions.user, inside))
+        cells = {metric: interval(columns[str(metric)][inside], users, seed) for metric in shown}
+        return Slice(num_queries=len(users), metrics=cells)
+
+    return {
+        name: {group: of(group_Q == group) for group in ordered(group_Q)} for name, group_Q in questions.slices.items()
+    }
 
 
 def proofs_of(rankings: pa.Table, num_queries: int) -> Proofs | None:
@@ -256,18 +256,9 @@ def paired(judged: Sequence[Judged], users: Sequence[str], main: Metric, seed: i
     pairs = _told(values, [rival for rival, own in members.items() if named[own[0]].arm.kind == "model"])
     # The best was picked from the same data, so that all pairs count in the correction.
     every = [*pairs, *(pair for pair in combinations(members, 2) if pair not in pairs and pair[::-1] not in pairs)]
-    found = [
-        compare_pair(
-            values[a],
-            values[b],
-            groups=_groups(users),
-            permutations=permutations_for(len(every)),
-            seed=seed,
-            stochastic=(named[members[a][0]].stochastic, named[members[b][0]].stochastic),
-        )
-        for a, b in every
-    ]
-    return [Difference(a=a, b=b, metric=main, test=test) for (a, b), test in zip(pairs, adjusted(found), strict=False)]
+    stochastic = {rival: named[own[0]].stochastic for rival, own in members.items()}
+    found = compare_pairs(values, every, groups=_groups(users), seed=seed, stochastic=stochastic)
+    return [Difference(a=a, b=b, metric=main, test=test) for (a, b), test in zip(pairs, found, strict=False)]
 
 
 def _told(values: Mapping[str, np.ndarray], models: Sequence[str]) -> list[tuple[str, str]]:
