@@ -27,10 +27,7 @@ Opened = dict[str, tuple[str | None, Recommender]]
 
 
 def audit_shortcuts(
-    folder: Path | str,
-    domains: Sequence[str] = (),
-    models: Sequence[str] = (),
-    max_queries: int = 2000,
+    folder: Path | str, domains: Sequence[str] = (), models: Sequence[str] = (), max_queries: int = 2000
 ) -> list[ShortcutAudit]:
     """Write `shortcuts.html` and `shortcuts.json` into a data folder and print the table; returns what was measured.
 

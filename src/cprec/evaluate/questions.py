@@ -26,11 +26,11 @@ from cprec.evaluate.results import (
     NEW_ITEMS,
 )
 from cprec.evaluate.saved import read_saved, write_saved
-from cprec.evaluate.slices import slices_of
+from cprec.evaluate.slices import slices_of, training_events
 from cprec.progress import say, track
 from cprec.provenance import file_sha256
 from cprec.recommender import RankingQuery
-from cprec.schema import TRAIN, Item
+from cprec.schema import Item
 
 SAMPLED = {UNIFORM: CANDIDATES_UNIFORM, POPULARITY: CANDIDATES_POPULARITY}
 """How candidates are drawn -> the protocol that ranks them."""
@@ -138,7 +138,8 @@ def read_questions(
     Raises ConfigError for a domain without queries, and DataError where frozen candidates are of other queries.
     """
     folder = Path(data, "queries", domain)
-    events_N = _training_events(split, domain)
+    mine = split.catalogue.rows_of(domain)
+    events_N = np.bincount(training_events(split, domain)[1], minlength=len(mine))
     every = _read_rows(folder, part)
     files = _frozen_candidates(folder, split, domain, every, part, num_candidates, seed, events_N)
     drawn = {how: _read_candidates(file, every) for how, file in files.items()}
@@ -146,11 +147,11 @@ def read_questions(
     asked = _questions(domain, rows)
     return replace(
         asked,
-        num_items=len(split.catalogue.rows_of(domain)),
+        num_items=len(mine),
         num_candidates=num_candidates,
         candidates={how: [sets[query.query_id] for query in asked.queries] for how, sets in drawn.items()},
         slices=slices_of(split, domain, asked.queries, asked.target, events_N),
-        new_items=frozenset(map(str, split.catalogue.item_id[split.catalogue.rows_of(domain)][events_N == 0])),
+        new_items=frozenset(map(str, split.catalogue.item_id[mine][events_N == 0])),
         notes=_small_sets(num_candidates, rows, drawn),
         sha256={"queries": _hash_of(asked), **{SAMPLED[how]: file_sha256(file) for how, file in files.items()}},
     )
@@ -191,13 +192,6 @@ def _sample(rows: Rows, max_queries: int, seed: int) -> Rows:
         return rows
     chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:max_queries])
     return [rows[number] for number in chosen]
-
-
-def _training_events(split: Split, domain: str) -> np.ndarray:
-    """Training events of each item of a domain: int64[N]."""
-    log, mine = split.interactions, split.catalogue.rows_of(domain)
-    of_domain = split.catalogue.domain[log.item] == split.catalogue.domain_index(domain)
-    return np.bincount(log.item[of_domain & split.events(TRAIN)] - mine[0], minlength=len(mine))
 
 
 def _hash_of(asked: Questions) -> str:

@@ -25,6 +25,7 @@ from cprec.data.splits import Queries, Split
 from cprec.data.titles import title_vectors
 from cprec.errors import ConfigError
 from cprec.evaluate.results import Interval
+from cprec.evaluate.slices import training_events
 from cprec.evaluate.statistics import ALPHA, POWER, SAMPLES, bootstrap_interval
 from cprec.progress import track
 from cprec.ranks import count_rankings, ndcg, recall
@@ -211,13 +212,6 @@ def _queries(split: Split, domain: str, max_queries: int) -> Queries:
 
 
 # ---- the training part -----------------------------------------------------------------------------------------------
-
-
-def training_events(split: Split, domain: str) -> tuple[np.ndarray, np.ndarray]:
-    """User and item (from 0 in the domain) of each training event of a domain, by user, then in order of time."""
-    log, mine = split.train, split.catalogue.rows_of(domain)
-    at = np.flatnonzero(split.catalogue.domain[log.item] == split.catalogue.domain_index(domain))
-    return log.user[at], log.item[at] - mine[0]
 
 
 def immediate_repeats(user: np.ndarray, item: np.ndarray) -> float:

@@ -31,6 +31,13 @@ ABOUT = {
 """What each slice is, for people. A slice of one group is left out, and so is one by time where times are not real."""
 
 
+def training_events(split: Split, domain: str) -> tuple[np.ndarray, np.ndarray]:
+    """User and item (from 0 in the domain) of each training event of a domain, by user, then in order of time."""
+    log, mine = split.train, split.catalogue.rows_of(domain)
+    at = np.flatnonzero(split.catalogue.domain[log.item] == split.catalogue.domain_index(domain))
+    return log.user[at], log.item[at] - mine[0]
+
+
 def slices_of(
     split: Split, domain: str, queries: Sequence[RankingQuery], targets: Sequence[str], events_N: np.ndarray
 ) -> dict[str, np.ndarray]:

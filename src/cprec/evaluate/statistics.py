@@ -41,11 +41,7 @@ Groups = Sequence[object] | np.ndarray | None
 
 
 def bootstrap_interval(
-    values_Q: np.ndarray,
-    *,
-    groups: Groups = None,
-    samples: int = SAMPLES,
-    seed: int = 0,
+    values_Q: np.ndarray, *, groups: Groups = None, samples: int = SAMPLES, seed: int = 0
 ) -> tuple[float, float, float]:
     """Mean over queries with a percentile bootstrap interval (Efron 1979): (mean, low, high).
 

@@ -35,7 +35,7 @@ from cprec.evaluate.results import (
     model_of,
     together,
 )
-from cprec.evaluate.slices import ordered
+from cprec.evaluate.slices import ordered, training_events
 from cprec.evaluate.statistics import bootstrap_interval, compare_pairs
 
 Columns = Mapping[str, np.ndarray]
@@ -207,9 +207,8 @@ class Lists:
 
     @classmethod
     def of(cls, split: Split, domain: str) -> Lists:
-        mine, log = split.catalogue.rows_of(domain), split.train
-        chosen = split.catalogue.domain[log.item] == split.catalogue.domain_index(domain)
-        pairs = np.unique(np.stack([log.user[chosen], log.item[chosen] - mine[0]]), axis=1)
+        mine = split.catalogue.rows_of(domain)
+        pairs = np.unique(np.stack(training_events(split, domain)), axis=1)
         return cls(
             row_of={str(item): row for row, item in enumerate(split.catalogue.item_id[mine])},
             count_N=np.bincount(pairs[1], minlength=len(mine)),
