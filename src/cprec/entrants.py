@@ -98,7 +98,8 @@ def model_entrants(output_dir: str, domain: str, models: Mapping[str, str], rank
 
     A model that is gone, or whose weights are, enters with the rankings that it left there.
     """
-    hashes, entrants = FileHashes(output_dir), []
+    hashes = FileHashes(output_dir)
+    entrants = []
     for name, folder in models.items():
         about = read_done(folder)
         if about is not None and any(Path(folder).glob("*.safetensors")):

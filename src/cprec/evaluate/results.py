@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from cprec.errors import DataError
 from cprec.evaluate.statistics import Comparison
@@ -22,7 +22,6 @@ SCHEMA_VERSION = 1
 FULL, FULL_WITH_SEEN, NEW_ITEMS, GENERATED = "full", "full_with_seen", "new_items", "generate"
 CANDIDATES_UNIFORM, CANDIDATES_POPULARITY = "candidates_uniform", "candidates_popularity"
 
-Record = TypeVar("Record")
 Kind = Literal["baseline", "model", "bound"]
 """A bound knows what no recommender can know: it is never the best arm and is not tested."""
 
@@ -413,9 +412,9 @@ def _arm_from_json(name: str, content: Mapping[str, Any], main: str, keys: Mappi
     )
 
 
-def _record(record: type[Record], content: Mapping[str, Any]) -> Record:
+def _record(record: Any, content: Mapping[str, Any]) -> Any:
     """A record from the entries of its fields, which may stand among others."""
-    return record(**{one.name: content[one.name] for one in fields(record)})  # type: ignore[arg-type]
+    return record(**{one.name: content[one.name] for one in fields(record)})
 
 
 def _cells_to_json(cells: Cells) -> dict[str, dict[str, float]]:
