@@ -18,25 +18,19 @@ from cprec.entrants import model_entrants
 from cprec.errors import ConfigError
 from cprec.evaluate.config import EvaluateConfig
 from cprec.evaluate.evaluate import evaluate
-from cprec.evaluate.results import DomainResult
 from cprec.evaluate.training_page import fork_page, print_forks
 from cprec.files import write_whole
 from cprec.progress import say
 from cprec.provenance import CONFIG_FILE, read_resolved, save_resolved
 from cprec.train.checkpoint import damage, read_state, step_of
-from cprec.train.config import (
-    AnnealConfig,
-    FinetuneConfig,
-    ForkData,
-    PretrainConfig,
-    share_of,
-    under_current_names,
-)
+from cprec.train.config import AnnealConfig, FinetuneConfig, ForkData, PretrainConfig, share_of, under_current_names
 from cprec.train.finetune import finetune
 from cprec.train.folder import LOG, read_done, read_log
 from cprec.train.pretrain import fork
 
 FORKS = "forks"
+SHARED = ("data", "max_length", "train_batch_size", "micro_batch_size", "bf16", "seed")
+"""Settings that fine-tuning takes over from the pre-training run."""
 TRUNK = "no annealing"
 MIXED_LATE, SFT_LATE = 0.8, 0.1
 """Share of mixed sequences in `mixed_late` (1:4), of examples in `sft_late` (our reconstruction, docs/papers.md)."""
@@ -56,10 +50,11 @@ def anneal(config: AnnealConfig) -> dict[str, Any]:
     folder = Path(config.output_dir or run / FORKS)
     domain = _domain(config, Path(trunk.data))
     branches = _grow(config, trunk, stable, folder)
-    rows = {TRUNK: _trunk_row(run, stable)} | {name: _branch_row(path, stable) for name, path in branches.items()}
+    rows = {TRUNK: _row(run, stable)} | {
+        name: _row(path, stable, done=read_done(path)) for name, path in branches.items()
+    }
     if config.num_train_epochs:
-        starts = {TRUNK: stable, **branches}
-        _fine_tune(config, trunk, domain, starts, folder, rows)
+        _fine_tune(config, trunk, domain, {TRUNK: stable, **branches}, folder, rows)
     comparison = {"run": str(run), "start": stable.name, "domain": domain, "rows": rows}
     folder.mkdir(parents=True, exist_ok=True)
     save_resolved(folder, config)
@@ -73,7 +68,7 @@ def anneal(config: AnnealConfig) -> dict[str, Any]:
 
 def _grow(config: AnnealConfig, trunk: PretrainConfig, stable: Path, folder: Path) -> dict[str, Path]:
     """The model folder of each branch, by its name."""
-    branches: dict[str, Path] = {}
+    branches = {}
     plans = list(itertools.product(config.lengths, config.shapes, config.data))
     for number, (length, shape, data) in enumerate(plans, start=1):
         name = f"{100 * share_of(length):g}% {shape} {data}"
@@ -104,16 +99,15 @@ def _stable(run: Path, name: str) -> Path:
         raise ConfigError(
             f"run={run} has no {name or 'stable-STEP'}: it is written at the end of the stable phase of pre-training"
         )
-    reason = damage(found[-1])
-    if reason:
+    if reason := damage(found[-1]):
         raise ConfigError(f"{found[-1]} is damaged ({reason}): name another one with start=stable-STEP")
     return found[-1]
 
 
 def _domain(config: AnnealConfig, data: Path) -> str:
-    found = sorted(path.name for path in (data / "examples").glob("*") if path.is_dir())
     if config.domain or not config.num_train_epochs:
         return config.domain
+    found = sorted(path.name for path in (data / "examples").glob("*") if path.is_dir())
     if len(found) != 1:
         raise ConfigError(f"domain: choose one to fine-tune on; {data} has examples of {', '.join(found) or 'none'}")
     return found[0]
@@ -131,23 +125,25 @@ def _log(run: Path) -> list[dict[str, Any]]:
     return read_log(run / LOG) if (run / LOG).is_file() else []
 
 
-def _trunk_row(run: Path, stable: Path) -> dict[str, Any]:
-    """The stable checkpoint as it is; its held-out perplexity was measured when it was saved."""
+def _row(run: Path, stable: Path, done: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The cost of a branch that is `done`, without the shared part, and the held-out perplexity at its end.
+
+    Without `done` it is the row of the stable checkpoint, whose perplexity was measured when it was saved.
+    """
     state = read_state(stable)
-    heldout = [line["heldout"] for line in _log(run) if line.get("heldout") and line["step"] == state.step]
-    return {"tokens": 0, "seconds": 0.0, "total_tokens": state.num_tokens, "heldout": heldout[-1] if heldout else {}}
-
-
-def _branch_row(folder: Path, stable: Path) -> dict[str, Any]:
-    """The cost of a branch, without the shared part, and the held-out perplexity at its end."""
-    done, state = read_done(folder) or {}, read_state(stable)
-    heldout = [line["heldout"] for line in _log(folder) if line.get("heldout")]
+    tokens, seconds = (done["tokens"], done["seconds"]) if done else (state.num_tokens, state.seconds)
     return {
-        "tokens": done["tokens"] - state.num_tokens,
-        "seconds": round(done["seconds"] - state.seconds, 1),
-        "total_tokens": done["tokens"],
-        "heldout": heldout[-1] if heldout else {},
+        "tokens": tokens - state.num_tokens,
+        "seconds": round(seconds - state.seconds, 1),
+        "total_tokens": tokens,
+        "heldout": _last_heldout(run, None if done else state.step) or {},
     }
+
+
+def _last_heldout(run: Path, step: int | None = None) -> dict[str, float] | None:
+    """The last held-out perplexities in the log of a run, or those at a step."""
+    logged = [line["heldout"] for line in _log(run) if line.get("heldout") and step in (None, line["step"])]
+    return logged[-1] if logged else None
 
 
 def _fine_tune(
@@ -164,12 +160,7 @@ def _fine_tune(
         say(f"fine-tuning on {domain}: {name}")
         tuned = finetune(
             FinetuneConfig(
-                data=trunk.data,
-                max_length=trunk.max_length,
-                train_batch_size=trunk.train_batch_size,
-                micro_batch_size=trunk.micro_batch_size,
-                bf16=trunk.bf16,
-                seed=trunk.seed,
+                **{name: getattr(trunk, name) for name in SHARED},
                 domain=domain,
                 model_name_or_path=str(start),
                 output_dir=str(folder / "finetune" / _as_folder(name)),
@@ -178,26 +169,23 @@ def _fine_tune(
             )
         )
         models[name] = str(tuned)
-        last = [line["heldout"] for line in _log(tuned) if line.get("heldout")]
-        rows[name]["next_item_perplexity"] = next(iter(last[-1].values())) if last else None
+        last = _last_heldout(tuned)
+        rows[name]["next_item_perplexity"] = next(iter(last.values())) if last else None
     if config.max_queries:
-        ranked = _rank(config, trunk.data, domain, models, folder)
-        for name, arm in ranked.arms.items():
-            shown = (ranked.main, replace(ranked.main, name="recall"))
-            rows[name] |= {str(metric): asdict(arm.metrics[metric]) for metric in shown}
-        for difference in ranked.differences:
-            if difference.b == TRUNK:
-                test = difference.test
-                rows[difference.a]["against_trunk"] = {"mean": test.mean, "low": test.low, "high": test.high}
+        _rank(config, trunk.data, domain, models, folder, rows)
 
 
-def _rank(config: AnnealConfig, data: str, domain: str, models: dict[str, str], folder: Path) -> DomainResult:
-    settings = EvaluateConfig(
-        data=data,
-        output_dir=str(folder / "evaluate"),
-        part="validation",  # forks are chosen by these figures: the test queries stay untouched
-        max_queries=config.max_queries,
-    )
-    return evaluate(
-        settings, read_split(data), domain, model_entrants(settings.output_dir, domain, models, settings.rank)
-    )
+def _rank(
+    config: AnnealConfig, data: str, domain: str, models: dict[str, str], folder: Path, rows: dict[str, dict[str, Any]]
+) -> None:
+    """Rank validation queries with every model: these figures choose a fork, so the test queries stay untouched."""
+    output = str(folder / "evaluate")
+    settings = EvaluateConfig(data=data, output_dir=output, part="validation", max_queries=config.max_queries)
+    ranked = evaluate(settings, read_split(data), domain, model_entrants(output, domain, models, settings.rank))
+    for name, arm in ranked.arms.items():
+        shown = (ranked.main, replace(ranked.main, name="recall"))
+        rows[name] |= {str(metric): asdict(arm.metrics[metric]) for metric in shown}
+    for difference in ranked.differences:
+        if difference.b == TRUNK:
+            test = difference.test
+            rows[difference.a]["against_trunk"] = {"mean": test.mean, "low": test.low, "high": test.high}

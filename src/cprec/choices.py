@@ -7,26 +7,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Real:
-    """Real numbers from low to high, both possible."""
+    """Real numbers from low to high, both possible; with `log` even on a logarithmic scale."""
 
     low: float
-    """The smallest."""
     high: float
-    """The largest."""
     log: bool = False
-    """Even on a logarithmic scale, for what matters by its order of magnitude."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Whole:
-    """Whole numbers from low to high, both possible."""
+    """Whole numbers from low to high, both possible; with `log` even on a logarithmic scale."""
 
     low: int
-    """The smallest."""
     high: int
-    """The largest."""
     log: bool = False
-    """Even on a logarithmic scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +28,6 @@ class OneOf:
     """Some values in no order."""
 
     values: tuple[str | int | float | bool, ...]
-    """All of them."""
 
 
 Choice = Real | Whole | OneOf

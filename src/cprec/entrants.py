@@ -19,8 +19,7 @@ from cprec.errors import ConfigError
 from cprec.evaluate.config import EvaluateConfig
 from cprec.evaluate.evaluate import EXACT, Entrant, Opened
 from cprec.evaluate.rankings import rankings_path, read_rankings, slug
-from cprec.evaluate.results import FULL, GENERATED
-from cprec.evaluate.seeds import arm_of
+from cprec.evaluate.results import FULL, GENERATED, arm_of
 from cprec.progress import say
 from cprec.provenance import FileHashes, code_sha256, file_sha256, to_dict
 from cprec.rank.config import RankConfig
@@ -41,31 +40,25 @@ def baseline_entrants(config: EvaluateConfig, split: Split, domain: str) -> list
     """
     names = lineup.names_of(config.baselines)
     tuned = _tuned(config, domain, names)
-    return [
-        _baseline(config, split, domain, name, seed, tuned.get(name))
-        for name in names
-        for seed in (config.seeds if lineup.is_trained(name) else [config.seed])
-    ]
 
-
-def _baseline(
-    config: EvaluateConfig, split: Split, domain: str, name: str, seed: int, tuned: Mapping[str, Any] | None
-) -> Entrant:
-    trained = lineup.is_trained(name)
-
-    def made() -> Opened:
+    def made(name: str, seed: int) -> Opened:
         folder = Path(config.output_dir, "baselines", domain, slug(name))
-        recommender = lineup.settings_of(name, tuned).make(split, domain, seed=seed, folder=folder)
-        cost = {shown: getattr(recommender, name) for name, shown in COSTS.items() if hasattr(recommender, name)}
+        recommender = lineup.settings_of(name, tuned.get(name)).make(split, domain, seed=seed, folder=folder)
+        cost = {shown: getattr(recommender, told) for told, shown in COSTS.items() if hasattr(recommender, told)}
         return Opened(recommender=recommender, cost=cost)
 
-    return Entrant(
-        name=arm_of(name, seed) if trained and len(config.seeds) > 1 else name,
-        kind="baseline",
-        open=made,
-        identity={"code": lineup.identity_of(name), "seed": seed, "tuned": tuned},
-        stochastic=trained,
-    )
+    return [
+        Entrant(
+            name=arm_of(name, seed) if trained and len(config.seeds) > 1 else name,
+            kind="baseline",
+            open=partial(made, name, seed),
+            identity={"code": lineup.identity_of(name), "seed": seed, "tuned": tuned.get(name)},
+            stochastic=trained,
+        )
+        for name in names
+        for trained in [lineup.is_trained(name)]
+        for seed in (config.seeds if trained else [config.seed])
+    ]
 
 
 def _tuned(config: EvaluateConfig, domain: str, names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -106,21 +99,19 @@ def model_entrants(output_dir: str, domain: str, models: Mapping[str, str], rank
     A model that is gone, or whose weights are, enters with the rankings that it left there.
     """
     hashes = FileHashes(output_dir)
-    entrants = [
-        _model(name, folder, rank, hashes) if _has_weights(folder) else _gone(name, folder, rank, output_dir, domain)
-        for name, folder in models.items()
-    ]
+    entrants = []
+    for name, folder in models.items():
+        about = read_done(folder)
+        if about is not None and any(Path(folder).glob("*.safetensors")):
+            entrants.append(_model(name, folder, about, rank, hashes))
+        else:
+            say(f"{domain}: {name}: no weights in {folder}, so its saved rankings are scored as they are")
+            entrants.append(_gone(name, folder, about, rank, rankings_path(output_dir, domain, name, FULL)))
     hashes.save()
     return entrants
 
 
-def _has_weights(folder: str) -> bool:
-    return read_done(folder) is not None and any(Path(folder).glob("*.safetensors"))
-
-
-def _model(name: str, folder: str, rank: RankConfig, hashes: FileHashes) -> Entrant:
-    about = read_done(folder) or {}
-
+def _model(name: str, folder: str, about: Mapping[str, Any], rank: RankConfig, hashes: FileHashes) -> Entrant:
     def opened() -> Opened:
         from cprec.rank.llm import LLMRecommender  # loads torch
 
@@ -140,11 +131,9 @@ def _model(name: str, folder: str, rank: RankConfig, hashes: FileHashes) -> Entr
     )
 
 
-def _gone(name: str, folder: str, rank: RankConfig, output_dir: str, domain: str) -> Entrant:
+def _gone(name: str, folder: str, about: Mapping[str, Any] | None, rank: RankConfig, rankings: Path) -> Entrant:
     """A model without weights: its saved rankings are used, if they are of the rule that holds now."""
-    say(f"{domain}: {name}: no weights in {folder}, so its saved rankings are scored as they are")
-    saved = read_rankings(rankings_path(output_dir, domain, name, FULL))
-    about = read_done(folder)
+    saved = read_rankings(rankings)
 
     def opened() -> Opened:
         raise ConfigError(

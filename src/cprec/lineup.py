@@ -33,7 +33,7 @@ class Settings(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Listed:
     """Where the settings of a row of the tables are."""
 
@@ -49,52 +49,38 @@ class Listed:
 
 
 LINEUP: Mapping[str, Listed] = {
-    "random": Listed(settings="baselines.random:Random", about="the floor"),
-    "popularity": Listed(settings="baselines.popularity:Popularity", about="training events of each item"),
-    "recent popularity": Listed(
-        settings="baselines.popularity:RecentPopularity", about="the same, of the latest events"
-    ),
-    "titles": Listed(settings="baselines.text:TitleSimilarity", about="titles like the last ones; learns nothing"),
+    "random": Listed("baselines.random:Random", "the floor"),
+    "popularity": Listed("baselines.popularity:Popularity", "training events of each item"),
+    "recent popularity": Listed("baselines.popularity:RecentPopularity", "the same, of the latest events"),
+    "titles": Listed("baselines.text:TitleSimilarity", "titles like the last ones; learns nothing"),
     "transition graph (last item)": Listed(
-        settings="baselines.transition_graph:LAST_ITEM", about="what followed the last item in training"
+        "baselines.transition_graph:LAST_ITEM", "what followed the last item in training"
     ),
-    "transition graph": Listed(
-        settings="baselines.transition_graph:TransitionGraph", about="the last 20 items, decayed"
-    ),
-    "transition graph (two hops)": Listed(
-        settings="baselines.transition_graph:TWO_HOPS", about="and what follows those"
-    ),
-    "transition graph (titles)": Listed(
-        settings="baselines.transition_graph:WITH_TITLES", about="with likeness of titles"
-    ),
-    "ItemKNN": Listed(settings="baselines.item_knn:ItemKNN", about="items that users had as well"),
-    "ItemKNN (published)": Listed(settings="baselines.item_knn:PUBLISHED", about="Deshpande and Karypis 2004"),
-    "EASE": Listed(settings="baselines.ease:EASE", about="a linear autoencoder"),
-    "EASE (published)": Listed(settings="baselines.ease:PUBLISHED", about="Steck 2019"),
-    "iALS": Listed(settings="baselines.ials:IALS", about="matrix factorisation by least squares"),
-    "iALS (published)": Listed(settings="baselines.ials:PUBLISHED", about="Rendle et al. 2022, for MovieLens"),
-    "LightGCN": Listed(settings="systems.recipes.lightgcn:LightGCN", about="vectors smoothed over the graph"),
-    "LightGCN (published)": Listed(settings="systems.recipes.lightgcn:PUBLISHED", about="He et al. 2020"),
-    "AlphaRec": Listed(settings="systems.recipes.alpharec:AlphaRec", about="frozen title vectors on the same graph"),
-    "AlphaRec (published)": Listed(settings="systems.recipes.alpharec:PUBLISHED", about="Sheng et al. 2025"),
-    "GRU4Rec": Listed(settings="systems.recipes.gru4rec:GRU4Rec", about="a recurrent network"),
-    "GRU4Rec (published)": Listed(
-        settings="systems.recipes.gru4rec:PUBLISHED", about="Hidasi and Karatzoglou 2018, BPR-max"
-    ),
-    "BERT4Rec": Listed(settings="systems.recipes.bert4rec:BERT4Rec", about="fills in masked items"),
-    "BERT4Rec (published)": Listed(settings="systems.recipes.bert4rec:PUBLISHED", about="Sun et al. 2019"),
-    "SASRec": Listed(settings="systems.recipes.sasrec:SASRec", about="causal self-attention, softmax over all items"),
-    "SASRec (sampled softmax)": Listed(
-        settings="systems.recipes.sasrec:SAMPLED", about="against many shared negatives"
-    ),
-    "SASRec (published)": Listed(
-        settings="systems.recipes.sasrec:PUBLISHED", about="Kang and McAuley 2018, one negative"
-    ),
-    "ICSRec": Listed(settings="systems.recipes.icsrec:ICSRec", about="and contrast of like intentions"),
-    "ICSRec (published)": Listed(settings="systems.recipes.icsrec:PUBLISHED", about="Qin et al. 2024"),
-    "ReaRec": Listed(settings="systems.recipes.rearec:ReaRec", about="and latent steps of reasoning"),
-    "ReaRec (published)": Listed(settings="systems.recipes.rearec:PUBLISHED", about="Tang et al. 2025, ensemble"),
-    "TIGER": Listed(settings="systems.recipes.tiger:TIGER", about="writes the codes of the next item one by one"),
+    "transition graph": Listed("baselines.transition_graph:TransitionGraph", "the last 20 items, decayed"),
+    "transition graph (two hops)": Listed("baselines.transition_graph:TWO_HOPS", "and what follows those"),
+    "transition graph (titles)": Listed("baselines.transition_graph:WITH_TITLES", "with likeness of titles"),
+    "ItemKNN": Listed("baselines.item_knn:ItemKNN", "items that users had as well"),
+    "ItemKNN (published)": Listed("baselines.item_knn:PUBLISHED", "Deshpande and Karypis 2004"),
+    "EASE": Listed("baselines.ease:EASE", "a linear autoencoder"),
+    "EASE (published)": Listed("baselines.ease:PUBLISHED", "Steck 2019"),
+    "iALS": Listed("baselines.ials:IALS", "matrix factorisation by least squares"),
+    "iALS (published)": Listed("baselines.ials:PUBLISHED", "Rendle et al. 2022, for MovieLens"),
+    "LightGCN": Listed("systems.recipes.lightgcn:LightGCN", "vectors smoothed over the graph"),
+    "LightGCN (published)": Listed("systems.recipes.lightgcn:PUBLISHED", "He et al. 2020"),
+    "AlphaRec": Listed("systems.recipes.alpharec:AlphaRec", "frozen title vectors on the same graph"),
+    "AlphaRec (published)": Listed("systems.recipes.alpharec:PUBLISHED", "Sheng et al. 2025"),
+    "GRU4Rec": Listed("systems.recipes.gru4rec:GRU4Rec", "a recurrent network"),
+    "GRU4Rec (published)": Listed("systems.recipes.gru4rec:PUBLISHED", "Hidasi and Karatzoglou 2018, BPR-max"),
+    "BERT4Rec": Listed("systems.recipes.bert4rec:BERT4Rec", "fills in masked items"),
+    "BERT4Rec (published)": Listed("systems.recipes.bert4rec:PUBLISHED", "Sun et al. 2019"),
+    "SASRec": Listed("systems.recipes.sasrec:SASRec", "causal self-attention, softmax over all items"),
+    "SASRec (sampled softmax)": Listed("systems.recipes.sasrec:SAMPLED", "against many shared negatives"),
+    "SASRec (published)": Listed("systems.recipes.sasrec:PUBLISHED", "Kang and McAuley 2018, one negative"),
+    "ICSRec": Listed("systems.recipes.icsrec:ICSRec", "and contrast of like intentions"),
+    "ICSRec (published)": Listed("systems.recipes.icsrec:PUBLISHED", "Qin et al. 2024"),
+    "ReaRec": Listed("systems.recipes.rearec:ReaRec", "and latent steps of reasoning"),
+    "ReaRec (published)": Listed("systems.recipes.rearec:PUBLISHED", "Tang et al. 2025, ensemble"),
+    "TIGER": Listed("systems.recipes.tiger:TIGER", "writes the codes of the next item one by one"),
 }
 """Name -> where it is; tables have them in this order."""
 

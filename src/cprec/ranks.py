@@ -9,7 +9,7 @@ Suffixes: Q queries, N entries of all lists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -42,16 +42,14 @@ def count_rankings(rankings: Sequence[Ranking], targets: Sequence[str]) -> tuple
     return count(query_N, score_N, is_target_N, len(rankings))
 
 
-def _expected(better_Q: np.ndarray, tied_Q: np.ndarray, upto: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Mean of a metric over the ranks of a tie group, from its sum over ranks 1..n; 0 where the target is missing."""
-    better, tied = np.asarray(better_Q, dtype=np.int64), np.asarray(tied_Q, dtype=np.int64)
-    return np.where(tied > 0, (upto(better + tied) - upto(better)) / np.maximum(tied, 1), 0.0)
-
-
 def _gain(better_Q: np.ndarray, tied_Q: np.ndarray, gain_K: np.ndarray) -> np.ndarray:
-    """Expected value of a metric that is `gain_K[r - 1]` at rank r, and 0 past the last."""
-    summed = np.concatenate([[0.0], np.cumsum(gain_K)])
-    return _expected(better_Q, tied_Q, lambda rank: summed[np.minimum(rank, len(gain_K))])
+    """Mean over the ranks of a tie group of a metric that is `gain_K[r - 1]` at rank r, and 0 past the last; 0 where
+    the target is missing."""
+    better, tied = np.asarray(better_Q, dtype=np.int64), np.asarray(tied_Q, dtype=np.int64)
+    # The sum of the gains of ranks 1..n is upto[n], so that of the group is a difference of two.
+    upto = np.concatenate([[0.0], np.cumsum(gain_K)])
+    last, before = np.minimum(better + tied, len(gain_K)), np.minimum(better, len(gain_K))
+    return np.where(tied > 0, (upto[last] - upto[before]) / np.maximum(tied, 1), 0.0)
 
 
 def ranks_up_to(k: int) -> np.ndarray:

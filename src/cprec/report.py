@@ -20,8 +20,7 @@ def training_report(folder: Path | str) -> Path:
     anneal forks. A run under way may be looked at as well. Raises ConfigError where nothing has been logged.
     """
     folder = Path(folder)
-    runs = training_runs(folder)
-    page = folder / PAGE
+    runs, page = training_runs(folder), folder / PAGE
     write_whole(page, training_page(folder.resolve().name, runs))
     print_training(runs)
     say(f"wrote {page}")

@@ -9,7 +9,7 @@ Stages are imported where a recipe runs: scoring saved rankings again needs neit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
@@ -53,7 +53,8 @@ def run(recipe: Recipe) -> Report:
     check_tuned(recipe.evaluate)
     targets = recipe.prepare.target_domains
     later = [stage.output_dir for stage in (recipe.pretrain, recipe.finetune) if stage]
-    steps = _numbered(2 + bool(recipe.pretrain) + (len(targets) if recipe.finetune else 0))
+    total = 2 + bool(recipe.pretrain) + (len(targets) if recipe.finetune else 0)
+    steps = (f"[{number}/{total}]" for number in count(1))
 
     say(f"{next(steps)} prepare: {recipe.description}")
     with _naming(later):
@@ -69,11 +70,6 @@ def run(recipe: Recipe) -> Report:
         runs |= {f"{domain}: {arm}": folder for domain, arms in models.items() for arm, folder in arms.items()}
     say(f"{next(steps)} evaluate")
     return _report(recipe.evaluate, models, runs, title=recipe.name, generated=recipe.prepare)
-
-
-def _numbered(total: int) -> Iterator[str]:
-    """`[1/4]`, `[2/4]` and so on."""
-    return (f"[{number}/{total}]" for number in count(1))
 
 
 def _arms(recipe: Recipe, domain: str, steps: Iterator[str]) -> dict[str, str]:
@@ -110,7 +106,10 @@ def evaluate_models(config: EvaluateConfig) -> Report:
 
     Where a model folder is gone but its rankings were saved, these are scored again.
     """
-    models: dict[str, dict[str, str]] = {domain: {} for domain in config.domains or _queried_domains(config.data)}
+    queried = sorted(path.name for path in Path(config.data, "queries").glob("*") if path.is_dir())
+    models: dict[str, dict[str, str]] = {domain: {} for domain in config.domains or queried}
+    if not models:
+        raise ConfigError(f"data={config.data!r} holds no queries: give a folder that `cprec prepare` wrote")
     for arm, folder in config.models.items():
         about = read_done(folder)
         for domain, arms in models.items():
@@ -123,13 +122,6 @@ def evaluate_models(config: EvaluateConfig) -> Report:
         if about is None and not any(arm in arms for arms in models.values()):
             raise ConfigError(f"models.{arm}={folder}: no finished model of CPRec is there (no cprec.json)")
     return _report(config, models, config.models, title="evaluation")
-
-
-def _queried_domains(data: str) -> tuple[str, ...]:
-    found = tuple(sorted(path.name for path in Path(data, "queries").glob("*") if path.is_dir()))
-    if not found:
-        raise ConfigError(f"data={data!r} holds no queries: give a folder that `cprec prepare` wrote")
-    return found
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------
@@ -164,9 +156,7 @@ def _report(
         },
     )
     examples = [
-        example
-        for domain, result in domains.items()
-        for example in _examples(config, split, result, list(models[domain]) or _best_baseline(result))
+        example for domain, result in domains.items() for example in _examples(config, split, result, models[domain])
     ]
     save_resolved(config.output_dir, config)
     _publish(Path(config.output_dir), report, examples, {name: runs[name] for name in finished})
@@ -199,15 +189,10 @@ def _in_words(rank: RankConfig) -> str:
     return f"{search}; candidates by exact log-likelihood; items of one title share its probability{scores[rank.score]}"
 
 
-def _best_baseline(result: DomainResult) -> list[str]:
-    """The arm to show examples of where there is no model."""
-    found = {arm.name: arm.metrics[result.main].mean for arm in result.arms.values() if arm.kind == "baseline"}
-    return [max(found, key=lambda name: found[name])] if found else []
-
-
-def _examples(config: EvaluateConfig, split: Split, result: DomainResult, arms: Sequence[str]) -> list[Example]:
-    """What some arms recommend a few users of a domain, from their saved rankings."""
-    domain = result.domain
+def _examples(config: EvaluateConfig, split: Split, result: DomainResult, models: Iterable[str]) -> list[Example]:
+    """What models, or the best baseline where there are none, recommend a few users of a domain, by saved rankings."""
+    domain, best = result.domain, result.best()
+    arms = list(models) or ([best.name] if best else [])
     questions = read_queries(config.data, domain, config.part, max_queries=config.max_queries, seed=config.seed)
     rankings = {arm: rankings_path(config.output_dir, domain, arm, FULL) for arm in arms}
     return examples_of(questions, split.catalogue, rankings, exclude_seen=config.exclude_seen)

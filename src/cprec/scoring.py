@@ -75,26 +75,20 @@ class ScoringRecommender(ABC):
             found: np.ndarray = catalogue.find(query.domain, items) - first
             return found
 
-        barred = positions(query.exclude)
+        permitted_N = np.full(len(score_N), query.allow is None)
+        permitted_N[positions(query.allow or frozenset())] = True
+        permitted_N[positions(query.exclude)] = False
         if query.candidates is not None:
             order = catalogue.find(query.domain, query.candidates) - first
             score = np.maximum(score_N[order], self.floor)
         else:
             counted_N = score_N.copy()
-            counted_N[barred] = -np.inf
+            counted_N[~permitted_N] = -np.inf
             counted_N[positions(query.uncounted)] = -np.inf
-            if query.allow is not None:
-                allowed = positions(query.allow)
-                kept, counted_N = counted_N[allowed], np.full_like(counted_N, -np.inf)
-                counted_N[allowed] = kept
             bound = kth_largest(counted_N, min(k, len(counted_N)))
             order = np.flatnonzero((score_N >= bound) & (score_N > self.floor))
             score = score_N[order]
-        kept = score > -np.inf
-        if len(barred):
-            kept &= ~np.isin(order, barred)
-        if query.allow is not None:
-            kept &= np.isin(order, positions(query.allow))
+        kept = permitted_N[order] & (score > -np.inf)
         order, score = order[kept], score[kept].astype(float)
         best = np.lexsort((order, -score))
         ids = catalogue.item_id[first + order[best]].tolist()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from cprec.data.dataset import read_manifest, read_split
+from cprec.data.dataset import data_folder, read_manifest, read_split
 from cprec.data.splits import Split
 from cprec.errors import ConfigError, Unsuitable
 from cprec.evaluate.shortcut_audit import ShortcutAudit, shortcut_audit
@@ -27,10 +27,7 @@ Opened = dict[str, tuple[str | None, Recommender]]
 
 
 def audit_shortcuts(
-    folder: Path | str,
-    domains: Sequence[str] = (),
-    models: Sequence[str] = (),
-    max_queries: int = 2000,
+    folder: Path | str, domains: Sequence[str] = (), models: Sequence[str] = (), max_queries: int = 2000
 ) -> list[ShortcutAudit]:
     """Write `shortcuts.html` and `shortcuts.json` into a data folder and print the table; returns what was measured.
 
@@ -42,21 +39,15 @@ def audit_shortcuts(
 
     Raises ConfigError for a folder, domain or model that is not there.
     """
-    folder = _data_folder(Path(folder))
+    folder = data_folder(folder)
     split, tie_order = read_split(folder), read_manifest(folder)["rules"]["tie_order"]
     asked = _domains(folder, split, domains)
     opened = {model: _open(model) for model in models if model not in LINEUP}
     baselines = [GRAPH, *(model for model in models if model in LINEUP and model != GRAPH)]
-    audits = [
-        shortcut_audit(
-            split,
-            domain,
-            _recommenders(folder, split, domain, baselines, opened),
-            max_queries=max_queries,
-            tie_order=tie_order,
-        )
-        for domain in asked
-    ]
+    audits = []
+    for domain in asked:
+        recommenders = _recommenders(folder, split, domain, baselines, opened)
+        audits.append(shortcut_audit(split, domain, recommenders, max_queries=max_queries, tie_order=tie_order))
     title = folder.resolve().parent.name if folder.name == "data" else folder.resolve().name
     write_shortcuts(folder / PAGE, folder / RECORD, title, audits, _protocol(folder, split, tie_order, max_queries))
     print_shortcuts(audits)
@@ -64,17 +55,9 @@ def audit_shortcuts(
     return audits
 
 
-def _data_folder(folder: Path) -> Path:
-    for found in (folder, folder / "data"):
-        if (found / "dataset.json").is_file():
-            return found
-    raise ConfigError(f"{folder} is not a data folder: give one that `cprec prepare` wrote")
-
-
 def _domains(folder: Path, split: Split, wanted: Sequence[str]) -> Sequence[str]:
     """The domains that are wanted, or else all that have a test event."""
-    unknown = [domain for domain in wanted if domain not in split.catalogue.domains]
-    if unknown:
+    if unknown := [domain for domain in wanted if domain not in split.catalogue.domains]:
         raise ConfigError(f"domain {unknown[0]!r} is not in {folder}: it has {', '.join(split.catalogue.domains)}")
     tested = set(split.catalogue.domain[split.interactions.item[split.events(TEST)]].tolist())
     found = wanted or [name for number, name in enumerate(split.catalogue.domains) if number in tested]

@@ -46,7 +46,10 @@ def tune(config: TuneConfig, baselines: Mapping[str, lineup.Settings] | None = N
     Raises ConfigError where Optuna is missing, a name is unknown, or a domain has no validation query.
     """
     _optuna()
-    baselines = _named(config) if baselines is None else baselines
+    if baselines is None:  # those set as published are tuned only where they are named
+        names = lineup.names_of(config.baselines)
+        wanted = [name for name in names if name in config.baselines or not name.endswith("(published)")]
+        baselines = {name: lineup.settings_of(name) for name in wanted}
     split, results = read_split(config.data), read_results(config.output)
     domains = config.domains or split.catalogue.domains
     if unknown := sorted(set(domains) - set(split.catalogue.domains)):
@@ -62,80 +65,54 @@ def tune(config: TuneConfig, baselines: Mapping[str, lineup.Settings] | None = N
                 before = progress.completed
                 if results.get(domain, {}).get(name, {}).get("asked") != asked:
                     progress.advance(0, domain=domain, baseline=name)
-                    search = _Search(settings, split, domain, questions, config.seed)
-                    found = search.run(config.trials, config.seconds, tried=lambda: progress.advance(1))
+                    found = _search(settings, split, domain, questions, config, tried=lambda: progress.advance(1))
                     results.setdefault(domain, {})[name] = found | {"asked": asked}
-                    _write(results, Path(config.output))
+                    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+                    write_whole(config.output, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
                 progress.advance(before + config.trials - progress.completed)
     return results
 
 
-def _named(config: TuneConfig) -> dict[str, lineup.Settings]:
-    """The settings to begin with, by name; those set as published only where they are named."""
-    names = lineup.names_of(config.baselines)
-    wanted = [name for name in names if name in config.baselines or not name.endswith("(published)")]
-    return {name: lineup.settings_of(name) for name in wanted}
-
-
-class _Search:
-    """The search for the best settings of one recommender in one domain."""
-
-    def __init__(
-        self,
-        start: lineup.Settings,
-        split: Split,
-        domain: str,
-        questions: tuple[Sequence[RankingQuery], Sequence[str]],
-        seed: int,
-    ) -> None:
-        self._start: Any = start  # a dataclass, which a protocol cannot say
-        self._split, self._domain, self._questions, self._seed = split, domain, questions, seed
-        choices = start.SEARCH.items()
-        self._choices = {name: choice for name, choice in choices if can_be(choice, getattr(start, name))}
-        optuna = _optuna()
-        self._failed = optuna.trial.TrialState.FAIL
-        self._study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
-        self._study.enqueue_trial({name: getattr(start, name) for name in self._choices})
-
-    def run(self, trials: int, seconds: float, tried: Callable[[], object]) -> dict[str, Any]:
-        """The result as `tune` reports it; `tried` is called after each trial."""
-        began = time.monotonic()
-        values: list[float | None] = []
-        for number in range(trials if self._choices else 1):
-            if number and time.monotonic() - began >= seconds:
-                break
-            try:
-                values.append(self._try())
-            except ConfigError as error:
-                if number:  # settings that do not go together
-                    values.append(None)
-                elif isinstance(error, Unsuitable):
-                    return {"unfit": str(error)}
-                else:
-                    raise
-            tried()
-        return {
-            "settings": asdict(replace(self._start, **self._study.best_params)),
-            METRIC: self._study.best_value,
-            "defaults": values[0],
-            "trials": len(values),
-            "seconds": round(time.monotonic() - began, 1),
-        }
-
-    def _try(self) -> float:
-        """NDCG@10 of one trial."""
-        trial = self._study.ask()
+def _search(
+    start: Any,  # settings, which are a dataclass, as a protocol cannot say
+    split: Split,
+    domain: str,
+    questions: tuple[Sequence[RankingQuery], Sequence[str]],
+    config: TuneConfig,
+    tried: Callable[[], object],
+) -> dict[str, Any]:
+    """The best settings of a recommender in a domain, as `tune` reports them; `tried` is called after each trial."""
+    optuna = _optuna()
+    choices = {name: choice for name, choice in start.SEARCH.items() if can_be(choice, getattr(start, name))}
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=config.seed))
+    study.enqueue_trial({name: getattr(start, name) for name in choices})
+    began = time.monotonic()
+    values: list[float | None] = []
+    for number in range(config.trials if choices else 1):
+        if number and time.monotonic() - began >= config.seconds:
+            break
+        trial = study.ask()
         try:
-            chosen = {name: _suggest(trial, name, choice) for name, choice in self._choices.items()}
-            settings: lineup.Settings = replace(self._start, **chosen)
+            settings = replace(start, **{name: _suggest(trial, name, choice) for name, choice in choices.items()})
             with tempfile.TemporaryDirectory() as folder:
-                made = settings.make(self._split, self._domain, seed=self._seed, folder=Path(folder))
-                value = mean_ndcg(made, *self._questions)
-        except ConfigError:
-            self._study.tell(trial, state=self._failed)
-            raise
-        self._study.tell(trial, value)
-        return value
+                made = settings.make(split, domain, seed=config.seed, folder=Path(folder))
+                values.append(mean_ndcg(made, *questions))
+            study.tell(trial, values[-1])
+        except ConfigError as error:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            if not number and isinstance(error, Unsuitable):
+                return {"unfit": str(error)}
+            if not number:
+                raise
+            values.append(None)  # settings that do not go together
+        tried()
+    return {
+        "settings": asdict(replace(start, **study.best_params)),
+        METRIC: study.best_value,
+        "defaults": values[0],
+        "trials": len(values),
+        "seconds": round(time.monotonic() - began, 1),
+    }
 
 
 def validation_queries(split: Split, domain: str, max_queries: int, seed: int) -> tuple[list[RankingQuery], list[str]]:
@@ -188,8 +165,3 @@ def _suggest(trial: optuna.Trial, name: str, choice: Choice) -> Any:
     if isinstance(choice, Whole):
         return trial.suggest_int(name, choice.low, choice.high, log=choice.log)
     return trial.suggest_float(name, choice.low, choice.high, log=choice.log)
-
-
-def _write(results: dict[str, dict[str, Any]], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")

@@ -10,6 +10,7 @@ from cprec import cli
 from cprec.anneal import TRUNK, anneal
 from cprec.data.config import SyntheticConfig
 from cprec.errors import ConfigError
+from cprec.provenance import CONFIG_FILE
 from cprec.text.config import PrepareConfig
 from cprec.text.prepare import prepare
 from cprec.train.config import AnnealConfig, PretrainConfig, TinyModel
@@ -18,12 +19,11 @@ from cprec.train.pretrain import pretrain
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pre-training run with a stable checkpoint, on a small generated world."""
-    folder = tmp_path_factory.mktemp("anneal")
-    prepare(
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small generated world."""
+    return prepare(
         PrepareConfig(
-            output_dir=str(folder / "data"),
+            output_dir=str(tmp_path_factory.mktemp("anneal") / "data"),
             synthetic=SyntheticConfig(num_market_users=250, num_library_users=20, items_per_domain=40),
             pretrain_domains=("kitchen", "toys"),
             target_domains=("kitchen",),
@@ -36,10 +36,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             heldout_share=0.05,
         )
     )
+
+
+@pytest.fixture(scope="module")
+def run(data: Path) -> Path:
+    """A pre-training run with a stable checkpoint."""
     return pretrain(
         PretrainConfig(
-            data=str(folder / "data"),
-            output_dir=str(folder / "run"),
+            data=str(data),
+            output_dir=str(data.parent / "run"),
             tiny=TinyModel(hidden_size=16, num_hidden_layers=1, num_attention_heads=2),
             learning_rate=1e-2,
             num_train_epochs=0.5,
@@ -91,14 +96,15 @@ def test_branches_are_compared(run: Path, capsys: pytest.CaptureFixture[str]) ->
         ({"run": "nowhere"}, "run=nowhere: no run of `cprec pretrain` is there"),
     ],
 )
-def test_what_cannot_be_branched_is_refused(run: Path, settings: dict[str, object], message: str) -> None:
+def test_what_cannot_be_branched_is_refused(tmp_path: Path, settings: dict[str, object], message: str) -> None:
+    (tmp_path / CONFIG_FILE).touch()  # as a run has it
+    (tmp_path / "stable-3").mkdir()
     with pytest.raises(ConfigError, match=message):
-        anneal(AnnealConfig(**({"run": str(run)} | settings)))  # type: ignore[arg-type]
+        anneal(AnnealConfig(**({"run": str(tmp_path)} | settings)))  # type: ignore[arg-type]
 
 
-def test_the_schedule_is_shown_before_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = str(run.parent / "data")
-    source = run.parent / "plan.yaml"
+def test_the_schedule_is_shown_before_a_run(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = data.parent / "plan.yaml"
     source.write_text(f"data: {data}\noutput_dir: x\nmax_length: 256\nlearning_rate: 2e-3\nanneal_steps: 0.5\n")
     assert cli.main(["schedule", str(source), "train_batch_size=2", "anneal_mixture.mixed_share=0.9"]) == 0
     said = capsys.readouterr().out

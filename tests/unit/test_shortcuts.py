@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from cprec.data.config import TableSource
+from cprec.data.build import build_dataset
+from cprec.data.config import Rules, SplitSpec, TableSource
+from cprec.data.dataset import finish_part
+from cprec.data.splits import make_split
 from cprec.errors import ConfigError
 from cprec.shortcuts import PAGE, RECORD, audit_shortcuts
 from cprec.text.config import PrepareConfig
@@ -28,24 +32,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{name}_items.csv").write_text("item_id,title\n" + items)
         lines = "".join(f"u{user},{item},{time}\n" for user, item, time in rows)
         (folder / f"{name}.csv").write_text("user_id,item_id,timestamp\n" + lines)
-    config = PrepareConfig(
-        output_dir=str(folder / "data"),
-        tables=tuple(
-            TableSource(
-                domain=name,
-                interactions=str(folder / f"{name}.csv"),
-                items=str(folder / f"{name}_items.csv"),
-                timestamps="order",
-            )
-            for name in ("ring", "single")
-        ),
-        target_domains=("ring",),
-        k_core=0,
-        min_events=2,
-        min_history=1,
-        workers=1,
-    )
-    prepare(config)
+    tables = [
+        TableSource(
+            domain=name,
+            interactions=str(folder / f"{name}.csv"),
+            items=str(folder / f"{name}_items.csv"),
+            timestamps="order",
+        )
+        for name in ("ring", "single")
+    ]
+    data = build_dataset(tables, folder / "data", Rules(k_core=0))
+    finish_part(data, 0, lambda *log: make_split(*log, SplitSpec()))
+    manifest = json.loads((data / "dataset.json").read_text())
+    (data / "dataset.json").write_text(json.dumps(manifest | {"split": asdict(SplitSpec())}))
     return folder
 
 

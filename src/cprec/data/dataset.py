@@ -28,7 +28,7 @@ from cprec.data.catalogue import Catalogue
 from cprec.data.config import SplitSpec
 from cprec.data.interactions import Interactions, join_time, stable_order
 from cprec.data.splits import Split
-from cprec.errors import DataError
+from cprec.errors import ConfigError, DataError
 from cprec.files import whole_file, write_whole
 from cprec.schema import (
     ITEM_ID,
@@ -140,6 +140,14 @@ def read_split(folder: str | Path, part: int | None = None, catalogue: Catalogue
         raise DataError(f"{folder} has no split yet: run `cprec prepare` to its end")
     split = np.zeros(0, dtype=np.int8) if log.split is None else log.split
     return Split(log.catalogue, log.interactions, split, SplitSpec(**spec), read_domains(folder))
+
+
+def data_folder(folder: str | Path) -> Path:
+    """A data folder, or that of a run, whose data folder is `data`. Raises ConfigError for any other."""
+    for found in (Path(folder), Path(folder, "data")):
+        if (found / MANIFEST).is_file():
+            return found
+    raise ConfigError(f"{folder} is not a data folder: give one that `cprec prepare` wrote")
 
 
 def event_files(folder: str | Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Candidate sets of the second protocol: the target and others, drawn once per query and frozen to disk.
+"""Candidate sets of the second protocol: the target and others, drawn once per query.
 
 The others are drawn uniformly, or by popularity: the chance of an item is its share of the domain's training events.
 """
@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-
-from cprec.evaluate.saved import read_saved, write_saved
 
 UNIFORM, POPULARITY = "uniform", "popularity"
 MAX_TRIES = 50
@@ -77,15 +73,3 @@ def _choose(drawn: np.ndarray, chosen: list[int], drawable: np.ndarray, titles: 
             chosen.append(item)
             names.append(name)
             drawable[item] = False
-
-
-def write_candidates(path: Path, query_ids: Sequence[str], candidates: Sequence[Sequence[str]]) -> None:
-    """Freeze candidate sets, one row for each query; the file appears complete or not at all."""
-    columns = {"query_id": pa.array(query_ids, pa.string()), "candidates": pa.array(candidates, pa.list_(pa.string()))}
-    write_saved(pa.table(columns), path)
-
-
-def read_candidates(path: Path) -> dict[str, tuple[str, ...]]:
-    """Candidate item ids of each query. Raises DataError for a damaged file."""
-    table = read_saved(path, "delete it, and it is drawn anew")
-    return dict(zip(table["query_id"].to_pylist(), map(tuple, table["candidates"].to_pylist()), strict=True))

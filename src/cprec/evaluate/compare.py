@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,12 +29,13 @@ from cprec.evaluate.comparison import (
     markdown_table,
     print_tables,
 )
-from cprec.evaluate.results import FULL, FULL_WITH_SEEN
+from cprec.evaluate.results import FULL, FULL_WITH_SEEN, model_of, together
 from cprec.evaluate.saved import read_saved
-from cprec.evaluate.seeds import model_of, together
-from cprec.evaluate.statistics import adjusted, bootstrap_interval, compare_pair, permutations_for, seed_variance
+from cprec.evaluate.statistics import bootstrap_interval, compare_pairs, seed_variance
 from cprec.files import write_whole
 from cprec.progress import say
+
+METRICS = "metrics.parquet"
 
 # ---- stage -----------------------------------------------------------------------------------------------------------
 
@@ -133,9 +134,8 @@ def _named(folders: Sequence[str | Path]) -> dict[str, Path]:
         if not path.is_dir():
             raise ConfigError(f"{path} is not a folder: name one that `cprec evaluate` wrote")
     resolved = [path.resolve() for path in paths]
-    twice = next((path for path, full in zip(paths, resolved, strict=True) if resolved.count(full) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"{twice} is named twice: name each folder once")
+    if twice := [path for path, full in zip(paths, resolved, strict=True) if resolved.count(full) > 1]:
+        raise ConfigError(f"{twice[0]} is named twice: name each folder once")
     short = [full.name for full in resolved]
     return {name if short.count(name) == 1 else str(path): path for name, path in zip(short, paths, strict=True)}
 
@@ -143,16 +143,13 @@ def _named(folders: Sequence[str | Path]) -> dict[str, Path]:
 def _domains(runs: Mapping[str, Path], wanted: Sequence[str]) -> list[str]:
     """The domains to compare: those wanted, else those that every run has."""
     found = {
-        name: sorted(
-            file.parent.name for file in path.glob("*/protocol.json") if (file.parent / "metrics.parquet").is_file()
-        )
+        name: sorted(file.parent.name for file in path.glob("*/protocol.json") if file.with_name(METRICS).is_file())
         for name, path in runs.items()
     }
     for name, has in found.items():
         if not has:
             raise ConfigError(f"{runs[name]} holds no evaluation: name a folder that `cprec evaluate` wrote")
-        missing = [domain for domain in wanted if domain not in has]
-        if missing:
+        if missing := [domain for domain in wanted if domain not in has]:
             raise ConfigError(f"domain={missing[0]!r} is not in {runs[name]}, which has {', '.join(has)}")
     if wanted:
         return list(dict.fromkeys(wanted))
@@ -160,8 +157,7 @@ def _domains(runs: Mapping[str, Path], wanted: Sequence[str]) -> list[str]:
     if not shared:
         listed = "; ".join(f"{name} has {', '.join(has)}" for name, has in found.items())
         raise ConfigError(f"these runs share no domain: {listed}")
-    others = sorted({domain for has in found.values() for domain in has} - set(shared))
-    if others:
+    if others := sorted({domain for has in found.values() for domain in has} - set(shared)):
         say(f"not in every run, so not compared: {', '.join(others)}")
     return shared
 
@@ -189,25 +185,22 @@ class _Arm:
     values_SQ: Mapping[str, np.ndarray]
 
     def equals(self, other: _Arm) -> bool:
-        return (
-            self.query_id == other.query_id
-            and self.values_SQ.keys() == other.values_SQ.keys()
-            and all(np.array_equal(values, other.values_SQ[metric]) for metric, values in self.values_SQ.items())
-        )
+        """Whether another arm, which answered the same queries, has the same numbers."""
+        mine, theirs = self.values_SQ, other.values_SQ
+        return mine.keys() == theirs.keys() and all(np.array_equal(mine[name], theirs[name]) for name in mine)
 
 
 def _read(folder: Path, protocol: str, metrics: Sequence[str]) -> dict[str, _Arm]:
     """The arms of a run by name, each of one seed. The first metric must be there; of the others those that are."""
-    path = folder / "metrics.parquet"
+    path = folder / METRICS
     table = read_saved(path, "run `cprec evaluate` anew")
     names = table.column_names
-    lacking = {"query_id", "user_id", "arm", "protocol"} - set(names)
-    if lacking:
+    if lacking := {"query_id", "user_id", "arm", "protocol"} - set(names):
         raise DataError(f"{path} has no column {min(lacking)!r}: run `cprec evaluate` anew")
     offered = [name for name in names if "@" in name or name == "mrr"]
     if metrics[0] not in offered:
         raise ConfigError(f"metric={metrics[0]} is not in {path}, which has {', '.join(offered)}")
-    kept = list(dict.fromkeys(name for name in metrics if name in offered))
+    kept = [name for name in dict.fromkeys(metrics) if name in offered]
     asked = table.filter(pc.equal(table["protocol"], protocol)).sort_by("query_id")
     if not asked.num_rows:
         there = ", ".join(sorted(pc.unique(table["protocol"]).to_pylist()))
@@ -221,9 +214,8 @@ def _read(folder: Path, protocol: str, metrics: Sequence[str]) -> dict[str, _Arm
 def _arm(path: Path, name: str, rows: pa.Table, metrics: Sequence[str]) -> _Arm:
     """An arm from its rows. Files of early versions do not say its kind and whether it is stochastic."""
     values = {metric: rows[metric].to_numpy()[None] for metric in metrics}
-    broken = next((metric for metric in metrics if not np.isfinite(values[metric]).all()), None)
-    if broken is not None:
-        raise DataError(f"{path}: {broken} of {name} is not a number everywhere: run `cprec evaluate` anew")
+    if broken := [metric for metric in metrics if not np.isfinite(values[metric]).all()]:
+        raise DataError(f"{path}: {broken[0]} of {name} is not a number everywhere: run `cprec evaluate` anew")
     kind = rows["kind"][0].as_py() if "kind" in rows.column_names else "model"
     return _Arm(
         query_id=rows["query_id"].to_pylist(),
@@ -247,16 +239,16 @@ def _arms(runs: Mapping[str, Path], protocol: str, metrics: Sequence[str]) -> di
                 f"{known} and {name} answered different queries, though their protocols are the same: a file of "
                 f"{' or '.join(map(str, runs.values()))} was changed; run `cprec evaluate` anew"
             )
-    one: dict[str, _Arm] = {}
-    differing = set()
-    for of_run in read.values():
+    holders: dict[str, dict[str, _Arm]] = {}
+    for run, of_run in read.items():
         for name, arm in of_run.items():
-            if not one.setdefault(name, arm).equals(arm):
-                differing.add(model_of(name))
+            holders.setdefault(name, {})[run] = arm
+    one = {name: next(iter(of_runs.values())) for name, of_runs in holders.items()}
+    differing = {model_of(n) for n, of_runs in holders.items() if not all(map(one[n].equals, of_runs.values()))}
     single: dict[str, _Arm] = {}
-    for name, arm in one.items():
-        holders = {run: of_run[name] for run, of_run in read.items() if name in of_run}
-        single |= {f"{r}: {name}": a for r, a in holders.items()} if model_of(name) in differing else {name: arm}
+    for name, of_runs in holders.items():
+        apart = {f"{run}: {name}": arm for run, arm in of_runs.items()}
+        single |= apart if model_of(name) in differing else {name: one[name]}
     arms = {}
     for shown, members in together(single).items():
         of_seeds = [single[name].values_SQ for name in members]
@@ -278,26 +270,17 @@ def _table(
     first = next(iter(arms.values()))
     metrics = [name for name in first.values_SQ if all(name in arm.values_SQ for arm in arms.values())]
     users = first.user_id if len(set(first.user_id)) < len(first.user_id) else None
-    means = {name: float(arm.values_SQ[metrics[0]].mean()) for name, arm in arms.items()}
-    order = sorted(arms, key=lambda name: -means[name])
+    values = {name: arm.values_SQ[metrics[0]] for name, arm in arms.items()}
+    order = sorted(arms, key=lambda name: -float(values[name].mean()))
     rivals = [name for name in order if not arms[name].bound]
     pairs = list(combinations(rivals, 2))
-    tests = [
-        compare_pair(
-            arms[a].values_SQ[metrics[0]],
-            arms[b].values_SQ[metrics[0]],
-            groups=users,
-            permutations=permutations_for(len(pairs)),
-            stochastic=(arms[a].stochastic, arms[b].stochastic),
-        )
-        for a, b in pairs
-    ]
-    comparisons = dict(zip(pairs, adjusted(tests), strict=True))
+    stochastic = {name: arm.stochastic for name, arm in arms.items()}
+    comparisons = dict(zip(pairs, compare_pairs(values, pairs, groups=users, stochastic=stochastic), strict=True))
     against_best = {b: test.reversed() for (a, b), test in comparisons.items() if a == rivals[0]}
     compared = [
         ComparedArm(
             name=name,
-            num_seeds=len(arms[name].values_SQ[metrics[0]]),
+            num_seeds=len(values[name]),
             bound=arms[name].bound,
             estimates={m: _estimate(arms[name].values_SQ[m], users) for m in metrics},
             against_best=against_best.get(name),
@@ -316,10 +299,7 @@ def _table(
 
 
 def _estimate(values_SQ: np.ndarray, users: Sequence[str] | None) -> Estimate:
-    if len(values_SQ) == 1:
-        mean, low, high = bootstrap_interval(values_SQ[0], groups=users)
-        return Estimate(mean=mean, low=low, high=high)
-    both = seed_variance(values_SQ, groups=users)
-    return Estimate(
-        mean=both.mean, low=both.low, high=both.high, error_users=both.error_users, error_seeds=both.error_seeds
-    )
+    if len(values_SQ) > 1:
+        return Estimate(**asdict(seed_variance(values_SQ, groups=users)))
+    mean, low, high = bootstrap_interval(values_SQ[0], groups=users)
+    return Estimate(mean=mean, low=low, high=high)

@@ -43,8 +43,11 @@ def _problem(
     path, audit = data / CERTIFICATE, f"`cprec audit {data}`"
     if not path.is_file():
         return f"{path} is missing: make it with {audit}"
-    certificate = _read(path)
-    known = set(certificate["artifacts"].values())
+    try:
+        certificate: dict[str, Any] = json.loads(path.read_text())
+        known = set(certificate["artifacts"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{path} is no certificate: make it anew with {audit}") from None
     if not certificate["clean"]:
         wrong = [p["name"] for p in certificate["properties"] if p["violations"]]
         return f"{path} found leaks: {'; '.join(wrong)}"
@@ -72,15 +75,6 @@ def _problem(
             f"covers: run {audit} and look at what it finds"
         )
     return None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        certificate: dict[str, Any] = json.loads(path.read_text())
-        set(certificate["artifacts"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(f"{path} is no certificate: make it anew with `cprec audit {path.parent}`") from None
-    return certificate
 
 
 def certificate_summary(data: str | Path, *, uncertified: bool) -> CertificateSummary:

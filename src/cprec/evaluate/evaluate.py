@@ -21,16 +21,7 @@ from cprec.evaluate.config import EvaluateConfig
 from cprec.evaluate.coverage import check_certificate
 from cprec.evaluate.questions import Protocol, Questions, read_questions
 from cprec.evaluate.rankings import SavedRankings, rankings_path, read_rankings, slug, table_of, write_rankings
-from cprec.evaluate.results import (
-    FULL,
-    FULL_WITH_SEEN,
-    GENERATED,
-    DomainResult,
-    FoundOfExact,
-    Kind,
-    Metric,
-    Pool,
-)
+from cprec.evaluate.results import FULL, FULL_WITH_SEEN, GENERATED, DomainResult, FoundOfExact, Kind, Metric, Pool
 from cprec.evaluate.saved import write_saved
 from cprec.evaluate.tables import Judge, Judged, Lists, paired
 from cprec.files import write_whole
@@ -95,15 +86,8 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
     certified = check_certificate(config.data, domain, config.part, models, hashes, uncertified=config.uncertified)
     Path(config.output_dir, domain).mkdir(parents=True, exist_ok=True)
     hashes.save()
-    questions = read_questions(
-        config.data,
-        split,
-        domain,
-        config.part,
-        max_queries=config.max_queries,
-        num_candidates=config.num_candidates,
-        seed=config.seed,
-    )
+    sampling = {name: getattr(config, name) for name in ("max_queries", "num_candidates", "seed")}
+    questions = read_questions(config.data, split, domain, config.part, **sampling)
     for note in questions.notes:
         say(f"note: {domain}: {note}")
     judge = Judge(
@@ -115,7 +99,21 @@ def evaluate(config: EvaluateConfig, split: Split, domain: str, entrants: Sequen
     )
     judged = _judge_all(config, judge, entrants)
     _publish(config, split, judge, judged, certified)
-    return _result(judge, judged, certified)
+    return DomainResult(
+        domain=domain,
+        num_items=questions.num_items,
+        num_queries=len(questions.queries),
+        certified=certified,
+        main=judge.main,
+        pools={
+            protocol.name: Pool(len(protocol.queries), protocol.num_items)
+            for protocol in judge.protocols
+            if protocol.name not in (FULL, GENERATED)
+        },
+        arms={one.arm.name: one.arm for one in judged},
+        differences=paired(judged, questions.user, judge.main, judge.seed),
+        notes=questions.notes,
+    )
 
 
 def _check_names(entrants: Sequence[Entrant]) -> None:
@@ -155,27 +153,7 @@ def _publish(config: EvaluateConfig, split: Split, judge: Judge, judged: Sequenc
     protocol.unlink(missing_ok=True)  # written last, it never stands beside metrics of other questions
     write_saved(judge.questions.table(), folder / "queries.parquet")
     write_saved(judge.table(judged), folder / "metrics.parquet")
-    settings = _settings(config, split, judge.questions, certified)
-    write_whole(protocol, json.dumps(settings, indent=1) + "\n")
-
-
-def _result(judge: Judge, judged: Sequence[Judged], certified: bool) -> DomainResult:
-    questions = judge.questions
-    return DomainResult(
-        domain=questions.domain,
-        num_items=questions.num_items,
-        num_queries=len(questions.queries),
-        certified=certified,
-        main=judge.main,
-        pools={
-            protocol.name: Pool(len(protocol.queries), protocol.num_items)
-            for protocol in judge.protocols
-            if protocol.name not in (FULL, GENERATED)
-        },
-        arms={one.arm.name: one.arm for one in judged},
-        differences=paired(judged, questions.user, judge.main, judge.seed),
-        notes=questions.notes,
-    )
+    write_whole(protocol, json.dumps(_settings(config, split, judge.questions, certified), indent=1) + "\n")
 
 
 # ---- rankings --------------------------------------------------------------------------------------------------------
@@ -186,15 +164,14 @@ def _rankings(
 ) -> dict[str, SavedRankings]:
     """The rankings of an entrant by protocol: saved ones that answer the same questions, others made and saved now."""
     answers = json.loads(json.dumps({**asked, "identity": dict(entrant.identity)}))
-    found, missing = {}, []
+    found = {}
     for protocol in protocols:
         path = rankings_path(output_dir, domain, entrant.name, protocol.name)
         saved = read_rankings(path)
         if saved is not None and saved.answers == answers:
             say(f"{path}: answers the same questions, reused")
             found[protocol.name] = saved
-        else:
-            missing.append(protocol)
+    missing = [protocol for protocol in protocols if protocol.name not in found]
     if not missing:
         return found
     opened = entrant.open()
@@ -211,7 +188,10 @@ def _rankings(
 def _ask(
     entrant: Entrant, opened: Opened, protocols: Sequence[Protocol], answers: Mapping[str, Any], domain: str
 ) -> dict[str, SavedRankings]:
-    """Rank the queries of some protocols, batch by batch, each batch under every protocol."""
+    """Rank the queries of some protocols, batch by batch, each batch under every protocol.
+
+    Raises CPRecError for a score that is not finite.
+    """
     k = answers["k"]
     rankings: dict[str, list[Ranking]] = {protocol.name: [] for protocol in protocols}
     seconds = dict.fromkeys(rankings, 0.0)
@@ -226,7 +206,9 @@ def _ask(
                     progress.advance(len(batch))
     made = {}
     for protocol in protocols:
-        _check_rankings(entrant, protocol, rankings[protocol.name])
+        assert [r.query_id for r in rankings[protocol.name]] == [query.query_id for query in protocol.queries]
+        if broken := [r.query_id for r in rankings[protocol.name] if not all(map(math.isfinite, r.scores))]:
+            raise CPRecError(f"{entrant.name} gave query {broken[0]!r} a score that is not finite: its model is broken")
         table = table_of(rankings[protocol.name], protocol, domain)
         beam = protocol.name == FULL and EXACT in opened.modes
         made[protocol.name] = SavedRankings(
@@ -240,14 +222,6 @@ def _ask(
     return made
 
 
-def _check_rankings(entrant: Entrant, protocol: Protocol, rankings: Sequence[Ranking]) -> None:
-    """Raises CPRecError for a score that is not finite."""
-    assert [ranking.query_id for ranking in rankings] == [query.query_id for query in protocol.queries]
-    broken = next((ranking.query_id for ranking in rankings if not all(map(math.isfinite, ranking.scores))), None)
-    if broken is not None:
-        raise CPRecError(f"{entrant.name} gave query {broken!r} a score that is not finite: its model is broken")
-
-
 def _found_of_exact(
     entrant: Entrant, opened: Opened, protocol: Protocol, rankings: pa.Table, answers: Mapping[str, Any]
 ) -> FoundOfExact:
@@ -258,15 +232,12 @@ def _found_of_exact(
     chosen = [protocol.queries[number] for number in drawn]
     say(f"{entrant.name}: exact lists of {size} queries to compare with")
     exact = opened.modes[EXACT](chosen, answers["k"])
-    lists: dict[str, set[str]] = {}
-    for query_id, item in zip(rankings["query_id"].to_pylist(), rankings["item_id"].to_pylist(), strict=True):
-        lists.setdefault(query_id, set()).add(item)
-    best = [set(ranking.item_ids) - query.uncounted for query, ranking in zip(chosen, exact, strict=True)]
-    shares = [
-        len(lists.get(query.query_id, set()) & mine) / len(mine)
-        for query, mine in zip(chosen, best, strict=True)
-        if mine
+    listed = set(zip(rankings["query_id"].to_pylist(), rankings["item_id"].to_pylist(), strict=True))
+    best = [
+        {(r.query_id, item) for item in r.item_ids if item not in q.uncounted}
+        for q, r in zip(chosen, exact, strict=True)
     ]
+    shares = [len(listed & mine) / len(mine) for mine in best if mine]
     return FoundOfExact(share=float(np.mean(shares)) if shares else 1.0, num_queries=size)
 
 

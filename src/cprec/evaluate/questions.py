@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from cprec.data.splits import Split
 from cprec.errors import ConfigError, DataError
-from cprec.evaluate.candidates import POPULARITY, UNIFORM, draw_candidates, read_candidates, write_candidates
+from cprec.evaluate.candidates import POPULARITY, UNIFORM, draw_candidates
 from cprec.evaluate.results import (
     CANDIDATES_POPULARITY,
     CANDIDATES_UNIFORM,
@@ -25,12 +25,12 @@ from cprec.evaluate.results import (
     GENERATED,
     NEW_ITEMS,
 )
-from cprec.evaluate.saved import read_saved
-from cprec.evaluate.slices import slices_of
+from cprec.evaluate.saved import read_saved, write_saved
+from cprec.evaluate.slices import slices_of, training_events
 from cprec.progress import say, track
 from cprec.provenance import file_sha256
 from cprec.recommender import RankingQuery
-from cprec.schema import TRAIN, Item
+from cprec.schema import Item
 
 SAMPLED = {UNIFORM: CANDIDATES_UNIFORM, POPULARITY: CANDIDATES_POPULARITY}
 """How candidates are drawn -> the protocol that ranks them."""
@@ -88,34 +88,27 @@ class Questions:
             num_items=self.num_items,
             pools=(FULL, FULL_WITH_SEEN),
         )
-        sampled = [
-            replace(full, name=SAMPLED[how], queries=self._among(sets), num_items=self.num_candidates)
-            for how, sets in self.candidates.items()
-        ]
-        found = [full, *(replace(protocol, pools=(protocol.name,)) for protocol in sampled)]
-        if (new := self._new_items()).queries:
+        found = [full]
+        for how, sets in self.candidates.items():
+            pairs = zip(self.queries, sets, strict=True)
+            queries = [replace(query, uncounted=frozenset(), candidates=mine) for query, mine in pairs]
+            name = SAMPLED[how]
+            found.append(replace(full, name=name, queries=queries, num_items=self.num_candidates, pools=(name,)))
+        if chosen := [row for row, target in enumerate(self.target) if target in self.new_items]:
+            asked = [self.queries[row] for row in chosen]
+            new = Protocol(
+                name=NEW_ITEMS,
+                queries=[replace(q, uncounted=frozenset(), exclude=q.uncounted, allow=self.new_items) for q in asked],
+                target=[self.target[row] for row in chosen],
+                user=[self.user[row] for row in chosen],
+                num_items=len(self.new_items),
+                pools=(NEW_ITEMS,),
+            )
             found.append(new)
         if generate:
-            queries = self._among(self.candidates[UNIFORM])
-            found.append(replace(full, name=GENERATED, queries=queries, pools=(GENERATED,), models_only=True))
+            (uniform,) = (protocol for protocol in found if protocol.name == SAMPLED[UNIFORM])
+            found.append(replace(uniform, name=GENERATED, pools=(GENERATED,), models_only=True))
         return found
-
-    def _among(self, sets: Sequence[tuple[str, ...]]) -> list[RankingQuery]:
-        pairs = zip(self.queries, sets, strict=True)
-        return [replace(query, uncounted=frozenset(), candidates=mine) for query, mine in pairs]
-
-    def _new_items(self) -> Protocol:
-        """Only the queries whose target is a new item, and only new items to rank."""
-        chosen = [row for row, target in enumerate(self.target) if target in self.new_items]
-        asked = [self.queries[row] for row in chosen]
-        return Protocol(
-            name=NEW_ITEMS,
-            queries=[replace(q, uncounted=frozenset(), exclude=q.uncounted, allow=self.new_items) for q in asked],
-            target=[self.target[row] for row in chosen],
-            user=[self.user[row] for row in chosen],
-            num_items=len(self.new_items),
-            pools=(NEW_ITEMS,),
-        )
 
     def table(self) -> pa.Table:
         """The queries with their answers and slices, one row each."""
@@ -145,19 +138,20 @@ def read_questions(
     Raises ConfigError for a domain without queries, and DataError where frozen candidates are of other queries.
     """
     folder = Path(data, "queries", domain)
-    events_N = _training_events(split, domain)
+    mine = split.catalogue.rows_of(domain)
+    events_N = np.bincount(training_events(split, domain)[1], minlength=len(mine))
     every = _read_rows(folder, part)
-    files = _candidate_files(folder, split, domain, every, part, num_candidates, seed, events_N)
-    drawn = {how: _checked_candidates(file, every) for how, file in files.items()}
+    files = _frozen_candidates(folder, split, domain, every, part, num_candidates, seed, events_N)
+    drawn = {how: _read_candidates(file, every) for how, file in files.items()}
     rows = _sample(every, max_queries, seed)
     asked = _questions(domain, rows)
     return replace(
         asked,
-        num_items=len(split.catalogue.rows_of(domain)),
+        num_items=len(mine),
         num_candidates=num_candidates,
         candidates={how: [sets[query.query_id] for query in asked.queries] for how, sets in drawn.items()},
-        slices=_slices(split, asked),
-        new_items=frozenset(map(str, split.catalogue.item_id[split.catalogue.rows_of(domain)][events_N == 0])),
+        slices=slices_of(split, domain, asked.queries, asked.target, events_N),
+        new_items=frozenset(map(str, split.catalogue.item_id[mine][events_N == 0])),
         notes=_small_sets(num_candidates, rows, drawn),
         sha256={"queries": _hash_of(asked), **{SAMPLED[how]: file_sha256(file) for how, file in files.items()}},
     )
@@ -169,12 +163,19 @@ def read_queries(data: str | Path, domain: str, part: str, *, max_queries: int =
 
 
 def _questions(domain: str, rows: Rows) -> Questions:
-    return Questions(
-        domain=domain,
-        queries=[_query(row) for row in rows],
-        target=[row["target"] for row in rows],
-        user=[row["user_id"] for row in rows],
-    )
+    queries = []
+    for row in rows:
+        history = tuple(map(Item, row["history_domain"], row["history_item"]))
+        query = RankingQuery(
+            query_id=row["query_id"],
+            domain=row["domain"],
+            history=history,
+            user=f"{row['platform']}/{row['user_id']}",
+            uncounted=frozenset(item.item_id for item in history if item.domain == row["domain"]),
+        )
+        queries.append(query)
+    targets, users = ([row[name] for row in rows] for name in ("target", "user_id"))
+    return Questions(domain=domain, queries=queries, target=targets, user=users)
 
 
 def _read_rows(folder: Path, part: str) -> Rows:
@@ -191,37 +192,6 @@ def _sample(rows: Rows, max_queries: int, seed: int) -> Rows:
         return rows
     chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:max_queries])
     return [rows[number] for number in chosen]
-
-
-def _query(row: Mapping[str, Any]) -> RankingQuery:
-    domain = row["domain"]
-    history = tuple(Item(d, i) for d, i in zip(row["history_domain"], row["history_item"], strict=True))
-    return RankingQuery(
-        query_id=row["query_id"],
-        domain=domain,
-        history=history,
-        user=f"{row['platform']}/{row['user_id']}",
-        uncounted=frozenset(item.item_id for item in history if item.domain == domain),
-    )
-
-
-def _slices(split: Split, asked: Questions) -> Mapping[str, np.ndarray]:
-    domain, queries = asked.domain, asked.queries
-    return slices_of(
-        split,
-        domain,
-        [query.user or "" for query in queries],
-        split.catalogue.find(domain, asked.target),
-        np.array([sum(item.domain == domain for item in query.history) for query in queries], dtype=np.int64),
-        np.array([item in query.uncounted for query, item in zip(queries, asked.target, strict=True)], dtype=bool),
-    )
-
-
-def _training_events(split: Split, domain: str) -> np.ndarray:
-    """Training events of each item of a domain: int64[N]."""
-    log, mine = split.interactions, split.catalogue.rows_of(domain)
-    of_domain = split.catalogue.domain[log.item] == split.catalogue.domain_index(domain)
-    return np.bincount(log.item[of_domain & split.events(TRAIN)] - mine[0], minlength=len(mine))
 
 
 def _hash_of(asked: Questions) -> str:
@@ -252,7 +222,7 @@ def _small_sets(num_candidates: int, rows: Rows, drawn: Mapping[str, Mapping[str
 # ---- frozen candidates -----------------------------------------------------------------------------------------------
 
 
-def _candidate_files(
+def _frozen_candidates(
     folder: Path, split: Split, domain: str, rows: Rows, part: str, size: int, seed: int, events_N: np.ndarray
 ) -> dict[str, Path]:
     """The files with the candidates of all queries, by how they are drawn; drawn now where they are not there.
@@ -261,53 +231,48 @@ def _candidate_files(
     have any.
     """
     files = {}
-    for how in SAMPLED:
-        drawn_by = "" if how == UNIFORM else f"_{how}"
+    for how, weights_N, drawn_by in ((UNIFORM, None, ""), (POPULARITY, events_N, f"_{POPULARITY}")):
         path = folder / f"candidates{size}{drawn_by}_{part}_seed{seed}.parquet"
         if not path.is_file():
-            if how == POPULARITY and (known := np.count_nonzero(events_N)) < size:
+            if weights_N is not None and (known := np.count_nonzero(weights_N)) < size:
                 say(
                     f"{domain}: no candidates by popularity: num_candidates={size}, but only {known} items have "
                     "training events"
                 )
                 continue
-            _freeze(path, split, domain, rows, size, seed, events_N if how == POPULARITY else None)
+            sets = _drawn(split, domain, rows, size, seed, weights_N, f"{domain}: candidate sets, {how}")
+            columns = {"query_id": pa.array([row["query_id"] for row in rows], pa.string())}
+            write_saved(pa.table(columns | {"candidates": pa.array(sets, pa.list_(pa.string()))}), path)
         files[how] = path
     return files
 
 
-def _freeze(
-    path: Path, split: Split, domain: str, rows: Rows, size: int, seed: int, weights_N: np.ndarray | None
-) -> None:
-    """Draw the candidates of all queries, and write them."""
-    mine, had = split.catalogue.rows_of(domain), _items_had(split, domain)
-    titles = [str(title) for title in split.catalogue.title[mine]]
-    target = split.catalogue.find(domain, [row["target"] for row in rows]) - mine[0]
-    sets = []
-    drawn_by = UNIFORM if weights_N is None else POPULARITY
-    with track(len(rows), f"{domain}: candidate sets, {drawn_by}", unit="queries") as progress:
-        for row, position in zip(rows, target, strict=True):
-            taken = np.array(had[row["platform"], row["user_id"]])
-            drawn = draw_candidates(row["query_id"], int(position), taken, titles, size, seed, weights_N)
-            sets.append([str(item) for item in split.catalogue.item_id[mine[0] + drawn]])
-            progress.advance()
-    write_candidates(path, [row["query_id"] for row in rows], sets)
-
-
-def _items_had(split: Split, domain: str) -> dict[tuple[str, str], list[int]]:
-    """Platform and user id -> every item that the user had in a domain, as positions in it."""
+def _drawn(
+    split: Split, domain: str, rows: Rows, size: int, seed: int, weights_N: np.ndarray | None, title: str
+) -> list[list[str]]:
+    """The candidates of every query, from outside of all that its user had in the domain."""
     log, mine = split.interactions, split.catalogue.rows_of(domain)
     of_domain = split.catalogue.domain[log.item] == split.catalogue.domain_index(domain)
     had: dict[tuple[str, str], list[int]] = {}
     for user, item in zip(log.user[of_domain], log.item[of_domain] - mine[0], strict=True):
         key = (str(log.platforms[log.user_platform[user]]), str(log.user_id[user]))
         had.setdefault(key, []).append(int(item))
-    return had
+    titles = [str(title) for title in split.catalogue.title[mine]]
+    target = split.catalogue.find(domain, [row["target"] for row in rows]) - mine[0]
+    sets = []
+    with track(len(rows), title, unit="queries") as progress:
+        for row, position in zip(rows, target, strict=True):
+            taken = np.array(had[row["platform"], row["user_id"]])
+            drawn = draw_candidates(row["query_id"], int(position), taken, titles, size, seed, weights_N)
+            sets.append([str(item) for item in split.catalogue.item_id[mine[0] + drawn]])
+            progress.advance()
+    return sets
 
 
-def _checked_candidates(path: Path, rows: Rows) -> Mapping[str, tuple[str, ...]]:
+def _read_candidates(path: Path, rows: Rows) -> Mapping[str, tuple[str, ...]]:
     """The candidates of each query by its id. Raises DataError where they are not those of the queries."""
-    known = read_candidates(path)
+    table = read_saved(path, "delete it, and it is drawn anew")
+    known = dict(zip(table["query_id"].to_pylist(), map(tuple, table["candidates"].to_pylist()), strict=True))
     asked = {row["query_id"]: row["target"] for row in rows}
     if known.keys() != asked.keys() or any(target not in known[query] for query, target in asked.items()):
         raise DataError(f"{path} holds candidates of other queries than those asked: delete it, and it is drawn anew")

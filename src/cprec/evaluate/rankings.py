@@ -72,24 +72,19 @@ def read_rankings(path: Path) -> SavedRankings | None:
     about = {name.decode(): text.decode() for name, text in (table.schema.metadata or {}).items()}
     if not {"answers", "seconds"} <= about.keys():
         return None
+    answers = json.loads(about["answers"])
+    if "mode" in answers:  # in files of earlier versions how models rank stood among the questions
+        rank = {name: answers.pop(name) for name in ("mode", "beam_width", "max_nodes", "score")}
+        answers["identity"] = {"before": answers["identity"], "rank": rank, "scores": answers.pop("scores", "")}
     found = about.get("found_of_exact")
     return SavedRankings(
         table=table,
-        answers=_answers(about["answers"]),
+        answers=answers,
         seconds=float(about["seconds"]),
         cost=json.loads(about.get("cost", "{}")),
         trained_on=about.get("trained_on", "").split(),
         found_of_exact=FoundOfExact(**json.loads(found)) if found else None,
     )
-
-
-def _answers(text: str) -> dict[str, Any]:
-    """What rankings answer. In files of earlier versions how models rank stood among the questions."""
-    answers: dict[str, Any] = json.loads(text)
-    if "mode" in answers:
-        rank = {name: answers.pop(name) for name in ("mode", "beam_width", "max_nodes", "score")}
-        answers["identity"] = {"before": answers["identity"], "rank": rank, "scores": answers.pop("scores", "")}
-    return answers
 
 
 def table_of(rankings: Sequence[Ranking], protocol: Protocol, domain: str) -> pa.Table:

@@ -1,14 +1,14 @@
-"""The results of an evaluation as records, and `report.json`, which keeps them.
+"""The results of an evaluation as records of plain numbers and text, and `report.json`, which keeps them.
 
-Records hold plain numbers and text. Everything that shows results takes these records; only `write_report` and
-`read_report` know how the file is laid out.
+Everything that shows results takes these records; only the functions at the end know how the file is laid out.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -231,11 +231,45 @@ class Example:
     """Arm -> titles with scores, best first."""
 
 
+# ---- seeds -----------------------------------------------------------------------------------------------------------
+
+SEED = re.compile(r"(?P<model>.+) \(seed \d+\)")
+"""Names of arms that are one model trained with several seeds. In a table of differences they stand together and are
+never tested against each other."""
+
+
+def arm_of(model: str, seed: int) -> str:
+    """The name of an arm that is one of several seeds.
+
+    >>> arm_of("SASRec", 1)
+    'SASRec (seed 1)'
+    """
+    return f"{model} (seed {seed})"
+
+
+def model_of(arm: str) -> str:
+    """The name of an arm without its seed."""
+    match = SEED.fullmatch(arm)
+    return match["model"] if match else arm
+
+
+def together(arms: Iterable[str]) -> dict[str, list[str]]:
+    """Arms by the name that their model has in a table, in the order given; an arm without a seed stands alone.
+
+    >>> together(["EASE", "SASRec (seed 0)", "SASRec (seed 1)"])
+    {'EASE': ['EASE'], 'SASRec (2 seeds)': ['SASRec (seed 0)', 'SASRec (seed 1)']}
+    """
+    models: dict[tuple[str, bool], list[str]] = {}
+    for arm in arms:
+        models.setdefault((model_of(arm), SEED.fullmatch(arm) is not None), []).append(arm)
+    return {f"{model} ({len(own)} seeds)" if len(own) > 1 else own[0]: own for (model, _), own in models.items()}
+
+
 # ---- report.json -----------------------------------------------------------------------------------------------------
 
-OTHER_POOL = {FULL: (FULL_WITH_SEEN, "seen_kept"), FULL_WITH_SEEN: (FULL, "seen_left_out")}
-"""Main pool -> the pool with the other rule for seen items, and the key it has in an arm."""
 REMEDY = "run `cprec evaluate` again with the settings of its run.json; saved rankings are reused"
+SHOWN = {"hit_rate_all": "hr@1-all", "hit_rate_valid": "hr@1-valid"}
+"""Fields of `Generated` that have another name in the file."""
 
 
 def write_report(path: str | Path, report: Report) -> None:
@@ -275,26 +309,22 @@ def read_report(path: str | Path) -> Report:
 
 
 def _domain_to_json(result: DomainResult) -> dict[str, Any]:
-    differences = [
-        {"a": line.a, "b": line.b, "metric": str(line.metric), **asdict(line.test), "claim": line.test.claim}
-        for line in result.differences
-    ]
     return {
-        "unseen": result.unseen,
-        "num_items": result.num_items,
-        "num_queries": result.num_queries,
-        "certified": result.certified,
+        **{name: getattr(result, name) for name in ("unseen", "num_items", "num_queries", "certified")},
         **({"notes": list(result.notes)} if result.notes else {}),
         "arms": {name: _arm_to_json(arm, result) for name, arm in result.arms.items()},
-        "differences": differences,
+        "differences": [
+            {"a": line.a, "b": line.b, "metric": str(line.metric), **asdict(line.test), "claim": line.test.claim}
+            for line in result.differences
+        ],
     }
 
 
 def _domain_from_json(name: str, content: Mapping[str, Any]) -> DomainResult:
+    # Every arm has the entries of the main pool; those of the other pools say which these are.
     first = next(iter(content["arms"].values()))
-    main = Metric("ndcg", max(int(key[5:]) for key in first if key.startswith("ndcg@")), FULL)
-    if "seen_left_out" in first:
-        main = replace(main, pool=FULL_WITH_SEEN)
+    k = max(int(key[5:]) for key in first if key.startswith("ndcg@"))
+    main = Metric("ndcg", k, FULL_WITH_SEEN if "seen_left_out" in first else FULL)
     pools = {}
     for key in first:
         if key.startswith("candidates"):
@@ -302,35 +332,31 @@ def _domain_from_json(name: str, content: Mapping[str, Any]) -> DomainResult:
             pool = CANDIDATES_POPULARITY if popularity else CANDIDATES_UNIFORM
             pools[pool] = Pool(content["num_queries"], int(size))
     if NEW_ITEMS in first:
-        pools[NEW_ITEMS] = Pool(first[NEW_ITEMS]["num_queries"], first[NEW_ITEMS]["num_items"])
-    differences = [
-        Difference(
-            a=line["a"],
-            b=line["b"],
-            metric=Metric.of(line["metric"], main.pool),
-            test=Comparison(**{field.name: line[field.name] for field in fields(Comparison)}),
-        )
-        for line in content["differences"]
-    ]
+        pools[NEW_ITEMS] = _record(Pool, first[NEW_ITEMS])
+    keys = _keys(main.pool, pools)
     return DomainResult(
         domain=name,
-        num_items=content["num_items"],
-        num_queries=content["num_queries"],
-        certified=content["certified"],
+        **{name: content[name] for name in ("unseen", "num_items", "num_queries", "certified")},
         main=main,
         pools=pools,
-        arms={arm: _arm_from_json(arm, found, main, pools) for arm, found in content["arms"].items()},
-        differences=differences,
+        arms={arm: _arm_from_json(arm, found, main.pool, keys) for arm, found in content["arms"].items()},
+        differences=[
+            Difference(
+                a=line["a"], b=line["b"], metric=Metric.of(line["metric"], main.pool), test=_record(Comparison, line)
+            )
+            for line in content["differences"]
+        ],
         notes=content.get("notes", []),
-        unseen=content["unseen"],
     )
 
 
-def _key_of(pool: str, main: str, pools: Mapping[str, Pool]) -> str:
-    """The key that an arm has a pool beside the main one under."""
-    if pool in (CANDIDATES_UNIFORM, CANDIDATES_POPULARITY):
-        return f"candidates{pools[pool].num_items}" + ("_popularity" if pool == CANDIDATES_POPULARITY else "")
-    return OTHER_POOL[main][1] if pool == OTHER_POOL[main][0] else pool
+def _keys(main: str, pools: Mapping[str, Pool]) -> dict[str, str]:
+    """The keys that an arm has the pools beside the main one under."""
+    other = {FULL_WITH_SEEN: "seen_kept"} if main == FULL else {FULL: "seen_left_out"}
+    suffix = {CANDIDATES_UNIFORM: "", CANDIDATES_POPULARITY: "_popularity"}
+    return other | {
+        pool: f"candidates{about.num_items}{suffix[pool]}" if pool in suffix else pool for pool, about in pools.items()
+    }
 
 
 def _arm_to_json(arm: Arm, result: DomainResult) -> dict[str, Any]:
@@ -351,59 +377,51 @@ def _arm_to_json(arm: Arm, result: DomainResult) -> dict[str, Any]:
             for name, groups in arm.slices.items()
         },
     }
-    for pool in dict.fromkeys(metric.pool for metric in arm.metrics):
-        if pool != main:
+    for pool, key in _keys(main, result.pools).items():
+        if cells := arm.of(pool):
             timed = {"seconds": arm.seconds[pool]} if pool in arm.seconds else {}
             sized = asdict(result.pools[pool]) if pool == NEW_ITEMS else {}
-            content[_key_of(pool, main, result.pools)] = {**_cells_to_json(arm.of(pool)), **timed, **sized}
+            content[key] = {**_cells_to_json(cells), **timed, **sized}
     if arm.found_of_exact:
         content["found_of_exact"] = asdict(arm.found_of_exact)
     if arm.generated:
-        content[GENERATED] = {shown: getattr(arm.generated, name) for name, shown in GENERATED_KEYS.items()}
+        content[GENERATED] = {SHOWN.get(name, name): value for name, value in asdict(arm.generated).items()}
     return content
 
 
-GENERATED_KEYS = {
-    "valid_ratio": "valid_ratio",
-    "hit_rate_all": "hr@1-all",
-    "hit_rate_valid": "hr@1-valid",
-    "seconds": "seconds",
-}
-
-
-def _arm_from_json(name: str, content: Mapping[str, Any], main: Metric, pools: Mapping[str, Pool]) -> Arm:
-    metrics, seconds = dict(_cells_from_json(content, main.pool)), {main.pool: content["seconds"]}
-    for pool in (OTHER_POOL[main.pool][0], *pools):
-        found = content.get(_key_of(pool, main.pool, pools), {})
-        metrics |= _cells_from_json(found, pool)
-        if "seconds" in found:
-            seconds[pool] = found["seconds"]
+def _arm_from_json(name: str, content: Mapping[str, Any], main: str, keys: Mapping[str, str]) -> Arm:
+    by_pool = {main: content} | {pool: content[key] for pool, key in keys.items() if key in content}
     free = content.get(GENERATED)
     return Arm(
         name=name,
         kind=content["kind"],
-        metrics=metrics,
-        seconds=seconds,
+        metrics={metric: cell for pool, found in by_pool.items() for metric, cell in _cells(found, pool).items()},
+        seconds={pool: found["seconds"] for pool, found in by_pool.items() if "seconds" in found},
         cost=Cost(**content["cost"]),
         lists=content["lists"],
         slices={
             slice_: {
-                group: Slice(num_queries=found["num_queries"], metrics=_cells_from_json(found, main.pool))
+                group: Slice(num_queries=found["num_queries"], metrics=_cells(found, main))
                 for group, found in groups.items()
             }
             for slice_, groups in content["slices"].items()
         },
-        proofs=Proofs(**{f.name: content[f.name] for f in fields(Proofs)}) if "proven" in content else None,
+        proofs=_record(Proofs, content) if "proven" in content else None,
         found_of_exact=FoundOfExact(**content["found_of_exact"]) if "found_of_exact" in content else None,
-        generated=Generated(**{name: free[shown] for name, shown in GENERATED_KEYS.items()}) if free else None,
+        generated=_record(Generated, free | {name: free[key] for name, key in SHOWN.items()}) if free else None,
     )
+
+
+def _record(record: Any, content: Mapping[str, Any]) -> Any:
+    """A record from the entries of its fields, which may stand among others."""
+    return record(**{one.name: content[one.name] for one in fields(record)})
 
 
 def _cells_to_json(cells: Cells) -> dict[str, dict[str, float]]:
     return {str(metric): asdict(cell) for metric, cell in cells.items()}
 
 
-def _cells_from_json(content: Mapping[str, Any], pool: str) -> dict[Metric, Interval]:
+def _cells(content: Mapping[str, Any], pool: str) -> dict[Metric, Interval]:
     """The metrics among the entries of an arm, a pool or a slice."""
     return {
         Metric.of(key, pool): Interval(**cell)

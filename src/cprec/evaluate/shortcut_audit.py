@@ -25,11 +25,12 @@ from cprec.data.splits import Queries, Split
 from cprec.data.titles import title_vectors
 from cprec.errors import ConfigError
 from cprec.evaluate.results import Interval
+from cprec.evaluate.slices import training_events
 from cprec.evaluate.statistics import ALPHA, POWER, SAMPLES, bootstrap_interval
 from cprec.progress import track
 from cprec.ranks import count_rankings, ndcg, recall
-from cprec.recommender import Ranking, RankingQuery, Recommender
-from cprec.schema import SPECIFIC, TEST, Item
+from cprec.recommender import RankingQuery, Recommender
+from cprec.schema import TEST, Item
 
 K = 10
 """Where NDCG is cut."""
@@ -39,14 +40,7 @@ NUM_BINS = 20
 """Bins of the histograms of percentiles; each holds 5 % of the items."""
 
 WHOLE, REVERSED, SHUFFLED = "whole history", "reversed", "shuffled"
-VARIANTS: Mapping[str, int | None] = {
-    WHOLE: None,
-    "last 5": 5,
-    "last 2": 2,
-    "last 1": 1,
-    REVERSED: None,
-    SHUFFLED: None,
-}
+VARIANTS = {WHOLE: None, "last 5": 5, "last 2": 2, "last 1": 1, REVERSED: None, SHUFFLED: None}
 """Parts of a history that a model is shown: so many of the latest events, or all of them (None)."""
 
 ONE_STEP, TWO_STEPS, BACKWARD, FROM_ANY = "one step", "two steps", "one step backward", "one step from any event"
@@ -211,20 +205,13 @@ def shortcut_audit(
 def _queries(split: Split, domain: str, max_queries: int) -> Queries:
     if max_queries < 1:
         raise ConfigError(f"max_queries={max_queries} must be at least 1")
-    queries = split.queries(domain, TEST, history_kind=SPECIFIC, max_history=max(len(split.interactions), 1))
+    queries = split.queries(domain, TEST, max_history=max(len(split.interactions), 1))
     if not len(queries):
         raise ConfigError(f"domain {domain!r} has no test event with a history before it: nothing can be asked of it")
     return queries
 
 
 # ---- the training part -----------------------------------------------------------------------------------------------
-
-
-def training_events(split: Split, domain: str) -> tuple[np.ndarray, np.ndarray]:
-    """User and item (from 0 in the domain) of each training event of a domain, by user, then in order of time."""
-    log, mine = split.train, split.catalogue.rows_of(domain)
-    at = np.flatnonzero(split.catalogue.domain[log.item] == split.catalogue.domain_index(domain))
-    return log.user[at], log.item[at] - mine[0]
 
 
 def immediate_repeats(user: np.ndarray, item: np.ndarray) -> float:
@@ -256,11 +243,7 @@ def user_vectors(user: np.ndarray, item: np.ndarray, num_items: int) -> sparse.c
     _, column = np.unique(user, return_inverse=True)
     table = sparse.csr_array((np.ones(len(item)), (item, column)), (num_items, int(column.max(initial=-1)) + 1 or 1))
     table.data[:] = 1
-    return _unit_rows(table)
-
-
-def _unit_rows(table: sparse.csr_array) -> sparse.csr_array:
-    """Rows scaled to length 1; those of length 0 stay."""
+    # Rows are scaled to length 1; those of length 0 stay.
     length = np.sqrt(table.multiply(table).sum(axis=1))
     return sparse.csr_array(sparse.diags_array(1 / np.where(length > 0, length, 1)) @ table)
 
@@ -292,11 +275,7 @@ def out_degree_of(graph: sparse.csr_array, last_Q: np.ndarray) -> OutDegree:
 
 
 def reaches(
-    graph: sparse.csr_array,
-    count_N: np.ndarray,
-    history: Ragged,
-    target_Q: np.ndarray,
-    done: Callable[[int], None],
+    graph: sparse.csr_array, count_N: np.ndarray, history: Ragged, target_Q: np.ndarray, done: Callable[[int], None]
 ) -> dict[str, Reach]:
     """How many targets follow in one step of the transition graph, in one or two, backward, and from any past event.
 
@@ -317,12 +296,8 @@ def reaches(
         past = history.take(rows)
         had = sparse.csr_array((np.ones(len(past.values)), (past.row_of, past.values)), (len(rows), size))
         step = linked[last]
-        sets = {
-            ONE_STEP: step,
-            TWO_STEPS: step + step @ linked,
-            BACKWARD: backward[last],
-            FROM_ANY: had @ linked,
-        }
+        two = step + step @ linked
+        sets = {ONE_STEP: step, TWO_STEPS: two, BACKWARD: backward[last], FROM_ANY: had @ linked}
         wanted = sparse.csr_array((np.ones(len(rows)), (np.arange(len(rows)), target_Q[rows])), (len(rows), size))
         # A target is hit where its set holds it; paths that lead to an item twice count once.
         for name, found in sets.items():
@@ -405,11 +380,6 @@ def shown(history: Sequence[Item], variant: str, generator: np.random.Generator)
     return tuple(history[-(VARIANTS[variant] or len(history)) :])
 
 
-def ndcg_of(rankings: Sequence[Ranking], targets: Sequence[str]) -> np.ndarray:
-    """NDCG@10 of each ranking of the full catalogue for its target: float[Q]; ties with their expected value."""
-    return ndcg(*count_rankings(rankings, targets), K)
-
-
 def dependence_of(
     name: str,
     recommender: Recommender,
@@ -446,10 +416,9 @@ def dependence_of(
             batch = asked[start : start + BATCH]
             found += recommender.rank(batch, K)
             done(len(batch))
-        values[variant] = ndcg_of(found, targets)
+        values[variant] = ndcg(*count_rankings(found, targets), K)
     whole, user_Q = values[WHOLE], queries.user[chosen]
-    mean, low, high = bootstrap_interval(whole, groups=user_Q, seed=seed)
-    interval = Interval(mean=mean, low=low, high=high)
+    interval = Interval(*bootstrap_interval(whole, groups=user_Q, seed=seed))
     return Dependence(
         model=name,
         ndcg=interval,

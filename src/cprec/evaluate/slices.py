@@ -5,12 +5,14 @@ A query is in one group of each slice. Suffix Q: queries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
 from cprec.data.splits import Split
 from cprec.evaluate.metrics import head
+from cprec.recommender import RankingQuery
 from cprec.schema import TRAIN
 
 NEW, COLD, TAIL, HEAD = "new", "cold", "tail", "head"
@@ -29,25 +31,23 @@ ABOUT = {
 """What each slice is, for people. A slice of one group is left out, and so is one by time where times are not real."""
 
 
-def slices_of(
-    split: Split, domain: str, users: Sequence[str], targets: np.ndarray, lengths: np.ndarray, repeats: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Slice -> the group of each query: object[Q] of str.
+def training_events(split: Split, domain: str) -> tuple[np.ndarray, np.ndarray]:
+    """User and item (from 0 in the domain) of each training event of a domain, by user, then in order of time."""
+    log, mine = split.train, split.catalogue.rows_of(domain)
+    at = np.flatnonzero(split.catalogue.domain[log.item] == split.catalogue.domain_index(domain))
+    return log.user[at], log.item[at] - mine[0]
 
-    `users` are platform/user_id, `targets` catalogue rows, `lengths` events of the history, `repeats` whether the
-    target is among them.
-    """
+
+def slices_of(
+    split: Split, domain: str, queries: Sequence[RankingQuery], targets: Sequence[str], events_N: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Slice -> the group of each query: object[Q] of str. `events_N` are the training events of the domain's items."""
     log, mine = split.interactions, split.catalogue.rows_of(domain)
     trained = split.events(TRAIN)
-    count_N = np.bincount(log.item[trained], minlength=len(split.catalogue))[mine]
-    target_Q = targets - mine[0]
-    in_head = head(count_N)[target_Q]
-    events_Q = count_N[target_Q]
-    found = {
-        "target": np.select([events_Q == 0, events_Q <= COLD_EVENTS, in_head], [NEW, COLD, HEAD], default=TAIL).astype(
-            object
-        )
-    }
+    target_Q = split.catalogue.find(domain, targets) - mine[0]
+    events_Q = events_N[target_Q]
+    kinds = [events_Q == 0, events_Q <= COLD_EVENTS, head(events_N)[target_Q]]
+    found = {"target": np.select(kinds, [NEW, COLD, HEAD], default=TAIL).astype(object)}
     if split.domains[domain].has_times:
         of_domain = trained & (split.catalogue.domain[log.item] == split.catalogue.domain_index(domain))
         first_N = np.full(len(mine), np.iinfo(np.int64).max)
@@ -57,16 +57,16 @@ def slices_of(
         names = np.array(["first third", "middle third", "last third"], dtype=object)
         when = names[np.searchsorted(thirds, first_N[target_Q])]
         found["first seen"] = np.where(events_Q == 0, "never", when)
-    bounds = [0, *LENGTHS]
-    spans = [f"{low + 1}-{high}" for low, high in zip(bounds, LENGTHS, strict=False)] + [f"over {LENGTHS[-1]}"]
-    found["history"] = np.where(lengths == 0, "none", np.array(spans, dtype=object)[np.searchsorted(LENGTHS, lengths)])
-    row_of = {
+    length_Q = np.array([sum(item.domain == domain for item in query.history) for query in queries], dtype=np.int64)
+    spans = np.array([f"{low + 1}-{high}" for low, high in pairwise((0, *LENGTHS))] + [f"over {LENGTHS[-1]}"], object)
+    found["history"] = np.where(length_Q == 0, "none", spans[np.searchsorted(LENGTHS, length_Q)])
+    row_of: dict[str | None, int] = {
         f"{log.platforms[platform]}/{user}": row
         for row, (platform, user) in enumerate(zip(log.user_platform, log.user_id, strict=True))
     }
     activity = np.bincount(log.user[trained], minlength=len(log.user_id))
-    activity_Q = activity[np.array([row_of[user] for user in users], dtype=np.int64)]
-    found["user activity"] = _thirds(activity_Q)
+    found["user activity"] = _thirds(activity[np.array([row_of[query.user] for query in queries], dtype=np.int64)])
+    repeats = [target in query.uncounted for query, target in zip(queries, targets, strict=True)]
     found["repeat"] = np.where(repeats, "repeat", "new to the user").astype(object)
     return {name: groups for name, groups in found.items() if len(set(groups)) > 1}
 
@@ -82,7 +82,7 @@ def _thirds(value_Q: np.ndarray) -> np.ndarray:
     return np.array([names[group] for group in group_Q], dtype=object)
 
 
-def ordered(slices: Mapping[str, np.ndarray], name: str) -> list[str]:
+def ordered(group_Q: np.ndarray) -> list[str]:
     """The groups of a slice in their natural order."""
     known = [NEW, COLD, TAIL, HEAD, "never", "first third", "middle third", "last third", "repeat", "new to the user"]
 
@@ -92,4 +92,4 @@ def ordered(slices: Mapping[str, np.ndarray], name: str) -> list[str]:
         number = group.removeprefix("over ").partition("-")[0]
         return (float(number) + group.startswith("over ") if number.isdecimal() else -1.0), group
 
-    return sorted(set(slices[name]), key=place)
+    return sorted(set(group_Q), key=place)

@@ -8,7 +8,7 @@ Suffixes: Q queries, S seeds, G groups (users).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
@@ -21,6 +21,8 @@ ALPHA = 0.05
 """The chance of a false claim in a whole table, after Holm's correction."""
 POWER = 0.8
 """The chance of finding a difference of the size that is called detectable."""
+LEVEL = 0.95
+"""Of an interval: the share of intervals that hold what they estimate."""
 SAMPLES = 2000
 """Bootstrap samples of an interval."""
 PERMUTATIONS = 9999
@@ -31,17 +33,15 @@ FEW = 8
 """Where each distinct value is that of more queries than this, on average, samples are drawn by how often each value
 occurs. Metrics of ranks take few values, so this is the usual case, and it is faster."""
 
+Groups = Sequence[object] | np.ndarray | None
+"""The user of each query."""
+
 
 # ---- intervals -------------------------------------------------------------------------------------------------------
 
 
 def bootstrap_interval(
-    values_Q: np.ndarray,
-    *,
-    groups: Sequence[object] | np.ndarray | None = None,
-    samples: int = SAMPLES,
-    level: float = 0.95,
-    seed: int = 0,
+    values_Q: np.ndarray, *, groups: Groups = None, samples: int = SAMPLES, seed: int = 0
 ) -> tuple[float, float, float]:
     """Mean over queries with a percentile bootstrap interval (Efron 1979): (mean, low, high).
 
@@ -69,7 +69,7 @@ def bootstrap_interval(
             drawn = generator.integers(0, len(sums), (rows, len(sums)))
             drawn_sums, drawn_sizes = sums[drawn].sum(axis=1), sizes[drawn].sum(axis=1)
         means[part] = drawn_sums / drawn_sizes
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(values.mean()), float(low), float(high)
 
 
@@ -91,7 +91,7 @@ def _checked(values: np.ndarray, dimensions: int = 1) -> np.ndarray:
     return checked
 
 
-def _sums(values_Q: np.ndarray, groups: Sequence[object] | np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def _sums(values_Q: np.ndarray, groups: Groups) -> tuple[np.ndarray, np.ndarray]:
     """Sum of the values and number of the queries of each group; every query is one where there are none."""
     if groups is None:
         return values_Q, np.ones(len(values_Q), dtype=np.int64)
@@ -102,7 +102,7 @@ def _sums(values_Q: np.ndarray, groups: Sequence[object] | np.ndarray | None) ->
     return np.bincount(group, weights=values_Q), np.bincount(group)
 
 
-def _squared_error(values_Q: np.ndarray, groups: Sequence[object] | np.ndarray | None) -> tuple[float, float]:
+def _squared_error(values_Q: np.ndarray, groups: Groups) -> tuple[float, float]:
     """Squared standard error of the mean, and its degrees of freedom (groups less one).
 
     The error of a ratio of sums over groups (Cochran 1977, section 6.4): the sample variance over the number of
@@ -123,24 +123,16 @@ class SeedVariance:
     """The mean over seeds and queries, and how far it would move with other users and with other seeds."""
 
     mean: float
-    """Over all seeds and queries."""
     low: float
-    """Lower end of the interval over both users and seeds."""
     high: float
-    """Upper end of it."""
+    """Ends of the interval over both users and seeds."""
     error_users: float
     """Standard error from the users: these seeds, other users."""
     error_seeds: float
     """Standard error that the seeds add: these users, other seeds. 0 where seeds differ less than users explain."""
-    num_seeds: int
-    """Training runs, each with a seed of its own."""
-    num_queries: int
-    """Queries that every run answered."""
 
 
-def seed_variance(
-    values_SQ: np.ndarray, *, groups: Sequence[object] | np.ndarray | None = None, level: float = 0.95
-) -> SeedVariance:
+def seed_variance(values_SQ: np.ndarray, *, groups: Groups = None) -> SeedVariance:
     """Split the error of a mean over seeds and queries into what users and what seeds bring.
 
     Two-way random effects without replication: value = mean + seed + query + rest (the interaction). With mean squares
@@ -161,23 +153,16 @@ def seed_variance(
         raise ValueError(f"values of {len(values)} seed(s) tell no variance of seeds: give two runs at least")
     of_users, freedom = _squared_error(values.mean(axis=0), groups)
     of_seeds, terms = _seed_terms(values, groups)
-    low, high = _student_interval(float(values.mean()), of_users + of_seeds, [(of_users, freedom), *terms], level)
-    return SeedVariance(
-        mean=float(values.mean()),
-        low=low,
-        high=high,
-        error_users=math.sqrt(of_users),
-        error_seeds=math.sqrt(of_seeds),
-        num_seeds=values.shape[0],
-        num_queries=values.shape[1],
-    )
+    low, high = _student_interval(float(values.mean()), of_users + of_seeds, [(of_users, freedom), *terms])
+    errors = {"error_users": math.sqrt(of_users), "error_seeds": math.sqrt(of_seeds)}
+    return SeedVariance(mean=float(values.mean()), low=low, high=high, **errors)
 
 
 Terms = list[tuple[float, float]]
 """Parts of an estimated variance, signs aside, with their degrees of freedom."""
 
 
-def _seed_terms(values_SQ: np.ndarray, groups: Sequence[object] | np.ndarray | None) -> tuple[float, Terms]:
+def _seed_terms(values_SQ: np.ndarray, groups: Groups) -> tuple[float, Terms]:
     """Squared error of the mean from seeds, and the terms it was estimated from; nothing for a single seed."""
     seeds = len(values_SQ)
     if seeds < 2:
@@ -199,9 +184,9 @@ def _freedom(squared_error: float, terms: Terms) -> float:
     return squared_error**2 / spread if 0 < spread < math.inf else 1.0
 
 
-def _student_interval(mean: float, squared_error: float, terms: Terms, level: float) -> tuple[float, float]:
-    """Student's interval of a mean."""
-    half = float(stdtrit(_freedom(squared_error, terms), (1 + level) / 2)) * math.sqrt(squared_error)
+def _student_interval(mean: float, squared_error: float, terms: Terms) -> tuple[float, float]:
+    """Student's 95 % interval of a mean."""
+    half = float(stdtrit(_freedom(squared_error, terms), (1 + LEVEL) / 2)) * math.sqrt(squared_error)
     return mean - half, mean + half
 
 
@@ -215,15 +200,13 @@ class Comparison:
     mean: float
     """Mean of a - b over queries."""
     low: float
-    """Lower end of its 95 % interval."""
     high: float
-    """Upper end of it."""
+    """Ends of its 95 % interval."""
     p_value: float
     """Chance of a difference this large or larger, either way, if the arms were alike."""
     p_adjusted: float
     """The p value corrected for all comparisons of its table (`adjusted`); the same where it stands alone."""
     num_queries: int
-    """Queries that both arms answered."""
     detectable: float | None
     """The smallest true difference that these queries find with 80 % power at a level of 5 %, before correction. None
     where it cannot be estimated: the arms differ by the same on all queries, or there is a single user."""
@@ -242,7 +225,7 @@ def compare_pair(
     values_a: np.ndarray,
     values_b: np.ndarray,
     *,
-    groups: Sequence[object] | np.ndarray | None = None,
+    groups: Groups = None,
     permutations: int = PERMUTATIONS,
     seed: int = 0,
     stochastic: tuple[bool, bool] = (True, True),
@@ -277,7 +260,7 @@ def compare_pair(
         _, low, high = bootstrap_interval(difference_Q, groups=groups, seed=seed)
         p_value = _permutation_p(difference_Q, groups, permutations, seed)
     else:
-        low, high = _student_interval(mean, squared_error, terms, 0.95)
+        low, high = _student_interval(mean, squared_error, terms)
         p_value = _student_p(mean, squared_error, terms)
     normal = NormalDist()
     detectable = (normal.inv_cdf(1 - ALPHA / 2) + normal.inv_cdf(POWER)) * math.sqrt(squared_error)
@@ -293,11 +276,7 @@ def compare_pair(
 
 
 def _difference_error(
-    difference_Q: np.ndarray,
-    a_SQ: np.ndarray,
-    b_SQ: np.ndarray,
-    groups: Sequence[object] | np.ndarray | None,
-    stochastic: tuple[bool, bool],
+    difference_Q: np.ndarray, a_SQ: np.ndarray, b_SQ: np.ndarray, groups: Groups, stochastic: tuple[bool, bool]
 ) -> tuple[float, Terms]:
     """Squared error of the mean difference of two arms, from users and from seeds, and the terms that it is made of."""
     of_users, freedom = _squared_error(difference_Q, groups)
@@ -311,9 +290,7 @@ def _difference_error(
     return of_users + seeds_a + seeds_b, [(of_users, freedom), *terms_a, *terms_b]
 
 
-def _permutation_p(
-    difference_Q: np.ndarray, groups: Sequence[object] | np.ndarray | None, permutations: int, seed: int
-) -> float:
+def _permutation_p(difference_Q: np.ndarray, groups: Groups, permutations: int, seed: int) -> float:
     """The p value of a test that flips the sign of each group's summed difference at random."""
     sums, _ = _sums(difference_Q, groups)
     total = sums.sum()
@@ -348,13 +325,32 @@ def _student_p(mean: float, squared_error: float, terms: Terms) -> float:
 # ---- many comparisons ------------------------------------------------------------------------------------------------
 
 
-def permutations_for(comparisons: int) -> int:
-    """Flips that let the smallest p value of a table stay small when all its comparisons are corrected for.
+def compare_pairs(
+    values: Mapping[str, np.ndarray],
+    pairs: Sequence[tuple[str, str]],
+    *,
+    groups: Groups = None,
+    seed: int = 0,
+    stochastic: Mapping[str, bool],
+) -> list[Comparison]:
+    """`compare_pair` of the arms of each pair, by name, and Holm's correction over all of them.
 
-    >>> permutations_for(10), permutations_for(253)
-    (9999, 25300)
+    There are so many flips that the smallest p value stays small when it is corrected.
     """
-    return max(PERMUTATIONS, 100 * comparisons)
+    flips = max(PERMUTATIONS, 100 * len(pairs))
+    return adjusted(
+        [
+            compare_pair(
+                values[a],
+                values[b],
+                groups=groups,
+                permutations=flips,
+                seed=seed,
+                stochastic=(stochastic[a], stochastic[b]),
+            )
+            for a, b in pairs
+        ]
+    )
 
 
 def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, compress
 
 import numpy as np
 import pyarrow as pa
@@ -32,10 +32,11 @@ from cprec.evaluate.results import (
     Metric,
     Proofs,
     Slice,
+    model_of,
+    together,
 )
-from cprec.evaluate.seeds import model_of, together
-from cprec.evaluate.slices import ordered
-from cprec.evaluate.statistics import adjusted, bootstrap_interval, compare_pair, permutations_for
+from cprec.evaluate.slices import ordered, training_events
+from cprec.evaluate.statistics import bootstrap_interval, compare_pairs
 
 Columns = Mapping[str, np.ndarray]
 """A value of each query, by the name it has in `metrics.parquet`."""
@@ -115,9 +116,8 @@ class Judge:
         cells: dict[Metric, Interval] = {}
         seconds: dict[str, float] = {}
         for protocol in self.protocols:
-            if protocol.name not in rankings:
+            if (saved := rankings.get(protocol.name)) is None:
                 continue
-            saved = rankings[protocol.name]
             for pool in sorted(protocol.pools, key=lambda pool: pool != main):  # the leading one first
                 values[pool] = metrics_of(saved.table, protocol, k, pool)
                 if pool != GENERATED:
@@ -141,41 +141,30 @@ class Judge:
     def table(self, judged: Sequence[Judged]) -> pa.Table:
         """Metrics of every query: a row for each query, arm and pool."""
         asked = {pool: protocol for protocol in self.protocols for pool in protocol.pools}
-        return pa.concat_tables(
-            pa.table(
-                {
-                    "query_id": [query.query_id for query in asked[pool].queries],
-                    "user_id": asked[pool].user,
-                    **{
-                        name: [value] * len(asked[pool].queries)
-                        for name, value in (
-                            ("domain", self.questions.domain),
-                            ("arm", one.arm.name),
-                            ("kind", one.arm.kind),
-                            ("protocol", pool),
-                            ("stochastic", one.stochastic),
-                        )
-                    },
-                    **columns,
-                }
-            )
-            for one in judged
-            for pool, columns in one.values.items()
-        )
+        parts = []
+        for one in judged:
+            about = {"domain": self.questions.domain, "arm": one.arm.name, "kind": one.arm.kind}
+            for pool, columns in one.values.items():
+                queries, users = asked[pool].queries, asked[pool].user
+                same = about | {"protocol": pool, "stochastic": one.stochastic}
+                repeated = {name: [value] * len(queries) for name, value in same.items()}
+                query_ids = [query.query_id for query in queries]
+                parts.append(pa.table({"query_id": query_ids, "user_id": users, **repeated, **columns}))
+        return pa.concat_tables(parts)
 
 
 def sliced(columns: Columns, questions: Questions, main: Metric, seed: int) -> dict[str, dict[str, Slice]]:
     """NDCG@K and Recall@K in each group of each slice, with the number of its queries."""
     shown = (replace(main, name="ndcg"), replace(main, name="recall"))
-    out: dict[str, dict[str, Slice]] = {}
-    for name, group_Q in questions.slices.items():
-        out[name] = {}
-        for group in ordered(questions.slices, name):
-            inside = group_Q == group
-            users = [user for user, mine in zip(questions.user, inside, strict=True) if mine]
-            cells = {metric: interval(columns[str(metric)][inside], users, seed) for metric in shown}
-            out[name][group] = Slice(num_queries=int(inside.sum()), metrics=cells)
-    return out
+
+    def of(inside: np.ndarray) -> Slice:
+        users = list(compress(questions.user, inside))
+        cells = {metric: interval(columns[str(metric)][inside], users, seed) for metric in shown}
+        return Slice(num_queries=len(users), metrics=cells)
+
+    return {
+        name: {group: of(group_Q == group) for group in ordered(group_Q)} for name, group_Q in questions.slices.items()
+    }
 
 
 def proofs_of(rankings: pa.Table, num_queries: int) -> Proofs | None:
@@ -218,9 +207,8 @@ class Lists:
 
     @classmethod
     def of(cls, split: Split, domain: str) -> Lists:
-        mine, log = split.catalogue.rows_of(domain), split.train
-        chosen = split.catalogue.domain[log.item] == split.catalogue.domain_index(domain)
-        pairs = np.unique(np.stack([log.user[chosen], log.item[chosen] - mine[0]]), axis=1)
+        mine = split.catalogue.rows_of(domain)
+        pairs = np.unique(np.stack(training_events(split, domain)), axis=1)
         return cls(
             row_of={str(item): row for row, item in enumerate(split.catalogue.item_id[mine])},
             count_N=np.bincount(pairs[1], minlength=len(mine)),
@@ -267,18 +255,9 @@ def paired(judged: Sequence[Judged], users: Sequence[str], main: Metric, seed: i
     pairs = _told(values, [rival for rival, own in members.items() if named[own[0]].arm.kind == "model"])
     # The best was picked from the same data, so that all pairs count in the correction.
     every = [*pairs, *(pair for pair in combinations(members, 2) if pair not in pairs and pair[::-1] not in pairs)]
-    found = [
-        compare_pair(
-            values[a],
-            values[b],
-            groups=_groups(users),
-            permutations=permutations_for(len(every)),
-            seed=seed,
-            stochastic=(named[members[a][0]].stochastic, named[members[b][0]].stochastic),
-        )
-        for a, b in every
-    ]
-    return [Difference(a=a, b=b, metric=main, test=test) for (a, b), test in zip(pairs, adjusted(found), strict=False)]
+    stochastic = {rival: named[own[0]].stochastic for rival, own in members.items()}
+    found = compare_pairs(values, every, groups=_groups(users), seed=seed, stochastic=stochastic)
+    return [Difference(a=a, b=b, metric=main, test=test) for (a, b), test in zip(pairs, found, strict=False)]
 
 
 def _told(values: Mapping[str, np.ndarray], models: Sequence[str]) -> list[tuple[str, str]]:

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 
 from cprec.data.catalogue import Catalogue
 from cprec.data.config import GLOBAL_TIME, SplitSpec
-from cprec.data.dataset import POPULARITY, part_path, read_catalogue
+from cprec.data.dataset import POPULARITY, data_folder, part_path, read_catalogue
 from cprec.data.leakage import Observation, Property, add_up, find_near_duplicates
 from cprec.data.splits import format_time
-from cprec.errors import ConfigError, DataError, ShardError
+from cprec.errors import DataError, ShardError
 from cprec.files import write_whole
 from cprec.progress import say
 from cprec.provenance import CONFIG_FILE, file_sha256
@@ -43,7 +43,7 @@ def audit(folder: str | Path, workers: int | None = None) -> dict[str, Any]:
 
     `folder` may be the folder of a run, whose data folder is `data`. Raises ConfigError for any other.
     """
-    data = Prepared.read(_data_folder(Path(folder)))
+    data = Prepared.read(data_folder(folder))
     files = _file_hashes(data.folder)
     structure, readable = _check_structure(data)
     findings: list[Property | Observation] = [_check_unchanged(data.folder, files), structure]
@@ -77,13 +77,6 @@ def violated(certificate: dict[str, Any]) -> list[str]:
         for p in certificate["properties"]
         if p["violations"]
     ]
-
-
-def _data_folder(folder: Path) -> Path:
-    for found in (folder, folder / "data"):
-        if (found / "dataset.json").is_file():
-            return found
-    raise ConfigError(f"{folder} is not a data folder: give one that `cprec prepare` wrote")
 
 
 def _certificate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cprec.evaluate.candidates import draw_candidates, read_candidates, write_candidates
+from cprec.evaluate.candidates import draw_candidates
 
 TITLES = [f"item number {chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(200)]
 
@@ -74,10 +74,3 @@ def test_what_is_hard_to_draw_follows_the_weights_too() -> None:
     weights = np.array([1e15, *[1e3] * 10, *[1e-3] * 100])
     drawn = draw_candidates("q", 0, np.array([0]), titles, 11, seed=0, weights=weights)
     assert sorted(drawn.tolist()) == list(range(11))
-
-
-def test_frozen_sets_are_read_back(tmp_path) -> None:
-    path = tmp_path / "candidates.parquet"
-    write_candidates(path, ["q1", "q2"], [["a", "b"], ["c", "d"]])
-    assert read_candidates(path) == {"q1": ("a", "b"), "q2": ("c", "d")}
-    assert [file.name for file in tmp_path.iterdir()] == ["candidates.parquet"]

@@ -35,12 +35,12 @@ from cprec.evaluate.shortcut_audit import (
     ShortcutAudit,
     Similarity,
     Targets,
-    ndcg_of,
     percentiles,
     share_interval,
     shortcut_audit,
 )
 from cprec.evaluate.shortcut_page import print_shortcuts, reading, shortcut_page, shortcut_table, write_shortcuts
+from cprec.ranks import count_rankings, ndcg
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import DomainInfo
 
@@ -191,7 +191,7 @@ def test_a_share_is_paired_and_draws_users_whole() -> None:
 def test_ndcg_of_tied_scores_is_the_expected_one() -> None:
     rankings = [Ranking("a", ("x", "y"), (1.0, 1.0)), Ranking("b", ("x",), (1.0,)), Ranking("c", (), ())]
     expected = [(1 + 1 / np.log2(3)) / 2, 0.0, 0.0]
-    np.testing.assert_allclose(ndcg_of(rankings, ["y", "y", "y"]), expected)
+    np.testing.assert_allclose(ndcg(*count_rankings(rankings, ["y", "y", "y"]), 10), expected)
 
 
 def test_a_sample_is_seeded_and_the_rest_counts_all() -> None:
