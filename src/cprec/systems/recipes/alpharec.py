@@ -72,7 +72,7 @@ class AlphaRec(GraphSettings):
         graph = UserItemGraph(data.sequences, data.num_items)
         model = GraphModel(users, items, graph, self.num_layers, cosine=True, new_user=mean_of_history)
         terms = {NEXT_ITEM: (1.0, next_item(self.objective, self.num_negatives, self.temperature))}
-        return [self.stage(data, model, terms, UserItemStream(data, [NEXT_ITEM], **self.passes(seed)))]
+        return [self.stage(data, model, terms, UserItemStream(data, [NEXT_ITEM], self.passes(seed)))]
 
 
 PUBLISHED = AlphaRec(num_negatives=256, learning_rate=5e-4, num_epochs=200, anneal=0.0, patience=3)

@@ -55,7 +55,7 @@ class BERT4Rec(NextItemSettings, SelfAttentionSettings):
 
         model = SequenceModel(*self.parts(data.num_items, causal=False))
         masks: dict[str, Any] = {"mask_share": self.mask_share, "last_share": self.last_share}
-        stream = MaskedStream(data, [NEXT_ITEM], self.max_length, **masks, **self.passes(seed))
+        stream = MaskedStream(data, [NEXT_ITEM], self.max_length, self.passes(seed), **masks)
         return [self.stage(data, model, self.next_item(), stream, history=with_mask)]
 
 

@@ -68,7 +68,7 @@ class ICSRec(NextItemSettings, SelfAttentionSettings):
             "same_target": (self.coarse_weight, same_target(self.temperature)),
             "same_cluster": (self.fine_weight, fine),
         }
-        stream = PrefixStream(data, list(terms), self.max_length, same_target=True, **self.passes(seed))
+        stream = PrefixStream(data, list(terms), self.max_length, self.passes(seed), same_target=True)
         sample = np.random.default_rng(seed).permutation(len(stream.targets))[:CLUSTERED]
         refresh = partial(refit, fine, model, stream, sample, seed)
         return [self.stage(data, model, terms, stream, refresh=refresh)]

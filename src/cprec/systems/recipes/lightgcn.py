@@ -61,7 +61,7 @@ class LightGCN(GraphSettings):
             nn.init.normal_(table.table.weight, std=0.1)
         graph = UserItemGraph(data.sequences, data.num_items)
         model = GraphModel(users, items, graph, self.num_layers)
-        stream = UserItemStream(data, [NEXT_ITEM], **self.passes(seed))
+        stream = UserItemStream(data, [NEXT_ITEM], self.passes(seed))
         return [self.stage(data, model, self.next_item(), stream)]
 
 

@@ -63,8 +63,8 @@ class ReaRec(SelfAttentionSettings):
         first, second = SequenceModel(items, encoder), SequenceModel(items, reasoning, pool=mean_of_steps)
         terms = {NEXT_ITEM: (1.0, of_mean(main)), "likeness": (self.likeness_weight, likeness(self.temperature))}
         passes = replace(self, num_epochs=self.first_epochs).passes(seed)
-        windows = WindowStream(data, [NEXT_ITEM], self.max_length, **passes)
-        prefixes = PrefixStream(data, list(terms), self.max_length, **self.passes(seed))
+        windows = WindowStream(data, [NEXT_ITEM], self.max_length, passes)
+        prefixes = PrefixStream(data, list(terms), self.max_length, self.passes(seed))
         return [
             self.stage(data, first, {NEXT_ITEM: (1.0, main)}, windows),
             self.stage(data, second, terms, prefixes),
