@@ -321,11 +321,6 @@ def context_of(model: Any) -> int | None:
     return context
 
 
-def merge_adapters(model: Any) -> Any:
-    """The base model with its LoRA adapters added into the weights: a plain transformers model."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-
-
 def num_parameters(model: nn.Module) -> int:
     """The number of parameters, tied ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())

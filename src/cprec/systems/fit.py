@@ -259,7 +259,6 @@ class _Validation:
 
 
 def fit(settings: SystemSettings, split: Split, domain: str, seed: int, folder: Path) -> TrainedRecommender:
-    """See `SystemSettings.make`."""
     name, device = type(settings).__name__, distributed.pick_device()
     data = TrainingSequences.of(split, domain)
     validation = _Validation.of(split, domain, seed, settings.VALIDATION_QUERIES)

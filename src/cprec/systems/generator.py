@@ -59,7 +59,6 @@ class CodeStream(RowStream):
         super().__init__(self._rows.lengths - 1, [NEXT_TOKEN], passes)
 
     def batch(self, step: int) -> Batch:
-        """See `RowStream.batch`."""
         members = self.members(step)
         tokens, lengths = padded(self._rows.take(members), PADDING)
         place = np.tile(np.arange(tokens.shape[1] - 1), (len(members), 1))

@@ -40,7 +40,6 @@ class IdTable(ItemTable):
         self.table = nn.Embedding(num_items + num_special, size)
 
     def vectors(self, items: torch.Tensor | None = None) -> torch.Tensor:
-        """See `ItemTable.vectors`."""
         weight = self.table.weight
         return weight if items is None else nn.functional.embedding(items, weight)
 
@@ -56,7 +55,6 @@ class FrozenTable(ItemTable):
         self.adapter = adapter
 
     def vectors(self, items: torch.Tensor | None = None) -> torch.Tensor:
-        """See `ItemTable.vectors`."""
         frozen = self.get_buffer("frozen")
         adapted: torch.Tensor = self.adapter(frozen if items is None else frozen[items])
         return adapted

@@ -142,7 +142,6 @@ class WindowStream(RowStream):
         super().__init__(self._windows.lengths - 1, terms, passes)
 
     def batch(self, step: int) -> Batch:
-        """See `RowStream.batch`."""
         members = self.members(step)
         rows, lengths = padded(self._windows.take(members), self._pad)
         has_next = np.arange(1, rows.shape[1]) < lengths[:, None]
@@ -171,7 +170,6 @@ class MaskedStream(RowStream):
         super().__init__(self._windows.lengths, terms, passes)
 
     def batch(self, step: int) -> Batch:
-        """See `RowStream.batch`."""
         members = self.members(step)
         rows, lengths = padded(self._windows.take(members), self._pad)
         generator = np.random.default_rng([self._seed, step, 1])
@@ -195,7 +193,6 @@ class UserItemStream(RowStream):
         super().__init__(np.ones(len(self._item), dtype=np.int64), terms, passes)
 
     def batch(self, step: int) -> Batch:
-        """See `RowStream.batch`."""
         pairs = self.members(step)
         return self._batch(pairs, len(pairs), len(pairs), users=self._user[pairs], targets=self._item[pairs])
 
@@ -236,7 +233,6 @@ class PrefixStream(RowStream):
         return gather(self._values, self._place[rows] - self._lengths_of[rows], self._lengths_of[rows])
 
     def batch(self, step: int) -> Batch:
-        """See `RowStream.batch`."""
         members = self.members(step)
         targets, num_tokens = self.targets[members], int(self._lengths_of[members].sum())
         if not self._same_target:

@@ -25,7 +25,6 @@ from cprec.models import (
     context_of,
     has_learned_positions,
     load_model,
-    merge_adapters,
     num_parameters,
     tiny_model,
     unloaded_model,
@@ -401,7 +400,7 @@ def _publish(run: Run, loss: PackedLoss, tokenizer: Any, state: TrainState) -> N
                 adapted = load_model(folder)
                 for path in list(folder.iterdir()):
                     path.unlink()
-                merge_adapters(adapted).save_pretrained(folder)
+                adapted.merge_and_unload().save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             shutil.copytree(run.data / "items", folder / "items")
             if (run.data / POPULARITY).is_file():  # ranks items for histories that say nothing

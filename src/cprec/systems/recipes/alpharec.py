@@ -49,7 +49,6 @@ class AlphaRec(GraphSettings):
         self.require_positive("text_size", "adapter_size", "temperature")
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
-        """See `SystemSettings.stages`."""
         frozen_VF = (
             read_vectors(self.vectors, data.item_ids) if self.vectors else text_vectors(data.titles, self.text_size)
         )

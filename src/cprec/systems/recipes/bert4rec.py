@@ -44,7 +44,6 @@ class BERT4Rec(NextItemSettings, SelfAttentionSettings):
             raise ConfigError(f"mask_share={self.mask_share} and last_share={self.last_share} must lie in 0..1")
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
-        """See `SystemSettings.stages`."""
 
         def with_mask(histories: Ragged) -> np.ndarray:
             """The latest events, and a mask after them where the next one is asked for."""

@@ -26,7 +26,6 @@ class GRU4Rec(NextItemSettings):
     """Recurrent layers."""
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
-        """See `SystemSettings.stages`."""
         items = IdTable(data.num_items, self.hidden_size, num_special=1)
         nn.init.normal_(items.table.weight, std=self.hidden_size**-0.5)
         encoder = Recurrent(self.hidden_size, num_layers=self.num_layers, dropout=self.dropout)

@@ -59,7 +59,6 @@ class ICSRec(NextItemSettings, SelfAttentionSettings):
         self.require_positive("num_intentions", "coarse_weight", "fine_weight", "temperature")
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
-        """See `SystemSettings.stages`."""
         model = SequenceModel(*self.parts(data.num_items))
         fine = SameCluster(self.num_intentions, self.hidden_size, self.temperature)
         (_, main), *_ = self.next_item().values()

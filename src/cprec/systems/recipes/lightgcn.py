@@ -54,7 +54,6 @@ class LightGCN(GraphSettings):
     than pairs."""
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
-        """See `SystemSettings.stages`."""
         users = IdTable(len(data.users), self.hidden_size, num_special=0)
         items = IdTable(data.num_items, self.hidden_size, num_special=0)
         for table in (users, items):
