@@ -321,11 +321,6 @@ def context_of(model: Any) -> int | None:
     return context
 
 
-def merge_adapters(model: Any) -> Any:
-    """The base model with its LoRA adapters added into the weights: a plain transformers model."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-
-
 def num_parameters(model: nn.Module) -> int:
     """The number of parameters, tied ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
@@ -363,10 +358,12 @@ class _Probe:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        scaling: float | None,
-        sliding_window: int | None,
-        more: dict[str, Any],
-    ) -> torch.Tensor:
+        attention_mask: None,
+        *,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        **more: Any,
+    ) -> tuple[torch.Tensor, None]:
         self.layers.append(module.layer_idx)
         self.windows.add(sliding_window)
         self.positions &= more.get("position_ids") is not None
@@ -378,22 +375,7 @@ class _Probe:
         if sliding_window is not None:
             seen = seen.triu(1 - sliding_window)
         found = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling)
-        return found.transpose(1, 2)
-
-
-def _attend_by_probe(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: None,
-    *,
-    tree: _Probe,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **more: Any,
-) -> tuple[torch.Tensor, None]:
-    return tree.attend(module, query, key, value, scaling, sliding_window, more), None
+        return found.transpose(1, 2), None
 
 
 @torch.no_grad()
@@ -406,7 +388,7 @@ def check_attention(model: Any) -> bool:
     is lost.
     """
     inner, probe = inner_model(model), _Probe()
-    AttentionInterface.register(PROBE, _attend_by_probe)
+    AttentionInterface.register(PROBE, probe.attend)
     AttentionMaskInterface.register(PROBE, lambda *_, local_size=None, **__: probe.masked.add(local_size))
     trunk, _ = trunk_and_head(inner)
     ids, positions = _few_tokens(inner)
@@ -415,7 +397,7 @@ def check_attention(model: Any) -> bool:
         expected = trunk(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.double()
         try:
             with attending_by(trunk, PROBE):
-                found = trunk(input_ids=ids, position_ids=positions, use_cache=False, tree=probe).last_hidden_state
+                found = trunk(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
         except _UNFIT as unfit:
             why = f"{type(unfit).__name__}: {unfit}"
     if found is not None:

@@ -18,7 +18,6 @@ from cprec.models import (
     check_isolation,
     context_of,
     load_model,
-    merge_adapters,
     num_parameters,
     output_scale,
     packed_hidden,
@@ -215,7 +214,7 @@ def test_merged_adapters_are_a_plain_model_with_the_same_logits(build: Any, tmp_
     assert (adapted - base).abs().max() > 1e-3
     model.save_pretrained(tmp_path / "adapter")
     torch.testing.assert_close(logits(load_model(tmp_path / "adapter")), adapted, rtol=0, atol=0)
-    merged = merge_adapters(load_model(tmp_path / "adapter"))
+    merged = load_model(tmp_path / "adapter").merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     assert not list((tmp_path / "merged").glob("adapter*"))
     for name in ("merged", "base"):  # the base itself is as it was
@@ -224,11 +223,6 @@ def test_merged_adapters_are_a_plain_model_with_the_same_logits(build: Any, tmp_
         torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)
         tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
         assert tied == bool(loaded.config.tie_word_embeddings)
-
-
-def test_merging_what_has_no_adapters_changes_nothing() -> None:
-    model = tiny_qwen()
-    assert merge_adapters(model) is model
 
 
 def test_adapters_need_a_saved_base() -> None:

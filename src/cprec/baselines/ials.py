@@ -25,15 +25,15 @@ CELLS = 16_000_000
 class IALS:
     """iALS (Hu, Koren and Volinsky 2008) with the loss and the scaling of Rendle et al. (2022).
 
-        sum over (u, i) that are: (1 - w_u h_i)^2  +  unobserved_weight * sum over all (u, i): (w_u h_i)^2
+        sum over observed (u, i): (1 - w_u h_i)^2  +  unobserved_weight * sum over all (u, i): (w_u h_i)^2
         + regularisation * sum over u: (items(u) + unobserved_weight * N) ** regularisation_exponent * |w_u|^2
         + the same over i, with users(i) and the number of users
 
-    Users, then items are solved exactly, in turns. A query's vector is folded in: it solves the same equation for its
-    history, so that histories are served that were not trained on. Deviation: `decay` weighs the events of that
-    history. Of some ten settings tried on the validation queries of each, the defaults were the best on Amazon
-    Beauty (0.067); MovieLens 100K prefers an unobserved_weight near 0.1 (0.104 in place of 0.09). It is the most
-    sensitive of the classical baselines: tune it before it stands in a table.
+    Users and items are solved exactly, in turns. The vector of a query solves the same equation for its history, so
+    histories outside the training data are served as well. Deviation: `decay` weighs the events of that history. The
+    defaults were the best of some ten settings on the validation queries of Amazon Beauty (NDCG@10 0.067); MovieLens
+    100K prefers an unobserved_weight near 0.1 (0.104 in place of 0.09). No other classical baseline depends as much on
+    its settings: tune it before you put it into a table.
     """
 
     factors: int = 256
@@ -41,9 +41,9 @@ class IALS:
     regularisation: float = 0.003
     """Weight of the squared lengths."""
     unobserved_weight: float = 0.01
-    """Weight of all pairs, relative to those that are; 1 / alpha of Hu et al."""
+    """Weight of all pairs, relative to the observed ones; 1 / alpha of Hu et al."""
     regularisation_exponent: float = 1.0
-    """How the weight grows with how often a user or item occurs; 0: all alike, as Hu et al."""
+    """How the weight grows with the events of a user or item; 0: the same for all, as in Hu et al."""
     epochs: int = 16
     """Turns of users and items."""
     initial_deviation: float = 0.1
@@ -75,14 +75,14 @@ class IALS:
 
 
 PUBLISHED = IALS(factors=192, regularisation=0.007, unobserved_weight=0.3, epochs=12, decay=1.0)
-"""As Rendle et al. (2022) ran it on MovieLens 1M, the smallest log of theirs; histories weigh as training did."""
+"""As Rendle et al. (2022) ran it on MovieLens 1M, their smallest log; events of a history weigh the same."""
 
 
 class IALSRecommender(DomainRecommender):
     """Ranks a domain's items by their vectors' product with the history's; see `IALS`.
 
-    Items without a training event have a vector of zeros and score 0. A batch answers as single calls do but for the
-    rounding of 32-bit sums.
+    Items without a training event have a vector of zeros and score 0. A batch gives the same answers as single
+    calls, up to the rounding of 32-bit sums.
     """
 
     name = "iALS"
@@ -93,7 +93,6 @@ class IALSRecommender(DomainRecommender):
         self._items = item_factors(training_matrix(split, domain), settings, seed)
 
     def history_scores(self, history: Ragged) -> np.ndarray:
-        """See `DomainRecommender.history_scores`."""
         asked = profiles(history, len(self._items), self._settings.decay)
         scores: np.ndarray = (solve(self._items, asked, self._settings) @ self._items.T).numpy()
         return scores
@@ -112,13 +111,13 @@ def item_factors(matrix_UN: sparse.csr_array, settings: IALS, seed: int) -> torc
 
 
 def solve(other_MF: torch.Tensor, weight_RM: sparse.csr_array, settings: IALS) -> torch.Tensor:
-    """The vectors of R rows that minimise the loss while the vectors of the other side stand: float32[R, factors].
+    """The vectors of R rows that minimise the loss while those of the other side are fixed: float32[R, factors].
 
-    `weight_RM` says how much each pair that is weighs. With V the vectors of a row's pairs, W their weights on a
-    diagonal and A what does not depend on them, the vector is (V'WV + A)^-1 V'W1, which has as many equations as there
-    are factors; a row with fewer pairs is solved as A^-1 V' (VA^-1V' + W^-1)^-1 1, which has as many as pairs
-    (Woodbury). A is diagonal in the basis of the other side's principal axes, where everything is done. Rows are solved
-    in batches of like length, padded with vectors of zeros.
+    `weight_RM` holds the weight of each observed pair. Let V be the vectors of a row's pairs, W the diagonal matrix of
+    their weights, and A the part that no pair changes. The vector is then (V'WV + A)^-1 V'W1, with as many equations as
+    factors. A row with fewer pairs than that is solved as A^-1 V' (VA^-1V' + W^-1)^-1 1, with as many equations as
+    pairs (Woodbury). Everything is done in the basis of the other side's principal axes, where A is diagonal. Rows of
+    similar length are solved together, padded with vectors of zeros.
     """
     num_other, size = other_MF.shape
     spread_F, axes_FF = torch.linalg.eigh(settings.unobserved_weight * (other_MF.T @ other_MF))

@@ -1,4 +1,4 @@
-"""Item-based nearest neighbours: what the users of an item had as well."""
+"""Item-based nearest neighbours: other items that the users of an item had."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ItemKNN:
         score(j) = sum over items i of the history of decay ** age(i) * s(i, j)
         s(i, j)  = both(i, j) / (sqrt(users(i) * users(j)) + shrinkage), for the j most similar to i
 
-    Deviations: shrinkage, as is usual since; and `decay`, for histories that are sequences. Defaults lie between the
+    Deviations: shrinkage, which is usual today, and `decay`, since histories are sequences. Defaults lie between the
     best of 25 trials on the validation queries of Amazon Beauty (210 neighbours, shrinkage 31, decay 0.40) and of
     MovieLens 100K (30, 2.6, 0.61).
     """
@@ -35,7 +35,7 @@ class ItemKNN:
     neighbours: int = 100
     """Most similar items that each item keeps; those tied with the last of them are kept too."""
     shrinkage: float = 10.0
-    """Added to the denominator, so that what few users had is less similar; in users."""
+    """Added to the denominator, in users: items that few users had become less similar."""
     decay: float = 0.5
     """Weight of an event of the history relative to the one after it; 1 weighs all alike."""
 
@@ -59,8 +59,8 @@ class ItemKNN:
 
 
 PUBLISHED = ItemKNN(neighbours=20, shrinkage=0.0, decay=1.0)
-"""As Deshpande and Karypis (2004) ran it with cosines: 20 neighbours, no shrinkage, the whole basket alike. Theirs
-also scales users to unit length and each item's similarities to a sum of one, which this does not."""
+"""As Deshpande and Karypis (2004) ran it with cosines: 20 neighbours, no shrinkage, equal weights in a basket.
+They also scale users to unit length, and each item's similarities to a sum of one; this does neither."""
 
 
 class ItemKNNRecommender(DomainRecommender):
@@ -78,7 +78,6 @@ class ItemKNNRecommender(DomainRecommender):
         self._similar = neighbours(training_matrix(split, domain), settings.neighbours, settings.shrinkage)
 
     def history_scores(self, history: Ragged) -> np.ndarray:
-        """See `DomainRecommender.history_scores`."""
         scores: np.ndarray = (profiles(history, self._similar.shape[0], self._decay) @ self._similar).toarray()
         return scores
 

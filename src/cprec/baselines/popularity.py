@@ -60,7 +60,6 @@ class PopularityRecommender(ScoringRecommender):
         return made
 
     def scores(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
-        """See `ScoringRecommender.scores`."""
         count_N = self._count[self.catalogue.rows_of(domain)]
         return np.broadcast_to(count_N, (len(queries), len(count_N)))
 
@@ -123,5 +122,4 @@ class RecentPopularityRecommender(DomainRecommender):
         self._count = np.bincount(log.item[mine][time >= since] - rows[0], minlength=len(rows))
 
     def history_scores(self, history: Ragged) -> np.ndarray:
-        """See `DomainRecommender.history_scores`."""
         return np.broadcast_to(self._count, (len(history), len(self._count)))

@@ -37,7 +37,6 @@ class RandomRecommender(ScoringRecommender):
         self.catalogue, self._seed = catalogue, seed
 
     def scores(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
-        """See `ScoringRecommender.scores`."""
         out = np.empty((len(queries), len(self.catalogue.rows_of(domain))))
         for number, query in enumerate(queries):
             digest = hashlib.sha256(f"{self._seed}/{query.query_id}".encode()).digest()

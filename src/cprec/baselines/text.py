@@ -64,7 +64,6 @@ class TitleSimilarityRecommender(DomainRecommender):
         self._decay, self._titles = settings.decay, domain_titles(split, domain)
 
     def history_scores(self, history: Ragged) -> np.ndarray:
-        """See `DomainRecommender.history_scores`."""
         return title_scores(profiles(history, self._titles.shape[0], self._decay), self._titles)
 
 

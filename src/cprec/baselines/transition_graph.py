@@ -1,4 +1,4 @@
-"""A walk on the graph of item transitions: no training, and hard to beat."""
+"""A walk on the graph of item transitions: it needs no training and is hard to beat."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class TransitionGraph:
     training events, not its users. g g is the product of matrices; t(i, j) is the cosine of the titles' TF-IDF, with
     the frequencies of words in the domain's catalogue (`title_vectors`).
 
-    One hop is near to the training-free heuristics that audits of next-item benchmarks rank by (2026); the constants
-    were set once and are tuned on nothing. Leave-one-out, full catalogue, seen items left out, its NDCG@10 is 0.0486 on
-    Amazon Beauty, 0.0224 on Sports and 0.0592 on Toys (0.0429, 0.0202 and 0.0531 where they stay in).
+    One hop is close to the training-free heuristics that audits of next-item benchmarks use (2026). The constants were
+    set once and not tuned on any data. With leave-one-out, the full catalogue and seen items left out, its NDCG@10 is
+    0.0486 on Amazon Beauty, 0.0224 on Sports and 0.0592 on Toys (0.0429, 0.0202 and 0.0531 with seen items kept).
     """
 
     window: int = 5
@@ -75,9 +75,9 @@ class TransitionGraph:
 
 
 LAST_ITEM = TransitionGraph(last_events=1)
-"""Nothing but the last event: what is left to explain once it is known. 0.0430 on Beauty as above."""
+"""The last event alone: what it explains by itself. 0.0430 on Beauty, measured as above."""
 TWO_HOPS = TransitionGraph(second_hop=0.5)
-"""Reaches items that never stood near one of the history. The weight lies between the best of 25 trials on the
+"""Reaches items that never stood near an item of the history. The weight lies between the best of 25 trials on the
 validation queries of Amazon Beauty (1.8) and of MovieLens 100K (0.28)."""
 WITH_TITLES = TransitionGraph(text_weight=0.2)
 """Links and the likeness of titles, which also reaches items without any training event. The weight lies between the

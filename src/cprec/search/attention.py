@@ -39,7 +39,8 @@ class PromptTree:
         cache: PrefixCache | None = None,
     ) -> None:
         """Reads the prompts, of at least one token each. Beginnings that `cache` knows are not read again."""
-        _register()
+        AttentionInterface.register(PROMPT_TREE, _attend)
+        AttentionMaskInterface.register(PROMPT_TREE, lambda *_, **__: None)
         self._trunk, self._head = trunk_and_head(model)
         self._scale = output_scale(model)
         self._device = next(model.parameters()).device
@@ -103,11 +104,7 @@ class PromptTree:
                 self._values[layer][row, :, : start[row]] = value[:, : start[row]]
 
     def extend(self, tokens_M: torch.Tensor, users_M: torch.Tensor, parents_M: torch.Tensor) -> torch.Tensor:
-        """Add nodes, users ascending, and return their hidden states [M, D].
-
-        Nodes are numbered in the order in which they were added. `parents_M` is -1 right after the prompt; a parent may
-        be one of the same call, before its child.
-        """
+        """See `Tree.extend`; a node's state is its hidden state: [M, D]."""
         self._grow(parents_M)
         self._users = users_M
         self._place(users_M)
@@ -117,7 +114,7 @@ class PromptTree:
         return hidden
 
     def forget(self) -> None:
-        """Drops all nodes; the prompts stay."""
+        """See `Tree.forget`."""
         self._paths, self._depths, self.num_nodes = self._paths[:0], self._depths[:0], 0
 
     @property
@@ -125,9 +122,7 @@ class PromptTree:
         return len(self._lengths)
 
     def log_probs(self, hidden_MD: torch.Tensor, row_N: torch.Tensor, token_N: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of tokens, each the next one after a state, whose rows ascend: float64[N].
-
-        Raises ModelError where they are not finite."""
+        """See `Tree.log_probs`."""
         # Logits of a block of states at a time; rows ascend, so each block's tokens stand together.
         size = max(1, LOGITS // int(self._head.weight.shape[0]))
         starts = torch.arange(0, len(hidden_MD) + size, size, device=row_N.device)
@@ -144,7 +139,7 @@ class PromptTree:
         return torch.cat(pieces)
 
     def likeliest(self, hidden_MD: torch.Tensor) -> torch.Tensor:
-        """The likeliest next token after each state: int64[M]."""
+        """See `Tree.likeliest`."""
         likeliest = self.logits(hidden_MD).max(-1)
         require_finite(likeliest.values)
         return likeliest.indices
@@ -229,20 +224,15 @@ class PromptTree:
         in what is returned."""
         dtype = torch.bfloat16 if self._bf16 else query.dtype
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        if self._new_nodes:
+        if len(self._depths) > self.num_nodes:  # nodes that are being read
             return self._attend_nodes(layer, query[0], key[0], value[0], scale, window)[None]
         return self._attend_prompts(layer, query, key, value, scale, window).transpose(1, 2)
-
-    @property
-    def _new_nodes(self) -> bool:
-        return len(self._depths) > self.num_nodes
 
     def _attend_prompts(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
     ) -> torch.Tensor:
-        tokens = query.shape[2]
         """Causal attention within each prompt, behind what is known of it: [U, H, T, D]. Fills the layer's grids."""
-        start = self._start
+        start, tokens = self._start, query.shape[2]
         if start is None:
             key, value = key.contiguous(), value.contiguous()  # products with nodes would copy them each time
             self._keys[layer], self._values[layer] = key, value
@@ -333,9 +323,6 @@ class PromptTree:
         return flat if self._at is None else flat[self._at]
 
 
-# ---- for transformers ------------------------------------------------------------------------------------------------
-
-
 def _attend(
     module: Any,
     query: torch.Tensor,
@@ -351,9 +338,3 @@ def _attend(
     """As transformers calls it; returns [batch, tokens, H, D] and no weights."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return tree.attend(module.layer_idx, query, key, value, scale, sliding_window), None
-
-
-def _register() -> None:
-    """Let transformers know the attention by its name."""
-    AttentionInterface.register(PROMPT_TREE, _attend)
-    AttentionMaskInterface.register(PROMPT_TREE, lambda *_, **__: None)

@@ -1,6 +1,6 @@
 """Items as short sequences of codes, made of their vectors: residual k-means, as tokens of a small vocabulary.
 
-Suffixes: N points or items, D width, K codes of a level, L levels.
+Suffixes: N items, D width, K codes of a level, L levels.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import sparse
+import torch
 
 from cprec.data.ragged import Ragged, offsets_of
+from cprec.systems.clusters import k_means
 
 PADDING, END, BEGIN, FIRST_CODE = range(4)
 """Tokens: what fills rows up, what closes each item, what begins each history, and the first code of the first
@@ -26,43 +27,14 @@ def residual_codes(vectors_ND: np.ndarray, num_levels: int, num_codes: int, seed
     [[0, 1], [0, 0], [1, 1], [1, 0]]
     """
     generator = np.random.default_rng(seed)
-    residual_ND, levels = vectors_ND.astype(np.float64), []
+    residual_ND, levels = torch.from_numpy(vectors_ND.astype(np.float64)), []
     for _ in range(num_levels):
-        centre_KD, code_N = k_means(residual_ND, num_codes, generator)
+        # Centres begin at points drawn without replacement; of fewer points than codes each is a centre.
+        drawn_K = generator.choice(len(residual_ND), min(num_codes, len(residual_ND)), replace=False)
+        centre_KD, code_N = k_means(residual_ND, residual_ND[drawn_K], num_rounds=20, moves_empty=True)
         residual_ND = residual_ND - centre_KD[code_N]
-        levels.append(code_N)
+        levels.append(code_N.numpy())
     return np.stack(levels, axis=1)
-
-
-def k_means(
-    points_ND: np.ndarray, num_clusters: int, generator: np.random.Generator, num_rounds: int = 20
-) -> tuple[np.ndarray, np.ndarray]:
-    """Centres of points by k-means (Lloyd 1982), and the cluster of each point: [K, D], int64[N]; of fewer points than
-    clusters each is a centre.
-
-    Centres begin at points drawn without replacement. A cluster that loses its last point begins anew at one of the
-    points farthest from their centres, so no code is wasted.
-    """
-    num_clusters = min(num_clusters, len(points_ND))
-    centre_KD = points_ND[generator.choice(len(points_ND), num_clusters, replace=False)]
-    for _ in range(num_rounds):
-        cluster_N, distance_N = nearest_centre(points_ND, centre_KD)
-        sizes_K = np.bincount(cluster_N, minlength=num_clusters)
-        # Sums of each cluster's points, as one product with the matrix that has a one for each point in its cluster.
-        membership_KN = sparse.csr_array(
-            (np.ones(len(points_ND)), (cluster_N, np.arange(len(points_ND)))), (num_clusters, len(points_ND))
-        )
-        centre_KD = (membership_KN @ points_ND) / np.maximum(sizes_K, 1)[:, None]
-        empty_K = np.flatnonzero(sizes_K == 0)
-        centre_KD[empty_K] = points_ND[np.argsort(-distance_N, kind="stable")[: len(empty_K)]]
-    return centre_KD, nearest_centre(points_ND, centre_KD)[0]
-
-
-def nearest_centre(points_ND: np.ndarray, centre_KD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest centre of each point, and the squared distance: int64[N], float64[N]."""
-    distance_NK = np.square(points_ND).sum(1)[:, None] - 2 * points_ND @ centre_KD.T + np.square(centre_KD).sum(1)
-    cluster_N = distance_NK.argmin(1)
-    return cluster_N, distance_NK[np.arange(len(points_ND)), cluster_N]
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,6 @@ class SequenceModel(DotProductModel):
         self.items, self.encoder, self._pool = items, encoder, pool
 
     def vectors(self) -> Vectors:
-        """See `DotProductModel.vectors`."""
         inputs = self.items.vectors()
         return Vectors(inputs[: self.items.num_items], inputs)
 
@@ -96,7 +95,6 @@ class SequenceModel(DotProductModel):
         return hidden_RTD.flatten(0, 1)[at_N], targets.flatten()[at_N]
 
     def encode(self, vectors: Vectors, rows: Rows) -> torch.Tensor:
-        """See `DotProductModel.encode`."""
         return self._pool(self._last(vectors, rows["items"]))
 
     def _last(self, vectors: Vectors, items_RT: torch.Tensor) -> torch.Tensor:
@@ -139,7 +137,6 @@ class GraphModel(DotProductModel):
         return vectors.users_UD[rows["users"]], rows["targets"]
 
     def encode(self, vectors: Vectors, rows: Rows) -> torch.Tensor:
-        """See `DotProductModel.encode`."""
         assert vectors.users_UD is not None
         users_R = rows["users"]
         out_RD = vectors.users_UD[users_R.clamp(min=0)]

@@ -68,7 +68,6 @@ class SelfAttention(Encoder):
         return embedded
 
     def read(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
-        """See `Encoder.read`."""
         mask_R11T, hidden_RTD = self._mask(embedded_RTD, lengths_R), embedded_RTD
         for block in self.blocks:
             hidden_RTD = block(hidden_RTD, mask_R11T)
@@ -156,18 +155,15 @@ class Recurrent(Encoder):
         self.dropout = nn.Dropout(dropout)
 
     def embed(self, inputs_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
-        """See `Encoder.embed`."""
         embedded: torch.Tensor = self.dropout(inputs_RTD)
         return embedded
 
     def read(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
-        """See `Encoder.read`."""
         read_RTD, _ = self.layers(embedded_RTD)
         hidden_RTD: torch.Tensor = self.output(self.dropout(read_RTD))
         return hidden_RTD
 
     def read_last(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
-        """See `Encoder.read_last`."""
         every_R = torch.arange(len(lengths_R), device=lengths_R.device)
         return self.read(embedded_RTD, lengths_R)[every_R, (lengths_R - 1).clamp(min=0)]
 

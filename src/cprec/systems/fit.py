@@ -29,7 +29,7 @@ from cprec.ranks import ndcg
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import VALIDATION
 from cprec.systems.dot_product import DotProductModel, DotProductRecommender
-from cprec.systems.signals import TrainingSequences, padded, recent, user_names
+from cprec.systems.signals import Passes, TrainingSequences, padded, recent, user_names
 from cprec.systems.terms import Objective, Term, check_objective, next_item
 from cprec.train.checkpoint import newest_intact, remove_checkpoints
 from cprec.train.folder import LOG, read_log
@@ -142,9 +142,9 @@ class SystemSettings(ABC):
                 return fit(self, split, domain, seed, Path(temporary))
         return fit(self, split, domain, seed, folder)
 
-    def passes(self, seed: int) -> dict[str, Any]:
-        """The settings of a `RowStream` over its rows."""
-        return {"batch_size": self.batch_size, "num_epochs": self.num_epochs, "seed": seed}
+    def passes(self, seed: int) -> Passes:
+        """The passes of a `RowStream` over its rows."""
+        return Passes(batch_size=self.batch_size, num_epochs=self.num_epochs, seed=seed)
 
     def stage(
         self,
@@ -238,7 +238,7 @@ class _Validation:
 
     @classmethod
     def of(cls, split: Split, domain: str, seed: int, most: int) -> _Validation:
-        """A seeded sample of a domain's validation queries, of `most` at most. Raises Unsuitable where there are none."""
+        """A seeded sample of at most `most` validation queries of a domain. Raises Unsuitable where there are none."""
         queries = split.queries(domain, VALIDATION, max_history=max(1, len(split.interactions)))
         if not len(queries):
             raise Unsuitable(f"domain {domain!r} has no validation event to choose the weights of a system by")
@@ -259,7 +259,6 @@ class _Validation:
 
 
 def fit(settings: SystemSettings, split: Split, domain: str, seed: int, folder: Path) -> TrainedRecommender:
-    """See `SystemSettings.make`."""
     name, device = type(settings).__name__, distributed.pick_device()
     data = TrainingSequences.of(split, domain)
     validation = _Validation.of(split, domain, seed, settings.VALIDATION_QUERIES)
@@ -276,11 +275,7 @@ def fit(settings: SystemSettings, split: Split, domain: str, seed: int, folder: 
         title = f"{domain}: training {name}" + (f", stage {number} of {len(stages)}" if len(stages) > 1 else "")
         finished.append(_fit_stage(settings, stage, validation, seed, folder / f"stage-{number}", title))
     seconds = round(sum(done["seconds"] for done in finished), 3)
-    record = {
-        "made_from": made_from,
-        "stages": finished,
-        "seconds": seconds,
-    }
+    record = {"made_from": made_from, "stages": finished, "seconds": seconds}
     write_whole(folder / RECORD, json.dumps(record, indent=1) + "\n")
     recommender = stages[-1].recommender()
     recommender.seconds = seconds

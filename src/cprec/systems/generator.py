@@ -20,7 +20,7 @@ from cprec.search.ranking import SequenceRanker, batches
 from cprec.search.reading import ModelReader
 from cprec.search.trie import Trie
 from cprec.systems.codes import END, PADDING, ItemCodes
-from cprec.systems.signals import RowStream, TrainingSequences, padded, recent, windows
+from cprec.systems.signals import Passes, RowStream, TrainingSequences, padded, recent, windows
 from cprec.text.stream import NEXT_TOKEN
 
 QUERY_BATCH = 64
@@ -54,22 +54,11 @@ class CodeStream(RowStream):
     """Windows of training sequences as tokens of codes, for `cprec.train.loss.PackedLoss`: one window a row, each token
     of which predicts the next one."""
 
-    def __init__(
-        self,
-        data: TrainingSequences,
-        codes: ItemCodes,
-        max_length: int,
-        *,
-        batch_size: int,
-        num_epochs: float,
-        seed: int,
-    ) -> None:
+    def __init__(self, data: TrainingSequences, codes: ItemCodes, max_length: int, passes: Passes) -> None:
         self._rows = codes.prompts(windows(data.sequences, max_length))
-        lengths = self._rows.lengths - 1
-        super().__init__(lengths, [NEXT_TOKEN], batch_size=batch_size, num_epochs=num_epochs, seed=seed)
+        super().__init__(self._rows.lengths - 1, [NEXT_TOKEN], passes)
 
     def batch(self, step: int) -> Batch:
-        """See `RowStream.batch`."""
         members = self.members(step)
         tokens, lengths = padded(self._rows.take(members), PADDING)
         place = np.tile(np.arange(tokens.shape[1] - 1), (len(members), 1))

@@ -1,4 +1,4 @@
-"""What an item is to a model: a trained vector of its own, a frozen vector through an adapter, or a sum of both.
+"""How a model represents an item: by a trained vector of its own, or by a frozen vector through an adapter.
 
 Items are numbered as they stand in their domain's part of the catalogue, 0 to V - 1; the numbers from V on are special
 rows (padding, mask) that histories hold and nobody recommends. Suffixes: V items, S special rows, D width.
@@ -40,7 +40,6 @@ class IdTable(ItemTable):
         self.table = nn.Embedding(num_items + num_special, size)
 
     def vectors(self, items: torch.Tensor | None = None) -> torch.Tensor:
-        """See `ItemTable.vectors`."""
         weight = self.table.weight
         return weight if items is None else nn.functional.embedding(items, weight)
 
@@ -56,23 +55,9 @@ class FrozenTable(ItemTable):
         self.adapter = adapter
 
     def vectors(self, items: torch.Tensor | None = None) -> torch.Tensor:
-        """See `ItemTable.vectors`."""
         frozen = self.get_buffer("frozen")
         adapted: torch.Tensor = self.adapter(frozen if items is None else frozen[items])
         return adapted
-
-
-class SumTable(ItemTable):
-    """The sum of several tables' vectors."""
-
-    def __init__(self, tables: Sequence[ItemTable]) -> None:
-        super().__init__()
-        self.num_items = tables[0].num_items
-        self.tables = nn.ModuleList(tables)
-
-    def vectors(self, items: torch.Tensor | None = None) -> torch.Tensor:
-        """See `ItemTable.vectors`."""
-        return torch.stack([table.vectors(items) for table in self.tables]).sum(0)  # type: ignore[operator]
 
 
 def read_vectors(path: str | Path, item_ids: Sequence[str]) -> np.ndarray:

@@ -76,6 +76,15 @@ def user_names(log: Interactions, rows: np.ndarray) -> list[str]:
     return [f"{log.platforms[log.user_platform[row]]}/{log.user_id[row]}" for row in rows]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """How often, and in which order, a stream reads its rows."""
+
+    batch_size: int
+    num_epochs: float
+    seed: int
+
+
 class RowStream(ABC):
     """Batches of rows in a seeded order that is a pure function of the step: a `cprec.train.trainable.Stream`.
 
@@ -86,13 +95,11 @@ class RowStream(ABC):
     num_tokens: int
     """Events that all steps read."""
 
-    def __init__(
-        self, lengths: np.ndarray, terms: Sequence[str], *, batch_size: int, num_epochs: float, seed: int
-    ) -> None:
+    def __init__(self, lengths: np.ndarray, terms: Sequence[str], passes: Passes) -> None:
         """`terms` names the loss terms; each is divided by the number of targets."""
-        self._lengths, self._terms, self._size, self._seed = lengths, tuple(terms), batch_size, seed
-        self._per_epoch = -(-len(lengths) // batch_size)
-        self.num_steps = max(1, round(self._per_epoch * num_epochs))
+        self._lengths, self._terms, self._size, self._seed = lengths, tuple(terms), passes.batch_size, passes.seed
+        self._per_epoch = -(-len(lengths) // self._size)
+        self.num_steps = max(1, round(self._per_epoch * passes.num_epochs))
         self.num_tokens = round(self.num_steps / self._per_epoch * int(lengths.sum()))
         self._order = lru_cache(maxsize=2)(self._order_of)
 
@@ -130,22 +137,11 @@ class RowStream(ABC):
 class WindowStream(RowStream):
     """Windows of training sequences; each position predicts the item after it."""
 
-    def __init__(
-        self,
-        data: TrainingSequences,
-        terms: Sequence[str],
-        max_length: int,
-        *,
-        batch_size: int,
-        num_epochs: float,
-        seed: int,
-    ) -> None:
+    def __init__(self, data: TrainingSequences, terms: Sequence[str], max_length: int, passes: Passes) -> None:
         self._windows, self._pad = windows(data.sequences, max_length), data.num_items
-        lengths = self._windows.lengths - 1
-        super().__init__(lengths, terms, batch_size=batch_size, num_epochs=num_epochs, seed=seed)
+        super().__init__(self._windows.lengths - 1, terms, passes)
 
     def batch(self, step: int) -> Batch:
-        """See `RowStream.batch`."""
         members = self.members(step)
         rows, lengths = padded(self._windows.take(members), self._pad)
         has_next = np.arange(1, rows.shape[1]) < lengths[:, None]
@@ -163,21 +159,17 @@ class MaskedStream(RowStream):
         data: TrainingSequences,
         terms: Sequence[str],
         max_length: int,
+        passes: Passes,
         *,
         mask_share: float,
         last_share: float,
-        batch_size: int,
-        num_epochs: float,
-        seed: int,
     ) -> None:
         """Masks `mask_share` of a row's items; in `last_share` of the rows the last item alone."""
         self._windows, self._pad = windows(data.sequences, max_length - 1), data.num_items
         self._mask_share, self._last_share = mask_share, last_share
-        lengths = self._windows.lengths
-        super().__init__(lengths, terms, batch_size=batch_size, num_epochs=num_epochs, seed=seed)
+        super().__init__(self._windows.lengths, terms, passes)
 
     def batch(self, step: int) -> Batch:
-        """See `RowStream.batch`."""
         members = self.members(step)
         rows, lengths = padded(self._windows.take(members), self._pad)
         generator = np.random.default_rng([self._seed, step, 1])
@@ -196,15 +188,11 @@ class MaskedStream(RowStream):
 class UserItemStream(RowStream):
     """A user and an item of theirs in each row; every training event is one pair."""
 
-    def __init__(
-        self, data: TrainingSequences, terms: Sequence[str], *, batch_size: int, num_epochs: float, seed: int
-    ) -> None:
+    def __init__(self, data: TrainingSequences, terms: Sequence[str], passes: Passes) -> None:
         self._user, self._item = data.sequences.row_of, data.sequences.values
-        lengths = np.ones(len(self._item), dtype=np.int64)
-        super().__init__(lengths, terms, batch_size=batch_size, num_epochs=num_epochs, seed=seed)
+        super().__init__(np.ones(len(self._item), dtype=np.int64), terms, passes)
 
     def batch(self, step: int) -> Batch:
-        """See `RowStream.batch`."""
         pairs = self.members(step)
         return self._batch(pairs, len(pairs), len(pairs), users=self._user[pairs], targets=self._item[pairs])
 
@@ -221,10 +209,8 @@ class PrefixStream(RowStream):
         data: TrainingSequences,
         terms: Sequence[str],
         max_length: int,
+        passes: Passes,
         *,
-        batch_size: int,
-        num_epochs: float,
-        seed: int,
         same_target: bool = False,
     ) -> None:
         values, offsets = data.sequences.values, data.sequences.offsets
@@ -240,14 +226,13 @@ class PrefixStream(RowStream):
         self._first_of = offsets_of(np.bincount(self.targets, minlength=data.num_items))
         self._rank = np.empty_like(self._by_target)  # where each prefix stands in that order
         self._rank[self._by_target] = np.arange(len(self._rank))
-        super().__init__(self._lengths_of, terms, batch_size=batch_size, num_epochs=num_epochs, seed=seed)
+        super().__init__(self._lengths_of, terms, passes)
 
     def prefixes(self, rows: np.ndarray) -> Ragged:
         """The histories of some prefixes, by number."""
         return gather(self._values, self._place[rows] - self._lengths_of[rows], self._lengths_of[rows])
 
     def batch(self, step: int) -> Batch:
-        """See `RowStream.batch`."""
         members = self.members(step)
         targets, num_tokens = self.targets[members], int(self._lengths_of[members].sum())
         if not self._same_target:

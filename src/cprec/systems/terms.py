@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from cprec import distributed
 from cprec.errors import ConfigError
+from cprec.systems.clusters import k_means, nearest
 from cprec.train.loss import linear_cross_entropy
 
 CHUNK = 256
@@ -173,24 +174,12 @@ class SameCluster(nn.Module):
         return torch.stack(losses).sum()
 
     @torch.no_grad()
-    def fit(self, states_ND: torch.Tensor, seed: int, num_rounds: int = 10) -> None:
-        """Find the centres of states by k-means (Lloyd 1982), begun at states drawn without replacement.
-
-        A centre that is nearest to no state stays where it is.
-        """
+    def fit(self, states_ND: torch.Tensor, seed: int) -> None:
+        """Find the centres of states by k-means, begun at states drawn without replacement."""
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randperm(len(states_ND), generator=generator)[: len(self.centre_CD)]
         self.centre_CD[: len(drawn)] = states_ND[drawn.to(states_ND.device)]
-        for _ in range(num_rounds):
-            nearest_N = nearest(states_ND, self.centre_CD)
-            count_C = torch.bincount(nearest_N, minlength=len(self.centre_CD))
-            sum_CD = torch.zeros_like(self.centre_CD).index_add_(0, nearest_N, states_ND)
-            self.centre_CD[count_C > 0] = (sum_CD / count_C.clamp(min=1)[:, None])[count_C > 0]
-
-
-def nearest(states_ND: torch.Tensor, centre_CD: torch.Tensor) -> torch.Tensor:
-    """The number of the centre with the least Euclidean distance from each state: int64[N]."""
-    return (states_ND @ centre_CD.T - centre_CD.square().sum(1) / 2).argmax(1)
+        self.centre_CD.copy_(k_means(states_ND, self.centre_CD, num_rounds=10)[0])
 
 
 def of_mean(term: Term) -> Term:

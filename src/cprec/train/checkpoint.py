@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -158,7 +158,7 @@ def _sizes_and_hashes(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _remove_old(output_dir: Path, step: int, keep: int) -> None:
-    found = _of_kind(output_dir, "checkpoint")
+    found = checkpoints(output_dir, ("checkpoint",))
     # A later step is on disk only where its checkpoint was damaged and training fell back to an earlier one.
     later = [path for path in found if step_of(path) > step]
     for old in [*later, *[path for path in found if path not in later][:-keep]]:
@@ -206,13 +206,9 @@ def remove_checkpoints(output_dir: Path, *, stable: bool = False) -> None:
             remove_folder(path)
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints of both kinds, oldest first."""
-    return sorted([*_of_kind(output_dir, "checkpoint"), *_of_kind(output_dir, "stable")], key=step_of)
-
-
-def _of_kind(output_dir: Path, kind: Kind) -> list[Path]:
-    found = [path for path in output_dir.glob(f"{kind}-*") if _NAME.fullmatch(path.name)]
+def checkpoints(output_dir: Path, kinds: Sequence[Kind] = ("checkpoint", "stable")) -> list[Path]:
+    """Complete checkpoints of these kinds, oldest first."""
+    found = [path for kind in kinds for path in output_dir.glob(f"{kind}-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=step_of)
 
 

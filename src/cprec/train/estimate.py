@@ -1,23 +1,25 @@
-"""What a run will take, before it starts: arithmetic, memory, disk, time."""
+"""What a run will take, before it starts: floating-point operations, memory, disk, time."""
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
 from cprec import distributed
 from cprec.machine import free_memory
 from cprec.models import inner_model, trunk_and_head
 from cprec.progress import format_seconds
 from cprec.text.stream import NEXT_TOKEN, TokenStream
-from cprec.train.flops import attention_width, flops_per_token, mean_context, mfu, multiplying_weights
 from cprec.train.loss import CHUNK, PackedLoss
 
 Clock = Callable[[], float]
@@ -35,7 +37,49 @@ MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 """Rows and columns of the matrices that the peak is measured with."""
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------
+def mean_context(lengths: np.ndarray | Sequence[int]) -> float:
+    """Tokens that a token attends to on average, itself included, in documents of these lengths that see no other.
+
+    >>> mean_context([3]), mean_context([1, 1, 1]), mean_context([2, 4])
+    (2.0, 1.0, 2.1666666666666665)
+    """
+    lengths = np.asarray(lengths, dtype=np.float64)
+    return float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
+
+
+def flops_per_token(model: Any, context: float, target_share: float = 1.0) -> float:
+    """Floating-point operations that training on one token needs, forward and backward.
+
+    A weight that multiplies counts 6 where it is trained (2 forward, 2 for the gradient of its input, 2 for its own)
+    and 4 where it is frozen; so does the output layer, for the `target_share` of tokens that are targets. Embeddings
+    are looked up and do not count. Attention adds 12 * heads * head width * `context` in each layer, `context` being
+    the tokens that one attends to (see `mean_context`; at most the window where a layer has one). Recomputation by
+    gradient checkpointing, masked attention, norms and the optimizer are left out: the measure is what the model
+    needs, whatever the machine does.
+
+    Source: Chowdhery et al. (2022), PaLM, appendix B, with the causal context of packed documents for the row's length.
+    """
+    _, head = trunk_and_head(model)
+    flops = sum((6.0 if weight.requires_grad else 4.0) * weight.numel() for weight in multiplying_weights(model))
+    flops += (6.0 if head.weight.requires_grad else 4.0) * head.weight.numel() * target_share
+    config = inner_model(model).config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    window = getattr(config, "sliding_window", None) or math.inf
+    seen = sum(min(context, window if kind == "sliding_attention" else math.inf) for kind in kinds)
+    return flops + 12 * attention_width(config) * seen
+
+
+def multiplying_weights(model: Any) -> list[nn.Parameter]:
+    """Weights that each token is multiplied by, the output layer left out."""
+    _, head = trunk_and_head(model)
+    left_out = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {id(head.weight)}
+    return [weight for weight in model.parameters() if weight.ndim == 2 and id(weight) not in left_out]
+
+
+def attention_width(config: Any) -> int:
+    """The width of all heads of a layer together."""
+    head_width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return head_width * int(config.num_attention_heads)
 
 
 def micro_batch_bytes(model: Any, tokens: int, *, bf16: bool, gradient_checkpointing: bool = False) -> float:
@@ -57,9 +101,6 @@ def micro_batch_bytes(model: Any, tokens: int, *, bf16: bool, gradient_checkpoin
 
 def _numbers(model: Any, *, trained: bool = False) -> int:
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad or not trained)
-
-
-# ---- measurement -----------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -103,9 +144,6 @@ def _shortest(work: Callable[[], object], device: torch.device, repeats: int, cl
             torch.cuda.synchronize(device)
         times.append(clock() - start)
     return min(times[1:])
-
-
-# ---- all of it -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,15 +190,14 @@ class Estimate:
     def seconds(self) -> float:
         return (self.num_tokens + self.heldout_tokens / 3) / self.tokens_per_second
 
-    @property
-    def mfu(self) -> float:
-        return mfu(self.tokens_per_second, self.flops_per_token, self.peak)
+    def mfu(self, tokens_per_second: float) -> float:
+        """Model FLOPs utilisation: the share of the devices' matrix products that the model needs at this rate."""
+        return tokens_per_second * self.flops_per_token / self.peak
 
     def __str__(self) -> str:
         each = f" in each of {self.num_processes} processes" if self.num_processes > 1 else ""
-        how, timed = (
-            ("measured", "timed on a micro-batch") if self.measured else ("by arithmetic", "not timed: a guess")
-        )
+        how = "measured" if self.measured else "by arithmetic"
+        timed = "timed on a micro-batch" if self.measured else "not timed: a guess"
         lines = [
             f"arithmetic: {self.num_trained / 1e6:,.2f} M of {self.num_parameters / 1e6:,.2f} M parameters are "
             f"trained; {_scaled(self.flops_per_token)}FLOP a token, attending to {self.context:,.0f} on average",
@@ -170,7 +207,7 @@ class Estimate:
             f"{_scaled(self.checkpoint_bytes)}B, one of them being written, and the model of "
             f"{_scaled(self.model_bytes)}B)",
             f"time: about {format_seconds(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s ({timed}, "
-            f"{self.mfu:.0%} of the {_scaled(self.peak)}FLOP/s of matrix products here)",
+            f"{self.mfu(self.tokens_per_second):.0%} of the {_scaled(self.peak)}FLOP/s of matrix products here)",
         ]
         needs = {"memory": (self.memory_bytes, self.free_memory), "disk": (self.disk_bytes, self.free_disk)}
         for what, (needed, free) in needs.items():
@@ -197,9 +234,9 @@ def estimate(
     num_processes, first = distributed.num_ranks(), stream.batch(0)
     context = mean_context(stream.corpus.lengths)
     flops = flops_per_token(model, context, first.counts[NEXT_TOKEN] / first.num_tokens)
-    computed_again = (
-        2.0 * sum(weight.numel() for weight in multiplying_weights(model)) if gradient_checkpointing else 0.0
-    )
+    again = 2.0 * gradient_checkpointing * sum(weight.numel() for weight in multiplying_weights(model))
+    tokens = rows * stream.row_tokens
+    of_batch = micro_batch_bytes(model, tokens, bf16=bf16, gradient_checkpointing=gradient_checkpointing)
     peak = matmul_peak(device, bf16) * num_processes
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory() / num_processes
     num_parameters, num_trained = _numbers(model), _numbers(model, trained=True)
@@ -215,11 +252,9 @@ def estimate(
         context=context,
         flops_per_token=flops,
         peak=peak,
-        tokens_per_second=ASSUMED_MFU * peak / (flops + computed_again),
+        tokens_per_second=ASSUMED_MFU * peak / (flops + again),
         rows=rows,
-        micro_batch_bytes=micro_batch_bytes(
-            model, rows * stream.row_tokens, bf16=bf16, gradient_checkpointing=gradient_checkpointing
-        ),
+        micro_batch_bytes=of_batch,
         num_processes=num_processes,
         weight_bytes=FP32 * num_parameters / num_shares,
         adam_bytes=2 * FP32 * num_trained / num_shares,  # two means of each trained weight

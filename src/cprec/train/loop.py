@@ -67,11 +67,6 @@ class Cadence:
         )
 
 
-def no_fields(state: TrainState) -> Mapping[str, Any]:
-    """Nothing to add to a line of the log."""
-    return {}
-
-
 def train(
     trainable: Trainable,
     stream: Stream,
@@ -84,7 +79,7 @@ def train(
     description: str,
     resume_from: Path | None = None,
     start_from: Path | None = None,
-    log_fields: Callable[[TrainState], Mapping[str, Any]] = no_fields,
+    log_fields: Callable[[TrainState], Mapping[str, Any]] = lambda state: {},
     report: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> TrainState:
     """Train to the end of the stream, from a checkpoint if one is given; returns the final state.
@@ -104,7 +99,10 @@ def train(
     All leave the last checkpoint as it was.
     """
     optimizer = make_optimizer(trainable, weight_decay=optimisation.weight_decay)
-    state = _restored(trainable, optimizer, resume_from, start_from)
+    restore_from, state = resume_from or start_from, TrainState()
+    if restore_from:
+        found = load_checkpoint(restore_from, trainable.module, optimizer)
+        state = found if resume_from else state
     log, num_steps = _Log(output_dir / LOG, state, report), stream.num_steps
     update = _Update(trainable, optimizer, optimisation, output_dir)
     trainable.module.train()
@@ -211,14 +209,10 @@ class _Update:
     def _note_if_bad(self) -> None:
         """Remember the first step that is not finite, by operations on the device alone."""
         is_finite = torch.isfinite(self._loss) & torch.isfinite(self._norm)
-        found = [
-            self._loss.new_full((), self._step),
-            self._loss,
-            self._norm,
-            self._loss.new_full((), self._learning_rate),
-        ]
+        step, rate = (self._loss.new_full((), each) for each in (self._step, self._learning_rate))
+        found = torch.stack([each.double() for each in (step, self._loss, self._norm, rate)])
         is_first = ~is_finite & (self._first_bad[0] < 0)
-        self._first_bad = torch.where(is_first, torch.stack([each.double() for each in found]), self._first_bad)
+        self._first_bad = torch.where(is_first, found, self._first_bad)
 
     def measured(self) -> dict[str, Any]:
         """The fields of a line of the log about the last step. This waits for the device.
@@ -267,17 +261,6 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
     (7, True, True)
     """
     return (step + (rank << 32) + seed * GOLDEN_RATIO) % 2**63
-
-
-def _restored(
-    trainable: Trainable, optimizer: torch.optim.Optimizer, resume_from: Path | None, start_from: Path | None
-) -> TrainState:
-    """The state to go on from; weights and optimizer are restored in place."""
-    if resume_from:
-        return load_checkpoint(resume_from, trainable.module, optimizer)
-    if start_from:
-        load_checkpoint(start_from, trainable.module, optimizer)
-    return TrainState()
 
 
 @contextmanager

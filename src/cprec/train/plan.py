@@ -11,7 +11,7 @@ import numpy as np
 from cprec.errors import ConfigError
 from cprec.text.stream import Phase, TokenStream
 from cprec.train.checkpoint import TrainState, read_state
-from cprec.train.schedule import Kind, Schedule, Shape, Unit, make_schedule
+from cprec.train.schedule import Schedule, Unit
 
 FEW_STEPS = 50
 """Optimizer steps below which a run says that it can hardly learn."""
@@ -67,43 +67,7 @@ def split_phases(
     ]
 
 
-def make_plan(
-    stream: TokenStream,
-    *,
-    kind: Kind,
-    peak: float,
-    warmup_steps: float,
-    anneal_steps: float,
-    floor_ratio: float,
-    shape: Shape,
-    unit: Unit = "steps",
-) -> Plan:
-    """The stream with a learning rate for each step. Lengths below 1 are fractions of all steps.
-
-    Where the stream has a phase for warm-up or annealing, its steps count and not the setting.
-    """
-    num_steps = stream.num_steps
-    phases = zip(stream.phases, stream.phase_steps, strict=True)
-    steps = {phase.name: of_phase for phase, of_phase in phases}
-    warmup = steps.get(WARMUP, _steps(warmup_steps, num_steps))
-    if 0 < warmup_steps < 1:
-        warmup = max(1, warmup)
-    anneal = steps.get(ANNEALING, _steps(anneal_steps, num_steps))
-    if anneal_steps < 1:
-        anneal = min(anneal, max(0, num_steps - warmup))
-    schedule = make_schedule(
-        kind,
-        range(1, num_steps + 1) if unit == "steps" else stream.tokens_after().tolist(),
-        peak,
-        warmup_steps=warmup,
-        anneal_steps=anneal,
-        floor_ratio=floor_ratio,
-        shape=shape,
-    )
-    return Plan(stream, schedule, unit)
-
-
-def _steps(setting: float, num_steps: int) -> int:
+def steps_of(setting: float, num_steps: int) -> int:
     """A setting below 1 is a fraction of the steps; from 1 on, a number of steps."""
     return round(setting * num_steps) if setting < 1 else round(setting)
 

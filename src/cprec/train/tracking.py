@@ -16,7 +16,7 @@ from contextlib import redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from cprec import distributed
 from cprec.errors import ConfigError
@@ -29,19 +29,18 @@ PROJECT = "cprec"
 """The project that runs belong to, unless WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME or TRACKIO_PROJECT says otherwise."""
 
 
-class Tracker(Protocol):
+class Tracker(NamedTuple):
     """A program or service that shows the numbers of a run."""
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """The values after a step, by name; a slash divides a name into a group and its member."""
-
-    def close(self) -> None:
-        """Send what has not been sent. Nothing may be logged afterwards."""
+    log: Callable[[int, Mapping[str, float]], object]
+    """Takes the values after a step, by name; a slash divides a name into a group and its member."""
+    close: Callable[[], object]
+    """Sends what has not been sent. Nothing may be logged afterwards."""
 
 
 def trackers(
     report_to: str | Sequence[str], output_dir: Path, run_name: str, config: Mapping[str, Any], *, step: int = 0
-) -> Tracker:
+) -> Trackers:
     """All trackers that `report_to` names, as one; none in processes other than the first.
 
     `report_to` is one or several (a sequence, or with commas) of tensorboard, wandb, mlflow and trackio; or `none`; or
@@ -54,25 +53,22 @@ def trackers(
     """
     names = places(report_to)
     if not distributed.is_first():
-        return _All({})
+        return Trackers({})
     output_dir.mkdir(parents=True, exist_ok=True)
     found: dict[str, Tracker] = {}
     for name in names:
         try:
             found[name] = TRACKERS[name](output_dir, run_name, config, step)
-        except ImportError as error:
-            _All(found).close()
-            raise ConfigError(
-                f"report_to={name}, but {name} cannot be imported ({error}): pip install {name}, or leave it out "
-                "(report_to=none reports nowhere; log.jsonl is written always)"
-            ) from error
         except Exception as error:  # services that are not reached or refuse us raise all kinds of errors
-            _All(found).close()
+            Trackers(found).close()
+            problem = f" could not open a run ({type(error).__name__}: {error}): log in there"
+            if isinstance(error, ImportError):
+                problem = f", but {name} cannot be imported ({error}): pip install {name}"
             raise ConfigError(
-                f"report_to={name} could not open a run ({type(error).__name__}: {error}): log in there, or leave it "
-                "out (report_to=none reports nowhere; log.jsonl is written always)"
+                f"report_to={name}{problem}, or leave it out (report_to=none reports nowhere; log.jsonl is always "
+                "written)"
             ) from error
-    return _All(found)
+    return Trackers(found)
 
 
 def places(report_to: str | Sequence[str]) -> tuple[str, ...]:
@@ -114,7 +110,7 @@ def values_of(record: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-class _All:
+class Trackers:
     """Several trackers as one."""
 
     def __init__(self, members: dict[str, Tracker]) -> None:
@@ -139,91 +135,78 @@ class _All:
 # ---- trackers --------------------------------------------------------------------------------------------------------
 
 
-class _TensorBoard:
-    def __init__(self, output_dir: Path, run_name: str, config: Mapping[str, Any], step: int) -> None:
-        writer = import_module("torch.utils.tensorboard").SummaryWriter
-        # On resuming, TensorBoard keeps the steps that the log keeps (up to `step`); a new run hides older ones.
-        self._writer = writer(str(output_dir / "tensorboard"), purge_step=step + 1 if step else 0)
-        if step == 0:
-            self._writer.add_text("config", "\n".join(f"    {name}: {config[name]}" for name in config))
+def _tensorboard(output_dir: Path, run_name: str, config: Mapping[str, Any], step: int) -> Tracker:
+    # On resuming, TensorBoard keeps the steps that the log keeps (up to `step`); a new run hides older ones.
+    writer_class = import_module("torch.utils.tensorboard").SummaryWriter
+    writer = writer_class(str(output_dir / "tensorboard"), purge_step=step + 1 if step else 0)
+    if step == 0:
+        writer.add_text("config", "\n".join(f"    {name}: {config[name]}" for name in config))
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+            writer.add_scalar(name, value, step)
+        writer.flush()
 
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _Wandb:
-    def __init__(self, output_dir: Path, run_name: str, config: Mapping[str, Any], step: int) -> None:
-        wandb = import_module("wandb")
-        kept = _kept_id(output_dir, "wandb", step)
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=run_name,
-            id=kept,
-            resume="allow" if kept else None,
-            config=dict(config),
-            dir=str(output_dir),
-        )
-        _keep_id(output_dir, "wandb", self._run.id)
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        # wandb's own steps must not go back, as ours do when a run resumes: it counts lines, and draws them over `step`
-        self._run.log({**values, "step": step})
-
-    def close(self) -> None:
-        self._run.finish()
+    return Tracker(log, writer.close)
 
 
-class _MLflow:
-    def __init__(self, output_dir: Path, run_name: str, config: Mapping[str, Any], step: int) -> None:
-        self._mlflow = mlflow = import_module("mlflow")
-        kept = _kept_id(output_dir, "mlflow", step)
-        if kept:
-            mlflow.start_run(run_id=kept)
-            return
+def _wandb(output_dir: Path, run_name: str, config: Mapping[str, Any], step: int) -> Tracker:
+    kept = _kept_id(output_dir, "wandb", step)
+    run = import_module("wandb").init(
+        project=os.environ.get("WANDB_PROJECT", PROJECT),
+        name=run_name,
+        id=kept,
+        resume="allow" if kept else None,
+        config=dict(config),
+        dir=str(output_dir),
+    )
+    _keep_id(output_dir, "wandb", run.id)
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    # The steps of wandb itself must not go back, as ours do when a run resumes: it counts lines, and draws over `step`.
+    return Tracker(lambda step, values: run.log({**values, "step": step}), run.finish)
+
+
+def _mlflow(output_dir: Path, run_name: str, config: Mapping[str, Any], step: int) -> Tracker:
+    mlflow = import_module("mlflow")
+    kept = _kept_id(output_dir, "mlflow", step)
+    if kept:
+        mlflow.start_run(run_id=kept)
+    else:
         mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
-        run = mlflow.start_run(run_name=run_name)
-        _keep_id(output_dir, "mlflow", run.info.run_id)
-        mlflow.log_params({name: str(value)[:500] for name, value in config.items()})  # MLflow takes no longer values
+        _keep_id(output_dir, "mlflow", mlflow.start_run(run_name=run_name).info.run_id)
+        # MLflow takes no longer values.
+        mlflow.log_params({name: str(value)[:500] for name, value in config.items()})
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        # MLflow refuses other characters, such as the brackets of `books (specific)`
+    def log(step: int, values: Mapping[str, float]) -> None:
+        # MLflow refuses other characters, such as the brackets of `books (specific)`.
         named = {re.sub(r"[^\w\-. /]", "", name): value for name, value in values.items()}
-        self._mlflow.log_metrics(named, step=step)
+        mlflow.log_metrics(named, step=step)
 
-    def close(self) -> None:
-        self._mlflow.end_run()
+    return Tracker(log, mlflow.end_run)
 
 
-class _Trackio:
-    def __init__(self, output_dir: Path, run_name: str, config: Mapping[str, Any], step: int) -> None:
-        trackio = import_module("trackio")
-        # a run's name is its identity there: two runs of one name would be one
-        name = _kept_id(output_dir, "trackio", step) or f"{run_name}-{os.urandom(3).hex()}"
-        project = os.environ.get("TRACKIO_PROJECT", PROJECT)
-        with redirect_stdout(sys.stderr):  # it prints, and standard output is for results
-            self._run = trackio.init(project=project, name=name, config=dict(config), resume="allow")
-        _keep_id(output_dir, "trackio", name)
+def _trackio(output_dir: Path, run_name: str, config: Mapping[str, Any], step: int) -> Tracker:
+    # The name of a run is its identity in Trackio: two runs of one name would be one.
+    name = _kept_id(output_dir, "trackio", step) or f"{run_name}-{os.urandom(3).hex()}"
+    project = os.environ.get("TRACKIO_PROJECT", PROJECT)
+    trackio = import_module("trackio")
+    with redirect_stdout(sys.stderr):  # it prints, and standard output is for results
+        run = trackio.init(project=project, name=name, config=dict(config), resume="allow")
+    _keep_id(output_dir, "trackio", name)
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
+    def close() -> None:
         with redirect_stdout(sys.stderr):
-            self._run.finish()
+            run.finish()
+
+    return Tracker(lambda step, values: run.log(dict(values), step=step), close)
 
 
 TRACKERS: dict[str, Callable[[Path, str, Mapping[str, Any], int], Tracker]] = {
-    "tensorboard": _TensorBoard,
-    "wandb": _Wandb,
-    "mlflow": _MLflow,
-    "trackio": _Trackio,
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "mlflow": _mlflow,
+    "trackio": _trackio,
 }
 
 

@@ -25,7 +25,6 @@ from cprec.models import (
     context_of,
     has_learned_positions,
     load_model,
-    merge_adapters,
     num_parameters,
     tiny_model,
     unloaded_model,
@@ -47,13 +46,13 @@ from cprec.train.checkpoint import (
 )
 from cprec.train.config import TrainingConfig
 from cprec.train.estimate import Estimate, estimate, measure
-from cprec.train.flops import mfu
 from cprec.train.folder import DONE, LOG, read_done, read_log
 from cprec.train.forgetting import GENERAL_TEXT, general_text_batches
 from cprec.train.loop import Cadence, Optimisation, perplexity, train
 from cprec.train.loss import PackedLoss, prepare_loss
-from cprec.train.plan import ANNEALING, FEW_STEPS, Plan, check_fork, describe_plan, make_plan
+from cprec.train.plan import ANNEALING, FEW_STEPS, WARMUP, Plan, check_fork, describe_plan, steps_of
 from cprec.train.reuse import file_inputs, is_finished, shards_of
+from cprec.train.schedule import make_schedule
 from cprec.train.tracking import trackers, values_of
 
 
@@ -116,8 +115,12 @@ def run_training(run: Run) -> Path:
     """
     config, hashes = run.config, FileHashes(run.output_dir)
     distributed.join_processes(config.ddp_timeout)
-    if not config.dry_run and _is_reused(run, hashes):
-        return run.output_dir
+    if not config.dry_run:
+        finished = is_finished(config, distributed.by_first(lambda: run.recorded_inputs(hashes)))
+        distributed.by_first(hashes.save)
+        if finished:
+            say(f"{run.output_dir}: complete with these settings, reused")
+            return run.output_dir
     plan = _plan(run)
     tokenizer = load_tokenizer(str(run.data / "tokenizer"))
     _note_other_begin(run)
@@ -131,7 +134,10 @@ def run_training(run: Run) -> Path:
     if config.resume_from_checkpoint == "never":
         distributed.by_first(lambda: remove_checkpoints(run.output_dir, stable=True))
     loss = _build(run, plan, tokenizer)
-    told = _tell_costs(run, plan, loss, validation)
+    told = None
+    if plan.stream.num_steps >= FEW_STEPS:  # a shorter run is not worth the timing
+        told = measure(_estimate(run, plan, loss.module, validation), loss, plan.stream)
+        say(str(told))
 
     def record() -> None:
         save_resolved(run.output_dir, config, run.recorded_inputs(hashes))  # by now there is a copy of a hub's model
@@ -150,26 +156,29 @@ def run_training(run: Run) -> Path:
 # ---- plan ------------------------------------------------------------------------------------------------------------
 
 
-def _is_reused(run: Run, hashes: FileHashes) -> bool:
-    finished = is_finished(run.config, distributed.by_first(lambda: run.recorded_inputs(hashes)))
-    distributed.by_first(hashes.save)
-    if finished:
-        say(f"{run.output_dir}: complete with these settings, reused")
-    return finished
-
-
 def plan_of(config: TrainingConfig, stream: TokenStream) -> Plan:
-    """The plan of a stream under the learning rates of the settings."""
-    return make_plan(
-        stream,
-        kind=config.lr_scheduler_type,
-        peak=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        anneal_steps=config.anneal_steps,
+    """The stream with a learning rate for each step. Lengths below 1 are fractions of all steps.
+
+    Where the stream has a phase for warm-up or annealing, its steps count and not the setting.
+    """
+    num_steps, unit = stream.num_steps, config.schedule_unit
+    steps = {phase.name: of_phase for phase, of_phase in zip(stream.phases, stream.phase_steps, strict=True)}
+    warmup = steps.get(WARMUP, steps_of(config.warmup_steps, num_steps))
+    if 0 < config.warmup_steps < 1:
+        warmup = max(1, warmup)
+    anneal = steps.get(ANNEALING, steps_of(config.anneal_steps, num_steps))
+    if config.anneal_steps < 1:
+        anneal = min(anneal, max(0, num_steps - warmup))
+    schedule = make_schedule(
+        config.lr_scheduler_type,
+        range(1, num_steps + 1) if unit == "steps" else stream.tokens_after().tolist(),
+        config.learning_rate,
+        warmup_steps=warmup,
+        anneal_steps=anneal,
         floor_ratio=config.min_lr_ratio,
         shape=config.anneal_shape,
-        unit=config.schedule_unit,
     )
+    return Plan(stream, schedule, unit)
 
 
 def _plan(run: Run) -> Plan:
@@ -316,16 +325,6 @@ def _check_fits(run: Run, plan: Plan, model: Any, vocabulary_size: int) -> None:
 # ---- fit -------------------------------------------------------------------------------------------------------------
 
 
-def _tell_costs(run: Run, plan: Plan, loss: PackedLoss, validation: Mapping[str, TokenStream]) -> Estimate | None:
-    """Time and measure a micro-batch and say what the run will take; None for a run too short to be worth it."""
-    if plan.stream.num_steps < FEW_STEPS:
-        return None
-    planned = _estimate(run, plan, loss.module, validation)
-    told = measure(planned, loss, plan.stream)
-    say(str(told))
-    return told
-
-
 def _fit(
     run: Run, plan: Plan, loss: PackedLoss, validation: Mapping[str, TokenStream], told: Estimate | None
 ) -> TrainState:
@@ -340,7 +339,7 @@ def _fit(
         if state.step == 0:
             return {"mixture_asked": stream.mixture_asked()} if is_mixed else {}
         rate = state.num_tokens / max(state.seconds, 1e-9)
-        used = {"mfu": mfu(rate, told.flops_per_token, told.peak)} if told else {}
+        used = {"mfu": told.mfu(rate)} if told else {}
         return used | ({"mixture": stream.mixture_until(state.step)} if is_mixed else {})
 
     reported = trackers(
@@ -394,22 +393,19 @@ def _publish(run: Run, loss: PackedLoss, tokenizer: Any, state: TrainState) -> N
     weights = whole_weights(loss.module)
     unmoved = run.output_dir / "model"
 
-    def write(folder: Path) -> None:
-        loss.save(folder, weights)
-        if run.config.lora_merge:
-            adapted = load_model(folder)
-            for path in list(folder.iterdir()):
-                path.unlink()
-            merge_adapters(adapted).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        shutil.copytree(run.data / "items", folder / "items")
-        if (run.data / POPULARITY).is_file():  # ranks items for histories that say nothing
-            shutil.copy2(run.data / POPULARITY, folder / POPULARITY)
-        (folder / DONE).write_text(json.dumps(done, indent=1) + "\n")
-
     def write_and_move() -> None:
         with checkpoint_folder(unmoved) as folder:
-            write(folder)
+            loss.save(folder, weights)
+            if run.config.lora_merge:
+                adapted = load_model(folder)
+                for path in list(folder.iterdir()):
+                    path.unlink()
+                adapted.merge_and_unload().save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            shutil.copytree(run.data / "items", folder / "items")
+            if (run.data / POPULARITY).is_file():  # ranks items for histories that say nothing
+                shutil.copy2(run.data / POPULARITY, folder / POPULARITY)
+            (folder / DONE).write_text(json.dumps(done, indent=1) + "\n")
         for path in sorted(unmoved.iterdir(), key=lambda path: path.name == DONE):
             publish(path, run.output_dir / path.name)
         unmoved.rmdir()

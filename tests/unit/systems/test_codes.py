@@ -20,10 +20,11 @@ from cprec.errors import ConfigError
 from cprec.models import tiny_model
 from cprec.recommender import RankingQuery
 from cprec.schema import Item
-from cprec.systems.codes import BEGIN, END, FIRST_CODE, ItemCodes, k_means, residual_codes
+from cprec.systems.clusters import k_means
+from cprec.systems.codes import BEGIN, END, FIRST_CODE, ItemCodes, residual_codes
 from cprec.systems.generator import CodeRecommender, CodeStream
 from cprec.systems.recipes.tiger import TIGER
-from cprec.systems.signals import TrainingSequences
+from cprec.systems.signals import Passes, TrainingSequences
 from cprec.systems.vectors import text_vectors
 
 NUM_ITEMS = 40
@@ -41,8 +42,9 @@ def clustered(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_k_means_leaves_no_cluster_empty(seed: int) -> None:
-    points, _ = clustered(seed)
-    centres, cluster = k_means(points, 30, np.random.default_rng(seed))
+    points = torch.from_numpy(clustered(seed)[0])
+    begin = points[np.random.default_rng(seed).choice(100, 30, replace=False)]
+    centres, cluster = k_means(points, begin, 20, moves_empty=True)
     assert set(cluster.tolist()) == set(range(30))
     assert centres.shape == (30, 4)
 
@@ -97,7 +99,7 @@ def codes(data: TrainingSequences) -> ItemCodes:
 
 
 def test_every_token_of_a_row_predicts_the_next(data: TrainingSequences, codes: ItemCodes) -> None:
-    stream = CodeStream(data, codes, 4, batch_size=3, num_epochs=1, seed=0)
+    stream = CodeStream(data, codes, 4, Passes(batch_size=3, num_epochs=1, seed=0))
     learnt = 0
     for batch in stream:
         ids, targets = batch.rows["input_ids"], batch.rows["targets"]

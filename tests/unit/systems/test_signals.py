@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from cprec.batch import IGNORE
@@ -10,6 +12,7 @@ from cprec.data.ragged import Ragged
 from cprec.systems.items import MASK
 from cprec.systems.signals import (
     MaskedStream,
+    Passes,
     PrefixStream,
     RowStream,
     TrainingSequences,
@@ -21,7 +24,7 @@ from cprec.systems.signals import (
 
 NUM_ITEMS = 12
 """After item n of the ring comes item n + 1."""
-PASSES = {"batch_size": 7, "num_epochs": 2}
+ONCE = Passes(batch_size=16, num_epochs=1, seed=0)
 
 
 def test_windows_make_every_item_but_the_first_a_target_once() -> None:
@@ -40,7 +43,7 @@ def test_the_latest_values_of_each_row() -> None:
 
 def test_an_epoch_reads_every_row_once_and_any_step_can_be_had_alone(data: TrainingSequences) -> None:
     def stream(seed: int) -> RowStream:
-        return WindowStream(data, ["a", "b"], 50, **PASSES, seed=seed)
+        return WindowStream(data, ["a", "b"], 50, Passes(batch_size=7, num_epochs=2, seed=seed))
 
     first, again = stream(3), stream(3)
     per_epoch = first.num_steps // 2
@@ -59,7 +62,7 @@ def test_an_epoch_reads_every_row_once_and_any_step_can_be_had_alone(data: Train
 
 
 def test_targets_follow_their_inputs_and_padding_has_none(data: TrainingSequences) -> None:
-    batch = WindowStream(data, ["a"], 50, batch_size=16, num_epochs=1, seed=0).batch(1)
+    batch = WindowStream(data, ["a"], 50, ONCE).batch(1)
     real = batch.rows["targets"] != IGNORE
     assert ((batch.rows["items"][real] + 1) % NUM_ITEMS == batch.rows["targets"][real]).all()
     assert (batch.rows["items"][~real] == NUM_ITEMS).all()
@@ -68,7 +71,7 @@ def test_targets_follow_their_inputs_and_padding_has_none(data: TrainingSequence
 
 def test_masks_hide_what_they_ask_for(data: TrainingSequences) -> None:
     shares = {"mask_share": 0.4, "last_share": 0.5}
-    batch = MaskedStream(data, ["a"], 5, **shares, batch_size=90, num_epochs=1, seed=0).batch(0)
+    batch = MaskedStream(data, ["a"], 5, replace(ONCE, batch_size=90), **shares).batch(0)
     masked = batch.rows["items"] == NUM_ITEMS + MASK
     np.testing.assert_array_equal(masked, batch.rows["targets"] != IGNORE)
     assert masked.any(1).all(), "every row asks for something"
@@ -79,14 +82,14 @@ def test_masks_hide_what_they_ask_for(data: TrainingSequences) -> None:
 
 
 def test_every_training_event_is_a_pair(data: TrainingSequences) -> None:
-    stream = UserItemStream(data, ["a"], batch_size=50, num_epochs=1, seed=0)
+    stream = UserItemStream(data, ["a"], replace(ONCE, batch_size=50))
     pairs = [zip(batch.rows["users"], batch.rows["targets"], strict=True) for batch in stream]
     expected = zip(data.sequences.row_of, data.sequences.values, strict=True)
     assert sorted(pair for of_step in pairs for pair in of_step) == sorted(expected)
 
 
 def test_prefixes_are_followed_by_their_targets(data: TrainingSequences) -> None:
-    stream = PrefixStream(data, ["a"], 3, batch_size=20, num_epochs=1, seed=0)
+    stream = PrefixStream(data, ["a"], 3, replace(ONCE, batch_size=20))
     batches = list(stream)
     assert sum(len(batch.examples) for batch in batches) == data.sequences.lengths.sum() - len(data.sequences)
     for batch in batches:
@@ -100,7 +103,7 @@ def test_the_second_prefix_of_a_row_has_the_same_target() -> None:
     """Item 3 follows twice, item 5 once: a prefix without another of its target stands beside itself."""
     sequences = Ragged.of([[0, 1, 3], [2, 3], [4, 5]])
     data = TrainingSequences(_catalogue(6), "d", sequences, ("u", "v", "w"))
-    stream = PrefixStream(data, ["a"], 9, batch_size=9, num_epochs=5, seed=0, same_target=True)
+    stream = PrefixStream(data, ["a"], 9, Passes(batch_size=9, num_epochs=5, seed=0), same_target=True)
     for batch in stream:
         assert batch.whole and batch.rows["items"].shape == (4, 2, 2)
         for row, target in zip(batch.rows["items"].tolist(), batch.rows["targets"].tolist(), strict=True):

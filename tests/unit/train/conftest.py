@@ -191,7 +191,7 @@ class Processes:
     def run(self, num: int, script: str, *arguments: str) -> list[str]:
         """What each process printed; all must end well."""
         mine = self.start(num, script, *arguments)
-        printed = [process.communicate(timeout=120) for process in mine]
+        printed = [process.communicate(timeout=600) for process in mine]
         for process, (_, errors) in zip(mine, printed, strict=True):
             assert process.returncode == 0, errors
         return [output for output, _ in printed]

@@ -26,7 +26,7 @@ from cprec.train.folder import LOG, read_done, read_log
 from cprec.train.pretrain import pretrain
 
 MakeConfig = Callable[..., PretrainConfig]
-PATIENCE = 120
+PATIENCE = 600
 """Seconds after which processes that wait for each other for ever are given up."""
 
 PRETRAIN = """

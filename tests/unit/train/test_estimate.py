@@ -18,8 +18,15 @@ from cprec.models import add_lora, packed_hidden, tiny_model, unloaded_model
 from cprec.text.stream import NEXT_TOKEN, TokenStream
 from cprec.train import estimate as module
 from cprec.train.checkpoint import TrainState, save_checkpoint
-from cprec.train.estimate import Estimate, estimate, matmul_peak, measure, micro_batch_bytes
-from cprec.train.flops import flops_per_token, mean_context
+from cprec.train.estimate import (
+    Estimate,
+    estimate,
+    flops_per_token,
+    matmul_peak,
+    mean_context,
+    measure,
+    micro_batch_bytes,
+)
 from cprec.train.loss import PackedLoss
 from cprec.train.trainable import make_optimizer
 
@@ -236,9 +243,9 @@ def test_time_is_told_from_a_timed_rate_or_guessed_and_it_says_which(told: Told)
     planned = told(heldout_tokens=30_000)
     timed = replace(planned, num_tokens=1_000_000, tokens_per_second=5_000.0, measured=True)
     assert timed.seconds == pytest.approx(1_010_000 / 5_000)
-    assert timed.mfu == pytest.approx(5_000 * timed.flops_per_token / 1e11)
+    assert timed.mfu(5_000) == pytest.approx(5_000 * timed.flops_per_token / 1e11)
     assert "time: about 3:22 at 5,000 tokens/s (timed on a micro-batch" in str(timed)
-    assert planned.mfu == pytest.approx(module.ASSUMED_MFU)
+    assert planned.mfu(planned.tokens_per_second) == pytest.approx(module.ASSUMED_MFU)
     assert "(not timed: a guess, 40% of the 100 GFLOP/s of matrix products here)" in str(planned)
     assert told(gradient_checkpointing=True).tokens_per_second < planned.tokens_per_second
 

@@ -49,7 +49,6 @@ class AlphaRec(GraphSettings):
         self.require_positive("text_size", "adapter_size", "temperature")
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
-        """See `SystemSettings.stages`."""
         frozen_VF = (
             read_vectors(self.vectors, data.item_ids) if self.vectors else text_vectors(data.titles, self.text_size)
         )
@@ -72,7 +71,7 @@ class AlphaRec(GraphSettings):
         graph = UserItemGraph(data.sequences, data.num_items)
         model = GraphModel(users, items, graph, self.num_layers, cosine=True, new_user=mean_of_history)
         terms = {NEXT_ITEM: (1.0, next_item(self.objective, self.num_negatives, self.temperature))}
-        return [self.stage(data, model, terms, UserItemStream(data, [NEXT_ITEM], **self.passes(seed)))]
+        return [self.stage(data, model, terms, UserItemStream(data, [NEXT_ITEM], self.passes(seed)))]
 
 
 PUBLISHED = AlphaRec(num_negatives=256, learning_rate=5e-4, num_epochs=200, anneal=0.0, patience=3)

@@ -44,7 +44,6 @@ class BERT4Rec(NextItemSettings, SelfAttentionSettings):
             raise ConfigError(f"mask_share={self.mask_share} and last_share={self.last_share} must lie in 0..1")
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
-        """See `SystemSettings.stages`."""
 
         def with_mask(histories: Ragged) -> np.ndarray:
             """The latest events, and a mask after them where the next one is asked for."""
@@ -55,7 +54,7 @@ class BERT4Rec(NextItemSettings, SelfAttentionSettings):
 
         model = SequenceModel(*self.parts(data.num_items, causal=False))
         masks: dict[str, Any] = {"mask_share": self.mask_share, "last_share": self.last_share}
-        stream = MaskedStream(data, [NEXT_ITEM], self.max_length, **masks, **self.passes(seed))
+        stream = MaskedStream(data, [NEXT_ITEM], self.max_length, self.passes(seed), **masks)
         return [self.stage(data, model, self.next_item(), stream, history=with_mask)]
 
 

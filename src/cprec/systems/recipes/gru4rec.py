@@ -26,11 +26,10 @@ class GRU4Rec(NextItemSettings):
     """Recurrent layers."""
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
-        """See `SystemSettings.stages`."""
         items = IdTable(data.num_items, self.hidden_size, num_special=1)
         nn.init.normal_(items.table.weight, std=self.hidden_size**-0.5)
         encoder = Recurrent(self.hidden_size, num_layers=self.num_layers, dropout=self.dropout)
-        stream = WindowStream(data, [NEXT_ITEM], self.max_length, **self.passes(seed))
+        stream = WindowStream(data, [NEXT_ITEM], self.max_length, self.passes(seed))
         return [self.stage(data, SequenceModel(items, encoder), self.next_item(), stream)]
 
 

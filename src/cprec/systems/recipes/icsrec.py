@@ -59,7 +59,6 @@ class ICSRec(NextItemSettings, SelfAttentionSettings):
         self.require_positive("num_intentions", "coarse_weight", "fine_weight", "temperature")
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
-        """See `SystemSettings.stages`."""
         model = SequenceModel(*self.parts(data.num_items))
         fine = SameCluster(self.num_intentions, self.hidden_size, self.temperature)
         (_, main), *_ = self.next_item().values()
@@ -68,7 +67,7 @@ class ICSRec(NextItemSettings, SelfAttentionSettings):
             "same_target": (self.coarse_weight, same_target(self.temperature)),
             "same_cluster": (self.fine_weight, fine),
         }
-        stream = PrefixStream(data, list(terms), self.max_length, same_target=True, **self.passes(seed))
+        stream = PrefixStream(data, list(terms), self.max_length, self.passes(seed), same_target=True)
         sample = np.random.default_rng(seed).permutation(len(stream.targets))[:CLUSTERED]
         refresh = partial(refit, fine, model, stream, sample, seed)
         return [self.stage(data, model, terms, stream, refresh=refresh)]

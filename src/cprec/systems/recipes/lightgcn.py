@@ -54,14 +54,13 @@ class LightGCN(GraphSettings):
     than pairs."""
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
-        """See `SystemSettings.stages`."""
         users = IdTable(len(data.users), self.hidden_size, num_special=0)
         items = IdTable(data.num_items, self.hidden_size, num_special=0)
         for table in (users, items):
             nn.init.normal_(table.table.weight, std=0.1)
         graph = UserItemGraph(data.sequences, data.num_items)
         model = GraphModel(users, items, graph, self.num_layers)
-        stream = UserItemStream(data, [NEXT_ITEM], **self.passes(seed))
+        stream = UserItemStream(data, [NEXT_ITEM], self.passes(seed))
         return [self.stage(data, model, self.next_item(), stream)]
 
 

@@ -55,25 +55,20 @@ class ReaRec(SelfAttentionSettings):
             raise ConfigError(f"likeness_weight={self.likeness_weight} must not be below 0")
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
-        """See `SystemSettings.stages`."""
         items, encoder = self.parts(data.num_items)
         reasoning = LatentSteps(encoder, self.num_steps, self.hidden_size)
         torch.nn.init.normal_(reasoning.step.weight, std=INITIAL)
         main = next_item("softmax", temperature=self.temperature)
-        first, second = SequenceModel(items, encoder), SequenceModel(items, reasoning, pool=mean_of_steps)
+        first = SequenceModel(items, encoder)
+        second = SequenceModel(items, reasoning, pool=lambda hidden_RWD: hidden_RWD.mean(1))
         terms = {NEXT_ITEM: (1.0, of_mean(main)), "likeness": (self.likeness_weight, likeness(self.temperature))}
         passes = replace(self, num_epochs=self.first_epochs).passes(seed)
-        windows = WindowStream(data, [NEXT_ITEM], self.max_length, **passes)
-        prefixes = PrefixStream(data, list(terms), self.max_length, **self.passes(seed))
+        windows = WindowStream(data, [NEXT_ITEM], self.max_length, passes)
+        prefixes = PrefixStream(data, list(terms), self.max_length, self.passes(seed))
         return [
             self.stage(data, first, {NEXT_ITEM: (1.0, main)}, windows),
             self.stage(data, second, terms, prefixes),
         ]
-
-
-def mean_of_steps(hidden_RWD: torch.Tensor) -> torch.Tensor:
-    """The mean of the states before and after each step: RD."""
-    return hidden_RWD.mean(1)
 
 
 PUBLISHED = ReaRec(

@@ -62,9 +62,8 @@ class SASRec(NextItemSettings, SelfAttentionSettings):
     num_epochs: float = 14
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
-        """See `SystemSettings.stages`."""
         model = SequenceModel(*self.parts(data.num_items))
-        stream = WindowStream(data, [NEXT_ITEM], self.max_length, **self.passes(seed))
+        stream = WindowStream(data, [NEXT_ITEM], self.max_length, self.passes(seed))
         return [self.stage(data, model, self.next_item(), stream)]
 
 

@@ -67,7 +67,7 @@ class TIGER(SystemSettings):
         say(f"{data.domain}: {codes.num_collisions:,} of {data.num_items:,} items share their codes and get one more")
         sizes = {"hidden_size": self.hidden_size, "num_layers": self.num_layers, "num_heads": self.num_heads}
         model = decoder(codes, max_length=self.max_length, dropout=self.dropout, **sizes)
-        stream = CodeStream(data, codes, self.max_length, **self.passes(seed))
+        stream = CodeStream(data, codes, self.max_length, self.passes(seed))
         reads = {"max_length": self.max_length, "beam_width": self.beam_width, "max_nodes": self.max_nodes}
         return [
             Stage(
