@@ -264,8 +264,8 @@ def tokens(num_rows: int) -> None:
 
     from cprec.data.catalogue import Catalogue
     from cprec.data.ragged import Ragged
-    from cprec.text.config import Template
     from cprec.text.encoding import PromptEncoder
+    from cprec.text.prompts import Template
     from cprec.text.tokenizer import train_on_titles
 
     random = np.random.default_rng(0)

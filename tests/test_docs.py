@@ -27,8 +27,7 @@ from cprec.config import RECIPES, find_config
 from cprec.field_help import describe_fields
 from cprec.recipe import STAGE_CONFIGS, Recipe
 from cprec.systems.recipes import sasrec
-from cprec.text.config import Template
-from cprec.text.prompts import render
+from cprec.text.prompts import Template, render
 from cprec.verbs import VERBS
 
 ROOT = Path(__file__).parents[1]

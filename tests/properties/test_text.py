@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from cprec.data.catalogue import Catalogue
 from cprec.data.cleaning import clean_title
 from cprec.data.ragged import Ragged
-from cprec.text.config import Template
 from cprec.text.encoding import PromptEncoder
 from cprec.text.packing import pack
-from cprec.text.prompts import render
+from cprec.text.prompts import Template, render
 from cprec.text.tokenizer import train_tokenizer
 
 texts = st.text(st.characters(codec="utf-8"), max_size=30)

@@ -28,8 +28,8 @@ from cprec.search.cache import PrefixCache
 from cprec.search.ranking import SequenceRanker, batches, may_return
 from cprec.search.reading import ModelReader, Reader, Tree
 from cprec.search.trie import Trie
-from cprec.text.config import Template
 from cprec.text.encoding import PromptEncoder
+from cprec.text.prompts import Template
 from cprec.text.tokenizer import load_tokenizer
 
 

@@ -42,9 +42,9 @@ from cprec.data.ragged import Ragged, offsets_of
 from cprec.data.splits import Split, from_seconds, make_split
 from cprec.provenance import read_resolved
 from cprec.schema import CONTEXT, MIXED, SPLITS, TEST, TRAIN, VALIDATION
-from cprec.text.config import Template
 from cprec.text.documents import query_names, read_queries_of_part, shard_names
 from cprec.text.encoding import PromptEncoder
+from cprec.text.prompts import Template
 from cprec.text.shards import Shards, read_piece, read_shard_manifest
 
 AUDIT_FOLDER = ".audit"

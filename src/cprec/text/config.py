@@ -1,4 +1,4 @@
-"""Settings of data preparation, of the template, and of the mixture that training reads."""
+"""Settings of data preparation and of the mixture that training reads."""
 
 from __future__ import annotations
 
@@ -8,49 +8,11 @@ from typing import Literal
 
 from cprec.data.config import Rules, Sources, SplitSpec
 from cprec.errors import ConfigError
-from cprec.schema import BRAND, CATEGORIES, TITLE
-
-ITEM_FIELDS = (TITLE, BRAND, CATEGORIES)
+from cprec.schema import TITLE
+from cprec.text.prompts import Template
 
 TINY = "tiny"
 """The tokenizer that is trained on the titles of the data."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Template:
-    """The fixed parts of the unified template. Raises ConfigError for item fields that are not in ITEM_FIELDS."""
-
-    scope: str = "Domain:"
-    history: str = "\nHistory:"
-    line: str = "\n-"
-    next: str = "\nNext:"
-    mixed_scope: str = "multiple"
-    item_fields: tuple[str, ...] = (TITLE,)
-    """The fields that stand for an item: its title, then others."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "item_fields", tuple(self.item_fields))  # files hold lists
-        wrong = set(self.item_fields) - set(ITEM_FIELDS)
-        if self.item_fields[:1] != (TITLE,) or wrong or len(set(self.item_fields)) < len(self.item_fields):
-            raise ConfigError(
-                f"item_fields={', '.join(self.item_fields)}: begin with title, then brand or categories, each once"
-            )
-
-    def head(self, scope: str) -> str:
-        """Everything before the first line; `scope` is a domain's name or `mixed_scope`."""
-        return f"{self.scope} {scope}{self.history}"
-
-    def tag(self, domain: str) -> str:
-        """The tag before each title of a mixed sequence, which shows the item's domain."""
-        return f" [{domain}]"
-
-    def title(self, title: str) -> str:
-        """A title as a piece: it begins with the space after the dash, the tag or `Next:`."""
-        return f" {title}"
-
-    def field(self, text: str) -> str:
-        """Another field of an item as a piece after its title; nothing where the item has none."""
-        return f"; {text}" if text else ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from cprec.data.cleaning import clean_title
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.errors import ConfigError
 from cprec.schema import MIXED, SPECIFIC
-from cprec.text.config import Template
+from cprec.text.prompts import Template
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype[Any]:

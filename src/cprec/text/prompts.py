@@ -1,4 +1,7 @@
-"""The only place where behaviour becomes text, for every stage: pre-training, fine-tuning, scoring and decoding.
+"""The wording of every document and prompt, in pre-training, fine-tuning, scoring and decoding.
+
+`Template` holds the words. `render` puts them together as text, for people and tests; `encoding.PromptEncoder` puts
+together the same pieces as token ids, for models.
 
 One unified template (CPRec, Ma et al. 2025, ask for one; the wording is ours, see docs/papers.md):
 
@@ -18,9 +21,49 @@ space.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from cprec.schema import KINDS, MIXED
-from cprec.text.config import Template
+from cprec.errors import ConfigError
+from cprec.schema import BRAND, CATEGORIES, KINDS, MIXED, TITLE
+
+ITEM_FIELDS = (TITLE, BRAND, CATEGORIES)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Template:
+    """The fixed parts of the unified template. Raises ConfigError for item fields that are not in ITEM_FIELDS."""
+
+    scope: str = "Domain:"
+    history: str = "\nHistory:"
+    line: str = "\n-"
+    next: str = "\nNext:"
+    mixed_scope: str = "multiple"
+    item_fields: tuple[str, ...] = (TITLE,)
+    """The fields that stand for an item: its title, then others."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "item_fields", tuple(self.item_fields))  # files hold lists
+        wrong = set(self.item_fields) - set(ITEM_FIELDS)
+        if self.item_fields[:1] != (TITLE,) or wrong or len(set(self.item_fields)) < len(self.item_fields):
+            raise ConfigError(
+                f"item_fields={', '.join(self.item_fields)}: begin with title, then brand or categories, each once"
+            )
+
+    def head(self, scope: str) -> str:
+        """Everything before the first line; `scope` is a domain's name or `mixed_scope`."""
+        return f"{self.scope} {scope}{self.history}"
+
+    def tag(self, domain: str) -> str:
+        """The tag before each title of a mixed sequence, which shows the item's domain."""
+        return f" [{domain}]"
+
+    def title(self, title: str) -> str:
+        """A title as a piece: it begins with the space after the dash, the tag or `Next:`."""
+        return f" {title}"
+
+    def field(self, text: str) -> str:
+        """Another field of an item as a piece after its title; nothing where the item has none."""
+        return f"; {text}" if text else ""
 
 
 def render(

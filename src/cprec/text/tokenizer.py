@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from cprec.data.catalogue import Catalogue
 from cprec.data.cleaning import clean_title
 from cprec.errors import ConfigError
-from cprec.text.config import Template
+from cprec.text.prompts import Template
 
 EOS = "<eos>"
 PAD = "<pad>"

@@ -13,11 +13,12 @@ import pyarrow.compute as pc
 from cprec import distributed
 from cprec.data.ragged import Ragged
 from cprec.schema import SPECIFIC
-from cprec.text.config import Mixture, Template
+from cprec.text.config import Mixture
 from cprec.text.corpus import Corpus, Group, behaviour_groups
 from cprec.text.encoding import TemplateMarks
 from cprec.text.general_text import text_shards
 from cprec.text.mixture import EXAMPLES, TEXT, shares
+from cprec.text.prompts import Template
 from cprec.text.shards import TRAINING, Shards, open_shards
 from cprec.text.stream import Phase, TokenStream, one_phase
 from cprec.text.tokenizer import load_tokenizer

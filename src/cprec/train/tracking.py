@@ -123,7 +123,7 @@ class Trackers:
         self._each(lambda tracker: tracker.close())
         self._members = {}
 
-    def _each(self, do: Callable[[Tracker], None]) -> None:
+    def _each(self, do: Callable[[Tracker], object]) -> None:
         for name, tracker in list(self._members.items()):
             try:
                 do(tracker)

@@ -31,7 +31,7 @@ from cprec.models import (
 )
 from cprec.progress import say
 from cprec.provenance import CONFIG_FILE, FileHashes, read_resolved, save_resolved, to_dict
-from cprec.text.config import Template
+from cprec.text.prompts import Template
 from cprec.text.stream import TokenStream
 from cprec.text.tokenizer import load_tokenizer
 from cprec.train.attention import use_document_attention

@@ -23,8 +23,7 @@ from cprec.recommender import RankingQuery
 from cprec.recommender import Recommender as Protocol
 from cprec.schema import Item
 from cprec.search.decoding import Found
-from cprec.text.config import Template
-from cprec.text.prompts import render
+from cprec.text.prompts import Template, render
 from cprec.text.tokenizer import train_tokenizer
 
 BOOKS = ("Dune", "Dune Messiah", "Emma", "War & Peace", "Emma", "Ulysses")

@@ -22,7 +22,7 @@ from cprec.data.catalogue import Catalogue
 from cprec.models import tiny_model
 from cprec.rank.llm import LLMRecommender
 from cprec.serve.items import FILE
-from cprec.text.config import Template
+from cprec.text.prompts import Template
 from cprec.text.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.slow  # each test starts Python and loads torch, some twice

@@ -25,9 +25,10 @@ from cprec.data.splits import Split
 from cprec.provenance import file_sha256
 from cprec.schema import TEST, TRAIN, VALIDATION
 from cprec.text.certificate import CERTIFICATE, audit, violated
-from cprec.text.config import PrepareConfig, Template
+from cprec.text.config import PrepareConfig
 from cprec.text.documents import ROW_GROUPS
 from cprec.text.prepare import prepare
+from cprec.text.prompts import Template
 from cprec.text.shards import MANIFEST, TOKENS, join_shards, open_shards, write_shards
 from cprec.text.tokenizer import load_tokenizer, train_on_titles, train_tokenizer
 

@@ -11,9 +11,8 @@ import pytest
 from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
 from cprec.errors import ConfigError
-from cprec.text.config import Template
 from cprec.text.encoding import PromptEncoder, TemplateMarks
-from cprec.text.prompts import render
+from cprec.text.prompts import Template, render
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 BOOKS, GAMES = 0, 1

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cprec.text.config import Template
-from cprec.text.prompts import render
+from cprec.text.prompts import Template, render
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 BOOKS = [("books", "Dune"), ("books", "War & Peace, Vol. 2")]

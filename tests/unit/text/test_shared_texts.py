@@ -15,9 +15,10 @@ from cprec.data.catalogue import Catalogue
 from cprec.data.config import TableSource
 from cprec.data.dataset import read_manifest
 from cprec.errors import DataError
-from cprec.text.config import PrepareConfig, Template
+from cprec.text.config import PrepareConfig
 from cprec.text.encoding import PromptEncoder
 from cprec.text.prepare import prepare
+from cprec.text.prompts import Template
 from cprec.text.shared_texts import notes, shared_texts
 from cprec.text.tokenizer import train_tokenizer
 

@@ -17,9 +17,9 @@ import torch
 from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
 from cprec.models import tiny_model
-from cprec.text.config import Template
 from cprec.text.corpus import Corpus
 from cprec.text.encoding import PromptEncoder
+from cprec.text.prompts import Template
 from cprec.text.shards import Shards, open_shards, write_shards
 from cprec.text.stream import TokenStream, one_phase
 from cprec.text.tokenizer import train_tokenizer
