@@ -69,7 +69,7 @@ def num_ranks() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes files and talks to people."""
+    """Whether this process is the one that writes files and prints messages."""
     return rank() == 0
 
 

@@ -35,7 +35,7 @@ class Settings(Protocol):
 
 @dataclass(frozen=True)
 class Listed:
-    """Where the settings of a row of the tables are."""
+    """Where to find the settings of one row of the tables."""
 
     settings: str
     """`module:NAME` within cprec: settings, or a class whose defaults are meant."""
@@ -82,7 +82,7 @@ LINEUP: Mapping[str, Listed] = {
     "ReaRec (published)": Listed("systems.recipes.rearec:PUBLISHED", "Tang et al. 2025, ensemble"),
     "TIGER": Listed("systems.recipes.tiger:TIGER", "writes the codes of the next item one by one"),
 }
-"""Name -> where it is; tables have them in this order."""
+"""Name -> where its settings are, in the order of tables."""
 
 
 def names_of(asked: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Progress for the person who waits: a bar with rate and time left in a terminal, plain lines elsewhere.
+"""Progress of long work: a bar with rate and time left in a terminal, plain lines elsewhere.
 
 Both go to standard error; standard output is for results. CPREC_PROGRESS=bar, plain or off chooses by hand. Nothing is
 shown under pytest, or in any process of a distributed run but the first.

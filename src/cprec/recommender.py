@@ -11,7 +11,7 @@ from cprec.schema import Item
 
 @dataclass(frozen=True, slots=True)
 class RankingQuery:
-    """Whom to recommend to, and among what."""
+    """One request for a ranking: the history, and the items to rank."""
 
     query_id: str
     domain: str

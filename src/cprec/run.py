@@ -1,4 +1,4 @@
-"""The whole road of a recipe: prepare, pre-train, fine-tune two arms on each target domain, evaluate, report.
+"""Runs all stages of a recipe: prepare, pre-train, fine-tune two arms on each target domain, evaluate, report.
 
 The two arms differ only in their start: the base model as it is, or pre-trained on behaviour sequences of all domains.
 Every stage reuses what is complete and resumes what is not, so the same command goes on after an interruption. Nothing

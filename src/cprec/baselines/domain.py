@@ -37,7 +37,8 @@ class DomainRecommender(ScoringRecommender):
 
 
 def training_matrix(split: Split, domain: str) -> sparse.csr_array:
-    """Who had what in the training part of a domain: float64[U, N] of ones, however often; users without are left out.
+    """Users by items of the training events of a domain: float64[U, N] of ones. Repeats count once, and users
+    without events are left out.
 
     Raises Unsuitable where the domain has no training event.
     """

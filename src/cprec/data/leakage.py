@@ -117,7 +117,7 @@ class Events:
 
 
 _MULTIPLIERS = np.random.default_rng(20250411).integers(1, 1 << 63, 4096, dtype=np.uint64) | np.uint64(1)
-"""Odd random numbers, one for each place in a row, again from the first after 4,096; the seed is any number."""
+"""Odd random numbers, one for each position, repeated after 4,096; the seed is arbitrary."""
 
 _GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 """2 ** 64 divided by the golden ratio: multiples of it are spread evenly over all 64-bit numbers."""
@@ -370,7 +370,7 @@ def _targets(events: Events, num_documents: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _width(*numbers: np.ndarray) -> int:
-    """A factor that leaves room for the numbers in keys such as user * width + number."""
+    """The factor that packs pairs into one integer key: user * width + number."""
     return int(max(column.max(initial=0) for column in numbers)) + 1
 
 

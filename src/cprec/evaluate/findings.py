@@ -24,11 +24,12 @@ from cprec.evaluate.statistics import MIN_QUERIES
 METRIC = f"NDCG@{K}"
 
 SOME, MUCH = 0.05, 0.2
-"""Shares of targets from which something is mentioned, and from which it decides what may be concluded. Differences
-between published models are often 5 % of a metric, so a fault of 5 % of the targets can make one; with every fifth
+"""Shares of affected targets: from SOME on the page mentions it, from MUCH on it limits what may be concluded.
+Differences between published models are often 5 % of a metric, so a fault of 5 % of the targets can make one; with every fifth
 target it is no longer a side effect. (`MIN_QUERIES` bounds claims everywhere, see `cprec.evaluate.statistics`.)"""
 EVERYTHING = 0.5
-"""Share of the training events from which reaching a set of items says nothing: half of all that is bought is in it."""
+"""A set of items with this share of the training events or more says nothing when it is reached: half of all that is
+bought is in it."""
 NEARLY_ALL = 0.9
 """Share of a model's NDCG@10 from which the rest is called little: it is no more than published models differ by."""
 SHORT = 6

@@ -144,7 +144,7 @@ class Grid:
 
 
 def console_for(file: TextIO | None, width: int | None = None, *, least: int = 100) -> Console:
-    """A console on a file, standard output if None. `width` in columns is the terminal's if None; where there is no
+    """A console on a file, standard output if None. `width` in columns is the terminal's if None; without a
     terminal it is at least `least`."""
     console = Console(file=file, width=width, highlight=False)
     if width is None and not console.is_terminal:

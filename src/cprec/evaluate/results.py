@@ -132,7 +132,7 @@ class Arm:
     """Seconds of ranking, by pool. One ranking serves `FULL` and `FULL_WITH_SEEN`: its seconds are the main pool's."""
     cost: Cost
     lists: Mapping[str, float] = field(default_factory=dict)
-    """Measures of the lists themselves, by name (`metrics.py`); those that no list has are left out."""
+    """Measures of the lists themselves, by name (`metrics.py`); a measure that no list has is left out."""
     slices: Mapping[str, Mapping[str, Slice]] = field(default_factory=dict)
     """Slice -> group -> results in it."""
     proofs: Proofs | None = None
@@ -220,7 +220,7 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A user, and what some arms recommend; items are told by their titles."""
+    """A user, and what some arms recommend; items are named by their titles."""
 
     domain: str
     user: str

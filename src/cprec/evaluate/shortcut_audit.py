@@ -449,10 +449,10 @@ def share_interval(part_Q: np.ndarray, whole_Q: np.ndarray, user_Q: np.ndarray, 
 
 
 def smallest_difference(interval: Interval, sample: int, num_queries: int) -> float:
-    """The least difference of two recommenders' means that `num_queries` show 4 times in 5, at the 5 % level.
+    """The smallest difference of two means that `num_queries` queries show with 80 % power at the 5 % level.
 
-    2.8 standard errors (Cohen 1988), which `interval` of a mean over `sample` queries tells. It takes the difference of
-    two recommenders to vary as much as the values of one do, which is so where these correlate at 0.5.
+    2.8 standard errors (Cohen 1988), estimated from the `interval` of a mean over `sample` queries. It assumes that the
+    difference varies as much as the values of one recommender, which is so if the two correlate at 0.5.
 
     >>> round(smallest_difference(Interval(mean=0.05, low=0.0402, high=0.0598), 100, 400), 4)
     0.007

@@ -35,7 +35,7 @@ from cprec.text.tokenizer import load_tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """One recommended item, for people."""
+    """One recommended item with its title, to show to people."""
 
     item_id: str
     title: str

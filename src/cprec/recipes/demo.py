@@ -12,7 +12,7 @@ SIZE = TinyModel(hidden_size=128, num_hidden_layers=2, num_attention_heads=4)
 
 
 def demo(*, output_dir: str = "runs/demo", seed: int = 0) -> Recipe:
-    """The whole road on a synthetic world: pre-train on one platform, recommend in a seen and an unseen domain."""
+    """All stages on a synthetic world: pre-train on one platform, recommend in a seen and an unseen domain."""
     data = f"{output_dir}/data"
     world = SyntheticConfig(seed=seed)
     return Recipe(

@@ -42,7 +42,7 @@ class Found:
 
     @property
     def gap(self) -> float:
-        """By how much an item that was missed can at most beat the K-th that was found; 0 if exact."""
+        """The most by which a missed item can score above the K-th that was found; 0 if exact."""
         return 0.0 if self.exact else float(self.bound - self.kth)
 
 

@@ -1,4 +1,4 @@
-"""The one check that a model's log-probabilities are numbers, made where they are."""
+"""The check that a model's log-probabilities are numbers. It runs on the device that holds them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def require_finite(values: torch.Tensor) -> None:
     """Raise ModelError where values of a model are infinite or NaN.
 
     `values` are the normalisers of its distributions, or anything that is NaN where these are not finite. Logits
-    themselves may be -inf: a model forbids tokens so, and the distribution is still a good one.
+    themselves may be -inf: models use it to forbid tokens, and the distribution is still valid.
     """
     if not bool(torch.isfinite(values).all()):
         raise ModelError(

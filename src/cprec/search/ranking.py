@@ -185,7 +185,7 @@ class SequenceRanker:
 
 
 def may_return(query: RankingQuery, item: str) -> bool:
-    """Whether a query neither excludes an item nor allows others only."""
+    """Whether a query may be answered with an item."""
     return item not in query.exclude and (query.allow is None or item in query.allow)
 
 

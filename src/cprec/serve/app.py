@@ -20,7 +20,7 @@ from cprec.serve.routes import router
 from cprec.serve.service import Service
 
 MOST_MISTAKES = 5
-"""Mistakes of a request that its refusal names."""
+"""Errors of a request that a refusal lists at most."""
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     401: {"model": m.Problem, "description": "The token is missing or wrong"},

@@ -28,8 +28,8 @@ class ServeConfig:
     models: tuple[str, ...]
     """Model folders that `cprec finetune` or `cprec pretrain` wrote; the first answers where a request names none."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What reads for the models: transformers in this process, or vLLM, an extra for machines with a GPU. Lists are the
-    same up to rounding."""
+    """What runs the models: transformers in this process, or vLLM, an extra for machines with a GPU. Lists are the same
+    up to rounding."""
     data: str | None = None
     """Data folder that the models were made from, for the baselines that answer when the model has no time; where it is
     none, the one that the first model folder names, if it is there."""

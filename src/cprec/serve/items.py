@@ -158,7 +158,7 @@ class ItemStore:
                 )
             self._keep([StoredItem(**json.loads(text))])
             self._digest = expected
-        # A last line without an end was being written at a kill: it was never promised.
+        # A kill cut off a last line without an end. It was never acknowledged, so it goes.
         self._size = len(data) - len(unfinished)
         if unfinished:
             os.ftruncate(self._file, self._size)

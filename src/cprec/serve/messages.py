@@ -113,7 +113,7 @@ class RecommendRequest(Sent):
     domain: Domain = None
     k: int = Field(default=10, description="items to return", ge=1, le=MAX_K)
     exclude_seen: bool = Field(default=True, description="leave out the items of the history")
-    allow: list[Id] | None = Field(default=None, description="item ids that alone may be returned")
+    allow: list[Id] | None = Field(default=None, description="the only item ids that may be returned")
     deny: list[Id] = Field(default_factory=list, description="item ids that must not be returned")
     mode: Literal["auto", "exact", "beam"] = Field(
         default="auto", description="exact: search until proven; auto: the same within a budget; beam: a fixed cost"

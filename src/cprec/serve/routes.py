@@ -128,7 +128,7 @@ async def withdraw_items(
     item_id: Annotated[list[str], Query(description="the items, each as item_id=ID", min_length=1)],
     domain: Annotated[str | None, Query(description="by default the one that the model was made for")] = None,
 ) -> m.Changed:
-    """Withdraw items: they are recommended no more, with the answer; histories may go on naming them."""
+    """Withdraw items. Once this is answered they are no longer recommended; histories may still name them."""
     return await service.stock.withdraw(domain, item_id)
 
 

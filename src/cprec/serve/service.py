@@ -62,7 +62,7 @@ class _Question:
 
 
 class Service:
-    """Answers requests with the engines, within deadlines. Its methods are called from one event loop."""
+    """Answers requests within their deadlines, using the engines. Its methods are called from one event loop."""
 
     def __init__(
         self,

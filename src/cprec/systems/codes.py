@@ -44,7 +44,7 @@ class ItemCodes:
     sequences: Ragged
     vocabulary_size: int
     num_collisions: int
-    """Items that share all their codes with another. Each of these has one code more, which tells them apart."""
+    """Items that share all their codes with another. Each of these gets one more code, which makes it unique."""
 
     @classmethod
     def of(cls, codes_NL: np.ndarray, num_codes: int) -> ItemCodes:

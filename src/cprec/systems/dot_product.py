@@ -41,9 +41,9 @@ class Vectors(NamedTuple):
     """All that a model computes from its weights alone: once for a training step, once for all rankings."""
 
     items_VD: torch.Tensor
-    """What histories are multiplied with."""
+    """Output vectors: a score is the product of a history with one of them."""
     inputs: torch.Tensor
-    """What histories are read by: a row for each item; a sequence model has special rows after them."""
+    """Input vectors, one row for each item; a sequence model has special rows after them."""
     users_UD: torch.Tensor | None = None
     """Of the users in training, for a model that knows them."""
 
@@ -107,8 +107,8 @@ class SequenceModel(DotProductModel):
 class GraphModel(DotProductModel):
     """Users and items by the mean of their vectors over several steps of smoothing on the graph of training events.
 
-    A user who is not in training has a vector of their own from `new_user` (nothing: zeros), and sums over the items of
-    the history as neighbours. With `cosine` all vectors are scaled to length one at the end.
+    A user who is not in training starts from `new_user` (zeros without it), with the items of their history as
+    neighbours. With `cosine` all vectors are scaled to length one at the end.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class GraphModel(DotProductModel):
 
 
 def _mean(layers: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Added one by one: stacking them first takes several times as long, forwards and backwards."""
+    """The mean, added up layer by layer: stacking first takes several times as long, forwards and backwards."""
     return sum(layers[1:], layers[0]) / len(layers)
 
 

@@ -73,7 +73,7 @@ class Stage:
     schedule: Callable[[int], float]
     """The learning rate of each step."""
     recommender: Callable[[], TrainedRecommender]
-    """What the weights of the moment recommend."""
+    """Makes a recommender of the current weights."""
     refresh: Callable[[], None] = lambda: None
     """Called before each validation, the first of which comes before the first step."""
 
@@ -225,7 +225,7 @@ class WeightedTerms:
 
 
 class _Enough(Exception):
-    """Training has not become better for long enough."""
+    """Ends training early: validation has not improved for `patience` times."""
 
 
 @dataclass(frozen=True)

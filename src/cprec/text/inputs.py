@@ -15,7 +15,7 @@ from cprec.provenance import TOKENIZER, FileHashes, differences, file_state, mod
 from cprec.text.config import TINY
 
 _TOKENIZER_PREFIX = "tokenizer://"
-"""Begins the names of a tokenizer's files among the recorded inputs; no path has two slashes in a row."""
+"""Prefix of the names of a tokenizer's files among the recorded inputs; no path has two slashes in a row."""
 
 
 class InputRecord:

@@ -29,9 +29,9 @@ class Phase:
 
     name: str
     num_tokens: float
-    """How many to read, about: documents are read whole."""
+    """About how many tokens to read: documents are read whole."""
     share: np.ndarray
-    """Of the tokens, for each group of the corpus."""
+    """The share of these tokens that each group of the corpus has."""
     num_steps: int = 0
     """Optimizer steps to divide the rows over; 0, or fewer than the rows need: as many as they need."""
 

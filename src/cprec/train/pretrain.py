@@ -158,7 +158,7 @@ def _phases(config: PretrainConfig, groups: list[Group]) -> list[Phase]:
 
 
 def _titles_only(data: Path, corpus: Corpus) -> Callable[[np.ndarray, Ragged], np.ndarray]:
-    """Marks the tokens of titles (with the end that closes the last), and all tokens of general text."""
+    """Marks the tokens of titles, with the end of sequence, and all tokens of general text."""
     domains = [group.domain for group in corpus.groups if group.kind == SPECIFIC]
     about = corpus.groups[0].shards.manifest["about"]
     tokenizer, template = load_tokenizer(str(data / "tokenizer")), Template(**about["template"])

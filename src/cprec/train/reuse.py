@@ -1,4 +1,4 @@
-"""Whether an output folder holds the very run that is asked for: the same settings on the same input."""
+"""Checks whether an output folder already holds the requested run: the same settings on the same input."""
 
 from __future__ import annotations
 

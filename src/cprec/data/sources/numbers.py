@@ -29,7 +29,7 @@ class Numbers:
     values: Any
     """float64 expression of the column's table; null where there is no number."""
     num_unread: int = 0
-    """Cells that hold something, but no number that has one meaning."""
+    """Cells that are not empty, and are no number or an ambiguous one."""
     num_unclear: int = 0
     """Of the unread: how many are one number with a decimal point and another with a decimal comma, as 1,234."""
     unread: str = ""
