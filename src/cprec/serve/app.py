@@ -111,7 +111,7 @@ async def _http_error(_: Request, error: Any) -> JSONResponse:
 
 
 async def _broken(_: Request, error: Exception) -> JSONResponse:
-    return _problem(500, "a mistake of the service; its log says more")
+    return _problem(500, "an error in the service; see its log")
 
 
 def _problem(
@@ -129,7 +129,7 @@ def _sendable(text: str) -> str:
 def _mistake(error: dict[str, Any]) -> str:
     """A mistake that pydantic found: where in the form that was sent, and what."""
     if error["type"] == "json_invalid":
-        return f"body: this is no JSON: {error['ctx']['error']}"
+        return f"body: this is not valid JSON: {error['ctx']['error']}"
     where = ".".join(str(part) for part in error["loc"] if part not in m.TAGS)
     if error["type"] in ("model_type", "model_attributes_type"):
         return f"{where}: Input should be an object"
