@@ -25,8 +25,10 @@ METRIC = f"NDCG@{K}"
 
 SOME, MUCH = 0.05, 0.2
 """Shares of affected targets: from SOME on the page mentions it, from MUCH on it limits what may be concluded.
-Differences between published models are often 5 % of a metric, so a fault of 5 % of the targets can make one; with
-every fifth target it is no longer a side effect. (`MIN_QUERIES` bounds claims everywhere, see `cprec.evaluate.statistics`.)"""
+
+Differences between published models are often 5 % of a metric, so a fault of 5 % of the targets can make one. With
+every fifth target it is no longer a side effect. (`cprec.evaluate.statistics.MIN_QUERIES` bounds claims everywhere.)
+"""
 EVERYTHING = 0.5
 """A set of items with this share of the training events or more says nothing when it is reached: half of all that is
 bought is in it."""
