@@ -32,14 +32,14 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     """Give a path to write to; at the end that file replaces `path`, or is removed if there was an error.
 
     The replaced file's permissions are kept. Where `path` is a symbolic link, the file that it points to is replaced.
+    Raises IsADirectoryError, before anything is written, where `path` is a folder.
     """
     path = Path(os.path.realpath(path))
+    _refuse_folder(path)
     unfinished = aside(path)
     unfinished.unlink(missing_ok=True)
     try:
         yield unfinished
-        with suppress(FileNotFoundError):
-            shutil.copymode(path, unfinished)
         publish(unfinished, path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
@@ -65,21 +65,31 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
 
 
 def publish(unfinished: Path, path: Path) -> None:
-    """Flush a file, or a folder with all that is in it, and give it its name. What has that name is replaced.
+    """Flush a file, or a folder with all that is in it, and give it its name. A file replaces a file, whose permissions
+    it gets, in one step; a folder replaces a folder.
 
-    A file is replaced in one step. An old folder is first renamed to `PATH.discarded` and removed at the end, so that a
-    kill in between leaves no folder of that name, but never a mixture of the two.
+    An old folder is first renamed to `PATH.discarded` and removed at the end, so that a kill in between leaves no
+    folder of that name, but never a mixture of the two. Raises IsADirectoryError for a file with the name of a folder.
     """
     if unfinished.is_dir():
         for found in sorted(unfinished.rglob("*"), reverse=True):
             if not found.is_symlink():
                 flush(found)
     flush(unfinished)
-    if path.is_dir():
+    if unfinished.is_dir() and path.is_dir():
         _replace_folder(unfinished, path)
-    else:
-        unfinished.replace(path)
-        flush(path.parent)
+        return
+    if unfinished.is_file():
+        _refuse_folder(path)
+        with suppress(FileNotFoundError):
+            shutil.copymode(path, unfinished)  # only now: it may forbid reading
+    unfinished.replace(path)
+    flush(path.parent)
+
+
+def _refuse_folder(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder, and a file was to be written", str(path))
 
 
 def _replace_folder(unfinished: Path, path: Path) -> None:
@@ -100,7 +110,12 @@ def _replace_folder(unfinished: Path, path: Path) -> None:
 
 def flush(path: Path) -> None:
     """Have the operating system write a file to the disk or, for a folder, the names in it."""
-    handle = os.open(path, os.O_RDONLY)
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():  # one that may be written into but not listed
+            return
+        raise
     try:
         os.fsync(handle)
     except OSError as error:  # some network file systems cannot flush a folder

@@ -169,3 +169,25 @@ def test_a_file_system_that_cannot_flush_folders_is_no_hindrance(
     (tmp_path / "a").touch()
     with pytest.raises(OSError, match="Invalid argument"):
         flush(tmp_path / "a")
+
+
+def test_a_file_never_replaces_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "report.json").write_text("{}")
+    with pytest.raises(IsADirectoryError, match="is a folder, and a file was to be written"):
+        write_whole(folder, "new")
+    with pytest.raises(IsADirectoryError), whole_file(folder):
+        raise AssertionError("nothing is written before the refusal")
+    assert (folder / "report.json").read_text() == "{}"
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+def test_a_file_that_may_not_be_read_can_be_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "secret.txt"
+    path.write_text("old")
+    path.chmod(0o200)
+    write_whole(path, "new")
+    assert path.stat().st_mode & 0o777 == 0o200
+    path.chmod(0o600)
+    assert path.read_text() == "new"

@@ -110,13 +110,16 @@ def is_joined(folder: Path) -> bool:
 
 
 def write_part(folder: Path, part: int) -> None:
-    """Order and split the events of a part, and write its documents."""
+    """Order and split the events of a part, and write its documents; what another process has written stays."""
+    path = folder / PARTS / f"part-{part}"
+    if path.is_dir():
+        return
     rules, cuts, encoder = _open(folder)
 
     def decide(catalogue: Catalogue, log: Interactions, domains: dict[str, DomainInfo]) -> Split:
         return make_split(catalogue, log, domains, rules.split, cuts=cuts, seed=rules.seed)
 
-    with whole_folder(folder / PARTS / f"part-{part}") as target:
+    with whole_folder(path) as target:
         split = finish_part(folder, part, decide, encoder.catalogue)
         assert split is not None
         writer = _PartWriter(rules, split, encoder, target, part)
