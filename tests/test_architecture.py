@@ -113,6 +113,7 @@ IN_FUNCTIONS = {
     ("cprec.config", "cprec.provenance"): "`cprec VERB --help` is a sixth faster without it",
     ("cprec.serving", "cprec.serve.serve"): "it needs the extra cprec[serve], and `cprec recommend` does not",
     ("cprec.serve.config", "fastapi"): "the check that the extra is there",
+    ("cprec.models", "peft"): "it takes seconds to load, and most models have no adapters",
 }
 """Imports inside functions that no promise and no extra explains, with the reason for each."""
 

@@ -110,6 +110,7 @@ def ask_the_service(server: Any, block: Block, sockets: Any) -> None:
     asyncio.run(ask())
 
 
+@pytest.mark.slow
 def test_the_readme_can_be_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import (
     AttentionInterface,
@@ -75,8 +74,8 @@ def load_model(
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         if (path / "adapter_config.json").is_file():
-            with _peft_warnings_off():
-                model = AutoPeftModelForCausalLM.from_pretrained(
+            with _peft() as peft:
+                model = peft.AutoPeftModelForCausalLM.from_pretrained(
                     str(path), dtype=torch.float32, is_trainable=True, **attention
                 )
         else:
@@ -94,10 +93,10 @@ def unloaded_model(name_or_path: str | Path) -> Any:
     """
     try:
         if (Path(name_or_path) / "adapter_config.json").is_file():
-            adapter = PeftConfig.from_pretrained(str(name_or_path))
-            adapter.inference_mode = False
-            with _peft_warnings_off():
-                return get_peft_model(unloaded_model(adapter.base_model_name_or_path), adapter)
+            with _peft() as peft:
+                adapter = peft.PeftConfig.from_pretrained(str(name_or_path))
+                adapter.inference_mode = False
+                return peft.get_peft_model(unloaded_model(adapter.base_model_name_or_path), adapter)
         config = AutoConfig.from_pretrained(str(name_or_path))
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     except (OSError, ValueError) as error:
@@ -122,11 +121,14 @@ def hide_progress_bars() -> None:
 
 
 @contextmanager
-def _peft_warnings_off() -> Iterator[None]:
-    """Silence a warning that users can do nothing about: peft reads a property that transformers is going to rename."""
+def _peft() -> Iterator[Any]:
+    """The library of adapters, without a warning that users can do nothing about: it reads a property that transformers
+    is going to rename."""
+    import peft
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        yield
+        yield peft
 
 
 def add_lora(model: Any, *, rank: int, alpha: int, seed: int = 0) -> Any:
@@ -145,10 +147,10 @@ def add_lora(model: Any, *, rank: int, alpha: int, seed: int = 0) -> Any:
             f"lora_rank={rank} needs a saved base model, which adapters are added to when they are loaded: give "
             f"model_name_or_path a Hugging Face name or a model folder, or train all of '{TINY}' with lora_rank=0"
         )
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    with torch.random.fork_rng(devices=[]), _peft_warnings_off():
+    with torch.random.fork_rng(devices=[]), _peft() as peft:
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        return peft.get_peft_model(model, config)
 
 
 def trunk_and_head(model: Any) -> tuple[Any, Any]:

@@ -207,6 +207,7 @@ def assert_same(found: list[Ranking], expected: list[Ranking]) -> None:
             assert mine.proof.expanded == theirs.proof.expanded
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("stand_in")
 @pytest.mark.parametrize("second_runner", [False, True], ids=["rows", "slots"])
 def test_lists_read_by_vllm_are_those_of_the_model(folder: Path, second_runner: bool) -> None:

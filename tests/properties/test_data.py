@@ -77,6 +77,7 @@ def some_events(draw: st.DrawFn) -> list[tuple[str, str, float]]:
     return [(generator.choice("abcdef"), generator.choice("wxyz"), generator.randrange(12) / 8) for _ in range(size)]
 
 
+@pytest.mark.slow
 @settings(max_examples=5)  # each one starts an engine
 @given(some_events(), st.sampled_from([3, 5, 8, 2, 0]))
 def test_rules_in_the_table_engine_equal_plain_python(rows: list[tuple[str, str, float]], k_core: int) -> None:

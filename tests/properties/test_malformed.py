@@ -90,6 +90,7 @@ def _try_with_csv(lines: list[str], separator: str, quote: str) -> tuple[list[st
     return None, 1
 
 
+@pytest.mark.slow
 @given(texts, st.sampled_from([",", "\t", ":"]), st.sampled_from(['"', '"', "'", ""]))
 @settings(max_examples=200)
 @example(b'x,y\n"a\r\n\r\nb",c\r\n,d\r\n', ",", '"')
@@ -180,6 +181,7 @@ json_texts = st.one_of(
 json_lines = st.lists(json_texts.map(lambda text: text.encode("utf-8", "replace").replace(b"\n", b"")), max_size=8)
 
 
+@pytest.mark.slow
 @given(json_lines, st.sampled_from([b"\n", b"\r\n"]))
 @settings(max_examples=100)
 def test_json_lines_are_kept_or_set_aside(lines: list[bytes], end: bytes) -> None:

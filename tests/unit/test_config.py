@@ -273,6 +273,7 @@ def test_a_wrong_file_is_named_with_its_fault(tmp_path: Path, text: str, message
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.slow
 @given(
     steps=st.integers(),
     rate=st.floats(allow_nan=False, allow_infinity=False),

@@ -73,6 +73,7 @@ def source(url: str, interactions: str = "events", items: str = "stock.items", *
     )
 
 
+@pytest.mark.slow
 def test_tables_and_queries_of_duckdb_give_what_files_give(database: str, from_files: Path, tmp_path: Path) -> None:
     queries = ("events", "SELECT * FROM events;", " with e as (select * from events) select * from e")
     for number, log in enumerate(queries):

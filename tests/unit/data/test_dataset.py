@@ -116,6 +116,7 @@ def test_ties_by_item_id(tmp_path: Path) -> None:
     assert catalogue.item_id[log.item].tolist() == ["w", "x", "y", "ya", "z"], "across domains too"
 
 
+@pytest.mark.slow
 def test_shuffled_ties_depend_on_the_seed_alone(tmp_path: Path) -> None:
     rows = [("a", f"i{n}", 5) for n in range(20)]
     other = [("a", f"j{n}", 5) for n in range(20)]
@@ -431,6 +432,7 @@ def test_folders_that_are_no_data_are_refused(tmp_path: Path) -> None:
         read_dataset(folder)
 
 
+@pytest.mark.slow
 def test_no_other_engine_is_needed(tmp_path: Path) -> None:
     blocked = ["psycopg", "psycopg2", "pyspark", "polars", "sqlalchemy", "torch", "google.cloud.bigquery", "snowflake"]
     code = f"""

@@ -315,6 +315,7 @@ def test_an_archive_half_unpacked_is_gone_on_with(server: Server, tmp_path: Path
     assert record["ml-1m/movies.dat"]["url"] == f"{url}#ml-1m/movies.dat"
 
 
+@pytest.mark.slow
 def test_prepare_downloads_by_name(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -101,6 +101,7 @@ titles = st.lists(words, min_size=1, max_size=4).map(" ".join).map(clean_title).
 names = st.lists(titles, min_size=1, max_size=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(st.tuples(names, names, names), st.sampled_from(sorted(TOKENIZERS)), st.sampled_from([2, 3, 32]), st.data())
 def test_reading_inverts_writing(

@@ -394,6 +394,7 @@ def test_an_interrupted_arm_leaves_nothing_and_finished_ones_stay(config: Evalua
     assert popular.asked == asked
 
 
+@pytest.mark.slow
 def test_saved_rankings_are_scored_again_without_torch_and_examples_show_the_best_baseline(
     config: EvaluateConfig, quick_sasrec: None
 ) -> None:

@@ -401,6 +401,7 @@ def test_a_large_body_is_refused(shared: httpx.Client) -> None:
     assert shared.get("/health").status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [b"2\r\n, \r\n", b""], ids=["it goes on", "it ends"])
 def test_a_body_just_too_large_is_answered_at_once(more: bytes, engine: Any, served: Served) -> None:
     options = {"max_body_mb": 10 / (1 << 20), "body_seconds": 1e6 if not more else 0.5}
@@ -417,6 +418,7 @@ def test_a_body_just_too_large_is_answered_at_once(more: bytes, engine: Any, ser
         assert received.startswith(b"HTTP/1.1 413 ") and b"send less at once" in received
 
 
+@pytest.mark.slow
 def test_a_history_of_100_000_events(shared: httpx.Client) -> None:
     history = ["b0", "b1", "Emma", "b3"] * 25_000
     assert ids(asked(shared, *history, k=1)) == ["b4"]

@@ -191,6 +191,7 @@ def test_ranks_of_targets_are_their_places_in_the_beam(recommender: CodeRecommen
     assert better[0] == 3 and tied.tolist() == [1, 0]  # the second one is left out, because it was seen
 
 
+@pytest.mark.slow
 def test_learns_what_comes_next_and_is_used_again(split: Split, tmp_path: Path) -> None:
     settings = TIGER(
         **{"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_levels": 2, "num_codes": 4, "dropout": 0.0},

@@ -306,6 +306,7 @@ MARKS = [
 ]
 
 
+@pytest.mark.slow
 def test_marks_of_chat_templates_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One title has a mark: as many documents are counted as hold it, the same way in every format of text."""
     titles = [f"Chess set {n}" for n in range(6)] + ["The [REC] <3 | a|b> film", "Mug <|im_end|> \u8336"]

@@ -226,6 +226,7 @@ def test_folders_made_before_are_compared_by_the_hashes_they_have(
         prepare(CONFIG)
 
 
+@pytest.mark.slow
 def test_names_of_recorded_inputs_are_those_of_one_input_each(here: Path) -> None:
     """Sources lie where names of the tokenizer's files and tables might, and two domains share a database."""
     for name in ("tokenizer", "games"):

@@ -217,6 +217,7 @@ def test_a_micro_batch_is_timed_once_warm_and_leaves_nothing(
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_micro_batch_is_measured(make_stream: Callable[..., TokenStream], told: Told) -> None:
     stream = make_stream(rows_per_step=5)
     model = make("qwen3", vocab_size=400, hidden_size=512, intermediate_size=4096, num_hidden_layers=4)

@@ -181,6 +181,7 @@ def test_a_killed_run_goes_on_as_if_never_stopped(config: Callable[..., Pretrain
     assert not list(folder.glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_publication_is_made_up_for(
     config: Callable[..., PretrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +195,7 @@ def test_an_interrupted_publication_is_made_up_for(
     assert weights(folder) == weights(pretrain(config("whole")))
 
 
+@pytest.mark.slow
 def test_never_starts_again(config: Callable[..., PretrainConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(training, "_publish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -215,6 +217,7 @@ def test_adapters_are_trained_saved_and_found_again(
     assert len(recommender.recommend(["01", "02"], k=2)) == 2
 
 
+@pytest.mark.slow
 def test_merged_adapters_make_a_plain_model_that_ranks_the_same(
     config: Callable[..., PretrainConfig], tune: Callable[..., FinetuneConfig]
 ) -> None:
@@ -398,6 +401,7 @@ def test_phases_have_their_mixtures(config: Callable[..., PretrainConfig]) -> No
     assert set(users) == {f"u{n}" for n in range(30, 60)}, "of users who stand in the shards, and no others"
 
 
+@pytest.mark.slow
 def test_the_log_has_the_mixture_asked_for_and_the_one_that_was_read(config: Callable[..., PretrainConfig]) -> None:
     folder = pretrain(config(num_train_epochs=6, mixture=Mixture(mixed_share=0.35, domain_weights={"books": 3.0})))
     log = read_log(folder / LOG)
