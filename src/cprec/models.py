@@ -362,10 +362,12 @@ class _Probe:
         value: torch.Tensor,
         attention_mask: None,
         *,
+        tree: _Probe,  # required, as by what reads trees: the model must hand on what it is called with
         scaling: float | None = None,
         sliding_window: int | None = None,
         **more: Any,
     ) -> tuple[torch.Tensor, None]:
+        assert tree is self
         self.layers.append(module.layer_idx)
         self.windows.add(sliding_window)
         self.positions &= more.get("position_ids") is not None
@@ -399,7 +401,7 @@ def check_attention(model: Any) -> bool:
         expected = trunk(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.double()
         try:
             with attending_by(trunk, PROBE):
-                found = trunk(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+                found = trunk(input_ids=ids, position_ids=positions, use_cache=False, tree=probe).last_hidden_state
         except _UNFIT as unfit:
             why = f"{type(unfit).__name__}: {unfit}"
     if found is not None:

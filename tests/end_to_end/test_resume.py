@@ -111,7 +111,7 @@ def test_a_run_killed_again_and_again_ends_as_one_that_never_was(
 
     draw = random.Random(seed)
     where = []
-    while (last := killed_after({**settings, "output_dir": str(cut)}, draw.randint(1, 600))) is not None:
+    while (last := killed_after({**settings, "output_dir": str(cut)}, draw.randint(1, 150))) is not None:
         where.append(last)
         assert len(where) < 100, "the run does not get on"
     assert len(where) >= 3 and len(set(where)) >= 2, where

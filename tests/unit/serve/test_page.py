@@ -6,7 +6,6 @@ CPREC_SCREENSHOTS=FOLDER keeps the pictures that `test_pictures` makes; those of
 from __future__ import annotations
 
 import base64
-import dataclasses
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import pydantic
 import pytest
 
 import cprec
@@ -646,7 +646,7 @@ def test_what_is_missing_is_asked_for_before_the_service_is(new_page: Any, servi
 
 def test_the_stand_in_speaks_as_the_service_does(service: Service) -> None:
     def fields(kind: type) -> set[str]:
-        return {each.name for each in dataclasses.fields(kind)}
+        return set(kind.model_fields) if issubclass(kind, pydantic.BaseModel) else set(kind.__annotations__)
 
     ask = {"history": [{"item_id": i, "domain": d} for d, i in HISTORY], "domain": "kitchen"}
     full = {**ask, "k": 6, "exclude_seen": True, "mode": "beam", "model": "CPRec-style"}
