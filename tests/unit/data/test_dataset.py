@@ -155,6 +155,7 @@ def test_without_times_the_rows_of_a_user_count(tmp_path: Path) -> None:
     assert not read_dataset(folder)[2]["toys"].has_times
 
 
+@pytest.mark.slow
 def test_users_of_one_platform_are_the_same_people(tmp_path: Path) -> None:
     folder = build(
         tmp_path,

@@ -267,6 +267,7 @@ def put(client: httpx.Client, *items: dict[str, str]) -> httpx.Response:
     return client.put("/v1/items", json={"items": [{"domain": "books"} | item for item in items]})
 
 
+@pytest.mark.slow
 def test_items_come_and_go_at_once_and_for_good(engine: Any, last_first: Any, served: Served, tmp_path: Path) -> None:
     with served(Service([engine], [last_first], ItemStore(tmp_path), deadline_ms=60_000)) as client:
         assert put(client, {"item_id": "a0", "title": "Aurora &amp; Co"}).json() == {
@@ -483,6 +484,7 @@ def test_metrics_count_requests_batches_and_lists(client: httpx.Client) -> None:
 # ---- a model that says no numbers, and histories that say nothing ----------------------------------------------------
 
 
+@pytest.mark.slow
 def test_scores_that_are_no_numbers_end_the_service(engine: Any, last_first: Any, served: Served) -> None:
     def broken(*_: Any) -> None:
         raise ModelError("runs/ft: the model's scores are not finite")

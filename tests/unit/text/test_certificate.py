@@ -1004,6 +1004,7 @@ def test_the_command_fails_and_says_what_is_wrong(
     assert f"of shop/{document.user_id}" in said
 
 
+@pytest.mark.slow
 def test_documents_are_taken_apart_in_batches(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("shards/train", "examples/books/train"):
         shop.spoil(name, lambda d: d.show("mauve book 1"), lambda d: d.kind == "specific" and d.part == 1)

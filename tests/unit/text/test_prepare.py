@@ -467,6 +467,7 @@ def test_shuffled_documents_hold_the_same_events(
     assert documents("parts", document_order="shuffled") == mixed, "whatever the parts"
 
 
+@pytest.mark.slow
 def test_other_fields_of_items_are_in_every_text_and_certified(config: PrepareConfig, tmp_path: Path) -> None:
     books = config.tables[0]
     items = "".join(f"b{n},The book,house {n % 5},kind {n // 5}\n" for n in range(25))  # 25 items of one title
@@ -562,6 +563,7 @@ def test_a_cut_in_time_is_that_of_the_whole_log(
 # ---- parts ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_users_stand_where_the_engine_puts_them(
     config: PrepareConfig, tmp_path: Path, small_parts: Callable[[int], None]
 ) -> None:

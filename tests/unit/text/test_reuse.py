@@ -251,6 +251,7 @@ def test_names_of_recorded_inputs_are_those_of_one_input_each(here: Path) -> Non
         prepare(config)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .future.infer_string. option")  # set by Ibis
 def test_a_sqlite_file_that_is_being_written_cannot_be_compared(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (games,) = CONFIG.connections
@@ -282,6 +283,7 @@ def small(**settings: Any) -> PrepareConfig:
     return replace(CONFIG, output_dir="small", recbole=(), connections=(), tokenizer="tiny", **settings)
 
 
+@pytest.mark.slow
 def test_an_unfinished_folder_is_begun_anew(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A prepare that failed left its tables; they are those of the log before."""
     with pytest.raises(DataError, match="lower min_history"):
@@ -294,6 +296,7 @@ def test_an_unfinished_folder_is_begun_anew(here: Path, capsys: pytest.CaptureFi
     assert "begun from other input and is begun anew: logs/a.csv changed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_file_that_changes_while_it_is_read_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from cprec.data import build
 

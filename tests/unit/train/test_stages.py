@@ -104,6 +104,7 @@ def test_fine_tuning_goes_on_from_pretraining(
     assert LLMRecommender.from_pretrained(tuned).recommend(["01", "02"], k=2)[0].title.endswith(tuple("012345"))
 
 
+@pytest.mark.slow
 def test_the_seed_decides_everything(config: Callable[..., PretrainConfig]) -> None:
     first, again, other = (pretrain(config(name, seed=seed)) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
     assert weights(first) == weights(again) != weights(other)
@@ -290,6 +291,7 @@ def test_settings_that_are_gone_say_what_to_write(config: Callable[..., Pretrain
         resolve(config(), [f"{name}=4"])
 
 
+@pytest.mark.slow
 def test_micro_batches_change_neither_steps_nor_documents(config: Callable[..., PretrainConfig]) -> None:
     whole, cut = pretrain(config("whole")), pretrain(config("cut", micro_batch_size=1))
     one, other = read_done(whole), read_done(cut)
@@ -506,6 +508,7 @@ def test_a_fork_may_end_otherwise_but_not_begin_otherwise(config: Callable[..., 
         fork(config("other", anneal_steps=0.3, seed=1), stable)
 
 
+@pytest.mark.slow
 def test_a_stable_run_goes_on_with_more_data(config: Callable[..., PretrainConfig]) -> None:
     whole = pretrain(config(anneal_steps=0.3))
     stable = next(whole.glob("stable-*"))
