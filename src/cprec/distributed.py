@@ -220,7 +220,8 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
     """Gives a function that returns the most bytes that were in use at once since the block began, beyond those in use
     before.
 
-    On a CPU these are pages of the process: memory that it had freed and kept is not counted when it is used again.
+    On a CPU these are pages of the process. Without glibc, memory that it had freed and kept is not counted when it is
+    used again.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -129,9 +129,10 @@ def measure(planned: Estimate, loss: PackedLoss, stream: TokenStream, clock: Clo
 
     with distributed.peak_memory(device) as taken:
         rate = stream.fill * arrays["input_ids"].size / _shortest(work, device, 2, clock)
+        taken_bytes = max(taken(), FP32 * planned.num_trained)  # the gradients alone, where too little was counted
     loss.zero_grad(set_to_none=True)
     tokens_per_second = rate * planned.num_processes
-    return replace(planned, tokens_per_second=tokens_per_second, micro_batch_bytes=taken(), measured=True)
+    return replace(planned, tokens_per_second=tokens_per_second, micro_batch_bytes=taken_bytes, measured=True)
 
 
 def _shortest(work: Callable[[], object], device: torch.device, repeats: int, clock: Clock) -> float:
