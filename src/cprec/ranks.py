@@ -53,6 +53,7 @@ def _gain(better_Q: np.ndarray, tied_Q: np.ndarray, gain_K: np.ndarray) -> np.nd
 
 
 def ranks_up_to(k: int) -> np.ndarray:
+    """The ranks 1 to K: int64[K]. Raises ValueError if K is below 1."""
     if k < 1:
         raise ValueError(f"k={k} must be at least 1: it is the rank that a metric is cut at")
     return np.arange(1, k + 1)

@@ -15,7 +15,7 @@ from cprec import lineup
 from cprec.baselines.config import TuneConfig
 from cprec.choices import Choice, OneOf, Whole, can_be
 from cprec.data.dataset import read_split
-from cprec.data.queries import ranking_queries
+from cprec.data.queries import ranking_queries, sampled_rows
 from cprec.data.splits import Split
 from cprec.errors import ConfigError, Unsuitable
 from cprec.files import write_whole
@@ -123,7 +123,7 @@ def validation_queries(split: Split, domain: str, max_queries: int, seed: int) -
     asked = split.queries(domain, VALIDATION, max_history=max(1, len(split.interactions)))
     if not len(asked):
         raise ConfigError(f"domain {domain!r} has no validation query to tune on: choose another domain or split")
-    return ranking_queries(split, asked, most=max_queries, seed=seed)
+    return ranking_queries(split, asked, sampled_rows(len(asked), max_queries, seed))
 
 
 def mean_ndcg(recommender: Recommender, queries: Sequence[RankingQuery], targets: Sequence[str]) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ BATCH_ROWS = 1 << 17
 """Rows of a batch."""
 
 
-class _Engine:
+class _Engine(ABC):
     """What both engines have, while they are open. Tables are Ibis expressions of the `backend`."""
 
     backend: Any
@@ -40,9 +41,9 @@ class _Engine:
     spill: Path
     """A folder for temporary files, empty at the start and deleted at the end."""
 
+    @abstractmethod
     def to_arrow(self, expression: Any) -> pa.Table:
         """The rows of an expression, in memory."""
-        raise NotImplementedError
 
     def row(self, expression: Any) -> dict[str, Any]:
         """The one row of an expression, as an aggregate has."""

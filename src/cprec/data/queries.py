@@ -9,17 +9,18 @@ from cprec.recommender import RankingQuery
 from cprec.schema import Item
 
 
-def ranking_queries(
-    split: Split, asked: Queries, *, most: int = 0, seed: int = 0
-) -> tuple[list[RankingQuery], list[str]]:
-    """Queries over the full catalogue, with the items of the history in the domain excluded, and their targets.
+def sampled_rows(num_rows: int, most: int, seed: int) -> np.ndarray:
+    """A seeded sample of at most `most` row numbers, ascending; 0 takes all: int64[rows]."""
+    return np.sort(np.random.default_rng(seed).permutation(num_rows)[: most or None])
 
-    With `most` above 0 they are a seeded sample of at most as many, in the order of `asked`.
-    """
+
+def ranking_queries(
+    split: Split, asked: Queries, rows: np.ndarray | None = None
+) -> tuple[list[RankingQuery], list[str]]:
+    """Queries over the full catalogue, with the items of the history in the domain excluded, and their targets: of some
+    rows of `asked`, or of all."""
     catalogue, log = split.catalogue, split.interactions
-    rows = np.arange(len(asked))
-    if 0 < most < len(asked):
-        rows = np.sort(np.random.default_rng(seed).permutation(len(asked))[:most])
+    rows = np.arange(len(asked)) if rows is None else rows
     queries = []
     for row in rows.tolist():
         events = asked.history[row]

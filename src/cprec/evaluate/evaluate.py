@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from cprec.data.dataset import read_manifest
+from cprec.data.queries import sampled_rows
 from cprec.data.splits import Split
 from cprec.errors import ConfigError, CPRecError, Unsuitable
 from cprec.evaluate.config import EvaluateConfig
@@ -226,11 +227,8 @@ def _found_of_exact(
     entrant: Entrant, opened: Opened, protocol: Protocol, rankings: pa.Table, answers: Mapping[str, Any]
 ) -> FoundOfExact:
     """The share of the exact top K, seen items aside, that an arm's lists hold, on a sample of queries."""
-    num_queries = len(protocol.queries)
-    size = min(SAMPLE, num_queries)
-    drawn = np.sort(np.random.default_rng(answers["seed"]).permutation(num_queries)[:size])
-    chosen = [protocol.queries[number] for number in drawn]
-    say(f"{entrant.name}: exact lists of {size} queries to compare with")
+    chosen = [protocol.queries[row] for row in sampled_rows(len(protocol.queries), SAMPLE, answers["seed"])]
+    say(f"{entrant.name}: exact lists of {len(chosen)} queries to compare with")
     exact = opened.modes[EXACT](chosen, answers["k"])
     listed = set(zip(rankings["query_id"].to_pylist(), rankings["item_id"].to_pylist(), strict=True))
     best = [
@@ -238,7 +236,7 @@ def _found_of_exact(
         for q, r in zip(chosen, exact, strict=True)
     ]
     shares = [len(listed & mine) / len(mine) for mine in best if mine]
-    return FoundOfExact(share=float(np.mean(shares)) if shares else 1.0, num_queries=size)
+    return FoundOfExact(share=float(np.mean(shares)) if shares else 1.0, num_queries=len(chosen))
 
 
 # ---- what numbers depend on ------------------------------------------------------------------------------------------

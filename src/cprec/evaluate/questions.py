@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cprec.data.queries import sampled_rows
 from cprec.data.splits import Split
 from cprec.errors import ConfigError, DataError
 from cprec.evaluate.candidates import POPULARITY, UNIFORM, draw_candidates
@@ -188,10 +189,7 @@ def _read_rows(folder: Path, part: str) -> Rows:
 
 def _sample(rows: Rows, max_queries: int, seed: int) -> Rows:
     """At most so many rows, in their order; 0 keeps all."""
-    if not max_queries or len(rows) <= max_queries:
-        return rows
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:max_queries])
-    return [rows[number] for number in chosen]
+    return [rows[number] for number in sampled_rows(len(rows), max_queries, seed)]
 
 
 def _hash_of(asked: Questions) -> str:

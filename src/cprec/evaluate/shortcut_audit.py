@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import NormalDist
 
@@ -20,6 +20,7 @@ import numpy as np
 from scipy import sparse
 
 from cprec.data.leakage import find_ties
+from cprec.data.queries import ranking_queries, sampled_rows
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Queries, Split
 from cprec.data.titles import title_vectors
@@ -29,7 +30,7 @@ from cprec.evaluate.slices import training_events
 from cprec.evaluate.statistics import ALPHA, POWER, SAMPLES, bootstrap_interval
 from cprec.progress import track
 from cprec.ranks import count_rankings, ndcg, recall
-from cprec.recommender import RankingQuery, Recommender
+from cprec.recommender import Recommender
 from cprec.schema import TEST, Item
 
 K = 10
@@ -173,7 +174,7 @@ def shortcut_audit(
     user, item = training_events(split, domain)
     count_N = np.bincount(item, minlength=len(rows))
     graph = transitions(user, item, len(count_N))
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(queries))[:max_queries])
+    chosen = sampled_rows(len(queries), max_queries, seed)
     titles = [str(title) for title in split.catalogue.title[rows]]
     vectors = {USERS: user_vectors(user, item, len(count_N)), TITLES: title_vectors(titles)}
     work = len(queries) + len(chosen) * (len(vectors) + len(VARIANTS) * len(models))
@@ -396,20 +397,12 @@ def dependence_of(
     return. Queries name no user: a model that knows users by name would know their histories, whatever it is shown.
     Shuffles are drawn by `seed`; intervals are over users, and paired.
     """
-    item_id = split.catalogue.item_id
-    histories = [[Item(queries.domain, str(item)) for item in item_id[queries.history[row]]] for row in chosen]
-    targets = [str(item) for item in item_id[queries.target[chosen]]]
+    whole_histories, targets = ranking_queries(split, queries, chosen)
     generator = np.random.default_rng(seed)
     values: dict[str, np.ndarray] = {}
     for variant in VARIANTS:
         asked = [
-            RankingQuery(
-                query_id=str(query),
-                domain=queries.domain,
-                history=shown(history, variant, generator),
-                exclude=frozenset(item.item_id for item in history),
-            )
-            for query, history in zip(queries.query_id[chosen], histories, strict=True)
+            replace(query, history=shown(query.history, variant, generator), user=None) for query in whole_histories
         ]
         found = []
         for start in range(0, len(asked), BATCH):

@@ -19,6 +19,7 @@ from torch import nn
 
 from cprec import distributed
 from cprec.choices import Choice, OneOf, Real
+from cprec.data.queries import sampled_rows
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import ConfigError, Unsuitable
@@ -242,7 +243,7 @@ class _Validation:
         queries = split.queries(domain, VALIDATION, max_history=max(1, len(split.interactions)))
         if not len(queries):
             raise Unsuitable(f"domain {domain!r} has no validation event to choose the weights of a system by")
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(queries))[:most])
+        chosen = sampled_rows(len(queries), most, seed)
         first = int(split.catalogue.rows_of(domain)[0])
         asked = queries.history.take(chosen)
         users = user_names(split.interactions, queries.user[chosen])
@@ -259,6 +260,7 @@ class _Validation:
 
 
 def fit(settings: SystemSettings, split: Split, domain: str, seed: int, folder: Path) -> TrainedRecommender:
+    """See `SystemSettings.make`; `folder` is where the folder of this run stands beside those of others."""
     name, device = type(settings).__name__, distributed.pick_device()
     data = TrainingSequences.of(split, domain)
     validation = _Validation.of(split, domain, seed, settings.VALIDATION_QUERIES)
