@@ -25,6 +25,7 @@ from cprec.rank.vllm import VLLMReader
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import SPECIFIC, Item, id_text
 from cprec.search.cache import PrefixCache
+from cprec.search.priors import PriorSource
 from cprec.search.ranking import SequenceRanker, batches, may_return
 from cprec.search.reading import ModelReader, Reader, Tree
 from cprec.search.trie import Trie
@@ -40,8 +41,8 @@ class Recommendation:
     item_id: str
     title: str
     score: float
-    """Log-probability of the item after the history, unless the recommender was given another `score`; higher is
-    better, comparable within one list."""
+    """Log-probability of the item after the history, unless the recommender was given another `score` or a `blend`;
+    higher is better, comparable within one list."""
 
 
 class LLMRecommender:
@@ -66,6 +67,8 @@ class LLMRecommender:
     bounds it: `exact` refuses it, and the others put the titles that a beam found by sum into corrected order, with no
     proof.
 
+    With a `blend` the score is weighted, and each item's prior is added; exact lists are still proven.
+
     `cache_bytes` of memory keep what was read of prompts, for users who come back.
     """
 
@@ -73,6 +76,8 @@ class LLMRecommender:
     """Where the model is from, for messages: its folder, if it is from one."""
     withdrawn: Mapping[str, frozenset[str]]
     """Item ids by domain that histories may name and full rankings never return; see `with_items`."""
+    blend: PriorSource | None
+    """What is known of items beside the model: joins every score (`generate` has none). None leaves it to the model."""
 
     def __init__(
         self,
@@ -115,6 +120,7 @@ class LLMRecommender:
         self._check_context()
         self._tries: dict[str, Trie] = {}
         self.withdrawn: Mapping[str, frozenset[str]] = {}
+        self.blend = None
 
     @classmethod
     def from_pretrained(
@@ -190,8 +196,9 @@ class LLMRecommender:
         ranker = self._ranker(queries[0].domain)
         if mode == "generate":
             return self._generate(tree, ranker, queries)
+        priors = None if self.blend is None else self.blend.priors(ranker.domain, queries)
         if queries[0].candidates is not None:
-            return ranker.rank_candidates(tree, queries)
+            return ranker.rank_candidates(tree, queries, priors)
         return ranker.rank_catalogue(
             tree,
             queries,
@@ -201,6 +208,7 @@ class LLMRecommender:
             max_nodes=self.ranking.max_nodes,
             seconds=self.seconds,
             stop=stop,
+            priors=priors,
         )
 
     def recommend(
@@ -337,6 +345,7 @@ class LLMRecommender:
             )
         out = copy.copy(self)
         out.catalogue, out.withdrawn = catalogue, {domain: ids for domain, ids in withdrawn.items() if ids}
+        out.blend = None if self.blend is None else self.blend.with_catalogue(catalogue)
         out._encoder = self._encoder.with_catalogue(self._tokenizer, catalogue)
         out._tries = {}
         for domain, trie in self._tries.items():
