@@ -62,8 +62,7 @@ def test_the_trie_is_that_of_nested_dicts(names: list[list[int]]) -> None:
     assert len(set(prefixes)) == trie.num_nodes == len(trie.first_child) - 1
     for item, name in enumerate(names):
         assert prefixes[trie.leaf[item]] == (*name, EOS)
-    leaves = np.unique(trie.leaf)
-    assert sorted(trie.items_at(leaves).values.tolist()) == list(range(len(names)))
+    assert trie.by_sequence.tolist() == sorted(range(len(names)), key=lambda item: [*names[item], EOS])
     depths = [len(prefix) for prefix in prefixes]
     assert depths == sorted(depths)
 
@@ -74,12 +73,15 @@ def test_items_out_of_stock_are_not_counted(names: list[list[int]], data: st.Dat
     trie = trie_of(names).with_stock(np.array(stock))
     for item, name in enumerate(names):
         same = [other for other, text in enumerate(names) if text == name]
-        assert trie.items_at(trie.leaf[[item]]).values.tolist() == same
         sharing = sum(stock[other] for other in same)
         assert trie.num_items[trie.leaf[item]] == sharing
         assert trie.num_sharing[trie.leaf[item]] == (sharing or np.iinfo(np.int32).max)
         assert np.isclose(trie.log_share(np.array([item]))[0], -np.log(sharing + (not stock[item])))
     assert trie.num_items[0] == sum(stock)
+    for node, prefix in enumerate(prefixes_of(trie)):
+        here = trie.by_sequence[trie.first_item[node] :][: trie.num_items[node]]
+        below = [item for item, name in enumerate(names) if (*name, EOS)[: len(prefix)] == prefix and stock[item]]
+        assert sorted(here.tolist()) == below
 
 
 @cache

@@ -43,8 +43,8 @@ class Recommendation:
     item_id: str
     title: str
     score: float
-    """Log-probability of the item after the history, unless the recommender was given another `score`; higher is
-    better, comparable within one list."""
+    """Log-probability of the item after the history, unless the recommender was given another `score` or a `blend`;
+    higher is better, comparable within one list."""
 
 
 class LLMRecommender:
@@ -69,6 +69,8 @@ class LLMRecommender:
     bounds it: `exact` refuses it, and the others put the titles that a beam found by sum into corrected order, with no
     proof.
 
+    With a `blend` the score is weighted, and each item's prior is added; exact lists are still proven.
+
     `cache_bytes` of memory keep what was read of prompts, for users who come back.
     """
 
@@ -77,7 +79,7 @@ class LLMRecommender:
     withdrawn: Mapping[str, frozenset[str]]
     """Item ids by domain that histories may name and full rankings never return; see `with_items`."""
     blend: PriorSource | None
-    """What is known of items beside the model, which joins every score; None where the model decides alone."""
+    """What is known of items beside the model: joins every score (`generate` has none). None leaves it to the model."""
 
     def __init__(
         self,
@@ -201,8 +203,9 @@ class LLMRecommender:
         ranker = self._ranker(queries[0].domain)
         if mode == "generate":
             return self._generate(tree, ranker, queries)
+        priors = None if self.blend is None else self.blend.priors(ranker.domain, queries)
         if queries[0].candidates is not None:
-            return ranker.rank_candidates(tree, queries)
+            return ranker.rank_candidates(tree, queries, priors)
         return ranker.rank_catalogue(
             tree,
             queries,
@@ -212,6 +215,7 @@ class LLMRecommender:
             max_nodes=self.ranking.max_nodes,
             seconds=self.seconds,
             stop=stop,
+            priors=priors,
         )
 
     def recommend(
@@ -348,6 +352,7 @@ class LLMRecommender:
             )
         out = copy.copy(self)
         out.catalogue, out.withdrawn = catalogue, {domain: ids for domain, ids in withdrawn.items() if ids}
+        out.blend = None if self.blend is None else self.blend.with_catalogue(catalogue)
         out._encoder = self._encoder.with_catalogue(self._tokenizer, catalogue)
         out._tries = {}
         for domain, trie in self._tries.items():
