@@ -48,7 +48,7 @@ class BlendConfig:
     model: str = ""
     """Folder of a model that `cprec finetune` or `cprec pretrain` wrote. A recipe leaves it empty: its run blends each
     model that it fine-tunes."""
-    parts: tuple[str, ...] = ("transition graph (titles)", "EASE")
+    parts: tuple[str, ...] = ("transition graph (titles)", "EASE", "popularity")
     """Recommenders to blend the model with, by their names in tables; `with` on the command line."""
     data: str | None = None
     """Data folder that `cprec prepare` wrote; by default the one that the model was trained on."""
