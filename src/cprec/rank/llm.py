@@ -31,6 +31,7 @@ from cprec.search.priors import PriorSource
 from cprec.search.ranking import SequenceRanker, batches, may_return
 from cprec.search.reading import ModelReader, Reader, Tree
 from cprec.search.trie import Trie
+from cprec.text.config import PLAIN, TitleCut
 from cprec.text.encoding import PromptEncoder
 from cprec.text.prompts import Template
 from cprec.text.tokenizer import load_tokenizer
@@ -92,6 +93,7 @@ class LLMRecommender:
         template: Template | None = None,
         begin: Sequence[int] = (),
         max_title_tokens: int = 32,
+        title_cut: TitleCut = PLAIN,
         history: str = SPECIFIC,
         max_history: int = 10,
         mode: Mode = "auto",
@@ -117,7 +119,12 @@ class LLMRecommender:
         )
         self._tokenizer = tokenizer
         self._encoder = PromptEncoder(
-            tokenizer, catalogue, max_title_tokens=max_title_tokens, template=template, begin=begin
+            tokenizer,
+            catalogue,
+            max_title_tokens=max_title_tokens,
+            title_cut=title_cut,
+            template=template,
+            begin=begin,
         )
         self._check_context()
         self._tries: dict[str, Trie] = {}
@@ -434,6 +441,7 @@ def _settings_of(folder: Path) -> dict[str, Any]:
         "template": Template(**about["template"]),
         "begin": about.get("begin", ()),
         "max_title_tokens": about["max_title_tokens"],
+        "title_cut": about.get("title_cut", PLAIN),  # older folders have none
         "history": about["history"],
         "max_history": about["max_history"],
         "bf16": distributed.use_bf16("auto", device) if device.type == "cuda" else False,

@@ -24,7 +24,7 @@ from cprec.progress import say
 from cprec.provenance import CONFIG_FILE, file_sha256
 from cprec.schema import TEST, TRAIN, VALIDATION
 from cprec.text.audit_part import AUDIT_FOLDER, READABLE, Prepared, open_grammar, property_of
-from cprec.text.config import TINY
+from cprec.text.config import PLAIN, TINY
 from cprec.text.documents import QUERY_COLUMNS, ROW_GROUPS, query_names, shard_names
 from cprec.text.encoding import PromptEncoder
 from cprec.text.shards import DOCUMENTS, DTYPES, INDEX, TOKENS, manifest_sha256, read_shard_manifest
@@ -239,7 +239,10 @@ def _check_contents(
         tokenizer = load_tokenizer(str(data.folder / "tokenizer"))
         begin = beginning_of(tokenizer, data.settings.get("add_bos_token", "false"))  # older folders have none
         most = data.settings["max_title_tokens"]
-        PromptEncoder(tokenizer, catalogue, max_title_tokens=most, template=data.template, begin=begin).save(work)
+        cut = data.settings.get("title_cut", PLAIN)  # older folders have none
+        PromptEncoder(
+            tokenizer, catalogue, max_title_tokens=most, title_cut=cut, template=data.template, begin=begin
+        ).save(work)
         found = run_parts("cprec.text.audit_part:audit_part", data.folder, parts, workers, "auditing")
         counts = [np.load(path) for path in sorted(work.glob("part-*.npy"))]
     finally:

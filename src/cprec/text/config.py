@@ -94,6 +94,11 @@ class DocumentRules:
             raise ConfigError(f"min_history={self.min_history} must lie in 0..max_history={self.max_history}")
 
 
+TitleCut = Literal["plain", "distinct"]
+PLAIN: TitleCut = "plain"
+DISTINCT: TitleCut = "distinct"
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(DocumentRules, Rules, Sources):
     """Settings of data preparation: where logs come from, which rows are kept, and what documents are made of them."""
@@ -109,6 +114,9 @@ class PrepareConfig(DocumentRules, Rules, Sources):
     itself, which is how its model was trained."""
     max_title_tokens: int = 32
     """Titles are cut to this many tokens; items whose cut titles are equal cannot be told apart."""
+    title_cut: TitleCut = PLAIN
+    """Which tokens of a longer title are kept: plain, the first ones; distinct, where that leaves titles of a domain
+    equal, three quarters of them and then those from where these titles differ."""
     item_fields: tuple[str, ...] = (TITLE,)
     """What stands for an item in every text: title, or title and brand or categories or both, each cut to
     max_title_tokens; they tell items of equal titles apart."""

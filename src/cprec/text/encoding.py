@@ -16,7 +16,9 @@ from cprec.data.catalogue import Catalogue
 from cprec.data.cleaning import clean_title
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.errors import ConfigError
-from cprec.schema import MIXED, SPECIFIC
+from cprec.schema import MIXED, SPECIFIC, TITLE
+from cprec.text.config import DISTINCT, PLAIN, TitleCut
+from cprec.text.distinct import distinct_cuts
 from cprec.text.prompts import Template
 
 
@@ -88,7 +90,8 @@ class PromptEncoder:
     """Turns item rows of a catalogue into documents, prompts and titles of token ids.
 
     `tokenizer` is a fast Hugging Face tokenizer with an end-of-sequence token; titles, and the other fields of items
-    that the template asks for, keep at most `max_title_tokens` tokens each. Documents and prompts begin with the tokens
+    that the template asks for, keep at most `max_title_tokens` tokens each; `title_cut` says which ones of a title, by
+    all titles of its domain in this catalogue. Documents and prompts begin with the tokens
     `begin` (`tokenizer.beginning_of`). Raises ConfigError if the tokenizer has no end-of-sequence token.
     """
 
@@ -98,6 +101,7 @@ class PromptEncoder:
         catalogue: Catalogue,
         *,
         max_title_tokens: int = 32,
+        title_cut: TitleCut = PLAIN,
         template: Template | None = None,
         begin: Sequence[int] = (),
     ) -> None:
@@ -106,6 +110,7 @@ class PromptEncoder:
         self.catalogue = catalogue
         self.template = template or Template()
         self.max_title_tokens = max_title_tokens
+        self.title_cut = title_cut
         self.eos_id = int(tokenizer.eos_token_id)
         self.vocabulary_size = len(tokenizer)
         t, domains = self.template, catalogue.domains
@@ -121,18 +126,44 @@ class PromptEncoder:
 
     def encode_items(self, tokenizer: Any, rows: np.ndarray, most: int | None = None) -> Ragged:
         """The title of each catalogue row, with the other fields that the template asks for, each cut to `most`."""
-        t, catalogue = self.template, self.catalogue
-        pieces = [Ragged.of([])]
+        fields = [self._encode_field(tokenizer, rows, name, most) for name in self.template.item_fields]
+        if self.title_cut == DISTINCT and most is not None:
+            fields[0] = self._tell_apart(tokenizer, rows, fields[0], most)
+        # One field's rows after the other's: the fields of an item are every len(rows)-th of them.
+        by_item = np.arange(len(fields) * len(rows)).reshape(len(fields), len(rows)).T.ravel()
+        tokens = Ragged.concatenate(fields).take(by_item)
+        return Ragged(tokens.values, tokens.offsets[:: len(fields)])
+
+    def _encode_field(self, tokenizer: Any, rows: np.ndarray, name: str, most: int | None) -> Ragged:
+        """One field of each catalogue row, cut to its first `most` tokens."""
+        t, pieces = self.template, [Ragged.of([])]
         for start in range(0, len(rows), BATCH):  # in batches, because lists of numbers take far more room than arrays
-            mine = rows[start : start + BATCH]
-            texts = [[t.title(title) for title in catalogue.title[mine]]]
-            texts += [[t.field(clean_title(text)) for text in getattr(catalogue, f)[mine]] for f in t.item_fields[1:]]
-            fields = [encode_pieces(tokenizer, of_field) for of_field in texts]
-            pieces.append(Ragged.of([[i for ids in item for i in ids[:most]] for item in zip(*fields, strict=True)]))
+            texts = getattr(self.catalogue, name)[rows[start : start + BATCH]]
+            texts = [t.title(text) if name == TITLE else t.field(clean_title(text)) for text in texts]
+            pieces.append(Ragged.of([ids[:most] for ids in encode_pieces(tokenizer, texts)]))
         return Ragged.concatenate(pieces)
 
+    def _tell_apart(self, tokenizer: Any, rows: np.ndarray, cut: Ragged, most: int) -> Ragged:
+        """The titles of catalogue rows once more, where those of a domain are equal in `cut` but not as a whole."""
+        tokens = [cut[row] for row in range(len(cut))]
+        domains = self.catalogue.domain[rows]
+        for domain in np.unique(domains):
+            mine = np.flatnonzero(domains == domain)
+            numbers = cut.take(mine).numbers()
+            whole = [tuple(tokens[row].tolist()) for row in mine]
+            some = np.flatnonzero(np.bincount(numbers)[numbers] > 1)  # only these are tokenised again
+            uncut = self._encode_field(tokenizer, rows[mine[some]], TITLE, None)
+            for place, row in enumerate(some):
+                whole[row] = tuple(uncut[place].tolist())
+            for row, chosen in zip(mine, distinct_cuts(whole, most), strict=True):
+                tokens[row] = np.array(chosen, dtype=np.int64)
+        return Ragged.of(tokens)
+
     def with_catalogue(self, tokenizer: Any, catalogue: Catalogue) -> PromptEncoder:
-        """The same for another catalogue of the same domains; items that did not change are not tokenised again."""
+        """The same for another catalogue of the same domains; items that did not change are not tokenised again.
+
+        They keep their tokens; the cuts of the others are chosen among the others alone.
+        """
         assert catalogue.domains == self.catalogue.domains
         out = copy.copy(self)
         out.catalogue = catalogue
@@ -176,7 +207,7 @@ class PromptEncoder:
         folder.mkdir(parents=True, exist_ok=True)
         np.save(folder / "tokens.npy", self._pieces.values)
         np.save(folder / "offsets.npy", self._pieces.offsets)
-        about = {name: getattr(self, name) for name in _SAVED} | {"template": asdict(self.template)}
+        about = {name: getattr(self, name) for name in (*_SAVED, "title_cut")} | {"template": asdict(self.template)}
         (folder / "encoder.json").write_text(json.dumps(about), encoding="utf-8")
 
     @classmethod
@@ -186,6 +217,7 @@ class PromptEncoder:
         encoder = cls.__new__(cls)
         encoder.catalogue, encoder.template = catalogue, Template(**about["template"])
         encoder.max_title_tokens, encoder.eos_id, encoder.vocabulary_size = (about[name] for name in _SAVED)
+        encoder.title_cut = about.get("title_cut", PLAIN)  # older folders have none
         tokens, offsets = (np.load(folder / name, mmap_mode="r") for name in ("tokens.npy", "offsets.npy"))
         encoder._set_pieces(Ragged(tokens, offsets))
         return encoder

@@ -168,7 +168,14 @@ def _write_tables(config: PrepareConfig, folder: Path) -> None:
         tokenizer = load_tokenizer(config.tokenizer)
     tokenizer.save_pretrained(folder / "tokenizer")
     most, begin = config.max_title_tokens, _beginning(config, folder)
-    encoder = PromptEncoder(tokenizer, catalogue, max_title_tokens=most, template=config.template(), begin=begin)
+    encoder = PromptEncoder(
+        tokenizer,
+        catalogue,
+        max_title_tokens=most,
+        title_cut=config.title_cut,
+        template=config.template(),
+        begin=begin,
+    )
     encoder.save(folder / ENCODER)
     _count_shared_texts(folder, tokenizer, encoder, rules)
     # Last: the folder has its tables once it has this file.
@@ -247,6 +254,7 @@ def _join_parts(config: PrepareConfig, folder: Path) -> None:
         about = {
             "template": asdict(config.template()),
             "max_title_tokens": config.max_title_tokens,
+            "title_cut": config.title_cut,
             **({"begin": begin} if begin else {}),  # missing where nothing stands before a text
             "history": config.history,
             "max_history": config.max_history,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from cprec.schema import BRAND, CATEGORIES, TITLE
+from cprec.text.config import PLAIN
 from cprec.text.encoding import PromptEncoder
 
 SPELT = 0.5
@@ -84,6 +85,7 @@ def notes(domain: str, found: dict[str, Any], encoder: PromptEncoder) -> list[st
     out = []
     if found["shared"] >= NOTABLE * found["items"] or found["best_ndcg_at_10"] <= 1 - NOTABLE:
         cut = f"once cut to max_title_tokens={encoder.max_title_tokens}"
+        cut += f", title_cut={encoder.title_cut}" if encoder.title_cut != PLAIN else ""
         causes = {"as they stand": "equal", "once tokenised": "equal_once_tokenised", cut: "equal_once_cut"}
         why = ", ".join(f"{found[name]:,} {how}" for how, name in causes.items() if found[name])
         pairs = "; ".join(" and ".join(map(_short, pair)) for pair in found["examples"]["shared"])
