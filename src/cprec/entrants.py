@@ -152,6 +152,9 @@ def _blended(
     path = Path(folder, BLEND)
     if not path.is_file() or (found := read_about(folder))["domain"] != domain:
         return []
+    if rank.score != "sum":
+        say(f"{domain}: the blend of {name} is left out: its weights are for rank.score=sum, not {rank.score}")
+        return []
     learnt = {file: hashes.of(Path(data, file)) for file in event_files(data)}
     if changed := differences(found["asked"]["data"], learnt):
         raise LeakageError(

@@ -118,11 +118,11 @@ def _search(
 def validation_queries(split: Split, domain: str, max_queries: int, seed: int) -> tuple[list[RankingQuery], list[str]]:
     """Validation queries of a domain with their whole history, whose items are left out, and their targets.
 
-    Raises ConfigError where there are none.
+    Raises Unsuitable where there are none.
     """
     asked = split.queries(domain, VALIDATION, max_history=max(1, len(split.interactions)))
     if not len(asked):
-        raise ConfigError(f"domain {domain!r} has no validation query to tune on: choose another domain or split")
+        raise Unsuitable(f"domain {domain!r} has no validation query to choose by: choose another domain or split")
     return ranking_queries(split, asked, sampled_rows(len(asked), max_queries, seed))
 
 

@@ -28,9 +28,12 @@ TINY = [
     "finetune.num_train_epochs=0.3",
     "finetune.tiny.hidden_size=32",
     "finetune.tiny.num_hidden_layers=1",
+    "blend.max_queries=40",
     "evaluate.max_queries=40",
 ]
-ARMS = {"random", "popularity", "transition graph", "fine-tuning only", "CPRec-style", "oracle"}
+ARMS = {"random", "popularity", "transition graph", "blend without the model", "oracle"} | {
+    name + row for name in ("fine-tuning only", "CPRec-style") for row in ("", " blend")
+}
 
 
 Demo = tuple[Path, subprocess.CompletedProcess[str]]

@@ -159,6 +159,11 @@ class LLMRecommender:
         made = cls(model, load_tokenizer(str(folder)), Catalogue.read(folder), **settings)
         made.source = str(folder)
         if blend and (folder / BLEND).exists():
+            if made.ranking.score != "sum":
+                raise ConfigError(
+                    f"score={made.ranking.score!r}: the weights of {folder / BLEND} are for score='sum'; give "
+                    "blend=False with another score"
+                )
             made.blend = read_blend(folder, made.catalogue)
         return made
 
