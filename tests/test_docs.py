@@ -126,9 +126,11 @@ def test_the_readme_can_be_followed(
     with open("recommendations.csv", newline="") as file:
         assert [row["user_id"] for row in csv.DictReader(file)] == ["anna"] * 3 + ["ben"] * 3
     report = json.loads(Path("runs/shop/report/report.json").read_text())
-    assert {"random", "popularity", "transition graph", "fine-tuning only", "CPRec-style"} == set(
-        report["domains"]["books"]["arms"]
+    models = {name + row for name in ("fine-tuning only", "CPRec-style") for row in ("", " blend")}
+    assert {"random", "popularity", "transition graph", "blend without the model"} <= set(
+        arms := report["domains"]["books"]["arms"]
     )
+    assert models <= set(arms)
     assert report["certificate"]["clean"]
     out, err = capsys.readouterr()
     assert "log-probability" in out and "transition graph" in out

@@ -171,9 +171,12 @@ def _without_models(models: Mapping[str, str], domain: str) -> list[Entrant]:
     for name, folder in models.items():
         if not Path(folder, BLEND).is_file() or (found := read_about(folder))["domain"] != domain:
             continue
+        weights = found["without_model"]["parts"]
         identity = {
             "code": code_sha256("cprec.rank.blend"),
-            **{key: found[key] for key in ("without_model", "files", "catalogue")},
+            "without_model": found["without_model"],
+            "files": {part: found["files"][part] for part, chosen in weights.items() if chosen["weight"]},
+            "catalogue": found["catalogue"],
         }
         if identity in [entrant.identity for entrant in entrants]:
             continue

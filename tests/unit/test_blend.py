@@ -223,7 +223,7 @@ def written(model: Path, split: Split, *names: str) -> tuple[Blend, list[Ranking
     """A blend of all names alike, written beside a model, and queries to ask it."""
     parts: dict[str, Any] = {name: lineup.settings_of(name).make(split, "kitchen") for name in names}
     setting = Setting(0.0, {name: (0.5, 0.01) for name in names}, 0.25)
-    write_blend(model, "kitchen", parts, {"blend": setting}, {"num_queries": 7})
+    write_blend(model, "kitchen", parts, {"blend": setting, "without_model": setting}, {"asked": {}})
     queries, _ = ranking_queries(split, split.queries("kitchen", VALIDATION, max_history=20))
     return Blend.of(setting, "kitchen", parts, split.catalogue), queries[:20]
 

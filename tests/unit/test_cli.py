@@ -96,7 +96,7 @@ FUNCTIONS = {verb.name: verb.function for verb in verbs.VERBS}
 def fake_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     calls.clear()
     failures.clear()
-    stages = dict.fromkeys((*STAGES, "anneal", "tune"), FakeConfig)
+    stages = dict.fromkeys((*STAGES, "blend", "anneal", "tune"), FakeConfig)
     stages |= {"recommend": FakeRecommendConfig, "serve": FakeServeConfig}
     monkeypatch.setattr(config, "STAGE_CONFIGS", stages)
     monkeypatch.setattr(config, "RECIPES", {"fake": fake, "demo": demo})

@@ -43,6 +43,7 @@ def read_about(model: str | Path) -> dict[str, Any]:
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         version = about["schema_version"]
+        [about[name] for name in ("domain", "catalogue", "model", "files", "asked", "blend", "without_model")]
     except FileNotFoundError:
         raise ConfigError(f"{model} holds no blend (no {BLEND}): make one with `cprec blend {model}`") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
