@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from cprec.errors import ConfigError
+from cprec.search.normaliser import Normaliser, OverVocabulary
 from cprec.search.reading import Tree
 from cprec.search.trie import Trie
 
@@ -79,6 +80,7 @@ def search(
     seconds: float | None = None,
     stop: Callable[[], bool] | None = None,
     per_token: bool = False,
+    normaliser: Normaliser | None = None,
 ) -> list[Found]:
     """The `k` best items for each prompt of `tree`, by log-probability: that of the sequence with its end, less log n
     for the n items in stock that share it.
@@ -89,7 +91,8 @@ def search(
     `max_nodes` prefixes, `seconds` are over, or `stop()`, which is asked before each pass, is true; then the best found
     is returned, with the gap. Time does not stop the beam, so lists are always full. `per_token` divides an item's
     log-probability by the number of its tokens, the end included; a bound is then divided by the tokens of the longest
-    sequence below the prefix.
+    sequence below the prefix. `normaliser` says what a step's probabilities add up to one over; by default the
+    vocabulary.
 
     Items with equal sequences tie, and all found that tie with the K-th are returned. `excluded` and `allowed` hold
     item positions for each user (None allows all); prefixes without a permitted item are never entered. Raises
@@ -97,7 +100,7 @@ def search(
     """
     if k < 1 or width < 1:
         raise ConfigError(f"k={k} and width={width} must be at least 1")
-    return _Search(tree, trie, k, excluded, allowed, max_nodes, seconds, stop, per_token).run(width, exact)
+    return _Search(tree, trie, k, excluded, allowed, max_nodes, seconds, stop, per_token, normaliser).run(width, exact)
 
 
 class _Search:
@@ -114,8 +117,10 @@ class _Search:
         seconds: float | None,
         stop: Callable[[], bool] | None,
         per_token: bool,
+        normaliser: Normaliser | None,
     ) -> None:
         self.tree, self.trie, self.k = tree, trie, k
+        self.normaliser = normaliser or OverVocabulary(trie)
         self.device = tree.prompt_hidden_UD.device
         self.users = tree.num_users
         self.excluded, self.allowed = excluded, allowed
@@ -187,7 +192,7 @@ class _Search:
         row, child, items = row[alive], child[alive], items[alive]
         user, token = above.user[row], self.token[child].long()
         # A child's score is its prefix's and one more token; its bound allows for items that share a sequence.
-        score = above.score[row] + self.tree.log_probs(hidden[rows], row, token)
+        score = above.score[row] + self.normaliser.log_probs(self.tree, hidden[rows], above.node, row, child)
         bound = score - self.num_sharing[child].double().log()
         if self.longest is not None:
             bound = bound / self.longest[child]
