@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from cprec.errors import ConfigError
 
-Mode = Literal["auto", "exact", "beam"]
+Mode = Literal["auto", "exact", "beam", "vectors"]
 Score = Literal["sum", "mean", "corrected"]
 Normaliser = Literal["auto", "vocabulary", "catalogue"]
 
@@ -19,7 +19,7 @@ class RankConfig:
     mode: Mode = "auto"
     """`exact` proves that no better item is left; `auto` does too, but stops a query that has read `max_nodes`
     prefixes; `beam` keeps `beam_width` prefixes at each depth. Tables say what was proven, and of a beam what share of
-    the exact lists it found."""
+    the exact lists it found. `vectors` ranks by the item head of a model that has one: one pass, no search."""
     beam_width: int = 20
     """Prefixes that a beam keeps at each depth."""
     max_nodes: int = 2000
@@ -40,6 +40,11 @@ class RankConfig:
         for name, number in (("beam_width", self.beam_width), ("max_nodes", self.max_nodes)):
             if number < 1:
                 raise ConfigError(f"{name}={number} must be at least 1")
+        if self.score != "sum" and self.mode == "vectors":
+            raise ConfigError(
+                f"score={self.score} with mode=vectors: an item head scores items, not tokens of titles; leave score "
+                "out, or choose another mode"
+            )
         if self.score == "corrected" and self.mode == "exact":
             raise ConfigError(
                 "score=corrected with mode=exact: a corrected score may rise along a title, so nothing can be proven; "

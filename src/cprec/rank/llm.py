@@ -18,9 +18,11 @@ from cprec import distributed
 from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.errors import ConfigError, DataError, ModelError
+from cprec.item_head import ItemHead, load_head
 from cprec.models import load_model
 from cprec.rank.config import Mode, Normaliser, RankConfig, Score
 from cprec.rank.generation import match, write
+from cprec.rank.vectors import VectorRanker
 from cprec.rank.vllm import VLLMReader
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import SPECIFIC, Item, id_text
@@ -58,6 +60,7 @@ class LLMRecommender:
     - `exact`: search until no better item can be left, with a proof;
     - `auto`: the same, but a query that has read `max_nodes` prefixes gets the best found, and its proof has the gap;
     - `beam`: the `beam_width` best prefixes of each depth; the proof has the gap;
+    - `vectors`: no titles are read; the model's item head scores all items in one pass, candidates too;
     - `generate` (candidates only, named in the call of `rank`): the model writes freely, and what it writes is looked
       for among the candidates; a ranking holds one item or none.
 
@@ -101,11 +104,12 @@ class LLMRecommender:
         batch_size: int = 64,
         cache_bytes: int = 0,
         bf16: bool = False,
+        item_head: ItemHead | None = None,
     ) -> None:
         """`model` is a causal language model of transformers, or a `Reader`, which has its own cache and precision.
         Prompts start with the tokens `begin`, as the model was trained (`cprec.json` has them). `normaliser` auto is
         `trained_over`. `seconds` limits how long a batch of `batch_size` queries searches for more than a beam has
-        found."""
+        found. `item_head` is over the items of `domain`, in the order of the catalogue."""
         self.ranking = RankConfig(
             mode=mode, beam_width=beam_width, max_nodes=max_nodes, score=score, normaliser=normaliser
         )
@@ -123,6 +127,8 @@ class LLMRecommender:
             tokenizer, catalogue, max_title_tokens=max_title_tokens, template=template, begin=begin
         )
         self._check_context()
+        self._item_head = item_head
+        self._vectors: VectorRanker | None = None
         self._tries: dict[str, Trie] = {}
         self.withdrawn: Mapping[str, frozenset[str]] = {}
 
@@ -150,6 +156,9 @@ class LLMRecommender:
             model = load_model(folder, device=distributed.pick_device())
         made = cls(model, load_tokenizer(str(folder)), Catalogue.read(folder), **settings)
         made.source = str(folder)
+        if made.domain is not None and engine == "transformers":
+            head = load_head(folder, made.title_tokens(made.domain))
+            made._item_head = head and head.to(distributed.pick_device())
         return made
 
     def _check_context(self) -> None:
@@ -179,6 +188,8 @@ class LLMRecommender:
         in mode `generate`, ModelError where the model's scores are not finite.
         """
         mode = mode or self.ranking.mode
+        if mode == "vectors":
+            return self._by_vectors(queries, k)
         if mode == "generate" and any(query.candidates is None for query in queries):
             raise ConfigError("mode='generate' ranks candidates: give each query some")
         prompts = self._prompts(queries)
@@ -192,6 +203,55 @@ class LLMRecommender:
         except ModelError as error:
             raise ModelError(f"{self.source}: {error}") from None
         return [out[number] for number in range(len(queries))]
+
+    def _by_vectors(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
+        for domain in sorted({query.domain for query in queries} - {self.domain}):
+            self._vector_ranker(domain)  # raises, before anything is read
+        try:
+            return self._vector_ranker(self.domain or "").rank(queries, k) if queries else []
+        except ModelError as error:
+            raise ModelError(f"{self.source}: {error}") from None
+
+    def item_log_probs(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
+        """The log-probability of each item of a domain after each query's history, by the item head: float64[Q, N],
+        items in the order of the catalogue. What queries exclude, allow or offer is not looked at.
+
+        Raises ConfigError where the model has no head for the domain.
+        """
+        return self._vector_ranker(domain).scores(domain, queries)
+
+    def _vector_ranker(self, domain: str) -> VectorRanker:
+        """The ranker by vectors; made when first asked for."""
+        if self._item_head is None or domain != self.domain:
+            trained = f"one for domain {self.domain!r} only" if self._item_head is not None else "none"
+            raise ConfigError(
+                f"mode=vectors ranks domain {domain!r} by an item head, and {self.source} has {trained}: fine-tune "
+                "with item_head=1 documents=users and take the engine transformers, or choose another mode"
+            )
+        if self._vectors is None:
+            assert isinstance(self.reader, ModelReader)
+            self._vectors = VectorRanker(
+                self.catalogue,
+                self._item_head,
+                self.reader.model.get_input_embeddings().weight,
+                self._in_stock(domain),
+                self.withdrawn.get(domain, frozenset()),
+                self._read_states,
+            )
+        return self._vectors
+
+    @torch.inference_mode()
+    def _read_states(self, queries: Sequence[RankingQuery]) -> torch.Tensor:
+        """The states at the ends of the queries' prompts: QD."""
+        prompts = self._prompts(queries)
+        order = np.argsort(prompts.lengths, kind="stable")
+        parts = np.split(order, range(self.batch_size, len(order), self.batch_size))
+        states = [self.reader.read([prompts[row] for row in part.tolist()]).prompt_hidden_UD for part in parts]
+        return torch.cat(states)[torch.from_numpy(np.argsort(order))]
+
+    def title_tokens(self, domain: str) -> Ragged:
+        """The tokens of each title of a domain, in the order of the catalogue."""
+        return self._encoder.titles(self.catalogue.rows_of(domain))
 
     def _rank_batch(
         self, tree: Tree, queries: Sequence[RankingQuery], k: int, mode: str, stop: Callable[[], bool] | None
@@ -348,6 +408,7 @@ class LLMRecommender:
         out = copy.copy(self)
         out.catalogue, out.withdrawn = catalogue, {domain: ids for domain, ids in withdrawn.items() if ids}
         out._encoder = self._encoder.with_catalogue(self._tokenizer, catalogue)
+        out._item_head, out._vectors = self._head_over(out), None
         out._tries = {}
         for domain, trie in self._tries.items():
             before, after = self.catalogue.rows_of(domain), catalogue.rows_of(domain)
@@ -360,6 +421,15 @@ class LLMRecommender:
         for domain in self._tries:
             out.trie(domain)
         return out
+
+    def _head_over(self, other: LLMRecommender) -> ItemHead | None:
+        """The item head over the items of another catalogue."""
+        if self._item_head is None or self.domain is None:
+            return None
+        number = {item: row for row, item in enumerate(self.catalogue.item_id[self.catalogue.rows_of(self.domain)])}
+        ids = other.catalogue.item_id[other.catalogue.rows_of(self.domain)]
+        known = np.array([number.get(item, -1) for item in ids], dtype=np.int64)
+        return self._item_head.over(other.title_tokens(self.domain), known)
 
     def _in_stock(self, domain: str) -> np.ndarray:
         """Which items of a domain are not withdrawn: bool[number of items]."""

@@ -25,7 +25,7 @@ from cprec.provenance import CONFIG_FILE, file_sha256
 from cprec.schema import TEST, TRAIN, VALIDATION
 from cprec.text.audit_part import AUDIT_FOLDER, READABLE, Prepared, open_grammar, property_of
 from cprec.text.config import TINY
-from cprec.text.documents import QUERY_COLUMNS, ROW_GROUPS, query_names, shard_names
+from cprec.text.documents import QUERY_COLUMNS, ROW_GROUPS, WHOLE, query_names, shard_names
 from cprec.text.encoding import PromptEncoder
 from cprec.text.shards import DOCUMENTS, DTYPES, INDEX, TOKENS, manifest_sha256, read_shard_manifest
 from cprec.text.tokenizer import beginning_of, load_tokenizer, train_on_titles
@@ -101,7 +101,7 @@ def _certificate(
         "observations": [asdict(o) for o in observations],
         "artifacts": {
             name: manifest_sha256(read_shard_manifest(folder / name))
-            for name in shard_names(domains, examples=(TRAIN,))
+            for name in shard_names(domains, examples=(TRAIN, WHOLE))
             if name in readable
         },
         "queries": {
@@ -169,7 +169,7 @@ def _check_structure(data: Prepared) -> tuple[Property, list[str]]:
     Returns with it the names of the shards, examples and queries that can be read.
     """
     folder, parts = data.folder, range(data.manifest["num_parts"])
-    problems = {name: _problem(_check_shards, folder / name, parts) for name in shard_names(data.target_domains)}
+    problems = {name: _problem(_check_shards, folder / name, parts) for name in data.shard_names}
     problems |= {name: _problem(_check_queries, folder / name, parts) for name in query_names(data.target_domains)}
     readable = [name for name, problem in problems.items() if problem is None]
     for domain, about in data.manifest["domains"].items():

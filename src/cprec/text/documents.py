@@ -4,6 +4,7 @@ Any process on any machine that sees the folder may write a part; `join_parts` p
 
     DATA/shards/{train,heldout}/             behaviour sequences
     DATA/examples/DOMAIN/{train,validation}/ next-item examples of a target domain
+    DATA/examples/DOMAIN/documents/          the same training events, told once: a document for each user
     DATA/queries/DOMAIN/{validation,test}.parquet
     DATA/popularity.parquet                  domain, item_id, num_events: training events of every item
 """
@@ -48,6 +49,9 @@ from cprec.text.shards import join_shards, write_shards
 RULES, ENCODER, PARTS = "rules.json", "encoder", "parts"
 """Names inside an unfinished data folder: the rules and the encoder that `write_part` reads, and where it writes."""
 
+WHOLE = "documents"
+"""The part of a domain's examples that has one document a user, with every title a target."""
+
 QUERY_COLUMNS = frozenset(
     ("query_id", "platform", "user_id", "domain", "history_domain", "history_item", "target", "timestamp")
 )
@@ -57,7 +61,7 @@ ROW_GROUPS = b"parts"
 """Key in a queries file's metadata: the part that each of its row groups is from."""
 
 
-def shard_names(target_domains: Sequence[str], examples: Sequence[str] = (TRAIN, VALIDATION)) -> list[str]:
+def shard_names(target_domains: Sequence[str], examples: Sequence[str] = (TRAIN, VALIDATION, WHOLE)) -> list[str]:
     """The shard folders of a data folder, with the named parts of the examples."""
     behaviour = ["shards/train", "shards/heldout"]
     return behaviour + [f"examples/{domain}/{part}" for domain in target_domains for part in examples]
@@ -126,6 +130,7 @@ def write_part(folder: Path, part: int) -> None:
         writer.write_behaviour()
         for domain in rules.target_domains:
             writer.write_examples(domain)
+            writer.write_whole(domain)
             writer.write_queries(domain)
         np.save(target / "popularity.npy", np.bincount(split.train.item, minlength=len(split.catalogue)))
 
@@ -186,6 +191,23 @@ class _PartWriter:
             tokens, target_start = encoder.documents(rules.history, documents_domain, kept)
             columns = self._columns(rules.history, documents_domain, user, kept.lengths, target_start)
             self._write_shards(f"examples/{domain}/{name}", tokens, columns)
+
+    def write_whole(self, domain: str) -> None:
+        """The training events of a domain, a document for each user with two or more; long ones are cut as behaviour
+        sequences are."""
+        split, rules, encoder = self.split, self.rules, self.encoder
+        found = build_sequences(split, [domain], min_events=2, max_events=rules.max_events, kinds=(SPECIFIC,))
+        events = Ragged(split.interactions.item[found.event], found.offsets)
+        events, number, user = _split_long(
+            encoder, SPECIFIC, found.domain, found.user, events, rules.max_document_tokens
+        )
+        tokens, target_start = encoder.documents(SPECIFIC, number, events)
+        first = int(split.catalogue.rows_of(domain)[0])
+        columns = self._columns(SPECIFIC, number, user, events.lengths, target_start) | {
+            "items": Ragged(events.values - first, events.offsets),
+            "starts": encoder.title_starts(number, events),
+        }
+        self._write_shards(f"examples/{domain}/{WHOLE}", tokens, columns)
 
     def write_queries(self, domain: str) -> None:
         """Validation and test queries of a domain."""
@@ -249,9 +271,9 @@ class _PartWriter:
             "target_start": target_start,
         }
 
-    def _write_shards(self, name: str, documents: Ragged, columns: dict[str, np.ndarray]) -> None:
+    def _write_shards(self, name: str, documents: Ragged, columns: Mapping[str, Any]) -> None:
         about = {"vocabulary_size": self.encoder.vocabulary_size}
-        write_shards(self.folder / name, documents, columns, about, part=self.part)
+        write_shards(self.folder / name, documents, dict(columns), about, part=self.part)
 
 
 def _split_long(

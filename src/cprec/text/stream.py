@@ -20,7 +20,11 @@ from cprec.text.corpus import Corpus
 from cprec.text.packing import pack
 
 NEXT_TOKEN = "next_token"
-"""The name of the one loss term of packed rows."""
+"""The name of the loss term of every stream: the token that follows."""
+NEXT_ITEM = "next_item"
+"""The name of the loss term of streams with items: the item whose title follows."""
+NEXT_CHILD = "next_child"
+"""The name of the loss term of streams with nodes: how the titles of the catalogue go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +110,9 @@ class TokenStream:
     """Batches of packed rows in a fixed order: `stream.batch(step)` needs no earlier step.
 
     Each phase is packed on its own, and its rows are divided evenly over its steps, `rows_per_step` at most.
-    `is_target(documents, tokens)` says for each token whether the loss covers it, where the corpus allows that.
+    `is_target(documents, tokens)` says for each token whether the loss covers it, where the corpus allows that. With
+    `items` batches also say which item's title follows, for documents that know theirs. `nodes_of(tokens,
+    first_target)` says which node of a trie each token of some documents leads to, or IGNORE; then batches have these.
 
     Raises ConfigError if a document does not fit a row or nothing is to be trained on.
     """
@@ -121,6 +127,8 @@ class TokenStream:
         seed: int,
         max_passes: float = 0,
         is_target: Callable[[np.ndarray, Ragged], np.ndarray] | None = None,
+        items: bool = False,
+        nodes_of: Callable[[Ragged, np.ndarray], np.ndarray] | None = None,
         pad_id: int = 0,
     ) -> None:
         orders = document_order(corpus, phases, seed, max_passes)
@@ -136,7 +144,8 @@ class TokenStream:
             num_steps = min(num_steps, len(packed))
             sizes.append(np.diff(np.arange(num_steps + 1) * len(packed) // max(1, num_steps)))
         self.corpus, self.phases = corpus, tuple(phases)
-        self.row_tokens, self.pad_id, self._is_target = row_tokens, pad_id, is_target
+        self.row_tokens, self.pad_id, self._is_target, self._has_items = row_tokens, pad_id, is_target, items
+        self._nodes_of = nodes_of
         self.tokens_per_step = rows_per_step * row_tokens
         """Positions of a step at most."""
         self._rows = Ragged.concatenate(rows)
@@ -194,7 +203,10 @@ class TokenStream:
         """The rows of a step: `input_ids`, `position_ids` and `targets`, int64[R, T] each.
 
         Position ids restart at 0 at each document, which is how attention knows where documents begin. A target is the
-        token that follows, or IGNORE: at the end of a document, in padding and where the loss is masked.
+        token that follows, or IGNORE: at the end of a document, in padding and where the loss is masked. With items
+        also `items`: at the token before a title its item's number within the domain, elsewhere and at the first title
+        of a document, which has no history, IGNORE. With nodes also `nodes`: the node to which the token that follows
+        leads, or IGNORE.
         """
         rows = np.arange(self._first_row[step], self._first_row[step + 1])
         taken = self._rows.take(rows)
@@ -219,12 +231,24 @@ class TokenStream:
             predicted &= self._is_target(documents, tokens)
         targets[flat[predicted] - 1] = tokens.values[predicted]
         arrays = {"input_ids": input_ids, "position_ids": positions, "targets": targets}
+        counts = {NEXT_TOKEN: int(predicted.sum())}
+        if self._has_items:
+            document, before, item = self.corpus.next_items(documents)
+            arrays["items"] = np.full(size, IGNORE, dtype=np.int64)
+            arrays["items"][flat[start[document] + before]] = item
+            counts[NEXT_ITEM] = len(item)
+        if self._nodes_of is not None:
+            node = self._nodes_of(tokens, first_target)
+            arrays["nodes"] = np.full(size, IGNORE, dtype=np.int64)
+            arrays["nodes"][flat[node != IGNORE] - 1] = node[node != IGNORE]
+            # As many as tokens, since where titles go on in one way only the loss is 0.
+            counts[NEXT_CHILD] = counts[NEXT_TOKEN]
         return Batch(
             rows={name: array.reshape(len(rows), self.row_tokens) for name, array in arrays.items()},
-            counts={NEXT_TOKEN: int(predicted.sum())},
+            counts=counts,
             num_tokens=len(tokens.values),
             examples=documents,
-            blank={"targets": IGNORE},
+            blank={name: IGNORE for name in ("targets", "items", "nodes") if name in arrays},
         )
 
     def __iter__(self) -> Iterator[Batch]:

@@ -124,8 +124,8 @@ def measure(planned: Estimate, loss: PackedLoss, stream: TokenStream, clock: Clo
     arrays = {name: array[: planned.rows] for name, array in stream.batch(0).rows.items()}
 
     def work() -> None:
-        for term in loss.losses(distributed.to_device(arrays, device)).values():
-            term.backward()
+        first, *more = loss.losses(distributed.to_device(arrays, device)).values()
+        sum(more, first).backward()
 
     with distributed.peak_memory(device) as taken:
         rate = stream.fill * arrays["input_ids"].size / _shortest(work, device, 2, clock)

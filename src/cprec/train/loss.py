@@ -12,8 +12,9 @@ from torch import nn
 from cprec import distributed
 from cprec.batch import IGNORE
 from cprec.errors import ConfigError
+from cprec.item_head import save_head, split_weights
 from cprec.models import blocks_of, output_scale, packed_hidden, trunk_and_head
-from cprec.text.stream import NEXT_TOKEN
+from cprec.text.stream import NEXT_ITEM, NEXT_TOKEN
 from cprec.train.trainable import decay_matrices
 
 CHUNK = 256
@@ -111,16 +112,22 @@ class PackedLoss(nn.Module):
         self, input_ids_RT: torch.Tensor, position_ids_RT: torch.Tensor, targets_RT: torch.Tensor
     ) -> torch.Tensor:
         """Cross-entropy summed over the targets that are not IGNORE, in nats: float32, no dimensions."""
-        _, head = trunk_and_head(self.module)
-        targets = targets_RT.flatten()
-        at_N = (targets != IGNORE).nonzero().squeeze(1)
+        return self._of_tokens(self._hidden(input_ids_RT, position_ids_RT), targets_RT)
+
+    def _hidden(self, input_ids_RT: torch.Tensor, position_ids_RT: torch.Tensor) -> torch.Tensor:
         with distributed.autocast(input_ids_RT.device, self.bf16):
-            hidden_RTD = packed_hidden(self.module, input_ids_RT, position_ids_RT)
-        dtype = torch.bfloat16 if self.bf16 else torch.float32
-        hidden_ND = hidden_RTD.flatten(0, 1)[at_N]
+            return packed_hidden(self.module, input_ids_RT, position_ids_RT)
+
+    def _of_tokens(self, hidden_RTD: torch.Tensor, targets_RT: torch.Tensor) -> torch.Tensor:
+        _, head = trunk_and_head(self.module)
+        hidden_ND, target_N = _where_targets_are(hidden_RTD, targets_RT)
         if self.scale != 1:
             hidden_ND = hidden_ND * self.scale
-        return linear_cross_entropy(hidden_ND, head.weight, targets[at_N], dtype)
+        return linear_cross_entropy(hidden_ND, head.weight, target_N, self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
 
     def losses(self, rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `Trainable.losses`."""
@@ -132,18 +139,58 @@ class PackedLoss(nn.Module):
 
     def save(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         """Write a Hugging Face model folder."""
-        self.module.save_pretrained(folder, state_dict=dict(weights))
+        of_model, of_head = split_weights(weights)
+        self.module.save_pretrained(folder, state_dict=of_model)
+        if of_head:
+            save_head(folder, of_head)
+
+
+def _where_targets_are(hidden_RTD: torch.Tensor, targets_RT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The states of positions with a target, and the targets: [N, D] and N."""
+    targets = targets_RT.flatten()
+    at_N = (targets != IGNORE).nonzero().squeeze(1)
+    return hidden_RTD.flatten(0, 1)[at_N], targets[at_N]
+
+
+class ItemHeadLoss(PackedLoss):
+    """The loss of a model with an item head as its part `item_head`: next tokens, and with `items` in the rows (see
+    `TokenStream`) also next items, times `weight`."""
+
+    def __init__(self, model: Any, weight: float, *, bf16: bool = False) -> None:
+        super().__init__(model, bf16=bf16)
+        self._weight = weight
+
+    def losses(self, rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `Trainable.losses`."""
+        if "items" not in rows:
+            return super().losses(rows)
+        hidden_RTD = self._hidden(rows["input_ids"], rows["position_ids"])
+        of_items = self._weight * self._of_items(hidden_RTD, rows["items"])
+        return {NEXT_TOKEN: self._of_tokens(hidden_RTD, rows["targets"]), NEXT_ITEM: of_items}
+
+    def _of_items(self, hidden_RTD: torch.Tensor, items_RT: torch.Tensor) -> torch.Tensor:
+        head = self.module.item_head
+        hidden_ND, item_N = _where_targets_are(hidden_RTD, items_RT)
+        with distributed.autocast(items_RT.device, self.bf16):
+            states_ND, vectors_ND = head.states(hidden_ND), head.vectors(self.module.get_input_embeddings().weight)
+        return linear_cross_entropy(states_ND, vectors_ND, item_N, self._dtype)
 
 
 def prepare_loss(
-    model: Any, *, bf16: bool, fsdp: bool = False, gradient_checkpointing: bool = False, torch_compile: bool = False
+    model: Any,
+    *,
+    bf16: bool,
+    item_head: float = 0.0,
+    fsdp: bool = False,
+    gradient_checkpointing: bool = False,
+    torch_compile: bool = False,
 ) -> PackedLoss:
-    """The model as a loss to train. As asked, its blocks are computed again in the backward pass (half the memory or
-    less for a third more time), compiled, and spread over the processes.
+    """The model as a loss to train; `item_head` is the weight of its head's loss. As asked, its blocks are computed
+    again in the backward pass (half the memory or less for a third more time), compiled, and spread over the processes.
 
     Raises ConfigError where the model has no list of blocks or cannot compute them again.
     """
-    loss = PackedLoss(model, bf16=bf16)
+    loss = ItemHeadLoss(model, item_head, bf16=bf16) if item_head else PackedLoss(model, bf16=bf16)
     if gradient_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", True):
             raise ConfigError(
