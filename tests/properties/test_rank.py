@@ -14,6 +14,7 @@ from cprec.data.ragged import Ragged, offsets_of
 from cprec.models import tiny_model
 from cprec.search.attention import PromptTree
 from cprec.search.decoding import search
+from cprec.search.priors import Priors
 from cprec.search.scoring import score_candidates
 from cprec.search.trie import Trie
 
@@ -63,8 +64,7 @@ def test_the_trie_is_that_of_nested_dicts(names: list[list[int]]) -> None:
     assert len(set(prefixes)) == trie.num_nodes == len(trie.first_child) - 1
     for item, name in enumerate(names):
         assert prefixes[trie.leaf[item]] == (*name, EOS)
-    leaves = np.unique(trie.leaf)
-    assert sorted(trie.items_at(leaves).values.tolist()) == list(range(len(names)))
+    assert trie.by_sequence.tolist() == sorted(range(len(names)), key=lambda item: [*names[item], EOS])
     depths = [len(prefix) for prefix in prefixes]
     assert depths == sorted(depths)
 
@@ -75,12 +75,15 @@ def test_items_out_of_stock_are_not_counted(names: list[list[int]], data: st.Dat
     trie = trie_of(names).with_stock(np.array(stock))
     for item, name in enumerate(names):
         same = [other for other, text in enumerate(names) if text == name]
-        assert trie.items_at(trie.leaf[[item]]).values.tolist() == same
         sharing = sum(stock[other] for other in same)
         assert trie.num_items[trie.leaf[item]] == sharing
         assert trie.num_sharing[trie.leaf[item]] == (sharing or np.iinfo(np.int32).max)
         assert np.isclose(trie.log_share(np.array([item]))[0], -np.log(sharing + (not stock[item])))
     assert trie.num_items[0] == sum(stock)
+    for node, prefix in enumerate(prefixes_of(trie)):
+        here = trie.by_sequence[trie.first_item[node] :][: trie.num_items[node]]
+        below = [item for item, name in enumerate(names) if (*name, EOS)[: len(prefix)] == prefix and stock[item]]
+        assert sorted(here.tolist()) == below
 
 
 @cache
@@ -190,3 +193,63 @@ def test_candidates_score_as_by_teacher_forcing(queries: list[tuple[list[int], l
         for (prompt, names), mine in zip(queries, scores, strict=True):
             expected = [teacher_forced(prompt, name) for name in names]
             assert np.allclose(mine, expected, atol=1e-3) and len(mine) == len(names)
+
+
+@settings(max_examples=30)
+@given(
+    titles,
+    st.integers(1, 3),
+    st.integers(1, 6),
+    st.sampled_from([0.0, 0.3, 1.0, 20.0]),
+    st.booleans(),
+    st.sampled_from([{}, {"max_nodes": 2}, {"exact": False}]),
+    st.data(),
+)
+def test_a_search_with_priors_finds_the_best_of_all_sums(
+    names: list[list[int]],
+    users: int,
+    k: int,
+    weight: float,
+    per_token: bool,
+    budget: dict[str, Any],
+    data: st.DataObject,
+) -> None:
+    """Priors that repeat, so that items tie, or turn the model's order round; filters, stock and shared titles."""
+    subset = st.sets(st.integers(0, len(names) - 1)).map(lambda mine: np.array(sorted(mine), dtype=np.int64))
+    filters = [data.draw(st.lists(each, min_size=users, max_size=users)) for each in (subset, st.none() | subset)]
+    stock = ~np.isin(np.arange(len(names)), data.draw(subset))
+    one = st.lists(st.sampled_from([-30.0, -1.0, 0.0, 0.25, 30.0]), min_size=len(names), max_size=len(names))
+    values = np.array(data.draw(st.lists(one, min_size=users, max_size=users)))
+    trie = trie_of(names).with_stock(stock)
+    with torch.inference_mode():
+        tree = PromptTree(model(), [np.array([2, 3 + user, 4]) for user in range(users)])
+        log_probs = score_candidates(tree, [Ragged.of([[*name, EOS] for name in names])] * users)
+        found = search(
+            tree,
+            trie,
+            k=k,
+            width=2,
+            excluded=filters[0],
+            allowed=filters[1],
+            per_token=per_token,
+            priors=Priors(values, weight),
+            **budget,
+        )
+    tokens = np.array([len(name) + 1 for name in names]) if per_token else 1
+    for user, result in enumerate(found):
+        scores = weight * (log_probs[user] + trie.log_share(np.arange(len(names)))) / tokens + values[user]
+        may = stock & ~np.isin(np.arange(len(names)), filters[0][user])
+        if filters[1][user] is not None:
+            may &= np.isin(np.arange(len(names)), filters[1][user])
+        assert may[result.items].all() and len(set(result.items)) == len(result.items)
+        assert np.allclose(result.scores, scores[result.items], rtol=0, atol=1e-5 * max(weight, 1))
+        assert (np.diff(result.scores) <= 0).all()
+        assert result.kth == (result.scores[k - 1] if len(result.items) >= k else -np.inf)
+        missed = may & ~np.isin(np.arange(len(names)), result.items)
+        assert (scores[missed] <= max(result.bound, result.kth) + 1e-5 * max(weight, 1)).all()
+        assert result.exact or budget
+        if result.exact:
+            assert len(result.items) >= min(k, may.sum())
+            for item in np.flatnonzero(missed):  # none that ties with the last one was left out
+                twins = [other for other in result.items if names[other] == names[item]]
+                assert not any(values[user, other] == values[user, item] for other in twins)

@@ -28,6 +28,7 @@ from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import SPECIFIC, Item, id_text
 from cprec.search.cache import PrefixCache
 from cprec.search.normaliser import Over
+from cprec.search.priors import PriorSource
 from cprec.search.ranking import SequenceRanker, batches, may_return
 from cprec.search.reading import ModelReader, Reader, Tree
 from cprec.search.trie import Trie
@@ -43,8 +44,8 @@ class Recommendation:
     item_id: str
     title: str
     score: float
-    """Log-probability of the item after the history, unless the recommender was given another `score`; higher is
-    better, comparable within one list."""
+    """Log-probability of the item after the history, unless the recommender was given another `score` or a `blend`;
+    higher is better, comparable within one list."""
 
 
 class LLMRecommender:
@@ -73,6 +74,8 @@ class LLMRecommender:
     `normaliser` says what the probabilities of each step sum to one over: the `vocabulary`, or the `catalogue`, the
     children of the trie's node that lead to items in stock; then the probabilities of all items in stock sum to one.
 
+    With a `blend` the score is weighted, and each item's prior is added; exact lists are still proven.
+
     `cache_bytes` of memory keep what was read of prompts, for users who come back.
     """
 
@@ -80,6 +83,8 @@ class LLMRecommender:
     """Where the model is from, for messages: its folder, if it is from one."""
     withdrawn: Mapping[str, frozenset[str]]
     """Item ids by domain that histories may name and full rankings never return; see `with_items`."""
+    blend: PriorSource | None
+    """What is known of items beside the model: joins every score (`generate` has none). None leaves it to the model."""
 
     def __init__(
         self,
@@ -131,6 +136,7 @@ class LLMRecommender:
         self._vectors: VectorRanker | None = None
         self._tries: dict[str, Trie] = {}
         self.withdrawn: Mapping[str, frozenset[str]] = {}
+        self.blend = None
 
     @classmethod
     def from_pretrained(
@@ -260,8 +266,9 @@ class LLMRecommender:
         ranker = self._ranker(queries[0].domain)
         if mode == "generate":
             return self._generate(tree, ranker, queries)
+        priors = None if self.blend is None else self.blend.priors(ranker.domain, queries)
         if queries[0].candidates is not None:
-            return ranker.rank_candidates(tree, queries)
+            return ranker.rank_candidates(tree, queries, priors)
         return ranker.rank_catalogue(
             tree,
             queries,
@@ -271,6 +278,7 @@ class LLMRecommender:
             max_nodes=self.ranking.max_nodes,
             seconds=self.seconds,
             stop=stop,
+            priors=priors,
         )
 
     def recommend(
@@ -407,6 +415,7 @@ class LLMRecommender:
             )
         out = copy.copy(self)
         out.catalogue, out.withdrawn = catalogue, {domain: ids for domain, ids in withdrawn.items() if ids}
+        out.blend = None if self.blend is None else self.blend.with_catalogue(catalogue)
         out._encoder = self._encoder.with_catalogue(self._tokenizer, catalogue)
         out._item_head, out._vectors = self._head_over(out), None
         out._tries = {}

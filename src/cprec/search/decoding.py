@@ -4,6 +4,9 @@ A sequence's log-probability only falls as tokens are added, and the items that 
 item below a prefix scores higher than the prefix itself, less log n for the fewest items n that share a sequence there.
 A prefix whose bound is below the K-th best item leads to nothing better. When no other prefix is left, the K items are
 proven to be the best of all.
+
+Priors are added to the scores of items, each its own. Then the greatest below a prefix, less the share, joins the
+prefix's weighted log-probability, and the rest is as before.
 """
 
 from __future__ import annotations
@@ -17,13 +20,14 @@ import torch
 
 from cprec.errors import ConfigError
 from cprec.search.normaliser import Normaliser, OverVocabulary
+from cprec.search.priors import Priors
 from cprec.search.reading import Tree
 from cprec.search.trie import Trie
 
 
 @dataclass(frozen=True)
 class Found:
-    """The items found for one user, best first: positions in the trie, with log-probabilities of items."""
+    """The items found for one user, best first: positions in the trie, with scores."""
 
     items: np.ndarray
     """int64; items of equal score by position."""
@@ -81,9 +85,11 @@ def search(
     stop: Callable[[], bool] | None = None,
     per_token: bool = False,
     normaliser: Normaliser | None = None,
+    priors: Priors | None = None,
 ) -> list[Found]:
     """The `k` best items for each prompt of `tree`, by log-probability: that of the sequence with its end, less log n
-    for the n items in stock that share it.
+    for the n items in stock that share it. With `priors`, of the trie's items for each prompt, by the sum of its
+    weighted value and the item's prior.
 
     A beam comes first: at each depth the `width` prefixes with the highest bounds go on, and every sequence that ends
     is kept, so finished sequences take no place in the beam. With `exact` the prefixes that it left behind follow, the
@@ -94,13 +100,15 @@ def search(
     sequence below the prefix. `normaliser` says what a step's probabilities add up to one over; by default the
     vocabulary.
 
-    Items with equal sequences tie, and all found that tie with the K-th are returned. `excluded` and `allowed` hold
-    item positions for each user (None allows all); prefixes without a permitted item are never entered. Raises
-    ConfigError for a width or `k` below 1.
+    Items with equal sequences (and priors) tie, and all found that tie with the K-th are returned. `excluded` and
+    `allowed` hold item positions for each user (None allows all); prefixes without a permitted item are never entered.
+    Raises ConfigError for a width or `k` below 1, DataError for priors of another number of prompts or items.
     """
     if k < 1 or width < 1:
         raise ConfigError(f"k={k} and width={width} must be at least 1")
-    return _Search(tree, trie, k, excluded, allowed, max_nodes, seconds, stop, per_token, normaliser).run(width, exact)
+    return _Search(tree, trie, k, excluded, allowed, max_nodes, seconds, stop, per_token, normaliser, priors).run(
+        width, exact
+    )
 
 
 class _Search:
@@ -118,22 +126,21 @@ class _Search:
         stop: Callable[[], bool] | None,
         per_token: bool,
         normaliser: Normaliser | None,
+        priors: Priors | None,
     ) -> None:
         self.tree, self.trie, self.k = tree, trie, k
         self.normaliser = normaliser or OverVocabulary(trie)
         self.device = tree.prompt_hidden_UD.device
         self.users = tree.num_users
-        self.excluded, self.allowed = excluded, allowed
         self.max_nodes = max_nodes
         stop_at = None if seconds is None else time.monotonic() + seconds
         self.timed = stop_at is not None or stop is not None
         self.stop = lambda: (stop_at is not None and time.monotonic() > stop_at) or (stop is not None and stop())
         self.token, self.first_child = trie.on(self.device, "token"), trie.on(self.device, "first_child")
         self.reach = _Reach(trie, self.users, excluded, allowed, self.device)
-        self.num_sharing = trie.on(self.device, "num_sharing")
-        self.longest = trie.on(self.device, "longest") if per_token else None
+        self.scores = _Scores(trie, self.reach, per_token, priors, self.device)
         empty = torch.zeros(0, dtype=torch.long, device=self.device)
-        self.found = empty, empty, empty.double(), empty  # user, leaf, score, items
+        self.found = empty, empty, empty.double()  # user, item, score
         self.threshold = torch.full((self.users,), -torch.inf, dtype=torch.float64, device=self.device)
         self.dropped = self.threshold.clone()  # the best bound of prefixes that were given up without being read
         self.expanded = torch.zeros(self.users, dtype=torch.long, device=self.device)
@@ -187,39 +194,37 @@ class _Search:
         row = torch.repeat_interleave(torch.arange(len(above), device=self.device), counts)
         child = begin[row] + torch.arange(len(row), device=self.device) - (counts.cumsum(0) - counts)[row]
         # Children without an item that this user may be given are left out.
-        items = self.reach.items(above.user[row], child)
-        alive = (items > 0).nonzero()[:, 0]
-        row, child, items = row[alive], child[alive], items[alive]
+        alive = (self.reach.items(above.user[row], child) > 0).nonzero()[:, 0]
+        row, child = row[alive], child[alive]
         user, token = above.user[row], self.token[child].long()
-        # A child's score is its prefix's and one more token; its bound allows for items that share a sequence.
+        # A child's score is its prefix's and one more token.
         score = above.score[row] + self.normaliser.log_probs(self.tree, hidden[rows], above.node, row, child)
-        bound = score - self.num_sharing[child].double().log()
-        if self.longest is not None:
-            bound = bound / self.longest[child]
         ends = token == self.trie.end
-        # At a leaf the bound is the score of its items.
         if bool(ends.any()):
-            self._keep(user[ends], child[ends], bound[ends], items[ends])
-        alive = ~ends
-        return self._hopeful(Prefixes(user[alive], child[alive], place[row[alive]], score[alive], bound[alive]))
+            self._keep(user[ends], child[ends], score[ends])
+        row, child, user, score = (column[~ends] for column in (row, child, user, score))
+        return self._hopeful(Prefixes(user, child, place[row], score, self.scores.bound(user, child, score)))
 
-    def _keep(self, user: torch.Tensor, leaf: torch.Tensor, score: torch.Tensor, items: torch.Tensor) -> None:
-        """Of all sequences found, keep each user's `k` best items and what ties with the last; set the thresholds."""
-        # All sequences found so far, by user, the best of each user first.
-        columns = [torch.cat(pair) for pair in zip(self.found, (user, leaf, score, items), strict=True)]
+    def _keep(self, user: torch.Tensor, leaf: torch.Tensor, log_prob: torch.Tensor) -> None:
+        """Of the items found, those of `leaf` included, keep each user's `k` best and what ties with the last; set the
+        thresholds."""
+        # Each sequence that ended stands for all its items that this user may be given.
+        row, place = self.scores.spans(leaf)
+        item = self.scores.by_sequence[place].long()
+        row, place, item = (column[self.reach.permits(user[row], item)] for column in (row, place, item))
+        user = user[row]
+        score = self.scores.of_items(user, place, leaf[row], log_prob[row])
+        # All items found so far, by user, the best of each user first.
+        columns = [torch.cat(pair) for pair in zip(self.found, (user, item, score), strict=True)]
         order = torch.argsort(columns[2], descending=True, stable=True)
         order = order[torch.argsort(columns[0][order], stable=True)]
-        user, leaf, score, items = (column[order] for column in columns)
-        # Items of the user up to each sequence: a running sum, less what it was before the user's first sequence.
-        so_far = items.cumsum(0)
+        user, item, score = (column[order] for column in columns)
         counts = torch.bincount(user, minlength=self.users)
-        first = counts.cumsum(0) - counts
-        before = so_far - items
-        so_far = so_far - before[first[user]]
-        last = (so_far >= self.k) & (so_far - items < self.k)  # the sequence with the K-th item
+        number = torch.arange(len(user), device=self.device) - (counts.cumsum(0) - counts)[user]
+        last = number == self.k - 1
         self.threshold[user[last]] = score[last]
         kept = score >= self.threshold[user]
-        self.found = user[kept], leaf[kept], score[kept], items[kept]
+        self.found = user[kept], item[kept], score[kept]
 
     # ---- what to expand ----------------------------------------------------------------------------------------------
 
@@ -263,41 +268,85 @@ class _Search:
     # ---- the end -----------------------------------------------------------------------------------------------------
 
     def _results(self) -> list[Found]:
-        """What was found for each user, as items."""
-        user, leaf, score, _ = (column.cpu().numpy() for column in self.found)
+        """What was found for each user."""
+        user, item, score = (column.cpu().numpy() for column in self.found)
+        order = np.lexsort((item, -score, user))
+        user, item, score = user[order], item[order], score[order]
         at = np.searchsorted(user, np.arange(self.users + 1))
-        threshold, dropped = self.threshold.cpu().numpy(), self.dropped.cpu().numpy()
-        expanded = self.expanded.cpu().numpy()
-        out = []
-        for number in range(self.users):
-            mine = slice(at[number], at[number + 1])
-            # Each sequence found stands for all its items, less those that are not to be returned.
-            ended = self.trie.items_at(leaf[mine])
-            items, scores = ended.values.astype(np.int64), np.repeat(score[mine], ended.lengths)
-            kept = self.trie.in_stock[items]
-            if self.excluded is not None:
-                kept = kept & ~np.isin(items, self.excluded[number])
-            allowed = self.allowed[number] if self.allowed is not None else None
-            if allowed is not None:
-                kept = kept & np.isin(items, allowed)
-            items, scores = items[kept], scores[kept]
-            order = np.lexsort((items, -scores))
-            out.append(
-                Found(
-                    items=items[order],
-                    scores=scores[order],
-                    kth=float(threshold[number]),
-                    bound=float(dropped[number]),
-                    expanded=int(expanded[number]),
-                )
+        threshold, dropped = self.threshold.tolist(), self.dropped.tolist()
+        expanded = self.expanded.tolist()
+        return [
+            Found(
+                items=item[at[number] : at[number + 1]],
+                scores=score[at[number] : at[number + 1]],
+                kth=threshold[number],
+                bound=dropped[number],
+                expanded=expanded[number],
             )
-        return out
+            for number in range(self.users)
+        ]
+
+
+class _Scores:
+    """The scores of items, and what bounds them at nodes. Suffixes: U users, N items (in stock)."""
+
+    def __init__(self, trie: Trie, reach: _Reach, per_token: bool, priors: Priors | None, device: torch.device) -> None:
+        self.by_sequence = trie.on(device, "by_sequence")
+        self._first_item, self._num_items = trie.on(device, "first_item"), trie.on(device, "num_items")
+        self._num_sharing = trie.on(device, "num_sharing")
+        self._longest = trie.on(device, "longest") if per_token else None
+        self._gain_UN, self._weight = None, 1.0
+        if priors is not None:
+            priors.check(reach.num_users, len(trie.leaf))
+            self._weight = priors.weight
+            # What is added to the model's part of each item, by sequence: the prior, less the item's share. Items that
+            # the user may not be given have -inf, so that they raise no bound.
+            leaf_N = torch.from_numpy(trie.leaf[trie.by_sequence]).to(device)
+            share_N = self._of_model(-self._num_sharing[leaf_N].double().log(), leaf_N)
+            gain_UN = torch.from_numpy(priors.values_UN[:, trie.by_sequence]).to(device) + share_N
+            self._gain_UN = gain_UN.masked_fill_(~reach.permitted_UN()[:, self.by_sequence], -torch.inf)
+
+    def bound(self, user: torch.Tensor, node: torch.Tensor, log_prob: torch.Tensor) -> torch.Tensor:
+        """No item below a node, to which `log_prob` leads, scores higher for the user of the same row: float64."""
+        if self._gain_UN is None:
+            return self._of_model(log_prob - self._num_sharing[node].double().log(), node)
+        row, place = self.spans(node)
+        greatest = torch.full_like(log_prob, -torch.inf)
+        greatest.scatter_reduce_(0, row, self._gain_UN[user[row], place], "amax")
+        return self._of_model(log_prob, node) + greatest
+
+    def of_items(
+        self, user: torch.Tensor, place: torch.Tensor, leaf: torch.Tensor, log_prob: torch.Tensor
+    ) -> torch.Tensor:
+        """The score of each item, by its place in `by_sequence`, of a leaf to which `log_prob` leads: float64."""
+        if self._gain_UN is None:
+            return self.bound(user, leaf, log_prob)
+        return self._of_model(log_prob, leaf) + self._gain_UN[user, place]
+
+    def spans(self, node: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The items in stock below each node, one after the other: the row of the node, and the place of the item in
+        `by_sequence`."""
+        counts = self._num_items[node].long()
+        row = torch.repeat_interleave(torch.arange(len(node), device=node.device), counts)
+        shift = self._first_item[node] - (counts.cumsum(0) - counts)
+        return row, torch.arange(len(row), device=node.device) + shift[row]
+
+    def _of_model(self, log_prob: torch.Tensor, node: torch.Tensor) -> torch.Tensor:
+        """The model's part of a score; above a leaf, the most that it can be."""
+        if self._longest is not None:
+            log_prob = log_prob / self._longest[node]
+        if self._weight == 1:
+            return log_prob
+        # Impossible sequences have -inf, and 0 * -inf is no number.
+        return self._weight * log_prob if self._weight else torch.zeros_like(log_prob)
 
 
 class _Reach:
-    """How many items below a node a user may be given: those in stock less the excluded ones, or the allowed ones.
+    """Which items a user may be given, and how many below a node: those in stock less the excluded ones, or the allowed
+    ones.
 
-    What differs from the stock is kept sparsely, as counts by (user, node) for nodes above excluded or allowed items.
+    What differs from the stock is kept sparsely: the excluded or allowed items by (user, item), and their counts by
+    (user, node) for the nodes above them.
     """
 
     def __init__(
@@ -308,10 +357,10 @@ class _Reach:
         allowed: Sequence[np.ndarray | None] | None,
         device: torch.device,
     ) -> None:
-        self._num_items = trie.on(device, "num_items")
-        self._num_nodes = trie.num_nodes
-        listed = np.zeros(users, dtype=bool)  # users whose counts are of the items allowed, not of those excluded
-        keys, counts = [], []
+        self._there = trie.on(device, "num_items")
+        self.num_users, self._num_items, self._num_nodes = users, len(trie.leaf), trie.num_nodes
+        listed = np.zeros(users, dtype=bool)  # users whose sparse items are those allowed, not those excluded
+        of_items, of_nodes, counts = ([np.empty(0, dtype=np.int64)] for _ in range(3))
         for user in range(users):
             gone = np.unique(excluded[user]) if excluded is not None else np.empty(0, dtype=np.int64)
             items = gone
@@ -322,24 +371,41 @@ class _Reach:
             items = items[trie.in_stock[items]] if len(items) else items
             if len(items):
                 nodes, below = trie.paths(items)
-                keys.append(user * trie.num_nodes + nodes)
+                of_items.append(user * self._num_items + items)
+                of_nodes.append(user * self._num_nodes + nodes)
                 counts.append(below)
-        self._keys = torch.from_numpy(np.concatenate(keys)).to(device) if keys else None
-        self._counts = torch.from_numpy(np.concatenate(counts)).to(device) if keys else None
-        self._listed = torch.from_numpy(listed).to(device) if listed.any() else None
+        self._of_items, self._of_nodes, self._counts = (
+            torch.from_numpy(np.concatenate(pieces)).to(device) for pieces in (of_items, of_nodes, counts)
+        )
+        self._listed = torch.from_numpy(listed).to(device)
 
     def items(self, user: torch.Tensor, node: torch.Tensor) -> torch.Tensor:
         """Items below each node for the user of the same row: int64."""
-        there = self._num_items[node].long()
-        counts = torch.zeros_like(there)
-        if self._keys is not None and self._counts is not None:
-            # Keys ascend, so a pair is found by bisection; pairs that are not there have no count.
-            key = user * self._num_nodes + node
-            at = torch.searchsorted(self._keys, key).clamp(max=len(self._keys) - 1)
-            counts = torch.where(self._keys[at] == key, self._counts[at], counts)
-        if self._listed is None:
-            return there - counts
+        there = self._there[node].long()
+        if not len(self._of_nodes):
+            return torch.where(self._listed[user], 0, there)
+        at, known = _look_up(self._of_nodes, user * self._num_nodes + node)
+        counts = torch.where(known, self._counts[at], 0)
         return torch.where(self._listed[user], counts, there - counts)
+
+    def permits(self, user: torch.Tensor, item: torch.Tensor) -> torch.Tensor:
+        """Whether the user of the same row may be given an item in stock: bool."""
+        if not len(self._of_items):
+            return ~self._listed[user]
+        _, known = _look_up(self._of_items, user * self._num_items + item)
+        return known == self._listed[user]
+
+    def permitted_UN(self) -> torch.Tensor:
+        """Which items in stock each user may be given: bool[U, N], items by position."""
+        known = torch.zeros(self.num_users * self._num_items, dtype=torch.bool, device=self._listed.device)
+        known[self._of_items] = True
+        return known.view(self.num_users, -1) == self._listed[:, None]
+
+
+def _look_up(keys: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each key stands among ascending `keys`, by bisection, and whether it is there."""
+    at = torch.searchsorted(keys, key).clamp(max=len(keys) - 1)
+    return at, keys[at] == key
 
 
 def _joined(pieces: Sequence[Prefixes], users: int) -> Prefixes:

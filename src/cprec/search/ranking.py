@@ -13,6 +13,7 @@ from cprec.errors import ModelError
 from cprec.recommender import Proof, Ranking, RankingQuery
 from cprec.search.decoding import Found, search
 from cprec.search.normaliser import Normaliser, Over, normaliser_of
+from cprec.search.priors import Priors
 from cprec.search.reading import Tree
 from cprec.search.scoring import score_candidates
 from cprec.search.trie import Trie
@@ -37,7 +38,8 @@ def batches(prompts: Ragged, queries: Sequence[RankingQuery], size: int) -> Iter
 class SequenceRanker:
     """Ranks the items of a domain by the log-probability of each one's token sequence after a prompt.
 
-    Items of one sequence have equal shares of its probability. The methods take the tree of the queries' prompts.
+    Items of one sequence have equal shares of its probability. The methods take the tree of the queries' prompts, and
+    perhaps priors of the queries and the domain's items: these join every score, and the model's part is weighted.
     """
 
     catalogue: Catalogue
@@ -53,11 +55,13 @@ class SequenceRanker:
     empty_prompt: Callable[[], Tree] | None = None
     """Reads the prompt without a history. If given, scores are those after a prompt less those after this one."""
 
-    def rank_candidates(self, tree: Tree, queries: Sequence[RankingQuery]) -> list[Ranking]:
+    def rank_candidates(
+        self, tree: Tree, queries: Sequence[RankingQuery], priors: Priors | None = None
+    ) -> list[Ranking]:
         """All candidates of each query, best first; equal scores by item id."""
         given = [[item for item in query.candidates or () if may_return(query, item)] for query in queries]
         out = []
-        for query, items, scores in zip(queries, given, self._scores(tree, given), strict=True):
+        for query, items, scores in zip(queries, given, self._scores(tree, given, priors), strict=True):
             ids = np.array(items, dtype=object)
             order = np.lexsort((ids.astype(str), -scores))
             out.append(_ranking(query, ids[order], scores[order]))
@@ -74,6 +78,7 @@ class SequenceRanker:
         max_nodes: int,
         seconds: float | None = None,
         stop: Callable[[], bool] | None = None,
+        priors: Priors | None = None,
     ) -> list[Ranking]:
         """The `k` best items in stock for each query, with a proof.
 
@@ -96,13 +101,15 @@ class SequenceRanker:
             stop=stop,
             per_token=self.per_token,
             normaliser=self._normaliser,
+            priors=priors,
         )
         if corrected:
-            found = self._corrected(found, k)
-        rankings = [
-            self._ranking(query, result, *uncounted, k)
-            for query, result, uncounted in zip(queries, found, self._uncounted(tree, queries), strict=True)
-        ]
+            found = self._corrected(found, k, 1.0 if priors is None else priors.weight)
+        uncounted = self._uncounted(tree, queries, priors)
+        rankings = []
+        for number, (query, result, (items, scores)) in enumerate(zip(queries, found, uncounted, strict=True)):
+            prior_N = np.zeros(len(self._rows)) if priors is None else priors.values_UN[number]
+            rankings.append(self._ranking(query, result, items, scores, prior_N, k))
         for query, ranking in zip(queries, rankings, strict=True):
             self._require_items(query, ranking)
         return rankings
@@ -120,7 +127,7 @@ class SequenceRanker:
     def _rows(self) -> np.ndarray:
         return self.catalogue.rows_of(self.domain)
 
-    def _scores(self, tree: Tree, items: Sequence[Sequence[str]]) -> list[np.ndarray]:
+    def _scores(self, tree: Tree, items: Sequence[Sequence[str]], priors: Priors | None) -> list[np.ndarray]:
         """The score of each item after its prompt: float64 for each prompt's items, in their order."""
         rows = [self.catalogue.find(self.domain, mine) for mine in items]
         scores = self._log_probs(tree, rows)
@@ -129,6 +136,12 @@ class SequenceRanker:
         if self.empty_prompt is not None:
             empty = self.empty_prompt()
             scores = [score - self._log_probs(empty, [mine])[0] for score, mine in zip(scores, rows, strict=True)]
+        if priors is not None:
+            priors.check(len(items), len(self._rows))
+            scores = [
+                priors.scores(query, mine - self._rows[0], score)
+                for query, (mine, score) in enumerate(zip(rows, scores, strict=True))
+            ]
         return scores
 
     def _log_probs(self, tree: Tree, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -137,19 +150,22 @@ class SequenceRanker:
         scores = score_candidates(tree, self.trie, items, self._normaliser)
         return [score + self.trie.log_share(mine) for score, mine in zip(scores, items, strict=True)]
 
-    def _corrected(self, found: Sequence[Found], k: int) -> list[Found]:
-        """What was found, by score less that of the empty prompt: the `k` best, and those tied with the last."""
+    def _corrected(self, found: Sequence[Found], k: int, weight: float) -> list[Found]:
+        """What was found, by score less the weighted one of the empty prompt: the `k` best, and those tied with the
+        last."""
         assert self.empty_prompt is not None
         empty, out = self.empty_prompt(), []
         for result in found:
-            scores = result.scores - self._log_probs(empty, [self._rows[result.items]])[0]
+            scores = result.scores - weight * self._log_probs(empty, [self._rows[result.items]])[0]
             order = np.lexsort((result.items, -scores))
             if len(order) > k:
                 order = order[: np.searchsorted(-scores[order], -scores[order[k - 1]], side="right")]
             out.append(replace(result, items=result.items[order], scores=scores[order]))
         return out
 
-    def _uncounted(self, tree: Tree, queries: Sequence[RankingQuery]) -> list[tuple[list[str], np.ndarray]]:
+    def _uncounted(
+        self, tree: Tree, queries: Sequence[RankingQuery], priors: Priors | None
+    ) -> list[tuple[list[str], np.ndarray]]:
         """Each query's uncounted items that may be returned, and their scores."""
         in_stock = self.trie.in_stock
         items = [
@@ -162,17 +178,27 @@ class SequenceRanker:
             ]
             for query in queries
         ]
-        scores = self._scores(tree, items) if any(items) else [np.empty(0)] * len(queries)
+        scores = self._scores(tree, items, priors) if any(items) else [np.empty(0)] * len(queries)
         return list(zip(items, scores, strict=True))
 
     def _ranking(
-        self, query: RankingQuery, found: Found, uncounted: Sequence[str], scores: np.ndarray, k: int
+        self,
+        query: RankingQuery,
+        found: Found,
+        uncounted: Sequence[str],
+        scores: np.ndarray,
+        prior_N: np.ndarray,
+        k: int,
     ) -> Ranking:
         """What was found, with those of the uncounted items that reach the score of the K-th."""
-        # An item whose sequence was found has the score that was found, to the last bit: the two tie.
-        score_at = dict(zip(self.trie.leaf[found.items].tolist(), found.scores.tolist(), strict=True))
-        leaves = self.trie.leaf[self.positions(uncounted)].tolist()
-        scores = np.array([score_at.get(leaf, score) for leaf, score in zip(leaves, scores, strict=True)])
+
+        # An item with the sequence and the prior of one found has its score, to the last bit: the two tie.
+        def keys(items: np.ndarray) -> list[tuple[int, float]]:
+            return list(zip(self.trie.leaf[items].tolist(), prior_N[items].tolist(), strict=True))
+
+        score_at = dict(zip(keys(found.items), found.scores.tolist(), strict=True))
+        of_uncounted = keys(self.positions(uncounted))
+        scores = np.array([score_at.get(key, score) for key, score in zip(of_uncounted, scores, strict=True)])
         reached = scores >= (found.scores[k - 1] if len(found.scores) >= k else -np.inf)
         ids = np.append(self.catalogue.item_id[self._rows[found.items]], np.array(uncounted, dtype=object)[reached])
         scores = np.append(found.scores, scores[reached])

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from cprec.data.ragged import Ragged, gather, offsets_of
+from cprec.data.ragged import Ragged, offsets_of
 from cprec.errors import DataError
 
 LONGEST = 512
@@ -163,12 +163,6 @@ class Trie:
         """The node before each node, none of which may be the root. By bisection, which takes no memory."""
         return np.searchsorted(self.first_child, nodes.astype(np.int32), side="right") - 1
 
-    def items_at(self, leaves: np.ndarray) -> Ragged:
-        """The items of each leaf, in stock or not, by position."""
-        order, sorted_leaf = self._by_leaf
-        first = np.searchsorted(sorted_leaf, leaves)
-        return gather(order, first, np.searchsorted(sorted_leaf, leaves, side="right") - first)
-
     def paths(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The nodes above (and at) the leaves of items, ascending, and how many of the items are below each."""
         nodes, counts = np.unique(self.leaf[items].astype(np.int64), return_counts=True)
@@ -206,6 +200,27 @@ class Trie:
         return self._carried_up(np.where(self.num_items > 0, self.num_items, np.iinfo(np.int32).max), np.minimum)
 
     @cached_property
+    def first_item(self) -> np.ndarray:
+        """int32[num_nodes]: where the items below a node begin in `by_sequence`; there are `num_items` of them."""
+        out = np.zeros(self.num_nodes, dtype=np.int32)
+        for (start, stop), (_, end) in pairwise(self._levels):
+            below = self.num_items[stop:end]
+            before = np.cumsum(below) - below  # items of the same depth before each node
+            inner = np.arange(start, stop)[self.token[start:stop] != self.end]
+            first = self.first_child[inner]
+            # A node's children begin where it does, each behind the one before.
+            out[stop:end] = before + np.repeat(out[inner] - before[first - stop], self.first_child[inner + 1] - first)
+        return out
+
+    @cached_property
+    def by_sequence(self) -> np.ndarray:
+        """int32[items in stock]: their positions, in the order of their sequences, so that those below a node stand
+        together; items that share a sequence by position."""
+        items = np.flatnonzero(self.in_stock).astype(np.int32)
+        order: np.ndarray = items[np.argsort(self.first_item[self.leaf[items]], kind="stable")]
+        return order
+
+    @cached_property
     def longest(self) -> np.ndarray:
         """int32[num_nodes]: tokens of the longest sequence through a node."""
         depth = np.repeat(np.arange(len(self._levels)), [stop - start for start, stop in self._levels])
@@ -238,12 +253,6 @@ class Trie:
     @cached_property
     def _levels(self) -> list[tuple[int, int]]:
         return levels_of(self.first_child)
-
-    @cached_property
-    def _by_leaf(self) -> tuple[np.ndarray, np.ndarray]:
-        """Items in the order of their leaves, and these leaves."""
-        order = np.argsort(self.leaf, kind="stable").astype(np.int32)
-        return order, self.leaf[order]
 
 
 def _check(sequences: Ragged, end: int, name: Callable[[int], str]) -> None:

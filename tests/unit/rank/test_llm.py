@@ -4,7 +4,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from cprec.recommender import RankingQuery
 from cprec.recommender import Recommender as Protocol
 from cprec.schema import Item
 from cprec.search.decoding import Found
+from cprec.search.priors import Priors
 from cprec.text.prompts import Template, render
 from cprec.text.tokenizer import train_tokenizer
 
@@ -485,6 +486,54 @@ def test_seen_and_unseen_items_of_one_title_tie_to_the_last_bit(make: Callable[.
     (ranking,) = make().rank([query("b2", uncounted=frozenset({"b2", "b0"}))], 5)
     scores = dict(zip(ranking.item_ids, ranking.scores, strict=True))
     assert scores["b2"] == scores["b4"] and len(scores) == len(BOOKS)
+
+
+class ByNumber:
+    """A source of priors: that of book b3 is 3, or a multiple."""
+
+    def __init__(self, catalogue: Catalogue, weight: float, times: float = 1.0) -> None:
+        self.catalogue, self.weight, self.times = catalogue, weight, times
+
+    def priors(self, domain: str, queries: Sequence[RankingQuery]) -> Priors:
+        ids = self.catalogue.item_id[self.catalogue.rows_of(domain)]
+        return Priors(np.tile([self.times * float(name[1:]) for name in ids], (len(queries), 1)), self.weight)
+
+    def with_catalogue(self, catalogue: Catalogue) -> ByNumber:
+        return ByNumber(catalogue, self.weight, self.times)
+
+
+@pytest.mark.parametrize("score", ["sum", "mean", "corrected"])
+@pytest.mark.parametrize(("weight", "times"), [(0.5, 1.0), (1.0, -4.0), (0.0, 1.0)])
+def test_a_blend_joins_every_score(
+    make: Callable[..., LLMRecommender], score: str, weight: float, times: float, catalogue: Catalogue
+) -> None:
+    alone, blended = make(score=score), make(score=score)
+    blended.blend = ByNumber(catalogue, weight, times)
+    every = tuple(f"b{row}" for row in range(len(BOOKS)))
+    asked = [
+        query("b0"),
+        query("b0", candidates=every),
+        query("b0", uncounted=frozenset({"b1", "b4"}), exclude=frozenset({"b0"})),
+    ]
+    plain = alone.rank(asked[1:2], 6)[0]
+    expected = {
+        item: weight * log_prob + times * int(item[1:])
+        for item, log_prob in zip(plain.item_ids, plain.scores, strict=True)
+    }
+    full, given, some = (dict(zip(ranking.item_ids, ranking.scores, strict=True)) for ranking in blended.rank(asked, 6))
+    assert full == pytest.approx(expected, abs=1e-4) and given == pytest.approx(expected, abs=1e-4)
+    assert some == pytest.approx({item: expected[item] for item in every if item != "b0"}, abs=1e-4)
+    best, second = blended.rank(asked[:1], 2)[0].item_ids[:2]
+    assert [best, second] == sorted(expected, key=lambda item: -expected[item])[:2]
+
+
+def test_a_blend_follows_items_that_come_and_go(make: Callable[..., LLMRecommender], catalogue: Catalogue) -> None:
+    first = make()
+    first.blend = ByNumber(catalogue, 0.0)
+    books = {f"b{row}": title for row, title in enumerate(BOOKS)} | {"b31": "Emma deluxe"}
+    found = first.with_items(changed(catalogue, books), {"books": frozenset({"b5"})}).rank([query("b0")], 3)[0]
+    assert found.item_ids == ("b31", "b4", "b3") and found.proof is not None and found.proof.exact
+    assert first.rank([query("b0")], 1)[0].item_ids == ("b5",)
 
 
 def test_other_items_must_be_of_the_same_domains_and_rankable(

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from cprec.data.ragged import Ragged
-from cprec.errors import ConfigError
+from cprec.errors import ConfigError, DataError
 from cprec.rank.generation import match, write
 from cprec.search.attention import PromptTree
 from cprec.search.cache import PrefixCache
 from cprec.search.decoding import Found
 from cprec.search.decoding import search as search_trie
+from cprec.search.priors import Priors
 from cprec.search.scoring import score_candidates
 from cprec.search.trie import Trie
 
@@ -275,6 +276,71 @@ def test_all_items_at_once(model: Any, teacher_forced: Score, monkeypatch: pytes
 def test_nothing_to_search_for_is_refused(model: Any) -> None:
     with pytest.raises(ConfigError, match="k=0 and width=3 must be at least 1"):
         search(model, PROMPTS, k=0)
+
+
+# ---- priors ----------------------------------------------------------------------------------------------------------
+
+
+def test_priors_join_the_score_and_tell_items_of_one_title_apart(model: Any, of_item: OfItem) -> None:
+    values = np.zeros((3, len(TITLES)))
+    values[0, 5], values[1, 3], values[2, :] = 30, 30, np.arange(9)
+    found = search(model, PROMPTS, k=2, width=1, priors=Priors(values, 0.5))
+    assert found[0].items[0] == 5 and found[1].items[0] == 3
+    for prompt, mine, prior in zip(PROMPTS, found, values, strict=True):
+        scores = [0.5 * of_item(prompt, item) + prior[item] for item in EVERYTHING]
+        assert mine.exact and mine.scores[:2].tolist() == pytest.approx(sorted(scores)[:-3:-1], abs=1e-4)
+
+
+def test_equal_priors_of_all_change_no_list(model: Any) -> None:
+    for plain, shifted in zip(
+        search(model, PROMPTS, k=3), search(model, PROMPTS, k=3, priors=Priors(np.full((3, 9), -7.0))), strict=True
+    ):
+        assert plain.items.tolist() == shifted.items.tolist()
+        assert shifted.scores.tolist() == pytest.approx((plain.scores - 7).tolist())
+
+
+def test_an_item_that_a_user_may_not_be_given_raises_no_bound(model: Any) -> None:
+    """The excluded item has by far the greatest prior: no prefix is read for its sake."""
+    values = np.zeros((3, len(TITLES)))
+    values[:, 3] = 100
+    (lured, *_) = search(model, PROMPTS, k=1, width=1, priors=Priors(values))
+    assert lured.items.tolist() == [3]
+    gone = [[3]] * 3
+    for plain, mine in zip(
+        search(model, PROMPTS, gone, k=1, width=1),
+        search(model, PROMPTS, gone, k=1, width=1, priors=Priors(values)),
+        strict=True,
+    ):
+        assert plain.items.tolist() == mine.items.tolist() and plain.expanded == mine.expanded
+
+
+def test_impossible_titles_are_ranked_by_priors_alone_where_the_model_has_no_weight(model: Any) -> None:
+    tree = PromptTree(model, [np.array(PROMPTS[0])])
+    tree.log_probs = lambda hidden, row, token: torch.full(row.shape, -torch.inf).double()  # type: ignore[method-assign]
+    values = np.arange(9.0)[None]
+    (found,) = search_trie(tree, Trie.build(Ragged.of(ENDED)), k=2, width=1, priors=Priors(values, 0.0))
+    assert found.exact and found.items.tolist() == [8, 7] and found.scores.tolist() == [8, 7]
+
+
+@pytest.mark.parametrize(
+    ("values", "weight", "message"),
+    [
+        ([[0.0, math.nan]], 1.0, "the prior of item 1 for query 0 is nan: priors must be finite"),
+        ([[0.0], [-math.inf]], 1.0, "the prior of item 0 for query 1 is -inf"),
+        ([0.0], 1.0, r"priors of shape \(1,\) and type float64: give float64 values, a row for each query"),
+        ([[1]], 1.0, "type int64"),
+        ([[1.0]], -0.5, "weight -0.5 among priors must be a number of 0 or more"),
+        ([[1.0]], math.nan, "weight nan"),
+    ],
+)
+def test_priors_that_are_no_numbers_are_refused(values: Any, weight: float, message: str) -> None:
+    with pytest.raises((ConfigError, DataError), match=message):
+        Priors(np.array(values), weight)
+
+
+def test_priors_of_another_catalogue_are_refused(model: Any) -> None:
+    with pytest.raises(DataError, match="priors of 3 queries and 8 items were given for 3 queries and 9 items"):
+        search(model, PROMPTS, priors=Priors(np.zeros((3, 8))))
 
 
 # ---- the tree, the cache, free writing -------------------------------------------------------------------------------

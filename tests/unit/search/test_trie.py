@@ -21,7 +21,8 @@ def test_a_trie_by_hand(trie: Trie) -> None:
     assert trie.parent(np.arange(1, 8)).tolist() == [0, 0, 1, 2, 2, 3, 5]
     assert trie.first_child.tolist() == [1, 3, 4, 6, 7, 7, 8, 8, 8]
     assert trie.leaf.tolist() == [4, 7, 6, 7]
-    assert trie.items_at(np.array([7, 4])).values.tolist() == [1, 3, 0]
+    assert trie.by_sequence.tolist() == [2, 0, 1, 3]
+    assert trie.first_item.tolist() == [0, 0, 1, 0, 1, 2, 0, 2]
     assert trie.num_items.tolist() == [4, 1, 3, 1, 1, 2, 1, 2]
     assert trie.longest.tolist() == [3, 3, 3, 3, 2, 3, 3, 3]
     assert trie.num_sharing.tolist() == [1, 1, 1, 1, 1, 2, 1, 2]
@@ -33,6 +34,7 @@ def test_a_trie_by_hand(trie: Trie) -> None:
 def test_withdrawn_items_count_no_more(trie: Trie) -> None:
     less = trie.with_stock(np.array([False, True, True, False]))
     assert less.num_items.tolist() == [2, 1, 1, 1, 0, 1, 1, 1]
+    assert less.by_sequence.tolist() == [2, 1] and less.first_item.tolist() == [0, 0, 1, 0, 1, 1, 0, 1]
     assert less.num_sharing.tolist() == [1, 1, 1, 1, np.iinfo(np.int32).max, 1, 1, 1]
     assert np.exp(-less.log_share(np.arange(4))).tolist() == pytest.approx([1, 1, 1, 2])  # as if it were back
     assert less.token is trie.token and trie.num_items[0] == 4
