@@ -214,13 +214,15 @@ def decode(args: argparse.Namespace) -> None:
     prompt = np.random.default_rng(0).integers(2, VOCABULARY, 256)
     some = grown(titles, 4000, VOCABULARY)
     every = Ragged.of(some)
-    every = every.take(sort_sequences(every))  # so that prefixes in common are read in one pass
+    trie = Trie.build(every.take(sort_sequences(every)))  # sorted, so that prefixes in common are read in one pass
     sample = [some[row] for row in np.linspace(0, len(some) - 1, 16).astype(int)]
     batch = torch.zeros(16, 256 + LONGEST + 1, dtype=torch.long)
     for row, title in enumerate(sample):
         batch[row, : 256 + len(title)] = torch.tensor([*prompt, *title])
     whole, naive = median_of(
-        1, lambda: score_candidates(PromptTree(model, [prompt]), [every]), lambda: model(batch).logits.log_softmax(-1)
+        1,
+        lambda: score_candidates(PromptTree(model, [prompt]), trie, [np.arange(len(some))]),
+        lambda: model(batch).logits.log_softmax(-1),
     )
     naive *= len(some) / 16
     print(

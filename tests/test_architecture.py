@@ -26,7 +26,7 @@ BELOW = {
     "text": BASE | {"data"},
     "distributed": BASE,
     "models": BASE | {"data", "text", "distributed"},
-    "train": BASE | {"data", "text", "models", "distributed"},
+    "train": BASE | {"data", "text", "models", "distributed", "search"},
     "search": BASE | {"data", "models", "distributed"},
     "rank": BASE | {"data", "scoring", "text", "models", "distributed", "search", "baselines"},
     "scoring": BASE | {"data"},

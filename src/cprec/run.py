@@ -192,7 +192,13 @@ def _in_words(rank: RankConfig) -> str:
         "beam": f"beam search of width {rank.beam_width} over the catalogue's titles, not exact",
     }[rank.mode]
     scores = {"sum": "", "mean": "; scores are means over tokens", "corrected": "; scores corrected for popularity"}
-    return f"{search}; candidates by exact log-likelihood; items of one title share its probability{scores[rank.score]}"
+    over = {
+        "auto": "normalised as trained",
+        "vocabulary": "normalised over the vocabulary",
+        "catalogue": "normalised over the catalogue",
+    }[rank.normaliser]
+    shared = "items of one title share its probability"
+    return f"{search}; candidates by exact log-likelihood; {over}; {shared}{scores[rank.score]}"
 
 
 def _examples(config: EvaluateConfig, split: Split, result: DomainResult, models: Iterable[str]) -> list[Example]:

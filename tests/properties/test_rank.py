@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cprec.data.ragged import Ragged
+from cprec.data.ragged import Ragged, offsets_of
 from cprec.models import tiny_model
 from cprec.search.attention import PromptTree
 from cprec.search.decoding import search
@@ -185,7 +186,10 @@ def test_a_narrow_search_returns_k_items_without_repeats(
 def test_candidates_score_as_by_teacher_forcing(queries: list[tuple[list[int], list[list[int]]]]) -> None:
     with torch.inference_mode():
         tree = PromptTree(model(), [np.array(prompt) for prompt, _ in queries])
-        scores = score_candidates(tree, [Ragged.of([[*name, EOS] for name in names]) for _, names in queries])
+        offsets = offsets_of(np.array([len(names) for _, names in queries]))
+        every = [name for _, names in queries for name in names]
+        asked = [np.arange(start, stop) for start, stop in pairwise(offsets)]
+        scores = score_candidates(tree, trie_of(every or [[2]]), asked)
         for (prompt, names), mine in zip(queries, scores, strict=True):
             expected = [teacher_forced(prompt, name) for name in names]
             assert np.allclose(mine, expected, atol=1e-3) and len(mine) == len(names)

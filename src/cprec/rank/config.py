@@ -9,6 +9,7 @@ from cprec.errors import ConfigError
 
 Mode = Literal["auto", "exact", "beam", "vectors"]
 Score = Literal["sum", "mean", "corrected"]
+Normaliser = Literal["auto", "vocabulary", "catalogue"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,13 @@ class RankConfig:
     """Log-probability of a title: summed over its tokens, their mean, or the sum less what it is under an empty history
     (`corrected` for popularity; over the full catalogue this reorders what a beam found)."""
 
+    normaliser: Normaliser = "auto"
+    """What the probabilities of a title's next token sum to one over: the `vocabulary`, or the tokens with which titles
+    of the `catalogue` go on there; auto: as the model was fine-tuned."""
+
     def __post_init__(self) -> None:
-        for name, value, accepted in (("mode", self.mode, get_args(Mode)), ("score", self.score, get_args(Score))):
+        for name, choices in (("mode", Mode), ("score", Score), ("normaliser", Normaliser)):
+            value, accepted = getattr(self, name), get_args(choices)
             if value not in accepted:
                 raise ConfigError(f"{name}={value!r}: choose one of {', '.join(accepted)}")
         for name, number in (("beam_width", self.beam_width), ("max_nodes", self.max_nodes)):

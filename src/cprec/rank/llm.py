@@ -22,13 +22,14 @@ from cprec.item_head import ItemHead, load_head
 from cprec.models import load_model
 from cprec.rank.blend import read_blend
 from cprec.rank.blend_file import BLEND
-from cprec.rank.config import Mode, RankConfig, Score
+from cprec.rank.config import Mode, Normaliser, RankConfig, Score
 from cprec.rank.generation import match, write
 from cprec.rank.vectors import VectorRanker
 from cprec.rank.vllm import VLLMReader
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import SPECIFIC, Item, id_text
 from cprec.search.cache import PrefixCache
+from cprec.search.normaliser import Over
 from cprec.search.priors import PriorSource
 from cprec.search.ranking import SequenceRanker, batches, may_return
 from cprec.search.reading import ModelReader, Reader, Tree
@@ -73,6 +74,9 @@ class LLMRecommender:
     bounds it: `exact` refuses it, and the others put the titles that a beam found by sum into corrected order, with no
     proof.
 
+    `normaliser` says what the probabilities of each step sum to one over: the `vocabulary`, or the `catalogue`, the
+    children of the trie's node that lead to items in stock; then the probabilities of all items in stock sum to one.
+
     With a `blend` the score is weighted, and each item's prior is added; exact lists are still proven.
 
     `cache_bytes` of memory keep what was read of prompts, for users who come back.
@@ -104,16 +108,21 @@ class LLMRecommender:
         max_nodes: int = 2000,
         seconds: float | None = None,
         score: Score = "sum",
+        normaliser: Normaliser = "auto",
+        trained_over: Over = "vocabulary",
         batch_size: int = 64,
         cache_bytes: int = 0,
         bf16: bool = False,
         item_head: ItemHead | None = None,
     ) -> None:
         """`model` is a causal language model of transformers, or a `Reader`, which has its own cache and precision.
-        Prompts start with the tokens `begin`, as the model was trained (`cprec.json` has them). `seconds` limits how
-        long a batch of `batch_size` queries searches for more than a beam has found. `item_head` is over the items of
-        `domain`, in the order of the catalogue."""
-        self.ranking = RankConfig(mode=mode, beam_width=beam_width, max_nodes=max_nodes, score=score)
+        Prompts start with the tokens `begin`, as the model was trained (`cprec.json` has them). `normaliser` auto is
+        `trained_over`. `seconds` limits how long a batch of `batch_size` queries searches for more than a beam has
+        found. `item_head` is over the items of `domain`, in the order of the catalogue."""
+        self.ranking = RankConfig(
+            mode=mode, beam_width=beam_width, max_nodes=max_nodes, score=score, normaliser=normaliser
+        )
+        self.over: Over = trained_over if normaliser == "auto" else normaliser
         self.name = self.source = name
         self.domain, self.catalogue = domain, catalogue
         self.history_kind, self.max_history = history, max_history
@@ -477,6 +486,7 @@ class LLMRecommender:
             partial(self._encoder.titles, end=True),
             self.trie(domain),
             per_token=score == "mean",
+            over=self.over,
             empty_prompt=partial(self._read_empty_prompt, domain) if score == "corrected" else None,
         )
 
@@ -522,6 +532,7 @@ def _settings_of(folder: Path) -> dict[str, Any]:
         "title_cut": about.get("title_cut", PLAIN),  # older folders have none
         "history": about["history"],
         "max_history": about["max_history"],
+        "trained_over": "vocabulary" if about.get("softmax", "vocabulary") == "vocabulary" else "catalogue",
         "bf16": distributed.use_bf16("auto", device) if device.type == "cuda" else False,
         "name": folder.name,
     }

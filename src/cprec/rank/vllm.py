@@ -117,6 +117,10 @@ class VLLMTree:
         require_finite(made[made != -torch.inf])  # the processor marks distributions that are not finite with NaN
         return made
 
+    def token_logits(self, hidden_MD: torch.Tensor, row_N: torch.Tensor, token_N: torch.Tensor) -> torch.Tensor:
+        """See `Tree.token_logits`; the engine has made them all anyway."""
+        return self.log_probs(hidden_MD, row_N, token_N)
+
     def likeliest(self, hidden_MD: torch.Tensor) -> torch.Tensor:
         """See `Tree.likeliest`."""
         found = self._ask(hidden_MD, [{"logprobs": 0}] * len(hidden_MD))

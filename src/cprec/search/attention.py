@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from cprec.distributed import autocast
@@ -19,6 +19,8 @@ PROMPT_TREE = "prompt_tree"
 """The name under which transformers knows the attention."""
 LOGITS = 1 << 25
 """Logits made at once."""
+STATES = 64
+"""States whose logits of given tokens are made at once."""
 
 
 class PromptTree:
@@ -136,6 +138,18 @@ class PromptTree:
             normaliser = logits.logsumexp(-1)
             require_finite(normaliser)
             pieces.append((logits[row, token_N[low:high]] - normaliser[row]).double())
+        return torch.cat(pieces)
+
+    def token_logits(self, hidden_MD: torch.Tensor, row_N: torch.Tensor, token_N: torch.Tensor) -> torch.Tensor:
+        """See `Tree.token_logits`: products with the rows of the output layer that are asked for."""
+        pieces = [row_N.new_empty(0, dtype=torch.float64)]
+        for start in range(0, len(hidden_MD), STATES):
+            low, high = torch.searchsorted(row_N, row_N.new_tensor([start, start + STATES])).tolist()
+            # Tokens that several states of a block ask for are multiplied once, with all of them.
+            tokens, column = token_N[low:high].unique(return_inverse=True)
+            with autocast(self._device, self._bf16):
+                logits = linear(hidden_MD[start : start + STATES], self._head.weight[tokens]).float() * self._scale
+            pieces.append(logits[row_N[low:high] - start, column].double())
         return torch.cat(pieces)
 
     def likeliest(self, hidden_MD: torch.Tensor) -> torch.Tensor:

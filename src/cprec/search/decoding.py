@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from cprec.errors import ConfigError
+from cprec.search.normaliser import Normaliser, OverVocabulary
 from cprec.search.priors import Priors
 from cprec.search.reading import Tree
 from cprec.search.trie import Trie
@@ -83,6 +84,7 @@ def search(
     seconds: float | None = None,
     stop: Callable[[], bool] | None = None,
     per_token: bool = False,
+    normaliser: Normaliser | None = None,
     priors: Priors | None = None,
 ) -> list[Found]:
     """The `k` best items for each prompt of `tree`, by log-probability: that of the sequence with its end, less log n
@@ -95,7 +97,8 @@ def search(
     `max_nodes` prefixes, `seconds` are over, or `stop()`, which is asked before each pass, is true; then the best found
     is returned, with the gap. Time does not stop the beam, so lists are always full. `per_token` divides an item's
     log-probability by the number of its tokens, the end included; a bound is then divided by the tokens of the longest
-    sequence below the prefix.
+    sequence below the prefix. `normaliser` says what a step's probabilities add up to one over; by default the
+    vocabulary.
 
     Items with equal sequences (and priors) tie, and all found that tie with the K-th are returned. `excluded` and
     `allowed` hold item positions for each user (None allows all); prefixes without a permitted item are never entered.
@@ -103,7 +106,9 @@ def search(
     """
     if k < 1 or width < 1:
         raise ConfigError(f"k={k} and width={width} must be at least 1")
-    return _Search(tree, trie, k, excluded, allowed, max_nodes, seconds, stop, per_token, priors).run(width, exact)
+    return _Search(tree, trie, k, excluded, allowed, max_nodes, seconds, stop, per_token, normaliser, priors).run(
+        width, exact
+    )
 
 
 class _Search:
@@ -120,9 +125,11 @@ class _Search:
         seconds: float | None,
         stop: Callable[[], bool] | None,
         per_token: bool,
+        normaliser: Normaliser | None,
         priors: Priors | None,
     ) -> None:
         self.tree, self.trie, self.k = tree, trie, k
+        self.normaliser = normaliser or OverVocabulary(trie)
         self.device = tree.prompt_hidden_UD.device
         self.users = tree.num_users
         self.max_nodes = max_nodes
@@ -191,7 +198,7 @@ class _Search:
         row, child = row[alive], child[alive]
         user, token = above.user[row], self.token[child].long()
         # A child's score is its prefix's and one more token.
-        score = above.score[row] + self.tree.log_probs(hidden[rows], row, token)
+        score = above.score[row] + self.normaliser.log_probs(self.tree, hidden[rows], above.node, row, child)
         ends = token == self.trie.end
         if bool(ends.any()):
             self._keep(user[ends], child[ends], score[ends])

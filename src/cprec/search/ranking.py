@@ -12,6 +12,7 @@ from cprec.data.ragged import Ragged
 from cprec.errors import ModelError
 from cprec.recommender import Proof, Ranking, RankingQuery
 from cprec.search.decoding import Found, search
+from cprec.search.normaliser import Normaliser, Over, normaliser_of
 from cprec.search.priors import Priors
 from cprec.search.reading import Tree
 from cprec.search.scoring import score_candidates
@@ -49,6 +50,8 @@ class SequenceRanker:
     """Sequences of all the domain's items, in the order of the catalogue."""
     per_token: bool = False
     """Scores are divided by the number of tokens."""
+    over: Over = "vocabulary"
+    """What the probabilities of each step sum to one over."""
     empty_prompt: Callable[[], Tree] | None = None
     """Reads the prompt without a history. If given, scores are those after a prompt less those after this one."""
 
@@ -97,6 +100,7 @@ class SequenceRanker:
             seconds=seconds,
             stop=stop,
             per_token=self.per_token,
+            normaliser=self._normaliser,
             priors=priors,
         )
         if corrected:
@@ -114,6 +118,10 @@ class SequenceRanker:
         """Where items stand in the trie: int64. Raises UnknownItemError for items that the catalogue does not have."""
         found: np.ndarray = self.catalogue.find(self.domain, sorted(items)) - self._rows[0]
         return found
+
+    @property
+    def _normaliser(self) -> Normaliser:
+        return normaliser_of(self.over, self.trie)
 
     @property
     def _rows(self) -> np.ndarray:
@@ -138,8 +146,9 @@ class SequenceRanker:
 
     def _log_probs(self, tree: Tree, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Log-probabilities of the items of catalogue rows, given for each prompt: the sequence's, shared."""
-        scores = score_candidates(tree, [self.sequences(mine) for mine in rows])
-        return [score + self.trie.log_share(mine - self._rows[0]) for score, mine in zip(scores, rows, strict=True)]
+        items = [mine - self._rows[0] for mine in rows]
+        scores = score_candidates(tree, self.trie, items, self._normaliser)
+        return [score + self.trie.log_share(mine) for score, mine in zip(scores, items, strict=True)]
 
     def _corrected(self, found: Sequence[Found], k: int, weight: float) -> list[Found]:
         """What was found, by score less the weighted one of the empty prompt: the `k` best, and those tied with the

@@ -46,6 +46,11 @@ class Tree(Protocol):
         """
         ...
 
+    def token_logits(self, hidden_MD: torch.Tensor, row_N: torch.Tensor, token_N: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of tokens up to a constant for each state, as `log_probs` takes them: float64[N]. Nothing
+        is computed for other tokens where that can be spared."""
+        ...
+
     def likeliest(self, hidden_MD: torch.Tensor) -> torch.Tensor:
         """The likeliest next token after each state: int64[M]. Raises ModelError as `log_probs` does."""
         ...

@@ -7,40 +7,47 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from cprec.data.ragged import Ragged, offsets_of
+from cprec.data.ragged import offsets_of
+from cprec.search.normaliser import Normaliser, OverVocabulary
 from cprec.search.reading import Tree
-from cprec.search.trie import Block, build_block, levels_of
+from cprec.search.trie import Block, Trie, levels_of
 
 SEQUENCES = 128
 """Sequences of all users together whose prefixes are read in one pass."""
 
 
-def score_candidates(tree: Tree, candidates: Sequence[Ragged]) -> list[np.ndarray]:
-    """Summed log-probability of each candidate's tokens, the end included.
+def score_candidates(
+    tree: Tree, trie: Trie, candidates: Sequence[np.ndarray], normaliser: Normaliser | None = None
+) -> list[np.ndarray]:
+    """Summed log-probability of the tokens of each candidate's sequence, the end included.
 
-    `candidates` holds, for each prompt of `tree`, its candidates' sequences, of one or more tokens each. Returns
-    float64[number of candidates] for each prompt. The nodes of `tree` are dropped.
+    `candidates` holds, for each prompt of `tree`, positions of items in the trie, in stock or not. Returns
+    float64[number of candidates] for each prompt. The nodes of `tree` are dropped. `normaliser` is that of `search`.
     """
-    out = [np.empty(len(sequences)) for sequences in candidates]
-    users = np.repeat(np.arange(len(candidates)), [len(sequences) for sequences in candidates])
-    rows = np.concatenate([np.arange(len(sequences)) for sequences in candidates]) if len(users) else users
+    normaliser = normaliser or OverVocabulary(trie)
+    out = [np.empty(len(items)) for items in candidates]
+    users = np.repeat(np.arange(len(candidates)), [len(items) for items in candidates])
+    items = np.concatenate([np.empty(0, dtype=np.int64), *candidates])
+    rows = np.concatenate([np.empty(0, dtype=np.int64), *(np.arange(len(mine)) for mine in candidates)])
     for start in range(0, len(users), SEQUENCES):
         mine = slice(start, start + SEQUENCES)
-        for user, chosen, scores in _score(tree, candidates, users[mine], rows[mine]):
-            out[user][chosen] = scores
+        for user, chosen, scores in _score(tree, trie, normaliser, users[mine], items[mine]):
+            out[user][rows[mine][chosen]] = scores
     return out
 
 
 def _score(
-    tree: Tree, candidates: Sequence[Ragged], users: np.ndarray, rows: np.ndarray
+    tree: Tree, trie: Trie, normaliser: Normaliser, users: np.ndarray, items: np.ndarray
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Log-probabilities of some users' candidates (users ascending) by one pass over the block of each user's."""
+    """Log-probabilities of some users' candidates (users ascending) by one pass over the block of each user's: the
+    user, where the candidates stand, and their log-probabilities."""
     present, first = np.unique(users, return_index=True)
-    chosen = np.split(rows, first[1:])
-    built = [build_block(candidates[user].take(mine)) for user, mine in zip(present, chosen, strict=True)]
-    scores = _token_log_probs(tree, present, [block for block, _ in built])
+    chosen = np.split(np.arange(len(users)), first[1:])
+    parts = [trie.part(items[mine]) for mine in chosen]
+    nodes = np.concatenate([nodes for _, nodes, _ in parts])
+    scores = _token_log_probs(tree, normaliser, present, [block for block, _, _ in parts], nodes)
     start = 0
-    for user, mine, (block, leaf) in zip(present, chosen, built, strict=True):
+    for user, mine, (block, _, leaf) in zip(present, chosen, parts, strict=True):
         below = scores[start : start + len(block.token)]
         start += len(block.token)
         # Summed along each path, depth by depth.
@@ -50,10 +57,12 @@ def _score(
         yield int(user), mine, below[leaf]
 
 
-def _token_log_probs(tree: Tree, users: np.ndarray, blocks: Sequence[Block]) -> np.ndarray:
+def _token_log_probs(
+    tree: Tree, normaliser: Normaliser, users: np.ndarray, blocks: Sequence[Block], nodes: np.ndarray
+) -> np.ndarray:
     """The log-probability of each node's token after its prefix, 0 for roots: float64, for each user's block in turn.
 
-    The nodes of `tree` are dropped.
+    `nodes` are the trie's, of all blocks in turn. The nodes of `tree` are dropped.
     """
     device = tree.prompt_hidden_UD.device
     # All blocks one after the other: a node is its block's root plus its number there.
@@ -77,9 +86,10 @@ def _token_log_probs(tree: Tree, users: np.ndarray, blocks: Sequence[Block]) -> 
     inner = np.flatnonzero(children)
     state = np.where(is_root, np.cumsum(is_root) - 1, len(users) + place)[inner]
     row = np.repeat(np.arange(len(inner)), children[inner])
-    at = (torch.from_numpy(each).to(device) for each in (row, token[~is_root]))
+    at = (torch.from_numpy(each).to(device) for each in (nodes[inner], row, nodes[~is_root]))
     scores = np.zeros(len(token))
-    scores[~is_root] = tree.log_probs(hidden[torch.from_numpy(state).to(device)], *at).cpu().numpy()
+    states = hidden[torch.from_numpy(state).to(device)]
+    scores[~is_root] = normaliser.log_probs(tree, states, *at).cpu().numpy()
     tree.forget()
     return scores
 

@@ -179,6 +179,15 @@ class Trie:
         counts = np.bincount(inverse, weights=np.concatenate(found_counts), minlength=len(nodes))
         return nodes, counts.astype(np.int64)
 
+    def part(self, items: np.ndarray) -> tuple[Block, np.ndarray, np.ndarray]:
+        """The sequences of one or more items as a block, the node of the trie that each of its nodes is, and the node
+        of the block where each item's sequence ends."""
+        nodes, _ = self.paths(items)
+        # Nodes ascend, so depths stay together and siblings side by side.
+        parent = np.searchsorted(nodes, self.parent(nodes[1:]))
+        first_child = (1 + offsets_of(np.bincount(parent, minlength=len(nodes)))).astype(np.int32)
+        return Block(self.token[nodes], first_child), nodes, np.searchsorted(nodes, self.leaf[items])
+
     @cached_property
     def num_items(self) -> np.ndarray:
         """int32[num_nodes]: items in stock below a node, or at a leaf."""

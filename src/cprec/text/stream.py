@@ -23,6 +23,8 @@ NEXT_TOKEN = "next_token"
 """The name of the loss term of every stream: the token that follows."""
 NEXT_ITEM = "next_item"
 """The name of the loss term of streams with items: the item whose title follows."""
+NEXT_CHILD = "next_child"
+"""The name of the loss term of streams with nodes: how the titles of the catalogue go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,8 @@ class TokenStream:
 
     Each phase is packed on its own, and its rows are divided evenly over its steps, `rows_per_step` at most.
     `is_target(documents, tokens)` says for each token whether the loss covers it, where the corpus allows that. With
-    `items` batches also say which item's title follows, for documents that know theirs.
+    `items` batches also say which item's title follows, for documents that know theirs. `nodes_of(tokens,
+    first_target)` says which node of a trie each token of some documents leads to, or IGNORE; then batches have these.
 
     Raises ConfigError if a document does not fit a row or nothing is to be trained on.
     """
@@ -125,6 +128,7 @@ class TokenStream:
         max_passes: float = 0,
         is_target: Callable[[np.ndarray, Ragged], np.ndarray] | None = None,
         items: bool = False,
+        nodes_of: Callable[[Ragged, np.ndarray], np.ndarray] | None = None,
         pad_id: int = 0,
     ) -> None:
         orders = document_order(corpus, phases, seed, max_passes)
@@ -141,6 +145,7 @@ class TokenStream:
             sizes.append(np.diff(np.arange(num_steps + 1) * len(packed) // max(1, num_steps)))
         self.corpus, self.phases = corpus, tuple(phases)
         self.row_tokens, self.pad_id, self._is_target, self._has_items = row_tokens, pad_id, is_target, items
+        self._nodes_of = nodes_of
         self.tokens_per_step = rows_per_step * row_tokens
         """Positions of a step at most."""
         self._rows = Ragged.concatenate(rows)
@@ -200,7 +205,8 @@ class TokenStream:
         Position ids restart at 0 at each document, which is how attention knows where documents begin. A target is the
         token that follows, or IGNORE: at the end of a document, in padding and where the loss is masked. With items
         also `items`: at the token before a title its item's number within the domain, elsewhere and at the first title
-        of a document, which has no history, IGNORE.
+        of a document, which has no history, IGNORE. With nodes also `nodes`: the node to which the token that follows
+        leads, or IGNORE.
         """
         rows = np.arange(self._first_row[step], self._first_row[step + 1])
         taken = self._rows.take(rows)
@@ -231,12 +237,18 @@ class TokenStream:
             arrays["items"] = np.full(size, IGNORE, dtype=np.int64)
             arrays["items"][flat[start[document] + before]] = item
             counts[NEXT_ITEM] = len(item)
+        if self._nodes_of is not None:
+            node = self._nodes_of(tokens, first_target)
+            arrays["nodes"] = np.full(size, IGNORE, dtype=np.int64)
+            arrays["nodes"][flat[node != IGNORE] - 1] = node[node != IGNORE]
+            # As many as tokens, since where titles go on in one way only the loss is 0.
+            counts[NEXT_CHILD] = counts[NEXT_TOKEN]
         return Batch(
             rows={name: array.reshape(len(rows), self.row_tokens) for name, array in arrays.items()},
             counts=counts,
             num_tokens=len(tokens.values),
             examples=documents,
-            blank={name: IGNORE for name in ("targets", "items") if name in arrays},
+            blank={name: IGNORE for name in ("targets", "items", "nodes") if name in arrays},
         )
 
     def __iter__(self) -> Iterator[Batch]:

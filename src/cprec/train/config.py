@@ -199,6 +199,12 @@ class FinetuneConfig(TrainingConfig):
     item_head: float = 0.0
     """Weight of a second loss beside that of the tokens: which item comes next, of the whole catalogue, by a vector for
     each item. Models that have learnt it rank with mode=vectors, too. 0: none. Needs documents=users."""
+    softmax: Literal["vocabulary", "catalogue", "both"] = "vocabulary"
+    """What the probabilities of a title's next token sum to one over in the loss: the vocabulary; the tokens with which
+    titles of the catalogue go on there, which teaches nothing where there is one; or a sum of both losses. Rankings use
+    the catalogue unless it is the vocabulary."""
+    catalogue_weight: float = 0.5
+    """The part of the catalogue's loss with softmax=both; the rest is the vocabulary's."""
     num_train_epochs: float = 3.0
     """Passes over the examples."""
     anneal_steps: float = 0.95
@@ -210,6 +216,15 @@ class FinetuneConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 < self.catalogue_weight < 1:
+            raise ConfigError(f"catalogue_weight={self.catalogue_weight} must lie between 0 and 1")
+        if self.softmax != "vocabulary" and self.documents != "examples":
+            raise ConfigError(f"softmax={self.softmax} learns from the targets of examples: set documents=examples")
+        if self.softmax != "vocabulary" and self.fsdp:
+            raise ConfigError(
+                f"softmax={self.softmax} needs the output layer whole in every process: set fsdp=false, or "
+                "softmax=vocabulary"
+            )
         if self.item_head < 0:
             raise ConfigError(f"item_head={self.item_head} must be 0 or more")
         if self.item_head and self.documents != "users":
@@ -218,6 +233,11 @@ class FinetuneConfig(TrainingConfig):
             )
         if self.item_head and self.fsdp:
             raise ConfigError("item_head needs its vectors whole in every process: set fsdp=false, or item_head=0")
+
+    @property
+    def weight_of_catalogue(self) -> float:
+        """The part that the catalogue's loss has."""
+        return {"vocabulary": 0.0, "catalogue": 1.0, "both": self.catalogue_weight}[self.softmax]
 
 
 ForkData = Literal["same", "mixed_late", "sft_late"]

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from cprec.data.dataset import read_catalogue
 from cprec.errors import ConfigError
 from cprec.schema import SPECIFIC
+from cprec.search.trie import Trie
 from cprec.text.corpus import Corpus
 from cprec.text.documents import WHOLE
+from cprec.text.encoding import PromptEncoder
+from cprec.text.prompts import Template
 from cprec.text.shards import Shards, open_shards
 from cprec.text.stream import TokenStream, one_phase
+from cprec.text.tokenizer import load_tokenizer
+from cprec.train.catalogue_loss import TitleNodes
 from cprec.train.config import FinetuneConfig
 from cprec.train.plan import Plan
 from cprec.train.training import Run, plan_of, run_training
@@ -21,20 +29,22 @@ def finetune(config: FinetuneConfig) -> Path:
     train, validation = _documents(folder, config.documents), open_shards(folder / "validation")
     by_example = config.documents == "examples"
 
-    def stream(shards: Shards, num_tokens: float, rows: int, *, targets_only: bool, items: bool = False) -> TokenStream:
+    def stream(shards: Shards, num_tokens: float, rows: int, *, targets_only: bool, **more: Any) -> TokenStream:
         return TokenStream(
             Corpus.of(shards, targets_only=targets_only),
             one_phase(num_tokens),
             rows_per_step=rows,
             row_tokens=config.max_length,
             seed=config.seed,
-            items=items,
+            **more,
         )
+
+    trie = _titles_of(config, train.manifest["about"]) if config.weight_of_catalogue else None
 
     def plan() -> Plan:
         num_tokens = round(config.num_train_epochs * train.manifest["num_tokens"])
-        items = bool(config.item_head)
-        return plan_of(config, stream(train, num_tokens, config.train_batch_size, targets_only=by_example, items=items))
+        more = {"items": bool(config.item_head), "nodes_of": TitleNodes(trie) if trie else None}
+        return plan_of(config, stream(train, num_tokens, config.train_batch_size, targets_only=by_example, **more))
 
     held_out = min(config.eval_tokens, validation.manifest["num_tokens"])
     heldout = stream(validation, held_out, config.rows_per_pass, targets_only=True) if held_out else None
@@ -46,10 +56,24 @@ def finetune(config: FinetuneConfig) -> Path:
             inputs={"heldout": validation.sha256},
             validation={f"{config.domain} (next item)": heldout} if heldout else {},
             stage="finetune",
-            about={"domain": config.domain, **train.manifest["about"]},
+            about={"domain": config.domain, **train.manifest["about"], "softmax": config.softmax},
             item_head=config.item_head,
+            titles_trie=trie,
+            weight_of_catalogue=config.weight_of_catalogue,
         )
     )
+
+
+def _titles_of(config: FinetuneConfig, about: Mapping[str, Any]) -> Trie:
+    """The trie of the titles of the domain's items, as documents have them."""
+    catalogue = read_catalogue(Path(config.data))
+    encoder = PromptEncoder(
+        load_tokenizer(str(Path(config.data) / "tokenizer")),
+        catalogue,
+        max_title_tokens=about["max_title_tokens"],
+        template=Template(**about["template"]),
+    )
+    return Trie.build(encoder.titles(catalogue.rows_of(config.domain), end=True))
 
 
 def _documents(folder: Path, documents: str) -> Shards:

@@ -33,11 +33,13 @@ from cprec.models import (
 )
 from cprec.progress import say
 from cprec.provenance import CONFIG_FILE, FileHashes, read_resolved, save_resolved, to_dict
+from cprec.search.trie import Trie
 from cprec.text.encoding import PromptEncoder
 from cprec.text.prompts import Template
 from cprec.text.stream import TokenStream
 from cprec.text.tokenizer import load_tokenizer
 from cprec.train.attention import use_document_attention
+from cprec.train.catalogue_loss import CatalogueLoss
 from cprec.train.checkpoint import (
     TrainState,
     checkpoint_folder,
@@ -83,6 +85,11 @@ class Run:
     """The checkpoint at the end of the stable phase stays, for forks."""
     item_head: float = 0.0
     """Weight of the loss of an item head over the items of the domain in `about`; 0: no head."""
+
+    titles_trie: Trie | None = None
+    """The titles of the domain's items, where their loss over the catalogue is trained."""
+    weight_of_catalogue: float = 0.0
+    """The part of that loss."""
 
     @property
     def output_dir(self) -> Path:
@@ -281,6 +288,8 @@ def _build(run: Run, plan: Plan, tokenizer: Any) -> PackedLoss:
         gradient_checkpointing=config.gradient_checkpointing,
         torch_compile=config.torch_compile,
     )
+    if run.titles_trie is not None:
+        loss = CatalogueLoss(loss.module, run.titles_trie, run.weight_of_catalogue, bf16=bf16)
     number_format = "bf16" if bf16 else "fp32"
     say(f"{num_parameters(model) / 1e6:.2f} M parameters on {distributed.describe(device)}, {number_format}")
     return loss

@@ -34,6 +34,7 @@ TITLES = [
 ]
 ENDED = [[*title, EOS] for title in TITLES]
 EVERYTHING = tuple(range(len(TITLES)))
+TRIE, ALL = Trie.build(Ragged.of(ENDED)), np.arange(len(TITLES))
 
 Score = Callable[[list[int], list[int]], float]
 OfItem = Callable[..., float]
@@ -118,19 +119,19 @@ def test_a_narrow_beam_still_finds_k_valid_items(model: Any, of_item: OfItem) ->
 def test_candidates_score_alike_whatever_stands_beside_them(model: Any, teacher_forced: Score) -> None:
     asked = [[0, 1, 2, 5], [], [8, 3, 3]]
     tree = PromptTree(model, [np.array(prompt) for prompt in PROMPTS])
-    scores = score_candidates(tree, [Ragged.of([ENDED[item] for item in mine]) for mine in asked])
+    scores = score_candidates(tree, TRIE, [np.array(mine, dtype=np.int64) for mine in asked])
     for prompt, mine, got in zip(PROMPTS, asked, scores, strict=True):
         assert got.tolist() == pytest.approx([teacher_forced(prompt, ENDED[item]) for item in mine], abs=1e-4)
 
 
 def test_no_candidates_at_all(model: Any) -> None:
     tree = PromptTree(model, [np.array(prompt) for prompt in PROMPTS])
-    assert [len(mine) for mine in score_candidates(tree, [Ragged.of([])] * 3)] == [0, 0, 0]
+    assert [len(mine) for mine in score_candidates(tree, TRIE, [np.empty(0, dtype=np.int64)] * 3)] == [0, 0, 0]
 
 
 def test_bf16_comes_close(model: Any, teacher_forced: Score) -> None:
     tree = PromptTree(model, [np.array(prompt) for prompt in PROMPTS], bf16=True)
-    (scores, *_) = score_candidates(tree, [Ragged.of(ENDED)] * 3)
+    (scores, *_) = score_candidates(tree, TRIE, [ALL] * 3)
     assert scores.tolist() == pytest.approx([teacher_forced(PROMPTS[0], title) for title in ENDED], rel=0.1, abs=0.5)
 
 
@@ -221,7 +222,7 @@ def test_items_of_a_title_share_its_probability(model: Any, teacher_forced: Scor
     titles = Ragged.of(ENDED + ENDED[1:2] + ENDED[3:4])  # "5 6" three times, item 3 twice
     items = np.arange(len(titles))
     trie = Trie.build(titles).with_stock(items != 5)
-    (scores,) = score_candidates(PromptTree(model, [np.array(PROMPTS[0])]), [titles])
+    (scores,) = score_candidates(PromptTree(model, [np.array(PROMPTS[0])]), trie, [items])
     scores = scores + trie.log_share(items)
     sums: dict[int, float] = {}
     for item in np.flatnonzero(trie.in_stock):
@@ -268,7 +269,7 @@ def test_titles_that_are_impossible_come_last(model: Any, of_item: OfItem, width
 def test_all_items_at_once(model: Any, teacher_forced: Score, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cprec.search.scoring.SEQUENCES", 7)  # several blocks
     tree = PromptTree(model, [np.array(prompt) for prompt in PROMPTS])
-    for prompt, mine in zip(PROMPTS, score_candidates(tree, [Ragged.of(ENDED)] * len(PROMPTS)), strict=True):
+    for prompt, mine in zip(PROMPTS, score_candidates(tree, TRIE, [ALL] * len(PROMPTS)), strict=True):
         assert mine.tolist() == pytest.approx([teacher_forced(prompt, title) for title in ENDED], abs=1e-4)
 
 
@@ -353,7 +354,7 @@ def test_a_known_beginning_is_not_read_again(model: Any, teacher_forced: Score) 
     tree = PromptTree(model, [np.array(prompt) for prompt in prompts], cache=cache)
     assert tree.num_read == 2 + 2 + 1 + 1  # the last token always is
     assert cache.hits == 40 + 39 + 20
-    for prompt, scores in zip(prompts, score_candidates(tree, [Ragged.of(ENDED)] * 4), strict=True):
+    for prompt, scores in zip(prompts, score_candidates(tree, TRIE, [ALL] * 4), strict=True):
         assert scores.tolist() == pytest.approx([teacher_forced(prompt, title) for title in ENDED], abs=1e-4)
 
 
@@ -366,7 +367,7 @@ def test_continuations_of_known_and_new_prompts_in_one_batch(model: Any, teacher
     prompts = [known, other, list(range(70, 97))]
     tree = PromptTree(model, [np.array(prompt) for prompt in prompts], cache=cache)
     title = [11, 12, EOS]
-    scores = score_candidates(tree, [Ragged.of([title])] * 3)
+    scores = score_candidates(tree, Trie.build(Ragged.of([title])), [np.array([0])] * 3)
     expected = [teacher_forced(prompt, title) for prompt in prompts]
     assert np.concatenate(scores).tolist() == pytest.approx(expected, abs=1e-4)
 
@@ -419,5 +420,5 @@ def test_logits_that_a_model_scales_are_scaled_here() -> None:
     granite.get_output_embeddings().weight.mul_(40)
     expected = granite(input_ids=torch.tensor([[*PROMPTS[0], *ENDED[8]]])).logits[0].log_softmax(-1)
     expected = sum(float(expected[2 + place, token]) for place, token in enumerate(ENDED[8]))
-    (scores,) = score_candidates(PromptTree(granite, [np.array(PROMPTS[0])]), [Ragged.of([ENDED[8]])])
+    (scores,) = score_candidates(PromptTree(granite, [np.array(PROMPTS[0])]), TRIE, [np.array([8])])
     assert scores.tolist() == pytest.approx([expected], abs=1e-4)
