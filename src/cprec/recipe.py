@@ -6,6 +6,7 @@ import dataclasses
 
 from cprec.baselines.config import TuneConfig
 from cprec.evaluate.config import EvaluateConfig
+from cprec.fit.config import FitConfig
 from cprec.serve.config import RecommendConfig, ServeConfig
 from cprec.text.config import PrepareConfig
 from cprec.train.config import AnnealConfig, FinetuneConfig, PretrainConfig
@@ -19,6 +20,7 @@ STAGE_CONFIGS: dict[str, type] = {
     "tune": TuneConfig,
     "recommend": RecommendConfig,
     "serve": ServeConfig,
+    "fit": FitConfig,
 }
 """The configuration class of each stage."""
 

@@ -9,11 +9,21 @@ from cprec.text.corpus import Corpus
 from cprec.text.shards import Shards, open_shards
 from cprec.text.stream import TokenStream, one_phase
 from cprec.train.config import FinetuneConfig
-from cprec.train.training import Run, plan_of, run_training
+from cprec.train.estimate import Estimate
+from cprec.train.training import Run, plan_of, run_training, time_training
 
 
 def finetune(config: FinetuneConfig) -> Path:
     """Fine-tune a model on the next-item examples of a domain; returns the model folder."""
+    return run_training(_run(config))
+
+
+def timed(config: FinetuneConfig) -> Estimate:
+    """What fine-tuning will take, its speed timed on a micro-batch. Nothing is learnt or written."""
+    return time_training(_run(config))
+
+
+def _run(config: FinetuneConfig) -> Run:
     folder = _examples_of(Path(config.data), config.domain)
     train, validation = open_shards(folder / "train"), open_shards(folder / "validation")
 
@@ -29,16 +39,14 @@ def finetune(config: FinetuneConfig) -> Path:
     num_tokens = round(config.num_train_epochs * train.manifest["num_tokens"])
     held_out = min(config.eval_tokens, validation.manifest["num_tokens"])
     name = f"{config.domain} (next item)"
-    return run_training(
-        Run(
-            config=config,
-            make_plan=lambda: plan_of(config, stream(train, num_tokens, config.train_batch_size)),
-            trained_on=[train.sha256],
-            inputs={"heldout": validation.sha256},
-            validation={name: stream(validation, held_out, config.rows_per_pass)} if held_out else {},
-            stage="finetune",
-            about={"domain": config.domain, **train.manifest["about"]},
-        )
+    return Run(
+        config=config,
+        make_plan=lambda: plan_of(config, stream(train, num_tokens, config.train_batch_size)),
+        trained_on=[train.sha256],
+        inputs={"heldout": validation.sha256},
+        validation={name: stream(validation, held_out, config.rows_per_pass)} if held_out else {},
+        stage="finetune",
+        about={"domain": config.domain, **train.manifest["about"]},
     )
 
 
