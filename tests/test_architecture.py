@@ -28,7 +28,7 @@ BELOW = {
     "models": BASE | {"data", "text", "distributed"},
     "train": BASE | {"data", "text", "models", "distributed"},
     "search": BASE | {"data", "models", "distributed"},
-    "rank": BASE | {"data", "text", "models", "distributed", "search"},
+    "rank": BASE | {"data", "scoring", "text", "models", "distributed", "search", "baselines"},
     "scoring": BASE | {"data"},
     "systems": BASE | {"data", "scoring", "text", "models", "distributed", "train", "search"},
     "baselines": BASE | {"data", "scoring"},
@@ -39,6 +39,7 @@ BELOW = {
 
 TOP = frozenset(
     {"run", "fit", "entrants", "anneal", "tune", "lineup", "report", "shortcuts", "serving"}
+    {"run", "entrants", "anneal", "blend", "tune", "lineup", "report", "shortcuts", "serving"}
     | {"config", "recipe", "recipes", "settings", "field_help", "verbs", "cli", "__main__", "__init__"}
 )
 """Parts that know everything below; nothing below knows them."""
@@ -79,7 +80,7 @@ class Promise(NamedTuple):
 
 TRAINED_WITH = frozenset(
     {"text", "models", "distributed", "train", "search", "rank", "systems", "baselines", "evaluate", "serving"}
-    | {"run", "entrants", "anneal", "tune", "lineup", "report", "shortcuts", "progress", "provenance"}
+    | {"run", "entrants", "anneal", "blend", "tune", "lineup", "report", "shortcuts", "progress", "provenance"}
 )
 """Parts that are loaded by machines which train, rank or judge, with data that were prepared elsewhere."""
 

@@ -181,7 +181,7 @@ def _rank(
     """Rank validation queries with every model: these figures choose a fork, so the test queries stay untouched."""
     output = str(folder / "evaluate")
     settings = EvaluateConfig(data=data, output_dir=output, part="validation", max_queries=config.max_queries)
-    ranked = evaluate(settings, read_split(data), domain, model_entrants(output, domain, models, settings.rank))
+    ranked = evaluate(settings, read_split(data), domain, model_entrants(settings, domain, models))
     for name, arm in ranked.arms.items():
         shown = (ranked.main, replace(ranked.main, name="recall"))
         rows[name] |= {str(metric): asdict(arm.metrics[metric]) for metric in shown}

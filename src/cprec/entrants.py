@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from cprec import lineup
+from cprec.data.catalogue import Catalogue
 from cprec.data.config import SyntheticConfig
+from cprec.data.dataset import event_files
 from cprec.data.sources.synthetic import OracleRecommender, SyntheticWorld
 from cprec.data.splits import Split
-from cprec.errors import ConfigError
+from cprec.errors import ConfigError, LeakageError
 from cprec.evaluate.config import EvaluateConfig
 from cprec.evaluate.evaluate import EXACT, Entrant, Opened
 from cprec.evaluate.rankings import rankings_path, read_rankings, slug
-from cprec.evaluate.results import FULL, GENERATED, arm_of
+from cprec.evaluate.results import FULL, GENERATED, arm_of, model_of
 from cprec.progress import say
-from cprec.provenance import FileHashes, code_sha256, file_sha256, to_dict
+from cprec.provenance import FileHashes, code_sha256, differences, file_sha256, shortened, to_dict
+from cprec.rank.blend_file import BLEND, read_about
 from cprec.rank.config import RankConfig
 from cprec.train.folder import model_identity, read_done
 from cprec.tune import read_results
@@ -89,21 +92,24 @@ def check_tuned(config: EvaluateConfig) -> None:
 
 CODE = "cprec.rank.llm"
 """The module that ranks with models: a change of it, or of what it imports, makes their rankings anew."""
+WITHOUT_MODEL = "blend without the model"
 SCORES = "P(item) = P(title) / n, n the items in stock that have the title"
 """The rule by which models score items (`rank.llm`), which saved rankings are tied to: change it with the rule."""
 
 
-def model_entrants(output_dir: str, domain: str, models: Mapping[str, str], rank: RankConfig) -> list[Entrant]:
-    """Model folders, by the name they have in tables, as entrants of an evaluation into `output_dir`.
+def model_entrants(config: EvaluateConfig, domain: str, models: Mapping[str, str]) -> list[Entrant]:
+    """Model folders, by the name they have in tables, as entrants of an evaluation.
 
-    A model that is gone, or whose weights are, enters with the rankings that it left there.
+    One with a blend beside it is three rows: the best blend without the model, which models may share, the model alone,
+    and the blend. A model that is gone, or whose weights are, enters with the rankings that it left there.
     """
-    hashes = FileHashes(output_dir)
-    entrants = []
+    rank, output_dir, hashes = config.rank, config.output_dir, FileHashes(config.output_dir)
+    entrants = _without_models(models, domain)
     for name, folder in models.items():
         about = read_done(folder)
         if about is not None and any(Path(folder).glob("*.safetensors")):
-            entrants.append(_model(name, folder, about, rank, hashes))
+            blended = _blended(name, config.data, folder, about, domain, rank, hashes)
+            entrants += [_model(name, folder, about, rank, hashes), *blended]
         else:
             say(f"{domain}: {name}: no weights in {folder}, so its saved rankings are scored as they are")
             entrants.append(_gone(name, folder, about, rank, rankings_path(output_dir, domain, name, FULL)))
@@ -111,11 +117,15 @@ def model_entrants(output_dir: str, domain: str, models: Mapping[str, str], rank
     return entrants
 
 
-def _model(name: str, folder: str, about: Mapping[str, Any], rank: RankConfig, hashes: FileHashes) -> Entrant:
+def _model(
+    name: str, folder: str, about: Mapping[str, Any], rank: RankConfig, hashes: FileHashes, blend: str | None = None
+) -> Entrant:
+    """A model alone, or with the blend beside it, whose hash is `blend`."""
+
     def opened() -> Opened:
         from cprec.rank.llm import LLMRecommender  # loads torch
 
-        model = LLMRecommender.from_pretrained(folder, name=name, **asdict(rank))
+        model = LLMRecommender.from_pretrained(folder, name=name, blend=blend is not None, **asdict(rank))
         modes = {GENERATED: partial(model.rank, mode="generate")}
         if rank.mode == "beam":
             modes[EXACT] = partial(model.rank, mode="exact")
@@ -125,10 +135,63 @@ def _model(name: str, folder: str, about: Mapping[str, Any], rank: RankConfig, h
         name=name,
         kind="model",
         open=opened,
-        identity={"model": model_identity(folder, hashes), "code": code_sha256(CODE), **_rule(rank)},
+        identity={"model": model_identity(folder, hashes), "code": code_sha256(CODE), **_rule(rank)}
+        | ({"blend": blend} if blend else {}),
         stochastic=True,
         trained_on=tuple(about["trained_on"]),
     )
+
+
+def _blended(
+    name: str, data: str, folder: str, about: Mapping[str, Any], domain: str, rank: RankConfig, hashes: FileHashes
+) -> list[Entrant]:
+    """The blend of a model, where the folder has one for the domain.
+
+    Raises LeakageError where its parts have learnt from other events than those of the data folder.
+    """
+    path = Path(folder, BLEND)
+    if not path.is_file() or (found := read_about(folder))["domain"] != domain:
+        return []
+    learnt = {file: hashes.of(Path(data, file)) for file in event_files(data)}
+    if changed := differences(found["asked"]["data"], learnt):
+        raise LeakageError(
+            f"the parts of {path} have learnt from other events than those of {data} ({shortened(changed)}), perhaps "
+            f"from held out ones: run `cprec blend {folder} data={data}`"
+        )
+    return [_model(_renamed(name, "blend"), folder, about, rank, hashes, hashes.of(path))]
+
+
+def _without_models(models: Mapping[str, str], domain: str) -> list[Entrant]:
+    """The best blends without the model beside the models, those that are equal once."""
+    entrants: list[Entrant] = []
+    for name, folder in models.items():
+        if not Path(folder, BLEND).is_file() or (found := read_about(folder))["domain"] != domain:
+            continue
+        identity = {
+            "code": code_sha256("cprec.rank.blend"),
+            **{key: found[key] for key in ("without_model", "files", "catalogue")},
+        }
+        if identity in [entrant.identity for entrant in entrants]:
+            continue
+        row = _renamed(name, WITHOUT_MODEL) if entrants else WITHOUT_MODEL
+        entrants.append(Entrant(name=row, kind="baseline", open=partial(_open_parts, folder), identity=identity))
+    return entrants
+
+
+def _open_parts(folder: str) -> Opened:
+    from cprec.rank.blend import BlendedParts, read_blend  # loads torch
+
+    return Opened(recommender=BlendedParts(read_blend(folder, Catalogue.read(folder), "without_model")))
+
+
+def _renamed(name: str, what: str) -> str:
+    """The name of an arm that is made of another; its seed stays at the end.
+
+    >>> _renamed("CPRec-style", "blend"), _renamed("CPRec-style (seed 1)", "blend")
+    ('CPRec-style blend', 'CPRec-style blend (seed 1)')
+    """
+    model = model_of(name)
+    return f"{model} {what}{name[len(model) :]}"
 
 
 def _gone(name: str, folder: str, about: Mapping[str, Any] | None, rank: RankConfig, rankings: Path) -> Entrant:

@@ -7,6 +7,7 @@ import dataclasses
 from cprec.baselines.config import TuneConfig
 from cprec.evaluate.config import EvaluateConfig
 from cprec.fit.config import FitConfig
+from cprec.rank.config import BlendConfig
 from cprec.serve.config import RecommendConfig, ServeConfig
 from cprec.text.config import PrepareConfig
 from cprec.train.config import AnnealConfig, FinetuneConfig, PretrainConfig
@@ -15,6 +16,7 @@ STAGE_CONFIGS: dict[str, type] = {
     "prepare": PrepareConfig,
     "pretrain": PretrainConfig,
     "finetune": FinetuneConfig,
+    "blend": BlendConfig,
     "evaluate": EvaluateConfig,
     "anneal": AnnealConfig,
     "tune": TuneConfig,
@@ -42,6 +44,8 @@ class Recipe:
     """Continual pre-training on the token shards; None where nothing is pre-trained."""
     finetune: FinetuneConfig | None = None
     """Fine-tuning on next-item examples of a domain; None where the recipe trains no language model."""
+    blend: BlendConfig | None = BlendConfig()
+    """What each model that is fine-tuned is blended with; None leaves the models alone."""
     evaluate: EvaluateConfig
     """Ranking the held-out queries, and the numbers made from the rankings."""
 

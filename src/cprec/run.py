@@ -19,7 +19,7 @@ from cprec import lineup
 from cprec.data.dataset import read_split
 from cprec.data.splits import Split
 from cprec.entrants import baseline_entrants, check_tuned, model_entrants, oracle
-from cprec.errors import ConfigError, InputChanged
+from cprec.errors import ConfigError, InputChanged, Unsuitable
 from cprec.evaluate.config import EvaluateConfig
 from cprec.evaluate.coverage import certificate_summary
 from cprec.evaluate.evaluate import evaluate, protocol_of
@@ -73,7 +73,8 @@ def run(recipe: Recipe) -> Report:
 
 
 def _arms(recipe: Recipe, domain: str, steps: Iterator[str]) -> dict[str, str]:
-    """The models of a domain by arm, fine-tuned now where the recipe says so."""
+    """The models of a domain by arm, fine-tuned and blended now where the recipe says so."""
+    from cprec.blend import blend
     from cprec.train.finetune import finetune
 
     bases = {CPREC: recipe.pretrain.output_dir} if recipe.pretrain else {}
@@ -86,6 +87,11 @@ def _arms(recipe: Recipe, domain: str, steps: Iterator[str]) -> dict[str, str]:
         say(f"{domain}: {arm}")
         folders[arm] = recipe.model_folder(domain, arm)
         finetune(replace(recipe.finetune, domain=domain, model_name_or_path=base, output_dir=folders[arm]))
+        if recipe.blend:
+            try:
+                blend(replace(recipe.blend, model=folders[arm]))
+            except Unsuitable as error:
+                say(f"{folders[arm]} is not blended: {error}")
     return folders
 
 
@@ -168,7 +174,7 @@ def _evaluate(
 ) -> DomainResult:
     """The results of a domain: baselines, then models, then the bound of a generated world."""
     entrants = baseline_entrants(config, split, domain)
-    entrants += model_entrants(config.output_dir, domain, arms, config.rank)
+    entrants += model_entrants(config, domain, arms)
     if generated is not None and generated.synthetic is not None:
         entrants.append(oracle(generated.synthetic))
     result = evaluate(config, split, domain, entrants)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 
@@ -27,6 +28,9 @@ class ScoringRecommender(ABC):
     floor: float = -np.inf
     """An item scored this or less has nothing that speaks for it: it is not returned from the full catalogue, and
     stands last among candidates."""
+    scale: ClassVar[Literal["share", "logit"]] = "share"
+    """What a score means beside the others of its query: `share`, as much as it is large, and nothing at 0 or below; or
+    `logit`, the logarithm of that."""
 
     _latest: tuple[Mapping[Hashable, int], np.ndarray] = ({}, np.empty((0, 0)))
     """The latest batch of queries by row, and their scores: other protocols ask the same queries again."""
@@ -93,6 +97,26 @@ class ScoringRecommender(ABC):
         best = np.lexsort((order, -score))
         ids = catalogue.item_id[first + order[best]].tolist()
         return Ranking(query.query_id, tuple(ids), tuple(score[best].tolist()))
+
+
+class StoredRecommender(ScoringRecommender):
+    """One whose state is a few arrays: it can be written beside a model, and opened again without its training data."""
+
+    @abstractmethod
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that its scores depend on beside the catalogue, by name; text and numbers as arrays of no dimension."""
+
+    @abstractmethod
+    def _restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take the state from what `arrays` gave; the catalogue is there already."""
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], catalogue: Catalogue) -> Self:
+        """The recommender that gave the arrays; `catalogue` must be the one that it was made for."""
+        made = cls.__new__(cls)
+        made.catalogue = catalogue
+        made._restore(arrays)
+        return made
 
 
 def histories_of(catalogue: Catalogue, domain: str, queries: Sequence[RankingQuery]) -> Ragged:

@@ -103,4 +103,4 @@ def _open(model: str) -> tuple[str | None, Recommender]:
             f"model {model!r} is neither a folder with a finished model of CPRec nor a baseline; these are "
             f"{', '.join(LINEUP)}"
         )
-    return about.get("domain"), LLMRecommender.from_pretrained(model)
+    return about.get("domain"), LLMRecommender.from_pretrained(model, blend=False)

@@ -89,6 +89,12 @@ def demo(verb: Verb, options: argparse.Namespace) -> None:
         load("cprec.serving:serve_demo")(recipe)
 
 
+def blend(verb: Verb, options: argparse.Namespace) -> None:
+    """`with` is a word of Python, so that no setting can have this name."""
+    options.settings = ["parts" + word[4:] if word.startswith("with=") else word for word in options.settings]
+    with_settings(verb, options)
+
+
 def report(verb: Verb, options: argparse.Namespace) -> None:
     load(verb.function)(options.folder)
 
@@ -299,6 +305,25 @@ VERBS: tuple[Verb, ...] = (
         example="cprec finetune my_recipe.yaml seed=1",
         function="cprec.train.finetune:finetune",
         stage="finetune",
+    ),
+    Verb(
+        name="blend",
+        summary="a fine-tuned model and simple recommenders, weighted by validation queries",
+        text="""Chooses the weights of a model and of recommenders that need no training beside it, by NDCG@10 on
+            validation queries; each may be 0. Writes blend.json and what the recommenders have learnt into the model's
+            folder: recommend, serve and evaluate use them from then on, and an evaluation says what the model adds to
+            the best blend without it.""",
+        example='cprec blend runs/demo/finetune/books/cprec-style with="transition graph (titles), EASE"',
+        function="cprec.blend:blend",
+        stage="blend",
+        usage='MODEL [with="NAME, NAME"] [key=value ...]',
+        arguments={"model": {}},
+        about="""
+            MODEL  a model folder
+            with   recommenders, by their names in tables: the setting `parts`
+        """,
+        leave_out="model",
+        run=blend,
     ),
     Verb(
         name="report",

@@ -6,7 +6,7 @@ Suffixes: U users, N items of the domain in catalogue order, Q queries.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy import sparse
@@ -15,11 +15,11 @@ from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import Unsuitable
 from cprec.recommender import RankingQuery
-from cprec.scoring import ScoringRecommender, check_domain
+from cprec.scoring import StoredRecommender, check_domain
 
 
-class DomainRecommender(ScoringRecommender):
-    """A recommender that has learnt one domain: a subclass scores histories, whatever the query."""
+class DomainRecommender(StoredRecommender):
+    """A recommender that has learnt one domain: a subclass scores histories, whatever the query, and says its state."""
 
     domain: str
 
@@ -34,6 +34,28 @@ class DomainRecommender(ScoringRecommender):
     @abstractmethod
     def history_scores(self, history: Ragged) -> np.ndarray:
         """Scores of the domain's items for histories of positions among them, oldest first: float[Q, N]."""
+
+    @abstractmethod
+    def state(self) -> dict[str, np.ndarray]:
+        """`arrays` without the domain."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """See `StoredRecommender.arrays`."""
+        return {"domain": np.array(self.domain), **self.state()}
+
+    def _restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self.domain = str(arrays["domain"])
+
+
+def sparse_arrays(name: str, matrix: sparse.csr_array) -> dict[str, np.ndarray]:
+    """A square sparse matrix as arrays, which `sparse_from` reads."""
+    return {f"{name}.{part}": getattr(matrix, part) for part in ("data", "indices", "indptr")}
+
+
+def sparse_from(arrays: Mapping[str, np.ndarray], name: str) -> sparse.csr_array:
+    """The square sparse matrix that `sparse_arrays` gave."""
+    data, indices, indptr = (arrays[f"{name}.{part}"] for part in ("data", "indices", "indptr"))
+    return sparse.csr_array((data, indices, indptr), shape=(len(indptr) - 1,) * 2)
 
 
 def training_matrix(split: Split, domain: str) -> sparse.csr_array:

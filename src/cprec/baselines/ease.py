@@ -89,6 +89,14 @@ class EASERecommender(DomainRecommender):
         scores[:, self._known] = known.astype(self._weights.dtype) @ self._weights
         return scores
 
+    def state(self) -> dict[str, np.ndarray]:
+        return {"weights": self._weights, "known": self._known, "decay": np.array(self._decay)}
+
+    def _restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        super()._restore(arrays)
+        self._weights, self._known = arrays["weights"], arrays["known"]
+        self._num_items, self._decay = len(self.catalogue.rows_of(self.domain)), float(arrays["decay"])
+
 
 def check_size(num_items: int, settings: EASE, free_bytes: int) -> None:
     """Raise Unsuitable where the matrix of items by items is larger than the settings or the memory allow."""

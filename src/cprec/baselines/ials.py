@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -96,6 +97,13 @@ class IALSRecommender(DomainRecommender):
         asked = profiles(history, len(self._items), self._settings.decay)
         scores: np.ndarray = (solve(self._items, asked, self._settings) @ self._items.T).numpy()
         return scores
+
+    def state(self) -> dict[str, np.ndarray]:
+        return {"items": self._items.numpy(), "settings": np.array(json.dumps(asdict(self._settings)))}
+
+    def _restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        super()._restore(arrays)
+        self._items, self._settings = torch.from_numpy(arrays["items"]), IALS(**json.loads(str(arrays["settings"])))
 
 
 def item_factors(matrix_UN: sparse.csr_array, settings: IALS, seed: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 from scipy import sparse
 
-from cprec.baselines.domain import DomainRecommender, profiles, training_matrix
+from cprec.baselines.domain import DomainRecommender, profiles, sparse_arrays, sparse_from, training_matrix
 from cprec.choices import Choice, Real, Whole
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
@@ -80,6 +80,13 @@ class ItemKNNRecommender(DomainRecommender):
     def history_scores(self, history: Ragged) -> np.ndarray:
         scores: np.ndarray = (profiles(history, self._similar.shape[0], self._decay) @ self._similar).toarray()
         return scores
+
+    def state(self) -> dict[str, np.ndarray]:
+        return {"decay": np.array(self._decay), **sparse_arrays("similar", self._similar)}
+
+    def _restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        super()._restore(arrays)
+        self._decay, self._similar = float(arrays["decay"]), sparse_from(arrays, "similar")
 
 
 def neighbours(matrix_UN: sparse.csr_array, number: int, shrinkage: float) -> sparse.csr_array:

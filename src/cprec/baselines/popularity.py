@@ -23,7 +23,7 @@ from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import ConfigError, Unsuitable
 from cprec.recommender import RankingQuery
-from cprec.scoring import ScoringRecommender
+from cprec.scoring import StoredRecommender
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Popularity:
         return PopularityRecommender(split)
 
 
-class PopularityRecommender(ScoringRecommender):
+class PopularityRecommender(StoredRecommender):
     """Ranks by the number of training events of each item; the history changes nothing."""
 
     name = "popularity"
@@ -62,6 +62,13 @@ class PopularityRecommender(ScoringRecommender):
     def scores(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
         count_N = self._count[self.catalogue.rows_of(domain)]
         return np.broadcast_to(count_N, (len(queries), len(count_N)))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """See `StoredRecommender.arrays`."""
+        return {"count": self._count}
+
+    def _restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._count = arrays["count"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,3 +130,10 @@ class RecentPopularityRecommender(DomainRecommender):
 
     def history_scores(self, history: Ragged) -> np.ndarray:
         return np.broadcast_to(self._count, (len(history), len(self._count)))
+
+    def state(self) -> dict[str, np.ndarray]:
+        return {"count": self._count}
+
+    def _restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        super()._restore(arrays)
+        self._count = arrays["count"]

@@ -12,15 +12,16 @@ from scipy import sparse
 
 from cprec.baselines.domain import DomainRecommender, profiles
 from cprec.choices import Choice, Real
+from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.data.titles import title_vectors
 from cprec.errors import ConfigError
 
 
-def domain_titles(split: Split, domain: str) -> sparse.csr_array:
+def domain_titles(catalogue: Catalogue, domain: str) -> sparse.csr_array:
     """`title_vectors` of a domain's catalogue, which needs no events: csr[N, words]."""
-    return title_vectors([str(title) for title in split.catalogue.title[split.catalogue.rows_of(domain)]])
+    return title_vectors([str(title) for title in catalogue.title[catalogue.rows_of(domain)]])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +62,17 @@ class TitleSimilarityRecommender(DomainRecommender):
 
     def __init__(self, split: Split, domain: str, settings: TitleSimilarity) -> None:
         super().__init__(split, domain)
-        self._decay, self._titles = settings.decay, domain_titles(split, domain)
+        self._decay, self._titles = settings.decay, domain_titles(split.catalogue, domain)
 
     def history_scores(self, history: Ragged) -> np.ndarray:
         return title_scores(profiles(history, self._titles.shape[0], self._decay), self._titles)
+
+    def state(self) -> dict[str, np.ndarray]:
+        return {"decay": np.array(self._decay)}
+
+    def _restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        super()._restore(arrays)
+        self._decay, self._titles = float(arrays["decay"]), domain_titles(self.catalogue, self.domain)
 
 
 def title_scores(profiles_QN: sparse.csr_array, titles: sparse.csr_array) -> np.ndarray:

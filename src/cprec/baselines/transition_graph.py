@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 from scipy import sparse
 
-from cprec.baselines.domain import ages
+from cprec.baselines.domain import ages, sparse_arrays, sparse_from
 from cprec.baselines.text import domain_titles, title_scores
 from cprec.choices import Choice, Real, Whole
 from cprec.data.splits import Split
 from cprec.errors import ConfigError
 from cprec.recommender import RankingQuery
-from cprec.scoring import ScoringRecommender, check_domain
+from cprec.scoring import StoredRecommender, check_domain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ WITH_TITLES = TransitionGraph(text_weight=0.2)
 best of 25 trials on the validation queries of Amazon Beauty (0.21) and of MovieLens 100K (0.18)."""
 
 
-class TransitionGraphRecommender(ScoringRecommender):
+class TransitionGraphRecommender(StoredRecommender):
     """Ranks by links to the last events of the history; see `TransitionGraph`.
 
     Only items with a link (or a word in common, with titles) are returned from the full catalogue; among candidates
@@ -103,7 +104,23 @@ class TransitionGraphRecommender(ScoringRecommender):
         self.catalogue, self._settings = split.catalogue, settings
         names = split.catalogue.domains if domains is None else tuple(domains)
         self._graph = {domain: transitions(split, domain, settings.window, settings.backward) for domain in names}
-        self._titles = {domain: domain_titles(split, domain) for domain in names if settings.text_weight}
+        self._titles = self._read_titles()
+
+    def _read_titles(self) -> dict[str, sparse.csr_array]:
+        """The titles of its domains, where they count."""
+        return {domain: domain_titles(self.catalogue, domain) for domain in self._graph if self._settings.text_weight}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """See `StoredRecommender.arrays`. Titles are read from the catalogue again."""
+        state = {"settings": np.array(json.dumps(asdict(self._settings))), "domains": np.array([*self._graph])}
+        for domain, graph in self._graph.items():
+            state |= sparse_arrays(domain, graph)
+        return state
+
+    def _restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._settings = TransitionGraph(**json.loads(str(arrays["settings"])))
+        self._graph = {domain: sparse_from(arrays, domain) for domain in arrays["domains"].tolist()}
+        self._titles = self._read_titles()
 
     @property
     def name(self) -> str:  # type: ignore[override]

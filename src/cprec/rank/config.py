@@ -39,3 +39,28 @@ class RankConfig:
                 "score=corrected with mode=exact: a corrected score may rise along a title, so nothing can be proven; "
                 "choose mode=auto or mode=beam"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendConfig:
+    """Settings of blending."""
+
+    model: str = ""
+    """Folder of a model that `cprec finetune` or `cprec pretrain` wrote. A recipe leaves it empty: its run blends each
+    model that it fine-tunes."""
+    parts: tuple[str, ...] = ("transition graph (titles)", "EASE")
+    """Recommenders to blend the model with, by their names in tables; `with` on the command line."""
+    data: str | None = None
+    """Data folder that `cprec prepare` wrote; by default the one that the model was trained on."""
+    domain: str | None = None
+    """The domain to recommend from; by default the one that the model was fine-tuned for."""
+    max_queries: int = 750
+    """Validation queries that the weights are chosen on, a seeded sample; 0: all of them."""
+    uncertified: bool = False
+    """Blend although a leakage certificate is missing or does not cover the model."""
+    seed: int = 0
+    """Decides the sample of queries, and what is random in the parts (iALS)."""
+
+    def __post_init__(self) -> None:
+        if self.max_queries < 0:
+            raise ConfigError(f"max_queries={self.max_queries} must be 0 or more")

@@ -19,12 +19,15 @@ from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.errors import ConfigError, DataError, ModelError
 from cprec.models import load_model
+from cprec.rank.blend import read_blend
+from cprec.rank.blend_file import BLEND
 from cprec.rank.config import Mode, RankConfig, Score
 from cprec.rank.generation import match, write
 from cprec.rank.vllm import VLLMReader
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import SPECIFIC, Item, id_text
 from cprec.search.cache import PrefixCache
+from cprec.search.priors import PriorSource
 from cprec.search.ranking import SequenceRanker, batches, may_return
 from cprec.search.reading import ModelReader, Reader, Tree
 from cprec.search.trie import Trie
@@ -73,6 +76,8 @@ class LLMRecommender:
     """Where the model is from, for messages: its folder, if it is from one."""
     withdrawn: Mapping[str, frozenset[str]]
     """Item ids by domain that histories may name and full rankings never return; see `with_items`."""
+    blend: PriorSource | None
+    """What is known of items beside the model, which joins every score; None where the model decides alone."""
 
     def __init__(
         self,
@@ -115,6 +120,7 @@ class LLMRecommender:
         self._check_context()
         self._tries: dict[str, Trie] = {}
         self.withdrawn: Mapping[str, frozenset[str]] = {}
+        self.blend = None
 
     @classmethod
     def from_pretrained(
@@ -123,12 +129,15 @@ class LLMRecommender:
         *,
         engine: Literal["transformers", "vllm"] = "transformers",
         engine_options: Mapping[str, Any] | None = None,
+        blend: bool = True,
         **options: Any,
     ) -> LLMRecommender:
         """The recommender of a model folder, read by `engine`; `options` are those of the constructor (`beam_width=50`,
-        say), `engine_options` those of `vllm.LLM`.
+        say), `engine_options` those of `vllm.LLM`. A blend that `cprec blend` wrote beside the model is used, unless
+        `blend` is False.
 
-        Raises ConfigError if the folder holds no finished model of CPRec, or the engine is not there.
+        Raises ConfigError if the folder holds no finished model of CPRec, or the engine is not there; DataError or
+        ConfigError for a blend that is damaged, or is not of this model.
         """
         folder = Path(folder)
         settings = _settings_of(folder) | options
@@ -140,6 +149,8 @@ class LLMRecommender:
             model = load_model(folder, device=distributed.pick_device())
         made = cls(model, load_tokenizer(str(folder)), Catalogue.read(folder), **settings)
         made.source = str(folder)
+        if blend and (folder / BLEND).exists():
+            made.blend = read_blend(folder, made.catalogue)
         return made
 
     def _check_context(self) -> None:

@@ -163,6 +163,7 @@ class DotProductRecommender(ScoringRecommender):
     """Ranks by the products of a history's representation with the items' vectors. A history without events in the
     domain is represented by padding alone."""
 
+    scale = "logit"
     seconds = 0.0
 
     def __init__(

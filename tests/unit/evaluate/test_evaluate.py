@@ -463,7 +463,7 @@ def test_how_models_rank_is_part_of_who_they_are_and_not_of_the_questions(
     (folder / "model.safetensors").write_bytes(b"weights")
 
     def identity(**rank: Any) -> Mapping[str, Any]:
-        (entrant,) = model_entrants(config.output_dir, "books", {"model": str(folder)}, RankConfig(**rank))
+        (entrant,) = model_entrants(replace(config, rank=RankConfig(**rank)), "books", {"model": str(folder)})
         return entrant.identity
 
     before = identity()

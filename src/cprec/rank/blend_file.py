@@ -1,0 +1,52 @@
+"""`blend.json`: the numbers of a blend, what they were chosen on, and the hashes of all that they belong to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cprec.errors import ConfigError, DataError
+
+BLEND, MODEL = "blend.json", "cprec.json"
+"""Files of a model folder: the blend, and what the model says of itself."""
+VERSION = 1
+"""Version of the layout of `blend.json`."""
+AGAIN = ": run `cprec blend` again, or open the model with blend=False"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The numbers of a blend, and what they reached on the queries that they were chosen on."""
+
+    model: float
+    """The model's weight."""
+    parts: Mapping[str, tuple[float, float]]
+    """Weight and floor of each part; a weight may be 0."""
+    ndcg: float
+
+    def to_json(self) -> dict[str, Any]:
+        parts = {name: {"weight": weight, "floor": floor} for name, (weight, floor) in self.parts.items()}
+        return {"model": self.model, "parts": parts, "ndcg@10": self.ndcg}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Setting:
+        parts = {name: (float(part["weight"]), float(part["floor"])) for name, part in content["parts"].items()}
+        return cls(float(content["model"]), parts, float(content["ndcg@10"]))
+
+
+def read_about(model: str | Path) -> dict[str, Any]:
+    """The content of `blend.json`. Raises ConfigError where there is none, DataError where it is damaged."""
+    path = Path(model, BLEND)
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        version = about["schema_version"]
+    except FileNotFoundError:
+        raise ConfigError(f"{model} holds no blend (no {BLEND}): make one with `cprec blend {model}`") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error!r}){AGAIN}") from None
+    if version != VERSION:
+        raise DataError(f"{path} has schema version {version}, this program reads {VERSION}{AGAIN}")
+    return dict(about)

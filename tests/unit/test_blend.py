@@ -1,0 +1,281 @@
+"""Blending: who is right gets the weight, what is written is what is read, and what was changed is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from cprec import lineup
+from cprec.blend import Entries, best_setting, choose, climb
+from cprec.data.build import build_dataset
+from cprec.data.catalogue import Catalogue
+from cprec.data.config import Rules, SplitSpec, SyntheticConfig
+from cprec.data.dataset import read_dataset
+from cprec.data.queries import ranking_queries
+from cprec.data.sources.memory import MemorySource
+from cprec.data.sources.synthetic import SyntheticWorld
+from cprec.data.splits import Split, make_split
+from cprec.errors import ConfigError, CPRecError, ModelError
+from cprec.rank.blend import KINDS, Blend, BlendedParts, Part, check_parts, read_blend, write_blend
+from cprec.rank.blend_file import Setting
+from cprec.recommender import RankingQuery
+from cprec.schema import VALIDATION, Item
+from cprec.scoring import StoredRecommender
+from cprec.search.priors import PriorSource
+
+N = 24
+
+
+def catalogue_of(num_items: int, more: Sequence[str] = ()) -> Catalogue:
+    ids = [f"i{number:02}" for number in range(num_items)] + list(more)
+    return Catalogue.from_tables({"books": pa.table({"item_id": ids, "title": [f"title {name}" for name in ids]})})
+
+
+ITEMS = catalogue_of(N)
+
+
+class Table(StoredRecommender):
+    """Scores by the query's number; with a blend, the whole sum, as a language model would rank by it."""
+
+    blend: PriorSource | None = None
+
+    def __init__(self, name: str, table_QN: np.ndarray, scale: Literal["share", "logit"] = "share") -> None:
+        self.name, self.catalogue, self.table_QN = name, ITEMS, table_QN
+        self.scale = scale  # type: ignore[misc]
+
+    def scores(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
+        scores_QN = self.table_QN[[int(query.query_id) for query in queries]]
+        if self.blend is None:
+            return scores_QN
+        priors = self.blend.priors(domain, queries)
+        return priors.weight * scores_QN + priors.values_UN
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"table": self.table_QN}
+
+    def _restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self.table_QN = arrays["table"]
+
+
+def asked(number: int, *history: str) -> RankingQuery:
+    return RankingQuery(query_id=str(number), domain="books", history=tuple(Item("books", name) for name in history))
+
+
+# ---- the choice ------------------------------------------------------------------------------------------------------
+
+QUERIES = [asked(number) for number in range(70)]
+TARGET_Q = np.random.default_rng(3).integers(N, size=70)
+IS_TARGET_QN = np.arange(N) == TARGET_Q[:, None]
+NOISE_QN = np.random.default_rng(4).random((70, N))
+SAME_GROUP_QN = np.arange(N) // 6 == TARGET_Q[:, None] // 6
+SAME_PLACE_QN = np.arange(N) % 6 == TARGET_Q[:, None] % 6
+"""An item is its group and its place in it: who knows one of them has four to six items left."""
+
+
+def chosen(model_QN: np.ndarray, part_QN: np.ndarray) -> dict[str, Setting]:
+    model: Any = Table("model", np.log(model_QN))
+    return choose(model, "books", {"part": Table("part", part_QN)}, (QUERIES, [f"i{row:02}" for row in TARGET_Q]))
+
+
+def test_a_model_that_is_right_needs_no_part() -> None:
+    found = chosen(0.9 * IS_TARGET_QN + 0.001, NOISE_QN)
+    assert found["blend"].ndcg == found["model_alone"].ndcg == 1
+    assert found["without_model"].ndcg < 0.5
+    assert found["blend"].model > 0
+
+
+def test_a_part_that_is_right_needs_no_model() -> None:
+    found = chosen(NOISE_QN + 0.001, 7.0 * IS_TARGET_QN)
+    assert found["blend"].ndcg == found["without_model"].ndcg == 1
+    assert found["model_alone"].ndcg < 0.5
+    assert found["without_model"].model == 0 < found["without_model"].parts["part"][0]
+
+
+def test_two_that_know_a_half_each_know_all_together() -> None:
+    found = chosen(SAME_GROUP_QN + 0.01, 3.0 * SAME_PLACE_QN)
+    assert found["blend"].ndcg == 1
+    gain = 1 / np.log2(np.arange(2, 12))
+    assert found["model_alone"].ndcg == pytest.approx(gain[:6].mean())  # six tie, in any order
+    assert found["without_model"].ndcg == pytest.approx(gain[:4].mean())
+    assert found["blend"].model > 0 and found["blend"].parts["part"][0] > 0
+    assert found == chosen(SAME_GROUP_QN + 0.01, 3.0 * SAME_PLACE_QN)
+
+
+def test_the_search_goes_on_until_no_single_number_helps() -> None:
+    grids = [range(5), range(5)]
+    assert climb(lambda point: -abs(point[0] - 3) - abs(point[1] - point[0]) / 2, grids, (0, 0)) == (3, 3)
+    assert climb(lambda point: 0.0, grids, (1, 2)) == (1, 2)
+
+
+def test_weights_that_are_all_zero_are_never_chosen() -> None:
+    """Here any order is as bad as any other, and the zeros come first in every grid."""
+    nothing = Entries(np.zeros(3, int), np.zeros(3, bool), np.zeros(3), {"part": np.ones(3)}, np.ones(3, bool), 1)
+    assert any((best_setting(nothing, (0.0, 1.0)).model, best_setting(nothing, (0.0,)).parts["part"][0]))
+    assert best_setting(nothing, (0.0,)).parts["part"][0] > 0
+
+
+# ---- the blend -------------------------------------------------------------------------------------------------------
+
+
+def blend_of(*parts: Part, weight: float = 1.0) -> Blend:
+    return Blend("books", ITEMS, ITEMS, parts, weight)
+
+
+def row(*scores: float) -> np.ndarray:
+    return np.array([[*scores, *[0.0] * (N - len(scores))]])
+
+
+def test_priors_by_hand() -> None:
+    walk = Part(Table("walk", row(4, 2, 0, -3)), weight=2.0, floor=0.1)
+    logits = Part(Table("logits", np.log(row(1, 4, 2)[:, :] + 1e-9), "logit"), weight=0.5, floor=0.01)
+    priors = blend_of(walk, logits, weight=3.0).priors("books", [asked(0)])
+    expected = 2 * np.log([1, 0.5, 0.1, 0.1]) + 0.5 * np.log([0.25, 1, 0.5, 0.01])
+    np.testing.assert_allclose(priors.values_UN[0, :4], expected)
+    assert priors.weight == 3 and priors.values_UN.shape == (1, N)
+
+
+def test_where_a_part_says_nothing_all_items_have_the_floor() -> None:
+    part = Part(Table("walk", np.zeros((1, N))), weight=2.0, floor=0.1)
+    np.testing.assert_allclose(blend_of(part).priors("books", [asked(0)]).values_UN, 2 * math.log(0.1))
+    assert BlendedParts(blend_of(part)).rank([asked(0)], 5)[0].item_ids == ()
+
+
+def test_without_the_model_the_parts_rank_by_their_sum() -> None:
+    parts = Part(Table("a", row(1, 4, 2)), 1.0, 0.1), Part(Table("b", row(8, 1, 4)), 1.0, 0.1)
+    (ranking,) = BlendedParts(blend_of(*parts, weight=0.0)).rank([asked(0)], 3)
+    assert ranking.item_ids == ("i00", "i02", "i01")
+    np.testing.assert_allclose(np.exp(ranking.scores), [1 / 4, 1 / 4, 1 / 8])
+
+
+def test_an_item_that_came_after_has_the_least_prior_and_parts_do_not_see_it() -> None:
+    part = Part(lineup.settings_of("titles").make(split_of(ITEMS), "books"), weight=2.0, floor=0.1)
+    before = blend_of(part)
+    after = before.with_catalogue(catalogue_of(N, more=["a new one"]))
+    known = before.priors("books", [asked(0, "i03")]).values_UN
+    np.testing.assert_allclose(after.priors("books", [asked(0, "i03", "a new one")]).values_UN[:, 1:], known)
+    assert after.priors("books", [asked(0, "i03")]).values_UN[0, 0] == pytest.approx(2 * math.log(0.1))
+    with pytest.raises(ConfigError, match="'games'"):
+        before.priors("games", [asked(0)])
+
+
+def split_of(catalogue: Catalogue) -> Any:
+    """Titles are read from the catalogue alone."""
+    return type("Split", (), {"catalogue": catalogue})()
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_scores_that_are_no_numbers_are_refused(wrong: float) -> None:
+    with pytest.raises(ModelError, match="walk has scores that are not finite"):
+        blend_of(Part(Table("walk", row(1, wrong)), 1.0, 0.1)).priors("books", [asked(0)])
+
+
+@pytest.mark.parametrize(("weight", "floor"), [(-1, 0.1), (math.nan, 0.1), (math.inf, 0.1), (1, 0), (1, 1.5)])
+def test_numbers_that_mean_nothing_are_refused(weight: float, floor: float) -> None:
+    with pytest.raises(ConfigError, match="walk: weight="):
+        Part(Table("walk", row(1)), weight, floor)
+    with pytest.raises(ConfigError, match="all weights of the blend are zero"):
+        blend_of(weight=0.0)
+    with pytest.raises(ConfigError, match="the model's weight -1"):
+        blend_of(weight=-1)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("SASRec",), "a blend cannot hold 'SASRec'; it can hold popularity, .*EASE"),
+        (("EASE", "EASE"), "all different"),
+        ((), "give one or more"),
+    ],
+)
+def test_parts_that_cannot_be_stored_are_refused(names: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_parts(names)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    world = SyntheticWorld(SyntheticConfig(num_market_users=60, num_library_users=1, items_per_domain=20))
+    sources = [MemorySource(domain, "market", *world.tables()[domain]) for domain in ("garden", "kitchen")]
+    folder = tmp_path_factory.mktemp("blend") / "data"
+    build_dataset(sources, folder, Rules(k_core=0))
+    return make_split(*read_dataset(folder), SplitSpec())
+
+
+@pytest.fixture
+def model(split: Split, tmp_path: Path) -> Path:
+    """What a model folder has beside its weights."""
+    split.catalogue.write(tmp_path)
+    (tmp_path / "cprec.json").write_text("{}")
+    return tmp_path
+
+
+def written(model: Path, split: Split, *names: str) -> tuple[Blend, list[RankingQuery]]:
+    """A blend of all names alike, written beside a model, and queries to ask it."""
+    parts: dict[str, Any] = {name: lineup.settings_of(name).make(split, "kitchen") for name in names}
+    setting = Setting(0.0, {name: (0.5, 0.01) for name in names}, 0.25)
+    write_blend(model, "kitchen", parts, {"blend": setting}, {"num_queries": 7})
+    queries, _ = ranking_queries(split, split.queries("kitchen", VALIDATION, max_history=20))
+    return Blend.of(setting, "kitchen", parts, split.catalogue), queries[:20]
+
+
+def test_every_part_that_is_offered_is_read_as_it_was_written(model: Path, split: Split) -> None:
+    """All at once; transition graphs of several kinds keep their kind."""
+    before, queries = written(model, split, *KINDS)
+    after = read_blend(model, Catalogue.read(model))
+    for was, now in zip(before.parts, after.parts, strict=True):
+        assert (was.recommender.name, was.weight, was.floor) == (now.recommender.name, now.weight, now.floor)
+        assert was.recommender.rank(queries, 10) == now.recommender.rank(queries, 10)
+    assert BlendedParts(before).rank(queries, 10) == BlendedParts(after).rank(queries, 10)
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "part altered": (lambda model: (model / "blend/ease.npz").write_bytes(b"other"), "is not the file that"),
+    "part gone": (lambda model: (model / "blend/ease.npz").unlink(), "ease.npz is gone"),
+    "part unknown": (lambda model: change(model / "blend.json", files={}), "without a file that it knows"),
+    "no JSON": (lambda model: (model / "blend.json").write_text("{"), "is damaged"),
+    "no numbers": (lambda model: change(model / "blend.json", blend={"model": 1}), "is damaged"),
+    "another version": (lambda model: change(model / "blend.json", schema_version=9), "schema version 9"),
+    "another model": (lambda model: (model / "cprec.json").write_text("{ }"), "for another model"),
+    "zeros": (
+        lambda model: change(model / "blend.json", blend={"model": 0, "parts": {}, "ndcg@10": 0}),
+        "all weights of the blend are zero",
+    ),
+    "no number": (
+        lambda model: change(
+            model / "blend.json", blend={"model": 1, "parts": {"EASE": {"weight": math.nan, "floor": 1}}, "ndcg@10": 0}
+        ),
+        "weight=nan",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_was_changed_is_refused(damage: str, model: Path, split: Split) -> None:
+    written(model, split, "EASE")
+    harm, message = DAMAGE[damage]
+    harm(model)
+    with pytest.raises(CPRecError, match=message) as refused:
+        read_blend(model, split.catalogue)
+    assert "blend.json" in str(refused.value) or "cprec blend" in str(refused.value)
+
+
+def test_a_blend_of_another_catalogue_is_refused(model: Path, split: Split) -> None:
+    written(model, split, "EASE")
+    with pytest.raises(ConfigError, match="chosen for another catalogue"):
+        read_blend(model, ITEMS)
+    with pytest.raises(ConfigError, match="holds no blend"):
+        read_blend(model / "blend", split.catalogue)
