@@ -2,42 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
-from cprec.evaluate.results import Arm, Difference, DomainResult
-from cprec.evaluate.statistics import MIN_QUERIES
+import numpy as np
+import pyarrow.compute as pc
+
+from cprec.entrants import WITHOUT_MODEL
+from cprec.evaluate.results import Arm, DomainResult
+from cprec.evaluate.saved import read_saved
+from cprec.evaluate.statistics import MIN_QUERIES, Comparison, compare_pair
+from cprec.recipe import FINETUNED
+
+NAMES = {
+    FINETUNED: "the language model",
+    f"{FINETUNED} blend": "the blend of the language model and simple recommenders",
+    WITHOUT_MODEL: "the blend of simple recommenders, without the language model",
+}
+"""What arms are called in the sentence; others are simple recommenders, by the names that they have in tables."""
+
+Compare = Callable[[str, str], Comparison]
+"""Two arms on the same queries: the first less the second."""
 
 
-def answer(result: DomainResult) -> str:
-    """Which recommender to use, and how much better than the best simple one it is on the same customers.
-
-    Raises ValueError for a result without a model or without a baseline.
-    """
-    model, simple = _best(result, "model"), _best(result, "baseline")
-    told = _difference(result, model.name, simple.name)
-    means = f"NDCG@10 {_mean(result, model):.4f} against {_mean(result, simple):.4f}"
-    if told.test.low > 0 and result.num_queries >= MIN_QUERIES:
+def answer(result: DomainResult, compare: Compare) -> str:
+    """Which recommender to use, and how much better than the best simple one it is for the same customers."""
+    arms = {name: arm for name, arm in result.arms.items() if arm.kind != "bound"}
+    best = max((arm for name, arm in arms.items() if name in NAMES), key=lambda arm: _mean(result, arm))
+    simple = max((arm for name, arm in arms.items() if name not in NAMES), key=lambda arm: _mean(result, arm))
+    test, name = compare(best.name, simple.name), NAMES[best.name]
+    means = f"NDCG@10 {_mean(result, best):.4f} against {_mean(result, simple):.4f}"
+    if test.low > 0 and test.num_queries >= MIN_QUERIES:
         return (
-            f"Use {model.name}: its lists of ten are {_gain(told, _mean(result, simple))} than those of the best "
-            f"simple recommender, {simple.name} ({means}); the item that a customer took next is among the ten for "
-            f"{_found(result, model)} of 1,000 customers, against {_found(result, simple)}."
+            f"Use {name}: its lists of ten are {_gain(test, _mean(result, simple))} than those of the best simple "
+            f"recommender, {simple.name} ({means}); what a customer took next is among the ten for "
+            f"{_found(result, best)} of 1,000 customers, against {_found(result, simple)}."
         )
-    if told.test.low > 0:
+    difference = f"{means}; difference {test.mean:+.4f}, 95 % interval {test.low:+.4f} to {test.high:+.4f}"
+    if test.low > 0:
         return (
-            f"{model.name} seems better than the best simple recommender, {simple.name} ({means}), but "
-            f"{result.num_queries:,} customers are too few to be sure: use {simple.name}, and try again with a log of "
-            f"more than {MIN_QUERIES:,} customers."
+            f"Use {simple.name}: {name} seems to be better ({difference}), but {test.num_queries:,} customers are too "
+            f"few to be sure, so try again with more than {MIN_QUERIES:,}."
         )
-    why = "is better than" if told.test.high < 0 else "is enough, because no gain over it is shown by"
+    why = f"it is better than {name}" if test.high < 0 else f"it is enough, because no gain by {name} is shown"
     return (
-        f"Use {simple.name}: the simple recommender {why} {model.name} ({means}; difference {told.test.mean:+.4f}, "
-        f"95 % interval {told.test.low:+.4f} to {told.test.high:+.4f}); it finds the item that a customer took next "
-        f"among ten for {_found(result, simple)} of 1,000 customers."
+        f"Use {simple.name}, a simple recommender: {why} ({difference}), and what a customer took next is among its "
+        f"ten for {_found(result, simple)} of 1,000 customers."
     )
 
 
-def _best(result: DomainResult, kind: str) -> Arm:
-    return max((arm for arm in result.arms.values() if arm.kind == kind), key=lambda arm: _mean(result, arm))
+def compare_saved(folder: Path, result: DomainResult, seed: int, a: str, b: str) -> Comparison:
+    """Two arms of an evaluation in the main metric, from the metrics of each query that it saved in `folder`."""
+    rows = read_saved(folder / result.domain / "metrics.parquet", "run `cprec fit` again")
+    rows = rows.filter(pc.equal(rows["protocol"], result.main.pool))
+    of_arm = [rows.filter(pc.equal(rows["arm"], arm)) for arm in (a, b)]
+    users, values = of_arm[0]["user_id"].to_pylist(), [np.asarray(one[str(result.main)]) for one in of_arm]
+    assert of_arm[0]["query_id"] == of_arm[1]["query_id"], "both arms answer the same queries in the same order"
+    return compare_pair(values[0], values[1], groups=users, seed=seed)
 
 
 def _mean(result: DomainResult, arm: Arm) -> float:
@@ -49,19 +71,8 @@ def _found(result: DomainResult, arm: Arm) -> int:
     return round(1000 * arm.metrics[replace(result.main, name="recall")].mean)
 
 
-def _difference(result: DomainResult, a: str, b: str) -> Difference:
-    """a less b, as the report has it, whichever of them it names first."""
-    for line in result.differences:
-        if (line.a, line.b) == (a, b):
-            return line
-        if (line.a, line.b) == (b, a):
-            return replace(line, a=a, b=b, test=line.test.reversed())
-    raise ValueError(f"the report does not compare {a} with {b}")
-
-
-def _gain(told: Difference, simple: float) -> str:
-    """A difference as a share of what the simple recommender reaches."""
-    if not simple:
-        return f"better by {told.test.mean:.4f} (95 % interval {told.test.low:.4f} to {told.test.high:.4f})"
-    mean, low, high = (f"{value / simple:.0%}" for value in (told.test.mean, told.test.low, told.test.high))
+def _gain(test: Comparison, simple: float) -> str:
+    """A difference as a share of what the simple recommender reaches, where it reaches something."""
+    numbers = (test.mean, test.low, test.high)
+    mean, low, high = (f"{number / simple:.0%}" if simple else f"{number:.4f}" for number in numbers)
     return f"{mean} better (95 % interval {low} to {high})"

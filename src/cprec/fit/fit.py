@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from cprec.config import find_config, to_yaml
@@ -14,7 +15,7 @@ from cprec.data.config import TableSource
 from cprec.errors import ConfigError
 from cprec.evaluate.config import EvaluateConfig
 from cprec.files import write_whole
-from cprec.fit.answer import answer
+from cprec.fit.answer import answer, compare_saved
 from cprec.fit.config import FitConfig
 from cprec.fit.look import Look, look_at
 from cprec.fit.sizes import RANKING, TRAINING, Choice, choose, num_queries, sizes_for
@@ -48,7 +49,8 @@ def fit(config: FitConfig) -> str:
     start = time.monotonic()
     recipe = _earlier(config) or _chosen(config, start)
     report = run(recipe)
-    sentence = answer(report.domains[config.domain])
+    saved = partial(compare_saved, Path(recipe.evaluate.output_dir), report.domains[config.domain], config.seed)
+    sentence = answer(report.domains[config.domain], saved)
     write_whole(Path(config.output_dir, ANSWER), sentence + "\n")
     print(f"\n{sentence}\n")
     folder = recipe.model_folder(config.domain, FINETUNED)

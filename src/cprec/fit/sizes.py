@@ -19,6 +19,8 @@ SIZES: tuple[tuple[TinyModel, float], ...] = (
 """Models from random weights, the smallest first, each with the tokens of a pass from which it has enough to learn."""
 PASSES, MOST_PASSES = 3.0, 5.0
 """Passes over the examples that a larger model must have time for, and that are worth while at most."""
+FEW_TOKENS, MOST_OF_FEW = 1e6, 20.0
+"""A small log is read more often, until so many tokens were read, but not more often than that."""
 FEWEST_PASSES = 0.2
 """Passes below which a model has learnt too little to be judged."""
 TRAINING, RANKING = 0.55, 0.3
@@ -75,7 +77,8 @@ def choose(rates: Sequence[tuple[TinyModel, float]], tokens: int, seconds: float
     """
     fitting = [(size, rate) for size, rate in rates if rate * seconds >= PASSES * tokens]
     size, rate = fitting[-1] if fitting else rates[0]
-    passes = int(10 * min(MOST_PASSES, rate * seconds / tokens)) / 10
+    most = max(MOST_PASSES, min(MOST_OF_FEW, FEW_TOKENS / tokens))
+    passes = int(10 * min(most, rate * seconds / tokens)) / 10
     if passes < FEWEST_PASSES:
         more = (FEWEST_PASSES * tokens / rate - seconds) / TRAINING / 60
         raise ConfigError(

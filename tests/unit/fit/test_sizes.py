@@ -20,6 +20,8 @@ RATES = [(SMALL, 20_000.0), (MEDIUM, 10_000.0), (LARGE, 5_000.0)]
         (1_000_000, 150, SMALL, 3.0),
         (1_000_000, 100, SMALL, 2.0),  # no size has time for three passes
         (1_000_000, 10, SMALL, 0.2),
+        (100_000, 600, LARGE, 10.0),  # small logs are read until a million tokens are
+        (10_000, 600, LARGE, 20.0),
     ],
 )
 def test_the_largest_model_with_time_for_its_passes(
