@@ -141,9 +141,11 @@ def _number(value: str) -> float:
 
 
 def _free(table: Columns, field: str, taken: Collection[str]) -> list[Column]:
-    """The columns that are not taken, and whose names do not say that they hold something else."""
-    usual = {name.lower() for other, names in DEFAULT_NAMES.items() if other != field for name in names}
-    words = frozenset[str]().union(*(of for other, of in WORDS.items() if other != field))
+    """The columns that are not taken, and whose names do not say that they hold something else; what is called a
+    product may be its title."""
+    own = (field, ITEM_ID) if field == TITLE else (field,)
+    usual = {name.lower() for other, names in DEFAULT_NAMES.items() if other not in own for name in names}
+    words = frozenset[str]().union(*(of for other, of in WORDS.items() if other not in own))
     return [
         column
         for column in table.columns
@@ -153,10 +155,14 @@ def _free(table: Columns, field: str, taken: Collection[str]) -> list[Column]:
 
 
 def _score(field: str, column: Column) -> int:
-    """How much the name of a column says that it holds a field."""
-    is_id = field in (USER_ID, ITEM_ID)
-    named = 2 * bool(column.words & WORDS[field])
-    return named + (bool(column.words & ID_WORDS) - bool(column.words & WORDS[TITLE]) if is_id else 0)
+    """How much a column looks like a field, by its name; and a title by the words in its values."""
+    is_id, is_named = bool(column.words & ID_WORDS), bool(column.words & WORDS[field])
+    if field == TITLE:
+        has_words = column.share(lambda value: " " in value) >= SHARED
+        return 2 * is_named + has_words - is_id - 2 * bool(column.words & WORDS[USER_ID])
+    if field == TIMESTAMP:
+        return 2 * is_named
+    return 2 * is_named + is_id - bool(column.words & WORDS[TITLE])
 
 
 def _one(field: str, table: Columns, fitting: Sequence[Column], ask: Ask | None) -> str:
@@ -176,10 +182,9 @@ def _undecided(field: str, table: Columns, candidates: Sequence[Column], ask: As
         return ask(f"{question} The columns are {listed(table.columns)}", names)
     may_be = f"{' or '.join(column.name for column in candidates)} may be" if candidates else "None looks like it"
     hint = f" ({HINTS[field]})" if field in HINTS else ""
-    example = (candidates or table.columns)[0].name
+    example = f", as columns.{field}={candidates[0].name}" if candidates else ""
     raise ConfigError(
-        f"{question} {may_be}; the columns are {listed(table.columns)}. Write columns.{field}=COLUMN, as "
-        f"columns.{field}={example}{hint}"
+        f"{question} {may_be}; the columns are {listed(table.columns)}. Write columns.{field}=COLUMN{example}{hint}"
     )
 
 

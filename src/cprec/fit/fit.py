@@ -6,14 +6,16 @@ It looks at the log and the machine, chooses what fits them and the time, writes
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cprec.config import find_config, to_yaml
 from cprec.data.config import TableSource
 from cprec.errors import ConfigError
 from cprec.evaluate.config import EvaluateConfig
+from cprec.evaluate.statistics import MIN_QUERIES
 from cprec.files import write_whole
 from cprec.fit.answer import answer, compare_saved
 from cprec.fit.config import FitConfig
@@ -22,7 +24,7 @@ from cprec.fit.sizes import RANKING, TRAINING, Choice, choose, num_queries, size
 from cprec.machine import num_cores
 from cprec.progress import say
 from cprec.provenance import CONFIG_FILE, read_resolved, save_resolved, to_dict
-from cprec.rank.config import RankConfig
+from cprec.rank.config import BlendConfig, RankConfig
 from cprec.recipe import FINETUNED, Recipe
 from cprec.run import run
 from cprec.text.config import TINY, PrepareConfig
@@ -35,7 +37,13 @@ RECIPE, ANSWER = "recipe.yaml", "answer.txt"
 """Files in the output folder: what was chosen, and the sentence at the end."""
 BASELINES = ("popularity", "titles", "transition graph", "transition graph (titles)", "ItemKNN", "EASE")
 """The simple recommenders to compare with."""
+CHOSEN = frozenset(
+    ("max_title_tokens", "tiny", "hidden_size", "num_hidden_layers", "num_attention_heads", "learning_rate")
+    + ("num_train_epochs", "max_queries", "parts")
+)
+"""Settings that stand in the recipe's file even where they are the defaults."""
 LORA_RANK = 16
+"""Of adapters, where there is no memory to train all weights of an open model."""
 
 
 def fit(config: FitConfig) -> str:
@@ -82,6 +90,7 @@ def _earlier(config: FitConfig) -> Recipe | None:
 def _chosen(config: FitConfig, start: float) -> Recipe:
     """Look, choose, and write the recipe."""
     source, look = look_at(config)
+    is_tiny = config.base == TINY
     save_resolved(config.output_dir, config)
     say(str(look))
     prepared = _prepare_config(config, source, look)
@@ -89,32 +98,50 @@ def _chosen(config: FitConfig, start: float) -> Recipe:
     left = 60 * config.minutes - (time.monotonic() - start)
     tokens = int(read_shard_manifest(Path(prepared.output_dir, "examples", config.domain, "train"))["num_tokens"])
     finetune, choice = _training(config, tokens, TRAINING * left)
-    queries = num_queries(choice.tokens_per_second, RANKING * left)
+    queries, blended = num_queries(choice.tokens_per_second, RANKING * left)
     recipe = Recipe(
         name="fit",
         description=f"a recommender for {config.domain} in {config.minutes:g} minutes",
         prepare=prepared,
         finetune=finetune,
+        blend=BlendConfig(max_queries=blended, seed=config.seed),
         evaluate=EvaluateConfig(
             data=prepared.output_dir,
             output_dir=f"{config.output_dir}/report",
             baselines=BASELINES,
             max_queries=queries,
-            rank=RankConfig() if config.base == TINY else RankConfig(mode="beam"),
+            rank=RankConfig() if is_tiny else RankConfig(mode="beam"),
             seed=config.seed,
         ),
     )
     path = Path(config.output_dir, RECIPE)
-    write_whole(path, f"# What `cprec fit` chose. Edit it, and run it again: cprec run {path}\n{to_yaml(recipe)}")
+    head = f"# What `cprec fit` chose. Edit it, and run it again: cprec run {path}"
+    write_whole(path, f"{head}\n{to_yaml(essential(recipe))}")
     size = f"a model of width {choice.size.hidden_size} and {choice.size.num_hidden_layers} blocks"
-    model = size if config.base == TINY else config.base
     say(
-        f"{left / 60:.1f} minutes are left on {num_cores()} cores. Chosen: {model}; "
+        f"{left / 60:.1f} minutes are left on {num_cores()} cores. Chosen: {size if is_tiny else config.base}; "
         f"{choice.passes:g} passes over {tokens:,} tokens at {choice.tokens_per_second:,.0f} a second, about "
-        f"{choice.seconds / 60:.1f} minutes; then up to {queries:,} customers to try it on, at most about "
+        f"{choice.seconds / 60:.1f} minutes; then up to {queries:,} customers to try it on, about "
         f"{RANKING * left / 60:.1f} minutes. All of it stands in {path}"
     )
+    if queries < min(MIN_QUERIES, look.num_teaching):
+        say(f"note: fewer than {MIN_QUERIES:,} customers prove nothing; more of them need more minutes")
     return recipe
+
+
+def essential(config: Any) -> Any:
+    """What the file of a recipe says, as a mapping: the settings that are not the defaults, and those chosen here."""
+    if isinstance(config, tuple):
+        return [essential(entry) for entry in config]
+    if not is_dataclass(config):
+        return to_dict(config)
+    told = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if value != default or field.name in CHOSEN:
+            told[field.name] = essential(value)
+    return told
 
 
 # ---- the recipe ------------------------------------------------------------------------------------------------------

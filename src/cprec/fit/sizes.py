@@ -25,10 +25,13 @@ FEWEST_PASSES = 0.2
 """Passes below which a model has learnt too little to be judged."""
 TRAINING, RANKING = 0.55, 0.3
 """Shares of the time left that training and ranking with the model may take; the rest is for baselines and the end."""
-QUERY_TOKENS = 1500
-"""Tokens that training could read in the time in which a query is ranked under every protocol, about."""
-FEWEST_QUERIES, MOST_QUERIES = 1000, 10_000
-"""Queries to rank: with fewer nothing may be claimed, and with more the interval hardly narrows."""
+QUERY_TOKENS, BLEND_TOKENS = 2000, 8000
+"""Tokens that training could read in the time in which a query is ranked with the model and its blend under every
+protocol, and in which one is looked at to choose the weights of the blend; about."""
+BLENDING = 1 / 3
+"""Share of the time of ranking in which the weights of the blend are chosen."""
+QUERIES, BLEND_QUERIES = (250, 10_000), (100, 750)
+"""Fewest and most queries to rank, and to choose weights on: with fewer a mean says nothing, with more hardly more."""
 
 TITLE_TOKENS = (8, 12, 16, 24, 32)
 """Tokens of a title to choose from."""
@@ -78,7 +81,7 @@ def choose(rates: Sequence[tuple[TinyModel, float]], tokens: int, seconds: float
     fitting = [(size, rate) for size, rate in rates if rate * seconds >= PASSES * tokens]
     size, rate = fitting[-1] if fitting else rates[0]
     most = max(MOST_PASSES, min(MOST_OF_FEW, FEW_TOKENS / tokens))
-    passes = int(10 * min(most, rate * seconds / tokens)) / 10
+    passes = int(100 * min(most, rate * seconds / tokens)) / 100
     if passes < FEWEST_PASSES:
         more = (FEWEST_PASSES * tokens / rate - seconds) / TRAINING / 60
         raise ConfigError(
@@ -89,6 +92,9 @@ def choose(rates: Sequence[tuple[TinyModel, float]], tokens: int, seconds: float
     return Choice(size, rate, passes, passes * tokens / rate)
 
 
-def num_queries(tokens_per_second: float, seconds: float) -> int:
-    """How many queries a model that trains at this rate ranks in the time."""
-    return min(MOST_QUERIES, max(FEWEST_QUERIES, int(tokens_per_second * seconds / QUERY_TOKENS)))
+def num_queries(tokens_per_second: float, seconds: float) -> tuple[int, int]:
+    """How many queries a model that trains at this rate ranks in the time, and on how many its blend is chosen."""
+    tokens = tokens_per_second * seconds
+    parts = (((1 - BLENDING) * tokens / QUERY_TOKENS, QUERIES), (BLENDING * tokens / BLEND_TOKENS, BLEND_QUERIES))
+    ranked, blended = (int(min(most, max(fewest, number))) for number, (fewest, most) in parts)
+    return ranked, blended

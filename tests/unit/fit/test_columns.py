@@ -59,6 +59,11 @@ def found(
             {"movie": [str(n) for n in range(20)], "name": TITLES, "year": ["1999"] * 20},
             ["movie", "when", "user", "movie", "name"],
         ),
+        (  # what is called a product is its title, and the other id is none
+            {"reviewer": WHO, "asin": WHAT, "time": WHEN},
+            {"asin": IDS, "product": TITLES, "code": [f"x{item}" for item in IDS], "brand": TITLES},
+            ["asin", "time", "reviewer", "asin", "product"],
+        ),
         (  # a title in every row
             {"who": WHO, "product": WHAT, "title": TITLES * 2, "time": WHEN},
             None,
