@@ -7,12 +7,14 @@ that returns a complete `Recipe`; its keyword arguments (such as `data=FOLDER`) 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from cprec.errors import ConfigError
 from cprec.field_help import show_value
+from cprec.fit.config import FitConfig
 from cprec.recipe import STAGE_CONFIGS, Recipe
 from cprec.recipes import RECIPES
 from cprec.recipes.arms import ARMS, with_arm
@@ -36,6 +38,7 @@ __all__ = [
     "Recipe",
     "describe_recipe",
     "find_config",
+    "fit_config",
     "from_mapping",
     "from_yaml",
     "resolve",
@@ -45,6 +48,9 @@ __all__ = [
 ]
 
 ConfigT = TypeVar("ConfigT")
+
+_TABLE = re.compile(r"\.(csv|tsv|jsonl|ndjson|json|parquet|pq)(\.gz)?$")
+"""The end of the name of a table's file."""
 
 
 def describe_recipe(name: str, recipe: Callable[..., Any]) -> str:
@@ -158,6 +164,21 @@ def to_yaml(config: Any) -> str:
 def stage_config(stage: str, overrides: Iterable[str], **given: Any) -> Any:
     """The configuration of a stage from `key=value` settings alone; those in `given` take precedence."""
     return from_mapping(STAGE_CONFIGS[stage], parse_overrides(overrides) | given)
+
+
+def fit_config(words: Sequence[str], overrides: Iterable[str]) -> FitConfig:
+    """The settings of `cprec fit`: its words are the log, the items and the folder to write, the last two optional."""
+    files = [word for word in words if _TABLE.search(word.lower())]
+    folders = [word for word in words if word not in files]
+    if not 1 <= len(files) <= 2 or len(folders) > 1:
+        raise ConfigError(
+            f"cprec fit {' '.join(words)}: give the log, the items and the folder to write, as cprec fit events.csv "
+            "items.csv runs/shop; files end in .csv, .tsv, .jsonl (also with .gz) or .parquet"
+        )
+    names = dict(zip(("interactions", "items"), files, strict=False)) | dict(
+        zip(("output_dir",), folders, strict=False)
+    )
+    return from_mapping(FitConfig, merge(SettingsTree(names), parse_overrides(overrides)))
 
 
 def find_config(source: str, overrides: Iterable[str] = (), stage: str | None = None) -> Any:

@@ -21,7 +21,7 @@ from cprec.errors import ConfigError, LeakageError
 from cprec.evaluate.config import EvaluateConfig
 from cprec.evaluate.evaluate import EXACT, Entrant, Opened
 from cprec.evaluate.rankings import rankings_path, read_rankings, slug
-from cprec.evaluate.results import FULL, GENERATED, arm_of, model_of
+from cprec.evaluate.results import BLENDED, FULL, GENERATED, arm_of, model_of
 from cprec.progress import say
 from cprec.provenance import FileHashes, code_sha256, differences, file_sha256, shortened, to_dict
 from cprec.rank.blend_file import BLEND, read_about
@@ -162,7 +162,7 @@ def _blended(
             f"the parts of {path} have learnt from other events than those of {data} ({shortened(changed)}), perhaps "
             f"from held out ones: run `cprec blend {folder} data={data}`"
         )
-    return [_model(_renamed(name, "blend"), folder, about, rank, hashes, hashes.of(path))]
+    return [_model(_renamed(name, BLENDED.strip()), folder, about, rank, hashes, hashes.of(path))]
 
 
 def _without_models(models: Mapping[str, str], domain: str) -> list[Entrant]:

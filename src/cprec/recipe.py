@@ -6,6 +6,7 @@ import dataclasses
 
 from cprec.baselines.config import TuneConfig
 from cprec.evaluate.config import EvaluateConfig
+from cprec.fit.config import FitConfig
 from cprec.rank.config import BlendConfig
 from cprec.serve.config import RecommendConfig, ServeConfig
 from cprec.text.config import PrepareConfig
@@ -21,6 +22,7 @@ STAGE_CONFIGS: dict[str, type] = {
     "tune": TuneConfig,
     "recommend": RecommendConfig,
     "serve": ServeConfig,
+    "fit": FitConfig,
 }
 """The configuration class of each stage."""
 

@@ -113,6 +113,13 @@ def serve(verb: Verb, options: argparse.Namespace) -> None:
     load(verb.function)(config)
 
 
+def fit(verb: Verb, options: argparse.Namespace) -> None:
+    from cprec.config import fit_config
+
+    words = [word for word in options.words if "=" not in word]
+    load(verb.function)(fit_config(words, [word for word in options.words if "=" in word]))
+
+
 def audit(verb: Verb, options: argparse.Namespace) -> None:
     folder = Path(options.folder)
     if not folder.is_dir():
@@ -210,6 +217,29 @@ VERBS: tuple[Verb, ...] = (
         about="--serve  when all is done, serve the models just made",
         settings_help=stages_help,
         run=demo,
+    ),
+    Verb(
+        name="fit",
+        summary="a recommender from a log and a table of items, and whether it is worth having",
+        text="""Finds the columns of a log and of its items, chooses the size of the model, its passes and the length of
+            titles so that all fits the time, prepares and certifies the data, trains, and tries the model on held-out
+            events beside simple recommenders. It ends with one sentence: which recommender to use, and how much better
+            it is. OUT/recipe.yaml has everything that was chosen; cprec run OUT/recipe.yaml runs it again, as it is or
+            edited. Interrupted, the same command goes on.""",
+        example="cprec fit events.csv items.csv runs/shop minutes=20",
+        function="cprec.fit.fit:fit",
+        stage="fit",
+        usage="EVENTS [ITEMS] [OUT] [key=value ...]",
+        arguments={"words": {"nargs": "+", "metavar": "EVENTS"}},
+        takes_settings=False,
+        about="""
+            EVENTS  the log: one row per event (who, what, when)
+            ITEMS   the items and their titles; none where the log has a title in every row
+            OUT     the folder to write, runs/fit if not given
+            Files end in .csv, .tsv, .jsonl (also with .gz) or .parquet. Where a column is not found
+            by itself, say which it is, as columns.user_id=customer.
+        """,
+        run=fit,
     ),
     Verb(
         name="run",

@@ -96,7 +96,7 @@ FUNCTIONS = {verb.name: verb.function for verb in verbs.VERBS}
 def fake_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     calls.clear()
     failures.clear()
-    stages = dict.fromkeys((*STAGES, "blend", "anneal", "tune"), FakeConfig)
+    stages = dict.fromkeys((*STAGES, "anneal", "blend", "tune", "fit"), FakeConfig)
     stages |= {"recommend": FakeRecommendConfig, "serve": FakeServeConfig}
     monkeypatch.setattr(config, "STAGE_CONFIGS", stages)
     monkeypatch.setattr(config, "RECIPES", {"fake": fake, "demo": demo})
@@ -181,6 +181,19 @@ def test_serve_gets_the_models_among_its_settings(capsys: pytest.CaptureFixture[
     assert cli.main(["serve", "a/x", "port=1"]) == 2
     assert "port=1: not here" in capsys.readouterr().err
     assert len(calls) == 1
+
+
+def test_fit_tells_files_from_the_folder_and_settings_change_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["fit", "a.csv", "minutes=3", "b.csv.gz", "out", "interactions.separator=;"]) == 0
+    assert cli.main(["fit", "a.parquet", "columns.user_id=who"]) == 0
+    (path, first), (_, second) = calls
+    assert path == "cprec.fit.fit:fit" and (first.minutes, first.output_dir) == (3, "out")
+    assert first.items == ("b.csv.gz",) and (first.interactions.path, first.interactions.separator) == (("a.csv",), ";")
+    assert (second.items, second.columns, second.output_dir) == (None, {"user_id": "who"}, "runs/fit")
+    for words in (["out"], ["a.csv", "b.csv", "c.csv"], ["a.csv", "x", "y"]):
+        assert cli.main(["fit", *words]) == 2
+        assert "the log, the items and the folder" in capsys.readouterr().err
+    assert len(calls) == 2
 
 
 def test_demo_may_end_in_a_service() -> None:

@@ -237,6 +237,9 @@ SEED = re.compile(r"(?P<model>.+) \(seed \d+\)")
 """Names of arms that are one model trained with several seeds. In a table of differences they stand together and are
 never tested against each other."""
 
+BLENDED = " blend"
+"""End of the name of a row that blends a model with other recommenders; the model is the row of the name before it."""
+
 
 def arm_of(model: str, seed: int) -> str:
     """The name of an arm that is one of several seeds.

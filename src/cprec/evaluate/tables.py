@@ -21,6 +21,7 @@ from cprec.evaluate import metrics
 from cprec.evaluate.questions import Protocol, Questions
 from cprec.evaluate.rankings import SavedRankings
 from cprec.evaluate.results import (
+    BLENDED,
     FULL,
     GENERATED,
     Arm,
@@ -262,15 +263,21 @@ def paired(judged: Sequence[Judged], users: Sequence[str], main: Metric, seed: i
 
 def _told(values: Mapping[str, np.ndarray], models: Sequence[str]) -> list[tuple[str, str]]:
     """The pairs that a report tells of: each model and the baselines and the models before it; where there are no
-    models, the best baseline and the others."""
-    if models:
-        return [
-            (a, b)
-            for a in reversed(models)
-            for b in values
-            if a != b and (b not in models or models.index(b) < models.index(a))
-        ]
-    if not values:
-        return []
-    best = max(values, key=lambda rival: float(values[rival].mean()))
-    return [(best, rival) for rival in values if rival != best]
+    models, the best baseline and the others.
+
+    Where models have blends, these are told in place of the models: with the baselines, the blends before and the
+    model alone. A model alone is then told with the models before it.
+    """
+    if not models:
+        best = max(values, key=lambda rival: float(values[rival].mean()), default="")
+        return [(best, rival) for rival in values if rival != best]
+    blends = [name for name in models if name.endswith(BLENDED)]
+    alone = [name for name in models if name not in blends]
+    baselines = [name for name in values if name not in models]
+    leading, pairs = blends or alone, []
+    for number, a in reversed(list(enumerate(leading))):
+        own = [name for name in alone if name + BLENDED == a]
+        pairs += [(a, b) for b in (*baselines, *leading[:number], *own)]
+    if blends:
+        pairs += [(a, b) for number, a in reversed(list(enumerate(alone))) for b in alone[:number]]
+    return pairs

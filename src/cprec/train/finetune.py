@@ -10,6 +10,7 @@ from cprec.data.dataset import read_catalogue
 from cprec.errors import ConfigError
 from cprec.schema import SPECIFIC
 from cprec.search.trie import Trie
+from cprec.text.config import PLAIN
 from cprec.text.corpus import Corpus
 from cprec.text.documents import WHOLE
 from cprec.text.encoding import PromptEncoder
@@ -19,12 +20,22 @@ from cprec.text.stream import TokenStream, one_phase
 from cprec.text.tokenizer import load_tokenizer
 from cprec.train.catalogue_loss import TitleNodes
 from cprec.train.config import FinetuneConfig
+from cprec.train.estimate import Estimate
 from cprec.train.plan import Plan
-from cprec.train.training import Run, plan_of, run_training
+from cprec.train.training import Run, plan_of, run_training, time_training
 
 
 def finetune(config: FinetuneConfig) -> Path:
     """Fine-tune a model on the next-item examples of a domain, or on its users' documents; returns the model folder."""
+    return run_training(_run(config))
+
+
+def timed(config: FinetuneConfig) -> Estimate:
+    """What fine-tuning will take, its speed timed on a micro-batch. Nothing is learnt or written."""
+    return time_training(_run(config))
+
+
+def _run(config: FinetuneConfig) -> Run:
     folder = _examples_of(Path(config.data), config.domain)
     train, validation = _documents(folder, config.documents), open_shards(folder / "validation")
     by_example = config.documents == "examples"
@@ -48,19 +59,17 @@ def finetune(config: FinetuneConfig) -> Path:
 
     held_out = min(config.eval_tokens, validation.manifest["num_tokens"])
     heldout = stream(validation, held_out, config.rows_per_pass, targets_only=True) if held_out else None
-    return run_training(
-        Run(
-            config=config,
-            make_plan=plan,
-            trained_on=[train.sha256],
-            inputs={"heldout": validation.sha256},
-            validation={f"{config.domain} (next item)": heldout} if heldout else {},
-            stage="finetune",
-            about={"domain": config.domain, **train.manifest["about"], "softmax": config.softmax},
-            item_head=config.item_head,
-            titles_trie=trie,
-            weight_of_catalogue=config.weight_of_catalogue,
-        )
+    return Run(
+        config=config,
+        make_plan=plan,
+        trained_on=[train.sha256],
+        inputs={"heldout": validation.sha256},
+        validation={f"{config.domain} (next item)": heldout} if heldout else {},
+        stage="finetune",
+        about={"domain": config.domain, **train.manifest["about"], "softmax": config.softmax},
+        item_head=config.item_head,
+        titles_trie=trie,
+        weight_of_catalogue=config.weight_of_catalogue,
     )
 
 
@@ -71,6 +80,7 @@ def _titles_of(config: FinetuneConfig, about: Mapping[str, Any]) -> Trie:
         load_tokenizer(str(Path(config.data) / "tokenizer")),
         catalogue,
         max_title_tokens=about["max_title_tokens"],
+        title_cut=about.get("title_cut", PLAIN),  # older folders have none
         template=Template(**about["template"]),
     )
     return Trie.build(encoder.titles(catalogue.rows_of(config.domain), end=True))

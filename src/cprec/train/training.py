@@ -176,6 +176,13 @@ def run_training(run: Run) -> Path:
     return run.output_dir
 
 
+def time_training(run: Run) -> Estimate:
+    """What a run will take, its speed timed on a micro-batch. Nothing is learnt or written."""
+    plan = run.make_plan()
+    loss = _build(run, plan, load_tokenizer(str(run.data / "tokenizer")))
+    return measure(_estimate(run, plan, loss.module, run.validation), loss, plan.stream)
+
+
 # ---- plan ------------------------------------------------------------------------------------------------------------
 
 

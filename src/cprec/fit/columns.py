@@ -1,0 +1,223 @@
+"""Tells the columns of a log and of its items by their names and, where those say nothing, by what is in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from cprec.data.sources.columns import DEFAULT_NAMES
+from cprec.errors import ConfigError, DataError
+from cprec.schema import ITEM_ID, TIMESTAMP, TITLE, USER_ID
+
+WORDS: Mapping[str, frozenset[str]] = {
+    USER_ID: frozenset(
+        ("user", "customer", "client", "buyer", "member", "visitor", "shopper", "reader", "reviewer", "account")
+    ),
+    ITEM_ID: frozenset(
+        ("item", "product", "article", "sku", "asin", "isbn", "ean", "book", "movie", "film", "song", "track", "game")
+    ),
+    TIMESTAMP: frozenset(("time", "date", "datetime", "timestamp", "day", "when", "created", "at", "ts")),
+    TITLE: frozenset(("title", "name", "label")),
+}
+"""Words in the name of a column that tell what it holds."""
+ID_WORDS = frozenset(["id", "no", "nr", "number", "num", "code", "key", "uid", "sku", "asin", "isbn", "ean"])
+"""Words that tell an id from other things known of a user or an item."""
+
+MEANING = {USER_ID: "the customer", ITEM_ID: "the item", TIMESTAMP: "the time", TITLE: "the item's title"}
+HINTS = {
+    ITEM_ID: "the same ids must stand in both tables",
+    TIMESTAMP: "times are written as 2014-07-23 or 2014-07-23T18:00:00, or are seconds since 1970; where the rows of a "
+    "customer stand in order, timestamps=order does without",
+    TITLE: "every item needs a title, because it is what a language model reads",
+}
+
+MOST = 0.9
+"""Share of a column's values that must be of a kind for the column to be of it."""
+SHARED = 0.5
+"""Share of the log's values that must be among the items' for two columns to hold the same ids."""
+REPEATED = 0.7
+"""Distinct values among all at most, where the values are users: a log tells of users more than once."""
+
+_WORD = re.compile(r"[a-z]+|[A-Z]+(?![a-z])|[A-Z][a-z]+")
+_DATE = re.compile(r"\d{4}-\d\d?-\d\d?([ T].*)?")
+_EARLIEST = 1e8
+"""Smaller numbers are no times since 1970 in any unit."""
+
+Ask = Callable[[str, Sequence[str]], str]
+"""A question and the columns to choose from -> the one chosen."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a file: some of its values as text, and how many of all are distinct."""
+
+    name: str
+    values: Sequence[str]
+    distinct: float
+
+    @property
+    def words(self) -> frozenset[str]:
+        """The words of its name: `customerId` has customer and id."""
+        return frozenset(word.lower() for word in _WORD.findall(self.name))
+
+    def share(self, holds: Callable[[str], object]) -> float:
+        """The share of its values that something holds for; 0 without values."""
+        return sum(map(bool, map(holds, self.values))) / max(1, len(self.values))
+
+    def __str__(self) -> str:
+        shown = ", ".join(repr(value[:40]) for value in list(dict.fromkeys(self.values))[:2])
+        return f"{self.name} (as {shown or 'nothing'})"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a table, and those that a user has told by canonical name."""
+
+    file: str
+    columns: Sequence[Column]
+    given: Mapping[str, str]
+
+    def named(self, field: str) -> Column | None:
+        """The column that is given for a field, or that has a usual name of it. Raises ConfigError if it is missing."""
+        wanted = (self.given[field],) if field in self.given else DEFAULT_NAMES[field]
+        for name in wanted:
+            for column in self.columns:
+                if column.name.lower() == name.lower():
+                    return column
+        if field in self.given:
+            raise ConfigError(
+                f"columns.{field}={self.given[field]}: {self.file} has no such column; it has {listed(self.columns)}"
+            )
+        return None
+
+
+def find(
+    log: Columns, items: Columns | None, *, has_times: bool = True, ask: Ask | None = None
+) -> list[dict[str, str]]:
+    """The columns of users, items, times and titles: for the log, and for the items where they have a table of theirs.
+
+    A column that is given or that has a usual name is taken; others are told by words in their names and by their
+    values. Where that leaves none or several, `ask` decides. Without it, ConfigError lists the columns and says what
+    to write. Raises DataError where the columns found cannot hold what they should.
+    """
+    found: dict[str, str] = {}
+    titled = items or log
+    theirs: dict[str, str] = {}
+    if items is None:
+        found[ITEM_ID] = _one(ITEM_ID, log, _free(log, ITEM_ID, ()), ask)
+    else:
+        found[ITEM_ID], theirs[ITEM_ID] = _item_ids(log, items, ask)
+    if has_times:
+        times = [column for column in _free(log, TIMESTAMP, found.values()) if column.share(is_time) >= MOST]
+        found[TIMESTAMP] = _one(TIMESTAMP, log, times, ask)
+        _check_times(log, found[TIMESTAMP])
+    repeated = [column for column in _free(log, USER_ID, found.values()) if column.distinct <= REPEATED]
+    found[USER_ID] = _one(USER_ID, log, repeated, ask)
+    taken = found if items is None else theirs
+    texts = [column for column in _free(titled, TITLE, taken.values()) if column.share(has_letters) >= MOST]
+    taken[TITLE] = _one(TITLE, titled, texts, ask)
+    return [found] if items is None else [found, theirs]
+
+
+def is_time(value: str) -> bool:
+    """Whether a value is a date, a date and time, or a number of seconds (or a finer unit) since 1970.
+
+    >>> is_time("2014-07-23"), is_time("1406138400"), is_time("23.07.2014"), is_time("17")
+    (True, True, False, False)
+    """
+    return bool(_DATE.fullmatch(value)) or _number(value) >= _EARLIEST
+
+
+def has_letters(value: str) -> bool:
+    return any(map(str.isalpha, value))
+
+
+def _number(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        return 0.0
+
+
+def _free(table: Columns, field: str, taken: Collection[str]) -> list[Column]:
+    """The columns that are not taken, and whose names do not say that they hold something else; what is called a
+    product may be its title."""
+    own = (field, ITEM_ID) if field == TITLE else (field,)
+    usual = {name.lower() for other, names in DEFAULT_NAMES.items() if other not in own for name in names}
+    words = frozenset[str]().union(*(of for other, of in WORDS.items() if other not in own))
+    return [
+        column
+        for column in table.columns
+        if column.name not in taken
+        and (column.words & WORDS[field] or not (column.name.lower() in usual or column.words & words))
+    ]
+
+
+def _score(field: str, column: Column) -> int:
+    """How much a column looks like a field, by its name; and a title by the words in its values."""
+    is_id, is_named = bool(column.words & ID_WORDS), bool(column.words & WORDS[field])
+    if field == TITLE:
+        has_words = column.share(lambda value: " " in value) >= SHARED
+        return 2 * is_named + has_words - is_id - 2 * bool(column.words & WORDS[USER_ID])
+    if field == TIMESTAMP:
+        return 2 * is_named
+    return 2 * is_named + is_id - bool(column.words & WORDS[TITLE])
+
+
+def _one(field: str, table: Columns, fitting: Sequence[Column], ask: Ask | None) -> str:
+    """The column of a field: the named one, or the one that fits best."""
+    named = table.named(field)
+    if named is not None:
+        return named.name
+    scores = [_score(field, column) for column in fitting]
+    best = [column for column, score in zip(fitting, scores, strict=True) if score == max(scores)]
+    return best[0].name if len(best) == 1 else _undecided(field, table, best, ask)
+
+
+def _undecided(field: str, table: Columns, candidates: Sequence[Column], ask: Ask | None) -> str:
+    names = [column.name for column in table.columns]
+    question = f"{table.file}: which column is {MEANING[field]} ({field})?"
+    if ask is not None:
+        return ask(f"{question} The columns are {listed(table.columns)}", names)
+    may_be = f"{' or '.join(column.name for column in candidates)} may be" if candidates else "None looks like it"
+    hint = f" ({HINTS[field]})" if field in HINTS else ""
+    example = f", as columns.{field}={candidates[0].name}" if candidates else ""
+    raise ConfigError(
+        f"{question} {may_be}; the columns are {listed(table.columns)}. Write columns.{field}=COLUMN{example}{hint}"
+    )
+
+
+def _item_ids(log: Columns, items: Columns, ask: Ask | None) -> tuple[str, str]:
+    """The columns of the log and of the items that hold the same ids."""
+    named = log.named(ITEM_ID), items.named(ITEM_ID)
+    ours = [named[0]] if named[0] else _free(log, ITEM_ID, ())
+    theirs = [named[1]] if named[1] else [c for c in _free(items, ITEM_ID, ()) if c.distinct >= MOST]
+    ids = {column.name: frozenset(column.values) for column in theirs}
+    pairs = [(a, b) for a in ours for b in theirs if a.share(ids[b.name].__contains__) >= SHARED]
+    if not pairs and all(named):
+        raise DataError(
+            f"the ids of {log.file} in {ours[0]} are not those of {items.file} in {theirs[0]}: these columns must hold "
+            f"the same ids. Where others do, write interactions.columns.{ITEM_ID}=COLUMN and items.columns.{ITEM_ID}="
+            f"COLUMN; {log.file} has {listed(log.columns)}, {items.file} has {listed(items.columns)}"
+        )
+    scores = [_score(ITEM_ID, a) + _score(ITEM_ID, b) + (a.name == b.name) for a, b in pairs]
+    best = [pair for pair, score in zip(pairs, scores, strict=True) if score == max(scores)]
+    if len(best) == 1:
+        return best[0][0].name, best[0][1].name
+    return tuple(  # type: ignore[return-value]
+        _one(ITEM_ID, table, list({c.name: c for c in side}.values()), ask)
+        for table, side in ((log, [a for a, _ in best]), (items, [b for _, b in best]))
+    )
+
+
+def _check_times(log: Columns, name: str) -> None:
+    """Raise DataError where the column of times holds text that is none; numbers are judged where they are read."""
+    column = next(column for column in log.columns if column.name == name)
+    is_readable = column.share(lambda value: is_time(value) or _number(value) or value == "0")
+    if is_readable < SHARED:
+        raise DataError(f"{log.file}: the values of {column} are no times that can be read; {HINTS[TIMESTAMP]}")
+
+
+def listed(columns: Iterable[Column]) -> str:
+    return ", ".join(map(str, columns))

@@ -1,0 +1,100 @@
+"""What fits a log and the time: how many tokens a title has, the size of the model, its passes. Pure functions."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from cprec.errors import ConfigError
+from cprec.train.config import TinyModel
+
+SIZES: tuple[tuple[TinyModel, float], ...] = (
+    (TinyModel(hidden_size=128, num_hidden_layers=2, num_attention_heads=4), 0),
+    (TinyModel(hidden_size=192, num_hidden_layers=3, num_attention_heads=6), 0.5e6),
+    (TinyModel(hidden_size=256, num_hidden_layers=4, num_attention_heads=8), 5e6),
+    (TinyModel(hidden_size=384, num_hidden_layers=6, num_attention_heads=6), 20e6),
+)
+"""Models from random weights, the smallest first, each with the tokens of a pass from which it has enough to learn."""
+PASSES, MOST_PASSES = 3.0, 5.0
+"""Passes over the examples that a larger model must have time for, and that are worth while at most."""
+FEW_TOKENS, MOST_OF_FEW = 1e6, 20.0
+"""A small log is read more often, until so many tokens were read, but not more often than that."""
+FEWEST_PASSES = 0.2
+"""Passes below which a model has learnt too little to be judged."""
+TRAINING, RANKING = 0.55, 0.3
+"""Shares of the time left that training and ranking with the model may take; the rest is for baselines and the end."""
+QUERY_TOKENS, BLEND_TOKENS = 2000, 8000
+"""Tokens that training could read in the time in which a query is ranked with the model and its blend under every
+protocol, and in which one is looked at to choose the weights of the blend; about."""
+BLENDING = 1 / 3
+"""Share of the time of ranking in which the weights of the blend are chosen."""
+QUERIES, BLEND_QUERIES = (250, 10_000), (100, 750)
+"""Fewest and most queries to rank, and to choose weights on: with fewer a mean says nothing, with more hardly more."""
+
+TITLE_TOKENS = (8, 12, 16, 24, 32)
+"""Tokens of a title to choose from."""
+KEPT = 0.95
+"""Of the titles that differ, the share that must still differ when they are cut."""
+
+_PIECE = re.compile(r"\w+|[^\w\s]")
+
+
+def title_tokens(titles: Iterable[str]) -> int:
+    """The fewest tokens to which titles can be cut so that nearly all that differ still do; a word counts as one.
+
+    >>> title_tokens(["red tea", "green tea"]), title_tokens(f"{'the ' * 9}{number}" for number in range(20))
+    (8, 12)
+    """
+    pieces = [tuple(_PIECE.findall(title.lower())) for title in set(titles)]
+    num_different = len(set(pieces))
+    for length in TITLE_TOKENS[:-1]:
+        if len({piece[:length] for piece in pieces}) >= KEPT * num_different:
+            return length
+    return TITLE_TOKENS[-1]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A model and how long it is trained."""
+
+    size: TinyModel
+    tokens_per_second: float
+    passes: float
+    seconds: float
+    """Of training."""
+
+
+def sizes_for(tokens: int) -> list[TinyModel]:
+    """The sizes that a pass of so many tokens can teach, the smallest first."""
+    return [size for size, least in SIZES if tokens >= least]
+
+
+def choose(rates: Sequence[tuple[TinyModel, float]], tokens: int, seconds: float) -> Choice:
+    """The largest model that has time for `PASSES`, else the smallest, with as many passes as fit into `seconds`.
+
+    `rates` has tokens a second of each size, the smallest first; `tokens` are those of a pass.
+
+    Raises ConfigError where even the smallest model has no time to learn.
+    """
+    fitting = [(size, rate) for size, rate in rates if rate * seconds >= PASSES * tokens]
+    size, rate = fitting[-1] if fitting else rates[0]
+    most = max(MOST_PASSES, min(MOST_OF_FEW, FEW_TOKENS / tokens))
+    passes = int(100 * min(most, rate * seconds / tokens)) / 100
+    if passes < FEWEST_PASSES:
+        more = (FEWEST_PASSES * tokens / rate - seconds) / TRAINING / 60
+        raise ConfigError(
+            f"the time is too short for this log: training takes {FEWEST_PASSES * tokens / rate / 60:,.1f} minutes at "
+            f"least ({tokens:,} tokens a pass, {rate:,.0f} a second), and {max(0, seconds) / 60:,.1f} are left for "
+            f"it. Give {math.ceil(more):,} minutes more, a part of the log, or a machine with a GPU"
+        )
+    return Choice(size, rate, passes, passes * tokens / rate)
+
+
+def num_queries(tokens_per_second: float, seconds: float) -> tuple[int, int]:
+    """How many queries a model that trains at this rate ranks in the time, and on how many its blend is chosen."""
+    tokens = tokens_per_second * seconds
+    parts = (((1 - BLENDING) * tokens / QUERY_TOKENS, QUERIES), (BLENDING * tokens / BLEND_TOKENS, BLEND_QUERIES))
+    ranked, blended = (int(min(most, max(fewest, number))) for number, (fewest, most) in parts)
+    return ranked, blended

@@ -1,0 +1,55 @@
+"""What fits a log and the time, by known answers."""
+
+from __future__ import annotations
+
+import pytest
+
+from cprec.errors import ConfigError
+from cprec.fit.sizes import SIZES, choose, num_queries, sizes_for, title_tokens
+from cprec.train.config import TinyModel
+
+SMALL, MEDIUM, LARGE = (size for size, _ in SIZES[:3])
+RATES = [(SMALL, 20_000.0), (MEDIUM, 10_000.0), (LARGE, 5_000.0)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seconds", "size", "passes"),
+    [
+        (1_000_000, 600, LARGE, 3.0),  # 3 M tokens in 10 minutes: just
+        (1_000_000, 599, MEDIUM, 5.0),  # 5.99 fit, and 5 are enough
+        (1_000_000, 150, SMALL, 3.0),
+        (1_000_000, 100, SMALL, 2.0),  # no size has time for three passes
+        (1_000_000, 10, SMALL, 0.2),
+        (100_000, 600, LARGE, 10.0),  # small logs are read until a million tokens are
+        (10_000, 600, LARGE, 20.0),
+    ],
+)
+def test_the_largest_model_with_time_for_its_passes(
+    tokens: int, seconds: float, size: TinyModel, passes: float
+) -> None:
+    choice = choose(RATES, tokens, seconds)
+    assert (choice.size, choice.passes) == (size, passes)
+    assert choice.seconds == passes * tokens / choice.tokens_per_second <= seconds
+
+
+def test_too_little_time_says_how_much_is_missing() -> None:
+    with pytest.raises(
+        ConfigError, match=r"takes 3\.3 minutes at least .* and 1\.0 are left for it. Give 5 minutes more"
+    ):
+        choose(RATES, 20_000_000, 60)
+
+
+def test_a_small_log_teaches_a_small_model() -> None:
+    assert sizes_for(100_000) == [SMALL] and sizes_for(1_000_000) == [SMALL, MEDIUM]
+    assert sizes_for(10**9) == [size for size, _ in SIZES]
+
+
+def test_queries_end_in_time_but_for_the_fewest() -> None:
+    told = [num_queries(12_000, seconds) for seconds in (1, 300, 10**6)]
+    assert told == [(250, 100), (1200, 150), (10_000, 750)]
+
+
+def test_titles_are_cut_where_they_differ() -> None:
+    assert title_tokens(f"{'the ' * words}{n}" for words in (1, 9) for n in range(100)) == 12
+    assert title_tokens(f"{'the ' * 40}{n}" for n in range(9)) == 32
+    assert title_tokens([]) == title_tokens(["same", "same"]) == 8
