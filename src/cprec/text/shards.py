@@ -66,8 +66,8 @@ class Shards:
         """The columns `EVENTS`: the item of each document's events, and where its title begins."""
         items, starts = (self.documents[name].combine_chunks() for name in EVENTS)
         offsets = offsets_of(items.value_lengths().to_numpy())
-        items, starts = (each.flatten().to_numpy().astype(np.int64) for each in (items, starts))
-        return Ragged(items, offsets), Ragged(starts, offsets)
+        of_items, of_starts = (each.flatten().to_numpy().astype(np.int64) for each in (items, starts))
+        return Ragged(of_items, offsets), Ragged(of_starts, offsets)
 
     @property
     def rows(self) -> Ragged:
