@@ -295,33 +295,43 @@ class _Scores:
         self._first_item, self._num_items = trie.on(device, "first_item"), trie.on(device, "num_items")
         self._num_sharing = trie.on(device, "num_sharing")
         self._longest = trie.on(device, "longest") if per_token else None
-        self._gain_UN, self._weight = None, 1.0
+        self._gain, self._weight = None, 1.0
         if priors is not None:
             priors.check(reach.num_users, len(trie.leaf))
             self._weight = priors.weight
             # What is added to the model's part of each item, by sequence: the prior, less the item's share. Items that
             # the user may not be given have -inf, so that they raise no bound.
             leaf_N = torch.from_numpy(trie.leaf[trie.by_sequence]).to(device)
-            share_N = self._of_model(-self._num_sharing[leaf_N].double().log(), leaf_N)
-            gain_UN = torch.from_numpy(priors.values_UN[:, trie.by_sequence]).to(device) + share_N
-            self._gain_UN = gain_UN.masked_fill_(~reach.permitted_UN()[:, self.by_sequence], -torch.inf)
+            share_N = self._of_model(-self._num_sharing[leaf_N].double().log(), leaf_N).cpu().numpy()
+            gain_UN = priors.values_UN[:, trie.by_sequence] + share_N
+            gain_UN[~reach.permitted_UN()[:, trie.by_sequence]] = -np.inf
+            # One user's behind the other's, and one more, so that each run of items has an end.
+            self._gain = np.append(gain_UN, -np.inf)
 
     def bound(self, user: torch.Tensor, node: torch.Tensor, log_prob: torch.Tensor) -> torch.Tensor:
         """No item below a node, to which `log_prob` leads, scores higher for the user of the same row: float64."""
-        if self._gain_UN is None:
+        if self._gain is None:
             return self._of_model(log_prob - self._num_sharing[node].double().log(), node)
-        row, place = self.spans(node)
-        greatest = torch.full_like(log_prob, -torch.inf)
-        greatest.scatter_reduce_(0, row, self._gain_UN[user[row], place], "amax")
-        return self._of_model(log_prob, node) + greatest
+        return self._of_model(log_prob, node) + self._greatest(self._gain, user, node)
 
     def of_items(
         self, user: torch.Tensor, place: torch.Tensor, leaf: torch.Tensor, log_prob: torch.Tensor
     ) -> torch.Tensor:
         """The score of each item, by its place in `by_sequence`, of a leaf to which `log_prob` leads: float64."""
-        if self._gain_UN is None:
+        if self._gain is None:
             return self.bound(user, leaf, log_prob)
-        return self._of_model(log_prob, leaf) + self._gain_UN[user, place]
+        gain = self._gain[(user * len(self.by_sequence) + place).cpu().numpy()]
+        return self._of_model(log_prob, leaf) + torch.from_numpy(gain).to(log_prob.device)
+
+    def _greatest(self, gain: np.ndarray, user: torch.Tensor, node: torch.Tensor) -> torch.Tensor:
+        """The greatest gain of the items below each node, none of which is above another for one user: float64."""
+        first = user * len(self.by_sequence) + self._first_item[node]
+        runs = torch.stack([first, first + self._num_items[node]], dim=1).cpu().numpy()
+        # Runs of items that ascend, each with the gap behind it, whose greatest is not asked for.
+        order = np.argsort(runs[:, 0])
+        out = np.empty(len(runs))
+        out[order] = np.maximum.reduceat(gain, runs[order].ravel())[::2]
+        return torch.from_numpy(out).to(node.device)
 
     def spans(self, node: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The items in stock below each node, one after the other: the row of the node, and the place of the item in
@@ -395,11 +405,12 @@ class _Reach:
         _, known = _look_up(self._of_items, user * self._num_items + item)
         return known == self._listed[user]
 
-    def permitted_UN(self) -> torch.Tensor:
+    def permitted_UN(self) -> np.ndarray:
         """Which items in stock each user may be given: bool[U, N], items by position."""
-        known = torch.zeros(self.num_users * self._num_items, dtype=torch.bool, device=self._listed.device)
-        known[self._of_items] = True
-        return known.view(self.num_users, -1) == self._listed[:, None]
+        known = np.zeros((self.num_users, self._num_items), dtype=bool)
+        known.flat[self._of_items.cpu().numpy()] = True
+        permitted: np.ndarray = known == self._listed.cpu().numpy()[:, None]
+        return permitted
 
 
 def _look_up(keys: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
