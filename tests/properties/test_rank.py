@@ -223,7 +223,7 @@ def test_a_search_with_priors_finds_the_best_of_all_sums(
     trie = trie_of(names).with_stock(stock)
     with torch.inference_mode():
         tree = PromptTree(model(), [np.array([2, 3 + user, 4]) for user in range(users)])
-        log_probs = score_candidates(tree, [Ragged.of([[*name, EOS] for name in names])] * users)
+        log_probs = score_candidates(tree, trie, [np.arange(len(names))] * users)
         found = search(
             tree,
             trie,

@@ -76,6 +76,8 @@ def read_rankings(path: Path) -> SavedRankings | None:
     if "mode" in answers:  # in files of earlier versions how models rank stood among the questions
         rank = {name: answers.pop(name) for name in ("mode", "beam_width", "max_nodes", "score")}
         answers["identity"] = {"before": answers["identity"], "rank": rank, "scores": answers.pop("scores", "")}
+    if isinstance(answers["identity"], dict) and "rank" in answers["identity"]:
+        answers["identity"]["rank"].setdefault("normaliser", "auto")  # earlier versions had one way alone
     found = about.get("found_of_exact")
     return SavedRankings(
         table=table,
