@@ -172,7 +172,7 @@ def _key(query: RankingQuery) -> bytes:
 def made_of(model: str, domain: str, k: int, exclude_seen: bool) -> str:
     """A hash of everything but the history that decides a list: the files of the model folder, and the settings."""
     hashes = FileHashes(model)
-    files = model_hashes(model, (*WEIGHTS, *TOKENIZER, "cprec.json", "items/*/*.parquet"), hashes)
+    files = model_hashes(model, (*WEIGHTS, *TOKENIZER, "cprec.json", "blend.json", "items/*/*.parquet"), hashes)
     hashes.save()
     about = [__version__, domain, k, exclude_seen, files]
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

@@ -187,7 +187,8 @@ class ScoredItem(BaseModel):
     item_id: str
     title: str
     score: float = Field(
-        description="log-probability of the item after the history; of a baseline's list, its own score"
+        description="log-probability of the item after the history, or with a blend the blended score; of a baseline's "
+        "list, its own"
     )
 
 

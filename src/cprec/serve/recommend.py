@@ -37,7 +37,7 @@ def _show(config: RecommendConfig, recommender: Recommends) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     table = Table(box=None)
-    for name, justify in (("rank", "right"), ("title", "left"), ("item", "left"), ("log-probability", "right")):
+    for name, justify in (("rank", "right"), ("title", "left"), ("item", "left"), ("score", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for rank, item in enumerate(found, 1):
         table.add_row(str(rank), item.title, item.item_id, f"{item.score:.2f}")

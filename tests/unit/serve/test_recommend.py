@@ -225,6 +225,7 @@ def test_lists_are_of_the_files_that_decide_them(tmp_path: Path, monkeypatch: py
         made("model/adapter_model.safetensors", "1"),
         made("model/tokenizer.json", "{}"),
         made("model/cprec.json", "{}"),
+        made("model/blend.json", "{}"),
         made("model/items/domain=shop/part-0.parquet", "1"),
     ]
     assert len(set(decide)) == len(decide)
