@@ -89,7 +89,8 @@ def _arms(recipe: Recipe, domain: str, steps: Iterator[str]) -> dict[str, str]:
         finetune(replace(recipe.finetune, domain=domain, model_name_or_path=base, output_dir=folders[arm]))
         if recipe.blend:
             try:
-                blend(replace(recipe.blend, model=folders[arm]))
+                uncertified = recipe.blend.uncertified or recipe.evaluate.uncertified
+                blend(replace(recipe.blend, model=folders[arm], uncertified=uncertified))
             except Unsuitable as error:
                 say(f"{folders[arm]} is not blended: {error}")
     return folders

@@ -127,7 +127,7 @@ def test_a_model_without_a_covering_certificate_is_refused(demo: Demo, cprec: Ca
         path.write_text(json.dumps(certificate))
         refused = cprec("demo", *TINY)
         assert refused.returncode == 1
-        assert "does not cover the data that CPRec-style was trained on" in refused.stderr
+        assert "does not cover the data that CPRec-style, CPRec-style blend was trained on" in refused.stderr
         allowed = cprec("demo", *TINY, "evaluate.uncertified=true")
         assert allowed.returncode == 0 and "uncertified" in allowed.stdout.lower()
     finally:

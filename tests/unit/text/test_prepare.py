@@ -173,7 +173,7 @@ def test_any_number_of_parts_gives_the_same_rows(
 ) -> None:
     expected = rows(prepare(config))
     files = whole_files(tmp_path / "whole")
-    assert len(files) == 2 + 3 + 2 + 2 + 4 and len(expected["shards/train"][1]) > 100
+    assert len(files) == 2 + 3 + 2 + 2 + 2 + 4 and len(expected["shards/train"][1]) > 100
     assert read_manifest(tmp_path / "whole")["num_parts"] == 1
     for num_parts, events in ((4, 400), (16, 100)):
         small_parts(events)
@@ -409,7 +409,7 @@ def test_rows_added_to_one_domain_change_nothing_in_another(
     before, after = rows(tmp_path / "whole"), rows(tmp_path / "changed")
     assert before["interactions/games"] != after["interactions/games"]
     same = [name for name in before if "games" not in name and not name.startswith(("shards", "popularity"))]
-    assert len(same) == 2 * 2 + 2 * 2 + 2 * 2
+    assert len(same) == 2 * 2 + 2 * 3 + 2 * 2
     assert all(before[name] == after[name] for name in same)
     files = [whole_files(tmp_path / name) for name in ("whole", "changed")]
     untouched = [name for name in files[0] if name.startswith("examples") or "books" in name or "toys" in name]
