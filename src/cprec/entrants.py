@@ -152,9 +152,11 @@ def _blended(
     path = Path(folder, BLEND)
     if not path.is_file() or (found := read_about(folder))["domain"] != domain:
         return []
-    if rank.score != "sum" or rank.mode == "vectors":
-        asked = f"rank.score={rank.score}, rank.mode={rank.mode}"
-        say(f"{domain}: the blend of {name} is left out: its weights are for titles by rank.score=sum, not for {asked}")
+    if not rank.suits_blends:
+        say(
+            f"{domain}: the blend of {name} is left out: its weights are for rank.score=sum and rank.normaliser=auto, "
+            f"not for mode={rank.mode}, score={rank.score}, normaliser={rank.normaliser}"
+        )
         return []
     learnt = {file: hashes.of(Path(data, file)) for file in event_files(data)}
     if changed := differences(found["asked"]["data"], learnt):

@@ -25,6 +25,7 @@ from cprec.data.splits import Split, make_split
 from cprec.errors import ConfigError, CPRecError, ModelError
 from cprec.rank.blend import KINDS, Blend, BlendedParts, Part, check_parts, read_blend, write_blend
 from cprec.rank.blend_file import Setting
+from cprec.rank.config import RankConfig
 from cprec.recommender import RankingQuery
 from cprec.schema import VALIDATION, Item
 from cprec.scoring import StoredRecommender
@@ -133,8 +134,8 @@ def row(*scores: float) -> np.ndarray:
 
 
 def test_priors_by_hand() -> None:
-    walk = Part(Table("walk", row(4, 2, 0, -3)), weight=2.0, floor=0.1)
-    logits = Part(Table("logits", np.log(row(1, 4, 2)[:, :] + 1e-9), "logit"), weight=0.5, floor=0.01)
+    walk = Part("walk", Table("walk", row(4, 2, 0, -3)), weight=2.0, floor=0.1)
+    logits = Part("logits", Table("logits", np.log(row(1, 4, 2)[:, :] + 1e-9), "logit"), weight=0.5, floor=0.01)
     priors = blend_of(walk, logits, weight=3.0).priors("books", [asked(0)])
     expected = 2 * np.log([1, 0.5, 0.1, 0.1]) + 0.5 * np.log([0.25, 1, 0.5, 0.01])
     np.testing.assert_allclose(priors.values_UN[0, :4], expected)
@@ -142,20 +143,20 @@ def test_priors_by_hand() -> None:
 
 
 def test_where_a_part_says_nothing_all_items_have_the_floor() -> None:
-    part = Part(Table("walk", np.zeros((1, N))), weight=2.0, floor=0.1)
+    part = Part("walk", Table("walk", np.zeros((1, N))), weight=2.0, floor=0.1)
     np.testing.assert_allclose(blend_of(part).priors("books", [asked(0)]).values_UN, 2 * math.log(0.1))
     assert BlendedParts(blend_of(part)).rank([asked(0)], 5)[0].item_ids == ()
 
 
 def test_without_the_model_the_parts_rank_by_their_sum() -> None:
-    parts = Part(Table("a", row(1, 4, 2)), 1.0, 0.1), Part(Table("b", row(8, 1, 4)), 1.0, 0.1)
+    parts = Part("a", Table("a", row(1, 4, 2)), 1.0, 0.1), Part("b", Table("b", row(8, 1, 4)), 1.0, 0.1)
     (ranking,) = BlendedParts(blend_of(*parts, weight=0.0)).rank([asked(0)], 3)
     assert ranking.item_ids == ("i00", "i02", "i01")
     np.testing.assert_allclose(np.exp(ranking.scores), [1 / 4, 1 / 4, 1 / 8])
 
 
 def test_an_item_that_came_after_has_the_least_prior_and_parts_do_not_see_it() -> None:
-    part = Part(lineup.settings_of("titles").make(split_of(ITEMS), "books"), weight=2.0, floor=0.1)
+    part = Part("titles", lineup.settings_of("titles").make(split_of(ITEMS), "books"), weight=2.0, floor=0.1)
     before = blend_of(part)
     after = before.with_catalogue(catalogue_of(N, more=["a new one"]))
     known = before.priors("books", [asked(0, "i03")]).values_UN
@@ -173,13 +174,13 @@ def split_of(catalogue: Catalogue) -> Any:
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_scores_that_are_no_numbers_are_refused(wrong: float) -> None:
     with pytest.raises(ModelError, match="walk has scores that are not finite"):
-        blend_of(Part(Table("walk", row(1, wrong)), 1.0, 0.1)).priors("books", [asked(0)])
+        blend_of(Part("walk", Table("walk", row(1, wrong)), 1.0, 0.1)).priors("books", [asked(0)])
 
 
 @pytest.mark.parametrize(("weight", "floor"), [(-1, 0.1), (math.nan, 0.1), (math.inf, 0.1), (1, 0), (1, 1.5)])
 def test_numbers_that_mean_nothing_are_refused(weight: float, floor: float) -> None:
     with pytest.raises(ConfigError, match="walk: weight="):
-        Part(Table("walk", row(1)), weight, floor)
+        Part("walk", Table("walk", row(1)), weight, floor)
     with pytest.raises(ConfigError, match="all weights of the blend are zero"):
         blend_of(weight=0.0)
     with pytest.raises(ConfigError, match="the model's weight -1"):
@@ -279,3 +280,19 @@ def test_a_blend_of_another_catalogue_is_refused(model: Path, split: Split) -> N
         read_blend(model, ITEMS)
     with pytest.raises(ConfigError, match="holds no blend"):
         read_blend(model / "blend", split.catalogue)
+
+
+def test_parts_that_call_themselves_alike_all_count() -> None:
+    """As a baseline and its published variant do."""
+    parts = (
+        Part("EASE", Table("EASE", row(1, 4, 2)), 1.0, 0.1),
+        Part("EASE (published)", Table("EASE", row(8, 1)), 1.0, 0.1),
+    )
+    values = [blend_of(*chosen).priors("books", [asked(0)]).values_UN for chosen in (parts, parts[:1], parts[1:])]
+    assert np.allclose(values[0], values[1] + values[2])
+
+
+def test_other_scores_than_those_of_training_suit_no_blend() -> None:
+    assert RankConfig().suits_blends and RankConfig(mode="beam").suits_blends
+    for other in (RankConfig(mode="vectors"), RankConfig(score="mean"), RankConfig(normaliser="catalogue")):
+        assert not other.suits_blends

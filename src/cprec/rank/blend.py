@@ -71,6 +71,8 @@ def check_parts(names: Sequence[str]) -> None:
 class Part:
     """A recommender in a blend."""
 
+    name: str
+    """Its name in tables, which no other part has: a baseline and its published variant call themselves alike."""
     recommender: ScoringRecommender
     weight: float
     floor: float
@@ -79,7 +81,7 @@ class Part:
     def __post_init__(self) -> None:
         if not (0 < self.weight < math.inf and 0 < self.floor <= 1):
             raise ConfigError(
-                f"{self.recommender.name}: weight={self.weight} must be a number above 0, and floor={self.floor} lie "
+                f"{self.name}: weight={self.weight} must be a number above 0, and floor={self.floor} lie "
                 "above 0 and at most at 1"
             )
 
@@ -113,7 +115,7 @@ class Blend:
     @classmethod
     def of(cls, setting: Setting, domain: str, parts: Mapping[str, ScoringRecommender], catalogue: Catalogue) -> Blend:
         """The blend of these numbers; `parts` has those with a weight, made for the catalogue."""
-        weighted = (Part(parts[name], weight, floor) for name, (weight, floor) in setting.parts.items() if weight)
+        weighted = (Part(name, parts[name], weight, floor) for name, (weight, floor) in setting.parts.items() if weight)
         return cls(domain, catalogue, catalogue, tuple(weighted), setting.model)
 
     def priors(self, domain: str, queries: Sequence[RankingQuery]) -> Priors:
@@ -133,7 +135,7 @@ class Blend:
         out = {}
         for part in self.parts:
             log_QN = part.weight * np.log(np.maximum(shares(part.recommender, domain, known), part.floor))
-            out[part.recommender.name] = np.where(self._place_N < 0, part.least, log_QN[:, self._place_N])
+            out[part.name] = np.where(self._place_N < 0, part.least, log_QN[:, self._place_N])
         return out
 
     @cached_property

@@ -178,10 +178,10 @@ class LLMRecommender:
             head = load_head(folder, made.title_tokens(made.domain))
             made._item_head = head and head.to(distributed.pick_device())
         if blend and (folder / BLEND).exists():
-            if made.ranking.score != "sum" or made.ranking.mode == "vectors":
+            if not made.ranking.suits_blends:
                 raise ConfigError(
-                    f"score={made.ranking.score!r}, mode={made.ranking.mode!r}: the weights of {folder / BLEND} are "
-                    "for the probabilities of titles, score='sum'; give blend=False with another score or mode=vectors"
+                    f"{made.ranking}: the weights of {folder / BLEND} are for the probabilities of titles as they were "
+                    "trained; give blend=False with another score or normaliser, or with mode='vectors'"
                 )
             made.blend = read_blend(folder, made.catalogue)
         return made
@@ -215,7 +215,7 @@ class LLMRecommender:
         mode = mode or self.ranking.mode
         if mode == "vectors":
             if self.blend is not None:
-                raise ConfigError("mode='vectors' has no part in the blend of this model: open it with blend=False")
+                raise ConfigError("mode='vectors' would leave out the blend of this model: open it with blend=False")
             return self._by_vectors(queries, k)
         if mode == "generate" and any(query.candidates is None for query in queries):
             raise ConfigError("mode='generate' ranks candidates: give each query some")
