@@ -133,7 +133,7 @@ def test_the_readme_can_be_followed(
     assert models <= set(arms)
     assert report["certificate"]["clean"]
     out, err = capsys.readouterr()
-    assert "log-probability" in out and "transition graph" in out
+    assert "score" in out and "transition graph" in out
     assert "warning" not in err
     folders = (ROOT / "docs" / "data.md").read_text().partition("## What is in the folders")[2].partition("\n## ")[0]
     for name, text in zip(("data", "books"), folders.split("A model folder"), strict=True):
