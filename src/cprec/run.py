@@ -9,7 +9,7 @@ Stages are imported where a recipe runs: scoring saved rankings again needs neit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
@@ -27,7 +27,7 @@ from cprec.evaluate.examples import NUM_EXAMPLES, examples_of
 from cprec.evaluate.questions import read_queries
 from cprec.evaluate.rankings import rankings_path, read_rankings
 from cprec.evaluate.report_page import latex_table, markdown_table, print_report, report_page
-from cprec.evaluate.results import FULL, DomainResult, Example, Report, TrainedModel, write_report
+from cprec.evaluate.results import BLENDED, FULL, DomainResult, Example, Report, TrainedModel, write_report
 from cprec.evaluate.training_page import TrainingRun
 from cprec.files import write_whole
 from cprec.progress import say
@@ -203,10 +203,13 @@ def _in_words(rank: RankConfig) -> str:
     return f"{search}; candidates by exact log-likelihood; {over}; {shared}{scores[rank.score]}"
 
 
-def _examples(config: EvaluateConfig, split: Split, result: DomainResult, models: Iterable[str]) -> list[Example]:
-    """What models, or the best baseline where there are none, recommend a few users of a domain, by saved rankings."""
+def _examples(config: EvaluateConfig, split: Split, result: DomainResult, models: Collection[str]) -> list[Example]:
+    """What models (their blends, where they have some), or the best baseline where there are no models, recommend a few
+    users of a domain, by saved rankings."""
     domain, best = result.domain, result.best()
-    arms = list(models) or ([best.name] if best else [])
+    blends = [name + BLENDED for name in models]
+    arms = [blend if blend in result.arms else name for name, blend in zip(models, blends, strict=True)]
+    arms = arms or ([best.name] if best else [])
     questions = read_queries(config.data, domain, config.part, max_queries=config.max_queries, seed=config.seed)
     rankings = {arm: rankings_path(config.output_dir, domain, arm, FULL) for arm in arms}
     return examples_of(questions, split.catalogue, rankings, exclude_seen=config.exclude_seen)
