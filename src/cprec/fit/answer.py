@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,14 +10,15 @@ import numpy as np
 import pyarrow.compute as pc
 
 from cprec.entrants import WITHOUT_MODEL
-from cprec.evaluate.results import Arm, DomainResult
+from cprec.evaluate.results import BLENDED, Arm, DomainResult
 from cprec.evaluate.saved import read_saved
 from cprec.evaluate.statistics import MIN_QUERIES, Comparison, compare_pair
+from cprec.rank.blend_file import BLEND, read_about
 from cprec.recipe import FINETUNED
 
 NAMES = {
     FINETUNED: "the language model",
-    f"{FINETUNED} blend": "the blend of the language model and simple recommenders",
+    FINETUNED + BLENDED: "the blend of the language model and simple recommenders",
     WITHOUT_MODEL: "the blend of simple recommenders, without the language model",
 }
 """What arms are called in the sentence; others are simple recommenders, by the names that they have in tables."""
@@ -26,10 +27,14 @@ Compare = Callable[[str, str], Comparison]
 """Two arms on the same queries: the first less the second."""
 
 
-def answer(result: DomainResult, compare: Compare) -> str:
-    """Which recommender to use, and how much better than the best simple one it is for the same customers."""
+def answer(result: DomainResult, compare: Compare, validated: Mapping[str, float]) -> str:
+    """Which recommender to use, and how much better than the best simple one it is for the same customers.
+
+    Of the model, its blend and the blend without it, the one is judged that `validated`, NDCG on validation queries by
+    the names of arms, puts first: the best of three on the test queries would be flattered by them.
+    """
     arms = {name: arm for name, arm in result.arms.items() if arm.kind != "bound"}
-    best = max((arm for name, arm in arms.items() if name in NAMES), key=lambda arm: _mean(result, arm))
+    best = arms[max((name for name in NAMES if name in arms), key=lambda name: validated.get(name, -1.0))]
     simple = max((arm for name, arm in arms.items() if name not in NAMES), key=lambda arm: _mean(result, arm))
     test, name = compare(best.name, simple.name), NAMES[best.name]
     means = f"NDCG@10 {_mean(result, best):.4f} against {_mean(result, simple):.4f}"
@@ -50,6 +55,15 @@ def answer(result: DomainResult, compare: Compare) -> str:
         f"Use {simple.name}, a simple recommender: {why} ({difference}), and what a customer took next is among its "
         f"ten for {_found(result, simple)} of 1,000 customers."
     )
+
+
+def validated_by(model: Path) -> dict[str, float]:
+    """What the arms of a model reached on the validation queries that its blend was chosen on; nothing without one."""
+    if not (model / BLEND).is_file():
+        return {}
+    about = read_about(model)
+    settings = {FINETUNED: "model_alone", FINETUNED + BLENDED: "blend", WITHOUT_MODEL: "without_model"}
+    return {name: about[setting]["ndcg@10"] for name, setting in settings.items()}
 
 
 def compare_saved(folder: Path, result: DomainResult, seed: int, a: str, b: str) -> Comparison:

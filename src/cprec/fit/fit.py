@@ -17,7 +17,7 @@ from cprec.errors import ConfigError
 from cprec.evaluate.config import EvaluateConfig
 from cprec.evaluate.statistics import MIN_QUERIES
 from cprec.files import write_whole
-from cprec.fit.answer import answer, compare_saved
+from cprec.fit.answer import answer, compare_saved, validated_by
 from cprec.fit.config import FitConfig
 from cprec.fit.look import Look, look_at
 from cprec.fit.sizes import RANKING, TRAINING, Choice, choose, num_queries, sizes_for
@@ -58,10 +58,10 @@ def fit(config: FitConfig) -> str:
     recipe = _earlier(config) or _chosen(config, start)
     report = run(recipe)
     saved = partial(compare_saved, Path(recipe.evaluate.output_dir), report.domains[config.domain], config.seed)
-    sentence = answer(report.domains[config.domain], saved)
+    folder = recipe.model_folder(config.domain, FINETUNED)
+    sentence = answer(report.domains[config.domain], saved, validated_by(Path(folder)))
     write_whole(Path(config.output_dir, ANSWER), sentence + "\n")
     print(f"\n{sentence}\n")
-    folder = recipe.model_folder(config.domain, FINETUNED)
     say(f"took {(time.monotonic() - start) / 60:.1f} minutes. To try the model: cprec serve {folder}")
     return sentence
 

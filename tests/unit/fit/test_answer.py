@@ -11,7 +11,7 @@ import pytest
 from cprec.evaluate.results import FULL, Arm, Cost, DomainResult, Interval, Kind, Metric
 from cprec.evaluate.saved import write_saved
 from cprec.evaluate.statistics import Comparison, compare_pair
-from cprec.fit.answer import answer, compare_saved
+from cprec.fit.answer import answer, compare_saved, validated_by
 
 NDCG, RECALL = Metric("ndcg", 10, FULL), Metric("recall", 10, FULL)
 
@@ -37,7 +37,9 @@ def result(**others: float) -> DomainResult:
     )
 
 
-def said(told: DomainResult, low: float, high: float, num_queries: int = 2000) -> str:
+def said(
+    told: DomainResult, low: float, high: float, num_queries: int = 2000, validated: dict[str, float] | None = None
+) -> str:
     compared: list[str] = []
 
     def compare(a: str, b: str) -> Comparison:
@@ -47,7 +49,7 @@ def said(told: DomainResult, low: float, high: float, num_queries: int = 2000) -
             mean=mean, low=low, high=high, p_value=0.01, p_adjusted=0.01, num_queries=num_queries, detectable=None
         )
 
-    sentence = answer(told, compare)
+    sentence = answer(told, compare, validated or {name: one.metrics[NDCG].mean for name, one in told.arms.items()})
     assert compared[1] == "EASE" and sentence.endswith(".") and "\n" not in sentence
     return sentence
 
@@ -77,6 +79,13 @@ def test_the_simple_one_is_used_where_nothing_is_shown() -> None:
     assert "it is better than the language model" in said(result(f=0.072), -0.012, -0.004)
     few = said(result(f=0.088), 0.004, 0.012, num_queries=250)
     assert few.startswith("Use EASE: the language model seems to be better") and "250 customers are too few" in few
+
+
+def test_validation_chooses_and_the_test_queries_judge(tmp_path: Path) -> None:
+    told = result(f=0.07, b=0.086, w=0.088)
+    validated = {"fine-tuning only": 0.06, "fine-tuning only blend": 0.09, "blend without the model": 0.08}
+    assert said(told, 0.002, 0.01, validated=validated).startswith("Use the blend of the language model and simple")
+    assert validated_by(tmp_path) == {}
 
 
 def test_arms_are_compared_query_by_query(tmp_path: Path) -> None:
