@@ -1,4 +1,4 @@
-"""Stage: the weights of a language model and of recommenders beside it, chosen on validation queries.
+"""Stage: the weights of a language model, of its item head and of recommenders beside it, chosen on validation queries.
 
 Suffixes: Q queries, N entries (a query with an item) of all queries' pools, one after the other.
 """
@@ -46,15 +46,15 @@ FLOORS = (0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-6, 1e-9)
 Questions = tuple[Sequence[RankingQuery], Sequence[str]]
 """Queries and their targets."""
 Point = tuple[float, ...]
-"""The model's weight, those of the parts, and their floors."""
+"""The weights of the model and of its item head, those of the parts, and their floors."""
 
 
 def blend(config: BlendConfig) -> dict[str, Any]:
     """Choose the weights of a model's blend, and of the best one without the model; returns what `blend.json` holds.
 
-    The numbers maximise NDCG@10 of validation queries, items of the history left out, among the items that a part or
-    the model has among its best; what is chosen is then ranked over the full catalogue. A blend of the same model, data
-    and settings is reused.
+    The numbers maximise NDCG@10 of validation queries, items of the history left out, among the items that a part, the
+    model or its item head has among its best; what is chosen is then ranked over the full catalogue. A model with an
+    item head has the best blend without log P, too. A blend of the same model, data and settings is reused.
 
     Raises ConfigError where the folder is no model, the model has no domain, or a part is none that can be stored;
     Unsuitable where there is no validation query, or no part can be made of the data; LeakageError where no clean
@@ -128,8 +128,10 @@ def _made(
 
 def _tell(model: str, chosen: Mapping[str, Setting]) -> None:
     for name, setting in chosen.items():
-        weights = [f"model {setting.model:g}", *(f"{part} {weight:g}" for part, (weight, _) in setting.parts.items())]
-        say(f"{model}: {name.replace('_', ' ')}: NDCG@{K} {setting.ndcg:.4f} ({', '.join(weights)})")
+        weights = {"model": setting.model, "item head": setting.item_head}
+        weights |= {part: weight for part, (weight, _) in setting.parts.items()}
+        told = ", ".join(f"{part} {weight:g}" for part, weight in weights.items())
+        say(f"{model}: {name.replace('_', ' ')}: NDCG@{K} {setting.ndcg:.4f} ({told})")
 
 
 # ---- what competes for a list ----------------------------------------------------------------------------------------
@@ -145,6 +147,8 @@ class Entries:
     """bool[N]"""
     log_prob_N: np.ndarray
     """float64[N]: the model's."""
+    item_head_N: np.ndarray
+    """float64[N]: the log-probability by the model's item head; 0 where it has none."""
     share_N: Mapping[str, np.ndarray]
     """float64[N] for each part: its score as a share of the query's best; see `rank.blend.shares`."""
     of_parts_N: np.ndarray
@@ -154,12 +158,12 @@ class Entries:
     def without_model(self) -> Entries:
         """The entries that there are whatever the model says."""
         kept = self.of_parts_N
-        columns = {name: getattr(self, name)[kept] for name in ("query_N", "is_target_N", "log_prob_N", "of_parts_N")}
+        columns = {name: value[kept] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         return replace(self, **columns, share_N={name: share_N[kept] for name, share_N in self.share_N.items()})
 
     def ndcg(self, setting: Setting) -> float:
         """Mean NDCG@10 of the lists by a blend; ties count with their expected value."""
-        score_N = setting.model * self.log_prob_N
+        score_N = setting.model * self.log_prob_N + setting.item_head * self.item_head_N
         for name, (weight, floor) in setting.parts.items():
             if weight:
                 score_N = score_N + weight * np.log(np.maximum(self.share_N[name], floor))
@@ -173,10 +177,15 @@ def entries_of(
     questions: Questions,
     progress: Progress,
 ) -> Entries:
-    """The best `POOL` items of each part and of the model, for each query, with what all of them say of each."""
+    """The best `POOL` items of each part, of the model and of its item head, for each query, with what all of them say
+    of each."""
     made = []
+    modes = [None, "vectors"] if model.has_item_head(domain) else [None]
     for queries, targets in batches_of(questions):
-        best = [one.item_ids[:POOL] for one in model.rank(queries, POOL)]
+        best: list[set[str]] = [set() for _ in queries]
+        for mode in modes:
+            for mine, one in zip(best, model.rank(queries, POOL, mode), strict=True):
+                mine.update(one.item_ids[:POOL])
         of_parts: list[set[str]] = [set() for _ in queries]
         for part in parts.values():
             for mine, one in zip(of_parts, part.rank(queries, POOL), strict=True):
@@ -188,6 +197,7 @@ def entries_of(
         query_N=np.concatenate([start + one.query_N for start, one in zip(starts, made, strict=False)]),
         is_target_N=np.concatenate([one.is_target_N for one in made]),
         log_prob_N=np.concatenate([one.log_prob_N for one in made]),
+        item_head_N=np.concatenate([one.item_head_N for one in made]),
         share_N={name: np.concatenate([one.share_N[name] for one in made]) for name in parts},
         of_parts_N=np.concatenate([one.of_parts_N for one in made]),
         num_queries=int(starts[-1]),
@@ -200,20 +210,22 @@ def _entries(
     parts: Mapping[str, StoredRecommender],
     queries: Sequence[RankingQuery],
     targets: Sequence[str],
-    best: Sequence[Sequence[str]],
+    best: Sequence[set[str]],
     of_parts: Sequence[set[str]],
 ) -> Entries:
-    """The entries of some queries, each with the best items of the model and those of the parts."""
+    """The entries of some queries, each with the best items of the model in any mode and those of the parts."""
     pools = [sorted(mine.union(others)) for mine, others in zip(of_parts, best, strict=True)]
     asked = [replace(query, candidates=tuple(pool)) for query, pool in zip(queries, pools, strict=True)]
     log_prob = [dict(zip(ranking.item_ids, ranking.scores, strict=True)) for ranking in model.rank(asked, K)]
     pairs = [(number, item) for number, pool in enumerate(pools) for item in pool]
     query_N = np.array([number for number, _ in pairs], dtype=np.int64)
     place_N = model.catalogue.find(domain, [item for _, item in pairs]) - model.catalogue.rows_of(domain)[0]
+    has_head = model.has_item_head(domain)
     return Entries(
         query_N=query_N,
         is_target_N=np.array([item == targets[number] for number, item in pairs], dtype=bool),
         log_prob_N=np.array([log_prob[number][item] for number, item in pairs], dtype=float),
+        item_head_N=model.item_log_probs(domain, queries)[query_N, place_N] if has_head else np.zeros(len(pairs)),
         share_N={name: shares(part, domain, queries)[query_N, place_N] for name, part in parts.items()},
         of_parts_N=np.array([item in of_parts[number] for number, item in pairs], dtype=bool),
         num_queries=len(queries),
@@ -234,17 +246,21 @@ def choose(
     model: LLMRecommender, domain: str, parts: Mapping[str, StoredRecommender], questions: Questions
 ) -> dict[str, Setting]:
     """The best `blend`, the best `without_model` and the `model_alone`, each with what its lists over the full
-    catalogue reach."""
-    with track(4 * len(questions[0]), f"{domain}: blending", unit="queries") as progress:
+    catalogue reach. Of a model with an item head also `vectors`, the best blend without log P, and the `head_alone`."""
+    has_head, none = model.has_item_head(domain), dict.fromkeys(parts, (0.0, 1.0))
+    with track((6 if has_head else 4) * len(questions[0]), f"{domain}: blending", unit="queries") as progress:
         entries = entries_of(model, domain, parts, questions, progress)
         found = {
-            "blend": best_setting(entries, WEIGHTS),
-            "without_model": best_setting(entries.without_model(), (0.0,)),
-            "model_alone": Setting(1.0, dict.fromkeys(parts, (0.0, 1.0)), 0.0),
+            "blend": best_setting(entries, WEIGHTS, WEIGHTS if has_head else (0.0,)),
+            "without_model": best_setting(entries.without_model(), (0.0,), (0.0,)),
+            "model_alone": Setting(1.0, none, 0.0),
         }
+        if has_head:
+            found["vectors"] = best_setting(entries, (0.0,), WEIGHTS)
+            found["head_alone"] = Setting(0.0, none, 0.0, item_head=1.0)
         for name, setting in found.items():
             blended = Blend.of(setting, domain, parts, model.catalogue)
-            recommender = _blended(model, blended) if setting.model else BlendedParts(blended)
+            recommender = BlendedParts(blended) if name == "without_model" else _blended(model, blended)
             found[name] = replace(setting, ndcg=reached(recommender, questions, progress))
     return found
 
@@ -256,26 +272,25 @@ def _blended(model: LLMRecommender, blended: Blend) -> LLMRecommender:
     return made
 
 
-def best_setting(entries: Entries, model_weights: Sequence[float]) -> Setting:
+def best_setting(entries: Entries, model_weights: Sequence[float], head_weights: Sequence[float]) -> Setting:
     """The numbers with the highest NDCG@10 that a search one number at a time finds from several starts.
 
     The starts weigh all alike, and each one alone. Of equal values the first found is kept.
     """
     names = list(entries.share_N)
-    grids = [model_weights, *([WEIGHTS] * len(names)), *([FLOORS] * len(names))]
-    floors = (0.01,) * len(names)
+    weights = [model_weights, head_weights, *([WEIGHTS] * len(names))]
+    grids = [*weights, *([FLOORS] * len(names))]
 
     def setting(point: Point) -> Setting:
-        weights, floors = point[1 : 1 + len(names)], point[1 + len(names) :]
-        return Setting(point[0], dict(zip(names, zip(weights, floors, strict=True), strict=True)), 0.0)
+        (model, head, *of_parts), floors = point[: len(weights)], point[len(weights) :]
+        return Setting(model, dict(zip(names, zip(of_parts, floors, strict=True), strict=True)), 0.0, head)
 
     @cache
     def value(point: Point) -> float:
-        return entries.ndcg(setting(point)) if any(point[: 1 + len(names)]) else -math.inf
+        return entries.ndcg(setting(point)) if any(point[: len(weights)]) else -math.inf
 
-    one = max(min(model_weights[-1], 1.0), 0.0)
-    alone = np.diag([one, *(1.0 for _ in names)]).tolist()
-    starts = [(one, *(1.0 for _ in names), *floors), *((*weights, *floors) for weights in alone if any(weights))]
+    ones = [min(grid[-1], 1.0) for grid in weights]
+    starts = [(*start, *((0.01,) * len(names))) for start in (ones, *np.diag(ones).tolist()) if any(start)]
     best = max((climb(value, grids, start) for start in starts), key=value)
     return replace(setting(best), ndcg=value(best))
 

@@ -21,7 +21,7 @@ from cprec.errors import ConfigError, LeakageError
 from cprec.evaluate.config import EvaluateConfig
 from cprec.evaluate.evaluate import EXACT, Entrant, Opened
 from cprec.evaluate.rankings import rankings_path, read_rankings, slug
-from cprec.evaluate.results import BLENDED, FULL, GENERATED, arm_of, model_of
+from cprec.evaluate.results import BLENDED, BY_HEAD, FULL, GENERATED, arm_of, model_of
 from cprec.progress import say
 from cprec.provenance import FileHashes, code_sha256, differences, file_sha256, shortened, to_dict
 from cprec.rank.blend_file import BLEND, read_about
@@ -93,6 +93,8 @@ def check_tuned(config: EvaluateConfig) -> None:
 CODE = "cprec.rank.llm"
 """The module that ranks with models: a change of it, or of what it imports, makes their rankings anew."""
 WITHOUT_MODEL = "blend without the model"
+HEAD = "item_head/*.safetensors"
+"""In a model folder: the weights of an item head."""
 SCORES = "P(item) = P(title) / n, n the items in stock that have the title"
 """The rule by which models score items (`rank.llm`), which saved rankings are tied to: change it with the rule."""
 
@@ -101,15 +103,18 @@ def model_entrants(config: EvaluateConfig, domain: str, models: Mapping[str, str
     """Model folders, by the name they have in tables, as entrants of an evaluation.
 
     One with a blend beside it is three rows: the best blend without the model, which models may share, the model alone,
-    and the blend. A model that is gone, or whose weights are, enters with the rankings that it left there.
+    and the blend. One with an item head for the domain has a row by that, too. A model that is gone, or whose weights
+    are, enters with the rankings that it left there.
     """
     rank, output_dir, hashes = config.rank, config.output_dir, FileHashes(config.output_dir)
     entrants = _without_models(models, domain)
     for name, folder in models.items():
         about = read_done(folder)
         if about is not None and any(Path(folder).glob("*.safetensors")):
-            blended = _blended(name, config.data, folder, about, domain, rank, hashes)
-            entrants += [_model(name, folder, about, rank, hashes), *blended]
+            entrants.append(_model(name, folder, about, rank, hashes))
+            if rank.mode != "vectors" and about.get("domain") == domain and any(Path(folder).glob(HEAD)):
+                entrants.append(_model(_renamed(name, BY_HEAD), folder, about, RankConfig(mode="vectors"), hashes))
+            entrants += _blended(name, config.data, folder, about, domain, rank, hashes)
         else:
             say(f"{domain}: {name}: no weights in {folder}, so its saved rankings are scored as they are")
             entrants.append(_gone(name, folder, about, rank, rankings_path(output_dir, domain, name, FULL)))
@@ -155,7 +160,7 @@ def _blended(
     if not rank.suits_blends:
         say(
             f"{domain}: the blend of {name} is left out: its weights are for rank.score=sum and rank.normaliser=auto, "
-            f"not for mode={rank.mode}, score={rank.score}, normaliser={rank.normaliser}"
+            f"not for score={rank.score}, normaliser={rank.normaliser}"
         )
         return []
     learnt = {file: hashes.of(Path(data, file)) for file in event_files(data)}
@@ -164,7 +169,7 @@ def _blended(
             f"the parts of {path} have learnt from other events than those of {data} ({shortened(changed)}), perhaps "
             f"from held out ones: run `cprec blend {folder} data={data}`"
         )
-    return [_model(_renamed(name, BLENDED.strip()), folder, about, rank, hashes, hashes.of(path))]
+    return [_model(_renamed(name, BLENDED), folder, about, rank, hashes, hashes.of(path))]
 
 
 def _without_models(models: Mapping[str, str], domain: str) -> list[Entrant]:
@@ -182,7 +187,7 @@ def _without_models(models: Mapping[str, str], domain: str) -> list[Entrant]:
         }
         if identity in [entrant.identity for entrant in entrants]:
             continue
-        row = _renamed(name, WITHOUT_MODEL) if entrants else WITHOUT_MODEL
+        row = _renamed(name, f" {WITHOUT_MODEL}") if entrants else WITHOUT_MODEL
         entrants.append(Entrant(name=row, kind="baseline", open=partial(_open_parts, folder), identity=identity))
     return entrants
 
@@ -196,11 +201,11 @@ def _open_parts(folder: str) -> Opened:
 def _renamed(name: str, what: str) -> str:
     """The name of an arm that is made of another; its seed stays at the end.
 
-    >>> _renamed("CPRec-style", "blend"), _renamed("CPRec-style (seed 1)", "blend")
+    >>> _renamed("CPRec-style", " blend"), _renamed("CPRec-style (seed 1)", " blend")
     ('CPRec-style blend', 'CPRec-style blend (seed 1)')
     """
     model = model_of(name)
-    return f"{model} {what}{name[len(model) :]}"
+    return f"{model}{what}{name[len(model) :]}"
 
 
 def _gone(name: str, folder: str, about: Mapping[str, Any] | None, rank: RankConfig, rankings: Path) -> Entrant:

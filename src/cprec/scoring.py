@@ -52,7 +52,7 @@ class ScoringRecommender(ABC):
                 asked = [queries[number] for number in chosen]
                 rows_QN = self._scores_once(domain, asked)
                 for number, query, row_N in zip(chosen, asked, rows_QN, strict=True):
-                    out[number] = self._ranking(query, row_N, k)
+                    out[number] = ranking_of(self.catalogue, query, row_N, k, self.floor)
         return [ranking for ranking in out if ranking is not None]
 
     def _scores_once(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
@@ -69,34 +69,6 @@ class ScoringRecommender(ABC):
     def histories(self, domain: str, queries: Sequence[RankingQuery]) -> Ragged:
         """See `histories_of`."""
         return histories_of(self.catalogue, domain, queries)
-
-    def _ranking(self, query: RankingQuery, score_N: np.ndarray, k: int) -> Ranking:
-        """Ties with the K-th item are kept; equal scores stand by item id."""
-        catalogue = self.catalogue
-        first = int(catalogue.rows_of(query.domain)[0])
-
-        def positions(items: frozenset[str]) -> np.ndarray:
-            found: np.ndarray = catalogue.find(query.domain, items) - first
-            return found
-
-        permitted_N = np.full(len(score_N), query.allow is None)
-        permitted_N[positions(query.allow or frozenset())] = True
-        permitted_N[positions(query.exclude)] = False
-        if query.candidates is not None:
-            order = catalogue.find(query.domain, query.candidates) - first
-            score = np.maximum(score_N[order], self.floor)
-        else:
-            counted_N = score_N.copy()
-            counted_N[~permitted_N] = -np.inf
-            counted_N[positions(query.uncounted)] = -np.inf
-            bound = kth_largest(counted_N, min(k, len(counted_N)))
-            order = np.flatnonzero((score_N >= bound) & (score_N > self.floor))
-            score = score_N[order]
-        kept = permitted_N[order] & (score > -np.inf)
-        order, score = order[kept], score[kept].astype(float)
-        best = np.lexsort((order, -score))
-        ids = catalogue.item_id[first + order[best]].tolist()
-        return Ranking(query.query_id, tuple(ids), tuple(score[best].tolist()))
 
 
 class StoredRecommender(ScoringRecommender):
@@ -117,6 +89,39 @@ class StoredRecommender(ScoringRecommender):
         made.catalogue = catalogue
         made._restore(arrays)
         return made
+
+
+def ranking_of(
+    catalogue: Catalogue, query: RankingQuery, score_N: np.ndarray, k: int, floor: float = -np.inf
+) -> Ranking:
+    """A query's ranking by the scores of all items of its domain, in the order of the catalogue.
+
+    Ties with the K-th item are kept; equal scores stand by item id. For `floor` see `ScoringRecommender`.
+    """
+    first = int(catalogue.rows_of(query.domain)[0])
+
+    def positions(items: frozenset[str]) -> np.ndarray:
+        found: np.ndarray = catalogue.find(query.domain, items) - first
+        return found
+
+    permitted_N = np.full(len(score_N), query.allow is None)
+    permitted_N[positions(query.allow or frozenset())] = True
+    permitted_N[positions(query.exclude)] = False
+    if query.candidates is not None:
+        order = catalogue.find(query.domain, query.candidates) - first
+        score = np.maximum(score_N[order], floor)
+    else:
+        counted_N = score_N.copy()
+        counted_N[~permitted_N] = -np.inf
+        counted_N[positions(query.uncounted)] = -np.inf
+        bound = kth_largest(counted_N, min(k, len(counted_N)))
+        order = np.flatnonzero((score_N >= bound) & (score_N > floor))
+        score = score_N[order]
+    kept = permitted_N[order] & (score > -np.inf)
+    order, score = order[kept], score[kept].astype(float)
+    best = np.lexsort((order, -score))
+    ids = catalogue.item_id[first + order[best]].tolist()
+    return Ranking(query.query_id, tuple(ids), tuple(score[best].tolist()))
 
 
 def histories_of(catalogue: Catalogue, domain: str, queries: Sequence[RankingQuery]) -> Ragged:

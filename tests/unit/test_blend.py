@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from cprec.errors import ConfigError, CPRecError, ModelError
 from cprec.rank.blend import KINDS, Blend, BlendedParts, Part, check_parts, read_blend, write_blend
 from cprec.rank.blend_file import Setting
 from cprec.rank.config import RankConfig
-from cprec.recommender import RankingQuery
+from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import VALIDATION, Item
 from cprec.scoring import StoredRecommender
 from cprec.search.priors import PriorSource
@@ -46,6 +47,8 @@ class Table(StoredRecommender):
     """Scores by the query's number; with a blend, the whole sum, as a language model would rank by it."""
 
     blend: PriorSource | None = None
+    head_QN: np.ndarray | None = None
+    """Of a model: the log-probabilities by its item head."""
 
     def __init__(self, name: str, table_QN: np.ndarray, scale: Literal["share", "logit"] = "share") -> None:
         self.name, self.catalogue, self.table_QN = name, ITEMS, table_QN
@@ -56,7 +59,18 @@ class Table(StoredRecommender):
         if self.blend is None:
             return scores_QN
         priors = self.blend.priors(domain, queries)
-        return priors.weight * scores_QN + priors.values_UN
+        scores_QN = priors.weight * scores_QN + priors.values_UN
+        return scores_QN + priors.item_head * self.item_log_probs(domain, queries) if priors.item_head else scores_QN
+
+    def rank(self, queries: Sequence[RankingQuery], k: int, mode: str | None = None) -> list[Ranking]:
+        return Table("head", self.head_QN).rank(queries, k) if mode == "vectors" else super().rank(queries, k)
+
+    def has_item_head(self, domain: str) -> bool:
+        return self.head_QN is not None
+
+    def item_log_probs(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
+        assert self.head_QN is not None
+        return self.head_QN[[int(query.query_id) for query in queries]]
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {"table": self.table_QN}
@@ -80,8 +94,9 @@ SAME_PLACE_QN = np.arange(N) % 6 == TARGET_Q[:, None] % 6
 """An item is its group and its place in it: who knows one of them has four to six items left."""
 
 
-def chosen(model_QN: np.ndarray, part_QN: np.ndarray) -> dict[str, Setting]:
+def chosen(model_QN: np.ndarray, part_QN: np.ndarray, head_QN: np.ndarray | None = None) -> dict[str, Setting]:
     model: Any = Table("model", np.log(model_QN))
+    model.head_QN = None if head_QN is None else np.log(head_QN)
     return choose(model, "books", {"part": Table("part", part_QN)}, (QUERIES, [f"i{row:02}" for row in TARGET_Q]))
 
 
@@ -109,6 +124,18 @@ def test_two_that_know_a_half_each_know_all_together() -> None:
     assert found == chosen(SAME_GROUP_QN + 0.01, 3.0 * SAME_PLACE_QN)
 
 
+def test_the_item_head_is_a_part_of_its_own() -> None:
+    """The model knows the group, the part the place, and the head the group or nothing."""
+    found = chosen(SAME_GROUP_QN + 0.01, 3.0 * SAME_PLACE_QN, SAME_GROUP_QN + 0.01)
+    assert found["vectors"].model == 0 < found["vectors"].item_head and found["vectors"].ndcg == 1
+    assert found["blend"].ndcg == 1 and found["head_alone"].ndcg == found["model_alone"].ndcg < 1
+    useless = chosen(SAME_GROUP_QN + 0.01, 3.0 * SAME_PLACE_QN, NOISE_QN + 0.001)
+    assert useless["blend"].ndcg == 1 > useless["vectors"].ndcg
+    without = chosen(SAME_GROUP_QN + 0.01, 3.0 * SAME_PLACE_QN)
+    assert without["without_model"] == useless["without_model"] and "vectors" not in without
+    assert without["without_model"].item_head == useless["without_model"].item_head == 0
+
+
 def test_the_search_goes_on_until_no_single_number_helps() -> None:
     grids = [range(5), range(5)]
     assert climb(lambda point: -abs(point[0] - 3) - abs(point[1] - point[0]) / 2, grids, (0, 0)) == (3, 3)
@@ -117,9 +144,12 @@ def test_the_search_goes_on_until_no_single_number_helps() -> None:
 
 def test_weights_that_are_all_zero_are_never_chosen() -> None:
     """Here any order is as bad as any other, and the zeros come first in every grid."""
-    nothing = Entries(np.zeros(3, int), np.zeros(3, bool), np.zeros(3), {"part": np.ones(3)}, np.ones(3, bool), 1)
-    assert any((best_setting(nothing, (0.0, 1.0)).model, best_setting(nothing, (0.0,)).parts["part"][0]))
-    assert best_setting(nothing, (0.0,)).parts["part"][0] > 0
+    zeros = np.zeros(3)
+    nothing = Entries(np.zeros(3, int), zeros.astype(bool), zeros, zeros, {"part": zeros + 1}, zeros == 0, 1)
+    for head_weights in ((0.0,), (0.0, 1.0)):
+        found = best_setting(nothing, (0.0, 1.0), head_weights)
+        assert any((found.model, found.item_head, found.parts["part"][0]))
+    assert best_setting(nothing, (0.0,), (0.0,)).parts["part"][0] > 0
 
 
 # ---- the blend -------------------------------------------------------------------------------------------------------
@@ -183,8 +213,10 @@ def test_numbers_that_mean_nothing_are_refused(weight: float, floor: float) -> N
         Part("walk", Table("walk", row(1)), weight, floor)
     with pytest.raises(ConfigError, match="all weights of the blend are zero"):
         blend_of(weight=0.0)
-    with pytest.raises(ConfigError, match="the model's weight -1"):
+    with pytest.raises(ConfigError, match="the weight -1 of the model"):
         blend_of(weight=-1)
+    with pytest.raises(ConfigError, match="the weight nan of the item head"):
+        replace(blend_of(), item_head=math.nan)
 
 
 @pytest.mark.parametrize(
@@ -278,6 +310,8 @@ def test_a_blend_of_another_catalogue_is_refused(model: Path, split: Split) -> N
     written(model, split, "EASE")
     with pytest.raises(ConfigError, match="chosen for another catalogue"):
         read_blend(model, ITEMS)
+    with pytest.raises(ConfigError, match="no numbers for 'vectors'"):
+        read_blend(model, split.catalogue, "vectors")
     with pytest.raises(ConfigError, match="holds no blend"):
         read_blend(model / "blend", split.catalogue)
 
@@ -293,6 +327,8 @@ def test_parts_that_call_themselves_alike_all_count() -> None:
 
 
 def test_other_scores_than_those_of_training_suit_no_blend() -> None:
-    assert RankConfig().suits_blends and RankConfig(mode="beam").suits_blends
-    for other in (RankConfig(mode="vectors"), RankConfig(score="mean"), RankConfig(normaliser="catalogue")):
+    assert (
+        RankConfig().suits_blends and RankConfig(mode="beam").suits_blends and RankConfig(mode="vectors").suits_blends
+    )
+    for other in (RankConfig(score="mean"), RankConfig(normaliser="catalogue")):
         assert not other.suits_blends

@@ -239,6 +239,8 @@ never tested against each other."""
 
 BLENDED = " blend"
 """End of the name of a row that blends a model with other recommenders; the model is the row of the name before it."""
+BY_HEAD = " item head"
+"""End of the name of a row that ranks by a model's item head; the model is the row of the name before it."""
 
 
 def arm_of(model: str, seed: int) -> str:

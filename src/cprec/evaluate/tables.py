@@ -22,6 +22,7 @@ from cprec.evaluate.questions import Protocol, Questions
 from cprec.evaluate.rankings import SavedRankings
 from cprec.evaluate.results import (
     BLENDED,
+    BY_HEAD,
     FULL,
     GENERATED,
     Arm,
@@ -266,7 +267,7 @@ def _told(values: Mapping[str, np.ndarray], models: Sequence[str]) -> list[tuple
     models, the best baseline and the others.
 
     Where models have blends, these are told in place of the models: with the baselines, the blends before and the
-    model alone. A model alone is then told with the models before it.
+    model alone, and its item head. A model alone is then told with the models before it.
     """
     if not models:
         best = max(values, key=lambda rival: float(values[rival].mean()), default="")
@@ -276,7 +277,7 @@ def _told(values: Mapping[str, np.ndarray], models: Sequence[str]) -> list[tuple
     baselines = [name for name in values if name not in models]
     leading, pairs = blends or alone, []
     for number, a in reversed(list(enumerate(leading))):
-        own = [name for name in alone if name + BLENDED == a]
+        own = [name for name in alone if name.removesuffix(BY_HEAD) + BLENDED == a]
         pairs += [(a, b) for b in (*baselines, *leading[:number], *own)]
     if blends:
         pairs += [(a, b) for number, a in reversed(list(enumerate(alone))) for b in alone[:number]]

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from cprec.entrants import WITHOUT_MODEL
-from cprec.evaluate.results import BLENDED, Arm, DomainResult
+from cprec.evaluate.results import BLENDED, BY_HEAD, Arm, DomainResult
 from cprec.evaluate.saved import read_saved
 from cprec.evaluate.statistics import MIN_QUERIES, Comparison, compare_pair
 from cprec.rank.blend_file import BLEND, read_about
@@ -18,6 +18,7 @@ from cprec.recipe import FINETUNED
 
 NAMES = {
     FINETUNED: "the language model",
+    FINETUNED + BY_HEAD: "the item head of the language model",
     FINETUNED + BLENDED: "the blend of the language model and simple recommenders",
     WITHOUT_MODEL: "the blend of simple recommenders, without the language model",
 }
@@ -30,8 +31,8 @@ Compare = Callable[[str, str], Comparison]
 def answer(result: DomainResult, compare: Compare, validated: Mapping[str, float]) -> str:
     """Which recommender to use, and how much better than the best simple one it is for the same customers.
 
-    Of the model, its blend and the blend without it, the one is judged that `validated`, NDCG on validation queries by
-    the names of arms, puts first: the best of three on the test queries would be flattered by them.
+    Of the model, its item head, its blend and the blend without it, the one is judged that `validated`, NDCG on
+    validation queries by the names of arms, puts first: the best of them on the test queries would be flattered.
     """
     arms = {name: arm for name, arm in result.arms.items() if arm.kind != "bound"}
     best = arms[max((name for name in NAMES if name in arms), key=lambda name: validated.get(name, -1.0))]
@@ -62,8 +63,13 @@ def validated_by(model: Path) -> dict[str, float]:
     if not (model / BLEND).is_file():
         return {}
     about = read_about(model)
-    settings = {FINETUNED: "model_alone", FINETUNED + BLENDED: "blend", WITHOUT_MODEL: "without_model"}
-    return {name: about[setting]["ndcg@10"] for name, setting in settings.items()}
+    settings = {
+        FINETUNED: "model_alone",
+        FINETUNED + BY_HEAD: "head_alone",
+        FINETUNED + BLENDED: "blend",
+        WITHOUT_MODEL: "without_model",
+    }
+    return {name: about[setting]["ndcg@10"] for name, setting in settings.items() if setting in about}
 
 
 def compare_saved(folder: Path, result: DomainResult, seed: int, a: str, b: str) -> Comparison:

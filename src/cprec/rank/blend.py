@@ -1,6 +1,7 @@
-"""A blend: the log-probability of the model and log-scores of other recommenders, weighted; its files beside a model.
+"""A blend: log-probabilities by the model and log-scores of other recommenders, weighted; its files beside a model.
 
-    score(item) = weight * log P(item | history) + sum over parts of weight * log max(score / best score, floor)
+    score(item) = weight * log P(item | history) + weight * log P(item | history) by the item head, if there is one
+                + sum over parts of weight * log max(score / best score, floor)
 
 `cprec blend` chooses the numbers and writes `blend.json` and the arrays of the parts, `blend/PART.npz`.
 Suffixes: Q queries, N items of the domain.
@@ -104,29 +105,32 @@ class Blend:
     parts: tuple[Part, ...]
     """Those with a weight above 0."""
     weight: float
-    """Of the model's log-probability; 0 where the model says nothing."""
+    """Of the model's log-probability; 0 where that says nothing."""
+    item_head: float = 0.0
+    """Of the log-probability by the model's item head, which knows new items as the model does."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight < math.inf:
-            raise ConfigError(f"the model's weight {self.weight} must be a number of 0 or more")
-        if not self.weight and not self.parts:
+        for name, weight in (("model", self.weight), ("item head", self.item_head)):
+            if not 0 <= weight < math.inf:
+                raise ConfigError(f"the weight {weight} of the {name} must be a number of 0 or more")
+        if not (self.weight or self.item_head or self.parts):
             raise ConfigError("all weights of the blend are zero: give the model or a part a weight above 0")
 
     @classmethod
     def of(cls, setting: Setting, domain: str, parts: Mapping[str, ScoringRecommender], catalogue: Catalogue) -> Blend:
         """The blend of these numbers; `parts` has those with a weight, made for the catalogue."""
         weighted = (Part(name, parts[name], weight, floor) for name, (weight, floor) in setting.parts.items() if weight)
-        return cls(domain, catalogue, catalogue, tuple(weighted), setting.model)
+        return cls(domain, catalogue, catalogue, tuple(weighted), setting.model, setting.item_head)
 
     def priors(self, domain: str, queries: Sequence[RankingQuery]) -> Priors:
-        """The sum of the parts' weighted log-scores, in the order of the catalogue.
+        """The sum of the parts' weighted log-scores, in the order of the catalogue, and the weights of the model.
 
         Raises ConfigError for another domain than its own, ModelError for scores that are not finite.
         """
         values_QN = np.zeros((len(queries), len(self.catalogue.rows_of(self.domain))))
         for prior_QN in self.priors_of_parts(domain, queries).values():
             values_QN += prior_QN
-        return Priors(values_QN, self.weight)
+        return Priors(values_QN, self.weight, self.item_head)
 
     def priors_of_parts(self, domain: str, queries: Sequence[RankingQuery]) -> dict[str, np.ndarray]:
         """The weighted log-scores of each part, by its name: float64[Q, N]. Raises as `priors` does."""
@@ -199,8 +203,8 @@ def write_blend(
 ) -> None:
     """Write a blend beside a model, in place of any that is there.
 
-    `settings` are those of `blend` and of `without_model`; parts that no setting gives a weight are left out. `about`
-    says what they were chosen on.
+    `settings` are those of `blend` and of `without_model`, and of `vectors` where the model has an item head; parts
+    that no setting gives a weight are left out. `about` says what they were chosen on.
     """
     used = [name for name in parts if any(setting.parts[name][0] for setting in settings.values())]
     with whole_folder(Path(model, FOLDER)) as folder:
@@ -219,7 +223,8 @@ def write_blend(
 
 
 def read_blend(model: str | Path, catalogue: Catalogue, setting: str = "blend") -> Blend:
-    """The blend beside a model, by the numbers of `setting`: `blend`, or `without_model`, the best of parts alone.
+    """The blend beside a model, by the numbers of `setting`: `blend`; `vectors`, the best without log P; or
+    `without_model`, the best of parts alone.
 
     Raises ConfigError or DataError, which name the file, where it is missing or damaged, belongs to another model or
     catalogue, or its parts are gone or changed.
@@ -229,6 +234,8 @@ def read_blend(model: str | Path, catalogue: Catalogue, setting: str = "blend") 
         raise ConfigError(f"{path} was chosen for another model than {model} holds now{AGAIN}")
     if about["catalogue"] != catalogue.digest():
         raise ConfigError(f"{path} was chosen for another catalogue than that of {model}{AGAIN}")
+    if setting not in about:
+        raise ConfigError(f"{path} has no numbers for {setting!r}: the model had no item head then{AGAIN}")
     try:
         chosen, domain = Setting.from_json(about[setting]), str(about["domain"])
     except (KeyError, TypeError, ValueError) as error:

@@ -22,19 +22,22 @@ class Setting:
     """The numbers of a blend, and what they reached on the queries that they were chosen on."""
 
     model: float
-    """The model's weight."""
+    """The weight of the model's log-probability."""
     parts: Mapping[str, tuple[float, float]]
     """Weight and floor of each part; a weight may be 0."""
     ndcg: float
+    item_head: float = 0.0
+    """The weight of the log-probability by the model's item head."""
 
     def to_json(self) -> dict[str, Any]:
         parts = {name: {"weight": weight, "floor": floor} for name, (weight, floor) in self.parts.items()}
-        return {"model": self.model, "parts": parts, "ndcg@10": self.ndcg}
+        return {"model": self.model, "item_head": self.item_head, "parts": parts, "ndcg@10": self.ndcg}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Setting:
         parts = {name: (float(part["weight"]), float(part["floor"])) for name, part in content["parts"].items()}
-        return cls(float(content["model"]), parts, float(content["ndcg@10"]))
+        head = float(content.get("item_head", 0.0))  # older files have none
+        return cls(float(content["model"]), parts, float(content["ndcg@10"]), head)
 
 
 def read_about(model: str | Path) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class RankConfig:
     @property
     def suits_blends(self) -> bool:
         """Whether models have the scores that the weights of blends are chosen for."""
-        return self.score == "sum" and self.mode != "vectors" and self.normaliser == "auto"
+        return self.score == "sum" and self.normaliser == "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import copy
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,13 +24,14 @@ from cprec.rank.blend import read_blend
 from cprec.rank.blend_file import BLEND
 from cprec.rank.config import Mode, Normaliser, RankConfig, Score
 from cprec.rank.generation import match, write
-from cprec.rank.vectors import VectorRanker
+from cprec.rank.vectors import ItemVectors
 from cprec.rank.vllm import VLLMReader
-from cprec.recommender import Ranking, RankingQuery
+from cprec.recommender import Proof, Ranking, RankingQuery
 from cprec.schema import SPECIFIC, Item, id_text
+from cprec.scoring import ranking_of
 from cprec.search.cache import PrefixCache
 from cprec.search.normaliser import Over
-from cprec.search.priors import PriorSource
+from cprec.search.priors import Priors, PriorSource
 from cprec.search.ranking import SequenceRanker, batches, may_return
 from cprec.search.reading import ModelReader, Reader, Tree
 from cprec.search.trie import Trie
@@ -64,7 +65,8 @@ class LLMRecommender:
     - `exact`: search until no better item can be left, with a proof;
     - `auto`: the same, but a query that has read `max_nodes` prefixes gets the best found, and its proof has the gap;
     - `beam`: the `beam_width` best prefixes of each depth; the proof has the gap;
-    - `vectors`: no titles are read; the model's item head scores all items in one pass, candidates too;
+    - `vectors`: no titles are read; the model's item head scores all items in one pass, candidates too. A blend must
+      then give log P the weight 0;
     - `generate` (candidates only, named in the call of `rank`): the model writes freely, and what it writes is looked
       for among the candidates; a ranking holds one item or none.
 
@@ -77,7 +79,8 @@ class LLMRecommender:
     `normaliser` says what the probabilities of each step sum to one over: the `vocabulary`, or the `catalogue`, the
     children of the trie's node that lead to items in stock; then the probabilities of all items in stock sum to one.
 
-    With a `blend` the score is weighted, and each item's prior is added; exact lists are still proven.
+    With a `blend` the score is weighted, and each item's prior is added, of which the log-probability by the item head
+    may be a part; exact lists are still proven. Where the score has the weight 0, no titles are read in any mode.
 
     `cache_bytes` of memory keep what was read of prompts, for users who come back.
     """
@@ -142,7 +145,7 @@ class LLMRecommender:
         )
         self._check_context()
         self._item_head = item_head
-        self._vectors: VectorRanker | None = None
+        self._vectors: ItemVectors | None = None
         self._tries: dict[str, Trie] = {}
         self.withdrawn: Mapping[str, frozenset[str]] = {}
         self.blend = None
@@ -159,7 +162,7 @@ class LLMRecommender:
     ) -> LLMRecommender:
         """The recommender of a model folder, read by `engine`; `options` are those of the constructor (`beam_width=50`,
         say), `engine_options` those of `vllm.LLM`. A blend that `cprec blend` wrote beside the model is used, unless
-        `blend` is False.
+        `blend` is False; with mode `vectors` it is the one that was chosen without log P.
 
         Raises ConfigError if the folder holds no finished model of CPRec, or the engine is not there; DataError or
         ConfigError for a blend that is damaged, or is not of this model.
@@ -178,13 +181,23 @@ class LLMRecommender:
             head = load_head(folder, made.title_tokens(made.domain))
             made._item_head = head and head.to(distributed.pick_device())
         if blend and (folder / BLEND).exists():
-            if not made.ranking.suits_blends:
-                raise ConfigError(
-                    f"{made.ranking}: the weights of {folder / BLEND} are for the probabilities of titles as they were "
-                    "trained; give blend=False with another score or normaliser, or with mode='vectors'"
-                )
-            made.blend = read_blend(folder, made.catalogue)
+            made._open_blend(folder)
         return made
+
+    def _open_blend(self, folder: Path) -> None:
+        """Use the blend of the model folder; raises as `from_pretrained` does."""
+        if not self.ranking.suits_blends:
+            raise ConfigError(
+                f"{self.ranking}: the weights of {folder / BLEND} are for the probabilities of titles as they were "
+                "trained; give blend=False with another score or normaliser"
+            )
+        vectors = self.ranking.mode == "vectors"
+        if vectors:
+            self._require_head(self.domain, "mode=vectors")
+        found = read_blend(folder, self.catalogue, "vectors" if vectors else "blend")
+        if found.item_head:
+            self._require_head(found.domain, str(folder / BLEND))
+        self.blend = found
 
     def _check_context(self) -> None:
         """Raise ConfigError if the model has no room for the longest title after an empty history."""
@@ -213,10 +226,6 @@ class LLMRecommender:
         in mode `generate`, ModelError where the model's scores are not finite.
         """
         mode = mode or self.ranking.mode
-        if mode == "vectors":
-            if self.blend is not None:
-                raise ConfigError("mode='vectors' would leave out the blend of this model: open it with blend=False")
-            return self._by_vectors(queries, k)
         if mode == "generate" and any(query.candidates is None for query in queries):
             raise ConfigError("mode='generate' ranks candidates: give each query some")
         prompts = self._prompts(queries)
@@ -224,70 +233,81 @@ class LLMRecommender:
         try:
             with torch.inference_mode():
                 for batch in batches(prompts, queries, self.batch_size):
-                    tree = self.reader.read([prompts[number] for number in batch])
                     asked = [queries[number] for number in batch]
-                    out |= dict(zip(batch, self._rank_batch(tree, asked, k, mode, stop), strict=True))
+                    read = partial(self.reader.read, [prompts[number] for number in batch])
+                    out |= dict(zip(batch, self._rank_batch(read, asked, k, mode, stop), strict=True))
         except ModelError as error:
             raise ModelError(f"{self.source}: {error}") from None
         return [out[number] for number in range(len(queries))]
 
-    def _by_vectors(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
-        for domain in sorted({query.domain for query in queries} - {self.domain}):
-            self._vector_ranker(domain)  # raises, before anything is read
-        try:
-            return self._vector_ranker(self.domain or "").rank(queries, k) if queries else []
-        except ModelError as error:
-            raise ModelError(f"{self.source}: {error}") from None
+    # ---- the item head -----------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def item_log_probs(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
         """The log-probability of each item of a domain after each query's history, by the item head: float64[Q, N],
         items in the order of the catalogue. What queries exclude, allow or offer is not looked at.
 
         Raises ConfigError where the model has no head for the domain.
         """
-        return self._vector_ranker(domain).scores(domain, queries)
+        vectors, prompts = self._item_vectors(domain), self._prompts(queries)
+        out = np.empty((len(queries), len(self.catalogue.rows_of(domain))))
+        # Prompts of similar length share a batch.
+        for start in range(0, len(queries), self.batch_size):
+            batch = np.argsort(prompts.lengths, kind="stable")[start : start + self.batch_size]
+            tree = self.reader.read([prompts[number] for number in batch.tolist()])
+            out[batch] = vectors.log_probs(tree.prompt_hidden_UD)
+        return out
 
-    def _vector_ranker(self, domain: str) -> VectorRanker:
-        """The ranker by vectors; made when first asked for."""
-        if self._item_head is None or domain != self.domain:
-            trained = f"one for domain {self.domain!r} only" if self._item_head is not None else "none"
+    def has_item_head(self, domain: str) -> bool:
+        """Whether the model has an item head for the domain."""
+        return self._item_head is not None and domain == self.domain
+
+    def _require_head(self, domain: str | None, what: str) -> None:
+        """Raise ConfigError where the model has no head for the domain, which is needed for `what`."""
+        if domain is None or not self.has_item_head(domain):
+            has = f"one for domain {self.domain!r} only" if self._item_head is not None else "none"
             raise ConfigError(
-                f"mode=vectors ranks domain {domain!r} by an item head, and {self.source} has {trained}: fine-tune "
-                "with item_head=1 documents=users and take the engine transformers, or choose another mode"
+                f"{what} needs an item head for domain {domain!r}, and {self.source} has {has}: fine-tune with "
+                "item_head=1 documents=users and take the engine transformers, or choose another mode"
             )
-        if self._vectors is None:
-            assert isinstance(self.reader, ModelReader)
-            self._vectors = VectorRanker(
-                self.catalogue,
-                self._item_head,
-                self.reader.model.get_input_embeddings().weight,
-                self._in_stock(domain),
-                self.withdrawn.get(domain, frozenset()),
-                self._read_states,
-            )
-        return self._vectors
 
-    @torch.inference_mode()
-    def _read_states(self, queries: Sequence[RankingQuery]) -> torch.Tensor:
-        """The states at the ends of the queries' prompts: QD."""
-        prompts = self._prompts(queries)
-        order = np.argsort(prompts.lengths, kind="stable")
-        parts = np.split(order, range(self.batch_size, len(order), self.batch_size))
-        states = [self.reader.read([prompts[row] for row in part.tolist()]).prompt_hidden_UD for part in parts]
-        return torch.cat(states)[torch.from_numpy(np.argsort(order))]
+    def _item_vectors(self, domain: str) -> ItemVectors:
+        """The vectors of a domain's items; made when first asked for."""
+        self._require_head(domain, "the score")
+        if self._vectors is None:
+            assert self._item_head is not None and isinstance(self.reader, ModelReader)
+            embedding = self.reader.model.get_input_embeddings().weight
+            self._vectors = ItemVectors(self._item_head, embedding, self._in_stock(domain))
+        return self._vectors
 
     def title_tokens(self, domain: str) -> Ragged:
         """The tokens of each title of a domain, in the order of the catalogue."""
         return self._encoder.titles(self.catalogue.rows_of(domain))
 
+    # ---- a batch -----------------------------------------------------------------------------------------------------
+
     def _rank_batch(
-        self, tree: Tree, queries: Sequence[RankingQuery], k: int, mode: str, stop: Callable[[], bool] | None
+        self,
+        read: Callable[[], Tree],
+        queries: Sequence[RankingQuery],
+        k: int,
+        mode: str,
+        stop: Callable[[], bool] | None,
     ) -> list[Ranking]:
-        """Rankings for queries of one domain, all with candidates or all without."""
-        ranker = self._ranker(queries[0].domain)
+        """Rankings for queries of one domain, all with candidates or all without; `read` reads their prompts."""
+        domain = queries[0].domain
         if mode == "generate":
-            return self._generate(tree, ranker, queries)
-        priors = None if self.blend is None else self.blend.priors(ranker.domain, queries)
+            return self._generate(read(), self._ranker(domain), queries)
+        priors = self._priors(domain, queries, mode)
+        if priors is not None and not (priors.weight or priors.item_head):
+            return self._by_values(queries, priors, k)  # the model says nothing
+        tree = read()
+        if priors is not None and priors.item_head:
+            # The state that titles are read after is that which the head scores all items by.
+            priors = priors.with_head(self._item_vectors(domain).log_probs(tree.prompt_hidden_UD))
+        if priors is not None and not priors.weight:
+            return self._by_values(queries, priors, k)
+        ranker = self._ranker(domain)
         if queries[0].candidates is not None:
             return ranker.rank_candidates(tree, queries, priors)
         return ranker.rank_catalogue(
@@ -301,6 +321,32 @@ class LLMRecommender:
             stop=stop,
             priors=priors,
         )
+
+    def _priors(self, domain: str, queries: Sequence[RankingQuery], mode: str) -> Priors | None:
+        """What joins or replaces the log-probabilities of titles; None where nothing does.
+
+        Raises ConfigError where mode `vectors` would leave out what a blend gives a weight.
+        """
+        if self.blend is None:
+            nothing = np.zeros((len(queries), len(self.catalogue.rows_of(domain))))
+            return Priors(nothing, weight=0.0, item_head=1.0) if mode == "vectors" else None
+        priors = self.blend.priors(domain, queries)
+        if mode == "vectors" and priors.weight:
+            raise ConfigError(
+                f"mode='vectors' reads no titles, and the blend in use gives log P the weight {priors.weight:g}: open "
+                "the model with mode='vectors', which takes the weights that were chosen for it, or with blend=False"
+            )
+        return priors
+
+    def _by_values(self, queries: Sequence[RankingQuery], priors: Priors, k: int) -> list[Ranking]:
+        """Rankings by priors alone: every item is scored, so nothing is searched."""
+        priors.check(len(queries), len(self.catalogue.rows_of(queries[0].domain)))
+        out = []
+        for query, values_N in zip(queries, priors.values_UN, strict=True):
+            gone = self.withdrawn.get(query.domain, frozenset()) if query.candidates is None else frozenset()
+            ranking = ranking_of(self.catalogue, replace(query, exclude=query.exclude | gone), values_N, k)
+            out.append(ranking if query.candidates is not None else replace(ranking, proof=Proof(0.0, expanded=0)))
+        return out
 
     def recommend(
         self, history: Sequence[str | int | Item], k: int = 10, *, domain: str | None = None, exclude_seen: bool = True

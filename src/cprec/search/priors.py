@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 import numpy as np
@@ -18,6 +18,9 @@ from cprec.recommender import RankingQuery
 class Priors:
     """score(item) = weight * log P(item | history) + value(item). Suffixes: U queries, N items of the domain.
 
+    A model with an item head has a second log-probability of each item; what the source of priors gives for
+    `item_head` is its weight, and it joins the values before anything is searched.
+
     Raises ConfigError for a weight that is negative or no number, DataError for values that are no table of finite
     float64.
     """
@@ -26,10 +29,13 @@ class Priors:
     """float64[U, N], items in the order of the catalogue."""
     weight: float = 1.0
     """Of the model's log-probability. With 0 the values alone are the score."""
+    item_head: float = 0.0
+    """Weight of the log-probability by the model's item head, as long as `values_UN` is without it."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight < math.inf:
-            raise ConfigError(f"the model's weight {self.weight} among priors must be a number of 0 or more")
+        for name, weight in (("model", self.weight), ("item head", self.item_head)):
+            if not 0 <= weight < math.inf:
+                raise ConfigError(f"the weight {weight} of the {name} among priors must be a number of 0 or more")
         if self.values_UN.ndim != 2 or self.values_UN.dtype != np.float64:
             raise DataError(
                 f"priors of shape {self.values_UN.shape} and type {self.values_UN.dtype}: give float64 values, a row "
@@ -42,8 +48,13 @@ class Priors:
                 "give items of which nothing is known a floor"
             )
 
+    def with_head(self, log_prob_UN: np.ndarray) -> Priors:
+        """The same with the log-probabilities by the item head among the values."""
+        return replace(self, values_UN=self.values_UN + self.item_head * log_prob_UN, item_head=0.0)
+
     def check(self, num_queries: int, num_items: int) -> None:
         """Raise DataError unless the values are of so many queries and items."""
+        assert not self.item_head, "what the item head says joins the values first, see `with_head`"
         if self.values_UN.shape != (num_queries, num_items):
             raise DataError(
                 f"priors of {self.values_UN.shape[0]:,} queries and {self.values_UN.shape[1]:,} items were given for "
