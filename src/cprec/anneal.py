@@ -20,11 +20,11 @@ from cprec.evaluate.config import EvaluateConfig
 from cprec.evaluate.evaluate import evaluate
 from cprec.evaluate.training_page import fork_page, print_forks
 from cprec.files import write_whole
+from cprec.finetune import finetune
 from cprec.progress import say
 from cprec.provenance import CONFIG_FILE, read_resolved, save_resolved
 from cprec.train.checkpoint import damage, read_state, step_of
 from cprec.train.config import AnnealConfig, FinetuneConfig, ForkData, PretrainConfig, share_of, under_current_names
-from cprec.train.finetune import finetune
 from cprec.train.folder import LOG, read_done, read_log
 from cprec.train.pretrain import fork
 

@@ -1,86 +1,217 @@
-"""A second readout of a language model: the state before a title against a vector for each item of a domain.
+"""An item head: SASRec over what a language model makes of titles, trained beside the model and kept in its folder.
 
-An item's vector is made from its title by the model's own embeddings, plus a row that training moves away from zero. So
-an item that came after training has a vector at once.
+An item's vector is the mean of the model's states over its title, at three depths, along the directions in which the
+titles of the domain differ most. `TitleSASRec` reads a history of such vectors and compares it with all of them, so a
+ranking needs no decoding, and an item that came after training has a vector at once.
 
-Suffixes: N items, D width, Q queries or positions, V vocabulary.
+Suffixes: N items of the domain in catalogue order, F numbers of a title's states, K directions, Q queries, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 from torch.nn import functional as F
 
+from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
+from cprec.data.splits import Split
+from cprec.errors import DataError, ModelError
+from cprec.files import whole_folder
+from cprec.models import trunk_and_head
+from cprec.progress import track
+from cprec.provenance import file_sha256
+from cprec.recommender import RankingQuery
+from cprec.systems.dot_product import DotProductRecommender
+from cprec.systems.recipes.title_sasrec import TitleSASRec
+from cprec.systems.signals import TrainingSequences
 
 FOLDER = "item_head"
-"""In a model folder: where the weights of the head are, apart from those that other libraries read."""
-_WEIGHTS = f"{FOLDER}/model.safetensors"
-_PREFIX = f"{FOLDER}."
-"""Before the names of the head's weights in a model that has it as a part."""
+"""In a model folder: the files of the head, apart from those that other libraries read."""
+_ARRAYS, _SETTINGS = "head.safetensors", "head.json"
+_MODEL = "cprec.json"
+"""What a model says of itself: by its hash a head knows its model."""
+_ROWS = "items.rows"
+"""The weights that belong to items, one row each."""
+TITLE_TOKENS = 32
+"""Tokens of a title, or of each other field, that are read; ranking by titles may read fewer."""
+DIRECTIONS = 384
+STEPS = 300
+"""Steps that training takes at least."""
+_BATCH = 64
+_RIDGE = 1e-3
+
+Read = Callable[[np.ndarray], np.ndarray]
+"""The states of the titles of some catalogue rows: float32[N, F]."""
 
 
-class ItemHead(nn.Module):
-    """Vectors of a domain's items, and what turns a state of the model into one to multiply them with."""
-
-    def __init__(self, titles: Ragged, width: int, dropout: float = 0.2) -> None:
-        """`titles` are the tokens of each item's title, none empty; `dropout` is that of states in training."""
-        super().__init__()
-        self.dropout = dropout
-        self.norm = nn.LayerNorm(width)
-        self.title = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
-        self.rows = nn.Parameter(torch.zeros(len(titles), width))
-        self.state = nn.Linear(width, width)
-        self._set_titles(titles)
-
-    def _set_titles(self, titles: Ragged) -> None:
-        for name, values in (("_tokens", titles.values), ("_starts", titles.offsets[:-1])):
-            self.register_buffer(name, torch.from_numpy(values.astype(np.int64)), persistent=False)
-
-    def vectors(self, embedding_VD: torch.Tensor) -> torch.Tensor:
-        """The items' vectors, from the token embeddings of the model: ND."""
-        assert isinstance(self._tokens, torch.Tensor) and isinstance(self._starts, torch.Tensor)
-        pooled_ND = F.embedding_bag(self._tokens, embedding_VD, self._starts, mode="mean")
-        return self.title(self.norm(pooled_ND)) + self.rows
-
-    def states(self, hidden_QD: torch.Tensor) -> torch.Tensor:
-        """What is multiplied with the vectors: QD."""
-        return self.state(F.dropout(hidden_QD, self.dropout, self.training))
-
-    def over(self, titles: Ragged, known: np.ndarray) -> ItemHead:
-        """The same head over other items; `known` is the number that each has here, -1 for new ones, which have no row
-        of their own."""
-        head = ItemHead(titles, self.rows.shape[1], self.dropout).to(self.rows.device)
-        weights = self.state_dict()
-        rows = weights["rows"][torch.from_numpy(known).clamp(min=0)]
-        rows[torch.from_numpy(known) < 0] = 0
-        head.load_state_dict(weights | {"rows": rows})
-        return head.train(self.training)
+@torch.inference_mode()
+def title_states(model: Any, titles: Ragged, description: str = "reading titles") -> np.ndarray:
+    """What a causal language model makes of titles: its mean state over the tokens at the embeddings, half-way up and
+    at the end, each scaled to length one, side by side: float32[N, F]. A title without tokens has zeros."""
+    trunk, device = trunk_and_head(model)[0], next(model.parameters()).device
+    order = np.argsort(titles.lengths, kind="stable")
+    out_NF: np.ndarray | None = None
+    with track(len(titles), description, unit="titles") as progress:
+        for batch in (order[start : start + _BATCH] for start in range(0, len(order), _BATCH)):
+            tokens, lengths = titles.take(batch), titles.lengths[batch]
+            ids_RT = np.zeros((len(batch), max(1, int(lengths.max()))), dtype=np.int64)
+            ids_RT[np.arange(ids_RT.shape[1]) < lengths[:, None]] = tokens.values
+            # Padding stands on the right, where no earlier token reads it.
+            every = trunk(input_ids=torch.from_numpy(ids_RT).to(device), output_hidden_states=True).hidden_states
+            is_token_RT1 = (torch.arange(ids_RT.shape[1]) < torch.from_numpy(lengths)[:, None])[:, :, None].to(device)
+            depths = (every[0], every[len(every) // 2], every[-1])
+            pooled = [F.normalize((depth.float() * is_token_RT1).sum(1), dim=-1) for depth in depths]
+            found = torch.cat(pooled, dim=1).cpu().numpy()
+            if out_NF is None:
+                out_NF = np.zeros((len(titles), found.shape[1]), dtype=np.float32)
+            out_NF[batch] = found
+            progress.advance(len(batch))
+    if out_NF is None or not np.isfinite(out_NF).all():
+        raise ModelError("the states of titles are not finite (NaN or infinity): take an earlier checkpoint")
+    return out_NF
 
 
-def split_weights(weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The weights of a model that may have a head as its part `item_head`: those of the rest, and of the head."""
-    of_head = {name: value for name, value in weights.items() if name.startswith(_PREFIX)}
-    return {name: value for name, value in weights.items() if name not in of_head}, of_head
+@dataclass(frozen=True)
+class Directions:
+    """Where the titles of a domain differ most: their principal components, each scaled to nearly equal strength."""
+
+    mean_F: np.ndarray
+    axes_FK: np.ndarray
+
+    @classmethod
+    def of(cls, states_NF: np.ndarray, most: int = DIRECTIONS) -> Directions:
+        """The strongest directions of some states, `most` at most."""
+        mean_F = states_NF.mean(0)
+        covariance_FF = np.cov(states_NF - mean_F, rowvar=False, bias=True)
+        strength_F, axes_FF = np.linalg.eigh(np.atleast_2d(covariance_FF).astype(np.float64))
+        strongest = np.argsort(-strength_F)[: min(most, len(states_NF))]
+        # The ridge keeps directions of next to no strength, which are noise, from being blown up.
+        scale_K = np.sqrt(np.maximum(strength_F[strongest], 0) + _RIDGE * max(strength_F.max(), 1e-12))
+        return cls(mean_F.astype(np.float32), (0.3 * axes_FF[:, strongest] / scale_K).astype(np.float32))
+
+    def project(self, states_NF: np.ndarray) -> np.ndarray:
+        """Coordinates along the directions: float32[N, K]."""
+        projected: np.ndarray = (states_NF - self.mean_F) @ self.axes_FK
+        return projected
 
 
-def save_head(folder: Path, of_head: Mapping[str, torch.Tensor]) -> None:
-    """Write the weights of a head, named as in its model, into a model folder."""
-    (folder / _WEIGHTS).parent.mkdir(exist_ok=True)
-    save_file({name: value.contiguous() for name, value in of_head.items()}, folder / _WEIGHTS)
+def settings_for(split: Split, domain: str) -> TitleSASRec:
+    """The settings of a head for a domain: as many passes over few users as make about 300 steps."""
+    rows = len(TrainingSequences.of(split, domain).sequences)
+    settings = TitleSASRec()
+    return replace(settings, num_epochs=max(settings.num_epochs, STEPS * settings.batch_size / rows))
 
 
-def load_head(folder: Path, titles: Ragged) -> ItemHead | None:
-    """The head of a model folder, over the items that it was trained on; None where it has none."""
-    if not (folder / _WEIGHTS).is_file():
-        return None
-    weights = {name.removeprefix(_PREFIX): value for name, value in load_file(folder / _WEIGHTS).items()}
-    head = ItemHead(titles, weights["rows"].shape[1])
-    head.load_state_dict(weights)
-    return head.eval()
+class ItemHead:
+    """A trained item head of one domain, over the items of a catalogue."""
+
+    def __init__(
+        self,
+        settings: TitleSASRec,
+        catalogue: Catalogue,
+        domain: str,
+        directions: Directions,
+        vectors_NK: np.ndarray,
+        weights: dict[str, np.ndarray],
+    ) -> None:
+        """`weights` are those of `settings.model(vectors_NK)`."""
+        self.domain, self.catalogue = domain, catalogue
+        self._settings, self._directions, self._vectors_NK, self._weights = settings, directions, vectors_NK, weights
+        model = settings.model(vectors_NK)
+        model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+        nobody = TrainingSequences(catalogue, domain, Ragged.of([]), ())
+        self._recommender = settings.recommender(nobody, model)
+
+    @classmethod
+    def train(
+        cls, split: Split, domain: str, read: Read, *, settings: TitleSASRec, seed: int, folder: Path
+    ) -> ItemHead:
+        """A head that has learnt from the training events of a domain; its best weights are chosen by validation
+        queries. `folder` keeps unfinished training, which goes on when the same is asked again.
+
+        Raises Unsuitable where the domain has nothing to learn from or to validate with.
+        """
+        data, rows = TrainingSequences.of(split, domain), split.catalogue.rows_of(domain)
+        states_NF = read(rows)
+        directions = Directions.of(states_NF)
+        vectors_NK = directions.project(states_NF)
+        with TemporaryDirectory() as temporary:
+            path = Path(temporary, "vectors.npz")
+            np.savez(path, item_id=np.array(data.item_ids), vectors=vectors_NK)
+            made = replace(settings, vectors=str(path)).make(split, domain, seed=seed, folder=folder)
+        assert isinstance(made, DotProductRecommender)
+        weights = {name: value.cpu().numpy() for name, value in made.model.state_dict().items()}
+        return cls(settings, split.catalogue, domain, directions, vectors_NK, weights)
+
+    def log_probs(self, queries: Sequence[RankingQuery], in_stock_N: np.ndarray) -> np.ndarray:
+        """The logarithm of the share that each item has after each query's history: float64[Q, N].
+
+        The shares of the items in stock sum to one; that of a withdrawn item is measured by theirs. Raises ModelError
+        where a score is not finite.
+        """
+        scores_QN = self._recommender.scores(self.domain, queries).astype(np.float64)
+        best_Q1 = scores_QN[:, in_stock_N].max(1, keepdims=True)
+        scores_QN -= best_Q1
+        log_QN: np.ndarray = scores_QN - np.log(np.exp(scores_QN[:, in_stock_N]).sum(1, keepdims=True))
+        if not np.isfinite(log_QN).all():
+            raise ModelError("the scores of the item head are not finite (NaN or infinity): take an earlier checkpoint")
+        return log_QN
+
+    def over(self, catalogue: Catalogue, read: Read) -> ItemHead:
+        """The same head over the items of another catalogue. Items that are new or have another title are read anew;
+        a new item has no row of its own."""
+        before, after = self.catalogue.rows_of(self.domain), catalogue.rows_of(self.domain)
+        number = {item: place for place, item in enumerate(self.catalogue.item_id[before])}
+        known = np.array([number.get(item, -1) for item in catalogue.item_id[after]], dtype=np.int64)
+        same = (known >= 0) & (self.catalogue.title[before][known] == catalogue.title[after])
+        vectors_NK = self._vectors_NK[known]
+        if not same.all():
+            vectors_NK[~same] = self._directions.project(read(after[~same]))
+        rows_ND, num_before = self._weights[_ROWS], len(before)
+        own_ND = np.where((known >= 0)[:, None], rows_ND[known], 0)
+        weights = self._weights | {_ROWS: np.concatenate([own_ND, rows_ND[num_before:]]).astype(np.float32)}
+        return ItemHead(self._settings, catalogue, self.domain, self._directions, vectors_NK, weights)
+
+    def save(self, model: Path) -> None:
+        """Write the head into a model folder, in place of any that is there."""
+        arrays = {f"model.{name}": value for name, value in self._weights.items()}
+        arrays |= {"vectors": self._vectors_NK, "mean": self._directions.mean_F, "axes": self._directions.axes_FK}
+        with whole_folder(model / FOLDER) as folder:
+            save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, folder / _ARRAYS)
+            about = {"domain": self.domain, "settings": asdict(self._settings), "model": file_sha256(model / _MODEL)}
+            (folder / _SETTINGS).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, model: Path, catalogue: Catalogue) -> ItemHead | None:
+        """The head of a model folder, over the model's own items; None where it has none.
+
+        Raises DataError where the head's files are damaged or incomplete.
+        """
+        folder = model / FOLDER
+        if not folder.is_dir():
+            return None
+        try:
+            about = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+            arrays = load_file(folder / _ARRAYS)
+            if about["model"] != file_sha256(model / _MODEL):
+                raise ValueError("it belongs to another model than the folder holds now")
+            directions = Directions(arrays.pop("mean"), arrays.pop("axes"))
+            settings, vectors_NK = TitleSASRec(**about["settings"]), arrays.pop("vectors")
+            weights = {name.removeprefix("model."): value for name, value in arrays.items()}
+            if len(vectors_NK) != len(catalogue.rows_of(about["domain"])):
+                raise ValueError(f"{len(vectors_NK)} vectors for other items than the model's")
+            return cls(settings, catalogue, about["domain"], directions, vectors_NK, weights)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise DataError(
+                f"{folder} cannot be used ({error}): delete it and fine-tune again with item_head=true"
+            ) from None

@@ -76,6 +76,7 @@ LINEUP: Mapping[str, Listed] = {
     "SASRec": Listed("systems.recipes.sasrec:SASRec", "causal self-attention, softmax over all items"),
     "SASRec (sampled softmax)": Listed("systems.recipes.sasrec:SAMPLED", "against many shared negatives"),
     "SASRec (published)": Listed("systems.recipes.sasrec:PUBLISHED", "Kang and McAuley 2018, one negative"),
+    "SASRec (titles)": Listed("systems.recipes.title_sasrec:TitleSASRec", "over vectors of titles"),
     "ICSRec": Listed("systems.recipes.icsrec:ICSRec", "and contrast of like intentions"),
     "ICSRec (published)": Listed("systems.recipes.icsrec:PUBLISHED", "Qin et al. 2024"),
     "ReaRec": Listed("systems.recipes.rearec:ReaRec", "and latent steps of reasoning"),

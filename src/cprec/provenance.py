@@ -166,7 +166,7 @@ def shortened(changes: Sequence[str], most: int = 5) -> str:
 
 WEIGHTS = (
     *("config.json", "generation_config.json", "*.safetensors", "*.index.json", "pytorch_model*.bin"),
-    *("adapter_config.json", "adapter_model.bin", "item_head/*.safetensors"),
+    *("adapter_config.json", "adapter_model.bin", "item_head/head.*"),
 )
 TOKENIZER = (
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),

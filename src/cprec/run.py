@@ -75,7 +75,7 @@ def run(recipe: Recipe) -> Report:
 def _arms(recipe: Recipe, domain: str, steps: Iterator[str]) -> dict[str, str]:
     """The models of a domain by arm, fine-tuned and blended now where the recipe says so."""
     from cprec.blend import blend
-    from cprec.train.finetune import finetune
+    from cprec.finetune import finetune
 
     bases = {CPREC: recipe.pretrain.output_dir} if recipe.pretrain else {}
     if recipe.finetune is None:

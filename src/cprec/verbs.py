@@ -303,7 +303,7 @@ VERBS: tuple[Verb, ...] = (
         text="""Fine-tunes a model on next-item examples of a domain, with the loss on the target item's title only.
             Writes a model folder that `cprec recommend` and `Recommender.from_pretrained` open.""",
         example="cprec finetune my_recipe.yaml seed=1",
-        function="cprec.train.finetune:finetune",
+        function="cprec.finetune:finetune",
         stage="finetune",
     ),
     Verb(

@@ -18,13 +18,12 @@ from cprec import distributed
 from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.errors import ConfigError, DataError, ModelError
-from cprec.item_head import ItemHead, load_head
+from cprec.item_head import TITLE_TOKENS, ItemHead, title_states
 from cprec.models import load_model
 from cprec.rank.blend import read_blend
 from cprec.rank.blend_file import BLEND
 from cprec.rank.config import Mode, Normaliser, RankConfig, Score
 from cprec.rank.generation import match, write
-from cprec.rank.vectors import ItemVectors
 from cprec.rank.vllm import VLLMReader
 from cprec.recommender import Proof, Ranking, RankingQuery
 from cprec.schema import SPECIFIC, Item, id_text
@@ -145,7 +144,6 @@ class LLMRecommender:
         )
         self._check_context()
         self._item_head = item_head
-        self._vectors: ItemVectors | None = None
         self._tries: dict[str, Trie] = {}
         self.withdrawn: Mapping[str, frozenset[str]] = {}
         self.blend = None
@@ -178,8 +176,7 @@ class LLMRecommender:
         made = cls(model, load_tokenizer(str(folder)), Catalogue.read(folder), **settings)
         made.source = str(folder)
         if made.domain is not None and engine == "transformers":
-            head = load_head(folder, made.title_tokens(made.domain))
-            made._item_head = head and head.to(distributed.pick_device())
+            made._item_head = ItemHead.load(folder, made.catalogue)
         if blend and (folder / BLEND).exists():
             made._open_blend(folder)
         return made
@@ -249,14 +246,9 @@ class LLMRecommender:
 
         Raises ConfigError where the model has no head for the domain.
         """
-        vectors, prompts = self._item_vectors(domain), self._prompts(queries)
-        out = np.empty((len(queries), len(self.catalogue.rows_of(domain))))
-        # Prompts of similar length share a batch.
-        for start in range(0, len(queries), self.batch_size):
-            batch = np.argsort(prompts.lengths, kind="stable")[start : start + self.batch_size]
-            tree = self.reader.read([prompts[number] for number in batch.tolist()])
-            out[batch] = vectors.log_probs(tree.prompt_hidden_UD)
-        return out
+        self._require_head(domain, "the score")
+        assert self._item_head is not None
+        return self._item_head.log_probs(queries, self._in_stock(domain))
 
     def has_item_head(self, domain: str) -> bool:
         """Whether the model has an item head for the domain."""
@@ -268,21 +260,14 @@ class LLMRecommender:
             has = f"one for domain {self.domain!r} only" if self._item_head is not None else "none"
             raise ConfigError(
                 f"{what} needs an item head for domain {domain!r}, and {self.source} has {has}: fine-tune with "
-                "item_head=1 documents=users and take the engine transformers, or choose another mode"
+                "item_head=true and take the engine transformers, or choose another mode"
             )
 
-    def _item_vectors(self, domain: str) -> ItemVectors:
-        """The vectors of a domain's items; made when first asked for."""
-        self._require_head(domain, "the score")
-        if self._vectors is None:
-            assert self._item_head is not None and isinstance(self.reader, ModelReader)
-            embedding = self.reader.model.get_input_embeddings().weight
-            self._vectors = ItemVectors(self._item_head, embedding, self._in_stock(domain))
-        return self._vectors
-
-    def title_tokens(self, domain: str) -> Ragged:
-        """The tokens of each title of a domain, in the order of the catalogue."""
-        return self._encoder.titles(self.catalogue.rows_of(domain))
+    def title_states(self, rows: np.ndarray) -> np.ndarray:
+        """What the model makes of the titles of some catalogue rows, see `item_head.title_states`: float32[rows, F]."""
+        assert isinstance(self.reader, ModelReader)
+        titles = self._encoder.encode_items(self._tokenizer, rows, TITLE_TOKENS)
+        return title_states(self.reader.model, titles)
 
     # ---- a batch -----------------------------------------------------------------------------------------------------
 
@@ -299,15 +284,11 @@ class LLMRecommender:
         if mode == "generate":
             return self._generate(read(), self._ranker(domain), queries)
         priors = self._priors(domain, queries, mode)
-        if priors is not None and not (priors.weight or priors.item_head):
-            return self._by_values(queries, priors, k)  # the model says nothing
-        tree = read()
         if priors is not None and priors.item_head:
-            # The state that titles are read after is that which the head scores all items by.
-            priors = priors.with_head(self._item_vectors(domain).log_probs(tree.prompt_hidden_UD))
+            priors = priors.with_head(self.item_log_probs(domain, queries))
         if priors is not None and not priors.weight:
             return self._by_values(queries, priors, k)
-        ranker = self._ranker(domain)
+        tree, ranker = read(), self._ranker(domain)
         if queries[0].candidates is not None:
             return ranker.rank_candidates(tree, queries, priors)
         return ranker.rank_catalogue(
@@ -484,7 +465,8 @@ class LLMRecommender:
         out.catalogue, out.withdrawn = catalogue, {domain: ids for domain, ids in withdrawn.items() if ids}
         out.blend = None if self.blend is None else self.blend.with_catalogue(catalogue)
         out._encoder = self._encoder.with_catalogue(self._tokenizer, catalogue)
-        out._item_head, out._vectors = self._head_over(out), None
+        if self._item_head is not None:
+            out._item_head = self._item_head.over(catalogue, out.title_states)
         out._tries = {}
         for domain, trie in self._tries.items():
             before, after = self.catalogue.rows_of(domain), catalogue.rows_of(domain)
@@ -497,15 +479,6 @@ class LLMRecommender:
         for domain in self._tries:
             out.trie(domain)
         return out
-
-    def _head_over(self, other: LLMRecommender) -> ItemHead | None:
-        """The item head over the items of another catalogue."""
-        if self._item_head is None or self.domain is None:
-            return None
-        number = {item: row for row, item in enumerate(self.catalogue.item_id[self.catalogue.rows_of(self.domain)])}
-        ids = other.catalogue.item_id[other.catalogue.rows_of(self.domain)]
-        known = np.array([number.get(item, -1) for item in ids], dtype=np.int64)
-        return self._item_head.over(other.title_tokens(self.domain), known)
 
     def _in_stock(self, domain: str) -> np.ndarray:
         """Which items of a domain are not withdrawn: bool[number of items]."""

@@ -177,7 +177,7 @@ class DotProductRecommender(ScoringRecommender):
         """`history` makes rows of item numbers for the model of the latest `max_length` events: int64[R, T]."""
         self.name, self.catalogue, self.domain = name, data.catalogue, data.domain
         self._users = {user: row for row, user in enumerate(data.users)}
-        self._model, self._history, self._max_length = model.eval(), history, max_length
+        self.model, self._history, self._max_length = model.eval(), history, max_length
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         with torch.inference_mode():
             vectors = model.vectors()
@@ -237,7 +237,7 @@ class DotProductRecommender(ScoringRecommender):
             "users": np.array([self._users.get(user, -1) for user in users], dtype=np.int64),
         }
         on_device = {name: torch.from_numpy(array).to(device) for name, array in rows.items()}
-        return self._model.encode(self._vectors, on_device)
+        return self.model.encode(self._vectors, on_device)
 
     def _products(self, hidden_QD: torch.Tensor, out_QV: torch.Tensor | None = None) -> torch.Tensor:
         """Scores of all items: QV."""

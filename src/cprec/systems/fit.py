@@ -25,13 +25,15 @@ from cprec.data.splits import Split
 from cprec.errors import ConfigError, Unsuitable
 from cprec.files import whole_file, write_whole
 from cprec.progress import say
-from cprec.provenance import code_sha256
+from cprec.provenance import code_sha256, file_sha256
 from cprec.ranks import ndcg
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import VALIDATION
 from cprec.systems.dot_product import DotProductModel, DotProductRecommender
+from cprec.systems.items import read_vectors
 from cprec.systems.signals import Passes, TrainingSequences, padded, recent, user_names
 from cprec.systems.terms import Objective, Term, check_objective, next_item
+from cprec.systems.vectors import text_vectors
 from cprec.train.checkpoint import newest_intact, remove_checkpoints
 from cprec.train.folder import LOG, read_log
 from cprec.train.loop import Cadence, Optimisation, train
@@ -143,6 +145,10 @@ class SystemSettings(ABC):
                 return fit(self, split, domain, seed, Path(temporary))
         return fit(self, split, domain, seed, folder)
 
+    def identity(self) -> dict[str, Any]:
+        """What tells these settings from others."""
+        return asdict(self)
+
     def passes(self, seed: int) -> Passes:
         """The passes of a `RowStream` over its rows."""
         return Passes(batch_size=self.batch_size, num_epochs=self.num_epochs, seed=seed)
@@ -159,18 +165,23 @@ class SystemSettings(ABC):
     ) -> Stage:
         """A stage of a dot-product model, with its loss terms by name: (weight, term). `history` makes rows of item
         numbers of histories; without it they are the latest `max_length` events."""
-        name = type(self).__name__
-
-        def latest(histories: Ragged) -> np.ndarray:
-            return padded(recent(histories, self.max_length), data.num_items)[0]
-
         return Stage(
             trainable=WeightedTerms(model, terms),
             stream=stream,
             schedule=self.schedule(stream.num_steps),
-            recommender=lambda: DotProductRecommender(name, data, model, history or latest, self.max_length),
+            recommender=lambda: self.recommender(data, model, history),
             refresh=refresh,
         )
+
+    def recommender(
+        self, data: TrainingSequences, model: DotProductModel, history: Callable[[Ragged], np.ndarray] | None = None
+    ) -> DotProductRecommender:
+        """A recommender of a model's current weights; `history` as for `stage`."""
+
+        def latest(histories: Ragged) -> np.ndarray:
+            return padded(recent(histories, self.max_length), data.num_items)[0]
+
+        return DotProductRecommender(type(self).__name__, data, model, history or latest, self.max_length)
 
     def schedule(self, num_steps: int) -> Callable[[int], float]:
         """A short warm-up, the peak, and a linear fall to zero."""
@@ -200,6 +211,28 @@ class NextItemSettings(SystemSettings):
     def next_item(self) -> dict[str, tuple[float, Term]]:
         """The main loss term, of weight 1."""
         return {NEXT_ITEM: (1.0, next_item(self.objective, self.num_negatives))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings(SystemSettings):
+    """Settings of systems that read frozen vectors of titles."""
+
+    vectors: str = ""
+    """An .npz file with `item_id` and `vectors` of the domain's items; empty: TF-IDF of titles, reduced by SVD."""
+    text_size: int = 256
+    """Directions that the TF-IDF of titles is reduced to."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_positive("text_size")
+
+    def frozen(self, data: TrainingSequences) -> np.ndarray:
+        """The vectors of the domain's items: float32[V, F]."""
+        return read_vectors(self.vectors, data.item_ids) if self.vectors else text_vectors(data.titles, self.text_size)
+
+    def identity(self) -> dict[str, Any]:
+        """See `SystemSettings.identity`: the content of a file counts, not its place."""
+        return super().identity() | ({"vectors": file_sha256(self.vectors)} if self.vectors else {})
 
 
 class WeightedTerms:
@@ -265,7 +298,7 @@ def fit(settings: SystemSettings, split: Split, domain: str, seed: int, folder: 
     data = TrainingSequences.of(split, domain)
     validation = _Validation.of(split, domain, seed, settings.VALIDATION_QUERIES)
     made_from = {
-        **{"system": name, "settings": asdict(settings), "domain": domain, "seed": seed, "data": data.digest()},
+        **{"system": name, "settings": settings.identity(), "domain": domain, "seed": seed, "data": data.digest()},
         **{"validation": validation.digest(), "code": code_sha256(type(settings).__module__)},
     }
     folder = folder / hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]

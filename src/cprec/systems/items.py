@@ -45,18 +45,26 @@ class IdTable(ItemTable):
 
 
 class FrozenTable(ItemTable):
-    """Given vectors, which stay as they are, through an adapter, which is trained; special rows are zeros."""
+    """Given vectors, which stay as they are, through an adapter, which is trained; special rows are zeros.
 
-    def __init__(self, vectors_VD: np.ndarray, adapter: nn.Module, num_special: int = NUM_SPECIAL) -> None:
+    With `rows`, their width, each item has a trained row beside it, which starts at zero and is added.
+    """
+
+    def __init__(
+        self, vectors_VD: np.ndarray, adapter: nn.Module, num_special: int = NUM_SPECIAL, rows: int | None = None
+    ) -> None:
         super().__init__()
         self.num_items = len(vectors_VD)
         padded = np.concatenate([vectors_VD, np.zeros((num_special, vectors_VD.shape[1]))])
         self.register_buffer("frozen", torch.from_numpy(padded.astype(np.float32)), persistent=False)
         self.adapter = adapter
+        self.rows = None if rows is None else nn.Parameter(torch.zeros(len(padded), rows))
 
     def vectors(self, items: torch.Tensor | None = None) -> torch.Tensor:
-        frozen = self.get_buffer("frozen")
+        frozen, rows = self.get_buffer("frozen"), self.rows
         adapted: torch.Tensor = self.adapter(frozen if items is None else frozen[items])
+        if rows is not None:
+            adapted = adapted + (rows if items is None else nn.functional.embedding(items, rows))
         return adapted
 
 

@@ -85,19 +85,6 @@ class Corpus:
     def names(self) -> list[str]:
         return [group.name for group in self.groups]
 
-    def next_items(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The events of some documents that have a history: the document's place among them, the place in it of the
-        token before the title, and the item's number within its domain. The shards have the columns `EVENTS`."""
-        found, group_of = [], self.group[documents]
-        for number in np.unique(group_of):
-            group, mine = self.groups[number], np.flatnonzero(group_of == number)
-            rows = group.documents[documents[mine] - self._starts[number]]
-            items, starts = (each.take(rows) for each in group.shards.events)
-            later = items.place_of > 0
-            found.append((mine[items.row_of[later]], starts.values[later] - 1, items.values[later]))
-        document, place, item = (np.concatenate(columns) for columns in zip(*found, strict=True))
-        return document, place, item
-
     def take(self, documents: np.ndarray) -> tuple[Ragged, np.ndarray]:
         """Tokens of some documents, int64, and the place of each one's first token that is a target: int64[len]."""
         offsets = offsets_of(self.lengths[documents])

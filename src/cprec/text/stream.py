@@ -21,8 +21,6 @@ from cprec.text.packing import pack
 
 NEXT_TOKEN = "next_token"
 """The name of the loss term of every stream: the token that follows."""
-NEXT_ITEM = "next_item"
-"""The name of the loss term of streams with items: the item whose title follows."""
 NEXT_CHILD = "next_child"
 """The name of the loss term of streams with nodes: how the titles of the catalogue go on."""
 
@@ -110,9 +108,9 @@ class TokenStream:
     """Batches of packed rows in a fixed order: `stream.batch(step)` needs no earlier step.
 
     Each phase is packed on its own, and its rows are divided evenly over its steps, `rows_per_step` at most.
-    `is_target(documents, tokens)` says for each token whether the loss covers it, where the corpus allows that. With
-    `items` batches also say which item's title follows, for documents that know theirs. `nodes_of(tokens,
-    first_target)` says which node of a trie each token of some documents leads to, or IGNORE; then batches have these.
+    `is_target(documents, tokens)` says for each token whether the loss covers it, where the corpus allows that.
+    `nodes_of(tokens, first_target)` says which node of a trie each token of some documents leads to, or IGNORE; then
+    batches have these.
 
     Raises ConfigError if a document does not fit a row or nothing is to be trained on.
     """
@@ -127,7 +125,6 @@ class TokenStream:
         seed: int,
         max_passes: float = 0,
         is_target: Callable[[np.ndarray, Ragged], np.ndarray] | None = None,
-        items: bool = False,
         nodes_of: Callable[[Ragged, np.ndarray], np.ndarray] | None = None,
         pad_id: int = 0,
     ) -> None:
@@ -144,7 +141,7 @@ class TokenStream:
             num_steps = min(num_steps, len(packed))
             sizes.append(np.diff(np.arange(num_steps + 1) * len(packed) // max(1, num_steps)))
         self.corpus, self.phases = corpus, tuple(phases)
-        self.row_tokens, self.pad_id, self._is_target, self._has_items = row_tokens, pad_id, is_target, items
+        self.row_tokens, self.pad_id, self._is_target = row_tokens, pad_id, is_target
         self._nodes_of = nodes_of
         self.tokens_per_step = rows_per_step * row_tokens
         """Positions of a step at most."""
@@ -203,10 +200,8 @@ class TokenStream:
         """The rows of a step: `input_ids`, `position_ids` and `targets`, int64[R, T] each.
 
         Position ids restart at 0 at each document, which is how attention knows where documents begin. A target is the
-        token that follows, or IGNORE: at the end of a document, in padding and where the loss is masked. With items
-        also `items`: at the token before a title its item's number within the domain, elsewhere and at the first title
-        of a document, which has no history, IGNORE. With nodes also `nodes`: the node to which the token that follows
-        leads, or IGNORE.
+        token that follows, or IGNORE: at the end of a document, in padding and where the loss is masked. With nodes
+        also `nodes`: the node to which the token that follows leads, or IGNORE.
         """
         rows = np.arange(self._first_row[step], self._first_row[step + 1])
         taken = self._rows.take(rows)
@@ -232,11 +227,6 @@ class TokenStream:
         targets[flat[predicted] - 1] = tokens.values[predicted]
         arrays = {"input_ids": input_ids, "position_ids": positions, "targets": targets}
         counts = {NEXT_TOKEN: int(predicted.sum())}
-        if self._has_items:
-            document, before, item = self.corpus.next_items(documents)
-            arrays["items"] = np.full(size, IGNORE, dtype=np.int64)
-            arrays["items"][flat[start[document] + before]] = item
-            counts[NEXT_ITEM] = len(item)
         if self._nodes_of is not None:
             node = self._nodes_of(tokens, first_target)
             arrays["nodes"] = np.full(size, IGNORE, dtype=np.int64)
@@ -248,7 +238,7 @@ class TokenStream:
             counts=counts,
             num_tokens=len(tokens.values),
             examples=documents,
-            blank={name: IGNORE for name in ("targets", "items", "nodes") if name in arrays},
+            blank={name: IGNORE for name in ("targets", "nodes") if name in arrays},
         )
 
     def __iter__(self) -> Iterator[Batch]:

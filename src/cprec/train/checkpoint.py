@@ -36,7 +36,6 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from cprec import distributed
 from cprec.errors import CheckpointError
 from cprec.files import aside, whole_folder
-from cprec.item_head import FOLDER as ITEM_HEAD
 from cprec.provenance import file_sha256
 from cprec.train.trainable import Trainable
 
@@ -280,7 +279,7 @@ def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) 
     try:
         state = read_state(folder)
         weights: dict[str, Any] = {}
-        for path in sorted([*folder.glob("*.safetensors"), *folder.glob(f"{ITEM_HEAD}/*.safetensors")]):
+        for path in sorted(folder.glob("*.safetensors")):
             weights |= load_file(path)
         if hasattr(model, "peft_config"):  # peft leaves the adapter's name out of its files
             weights = {re.sub(r"(lora_[AB])\.weight$", r"\1.default.weight", n): w for n, w in weights.items()}

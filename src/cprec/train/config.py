@@ -196,9 +196,9 @@ class FinetuneConfig(TrainingConfig):
     documents: Literal["examples", "users"] = "examples"
     """What is read: an example for each event, with the loss on its title alone, or each user's events once, in one
     document, with the loss on all tokens."""
-    item_head: float = 0.0
-    """Weight of a second loss beside that of the tokens: which item comes next, of the whole catalogue, by a vector for
-    each item. Models that have learnt it rank with mode=vectors, too. 0: none. Needs documents=users."""
+    item_head: bool = False
+    """After the model also an item head: a small network that reads what the model makes of titles and ranks all items
+    in one pass (mode=vectors); a blend has it as a part. Takes minutes."""
     softmax: Literal["vocabulary", "catalogue", "both"] = "vocabulary"
     """What the probabilities of a title's next token sum to one over in the loss: the vocabulary; the tokens with which
     titles of the catalogue go on there, which teaches nothing where there is one; or a sum of both losses. Rankings use
@@ -225,14 +225,6 @@ class FinetuneConfig(TrainingConfig):
                 f"softmax={self.softmax} needs the output layer whole in every process: set fsdp=false, or "
                 "softmax=vocabulary"
             )
-        if self.item_head < 0:
-            raise ConfigError(f"item_head={self.item_head} must be 0 or more")
-        if self.item_head and self.documents != "users":
-            raise ConfigError(
-                f"item_head={self.item_head:g} learns from every title of a document: set documents=users"
-            )
-        if self.item_head and self.fsdp:
-            raise ConfigError("item_head needs its vectors whole in every process: set fsdp=false, or item_head=0")
 
     @property
     def weight_of_catalogue(self) -> float:

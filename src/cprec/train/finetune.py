@@ -54,8 +54,9 @@ def _run(config: FinetuneConfig) -> Run:
 
     def plan() -> Plan:
         num_tokens = round(config.num_train_epochs * train.manifest["num_tokens"])
-        more = {"items": bool(config.item_head), "nodes_of": TitleNodes(trie) if trie else None}
-        return plan_of(config, stream(train, num_tokens, config.train_batch_size, targets_only=by_example, **more))
+        nodes_of = TitleNodes(trie) if trie else None
+        rows = config.train_batch_size
+        return plan_of(config, stream(train, num_tokens, rows, targets_only=by_example, nodes_of=nodes_of))
 
     held_out = min(config.eval_tokens, validation.manifest["num_tokens"])
     heldout = stream(validation, held_out, config.rows_per_pass, targets_only=True) if held_out else None
@@ -67,7 +68,6 @@ def _run(config: FinetuneConfig) -> Run:
         validation={f"{config.domain} (next item)": heldout} if heldout else {},
         stage="finetune",
         about={"domain": config.domain, **train.manifest["about"], "softmax": config.softmax},
-        item_head=config.item_head,
         titles_trie=trie,
         weight_of_catalogue=config.weight_of_catalogue,
     )

@@ -12,9 +12,8 @@ from torch import nn
 from cprec import distributed
 from cprec.batch import IGNORE
 from cprec.errors import ConfigError
-from cprec.item_head import save_head, split_weights
 from cprec.models import blocks_of, output_scale, packed_hidden, trunk_and_head
-from cprec.text.stream import NEXT_ITEM, NEXT_TOKEN
+from cprec.text.stream import NEXT_TOKEN
 from cprec.train.trainable import decay_matrices
 
 CHUNK = 256
@@ -139,10 +138,7 @@ class PackedLoss(nn.Module):
 
     def save(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         """Write a Hugging Face model folder."""
-        of_model, of_head = split_weights(weights)
-        self.module.save_pretrained(folder, state_dict=of_model)
-        if of_head:
-            save_head(folder, of_head)
+        self.module.save_pretrained(folder, state_dict=dict(weights))
 
 
 def _where_targets_are(hidden_RTD: torch.Tensor, targets_RT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,45 +148,20 @@ def _where_targets_are(hidden_RTD: torch.Tensor, targets_RT: torch.Tensor) -> tu
     return hidden_RTD.flatten(0, 1)[at_N], targets[at_N]
 
 
-class ItemHeadLoss(PackedLoss):
-    """The loss of a model with an item head as its part `item_head`: next tokens, and with `items` in the rows (see
-    `TokenStream`) also next items, times `weight`."""
-
-    def __init__(self, model: Any, weight: float, *, bf16: bool = False) -> None:
-        super().__init__(model, bf16=bf16)
-        self._weight = weight
-
-    def losses(self, rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """See `Trainable.losses`."""
-        if "items" not in rows:
-            return super().losses(rows)
-        hidden_RTD = self._hidden(rows["input_ids"], rows["position_ids"])
-        of_items = self._weight * self._of_items(hidden_RTD, rows["items"])
-        return {NEXT_TOKEN: self._of_tokens(hidden_RTD, rows["targets"]), NEXT_ITEM: of_items}
-
-    def _of_items(self, hidden_RTD: torch.Tensor, items_RT: torch.Tensor) -> torch.Tensor:
-        head = self.module.item_head
-        hidden_ND, item_N = _where_targets_are(hidden_RTD, items_RT)
-        with distributed.autocast(items_RT.device, self.bf16):
-            states_ND, vectors_ND = head.states(hidden_ND), head.vectors(self.module.get_input_embeddings().weight)
-        return linear_cross_entropy(states_ND, vectors_ND, item_N, self._dtype)
-
-
 def prepare_loss(
     model: Any,
     *,
     bf16: bool,
-    item_head: float = 0.0,
     fsdp: bool = False,
     gradient_checkpointing: bool = False,
     torch_compile: bool = False,
 ) -> PackedLoss:
-    """The model as a loss to train; `item_head` is the weight of its head's loss. As asked, its blocks are computed
-    again in the backward pass (half the memory or less for a third more time), compiled, and spread over the processes.
+    """The model as a loss to train. As asked, its blocks are computed again in the backward pass (half the memory or
+    less for a third more time), compiled, and spread over the processes.
 
     Raises ConfigError where the model has no list of blocks or cannot compute them again.
     """
-    loss = ItemHeadLoss(model, item_head, bf16=bf16) if item_head else PackedLoss(model, bf16=bf16)
+    loss = PackedLoss(model, bf16=bf16)
     if gradient_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", True):
             raise ConfigError(

@@ -14,11 +14,9 @@ from typing import Any
 import torch
 
 from cprec import distributed
-from cprec.data.dataset import POPULARITY, read_catalogue
-from cprec.data.ragged import Ragged
+from cprec.data.dataset import POPULARITY
 from cprec.errors import ConfigError
 from cprec.files import publish
-from cprec.item_head import ItemHead
 from cprec.models import (
     TINY,
     add_lora,
@@ -34,7 +32,6 @@ from cprec.models import (
 from cprec.progress import say
 from cprec.provenance import CONFIG_FILE, FileHashes, read_resolved, save_resolved, to_dict
 from cprec.search.trie import Trie
-from cprec.text.encoding import PromptEncoder
 from cprec.text.prompts import Template
 from cprec.text.stream import TokenStream
 from cprec.text.tokenizer import load_tokenizer
@@ -83,9 +80,6 @@ class Run:
     """The stable checkpoint of another run, with the same plan up to there, that this one goes on from."""
     keeps_stable: bool = False
     """The checkpoint at the end of the stable phase stays, for forks."""
-    item_head: float = 0.0
-    """Weight of the loss of an item head over the items of the domain in `about`; 0: no head."""
-
     titles_trie: Trie | None = None
     """The titles of the domain's items, where their loss over the catalogue is trained."""
     weight_of_catalogue: float = 0.0
@@ -103,17 +97,6 @@ class Run:
     def all_trained_on(self) -> list[str]:
         """Hashes of the shards that the finished model will have been trained on, since its base."""
         return [*shards_of(self.start_from or Path(self.config.model_name_or_path)), *self.trained_on]
-
-    def titles(self, tokenizer: Any) -> Ragged:
-        """The title tokens of the domain's items, as documents have them."""
-        about, catalogue = self.about, read_catalogue(self.data)
-        encoder = PromptEncoder(
-            tokenizer,
-            catalogue,
-            max_title_tokens=about["max_title_tokens"],
-            template=Template(**about["template"]),
-        )
-        return encoder.titles(catalogue.rows_of(about["domain"]))
 
     def recorded_inputs(self, hashes: FileHashes) -> dict[str, str]:
         """Hashes of all that the run reads."""
@@ -282,15 +265,9 @@ def _build(run: Run, plan: Plan, tokenizer: Any) -> PackedLoss:
         use_document_attention(model, compiled=config.torch_compile)
     check_isolation(model)
     bf16 = distributed.use_bf16(config.bf16, device)
-    if run.item_head:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            head = ItemHead(run.titles(tokenizer), model.get_input_embeddings().weight.shape[1])
-        model.item_head = head.to(device)
     loss = prepare_loss(
         model,
         bf16=bf16,
-        item_head=run.item_head,
         fsdp=config.fsdp,
         gradient_checkpointing=config.gradient_checkpointing,
         torch_compile=config.torch_compile,

@@ -1,8 +1,7 @@
-"""The item head: its targets, its loss and its rankings."""
+"""The item head: what it makes of titles, its training, its files and its rankings."""
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -15,26 +14,22 @@ import pyarrow as pa
 import pytest
 import torch
 
-from cprec.batch import IGNORE
 from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
-from cprec.errors import ConfigError
-from cprec.item_head import ItemHead, load_head
+from cprec.data.splits import Split
+from cprec.errors import ConfigError, DataError
+from cprec.item_head import Directions, ItemHead, title_states
 from cprec.rank.blend import Blend, write_blend
 from cprec.rank.blend_file import Setting
 from cprec.rank.llm import LLMRecommender
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import Item
-from cprec.search.attention import PromptTree
 from cprec.search.priors import Priors
-from cprec.text.corpus import Corpus
+from cprec.systems.recipes.title_sasrec import TitleSASRec
 from cprec.text.encoding import PromptEncoder
 from cprec.text.prompts import Template
-from cprec.text.shards import open_shards, write_shards
-from cprec.text.stream import NEXT_ITEM, NEXT_TOKEN, TokenStream, one_phase
-from cprec.train.checkpoint import newest_intact, read_state, whole_weights
-from cprec.train.config import FinetuneConfig
-from cprec.train.loss import ItemHeadLoss, PackedLoss
+
+SMALL = TitleSASRec(hidden_size=8, num_heads=2, num_blocks=1, batch_size=16, num_epochs=60, learning_rate=0.01)
 
 
 @pytest.fixture
@@ -45,91 +40,129 @@ def catalogue() -> Catalogue:
 
 
 @pytest.fixture
-def encoder(tokenizer: Any, catalogue: Catalogue) -> PromptEncoder:
-    return PromptEncoder(tokenizer, catalogue)
-
-
-EVENTS = Ragged.of([[4, 6, 5], [7, 7], [5]])
-"""Of three documents of `games`, whose items are the rows from 4 on."""
+def model(make_model: Callable[..., Any]) -> Any:
+    return make_model().eval()
 
 
 @pytest.fixture
-def stream(tokenizer: Any, encoder: PromptEncoder, tmp_path: Path) -> TokenStream:
-    domains = np.ones(3, dtype=np.int64)
-    tokens, target_start = encoder.documents("specific", domains, EVENTS)
-    names = {"domain": "games", "kind": "specific", "platform": "shop", "user_id": "u"}
-    columns = {name: np.full(3, value, dtype=object) for name, value in names.items()}
-    columns |= {"num_events": EVENTS.lengths, "target_start": target_start}
-    of_events = {"items": Ragged(EVENTS.values - 4, EVENTS.offsets), "starts": encoder.title_starts(domains, EVENTS)}
-    write_shards(tmp_path, tokens, columns | of_events, {"vocabulary_size": len(tokenizer)})
-    shards = open_shards(tmp_path)
-    plan = one_phase(shards.manifest["num_tokens"])
-    return TokenStream(Corpus.of(shards), plan, rows_per_step=2, row_tokens=96, seed=0, items=True)
-
-
-@pytest.fixture
-def headed(make_model: Callable[..., Any], encoder: PromptEncoder) -> Any:
-    model = make_model()
+def head(model: Any, tokenizer: Any, catalogue: Catalogue) -> ItemHead:
+    """A head with weights drawn at random."""
+    states_NF = title_states(model, PromptEncoder(tokenizer, catalogue).titles(np.arange(4, 8)))
+    directions = Directions.of(states_NF)
+    vectors_NK = directions.project(states_NF)
     torch.manual_seed(0)
-    model.item_head = ItemHead(encoder.titles(np.arange(4, 8)), 16)
-    torch.nn.init.normal_(model.item_head.rows)
-    return model
+    network = SMALL.model(vectors_NK)
+    torch.nn.init.normal_(network.items.rows)
+    weights = {name: value.numpy() for name, value in network.state_dict().items()}
+    return ItemHead(SMALL, catalogue, "games", directions, vectors_NK, weights)
 
 
-def test_items_stand_before_their_titles(stream: TokenStream, encoder: PromptEncoder) -> None:
-    found = []
-    for batch in stream:
-        ids, items = batch.rows["input_ids"], batch.rows["items"]
-        assert batch.counts[NEXT_ITEM] == (items != IGNORE).sum()
-        for row, place in np.argwhere(items != IGNORE):
-            title = encoder.titles(np.array([4 + items[row, place]]))[0]
-            assert ids[row, place + 1 : place + 1 + len(title)].tolist() == title.tolist()
-            opens = ids[row, : place + 1].tolist()
-            marks = (encoder.line_tokens.tolist(), encoder.next_tokens.tolist())
-            assert any(opens[-len(mark) :] == mark for mark in marks)
-            found.append(int(items[row, place]))
-    assert sorted(found) == [1, 2, 3], "all but the first of each document"
+# ---- what a model makes of titles ------------------------------------------------------------------------------------
 
 
-def test_the_loss_is_the_cross_entropy_over_the_catalogue(stream: TokenStream, headed: Any) -> None:
-    loss, rows = ItemHeadLoss(headed.eval(), 0.5), {k: torch.from_numpy(v) for k, v in stream.batch(0).rows.items()}
-    terms = loss.losses(rows)
-    head, embedding = headed.item_head, headed.get_input_embeddings().weight
-    hidden = loss._hidden(rows["input_ids"], rows["position_ids"])
-    titles = [head._tokens[a:b] for a, b in zip(head._starts, [*head._starts[1:], len(head._tokens)], strict=True)]
-    vectors = torch.stack([head.title(head.norm(embedding[title].mean(0))) for title in titles]) + head.rows
-    slow = torch.nn.functional.cross_entropy(
-        (head.state(hidden) @ vectors.T).flatten(0, 1), rows["items"].flatten(), ignore_index=IGNORE, reduction="sum"
+def test_states_are_means_over_a_titles_own_tokens(model: Any) -> None:
+    """At three depths, whatever titles are read beside it."""
+    titles = Ragged.of([[5, 6, 7], [], [8], [9, 5]])
+    found = title_states(model, titles)
+    for row in (0, 2, 3):
+        with torch.inference_mode():
+            every = model(torch.tensor([titles[row].tolist()]), output_hidden_states=True).hidden_states
+        means = [every[depth][0].mean(0) for depth in (0, len(every) // 2, len(every) - 1)]
+        expected = torch.cat([mean / mean.norm() for mean in means])
+        assert found[row] == pytest.approx(expected.numpy(), abs=1e-5)
+    assert not found[1].any(), "a title without tokens"
+
+
+def test_directions_tell_titles_apart_and_leave_noise_small() -> None:
+    states = np.random.default_rng(0).normal(size=(200, 6)).astype(np.float32) * [3, 2, 1, 1, 1e-4, 0] + 7
+    states = states.astype(np.float32)
+    projected = Directions.of(states, most=5).project(states)
+    assert projected.mean(0) == pytest.approx(0, abs=1e-4)
+    assert np.cov(projected, rowvar=False) == pytest.approx(
+        np.diag(np.cov(projected, rowvar=False).diagonal()), abs=1e-4
     )
-    assert terms[NEXT_ITEM].item() == pytest.approx(0.5 * slow.item(), rel=1e-5)
-    assert terms[NEXT_TOKEN].item() == pytest.approx(PackedLoss(headed).losses(rows)[NEXT_TOKEN].item(), rel=1e-6)
-    mine = torch.autograd.grad(terms[NEXT_ITEM], [head.rows, embedding], retain_graph=True)
-    theirs = torch.autograd.grad(0.5 * slow, [head.rows, embedding])
-    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(mine, theirs, strict=True))
+    assert projected.std(0)[:4] == pytest.approx(0.3, rel=0.01) and projected.std(0)[4] < 0.001
 
 
-def test_a_saved_head_is_the_same_and_gives_new_items_vectors(
-    headed: Any, tokenizer: Any, catalogue: Catalogue, encoder: PromptEncoder, tmp_path: Path
-) -> None:
-    ItemHeadLoss(headed, 1.0).save(tmp_path, whole_weights(headed))
-    head = load_head(tmp_path, encoder.titles(np.arange(4, 8)))
-    assert head is not None and all(
-        torch.equal(head.state_dict()[k], v) for k, v in headed.item_head.state_dict().items()
-    )
-    made = LLMRecommender(headed, tokenizer, catalogue, domain="games", mode="vectors", item_head=head)
-    queries = [RankingQuery("q", "games", (Item("games", name),), exclude=frozenset(name)) for name in "abc"]
-    rankings, scores = made.rank(queries, 2), made.item_log_probs("games", queries)
-    assert np.exp(scores).sum(1) == pytest.approx(1)
-    for row, (query, ranking) in enumerate(zip(queries, rankings, strict=True)):
-        best = [item for item in np.array(list("abcd"))[np.argsort(-scores[row])] if item not in query.exclude]
-        assert list(ranking.item_ids) == best[:2]
-    table = pa.table({"item_id": ["0", "b", "c", "d"], "title": ["blue 1", "blue book", "green book 2 3", "red"]})
+# ---- a head ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_head_learns_what_follows_what(ring: Split, model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """And is the same again from what is finished."""
+    domain = ring.catalogue.domains[0]
+    encoder = PromptEncoder(tokenizer, ring.catalogue)
+
+    def read(rows: np.ndarray) -> np.ndarray:
+        return title_states(model, encoder.titles(rows))
+
+    heads = [ItemHead.train(ring, domain, read, settings=SMALL, seed=0, folder=tmp_path / "head") for _ in range(2)]
+    record = json.loads(next((tmp_path / "head").rglob("stage-1/system.json")).read_text())
+    num_items = len(ring.catalogue.rows_of(domain))
+    assert record["best"] > 0.9, "after item n comes item n + 1"
+    query = RankingQuery("q", domain, (Item(domain, ring.catalogue.item_id[0]),))
+    one, other = (head.log_probs([query], np.ones(num_items, dtype=bool)) for head in heads)
+    assert np.array_equal(one, other)
+
+
+def test_shares_sum_to_one_over_the_items_in_stock(head: ItemHead) -> None:
+    every, some = np.ones(4, dtype=bool), np.array([True, True, False, True])
+    whole, part = (head.log_probs([games("a"), games()], stock) for stock in (every, some))
+    assert np.exp(whole).sum(1) == pytest.approx(1) and np.exp(part[:, some]).sum(1) == pytest.approx(1)
+    assert whole - part == pytest.approx(np.tile((whole - part)[:, :1], 4)), "a withdrawn item is measured alike"
+
+
+def test_items_come_and_go(head: ItemHead, model: Any, tokenizer: Any) -> None:
+    """Those that stay keep what they have, a new one has what its title says, and one with another title both."""
+    titles = {"0": "blue 1", "b": "blue book", "c": "red", "d": "red"}
+    table = pa.table({"item_id": list(titles), "title": list(titles.values())})
     other = Catalogue.from_tables({"books": table, "games": table})
-    later = made.with_items(other, {"games": frozenset("d")})
-    changed = later.item_log_probs("games", queries[1:2])[0]
-    assert np.exp(changed[:3]).sum() == pytest.approx(1), "the items in stock"
-    assert changed[1] - changed[2] == pytest.approx(scores[1][1] - scores[1][2], abs=1e-5)
-    assert set(later.rank(queries[1:2], 4)[0].item_ids) == {"0", "c"}
+    encoder = PromptEncoder(tokenizer, other)
+    read: list[list[int]] = []
+
+    def states(rows: np.ndarray) -> np.ndarray:
+        read.append(rows.tolist())
+        return title_states(model, encoder.titles(rows))
+
+    later = head.over(other, states)
+    assert read == [[4, 6]], "the new item, and the one whose title changed"
+    rows, before = later._weights["items.rows"], head._weights["items.rows"]
+    assert not rows[0].any() and np.array_equal(rows[1:], before[1:])
+    assert later._vectors_NK[2] == pytest.approx(head._vectors_NK[3], abs=1e-5), "the same title"
+    every = np.ones(4, dtype=bool)
+    one, changed = head.log_probs([games("b")], every)[0], later.log_probs([games("b")], every)[0]
+    assert changed[1] - changed[3] == pytest.approx(one[1] - one[3], abs=1e-5)
+
+
+def test_a_saved_head_is_the_same(head: ItemHead, catalogue: Catalogue, tmp_path: Path) -> None:
+    (tmp_path / "cprec.json").write_text("{}")
+    head.save(tmp_path)
+    every, query = np.ones(4, dtype=bool), games("a", "b")
+    again = ItemHead.load(tmp_path, catalogue)
+    assert again is not None and np.array_equal(again.log_probs([query], every), head.log_probs([query], every))
+    assert ItemHead.load(tmp_path / "elsewhere", catalogue) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda folder: (folder / "cprec.json").write_text('{"other": 1}'), "another model"),
+        (lambda folder: (folder / "item_head" / "head.json").unlink(), r"head\.json"),
+        (lambda folder: (folder / "item_head" / "head.safetensors").write_bytes(b"x" * 9), "cannot be used"),
+    ],
+)
+def test_a_head_that_was_altered_is_refused(
+    head: ItemHead, catalogue: Catalogue, tmp_path: Path, change: Callable[[Path], Any], what: str
+) -> None:
+    (tmp_path / "cprec.json").write_text("{}")
+    head.save(tmp_path)
+    change(tmp_path)
+    with pytest.raises(DataError, match=what):
+        ItemHead.load(tmp_path, catalogue)
+
+
+def test_what_has_no_head_is_refused(model: Any, tokenizer: Any, catalogue: Catalogue) -> None:
+    with pytest.raises(ConfigError, match=r"has none: fine-tune with item_head=true"):
+        LLMRecommender(model, tokenizer, catalogue, domain="games").rank([games()], 1, "vectors")
 
 
 # ---- a part of a blend -----------------------------------------------------------------------------------------------
@@ -151,12 +184,11 @@ class Margins:
 
 
 @pytest.fixture
-def opened(headed: Any, tokenizer: Any, catalogue: Catalogue) -> Callable[..., LLMRecommender]:
+def opened(head: ItemHead, model: Any, tokenizer: Any, catalogue: Catalogue) -> Callable[..., LLMRecommender]:
     """The model with its head; given weights, blended."""
 
     def opened(weight: float | None = None, item_head: float = 0.0, **options: Any) -> LLMRecommender:
-        head = headed.item_head.eval()
-        made = LLMRecommender(headed, tokenizer, catalogue, domain="games", item_head=head, **options)
+        made = LLMRecommender(model, tokenizer, catalogue, domain="games", item_head=head, **options)
         made.blend = None if weight is None else Margins(catalogue, weight, item_head)
         return made
 
@@ -213,19 +245,6 @@ def test_scores_are_the_sum_of_both_readouts_and_the_priors(
         assert ranking.proof.exact or mode == "beam"
 
 
-def test_a_prompt_is_read_once_and_titles_only_where_log_p_counts(
-    opened: Callable[..., LLMRecommender], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[str] = []
-    of_prompts, of_titles = PromptTree._read, PromptTree.extend
-    monkeypatch.setattr(PromptTree, "_read", lambda *given: read.append("prompts") or of_prompts(*given))  # type: ignore[func-returns-value]
-    monkeypatch.setattr(PromptTree, "extend", lambda *given: read.append("titles") or of_titles(*given))  # type: ignore[func-returns-value]
-    for weights, expected in (((0.5, 1.0), {"prompts", "titles"}), ((0.0, 1.0), {"prompts"}), ((0.0, 0.0), set())):
-        read.clear()
-        opened(*weights).rank(ASKED[:3], 2)
-        assert set(read) == expected and read.count("prompts") == len(expected & {"prompts"})
-
-
 def test_vectors_with_a_blend_is_the_blend_without_log_p(opened: Callable[..., LLMRecommender]) -> None:
     blended = opened(0.0, 0.8)
     assert blended.rank(ASKED, 2, "vectors") == blended.rank(ASKED, 2)
@@ -234,14 +253,20 @@ def test_vectors_with_a_blend_is_the_blend_without_log_p(opened: Callable[..., L
 
 
 def test_a_blend_that_is_read_gives_the_lists_that_it_was_written_for(
-    headed: Any, tokenizer: Any, catalogue: Catalogue, opened: Callable[..., LLMRecommender], tmp_path: Path
+    head: ItemHead,
+    model: Any,
+    tokenizer: Any,
+    catalogue: Catalogue,
+    opened: Callable[..., LLMRecommender],
+    tmp_path: Path,
 ) -> None:
     """For reading titles and for `vectors`, each by its own numbers; without the head it is refused."""
-    ItemHeadLoss(headed, 1.0).save(tmp_path, whole_weights(headed))
+    model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     catalogue.write(tmp_path)
     about = {"template": asdict(Template()), "max_title_tokens": 32, "history": "specific", "max_history": 10}
     (tmp_path / "cprec.json").write_text(json.dumps(about | {"domain": "games"}))
+    head.save(tmp_path)
     settings = {
         "blend": Setting(0.7, {}, 0.5, item_head=1.5),
         "vectors": Setting(0.0, {}, 0.4, item_head=0.8),
@@ -258,30 +283,3 @@ def test_a_blend_that_is_read_gives_the_lists_that_it_was_written_for(
     for mode, what in (("auto", "blend.json"), ("vectors", "mode=vectors")):
         with pytest.raises(ConfigError, match=rf"{what} needs an item head for domain 'games', and .* has none"):
             LLMRecommender.from_pretrained(tmp_path, mode=mode)
-
-
-def test_a_run_that_is_resumed_ends_as_one_that_is_not(
-    run: Callable[..., Any], headed: Any, stream: TokenStream, tmp_path: Path
-) -> None:
-    stream = TokenStream(stream.corpus, one_phase(400), rows_per_step=1, row_tokens=96, seed=0, items=True)
-    again = copy.deepcopy(headed)
-    state, whole = run(
-        tmp_path / "whole", model=headed, trainable=ItemHeadLoss(headed, 1.0), stream=stream, save_steps=2
-    )
-    saved = newest_intact(tmp_path / "whole")
-    assert saved is not None and read_state(saved).step < state.step
-    torch.nn.init.zeros_(again.item_head.rows)  # the checkpoint has others
-    _, resumed = run(
-        tmp_path / "again", model=again, trainable=ItemHeadLoss(again, 1.0), stream=stream, resume_from=saved
-    )
-    for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(one, other), name
-
-
-def test_what_has_no_head_is_refused(make_model: Callable[..., Any], tokenizer: Any, catalogue: Catalogue) -> None:
-    with pytest.raises(ConfigError, match=r"has none: fine-tune with item_head=1 documents=users"):
-        LLMRecommender(make_model(), tokenizer, catalogue, domain="games").rank(
-            [RankingQuery("q", "games", ())], 1, "vectors"
-        )
-    with pytest.raises(ConfigError, match=r"set documents=users"):
-        FinetuneConfig(data="d", output_dir="o", domain="games", item_head=1.0)

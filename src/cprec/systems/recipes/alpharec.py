@@ -19,24 +19,19 @@ from torch import nn
 
 from cprec.choices import Choice, Real
 from cprec.systems.dot_product import GraphModel
-from cprec.systems.fit import NEXT_ITEM, Stage
+from cprec.systems.fit import NEXT_ITEM, Stage, TextSettings
 from cprec.systems.graph import UserItemGraph
-from cprec.systems.items import FrozenTable, read_vectors
+from cprec.systems.items import FrozenTable
 from cprec.systems.recipes.lightgcn import GraphSettings
 from cprec.systems.signals import TrainingSequences, UserItemStream
 from cprec.systems.terms import next_item
-from cprec.systems.vectors import text_vectors
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlphaRec(GraphSettings):
+class AlphaRec(TextSettings, GraphSettings):
     """Settings of AlphaRec; the defaults are ours: more negatives and fewer passes."""
 
     learning_rate: float = 2e-3
-    vectors: str = ""
-    """An .npz file with `item_id` and `vectors` of the domain's items; empty: TF-IDF of titles, reduced by SVD."""
-    text_size: int = 256
-    """Directions that the TF-IDF of titles is reduced to."""
     adapter_size: int = 256
     """Width of the network's hidden layer."""
     temperature: float = 0.15
@@ -46,12 +41,10 @@ class AlphaRec(GraphSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_positive("text_size", "adapter_size", "temperature")
+        self.require_positive("adapter_size", "temperature")
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
-        frozen_VF = (
-            read_vectors(self.vectors, data.item_ids) if self.vectors else text_vectors(data.titles, self.text_size)
-        )
+        frozen_VF = self.frozen(data)
         adapter = nn.Sequential(
             nn.Linear(frozen_VF.shape[1], self.adapter_size),
             nn.LeakyReLU(),

@@ -44,12 +44,15 @@ class SelfAttentionSettings(SystemSettings):
 
     def parts(self, num_items: int, *, causal: bool = True) -> tuple[IdTable, SelfAttention]:
         """Item vectors and an encoder before training."""
-        items = IdTable(num_items, self.hidden_size)
-        sizes = {"max_length": self.max_length, "num_blocks": self.num_blocks, "num_heads": self.num_heads}
-        encoder = SelfAttention(self.hidden_size, **sizes, dropout=self.dropout, causal=causal)
+        items, encoder = IdTable(num_items, self.hidden_size), self.encoder(causal=causal)
         for table in (items.table, encoder.position):
             nn.init.normal_(table.weight, std=INITIAL)
         return items, encoder
+
+    def encoder(self, *, causal: bool = True) -> SelfAttention:
+        """An encoder before training."""
+        sizes = {"max_length": self.max_length, "num_blocks": self.num_blocks, "num_heads": self.num_heads}
+        return SelfAttention(self.hidden_size, **sizes, dropout=self.dropout, causal=causal)
 
 
 @dataclass(frozen=True, kw_only=True)

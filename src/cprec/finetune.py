@@ -1,0 +1,48 @@
+"""Stage: fine-tuning a language model on one domain, and an item head after it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from cprec import distributed
+from cprec.data.dataset import read_split
+from cprec.errors import ConfigError
+from cprec.files import aside
+from cprec.item_head import FOLDER, ItemHead, settings_for
+from cprec.progress import say
+from cprec.rank.llm import LLMRecommender
+from cprec.train import finetune as language_model
+from cprec.train.config import FinetuneConfig
+
+
+def finetune(config: FinetuneConfig) -> Path:
+    """Fine-tune a model, and train its item head where asked; returns the model folder.
+
+    A finished head is reused, an interrupted one goes on. Raises ConfigError where a head is asked for in several
+    processes, Unsuitable where the domain has nothing for it to learn from, and what training the model raises.
+    """
+    folder = language_model.finetune(config)
+    if config.item_head and not config.dry_run:
+        if distributed.num_ranks() > 1:
+            raise ConfigError(
+                f"{folder} is finished, but its item head is trained by one process: run the same command without "
+                "torchrun, which keeps the model"
+            )
+        _train_head(config, folder)
+    return folder
+
+
+def _train_head(config: FinetuneConfig, folder: Path) -> None:
+    model = LLMRecommender.from_pretrained(folder, blend=False)
+    if model.has_item_head(config.domain):
+        say(f"{folder / FOLDER}: complete, reused")
+        return
+    split, unfinished = read_split(config.data), aside(folder / FOLDER)
+    settings = settings_for(split, config.domain)
+    head = ItemHead.train(
+        split, config.domain, model.title_states, settings=settings, seed=config.seed, folder=unfinished
+    )
+    shutil.rmtree(unfinished)
+    head.save(folder)
+    say(f"{folder / FOLDER}: written")
