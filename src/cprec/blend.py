@@ -22,9 +22,9 @@ from cprec.errors import ConfigError, Unsuitable
 from cprec.evaluate.coverage import check_certificate
 from cprec.progress import Progress, say, track
 from cprec.provenance import FileHashes, code_sha256, file_sha256, read_resolved
-from cprec.rank.blend import Blend, BlendedParts, check_parts, shares, write_blend
+from cprec.rank.blend import Blend, BlendedParts, check_parts, identity, shares, write_blend
 from cprec.rank.blend_file import BLEND, MODEL, Setting, read_about
-from cprec.rank.config import BlendConfig
+from cprec.rank.config import BlendConfig, Mode
 from cprec.rank.llm import LLMRecommender
 from cprec.ranks import count, count_rankings, ndcg
 from cprec.recommender import RankingQuery, Recommender
@@ -81,9 +81,14 @@ def blend(config: BlendConfig) -> dict[str, Any]:
         raise ConfigError(
             f"data={data!r} has another catalogue than {config.model}: give the folder that it is made of"
         )
+    if not (config.log_p or model.has_item_head(domain)):
+        raise ConfigError(
+            f"log_p=false, and {config.model} has no item head for {domain!r}: nothing of the model would be in its "
+            "blend. Fine-tune with item_head=true, or leave log_p out"
+        )
     questions = validation_queries(split, domain, config.max_queries, config.seed)
     parts, left_out = _made(config.parts, split, domain, config.seed)
-    chosen = choose(model, domain, parts, questions)
+    chosen = choose(model, domain, parts, questions, log_p=config.log_p)
     about = {"asked": asked, "num_queries": len(questions[0]), "certified": certified, "left_out": left_out}
     write_blend(config.model, domain, parts, chosen, about)
     _tell(config.model, chosen)
@@ -94,7 +99,7 @@ def _asked(config: BlendConfig, data: str) -> dict[str, Any]:
     """What the choice depends on, beside the model: the settings, the events and the code."""
     return {
         "parts": list(config.parts),
-        **{name: getattr(config, name) for name in ("max_queries", "seed")},
+        **{name: getattr(config, name) for name in ("log_p", "max_queries", "seed")},
         "data": {name: file_sha256(Path(data, name)) for name in event_files(data)},
         "code": code_sha256("cprec.blend"),
     }
@@ -105,7 +110,7 @@ def _earlier(model: str, domain: str, asked: Mapping[str, Any]) -> dict[str, Any
     if not Path(model, BLEND).is_file():
         return None
     about = read_about(model)
-    same = (about["domain"], about["asked"], about["model"]) == (domain, asked, file_sha256(Path(model, MODEL)))
+    same = (about["domain"], about["asked"], about["model"]) == (domain, asked, identity(model))
     return about if same else None
 
 
@@ -146,7 +151,7 @@ class Entries:
     is_target_N: np.ndarray
     """bool[N]"""
     log_prob_N: np.ndarray
-    """float64[N]: the model's."""
+    """float64[N]: the model's; 0 where it was not asked for."""
     item_head_N: np.ndarray
     """float64[N]: the log-probability by the model's item head; 0 where it has none."""
     share_N: Mapping[str, np.ndarray]
@@ -176,11 +181,15 @@ def entries_of(
     parts: Mapping[str, StoredRecommender],
     questions: Questions,
     progress: Progress,
+    *,
+    log_p: bool = True,
 ) -> Entries:
     """The best `POOL` items of each part, of the model and of its item head, for each query, with what all of them say
-    of each."""
+    of each; without `log_p`, titles are not read."""
     made = []
-    modes = [None, "vectors"] if model.has_item_head(domain) else [None]
+    modes: list[Mode | None] = [None] if log_p else []
+    if model.has_item_head(domain):
+        modes.append("vectors")
     for queries, targets in batches_of(questions):
         best: list[set[str]] = [set() for _ in queries]
         for mode in modes:
@@ -190,7 +199,8 @@ def entries_of(
         for part in parts.values():
             for mine, one in zip(of_parts, part.rank(queries, POOL), strict=True):
                 mine.update(one.item_ids[:POOL])
-        made.append(_entries(model, domain, parts, queries, targets, best, of_parts))
+        pools = [sorted(mine.union(others)) for mine, others in zip(of_parts, best, strict=True)]
+        made.append(_entries(model, domain, parts, queries, targets, pools, of_parts, log_p=log_p))
         progress.advance(len(queries))
     starts = np.cumsum([0, *(one.num_queries for one in made)])
     return Entries(
@@ -210,21 +220,25 @@ def _entries(
     parts: Mapping[str, StoredRecommender],
     queries: Sequence[RankingQuery],
     targets: Sequence[str],
-    best: Sequence[set[str]],
+    pools: Sequence[Sequence[str]],
     of_parts: Sequence[set[str]],
+    *,
+    log_p: bool,
 ) -> Entries:
-    """The entries of some queries, each with the best items of the model in any mode and those of the parts."""
-    pools = [sorted(mine.union(others)) for mine, others in zip(of_parts, best, strict=True)]
-    asked = [replace(query, candidates=tuple(pool)) for query, pool in zip(queries, pools, strict=True)]
-    log_prob = [dict(zip(ranking.item_ids, ranking.scores, strict=True)) for ranking in model.rank(asked, K)]
+    """The entries of some queries: those of their pools."""
     pairs = [(number, item) for number, pool in enumerate(pools) for item in pool]
+    log_prob_N = np.zeros(len(pairs))
+    if log_p:
+        asked = [replace(query, candidates=tuple(pool)) for query, pool in zip(queries, pools, strict=True)]
+        log_prob = [dict(zip(ranking.item_ids, ranking.scores, strict=True)) for ranking in model.rank(asked, K)]
+        log_prob_N = np.array([log_prob[number][item] for number, item in pairs], dtype=float)
     query_N = np.array([number for number, _ in pairs], dtype=np.int64)
     place_N = model.catalogue.find(domain, [item for _, item in pairs]) - model.catalogue.rows_of(domain)[0]
     has_head = model.has_item_head(domain)
     return Entries(
         query_N=query_N,
         is_target_N=np.array([item == targets[number] for number, item in pairs], dtype=bool),
-        log_prob_N=np.array([log_prob[number][item] for number, item in pairs], dtype=float),
+        log_prob_N=log_prob_N,
         item_head_N=model.item_log_probs(domain, queries)[query_N, place_N] if has_head else np.zeros(len(pairs)),
         share_N={name: shares(part, domain, queries)[query_N, place_N] for name, part in parts.items()},
         of_parts_N=np.array([item in of_parts[number] for number, item in pairs], dtype=bool),
@@ -243,18 +257,26 @@ def batches_of(questions: Questions) -> Iterator[Questions]:
 
 
 def choose(
-    model: LLMRecommender, domain: str, parts: Mapping[str, StoredRecommender], questions: Questions
+    model: LLMRecommender,
+    domain: str,
+    parts: Mapping[str, StoredRecommender],
+    questions: Questions,
+    *,
+    log_p: bool = True,
 ) -> dict[str, Setting]:
     """The best `blend`, the best `without_model` and the `model_alone`, each with what its lists over the full
-    catalogue reach. Of a model with an item head also `vectors`, the best blend without log P, and the `head_alone`."""
+    catalogue reach. Of a model with an item head also `vectors`, the best blend without log P, and the `head_alone`.
+
+    Without `log_p` the best blend is that of `vectors`, and there is no `model_alone`.
+    """
     has_head, none = model.has_item_head(domain), dict.fromkeys(parts, (0.0, 1.0))
-    with track((6 if has_head else 4) * len(questions[0]), f"{domain}: blending", unit="queries") as progress:
-        entries = entries_of(model, domain, parts, questions, progress)
-        found = {
-            "blend": best_setting(entries, WEIGHTS, WEIGHTS if has_head else (0.0,)),
-            "without_model": best_setting(entries.without_model(), (0.0,), (0.0,)),
-            "model_alone": Setting(1.0, none, 0.0),
-        }
+    num_lists = 1 + 2 * log_p + 2 * has_head
+    with track((1 + num_lists) * len(questions[0]), f"{domain}: blending", unit="queries") as progress:
+        entries = entries_of(model, domain, parts, questions, progress, log_p=log_p)
+        found = {"without_model": best_setting(entries.without_model(), (0.0,), (0.0,))}
+        if log_p:
+            found["blend"] = best_setting(entries, WEIGHTS, WEIGHTS if has_head else (0.0,))
+            found["model_alone"] = Setting(1.0, none, 0.0)
         if has_head:
             found["vectors"] = best_setting(entries, (0.0,), WEIGHTS)
             found["head_alone"] = Setting(0.0, none, 0.0, item_head=1.0)
@@ -262,7 +284,7 @@ def choose(
             blended = Blend.of(setting, domain, parts, model.catalogue)
             recommender = BlendedParts(blended) if name == "without_model" else _blended(model, blended)
             found[name] = replace(setting, ndcg=reached(recommender, questions, progress))
-    return found
+    return found if log_p else found | {"blend": found["vectors"]}
 
 
 def _blended(model: LLMRecommender, blended: Blend) -> LLMRecommender:

@@ -32,7 +32,7 @@ from cprec.data.catalogue import Catalogue
 from cprec.errors import ConfigError, DataError, ModelError
 from cprec.files import whole_folder, write_whole
 from cprec.provenance import file_sha256
-from cprec.rank.blend_file import AGAIN, BLEND, MODEL, VERSION, Setting, read_about
+from cprec.rank.blend_file import AGAIN, BLEND, ITEM_HEAD, MODEL, VERSION, Setting, read_about
 from cprec.recommender import RankingQuery
 from cprec.scoring import ScoringRecommender, StoredRecommender, check_domain
 from cprec.search.priors import Priors
@@ -216,10 +216,16 @@ def write_blend(
         **{name: setting.to_json() for name, setting in settings.items()},
         "files": {name: file_sha256(Path(model, FOLDER, _file(name))) for name in used},
         "catalogue": Catalogue.read(model).digest(),
-        "model": file_sha256(Path(model, MODEL)),
+        "model": identity(model),
         **about,
     }
     write_whole(Path(model, BLEND), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def identity(model: str | Path) -> dict[str, str]:
+    """Hashes of the files that tell what a blend belongs to: what the model says of itself, and its item head."""
+    files = [Path(model, name) for name in (MODEL, ITEM_HEAD)]
+    return {path.name: file_sha256(path) for path in files if path.is_file()}
 
 
 def read_blend(model: str | Path, catalogue: Catalogue, setting: str = "blend") -> Blend:
@@ -230,7 +236,7 @@ def read_blend(model: str | Path, catalogue: Catalogue, setting: str = "blend") 
     catalogue, or its parts are gone or changed.
     """
     path, about = Path(model, BLEND), read_about(model)
-    if about["model"] != file_sha256(Path(model, MODEL)):
+    if about["model"] != identity(model):
         raise ConfigError(f"{path} was chosen for another model than {model} holds now{AGAIN}")
     if about["catalogue"] != catalogue.digest():
         raise ConfigError(f"{path} was chosen for another catalogue than that of {model}{AGAIN}")

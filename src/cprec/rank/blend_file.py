@@ -10,9 +10,9 @@ from typing import Any
 
 from cprec.errors import ConfigError, DataError
 
-BLEND, MODEL = "blend.json", "cprec.json"
-"""Files of a model folder: the blend, and what the model says of itself."""
-VERSION = 1
+BLEND, MODEL, ITEM_HEAD = "blend.json", "cprec.json", "item_head/head.safetensors"
+"""Files of a model folder: the blend, what the model says of itself, and the weights of its item head."""
+VERSION = 2
 """Version of the layout of `blend.json`."""
 AGAIN = ": run `cprec blend` again, or open the model with blend=False"
 

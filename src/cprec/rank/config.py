@@ -64,12 +64,15 @@ class BlendConfig:
     model: str = ""
     """Folder of a model that `cprec finetune` or `cprec pretrain` wrote. A recipe leaves it empty: its run blends each
     model that it fine-tunes."""
-    parts: tuple[str, ...] = ("transition graph (titles)", "EASE", "popularity")
+    parts: tuple[str, ...] = ("transition graph (titles)", "EASE", "popularity", "titles")
     """Recommenders to blend the model with, by their names in tables; `with` on the command line."""
     data: str | None = None
     """Data folder that `cprec prepare` wrote; by default the one that the model was trained on."""
     domain: str | None = None
     """The domain to recommend from; by default the one that the model was fine-tuned for."""
+    log_p: bool = True
+    """Whether the probability of titles may have a weight; if not, only the item head and the parts have one, nothing
+    is decoded, and minutes become seconds."""
     max_queries: int = 750
     """Validation queries that the weights are chosen on, a seeded sample; 0: all of them."""
     uncertified: bool = False

@@ -124,12 +124,17 @@ class TrainingConfig:
     """Show the plan (steps, tokens, mixture, learning rate) and what it will take (memory, disk, time); train
     nothing."""
 
+    may_stay: ClassVar[bool] = False
+    """Whether no training at all may be asked for."""
+
     def __post_init__(self) -> None:
         positive = (
             *("learning_rate", "num_train_epochs", "max_length", "train_batch_size", "max_grad_norm", "save_steps"),
             *("save_total_limit", "logging_steps", "eval_steps", "ddp_timeout"),
         )
         for name in positive:
+            if name == "num_train_epochs" and self.may_stay and not self.num_train_epochs:
+                continue
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
         for name in ("weight_decay", "warmup_steps", "anneal_steps", "eval_tokens", "lora_rank", "micro_batch_size"):
@@ -191,6 +196,8 @@ class PretrainConfig(TrainingConfig):
 class FinetuneConfig(TrainingConfig):
     """Settings of fine-tuning."""
 
+    may_stay: ClassVar[bool] = True
+
     domain: str
     """The target domain: one that `cprec prepare` wrote examples for."""
     documents: Literal["examples", "users"] = "examples"
@@ -206,7 +213,7 @@ class FinetuneConfig(TrainingConfig):
     catalogue_weight: float = 0.5
     """The part of the catalogue's loss with softmax=both; the rest is the vocabulary's."""
     num_train_epochs: float = 3.0
-    """Passes over the examples."""
+    """Passes over the examples; 0: the model stays as it is, to be given an item head."""
     anneal_steps: float = 0.95
     """Annealing: with warm-up 0.05 the learning rate falls from the peak on."""
     warmup_steps: float = 0.05

@@ -127,6 +127,8 @@ def run_training(run: Run) -> Path:
         if finished:
             say(f"{run.output_dir}: complete with these settings, reused")
             return run.output_dir
+    if not config.num_train_epochs:
+        return _publish_untrained(run, hashes)
     plan = _plan(run)
     tokenizer = load_tokenizer(str(run.data / "tokenizer"))
     _note_other_begin(run)
@@ -300,6 +302,17 @@ def _make_model(config: TrainingConfig, tokenizer: Any, load: Callable[[str], An
     return model
 
 
+def check_vocabulary(run: Run, model: Any, vocabulary_size: int) -> None:
+    """Raise ConfigError where a model has fewer token embeddings than the tokens of the data need."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < vocabulary_size:
+        name = run.config.model_name_or_path
+        raise ConfigError(
+            f"{name} has {rows:,} token embeddings but the tokens in {run.config.data} were made with a vocabulary of "
+            f"{vocabulary_size:,}: run `cprec prepare` with tokenizer={name}"
+        )
+
+
 def _check_fits(run: Run, plan: Plan, model: Any, vocabulary_size: int) -> None:
     """Whether the model has room for the tokens, the rows and the titles.
 
@@ -308,12 +321,7 @@ def _check_fits(run: Run, plan: Plan, model: Any, vocabulary_size: int) -> None:
     config, about = run.config, run.about
     name, context = config.model_name_or_path, context_of(model)
     longest = int(plan.stream.corpus.lengths.max())
-    rows = model.get_input_embeddings().weight.shape[0]
-    if rows < vocabulary_size:
-        raise ConfigError(
-            f"{name} has {rows:,} token embeddings but the tokens in {config.data} were made with a vocabulary of "
-            f"{vocabulary_size:,}: run `cprec prepare` with tokenizer={name}"
-        )
+    check_vocabulary(run, model, vocabulary_size)
     if context is None:
         return
     titles = about["max_title_tokens"] * len(Template(**about["template"]).item_fields)
@@ -392,6 +400,25 @@ def _fit(
 
 
 # ---- publish ---------------------------------------------------------------------------------------------------------
+
+
+def _publish_untrained(run: Run, hashes: FileHashes) -> Path:
+    """Make a model folder of a model as it is; returns the folder."""
+    if run.config.dry_run:
+        say(f"{run.output_dir}: {run.config.model_name_or_path} as it is, without training (num_train_epochs=0)")
+        return run.output_dir
+    tokenizer = load_tokenizer(str(run.data / "tokenizer"))
+    model = _make_model(run.config, tokenizer, load_model)
+    check_vocabulary(run, model, len(tokenizer))
+
+    def record() -> None:
+        save_resolved(run.output_dir, run.config, run.recorded_inputs(hashes))
+        hashes.save()
+
+    distributed.by_first(record)
+    _publish(run, PackedLoss(model), tokenizer, TrainState())
+    say(f"{run.output_dir}: written, {run.config.model_name_or_path} as it is")
+    return run.output_dir
 
 
 def _publish(run: Run, loss: PackedLoss, tokenizer: Any, state: TrainState) -> None:
