@@ -26,8 +26,9 @@ STAGE_CONFIGS: dict[str, type] = {
 }
 """The configuration class of each stage."""
 
-FINETUNED, CPREC = "fine-tuning only", "CPRec-style"
-"""The two arms of a run: fine-tuned from the base model as it is, and after continual pre-training."""
+FINETUNED, CPREC, UNTRAINED = "fine-tuning only", "CPRec-style", "base model"
+"""The arms of a run: fine-tuned from the base model as it is, and after continual pre-training; and the base model
+where nothing is fine-tuned but an item head."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

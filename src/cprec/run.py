@@ -33,7 +33,7 @@ from cprec.files import write_whole
 from cprec.progress import say
 from cprec.provenance import read_resolved, save_resolved
 from cprec.rank.config import RankConfig
-from cprec.recipe import CPREC, FINETUNED, Recipe
+from cprec.recipe import CPREC, FINETUNED, UNTRAINED, Recipe
 from cprec.text.config import PrepareConfig
 from cprec.train.folder import LOG, read_done, read_log
 
@@ -83,7 +83,8 @@ def _arms(recipe: Recipe, domain: str, steps: Iterator[str]) -> dict[str, str]:
     start = (recipe.pretrain or recipe.finetune).model_name_or_path
     folders = {}
     say(f"{next(steps)} fine-tune on {domain}")
-    for arm, base in {FINETUNED: start, **bases}.items():
+    first = FINETUNED if recipe.finetune.num_train_epochs else UNTRAINED
+    for arm, base in {first: start, **bases}.items():
         say(f"{domain}: {arm}")
         folders[arm] = recipe.model_folder(domain, arm)
         finetune(replace(recipe.finetune, domain=domain, model_name_or_path=base, output_dir=folders[arm]))

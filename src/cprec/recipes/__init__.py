@@ -11,6 +11,12 @@ from cprec.recipe import Recipe
 from cprec.recipes.amazon_small import amazon_small
 from cprec.recipes.baselines import baselines
 from cprec.recipes.demo import demo
+from cprec.recipes.open_llm import open_llm
 
-RECIPES: dict[str, Callable[..., Recipe]] = {"demo": demo, "amazon_small": amazon_small, "baselines": baselines}
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    "demo": demo,
+    "amazon_small": amazon_small,
+    "open_llm": open_llm,
+    "baselines": baselines,
+}
 """Name on the command line -> the function that makes the recipe."""
