@@ -109,7 +109,11 @@ class Service:
         domains = [{"name": name, "num_items": len(items)} for name, items in ITEMS.items()]
         return {"model": self.models[0], "models": self.models, "domains": domains, "default_domain": "kitchen"} | {
             "served": [
-                {"name": name, "domains": ["kitchen"] if len(self.parts) > 1 else list(ITEMS), "parts": list(self.parts)}
+                {
+                    "name": name,
+                    "domains": ["kitchen"] if len(self.parts) > 1 else list(ITEMS),
+                    "parts": list(self.parts),
+                }
                 for name in self.models
             ],
             "baselines": list(LISTS),
@@ -451,9 +455,11 @@ def test_why_shows_what_each_part_of_a_blend_says(new_page: Any, service: Servic
     parts = page.locator(".effects").first
     assert parts.locator(".title").all_inner_texts() == ["EASE", "language model", "popularity"]
     amounts = [text.split("\n") for text in parts.locator(".amount").all_inner_texts()]
-    assert amounts == [["+5.00", "12 × the average"], ["+3.20", "5.0 × the average"], ["−0.40", "0.8 × the average"]]
+    assert amounts == [["+5.00", "12 × average"], ["+3.20", "5.0 × average"], ["−0.40", "0.8 × average"]]
     why = page.inner_text(".why")
-    assert "EASE does most for it: it gives this item 12 × the average" in why and "+7.80 against an average item" in why
+    assert (
+        "EASE speaks most for it: 12 × what it gives an average item" in why and "+7.80 against an average item" in why
+    )
     assert "as likely" not in why and "Cast-iron teapot, 0.8 litre did most" in why
 
 
