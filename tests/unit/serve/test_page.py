@@ -724,7 +724,7 @@ def test_the_page_and_the_service_understand_each_other(
         assert texts(page, "#baseline-lists h3") == ["last first"]
         page.get_by_role("button", name="Why Emma").click()
         page.locator(".effects").nth(1).wait_for()
-        assert texts(page, ".effects .title") == ["Ludo", "Dune Messiah"]
+        assert texts(page, ".effects .title") == ["model", "graph", "Ludo", "Dune Messiah"]
         page.reload()
         assert ranked(page)[:2] == ["Dune", "Emma"]
         page.evaluate("location.hash = 'domain=books&history=books:b0,games:none,games:g2'")
