@@ -60,8 +60,10 @@ class Priors:
 class PriorSource(Protocol):
     """Anything that knows items of a domain beside the model."""
 
-    domain: str
-    """The domain of the items."""
+    @property
+    def domain(self) -> str:
+        """The domain of the items."""
+        ...
 
     @property
     def weights(self) -> Mapping[str, float]:

@@ -820,6 +820,7 @@ def test_every_control_has_a_name_and_nothing_turns_where_motion_is_unwanted(new
 def test_pictures(new_page: Any, service: Service, tmp_path: Path) -> None:
     folder = Path(os.environ.get("CPREC_SCREENSHOTS") or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
+    service.parts = {"language model": 3.2, "transition graph (titles)": 2.6, "EASE": 1.1, "popularity": -0.4}
 
     def picture(name: str, width: int, models: int, whole: bool = True, **options: Any) -> None:
         service.models = ["CPRec-style", "fine-tuning only"][:models]
