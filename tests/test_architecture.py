@@ -31,7 +31,7 @@ BELOW = {
     "rank": BASE | {"data", "scoring", "text", "models", "distributed", "item_head", "search", "baselines"},
     "scoring": BASE | {"data"},
     "systems": BASE | {"data", "scoring", "text", "models", "distributed", "train", "search"},
-    "item_head": BASE | {"data", "models", "systems"},
+    "item_head": BASE | {"data", "models", "distributed", "systems"},
     "baselines": BASE | {"data", "scoring"},
     "evaluate": BASE | {"data"},
     "serve": BASE | {"data"},

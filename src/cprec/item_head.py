@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch.nn import functional as F
 
+from cprec import distributed
 from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
@@ -59,6 +60,7 @@ def title_states(model: Any, titles: Ragged, description: str = "reading titles"
     """What a causal language model makes of titles: its mean state over the tokens at the embeddings, half-way up and
     at the end, each scaled to length one, side by side: float32[N, F]. A title without tokens has zeros."""
     trunk, device = trunk_and_head(model)[0], next(model.parameters()).device
+    bf16 = distributed.use_bf16("auto", device)
     order = np.argsort(titles.lengths, kind="stable")
     out_NF: np.ndarray | None = None
     with track(len(titles), description, unit="titles") as progress:
@@ -67,7 +69,8 @@ def title_states(model: Any, titles: Ragged, description: str = "reading titles"
             ids_RT = np.zeros((len(batch), max(1, int(lengths.max()))), dtype=np.int64)
             ids_RT[np.arange(ids_RT.shape[1]) < lengths[:, None]] = tokens.values
             # Padding stands on the right, where no earlier token reads it.
-            every = trunk(input_ids=torch.from_numpy(ids_RT).to(device), output_hidden_states=True).hidden_states
+            with distributed.autocast(device, bf16):
+                every = trunk(input_ids=torch.from_numpy(ids_RT).to(device), output_hidden_states=True).hidden_states
             is_token_RT1 = (torch.arange(ids_RT.shape[1]) < torch.from_numpy(lengths)[:, None])[:, :, None].to(device)
             depths = (every[0], every[len(every) // 2], every[-1])
             pooled = [F.normalize((depth.float() * is_token_RT1).sum(1), dim=-1) for depth in depths]

@@ -22,7 +22,7 @@ from cprec.entrants import baseline_entrants, check_tuned, model_entrants, oracl
 from cprec.errors import ConfigError, InputChanged, Unsuitable
 from cprec.evaluate.config import EvaluateConfig
 from cprec.evaluate.coverage import certificate_summary
-from cprec.evaluate.evaluate import evaluate, protocol_of
+from cprec.evaluate.evaluate import Entrant, evaluate, protocol_of
 from cprec.evaluate.examples import NUM_EXAMPLES, examples_of
 from cprec.evaluate.questions import read_queries
 from cprec.evaluate.rankings import rankings_path, read_rankings
@@ -180,10 +180,16 @@ def _evaluate(
     if generated is not None and generated.synthetic is not None:
         entrants.append(oracle(generated.synthetic))
     result = evaluate(config, split, domain, entrants)
-    if not arms:
+    if not _any_pretrained(entrants, arms):
         return result
     pretrained = read_resolved(config.data)["config"]["pretrain_domains"] or split.catalogue.domains
     return replace(result, unseen=domain not in pretrained)
+
+
+def _any_pretrained(entrants: Sequence[Entrant], arms: Mapping[str, str]) -> bool:
+    """Whether a model of these was pre-trained: it is of that stage, or rests on more than its own examples."""
+    stages = {(read_done(folder) or {}).get("stage") for folder in arms.values()}
+    return "pretrain" in stages or any(len(entrant.trained_on) > 1 for entrant in entrants)
 
 
 def _in_words(rank: RankConfig) -> str:

@@ -27,6 +27,7 @@ from cprec.errors import ConfigError, CPRecError, ModelError
 from cprec.rank.blend import KINDS, Blend, BlendedParts, Part, check_parts, read_blend, write_blend
 from cprec.rank.blend_file import Setting
 from cprec.rank.config import RankConfig
+from cprec.rank.why import effects_of
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import VALIDATION, Item
 from cprec.scoring import StoredRecommender
@@ -170,6 +171,17 @@ def test_priors_by_hand() -> None:
     expected = 2 * np.log([1, 0.5, 0.1, 0.1]) + 0.5 * np.log([0.25, 1, 0.5, 0.01])
     np.testing.assert_allclose(priors.values_UN[0, :4], expected)
     assert priors.weight == 3 and priors.values_UN.shape == (1, N)
+
+
+def test_what_moves_all_items_alike_is_the_effect_of_none() -> None:
+    """The best score and the weight of a part that says the same of all items change what no item is worth."""
+    table_QN = np.concatenate([row(4, 2), row(8, 4), np.ones((1, N))])
+    walk = Part("walk", Table("walk", table_QN), weight=2.0, floor=0.1)
+    blend = blend_of(walk, weight=0.0)
+    priors = blend.priors_of_parts("books", QUERIES[:3])
+    one, doubled, alike = effects_of(blend.weights, priors, [1, 1, 1], priors["walk"][:, 1].tolist(), N)
+    average = (1 + 0.5 + 0.1 * (N - 2)) / N
+    assert one == doubled == {"walk": pytest.approx(2 * math.log(0.5 / average))} and alike == {"walk": 0}
 
 
 def test_where_a_part_says_nothing_all_items_have_the_floor() -> None:

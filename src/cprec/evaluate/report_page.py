@@ -84,6 +84,21 @@ def difference_line(difference: Difference) -> str:
     return f"{a} against {b}: {verdict}, {test.mean:+.4f} {metric} [{test.low:+.4f}, {test.high:+.4f}] {queries}"
 
 
+def answer_line(result: DomainResult) -> str:
+    """Which arm of a domain is best and, of a model, whether it beats the best baseline."""
+    best = result.best()
+    if best is None:
+        return "nothing was ranked"
+    found = best.metrics[result.main]
+    line = f"{best.name} has the highest {metric_name(result.main)}, {found.mean:.4f}"
+    baselines = [arm for arm in result.arms.values() if arm.kind == "baseline"]
+    if best.kind != "model" or not baselines:
+        return line
+    rival = max(baselines, key=lambda arm: arm.metrics[result.main].mean)
+    told = (difference_line(each) for each in result.differences if {each.a, each.b} == {best.name, rival.name})
+    return f"{line}; {next(told, f'the best baseline is {rival.name}')}"
+
+
 def ranking_lines(result: DomainResult) -> list[str]:
     """Notes on the queries, and for each model how exact its lists are and how well it wrote titles freely."""
     lines = list(result.notes)
@@ -184,11 +199,10 @@ def print_report(
         {first: True},
     ]
     table = widest_fitting([_terminal_grid(report, metrics) for metrics in offers], console)
-    protocol = _protocol_section(report)
     sections = [
-        Section(title=report.title, warning=protocol.warning, tables=[table], notes=protocol.notes),
+        replace(_answer_section(report), title=report.title, tables=[table]),
         *map(_domain_section, report.domains.values()),
-        replace(protocol, warning="", notes=()),
+        _protocol_section(report),
         Section(examples=examples),
     ]
     print_sections(console, sections)
@@ -260,8 +274,11 @@ def _domain(report: Report, domain: str) -> DomainResult:
 
 
 def report_page(report: Report, runs: Mapping[str, TrainingRun], examples: Sequence[Example]) -> str:
-    """The text of the page. Runs named `GROUP: ARM` share the charts of their group; one without a log is left out."""
-    sections = [_protocol_section(report), *map(_domain_section, report.domains.values())]
+    """The text of the page: the answer, the domains, the protocol, examples, and what was trained.
+
+    Runs named `GROUP: ARM` share the charts of their group; one without a log is left out.
+    """
+    sections = [_answer_section(report), *map(_domain_section, report.domains.values()), _protocol_section(report)]
     if examples:
         sections.append(Section(title="What users are recommended", examples=examples))
     logged = {name: run for name, run in runs.items() if run.records}
@@ -275,9 +292,21 @@ def report_page(report: Report, runs: Mapping[str, TrainingRun], examples: Seque
     return render(report.title, sections)
 
 
+def _answer_section(report: Report) -> Section:
+    """What is best in each domain, and how to read the numbers."""
+    k = report.main.k
+    note = (
+        f"Recall@{k} is the share of queries whose held-out item is among the first {k}; NDCG@{k} also counts how far "
+        "up it stands (1 is always first, 0 never listed). Intervals are 95 % over queries."
+    )
+    warning = UNCERTIFIED if report.certificate.uncertified else ""
+    answers = [(domain, answer_line(result)) for domain, result in report.domains.items()]
+    return Section(title="In short", boxed=True, warning=warning, points=answers, notes=[note])
+
+
 def _protocol_section(report: Report) -> Section:
     """What every number depends on, the certificate and the bound included."""
-    certificate, k = report.certificate, report.main.k
+    certificate = report.certificate
     found = f"{certificate.checked:,} checks, {certificate.violations:,} violations"
     clean = f"clean ({found}) and covers every model and query here" if certificate.clean else f"not clean ({found})"
     terms = {**report.protocol, "leakage certificate": UNCERTIFIED if certificate.uncertified else clean}
@@ -285,12 +314,7 @@ def _protocol_section(report: Report) -> Section:
     if bounds:
         names = ", ".join(sorted(bounds))
         terms["bound"] = f"{names}: ranks by the true chances of this generated world; none is better on average"
-    note = (
-        f"Recall@{k} is the share of queries whose held-out item is among the first {k}; NDCG@{k} also counts how far "
-        "up it stands (1 is always first, 0 never listed). Intervals are 95 % over queries."
-    )
-    warning = UNCERTIFIED if certificate.uncertified else ""
-    return Section(title="How this was measured", boxed=True, warning=warning, terms=terms, notes=[note])
+    return Section(title="How this was measured", boxed=True, terms=terms)
 
 
 def _domain_section(result: DomainResult) -> Section:

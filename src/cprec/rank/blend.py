@@ -33,6 +33,7 @@ from cprec.errors import ConfigError, DataError, ModelError
 from cprec.files import whole_folder, write_whole
 from cprec.provenance import file_sha256
 from cprec.rank.blend_file import AGAIN, BLEND, ITEM_HEAD, MODEL, VERSION, Setting, read_about
+from cprec.rank.why import THE_MODEL
 from cprec.recommender import RankingQuery
 from cprec.scoring import ScoringRecommender, StoredRecommender, check_domain
 from cprec.search.priors import Priors
@@ -121,6 +122,13 @@ class Blend:
         """The blend of these numbers; `parts` has those with a weight, made for the catalogue."""
         weighted = (Part(name, parts[name], weight, floor) for name, (weight, floor) in setting.parts.items() if weight)
         return cls(domain, catalogue, catalogue, tuple(weighted), setting.model, setting.item_head)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """See `PriorSource.weights`."""
+        model = self.weight + self.item_head
+        of_model = {THE_MODEL: model} if model else {}
+        return of_model | {part.name: part.weight for part in self.parts}
 
     def priors(self, domain: str, queries: Sequence[RankingQuery]) -> Priors:
         """The sum of the parts' weighted log-scores, in the order of the catalogue, and the weights of the model.

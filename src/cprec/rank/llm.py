@@ -25,6 +25,7 @@ from cprec.rank.blend_file import BLEND
 from cprec.rank.config import Mode, Normaliser, RankConfig, Score
 from cprec.rank.generation import match, write
 from cprec.rank.vllm import VLLMReader
+from cprec.rank.why import THE_MODEL, effects_of
 from cprec.recommender import Proof, Ranking, RankingQuery
 from cprec.schema import SPECIFIC, Item, id_text
 from cprec.scoring import ranking_of
@@ -381,7 +382,7 @@ class LLMRecommender:
                 f"k={k}: domain {domain!r} has {available} items outside this history; choose 1 to {available}"
             )
         query = RankingQuery(query_id="", domain=domain, history=items, exclude=exclude)
-        read = len(self.shown(query))
+        read = len(self._in_prompt(query))
         if items and not read:
             warnings.warn(f"no event of the history is of domain {domain!r}: the ranking ignores it", stacklevel=4)
         elif read < len(self._read_part(query)):
@@ -485,7 +486,40 @@ class LLMRecommender:
         withdrawn = self.catalogue.find(domain, self.withdrawn.get(domain, ()))
         return ~np.isin(self.catalogue.rows_of(domain), withdrawn)
 
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains that it recommends from: all of the catalogue or, with a blend, the one of this."""
+        return self.catalogue.domains if self.blend is None else (self.blend.domain,)
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The parts of a score and their weights: the model alone, or that of its blend and the blend's others."""
+        return {THE_MODEL: 1.0} if self.blend is None else self.blend.weights
+
+    def effects(self, queries: Sequence[RankingQuery], rankings: Sequence[Ranking]) -> list[dict[str, float]]:
+        """What each part adds to the score of a query's one candidate, compared with an average item of the domain.
+
+        The queries are of one domain, and `rankings` those that `rank` gave for them. The effects of a query sum up to
+        how far the score lies above that of an average item.
+        """
+        domain = queries[0].domain
+        rows = self.catalogue.rows_of(domain)
+        places = self.catalogue.find(domain, [ranking.item_ids[0] for ranking in rankings]) - rows[0]
+        priors = {} if self.blend is None else self.blend.priors_of_parts(domain, queries)
+        return effects_of(self.weights, priors, places, [ranking.scores[0] for ranking in rankings], len(rows))
+
     def shown(self, query: RankingQuery) -> tuple[Item, ...]:
+        """The events of a query's history that count: those that the prompt shows and, with a blend, all of its domain,
+        since the other parts read those."""
+        prompt = self._in_prompt(query)
+        if self.blend is None:
+            return prompt
+        of_all_domains = 0 if self.history_kind == SPECIFIC else len(prompt)
+        first = len(query.history) - of_all_domains
+        events = enumerate(query.history)
+        return tuple(item for place, item in events if place >= first or item.domain == query.domain)
+
+    def _in_prompt(self, query: RankingQuery) -> tuple[Item, ...]:
         """The events of a query's history that its prompt shows: the latest, as many as were trained on and fit."""
         read = self._read_part(query)
         fits = self._histories([query], np.array([self.catalogue.domain_index(query.domain)]))[0]

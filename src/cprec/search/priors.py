@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
@@ -71,8 +71,22 @@ class Priors:
 class PriorSource(Protocol):
     """Anything that knows items of a domain beside the model."""
 
+    @property
+    def domain(self) -> str:
+        """The domain of the items."""
+        ...
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The weights above 0, of the model and of the parts that the priors are a sum of, by name."""
+        ...
+
     def priors(self, domain: str, queries: Sequence[RankingQuery]) -> Priors:
         """The priors of the domain's items for queries of that domain."""
+        ...
+
+    def priors_of_parts(self, domain: str, queries: Sequence[RankingQuery]) -> dict[str, np.ndarray]:
+        """The priors of each part, weighted, by its name: float64[Q, N]."""
         ...
 
     def with_catalogue(self, catalogue: Catalogue) -> Self:

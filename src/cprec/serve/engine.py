@@ -34,7 +34,15 @@ class Engine(Protocol):
     withdrawn: Mapping[str, frozenset[str]]
     """Item ids by domain that are in the catalogue but are never recommended."""
     max_history: int
-    """The most events of a history that are read."""
+    """The most events of a history that the model reads."""
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains that it recommends from; histories may name items of others."""
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The parts that a score is a weighted sum of, by name."""
 
     @property
     def item_fields(self) -> tuple[str, ...]:
@@ -55,7 +63,10 @@ class Engine(Protocol):
         """As `Recommender.rank`, in mode exact, auto or beam. Once `stop()` is true, the best found so far."""
 
     def shown(self, query: RankingQuery) -> tuple[Item, ...]:
-        """The events of a query's history that are read."""
+        """The events of a query's history that count: those that some part of the score reads."""
+
+    def effects(self, queries: Sequence[RankingQuery], rankings: Sequence[Ranking]) -> Sequence[Mapping[str, float]]:
+        """What each part adds to the score of a query's one candidate, compared with an average item; they sum up."""
 
     def with_items(self, catalogue: Catalogue, withdrawn: Mapping[str, frozenset[str]]) -> Engine:
         """An engine with other items that shares the model. Raises CPRecError for items that it cannot take."""

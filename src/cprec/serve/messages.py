@@ -219,13 +219,21 @@ class ScoreResponse(BaseModel):
     model: str
 
 
+class PartEffect(BaseModel):
+    """What one part of the score adds to that of an average item of the domain."""
+
+    name: str = Field(description="the language model, or a recommender of its blend")
+    weight: float = Field(description="of the part in the score")
+    effect: float = Field(description="weight * log(r): the part gives this item r times the score of an average item")
+
+
 class EventEffect(BaseModel):
     """What one event adds to the score."""
 
     item_id: str
     title: str
     domain: str
-    effect: float = Field(description="score with all events less score without this one")
+    effect: float = Field(description="the sum of the parts' effects with all events less that without this one")
 
 
 class DomainEffect(BaseModel):
@@ -236,14 +244,15 @@ class DomainEffect(BaseModel):
 
 
 class ExplainResponse(BaseModel):
-    """The score of an item, and what the events that the model read add to it."""
+    """The score of an item, what each part of the score adds to it, and what the events add that count."""
 
     item_id: str
     title: str
     score: float
-    events: list[EventEffect]
+    parts: list[PartEffect] = Field(description="their effects sum up to how far the score is above an average item's")
+    events: list[EventEffect] = Field(description="of those that count, the latest, oldest first")
     domains: list[DomainEffect]
-    num_events_read: int = Field(description="the latest of the history; the others have no effect")
+    num_events_read: int = Field(description="events of the history that count; the others have no effect")
     milliseconds: float
     domain: str
     model: str
@@ -290,11 +299,22 @@ class DomainSize(BaseModel):
     num_items: int
 
 
+class Served(BaseModel):
+    """A model that is served."""
+
+    name: str
+    domains: list[str] = Field(description="those that it recommends from")
+    parts: list[str] = Field(
+        description="what its score is the sum of: the language model, and what is blended with it"
+    )
+
+
 class About(BaseModel):
     """What the service serves."""
 
     model: str
     models: list[str]
+    served: list[Served] = Field(description="what is to know of each model, in the same order")
     domains: list[DomainSize]
     default_domain: str | None
     baselines: list[str]

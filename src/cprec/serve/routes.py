@@ -88,7 +88,8 @@ async def score(
 async def explain(
     request: Request, service: AService, body: Annotated[m.ExplainRequest, Body(openapi_examples=EXPLAIN_EXAMPLES)]
 ) -> m.ExplainResponse:
-    """What each event of a history, and the events of each domain together, add to the score of an item."""
+    """What each part of the score, each event of a history, and the events of each domain together add to the score of
+    an item."""
     return await service.explain(body, _hung_up(request))
 
 

@@ -33,6 +33,8 @@ UNHEALTHY = 3
 """Failed calls of an engine in a row after which the service is not healthy."""
 SCORE_DEADLINE_MS = 30_000.0
 """How long scores and explanations may take if the request does not say: nothing stands in for them."""
+MOST_LEFT_OUT = 20
+"""Events that an explanation leaves out one at a time, the latest; more where the model reads more."""
 LONG_HISTORY = 1_000
 """Events from which on a history is looked up in another thread, so that the event loop goes on."""
 
@@ -119,9 +121,11 @@ class Service:
     def about(self) -> m.About:
         """What is served."""
         engine = self.stock.engine()
+        served = [self.stock.engine(name) for name in self.stock.names]
         return m.About(
             model=engine.name,
             models=self.stock.names,
+            served=[m.Served(name=each.name, domains=list(each.domains), parts=list(each.weights)) for each in served],
             domains=[m.DomainSize(name=name, num_items=size) for name, size in self.stock.sizes().items()],
             default_domain=engine.domain,
             baselines=[baseline.name for baseline in self._baselines],
@@ -164,6 +168,9 @@ class Service:
         """The engine, the domain and the history of a request."""
         engine = self.stock.engine(request.model)
         domain = self.stock.domain(engine, request.domain)
+        if domain not in engine.domains:
+            can = ", ".join(engine.domains)
+            raise m.Refused(422, f"domain={domain!r}: {engine.name} was blended for {can}, and recommends from there")
         if len(request.history) < LONG_HISTORY:
             return engine, domain, look_up_history(engine.catalogue, domain, request.history)
         return engine, domain, await asyncio.to_thread(look_up_history, engine.catalogue, domain, request.history)
@@ -269,26 +276,31 @@ class Service:
         return m.ScoreResponse(items=items, milliseconds=self._milliseconds(began), domain=domain, model=engine.name)
 
     async def explain(self, request: m.ExplainRequest, hung_up: HungUp = never) -> m.ExplainResponse:
-        """What each event, and all events of each domain, add to the score of an item: the score is computed again
-        without them."""
+        """What each part of the score, each of the latest events, and all events of each domain add to the score of an
+        item, compared with an average one. The score is computed again without the events."""
         began = self._clock()
         engine, domain, history = await self._looked_up(request)
         check_ids(engine.catalogue, domain, [request.item_id])
         whole = score_query(domain, history, [request.item_id])
         whole = replace(whole, history=engine.shown(whole))
-        events = whole.history
-        domains = sorted({event.domain for event in events})
+        read = whole.history
+        first = max(0, len(read) - max(MOST_LEFT_OUT, engine.max_history))
+        events = read[first:]
+        domains = sorted({event.domain for event in read})
         # The history without each event in turn, then without the events of each domain.
-        shorter = [events[:place] + events[place + 1 :] for place in range(len(events))]
-        shorter += [tuple(event for event in events if event.domain != name) for name in domains]
+        shorter = [read[:place] + read[place + 1 :] for place in range(first, len(read))]
+        shorter += [tuple(event for event in read if event.domain != name) for name in domains]
         queries = [whole, *(replace(whole, history=history) for history in shorter)]
         rankings = await self._scores(engine, queries, began, request.deadline_ms, hung_up)
-        score, *without = (ranking.scores[0] for ranking in rankings)
-        effects = [score - other for other in without]
+        parts, *others = await asyncio.to_thread(engine.effects, queries, rankings)
+        effects = [sum(parts.values()) - sum(other.values()) for other in others]
         return m.ExplainResponse(
             item_id=request.item_id,
             title=title_of(engine.catalogue, domain, request.item_id),
-            score=score,
+            score=rankings[0].scores[0],
+            parts=[
+                m.PartEffect(name=name, weight=weight, effect=parts[name]) for name, weight in engine.weights.items()
+            ],
             events=[
                 m.EventEffect(
                     item_id=event.item_id,
@@ -302,7 +314,7 @@ class Service:
                 m.DomainEffect(domain=name, effect=effect)
                 for name, effect in zip(domains, effects[len(events) :], strict=True)
             ],
-            num_events_read=len(events),
+            num_events_read=len(read),
             milliseconds=self._milliseconds(began),
             domain=domain,
             model=engine.name,
@@ -370,7 +382,7 @@ class Service:
 def _warm_up(engine: Engine) -> None:
     """Build what an engine builds only once, before anybody waits for it."""
     engine.catalogue.index(engine.item_fields)
-    for domain in engine.catalogue.domains:
+    for domain in engine.domains:
         engine.rank([list_query(engine, domain, ())], 1, "beam")
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from cprec.evaluate.report_page import (
     UNCERTIFIED,
+    answer_line,
     difference_line,
     latex_table,
     markdown_table,
@@ -332,10 +333,21 @@ def test_every_colour_that_is_used_is_defined_for_light_and_dark() -> None:
         assert f"{name}:" in dark, name
 
 
-def test_the_protocol_comes_before_any_number() -> None:
+def test_the_answer_comes_first_and_the_protocol_after_the_domains() -> None:
     text = Page(report_page(report(), RUNS, EXAMPLES)).text
-    assert text.index("method leave-one-out") < text.index("0.2345")
-    assert text.index("5,000 checks") < text.index("0.2345")
+    answer = "kitchen: CPRec-style has the highest NDCG@10, 0.2345; the best baseline is random"
+    assert text.index(answer) < text.index("kitchen: seen in") < text.index("method leave-one-out")
+    assert text.index("5,000 checks") < text.index("What users are recommended")
+
+
+def test_the_answer_says_whether_a_model_beats_the_best_baseline() -> None:
+    told = replace(difference(0.1, 0.05, 0.15), b="random")
+    assert answer_line(domain("kitchen", told)).endswith(
+        "; CPRec-style beats random by 0.1000 NDCG@10 [0.0500, 0.1500] (1,234 queries, p 0.0010)"
+    )
+    assert answer_line(domain("kitchen", told, FINETUNED, arm("EASE", "baseline", 0.2))) == (
+        "EASE has the highest NDCG@10, 0.2000"
+    )
 
 
 def test_the_page_has_metrics_differences_curves_and_examples() -> None:

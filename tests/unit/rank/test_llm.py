@@ -19,6 +19,7 @@ from cprec.errors import ConfigError, DataError, ModelError, UnknownItemError
 from cprec.models import tiny_model
 from cprec.rank.config import RankConfig
 from cprec.rank.llm import LLMRecommender
+from cprec.rank.why import THE_MODEL
 from cprec.recommender import RankingQuery
 from cprec.recommender import Recommender as Protocol
 from cprec.schema import Item
@@ -491,8 +492,14 @@ def test_seen_and_unseen_items_of_one_title_tie_to_the_last_bit(make: Callable[.
 class ByNumber:
     """A source of priors: that of book b3 is 3, or a multiple."""
 
+    domain = "books"
+
     def __init__(self, catalogue: Catalogue, weight: float, times: float = 1.0) -> None:
         self.catalogue, self.weight, self.times = catalogue, weight, times
+        self.weights = {THE_MODEL: weight, "number": 2.0}
+
+    def priors_of_parts(self, domain: str, queries: Sequence[RankingQuery]) -> dict[str, np.ndarray]:
+        return {"number": self.priors(domain, queries).values_UN}
 
     def priors(self, domain: str, queries: Sequence[RankingQuery]) -> Priors:
         ids = self.catalogue.item_id[self.catalogue.rows_of(domain)]
@@ -574,3 +581,28 @@ def test_shown_is_what_the_prompt_has(make: Callable[..., LLMRecommender]) -> No
     assert make(max_history=2).shown(asked) == items("b2", "b3")
     assert make(history="mixed", max_history=3).shown(asked) == items("g1", "b2", "b3")
     assert make().shown(query()) == ()
+
+
+def test_a_blend_reads_all_of_its_domain(make: Callable[..., LLMRecommender], catalogue: Catalogue) -> None:
+    asked = query("g0", "b0", "g1", "b2", "b3")
+    for history, shown in (("specific", ("b0", "b2", "b3")), ("mixed", ("b0", "g1", "b2", "b3"))):
+        recommender = make(history=history, max_history=3)
+        recommender.blend = ByNumber(catalogue, 1.0)
+        assert recommender.shown(asked) == items(*shown) and recommender.domains == ("books",)
+
+
+def test_the_effects_of_all_parts_are_how_far_a_score_is_above_the_average(
+    make: Callable[..., LLMRecommender], catalogue: Catalogue
+) -> None:
+    recommender = make()
+    recommender.blend = ByNumber(catalogue, 0.5, times=-2.0)
+    asked = [query("b0", candidates=(f"b{row}",)) for row in range(len(BOOKS))]
+    rankings = recommender.rank(asked, 1)
+    found = recommender.effects(asked, rankings)
+    average = 0.5 * math.log(1 / 6) + 2 * math.log(np.exp(-np.arange(6.0)).mean())  # chance, and e ** -number
+    for effects, ranking in zip(found, rankings, strict=True):
+        assert sum(effects.values()) == pytest.approx(ranking.scores[0] - average)
+    np.testing.assert_allclose(np.diff([effects["number"] for effects in found]), -2)
+    alone = make()
+    (score,) = alone.rank(asked[:1], 1)[0].scores
+    assert alone.effects(asked[:1], alone.rank(asked[:1], 1)) == [{THE_MODEL: pytest.approx(score + math.log(6))}]

@@ -39,6 +39,7 @@ class FakeEngine:
         self.name, self.domain, self.catalogue = name, domain, catalogue
         self.withdrawn: Mapping[str, frozenset[str]] = {}
         self.max_history = 3
+        self.weights: Mapping[str, float] = {"model": 1.0, "graph": 2.0}
         self.item_fields: tuple[str, ...] = ("title",)
         self.cache: CacheCounts | None = None
         self.proven = True
@@ -74,8 +75,16 @@ class FakeEngine:
     def weight(self, item: Item) -> float:
         return 0.1 * (1 + int(item.item_id[1:])) if item.item_id[1:].isdigit() else 0.0
 
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return self.catalogue.domains
+
     def shown(self, query: RankingQuery) -> tuple[Item, ...]:
         return query.history[-self.max_history :]
+
+    def effects(self, queries: Sequence[RankingQuery], rankings: Sequence[Ranking]) -> list[dict[str, float]]:
+        """An average item has a score of -10. Half of the rest is the model's, and half a graph's."""
+        return [{name: (ranking.scores[0] + 10) / 2 for name in self.weights} for ranking in rankings]
 
     def with_items(self, catalogue: Catalogue, withdrawn: Mapping[str, frozenset[str]]) -> FakeEngine:
         out = copy.copy(self)

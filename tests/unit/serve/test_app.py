@@ -94,6 +94,19 @@ def test_models_are_asked_by_name(engine: Any, last_first: Any, served: Served) 
         assert about["baselines"] == ["last first"] and about["max_history"] == 3
 
 
+def test_a_blend_recommends_from_its_domain_alone(engine: Any, served: Served) -> None:
+    class Blended(type(engine)):  # type: ignore[misc]
+        domains = ("books",)
+
+    with served(Service([Blended(engine.catalogue)], deadline_ms=60_000)) as client:
+        assert ids(asked(client, "g0", "b0", k=1)) == ["b1"]
+        refused = asked(client, "b0", domain="games")
+        assert refused.status_code == 422 and "fake was blended for books" in refused.json()["error"]
+        (told,) = client.get("/v1/about").json()["served"]
+        assert told == {"name": "fake", "domains": ["books"], "parts": ["model", "graph"]}
+        assert client.get("/v1/items", params={"query": "chess", "domain": "games"}).json()["items"]
+
+
 def test_scores_stand_in_the_order_of_the_candidates(shared: httpx.Client) -> None:
     answer = shared.post("/v1/score", json={"history": ["b0"], "candidates": ["b5", "b0", "b5"]})
     assert [(item["item_id"], item["score"]) for item in answer.json()["items"]] == [
@@ -109,6 +122,10 @@ def test_an_explanation_is_what_the_score_lacks_without_an_event(engine: Any, cl
     assert answer["score"] == pytest.approx(-2.5) and answer["title"] == "Emma"
     effects = [(event["item_id"], event["effect"]) for event in answer["events"]]
     assert effects == [("b1", pytest.approx(-0.2)), ("g0", pytest.approx(-0.1)), ("b1", pytest.approx(-0.2))]
+    assert answer["parts"] == [
+        {"name": "model", "weight": 1.0, "effect": pytest.approx(3.75)},
+        {"name": "graph", "weight": 2.0, "effect": pytest.approx(3.75)},
+    ]
     assert {each["domain"]: each["effect"] for each in answer["domains"]} == pytest.approx(
         {"books": -0.4, "games": -0.1}
     )

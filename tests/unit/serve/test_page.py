@@ -81,6 +81,8 @@ class Service:
 
     address: str = ""
     models: list[str] = field(default_factory=lambda: ["CPRec-style"])
+    parts: dict[str, float] = field(default_factory=lambda: {"language model": 3.1})
+    """What each part of the score adds to it."""
     titles: dict[str, str] = field(default_factory=lambda: dict(TITLES))
     asked: list[tuple[str, Any]] = field(default_factory=list)
     """Path below /v1/ with its body, or its query for GET."""
@@ -106,6 +108,14 @@ class Service:
     def about(self, _: Any) -> Any:
         domains = [{"name": name, "num_items": len(items)} for name, items in ITEMS.items()]
         return {"model": self.models[0], "models": self.models, "domains": domains, "default_domain": "kitchen"} | {
+            "served": [
+                {
+                    "name": name,
+                    "domains": ["kitchen"] if len(self.parts) > 1 else list(ITEMS),
+                    "parts": list(self.parts),
+                }
+                for name in self.models
+            ],
             "baselines": list(LISTS),
             "max_history": 12,
             "version": "1",
@@ -140,7 +150,8 @@ class Service:
         item_id = body["item_id"]
         answer = {"item_id": item_id, "title": self.titles[item_id], "score": -1.42}
         told = {"num_events_read": len(events), "milliseconds": 30.5, "domain": body["domain"], "model": self.models[0]}
-        return answer | told | {"events": events, "domains": domains}
+        parts = [{"name": name, "weight": 2.0, "effect": effect} for name, effect in self.parts.items()]
+        return answer | told | {"parts": parts, "events": events, "domains": domains}
 
     def baselines(self, body: Any) -> Any:
         return {"lists": [{"name": name, "items": self.listed(items[: body["k"]])} for name, items in LISTS.items()]}
@@ -432,6 +443,26 @@ def test_why_shows_what_each_event_and_domain_did(new_page: Any, service: Servic
     assert page.locator(".why").count() == 0 and button.get_attribute("aria-expanded") == "false"
 
 
+def test_why_shows_what_each_part_of_a_blend_says(new_page: Any, service: Service) -> None:
+    service.parts = {"language model": 3.2, "EASE": 5.0, "popularity": -0.4}
+    page = new_page(LINK)
+    ranked(page)
+    assert "blended with EASE, popularity" in page.inner_text("#model")
+    assert page.locator("#domain option").all_inner_texts() == ["kitchen (10 items)"]
+    assert page.inner_text("#lists .columnhead span:last-child") == "score"
+    page.locator(".ranked button", has_text="Why?").first.click()
+    page.locator(".effects").nth(2).wait_for()
+    parts = page.locator(".effects").first
+    assert parts.locator(".title").all_inner_texts() == ["EASE", "language model", "popularity"]
+    amounts = [text.split("\n") for text in parts.locator(".amount").all_inner_texts()]
+    assert amounts == [["+5.00", "12 × average"], ["+3.20", "5.0 × average"], ["−0.40", "0.8 × average"]]
+    why = page.inner_text(".why")
+    assert (
+        "EASE speaks most for it: 12 × what it gives an average item" in why and "+7.80 against an average item" in why
+    )
+    assert "as likely" not in why and "Cast-iron teapot, 0.8 litre did most" in why
+
+
 def test_many_events_are_shown_in_two_steps(new_page: Any) -> None:
     page = new_page("#history=" + ",".join(f"kitchen:k-{number:02}" for number in range(1, 11)))
     ranked(page)
@@ -657,11 +688,13 @@ def test_the_stand_in_speaks_as_the_service_does(service: Service) -> None:
     for answer, kind in (
         (service.about(None), messages.About),
         (service.about(None)["domains"][0], messages.DomainSize),
+        (service.about(None)["served"][0], messages.Served),
         (found, messages.FoundItems),
         (found["items"][0], messages.FoundItem),
         (listed, messages.RecommendResponse),
         (listed["items"][0], messages.ScoredItem),
         (why, messages.ExplainResponse),
+        (why["parts"][0], messages.PartEffect),
         (why["events"][0], messages.EventEffect),
         (why["domains"][0], messages.DomainEffect),
         (beside, messages.BaselinesResponse),
@@ -691,7 +724,7 @@ def test_the_page_and_the_service_understand_each_other(
         assert texts(page, "#baseline-lists h3") == ["last first"]
         page.get_by_role("button", name="Why Emma").click()
         page.locator(".effects").nth(1).wait_for()
-        assert texts(page, ".effects .title") == ["Ludo", "Dune Messiah"]
+        assert texts(page, ".effects .title") == ["model", "graph", "Ludo", "Dune Messiah"]
         page.reload()
         assert ranked(page)[:2] == ["Dune", "Emma"]
         page.evaluate("location.hash = 'domain=books&history=books:b0,games:none,games:g2'")
@@ -787,6 +820,7 @@ def test_every_control_has_a_name_and_nothing_turns_where_motion_is_unwanted(new
 def test_pictures(new_page: Any, service: Service, tmp_path: Path) -> None:
     folder = Path(os.environ.get("CPREC_SCREENSHOTS") or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
+    service.parts = {"language model": 3.2, "transition graph (titles)": 2.6, "EASE": 1.1, "popularity": -0.4}
 
     def picture(name: str, width: int, models: int, whole: bool = True, **options: Any) -> None:
         service.models = ["CPRec-style", "fine-tuning only"][:models]

@@ -69,7 +69,7 @@ def test_states_are_means_over_a_titles_own_tokens(model: Any) -> None:
             every = model(torch.tensor([titles[row].tolist()]), output_hidden_states=True).hidden_states
         means = [every[depth][0].mean(0) for depth in (0, len(every) // 2, len(every) - 1)]
         expected = torch.cat([mean / mean.norm() for mean in means])
-        assert found[row] == pytest.approx(expected.numpy(), abs=1e-5)
+        assert found[row] == pytest.approx(expected.numpy(), abs=0.02), "bf16 where the machine has it"
     assert not found[1].any(), "a title without tokens"
 
 
