@@ -60,7 +60,7 @@ print(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
 ## How it was made
 
 - base: {base}
-- training: {stage}; {tokens:,} tokens in {seconds:,.0f} seconds; {num_parameters:,} parameters, adapters included
+- training: {stage}; {tokens:,} tokens in {seconds:,.0f} seconds; {num_parameters:,} parameters
 - data: {data}
 - leakage certificate: {certificate}
 - settings, seed, versions and the hashes of all that was read: `run.json`

@@ -251,8 +251,8 @@ def results_of_model(report: Report, rows: Mapping[str, Sequence[str]]) -> str:
     found = report.certificate
     lines.append(f"- leakage certificate: {found.violations:,} violations in {found.checked:,} checks")
     tables = [
-        f"### {printable(domain)}\n\nThis model: {', '.join(f'**{printable(row)}**' for row in mine)}. A blend adds "
-        f"recommenders beside the model.\n\n{markdown_table(report, domain)}"
+        f"### {printable(domain)}\n\nRows of this model: {', '.join(f'**{printable(row)}**' for row in mine)}.\n\n"
+        f"{markdown_table(report, domain)}"
         for domain, mine in rows.items()
     ]
     return "\n\n".join(["\n".join(lines), *tables])
