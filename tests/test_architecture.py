@@ -26,7 +26,8 @@ BELOW = {
     "text": BASE | {"data"},
     "distributed": BASE,
     "models": BASE | {"data", "text", "distributed"},
-    "train": BASE | {"data", "text", "models", "distributed", "search"},
+    "card": BASE | {"data", "text"},
+    "train": BASE | {"data", "text", "models", "distributed", "search", "card"},
     "search": BASE | {"data", "models", "distributed"},
     "rank": BASE | {"data", "scoring", "text", "models", "distributed", "item_head", "search", "baselines"},
     "scoring": BASE | {"data"},
@@ -79,7 +80,7 @@ class Promise(NamedTuple):
 
 
 TRAINED_WITH = frozenset(
-    {"text", "models", "distributed", "train", "search", "rank", "systems", "baselines", "evaluate", "serving"}
+    {"text", "models", "distributed", "card", "train", "search", "rank", "systems", "baselines", "evaluate", "serving"}
     | {"run", "entrants", "anneal", "blend", "tune", "lineup", "report", "shortcuts", "progress", "provenance"}
 )
 """Parts that are loaded by machines which train, rank or judge, with data that were prepared elsewhere."""

@@ -169,7 +169,7 @@ def _blended(
             f"the parts of {path} have learnt from other events than those of {data} ({shortened(changed)}), perhaps "
             f"from held out ones: run `cprec blend {folder} data={data}`"
         )
-    return [_model(_renamed(name, BLENDED), folder, about, rank, hashes, hashes.of(path))]
+    return [_model(renamed(name, BLENDED), folder, about, rank, hashes, hashes.of(path))]
 
 
 def _without_models(models: Mapping[str, str], domain: str) -> list[Entrant]:
@@ -187,7 +187,7 @@ def _without_models(models: Mapping[str, str], domain: str) -> list[Entrant]:
         }
         if identity in [entrant.identity for entrant in entrants]:
             continue
-        row = _renamed(name, f" {WITHOUT_MODEL}") if entrants else WITHOUT_MODEL
+        row = renamed(name, f" {WITHOUT_MODEL}") if entrants else WITHOUT_MODEL
         entrants.append(Entrant(name=row, kind="baseline", open=partial(_open_parts, folder), identity=identity))
     return entrants
 
@@ -198,10 +198,10 @@ def _open_parts(folder: str) -> Opened:
     return Opened(recommender=BlendedParts(read_blend(folder, Catalogue.read(folder), "without_model")))
 
 
-def _renamed(name: str, what: str) -> str:
+def renamed(name: str, what: str) -> str:
     """The name of an arm that is made of another; its seed stays at the end.
 
-    >>> _renamed("CPRec-style", " blend"), _renamed("CPRec-style (seed 1)", " blend")
+    >>> renamed("CPRec-style", " blend"), renamed("CPRec-style (seed 1)", " blend")
     ('CPRec-style blend', 'CPRec-style blend (seed 1)')
     """
     model = model_of(name)

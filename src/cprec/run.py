@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 
 from cprec import lineup
+from cprec.card import CARD, Score, fill_in
 from cprec.data.dataset import read_split
 from cprec.data.splits import Split
-from cprec.entrants import baseline_entrants, check_tuned, model_entrants, oracle
+from cprec.entrants import baseline_entrants, check_tuned, model_entrants, oracle, renamed
 from cprec.errors import ConfigError, InputChanged, Unsuitable
 from cprec.evaluate.config import EvaluateConfig
 from cprec.evaluate.coverage import certificate_summary
@@ -26,7 +27,14 @@ from cprec.evaluate.evaluate import Entrant, evaluate, protocol_of
 from cprec.evaluate.examples import NUM_EXAMPLES, examples_of
 from cprec.evaluate.questions import read_queries
 from cprec.evaluate.rankings import rankings_path, read_rankings
-from cprec.evaluate.report_page import latex_table, markdown_table, print_report, report_page
+from cprec.evaluate.report_page import (
+    latex_table,
+    markdown_table,
+    metric_name,
+    print_report,
+    report_page,
+    results_of_model,
+)
 from cprec.evaluate.results import BLENDED, FULL, DomainResult, Example, Report, TrainedModel, write_report
 from cprec.evaluate.training_page import TrainingRun
 from cprec.files import write_whole
@@ -168,6 +176,7 @@ def _report(
     ]
     save_resolved(config.output_dir, config)
     _publish(Path(config.output_dir), report, examples, {name: runs[name] for name in finished})
+    _fill_in_cards(report, models, config.part)
     return report
 
 
@@ -231,3 +240,32 @@ def _publish(folder: Path, report: Report, examples: Sequence[Example], runs: Ma
         write_whole(folder / name, "\n".join(table_of(report, domain) for domain in report.domains))
     print_report(report, examples[:NUM_EXAMPLES])
     say(f"wrote {folder / 'report.json'}, report.html, tables.md and tables.tex")
+
+
+def _fill_in_cards(report: Report, models: Models, part: str) -> None:
+    """Put the results of each model into the card of its folder, where it has one."""
+    rows: dict[str, dict[str, list[str]]] = {}
+    for domain, arms in models.items():
+        judged = report.domains[domain].arms
+        for arm, folder in arms.items():
+            own = [row for row in (arm, renamed(arm, BLENDED.strip())) if row in judged]
+            rows.setdefault(folder, {}).setdefault(domain, []).extend(own)
+    for folder, mine in rows.items():
+        try:
+            if fill_in(folder, results_of_model(report, mine), _scores(report, mine, part)):
+                say(f"{Path(folder, CARD)}: results written")
+        except (OSError, UnicodeError) as error:
+            say(f"note: the model card is left as it was: {error}")
+
+
+def _scores(report: Report, rows: Mapping[str, Sequence[str]], part: str) -> list[Score]:
+    """NDCG and Recall of a model's rows, for the metadata of its card."""
+    found = []
+    for domain, mine in rows.items():
+        result = report.domains[domain]
+        warning = "" if result.certified else ", uncertified"
+        for row, metric in product(mine, (result.main, replace(result.main, name="recall"))):
+            name = f"{metric_name(metric)} ({row}{warning})"
+            value = result.arms[row].metrics[metric].mean
+            found.append(Score(domain, part, f"{metric.name}_at_{metric.k}", name, value))
+    return found

@@ -252,6 +252,26 @@ def markdown_table(report: Report, domain: str) -> str:
     return f"{table.markdown()}\n\n{printable(domain_line(result))}; {pool}.{warning}\n"
 
 
+def results_of_model(report: Report, rows: Mapping[str, Sequence[str]]) -> str:
+    """What a model's card says of an evaluation, in Markdown: the tables of its domains, and what they depend on.
+
+    `rows` are the names that the model has in the table of each domain: it alone, and its blend.
+    """
+    lines = [
+        f"- {name}: {report.protocol[name]}"
+        for name in ("split", "queries", "seen items", "language models", "statistics", "warning")
+        if name in report.protocol
+    ]
+    found = report.certificate
+    lines.append(f"- leakage certificate: {found.violations:,} violations in {found.checked:,} checks")
+    tables = [
+        f"### {printable(domain)}\n\nRows of this model: {', '.join(f'**{printable(row)}**' for row in mine)}.\n\n"
+        f"{markdown_table(report, domain)}"
+        for domain, mine in rows.items()
+    ]
+    return "\n\n".join(["\n".join(lines), *tables])
+
+
 def latex_table(report: Report, domain: str) -> str:
     """The table of a domain in LaTeX (booktabs), intervals as small print; the best arm is bold.
 

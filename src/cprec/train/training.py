@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from cprec import distributed
+from cprec.card import write_card
 from cprec.data.dataset import POPULARITY
 from cprec.errors import ConfigError
 from cprec.files import publish
@@ -448,6 +449,7 @@ def _publish(run: Run, loss: PackedLoss, tokenizer: Any, state: TrainState) -> N
             if (run.data / POPULARITY).is_file():  # ranks items for histories that say nothing
                 shutil.copy2(run.data / POPULARITY, folder / POPULARITY)
             (folder / DONE).write_text(json.dumps(done, indent=1) + "\n")
+            write_card(folder, read_resolved(run.output_dir), run.data)
         for path in sorted(unmoved.iterdir(), key=lambda path: path.name == DONE):
             publish(path, run.output_dir / path.name)
         unmoved.rmdir()

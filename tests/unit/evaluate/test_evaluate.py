@@ -20,6 +20,7 @@ import pytest
 from cprec import lineup
 from cprec.baselines.popularity import PopularityRecommender
 from cprec.baselines.random import RandomRecommender
+from cprec.card import CARD, read_front_matter
 from cprec.data.config import SyntheticConfig, TableSource
 from cprec.data.dataset import read_split
 from cprec.data.sources.synthetic import SyntheticWorld
@@ -31,6 +32,7 @@ from cprec.evaluate.coverage import check_certificate
 from cprec.evaluate.evaluate import Entrant, Opened, evaluate, protocol_of
 from cprec.evaluate.questions import SAMPLED, Protocol, Questions, read_questions
 from cprec.evaluate.rankings import rankings_path
+from cprec.evaluate.report_page import markdown_table
 from cprec.evaluate.results import (
     CANDIDATES_UNIFORM,
     FULL,
@@ -434,6 +436,29 @@ def test_rankings_of_a_model_that_is_gone_are_scored_again(config: EvaluateConfi
         evaluate_models(gone)
     with pytest.raises(ConfigError, match=r"models\.other=nowhere: no finished model"):
         evaluate_models(replace(gone, models={"other": "nowhere"}))
+
+
+def test_results_stand_in_the_card_of_the_model(config: EvaluateConfig, split: Split, data: Path) -> None:
+    """In the text and in the metadata, equal to those of the report; the card of no other folder is touched."""
+    evaluate(config, split, "books", [model(PopularityRecommender(split), data, **RULE)])
+    folder = Path(config.output_dir, "folder")
+    folder.mkdir()
+    covered = json.loads((data / "certificate.json").read_text())["artifacts"]["shards/train"]
+    about = {"trained_on": [covered], "num_parameters": 1, "tokens": 1, "seconds": 1.0}
+    (folder / "cprec.json").write_text(json.dumps(about))
+    (folder / "log.jsonl").touch()
+    (folder / CARD).write_text("# A model\n\n## Results\n\nnone\n")
+    report = evaluate_models(replace(config, baselines=("random",), models={"model": str(folder)}))
+    (result,) = read_front_matter(folder / CARD)["model-index"][0]["results"]
+    cells = read_report(Path(config.output_dir) / "report.json").domains["books"].arms["model"].metrics
+    assert result["dataset"] == {"type": "books", "name": "books", "split": config.part}
+    assert [(each["name"], each["value"]) for each in result["metrics"]] == [
+        (f"{shown}@10 (model)", cells[Metric(name, 10, FULL)].mean)
+        for name, shown in (("ndcg", "NDCG"), ("recall", "Recall"))
+    ]
+    text = (folder / CARD).read_text()
+    assert markdown_table(report, "books") in text and "Rows of this model: **model**." in text
+    assert "none" not in text and str(data) not in text
 
 
 def test_rankings_of_earlier_versions_are_scored_again_where_the_model_is_gone(
