@@ -248,7 +248,7 @@ def _fill_in_cards(report: Report, models: Models, part: str) -> None:
     for domain, arms in models.items():
         judged = report.domains[domain].arms
         for arm, folder in arms.items():
-            own = [row for row in (arm, renamed(arm, BLENDED.strip())) if row in judged]
+            own = [row for row in (arm, renamed(arm, BLENDED)) if row in judged]
             rows.setdefault(folder, {}).setdefault(domain, []).extend(own)
     for folder, mine in rows.items():
         try:
