@@ -59,9 +59,11 @@ def plain_folder(file: Path) -> Path:
             )
         lock = file.with_name(f".{folder.name}.lock")
         with FileLock(lock):
-            if not folder.exists():  # no other process was quicker
-                _write(file, folder)
-            lock.unlink(missing_ok=True)
+            try:
+                if not folder.exists():  # no other process was quicker
+                    _write(file, folder)
+            finally:
+                lock.unlink(missing_ok=True)
     _check_made_of(file, folder)
     return folder
 
