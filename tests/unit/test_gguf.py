@@ -12,11 +12,20 @@ import numpy as np
 import pytest
 import torch
 
+from cprec.data.config import SyntheticConfig
 from cprec.errors import ConfigError
 from cprec.gguf import RECORD, model_source, plain_folder
 from cprec.models import load_model, unloaded_model
-from cprec.provenance import WEIGHTS, FileHashes, file_sha256, model_hashes
+from cprec.provenance import WEIGHTS, FileHashes, file_sha256, model_hashes, read_resolved
+from cprec.rank.llm import LLMRecommender
+from cprec.recommender import RankingQuery
+from cprec.schema import Item
+from cprec.text.config import PrepareConfig
+from cprec.text.prepare import prepare
 from cprec.text.tokenizer import encode_pieces, load_tokenizer, train_tokenizer
+from cprec.train.config import FinetuneConfig, PretrainConfig
+from cprec.train.finetune import finetune
+from cprec.train.pretrain import pretrain
 
 gguf = pytest.importorskip("gguf")
 
@@ -208,6 +217,32 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     llama(40).save_pretrained(tmp_path)  # transformers would make an empty tokenizer
     with pytest.raises(ConfigError, match=r"holds no tokenizer \(tokenizer\.json, say\)"):
         load_tokenizer(str(tmp_path))
+
+
+# ---- the whole road --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_file_is_prepared_trained_and_ranked_with(written: tuple[Path, Any], tmp_path: Path) -> None:
+    file = str(written[0])
+    world = SyntheticConfig(num_market_users=60, num_library_users=30, items_per_domain=20)
+    rules = {"target_domains": ("books",), "max_title_tokens": 16, "max_document_tokens": 128, "min_history": 1}
+    data = prepare(
+        PrepareConfig(output_dir=str(tmp_path / "data"), tokenizer=file, synthetic=world, workers=1, **rules)
+    )
+    settings = {"data": str(data), "model_name_or_path": file, "max_length": 128, "bf16": "false"}
+    base = pretrain(PretrainConfig(output_dir=str(tmp_path / "base"), num_train_epochs=0.2, **settings))
+    adapted = FinetuneConfig(
+        output_dir=str(tmp_path / "tuned"), domain="books", lora_rank=2, num_train_epochs=0.2, **settings
+    )
+    sha256 = file_sha256(file)
+    assert read_resolved(data)["inputs"][f"tokenizer://{written[0].name}"] == sha256
+    assert read_resolved(base)["inputs"][f"base/{written[0].name}"] == sha256
+    for folder in (base, finetune(adapted)):
+        recommender = LLMRecommender.from_pretrained(folder, domain="books")
+        item_id = recommender.catalogue.item_id[recommender.catalogue.rows_of("books")[0]]
+        (ranking,) = recommender.rank([RankingQuery("q", "books", (Item("books", item_id),))], 5)
+        assert len(ranking.item_ids) == 5
 
 
 # ---- a real one ------------------------------------------------------------------------------------------------------
