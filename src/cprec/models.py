@@ -107,7 +107,7 @@ def unloaded_model(name_or_path: str | Path) -> Any:
 
 def _no_model(name_or_path: str | Path, error: Exception) -> ConfigError:
     return ConfigError(
-        f"model_name_or_path={str(name_or_path)!r} is neither '{TINY}', a model folder or GGUF file nor a model that "
+        f"model_name_or_path={str(name_or_path)!r} is neither '{TINY}', a model folder, a GGUF file nor a model that "
         f"Hugging Face transformers can load: {error}"
     )
 
