@@ -18,7 +18,19 @@ from cprec.verbs import VERBS
 PACKAGE = Path(__file__).parents[1] / "src" / "cprec"
 
 BASE = frozenset(
-    {"errors", "schema", "recommender", "ranks", "files", "batch", "choices", "provenance", "progress", "machine"}
+    {
+        "errors",
+        "schema",
+        "recommender",
+        "ranks",
+        "files",
+        "batch",
+        "choices",
+        "provenance",
+        "progress",
+        "machine",
+        "gguf",
+    }
 )
 BELOW = {
     **dict.fromkeys(BASE, BASE),
@@ -106,7 +118,7 @@ def promises() -> tuple[Promise, ...]:
 
 EXTRAS = frozenset(
     {"fastapi", "uvicorn", "prometheus_client", "optuna", "vllm", "huggingface_hub", "ibis", "duckdb", "sqlglot"}
-    | {"pyspark", "py4j", "psycopg", "wandb", "tensorboard", "mlflow"}
+    | {"pyspark", "py4j", "psycopg", "wandb", "tensorboard", "mlflow", "gguf"}
 )
 """Libraries that a user may do without: they are imported by the function that needs them."""
 
@@ -116,6 +128,8 @@ IN_FUNCTIONS = {
     ("cprec.config", "cprec.provenance"): "`cprec VERB --help` is a sixth faster without it",
     ("cprec.serving", "cprec.serve.serve"): "it needs the extra cprec[serve], and `cprec recommend` does not",
     ("cprec.serve.config", "fastapi"): "the check that the extra is there",
+    ("cprec.gguf", "torch"): "only the first use of a GGUF file needs it, and preparing data needs no PyTorch",
+    ("cprec.gguf", "transformers"): "as PyTorch",
     ("cprec.models", "peft"): "it takes seconds to load, and most models have no adapters",
 }
 """Imports inside functions that no promise and no extra explains, with the reason for each."""

@@ -19,9 +19,10 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from transformers.utils import logging
 
 from cprec.errors import ConfigError
+from cprec.gguf import model_source
+from cprec.progress import hide_progress_bars
 
 TINY = "tiny"
 
@@ -63,41 +64,42 @@ def tiny_model(
 def load_model(
     name_or_path: str | Path, *, device: torch.device | None = None, attn_implementation: str | None = None
 ) -> Any:
-    """A causal language model in fp32, by Hugging Face name or folder; an adapter folder loads its base and the
-    adapter. `attn_implementation` is what transformers calls so (eager, sdpa, flex_attention, flash_attention_2); by
-    default the model's own choice.
+    """A causal language model in fp32, by Hugging Face name, folder or GGUF file; an adapter folder loads its base and
+    the adapter. `attn_implementation` is what transformers calls so (eager, sdpa, flex_attention, flash_attention_2);
+    by default the model's own choice.
 
     Raises ConfigError where nothing can be loaded.
     """
     hide_progress_bars()
-    path = Path(name_or_path)
+    source = model_source(name_or_path)
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
-        if (path / "adapter_config.json").is_file():
+        if Path(source, "adapter_config.json").is_file():
             with _peft() as peft:
                 model = peft.AutoPeftModelForCausalLM.from_pretrained(
-                    str(path), dtype=torch.float32, is_trainable=True, **attention
+                    source, dtype=torch.float32, is_trainable=True, **attention
                 )
         else:
-            model = AutoModelForCausalLM.from_pretrained(str(name_or_path), dtype=torch.float32, **attention)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **attention)
     except (OSError, ValueError, ImportError) as error:
         raise _no_model(name_or_path, error) from error
     return model.to(device) if device is not None else model
 
 
 def unloaded_model(name_or_path: str | Path) -> Any:
-    """A model with the shapes of a Hugging Face model or model folder, adapters included, in fp32; its weights are not
-    read. Made under `torch.device("meta")` it takes no memory.
+    """A model with the shapes of a Hugging Face model, model folder or GGUF file, adapters included, in fp32; its
+    weights are not read. Made under `torch.device("meta")` it takes no memory.
 
     Raises ConfigError where there is no such model.
     """
+    source = model_source(name_or_path)
     try:
-        if (Path(name_or_path) / "adapter_config.json").is_file():
+        if Path(source, "adapter_config.json").is_file():
             with _peft() as peft:
-                adapter = peft.PeftConfig.from_pretrained(str(name_or_path))
+                adapter = peft.PeftConfig.from_pretrained(source)
                 adapter.inference_mode = False
                 return peft.get_peft_model(unloaded_model(adapter.base_model_name_or_path), adapter)
-        config = AutoConfig.from_pretrained(str(name_or_path))
+        config = AutoConfig.from_pretrained(source)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     except (OSError, ValueError) as error:
         raise _no_model(name_or_path, error) from error
@@ -105,19 +107,9 @@ def unloaded_model(name_or_path: str | Path) -> Any:
 
 def _no_model(name_or_path: str | Path, error: Exception) -> ConfigError:
     return ConfigError(
-        f"model_name_or_path={str(name_or_path)!r} is neither '{TINY}', a model folder nor a model that Hugging Face "
-        f"transformers can load: {error}"
+        f"model_name_or_path={str(name_or_path)!r} is neither '{TINY}', a model folder, a GGUF file nor a model that "
+        f"Hugging Face transformers can load: {error}"
     )
-
-
-def hide_progress_bars() -> None:
-    """Keep transformers from showing a bar for each file that it reads or writes; downloads keep theirs."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
-
-    shown = not are_progress_bars_disabled()
-    logging.disable_progress_bar()
-    if shown:
-        enable_progress_bars()
 
 
 @contextmanager

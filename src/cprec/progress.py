@@ -46,6 +46,17 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+def hide_progress_bars() -> None:
+    """Keep transformers from showing a bar for each file that it reads or writes; downloads keep theirs."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    shown = not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if shown:
+        enable_progress_bars()
+
+
 class Progress:
     """How far a piece of work has come; made by `track`. This class itself shows nothing."""
 

@@ -178,9 +178,12 @@ TOKENIZER = (
 def model_hashes(name_or_path: Path | str, patterns: Iterable[str], hashes: FileHashes) -> dict[str, str]:
     """SHA-256 of the files of a model folder, by name; those of an adapter's base model are named `base/...`.
 
-    For a model of the Hugging Face hub, the commit of the copy on this machine. Empty if there is neither.
+    For a GGUF file, its own SHA-256. For a model of the Hugging Face hub, the commit of the copy on this machine. Empty
+    if there is none of them.
     """
     folder = Path(name_or_path)
+    if is_gguf(folder):
+        return {folder.name: hashes.of(folder)} if folder.is_file() else {}
     if not folder.is_dir():
         commit = _hub_commit(str(name_or_path))
         return {"commit": commit} if commit else {}
@@ -191,6 +194,11 @@ def model_hashes(name_or_path: Path | str, patterns: Iterable[str], hashes: File
         if base := about["base_model_name_or_path"]:
             found |= {f"base/{name}": value for name, value in model_hashes(base, patterns, hashes).items()}
     return found
+
+
+def is_gguf(path: Path | str) -> bool:
+    """Whether a path is that of a GGUF file, by its ending."""
+    return Path(path).suffix.lower() == ".gguf"
 
 
 def _hub_commit(name: str) -> str | None:

@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from cprec.data.build import build_dataset
 from cprec.data.config import Rules, SplitSpec
@@ -13,6 +14,7 @@ from cprec.data.dataset import read_dataset
 from cprec.data.sources.memory import MemorySource
 from cprec.data.splits import Split, make_split
 from cprec.models import tiny_model
+from cprec.text.tokenizer import train_tokenizer
 
 EOS = 1
 VOCABULARY = 320
@@ -57,6 +59,25 @@ def model(request: pytest.FixtureRequest) -> Any:
         max_position_embeddings=512,
     )
     return sharpened(LlamaForCausalLM(config))
+
+
+@pytest.fixture(scope="session", params=["chat", "bare", "joins"])
+def open_tokenizer(request: pytest.FixtureRequest) -> Any:
+    """Tokenizers as open models have them. `chat`: a chat mark ends documents, and pads; `bare`: nothing but an end,
+    which stands for unknown words too; `joins`: of SentencePiece's family, whose merges spell its own marks."""
+    letters = [chr(code) for code in range(33, 127)]
+    if request.param == "joins":
+        tokens = ["<unk>", "<s>", "</s>", "▁", *letters, "</", "s>", "<s", "▁<", "ed", "red"]
+        merges = [("<", "/"), ("s", ">"), ("<", "s"), ("</", "s>"), ("<s", ">"), ("▁", "<"), ("e", "d"), ("r", "ed")]
+        return LlamaTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=merges)
+    made = train_tokenizer([" a red mug", "Domain: mugs"] * 5, 290)
+    if request.param == "bare":
+        plain = PreTrainedTokenizerFast(tokenizer_object=made.backend_tokenizer, eos_token="<eos>", unk_token="<eos>")
+        assert plain.pad_token is None and plain.bos_token is None
+        return plain
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    made.bos_token, made.eos_token, made.pad_token = "<|im_start|>", "<|im_end|>", "<|im_end|>"
+    return made
 
 
 @pytest.fixture(scope="session")

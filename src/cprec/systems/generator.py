@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from cprec.batch import IGNORE, Batch
 from cprec.data.ragged import Ragged
-from cprec.models import hide_progress_bars
+from cprec.progress import hide_progress_bars
 from cprec.ranks import count_rankings
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import Item

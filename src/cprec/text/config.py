@@ -106,7 +106,8 @@ class PrepareConfig(DocumentRules, Rules, Sources):
     output_dir: str
     """The data folder to write."""
     tokenizer: str = TINY
-    """The base model's tokenizer (a Hugging Face name or folder), or `tiny`: a byte-level BPE trained on the titles."""
+    """The base model's tokenizer (a Hugging Face name, a folder or a GGUF file), or `tiny`: a byte-level BPE trained on
+    the titles."""
     vocabulary_size: int = 8192
     """Of the tiny tokenizer."""
     add_bos_token: Literal["auto", "true", "false"] = "auto"

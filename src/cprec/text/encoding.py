@@ -20,16 +20,12 @@ from cprec.schema import MIXED, SPECIFIC, TITLE
 from cprec.text.config import DISTINCT, PLAIN, TitleCut
 from cprec.text.distinct import distinct_cuts
 from cprec.text.prompts import Template
+from cprec.text.tokenizer import encode_pieces
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
     """The smallest type of token ids that has room for a vocabulary; little-endian."""
     return np.dtype("<u2" if vocabulary_size <= 1 << 16 else "<u4")
-
-
-def encode_pieces(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """The tokens of each piece by itself; text that spells a special token ("<eos>") stays text."""
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
 
 
 class TemplateMarks:

@@ -19,6 +19,7 @@ from cprec.progress import say, track
 from cprec.provenance import file_sha256
 from cprec.text.mixture import TEXT
 from cprec.text.shards import open_shards, write_shards
+from cprec.text.tokenizer import encode_pieces
 
 BATCH = 256
 """Texts that are tokenised at once."""
@@ -70,7 +71,7 @@ def _tokenised(paths: Sequence[Path], tokenizer: Any, max_tokens: int, begin: Se
             before = len(documents)
             all_texts = read_texts(path)
             while texts := list(itertools.islice(all_texts, BATCH)):
-                for ids in tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]:
+                for ids in encode_pieces(tokenizer, texts):
                     documents += documents_of([*ids, tokenizer.eos_token_id], max_tokens, begin)
                 progress.advance(len(texts))
             if len(documents) == before:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from cprec.data.catalogue import Catalogue
 from cprec.data.cleaning import clean_title
 from cprec.errors import ConfigError
+from cprec.gguf import model_source
+from cprec.provenance import TOKENIZER
+from cprec.text.config import TINY
 from cprec.text.prompts import Template
 
 EOS = "<eos>"
@@ -99,5 +103,54 @@ def beginning_of(tokenizer: Any, add_bos_token: str = "auto") -> list[int]:
 
 
 def load_tokenizer(name_or_path: str) -> Any:
-    """The tokenizer of a Hugging Face model, by name or folder."""
-    return AutoTokenizer.from_pretrained(name_or_path)
+    """The tokenizer of a model, by Hugging Face name, folder or GGUF file. Raises ConfigError where there is none."""
+    source = model_source(name_or_path)
+    if Path(source).is_dir() and not any(path for pattern in TOKENIZER for path in Path(source).glob(pattern)):
+        raise ConfigError(f"{name_or_path} holds no tokenizer (tokenizer.json, say)")  # transformers makes an empty one
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"tokenizer={name_or_path!r} is neither '{TINY}' nor the name, folder or GGUF file of a model with a "
+            f"tokenizer that Hugging Face transformers can load: {error}"
+        ) from error
+
+
+def encode_pieces(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The tokens of each text by itself, nothing added; what spells a special token ("<eos>", "<|im_end|>") stays text.
+
+    Raises ConfigError for a text that the tokenizer cannot write without one.
+    """
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    marks = _special_ids(tokenizer)
+    return [
+        ids if marks.isdisjoint(ids) else _spelt_apart(tokenizer, text, marks)
+        for text, ids in zip(texts, encoded, strict=True)
+    ]
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    """The ids that no text may have; the one for unknown words is a text's own, unless it also ends documents."""
+    named = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {*named, *tokenizer.all_special_ids} - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id})
+
+
+def _spelt_apart(tokenizer: Any, text: str, marks: set[int]) -> list[int]:
+    """The tokens of a text whose letters the tokenizer joins to special tokens, as some of SentencePiece's family do:
+    the text is cut behind the first letter of each, and the pieces are tokenised by themselves."""
+    ids: list[int] = []
+    while True:
+        found = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        places = zip(found["input_ids"], found["offset_mapping"], strict=True)
+        start, end = next((place for token, place in places if token in marks), (0, 0))
+        if not end:
+            return ids + found["input_ids"]
+        if end - start < 2:
+            raise ConfigError(
+                f"the tokenizer writes {text[start:end]!r} in {text!r} as a special token, so no title may hold it: "
+                "take another tokenizer, or clean the titles"
+            )
+        ids += _spelt_apart(tokenizer, text[: start + 1], marks)
+        text = text[start + 1 :]

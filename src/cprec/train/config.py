@@ -47,7 +47,8 @@ class TrainingConfig:
     output_dir: str
     """Where the model folder, its checkpoints and its log go."""
     model_name_or_path: str = "tiny"
-    """A causal language model: a Hugging Face name, a model folder, or `tiny` (small, from random weights)."""
+    """A causal language model: a Hugging Face name, a model folder, a GGUF file, or `tiny` (small, from random
+    weights)."""
     tiny: TinyModel = TinyModel()
     """Size of the tiny model; unused otherwise."""
     lora_rank: int = 0

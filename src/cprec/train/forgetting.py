@@ -16,6 +16,7 @@ from cprec.text.corpus import Corpus
 from cprec.text.general_text import documents_of, read_texts
 from cprec.text.shards import Shards
 from cprec.text.stream import TokenStream, one_phase
+from cprec.text.tokenizer import encode_pieces
 
 GENERAL_TEXT = "general text"
 """The name of this text among the held-out perplexities."""
@@ -42,7 +43,7 @@ def general_text_batches(
     documents: list[np.ndarray] = []
     num_tokens = 0
     for text in _own_texts() if not path else _texts_of(Path(path)):
-        ids = [*_ids(tokenizer, text), tokenizer.eos_token_id][: max_tokens - num_tokens]
+        ids = [*encode_pieces(tokenizer, [text])[0], tokenizer.eos_token_id][: max_tokens - num_tokens]
         documents += documents_of(ids, row_tokens, begin)
         num_tokens += len(ids)
         if num_tokens >= max_tokens:
@@ -66,11 +67,6 @@ def _texts_of(path: Path) -> Any:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; give .jsonl, .parquet (with a column `text`) or .txt")
     return read_texts(path)
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    """As replayed general text is tokenised: nothing added, and special tokens that a text spells out are text."""
-    return tokenizer([text], add_special_tokens=False, split_special_tokens=True)["input_ids"][0]
 
 
 def _in_memory(documents: list[np.ndarray]) -> Shards:

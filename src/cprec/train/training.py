@@ -137,7 +137,7 @@ def run_training(run: Run) -> Path:
     if config.dry_run:
         with torch.device("meta"):
             model = _make_model(config, tokenizer, unloaded_model)
-        _check_fits(run, plan, model, len(tokenizer))
+        _check_fits(run, plan, model, tokenizer)
         say(str(_estimate(run, plan, model, validation)))
         return run.output_dir
     if config.resume_from_checkpoint == "never":
@@ -261,7 +261,7 @@ def _build(run: Run, plan: Plan, tokenizer: Any) -> PackedLoss:
     config, device = run.config, distributed.pick_device()
     attention = None if config.attn_implementation == "auto" else config.attn_implementation
     model = _make_model(config, tokenizer, partial(load_model, attn_implementation=attention)).to(device)
-    _check_fits(run, plan, model, len(tokenizer))
+    _check_fits(run, plan, model, tokenizer)
     positions_given = check_attention(model)
     recompiled = config.torch_compile and config.gradient_checkpointing
     if config.attn_implementation == "auto" and device.type == "cpu" and not recompiled and positions_given:
@@ -303,18 +303,7 @@ def _make_model(config: TrainingConfig, tokenizer: Any, load: Callable[[str], An
     return model
 
 
-def check_vocabulary(run: Run, model: Any, vocabulary_size: int) -> None:
-    """Raise ConfigError where a model has fewer token embeddings than the tokens of the data need."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if rows < vocabulary_size:
-        name = run.config.model_name_or_path
-        raise ConfigError(
-            f"{name} has {rows:,} token embeddings but the tokens in {run.config.data} were made with a vocabulary of "
-            f"{vocabulary_size:,}: run `cprec prepare` with tokenizer={name}"
-        )
-
-
-def _check_fits(run: Run, plan: Plan, model: Any, vocabulary_size: int) -> None:
+def _check_fits(run: Run, plan: Plan, model: Any, tokenizer: Any) -> None:
     """Whether the model has room for the tokens, the rows and the titles.
 
     Raises ConfigError where it has not; says where documents are longer than it was made for.
@@ -322,7 +311,7 @@ def _check_fits(run: Run, plan: Plan, model: Any, vocabulary_size: int) -> None:
     config, about = run.config, run.about
     name, context = config.model_name_or_path, context_of(model)
     longest = int(plan.stream.corpus.lengths.max())
-    check_vocabulary(run, model, vocabulary_size)
+    _check_vocabulary(config, model, tokenizer)
     if context is None:
         return
     titles = about["max_title_tokens"] * len(Template(**about["template"]).item_fields)
@@ -343,6 +332,31 @@ def _check_fits(run: Run, plan: Plan, model: Any, vocabulary_size: int) -> None:
             f"note: documents have up to {longest:,} tokens, and {name} was made to read {context:,} at once "
             f"(max_position_embeddings): the positions beyond are new to it, and rankings cut histories to fit; "
             f"max_document_tokens={context} of `cprec prepare` makes shorter documents"
+        )
+
+
+def _check_vocabulary(config: TrainingConfig, model: Any, tokenizer: Any) -> None:
+    """Raise ConfigError where a model has fewer token embeddings than the tokens of the data need, or its own tokenizer
+    other ids; a model without a tokenizer cannot be compared."""
+    name, vocabulary = config.model_name_or_path, tokenizer.get_vocab()
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < len(tokenizer):
+        raise ConfigError(
+            f"{name} has {rows:,} token embeddings but the tokens in {config.data} were made with a vocabulary of "
+            f"{len(tokenizer):,}: run `cprec prepare` with tokenizer={name}"
+        )
+    if name == TINY:
+        return
+    try:
+        of_model = load_tokenizer(name).get_vocab()
+    except ConfigError:
+        return
+    if other := sorted((number, token) for token, number in vocabulary.items() if of_model.get(token) != number):
+        number, token = other[0]
+        raise ConfigError(
+            f"the tokens in {config.data} are not those of {name}: {len(other):,} of {len(vocabulary):,} have another "
+            f"id there or none, as {token!r}, which is {number} in the data and {of_model.get(token)} in the model. "
+            f"Run `cprec prepare` with tokenizer={name}"
         )
 
 
@@ -410,7 +424,7 @@ def _publish_untrained(run: Run, hashes: FileHashes) -> Path:
         return run.output_dir
     tokenizer = load_tokenizer(str(run.data / "tokenizer"))
     model = _make_model(run.config, tokenizer, load_model)
-    check_vocabulary(run, model, len(tokenizer))
+    _check_vocabulary(run.config, model, tokenizer)
 
     def record() -> None:
         save_resolved(run.output_dir, run.config, run.recorded_inputs(hashes))

@@ -26,7 +26,7 @@ from cprec.schema import Item
 from cprec.search.decoding import Found
 from cprec.search.priors import Priors
 from cprec.text.prompts import Template, render
-from cprec.text.tokenizer import train_tokenizer
+from cprec.text.tokenizer import encode_pieces, train_tokenizer
 
 BOOKS = ("Dune", "Dune Messiah", "Emma", "War & Peace", "Emma", "Ulysses")
 GAMES = ("Go", "Chess", "Go deluxe", "Ludo")
@@ -102,6 +102,24 @@ def test_prompts_begin_as_the_model_was_trained(
         (found,) = make(begin=begin).rank([query("b0", candidates=("b2",))], k=1)
         expected = teacher_forced([*begin, *prompt], title) - math.log(2)  # two items are called Emma
         assert found.scores[0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_open_tokenizers_rank_by_the_probability_of_titles(
+    model: Any, open_tokenizer: Any, teacher_forced: Score
+) -> None:
+    """Without BOS or PAD, with a chat mark for the end, and with titles that spell such marks."""
+    titles = ["a red mug", "a mug <|im_end|>", "a mug </s>", "<|im_end|>", "a mug"]
+    table = pa.table({"item_id": [f"b{row}" for row in range(len(titles))], "title": titles})
+    mugs = Catalogue.from_tables({"books": table})
+    recommender = LLMRecommender(model, open_tokenizer, mugs, domain="books", beam_width=50)
+    queries = [query("b1"), query("b0", "b2", "b3")]  # the shorter prompt is padded
+    end = open_tokenizer.eos_token_id
+    pieces = [[*ids, end] for ids in encode_pieces(open_tokenizer, [f" {title}" for title in titles])]
+    assert all(ids.count(end) == 1 for ids in pieces)
+    for prompt, ranking in zip(recommender._prompts(queries), recommender.rank(queries, 5, "exact"), strict=True):
+        assert end not in prompt
+        expected = {f"b{row}": teacher_forced(prompt.tolist(), ids) for row, ids in enumerate(pieces)}
+        assert dict(zip(ranking.item_ids, ranking.scores, strict=True)) == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_context_without_room_for_a_title_is_refused(tokenizer: Any, catalogue: Catalogue) -> None:

@@ -4,9 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
 
 from cprec.errors import ConfigError
-from cprec.text.tokenizer import EOS, PAD, beginning_of, load_tokenizer, train_tokenizer
+from cprec.text.tokenizer import EOS, PAD, beginning_of, encode_pieces, load_tokenizer, train_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -81,3 +85,26 @@ def test_a_beginning_may_be_asked_for_where_there_is_a_token(tokenizer: Any) -> 
     assert with_token.convert_ids_to_tokens(beginning_of(with_token, "true")) == ["<s>"]
     with pytest.raises(ConfigError, match="add_bos_token=true, but the tokenizer has no beginning-of-sequence token"):
         beginning_of(tokenizer, "true")
+
+
+@pytest.mark.parametrize("mark", ["<|im_end|>", "<|im_start|>", "<eos>", "</s>", "<s>", "</s></s>"])
+def test_marks_that_a_text_spells_stay_text(open_tokenizer: Any, mark: str) -> None:
+    text = f" Mug {mark} red{mark}"
+    (ids,) = encode_pieces(open_tokenizer, [text])
+    assert not set(ids) & set(open_tokenizer.all_special_ids)
+    assert open_tokenizer.decode(ids).replace(" ", "") == text.replace(" ", "")
+
+
+def test_texts_without_marks_are_left_as_the_tokenizer_writes_them(open_tokenizer: Any) -> None:
+    texts = [" a red mug", "x < y", ""]
+    assert encode_pieces(open_tokenizer, texts) == open_tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert encode_pieces(open_tokenizer, []) == []
+
+
+def test_a_letter_that_is_a_special_token_is_refused() -> None:
+    words = Tokenizer(WordLevel({"end": 0, "a": 1}, unk_token="end"))
+    words.pre_tokenizer = Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="end", unk_token="end")
+    assert encode_pieces(tokenizer, ["aa"]) == [[1, 1]]
+    with pytest.raises(ConfigError, match="writes 'b' in 'ab' as a special token, so no title may hold it"):
+        encode_pieces(tokenizer, ["ab"])

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from cprec.batch import IGNORE, Batch
 from cprec.errors import ConfigError
+from cprec.models import tiny_model
 from cprec.text.stream import NEXT_TOKEN, TokenStream
 from cprec.train.attention import use_document_attention
 from cprec.train.loss import BLOCK, CHUNK, PackedLoss, linear_cross_entropy, prepare_loss
@@ -162,3 +163,17 @@ def test_compiling_gives_the_same_loss_and_gradients(
     assert_same(plain, loss_and_gradients(loss, make_stream()))
     assert counters["stats"]["unique_graphs"] > 0
     assert {name.removeprefix("module.") for name in loss.state_dict()} == set(make_model().state_dict())
+
+
+def test_an_end_that_also_pads_is_learnt_like_any_other(make_stream: Callable[..., TokenStream]) -> None:
+    """transformers gives the padding token of a model's configuration no gradient where it is read; the end of a
+    document is a target, and never read by another one."""
+    batch, grads = make_stream().batch(0), []
+    plain = tiny_model(330, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0)
+    for pad in (0, 1):  # 1 ends documents
+        model = tiny_model(330, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=pad)
+        model.load_state_dict(plain.state_dict())
+        rows = {name: torch.from_numpy(values).long() for name, values in batch.rows.items()}
+        PackedLoss(model)(rows["input_ids"], rows["position_ids"], rows["targets"]).backward()
+        grads.append(model.get_input_embeddings().weight.grad)
+    assert torch.equal(*grads) and grads[0][1].abs().max() > 0

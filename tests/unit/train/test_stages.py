@@ -21,7 +21,7 @@ from cprec.settings import resolve
 from cprec.text.config import Mixture
 from cprec.text.shards import open_shards
 from cprec.text.stream import NEXT_TOKEN
-from cprec.text.tokenizer import load_tokenizer
+from cprec.text.tokenizer import load_tokenizer, train_tokenizer
 from cprec.train import training
 from cprec.train.checkpoint import checkpoints, read_state
 from cprec.train.config import FinetuneConfig, PretrainConfig, TinyModel
@@ -313,6 +313,21 @@ def test_a_vocabulary_that_does_not_fit_the_base_is_refused(
     tiny_model(40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path / "base")
     with pytest.raises(ConfigError, match=r"has 40 token embeddings but the tokens .* vocabulary of \d+: run `cprec"):
         pretrain(config(model_name_or_path=str(tmp_path / "base")))
+
+
+def test_a_base_whose_tokenizer_has_other_ids_is_refused(config: Callable[..., PretrainConfig], tmp_path: Path) -> None:
+    from cprec.models import tiny_model
+
+    base = tmp_path / "base"
+    tiny_model(400, hidden_size=16, num_hidden_layers=1, num_attention_heads=2).save_pretrained(base)
+    train_tokenizer(["quite other words"] * 9, 280).save_pretrained(base)
+    asked = config(model_name_or_path=str(base), dry_run=True)
+    with pytest.raises(
+        ConfigError, match=r"are not those of .*base: \d+ of \d+ have another id .*`cprec prepare` with"
+    ):
+        pretrain(asked)
+    load_tokenizer(str(Path(asked.data) / "tokenizer")).save_pretrained(base)
+    assert pretrain(asked) == tmp_path / "out"
 
 
 def gpt2(folder: Path, positions: int) -> str:
