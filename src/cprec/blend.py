@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ from cprec.progress import Progress, say, track
 from cprec.provenance import FileHashes, code_sha256, file_sha256, read_resolved
 from cprec.rank.blend import Blend, BlendedParts, check_parts, shares, write_blend
 from cprec.rank.blend_file import BLEND, MODEL, Setting, read_about
-from cprec.rank.config import BlendConfig
+from cprec.rank.config import BlendConfig, Mode
 from cprec.rank.llm import LLMRecommender
 from cprec.ranks import count, count_rankings, ndcg
 from cprec.recommender import RankingQuery, Recommender
@@ -180,7 +180,7 @@ def entries_of(
     """The best `POOL` items of each part, of the model and of its item head, for each query, with what all of them say
     of each."""
     made = []
-    modes = [None, "vectors"] if model.has_item_head(domain) else [None]
+    modes: list[Mode | None] = [None, "vectors"] if model.has_item_head(domain) else [None]
     for queries, targets in batches_of(questions):
         best: list[set[str]] = [set() for _ in queries]
         for mode in modes:
@@ -250,13 +250,13 @@ def choose(
     has_head, none = model.has_item_head(domain), dict.fromkeys(parts, (0.0, 1.0))
     with track((6 if has_head else 4) * len(questions[0]), f"{domain}: blending", unit="queries") as progress:
         entries = entries_of(model, domain, parts, questions, progress)
-        found = {
-            "blend": best_setting(entries, WEIGHTS, WEIGHTS if has_head else (0.0,)),
-            "without_model": best_setting(entries.without_model(), (0.0,), (0.0,)),
-            "model_alone": Setting(1.0, none, 0.0),
-        }
+        of_head = WEIGHTS if has_head else (0.0,)
+        found = {"without_model": best_setting(entries.without_model(), (0.0,), (0.0,))}
         if has_head:
-            found["vectors"] = best_setting(entries, (0.0,), WEIGHTS)
+            found["vectors"] = best_setting(entries, (0.0,), of_head, found.values())
+        found["blend"] = best_setting(entries, WEIGHTS, of_head, found.values())
+        found["model_alone"] = Setting(1.0, none, 0.0)
+        if has_head:
             found["head_alone"] = Setting(0.0, none, 0.0, item_head=1.0)
         for name, setting in found.items():
             blended = Blend.of(setting, domain, parts, model.catalogue)
@@ -272,10 +272,13 @@ def _blended(model: LLMRecommender, blended: Blend) -> LLMRecommender:
     return made
 
 
-def best_setting(entries: Entries, model_weights: Sequence[float], head_weights: Sequence[float]) -> Setting:
+def best_setting(
+    entries: Entries, model_weights: Sequence[float], head_weights: Sequence[float], known: Iterable[Setting] = ()
+) -> Setting:
     """The numbers with the highest NDCG@10 that a search one number at a time finds from several starts.
 
-    The starts weigh all alike, and each one alone. Of equal values the first found is kept.
+    The starts weigh all alike, and each one alone; others are settings that are `known` to be good. Of equal values the
+    first found is kept.
     """
     names = list(entries.share_N)
     weights = [model_weights, head_weights, *([WEIGHTS] * len(names))]
@@ -285,13 +288,17 @@ def best_setting(entries: Entries, model_weights: Sequence[float], head_weights:
         (model, head, *of_parts), floors = point[: len(weights)], point[len(weights) :]
         return Setting(model, dict(zip(names, zip(of_parts, floors, strict=True), strict=True)), 0.0, head)
 
+    def point(known: Setting) -> Point:
+        of_parts, floors = zip(*(known.parts[name] for name in names), strict=True)
+        return (known.model, known.item_head, *of_parts, *floors)
+
     @cache
     def value(point: Point) -> float:
         return entries.ndcg(setting(point)) if any(point[: len(weights)]) else -math.inf
 
     ones = [min(grid[-1], 1.0) for grid in weights]
     starts = [(*start, *((0.01,) * len(names))) for start in (ones, *np.diag(ones).tolist()) if any(start)]
-    best = max((climb(value, grids, start) for start in starts), key=value)
+    best = max((climb(value, grids, start) for start in (*starts, *map(point, known))), key=value)
     return replace(setting(best), ndcg=value(best))
 
 
