@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -273,12 +273,14 @@ def choose(
     num_lists = 1 + 2 * log_p + 2 * has_head
     with track((1 + num_lists) * len(questions[0]), f"{domain}: blending", unit="queries") as progress:
         entries = entries_of(model, domain, parts, questions, progress, log_p=log_p)
+        of_head = WEIGHTS if has_head else (0.0,)
         found = {"without_model": best_setting(entries.without_model(), (0.0,), (0.0,))}
+        if has_head:
+            found["vectors"] = best_setting(entries, (0.0,), of_head, found.values())
         if log_p:
-            found["blend"] = best_setting(entries, WEIGHTS, WEIGHTS if has_head else (0.0,))
+            found["blend"] = best_setting(entries, WEIGHTS, of_head, found.values())
             found["model_alone"] = Setting(1.0, none, 0.0)
         if has_head:
-            found["vectors"] = best_setting(entries, (0.0,), WEIGHTS)
             found["head_alone"] = Setting(0.0, none, 0.0, item_head=1.0)
         for name, setting in found.items():
             blended = Blend.of(setting, domain, parts, model.catalogue)
@@ -294,10 +296,13 @@ def _blended(model: LLMRecommender, blended: Blend) -> LLMRecommender:
     return made
 
 
-def best_setting(entries: Entries, model_weights: Sequence[float], head_weights: Sequence[float]) -> Setting:
+def best_setting(
+    entries: Entries, model_weights: Sequence[float], head_weights: Sequence[float], known: Iterable[Setting] = ()
+) -> Setting:
     """The numbers with the highest NDCG@10 that a search one number at a time finds from several starts.
 
-    The starts weigh all alike, and each one alone. Of equal values the first found is kept.
+    The starts weigh all alike, and each one alone; others are settings that are `known` to be good. Of equal values the
+    first found is kept.
     """
     names = list(entries.share_N)
     weights = [model_weights, head_weights, *([WEIGHTS] * len(names))]
@@ -307,13 +312,17 @@ def best_setting(entries: Entries, model_weights: Sequence[float], head_weights:
         (model, head, *of_parts), floors = point[: len(weights)], point[len(weights) :]
         return Setting(model, dict(zip(names, zip(of_parts, floors, strict=True), strict=True)), 0.0, head)
 
+    def point(known: Setting) -> Point:
+        of_parts, floors = zip(*(known.parts[name] for name in names), strict=True)
+        return (known.model, known.item_head, *of_parts, *floors)
+
     @cache
     def value(point: Point) -> float:
         return entries.ndcg(setting(point)) if any(point[: len(weights)]) else -math.inf
 
     ones = [min(grid[-1], 1.0) for grid in weights]
     starts = [(*start, *((0.01,) * len(names))) for start in (ones, *np.diag(ones).tolist()) if any(start)]
-    best = max((climb(value, grids, start) for start in starts), key=value)
+    best = max((climb(value, grids, start) for start in (*starts, *map(point, known))), key=value)
     return replace(setting(best), ndcg=value(best))
 
 

@@ -203,11 +203,12 @@ def _any_pretrained(entrants: Sequence[Entrant], arms: Mapping[str, str]) -> boo
 
 def _in_words(rank: RankConfig) -> str:
     """How language models rank, for people."""
+    if rank.mode == "vectors":
+        return "all items at once by the item head, candidates too; no titles read"
     search = {
         "exact": "exact search of the catalogue's titles, each list proven",
         "auto": f"exact search of the catalogue's titles; after {rank.max_nodes:,} prefixes the best found",
         "beam": f"beam search of width {rank.beam_width} over the catalogue's titles, not exact",
-        "vectors": "all items at once by the item head, no titles read",
     }[rank.mode]
     scores = {"sum": "", "mean": "; scores are means over tokens", "corrected": "; scores corrected for popularity"}
     over = {

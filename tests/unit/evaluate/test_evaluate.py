@@ -503,6 +503,7 @@ def test_how_models_rank_is_part_of_who_they_are_and_not_of_the_questions(
     (folder / "model.safetensors").write_bytes(b"others")
     assert identity() != before
     (folder / "model.safetensors").write_bytes(b"weights")
+    assert rows(config, folder) == ["model"]
     monkeypatch.setattr("cprec.entrants.code_sha256", lambda module: "other code")
     assert identity() != before
 
@@ -512,6 +513,23 @@ def test_how_models_rank_is_part_of_who_they_are_and_not_of_the_questions(
         for one in (popular, replace(popular, rank=RankConfig(mode="beam", beam_width=3)))
     ]
     assert answers[0] == answers[1]
+
+
+def rows(config: EvaluateConfig, folder: Path) -> list[str]:
+    return [entrant.name for entrant in model_entrants(config, "books", {"model": str(folder)})]
+
+
+def test_an_item_head_has_a_row_of_its_own(config: EvaluateConfig, tmp_path: Path) -> None:
+    """For its own domain, and where the model itself does not rank by it."""
+    about = {"trained_on": ["1"], "domain": "books", "num_parameters": 1, "tokens": 1, "seconds": 1.0}
+    (tmp_path / "cprec.json").write_text(json.dumps(about))
+    (tmp_path / "item_head").mkdir()
+    for path in ("model.safetensors", "item_head/model.safetensors"):
+        (tmp_path / path).write_bytes(b"weights")
+    assert rows(config, tmp_path) == ["model", "model item head"]
+    assert rows(replace(config, rank=RankConfig(mode="vectors")), tmp_path) == ["model"]
+    (tmp_path / "cprec.json").write_text(json.dumps(about | {"domain": "games"}))
+    assert rows(config, tmp_path) == ["model"]
 
 
 def test_damaged_files_are_named_or_made_anew(

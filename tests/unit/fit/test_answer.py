@@ -22,8 +22,13 @@ def arm(name: str, kind: Kind, ndcg: float) -> Arm:
 
 
 def result(**others: float) -> DomainResult:
-    """EASE is the best simple recommender; `others` are the arms with the model, by the first letter of their names."""
-    names = {"f": "fine-tuning only", "b": "fine-tuning only blend", "w": "blend without the model"}
+    """EASE is the best simple recommender; `others` are the arms with the model, by letters."""
+    names = {
+        "f": "fine-tuning only",
+        "h": "fine-tuning only item head",
+        "b": "fine-tuning only blend",
+        "w": "blend without the model",
+    }
     arms = [arm("popularity", "baseline", 0.04), arm("EASE", "baseline", 0.08), arm("oracle", "bound", 0.9)]
     arms += [arm(names[letter], "baseline" if letter == "w" else "model", mean) for letter, mean in others.items()]
     return DomainResult(
@@ -58,6 +63,7 @@ def said(
     ("arms", "name"),
     [
         ({"f": 0.088}, "the language model"),
+        ({"f": 0.07, "h": 0.088}, "the item head of the language model"),
         ({"f": 0.07, "b": 0.088, "w": 0.084}, "the blend of the language model and simple recommenders"),
         ({"f": 0.07, "b": 0.086, "w": 0.088}, "the blend of simple recommenders, without the language model"),
     ],
