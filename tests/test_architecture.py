@@ -39,7 +39,7 @@ BELOW = {
 """Which parts of the package each part may import besides itself. A new part needs a line here, and a reason."""
 
 TOP = frozenset(
-    {"run", "fit", "entrants", "anneal", "blend", "tune", "lineup", "report", "shortcuts", "serving"}
+    {"run", "fit", "entrants", "anneal", "blend", "tune", "lineup", "report", "shortcuts", "serving", "shrink"}
     | {"config", "recipe", "recipes", "settings", "field_help", "verbs", "cli", "__main__", "__init__"}
 )
 """Parts that know everything below; nothing below knows them."""
@@ -80,7 +80,7 @@ class Promise(NamedTuple):
 
 TRAINED_WITH = frozenset(
     {"text", "models", "distributed", "train", "search", "rank", "systems", "baselines", "evaluate", "serving"}
-    | {"run", "entrants", "anneal", "blend", "tune", "lineup", "report", "shortcuts", "progress", "provenance"}
+    | {"run", "entrants", "anneal", "blend", "tune", "lineup", "report", "shortcuts", "shrink", "progress", "provenance"}
 )
 """Parts that are loaded by machines which train, rank or judge, with data that were prepared elsewhere."""
 

@@ -241,6 +241,7 @@ def keep_tokens(model: Any, kept: Sequence[int], sample: Sequence[int]) -> None:
     _check_logits(model, sample, expected)
 
 
+@torch.no_grad()
 def logits_of(model: Any, ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
     """The logits [T, V] of the tokens after each of one text."""
     logits: torch.Tensor = model(input_ids=torch.as_tensor(ids)[None], use_cache=False).logits[0]
@@ -331,7 +332,6 @@ def _describe(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> dict[s
     }
 
 
-@torch.no_grad()
 def perplexity_of(model: Any, tokenizer: Any, texts: Sequence[str]) -> dict[str, float]:
     """`perplexity` of the tokens of some texts, each with its end, and `bits_per_byte` of their UTF-8, which models of
     different tokenizers can be compared by; and the number of `tokens`."""
