@@ -80,7 +80,19 @@ class Promise(NamedTuple):
 
 TRAINED_WITH = frozenset(
     {"text", "models", "distributed", "train", "search", "rank", "systems", "baselines", "evaluate", "serving"}
-    | {"run", "entrants", "anneal", "blend", "tune", "lineup", "report", "shortcuts", "shrink", "progress", "provenance"}
+    | {
+        "run",
+        "entrants",
+        "anneal",
+        "blend",
+        "tune",
+        "lineup",
+        "report",
+        "shortcuts",
+        "shrink",
+        "progress",
+        "provenance",
+    }
 )
 """Parts that are loaded by machines which train, rank or judge, with data that were prepared elsewhere."""
 

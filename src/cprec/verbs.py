@@ -275,7 +275,7 @@ VERBS: tuple[Verb, ...] = (
         usage="MODEL OUT data=FOLDER [key=value ...]",
         arguments={"model": {}, "output_dir": {}},
         about="""
-            MODEL  a Hugging Face name or a model folder
+            MODEL  a Hugging Face name, a model folder or a GGUF file
             OUT    the model folder to write
         """,
         leave_out="model output_dir",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cprec.data.config import SyntheticConfig
+from cprec.data.config import TableSource
 from cprec.data.dataset import read_catalogue
 from cprec.errors import ConfigError
 from cprec.models import add_lora, blocks_of, load_model, tiny_model
@@ -28,16 +28,23 @@ IDS = [5, 9, 30, 7, 12, 9]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small generated world, with the tokens of another tokenizer than the base model's."""
+    """A shop of lamps, with the tokens of another tokenizer than the base model's."""
+    folder = tmp_path_factory.mktemp("shrink")
+    items = [f"t{row},Reading lamp № {row} ({'red' if row % 2 else 'white'})" for row in range(12)]
+    events = [f"u{user},t{(user + step) % 12},{1_400_000_000 + step}" for user in range(20) for step in range(6)]
+    (folder / "items.csv").write_text("\n".join(["item_id,title", *items]))
+    (folder / "log.csv").write_text("\n".join(["user_id,item_id,timestamp", *events]))
+    shop = TableSource(domain="shop", interactions=str(folder / "log.csv"), items=str(folder / "items.csv"))
     return prepare(
         PrepareConfig(
-            output_dir=str(tmp_path_factory.mktemp("shrink") / "data"),
-            synthetic=SyntheticConfig(num_market_users=60, num_library_users=20, items_per_domain=40),
-            target_domains=("kitchen",),
+            output_dir=str(folder / "data"),
+            tables=(shop,),
+            target_domains=("shop",),
             k_core=0,
             vocabulary_size=300,
             min_events=3,
-            min_history=1,
+            heldout_share=0.0,
+            workers=1,
         )
     )
 

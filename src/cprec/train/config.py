@@ -284,7 +284,7 @@ class ShrinkConfig:
     """Settings of shrinking a base model."""
 
     model: str
-    """The base model, as a Hugging Face name or a folder; one that `cprec` has not trained yet."""
+    """The base model, as a Hugging Face name, a folder or a GGUF file; one that `cprec` has not trained yet."""
     output_dir: str
     """The model folder to write."""
     data: str
