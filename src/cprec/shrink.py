@@ -40,7 +40,7 @@ from cprec.text.general_text import read_texts
 from cprec.text.prompts import Template
 from cprec.text.shards import open_shards, read_shard_manifest
 from cprec.text.tokenizer import beginning_of, load_tokenizer
-from cprec.text.vocabulary import cut_tokenizer, describe, needed_tokens
+from cprec.text.vocabulary import check_cut, cut_tokenizer, describe, needed_tokens
 from cprec.train.config import ShrinkConfig
 from cprec.train.folder import DONE
 from cprec.train.forgetting import own_texts
@@ -73,21 +73,20 @@ def shrink(config: ShrinkConfig) -> dict[str, Any]:
     if hasattr(model, "peft_config"):
         raise ConfigError(f"model={config.model} has adapters: shrink the base model that they belong to")
     texts = _sample(config, data)
+    removed = _removed_layers(config, model, tokenizer, texts)
     kept = _needed(config, data, model, tokenizer, texts["data"])
     smaller = cut_tokenizer(tokenizer, kept)
     before, probe = _describe(model, tokenizer, texts), _ids(smaller, texts["data"][0])
     keep_tokens(model, kept, probe)
-    removed: list[int] = []
-    if config.layers is not None:
-        rows = [_ids(smaller, text) for some in texts.values() for text in some]
-        removed = least_layers(model, rows, config.layers)
+    if removed:
         drop_layers(model, removed)
     with whole_folder(output) as folder:
         model.save_pretrained(folder)
         smaller.save_pretrained(folder)
-        saved = load_model(folder)
+        saved, its_tokenizer = load_model(folder), load_tokenizer(str(folder))
+        check_cut(tokenizer, its_tokenizer, kept, texts["data"])
         _check_logits(saved, probe, logits_of(model, probe))
-        record = {"layers_removed": removed, "before": before, "after": _describe(saved, smaller, texts)}
+        record = {"layers_removed": removed, "before": before, "after": _describe(saved, its_tokenizer, texts)}
         write_whole(folder / RECORD, json.dumps(record, indent=1) + "\n")
         save_resolved(folder, config, inputs)
     _tell(output, record)
@@ -261,6 +260,13 @@ def _check_logits(model: Any, sample: Sequence[int], expected: torch.Tensor) -> 
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
+
+
+def _removed_layers(config: ShrinkConfig, model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> list[int]:
+    """The layers that go, chosen while the model still has all its tokens."""
+    if config.layers is None:
+        return []
+    return least_layers(model, [_ids(tokenizer, text) for some in texts.values() for text in some], config.layers)
 
 
 def least_layers(model: Any, rows: Sequence[Sequence[int]], num_kept: int) -> list[int]:

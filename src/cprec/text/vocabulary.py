@@ -15,6 +15,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from cprec.errors import ConfigError
+from cprec.text.encoding import encode_pieces
+from cprec.text.tokenizer import beginning_of
 
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
@@ -124,3 +126,14 @@ def cut_tokenizer(tokenizer: Any, kept: Sequence[int]) -> Any:
         clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces,
         model_input_names=tokenizer.model_input_names,
     )
+
+
+def check_cut(whole: Any, smaller: Any, kept: Sequence[int], texts: Sequence[str]) -> None:
+    """Raise ConfigError unless a tokenizer has the tokens `kept` of the whole one, numbered in this order, and reads
+    texts of these tokens as that does."""
+    new = {token: place for place, token in enumerate(kept)}
+    names = {name: new[token] for name, token in whole.get_vocab().items() if token in new}
+    before = [beginning_of(whole), *encode_pieces(whole, list(texts))]
+    after = [beginning_of(smaller), *encode_pieces(smaller, list(texts))]
+    if smaller.get_vocab() != names or after != [[new[token] for token in ids] for ids in before]:
+        raise _cannot_be_cut("saved and loaded again, it has other tokens or reads the data otherwise")

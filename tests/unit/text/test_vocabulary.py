@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from cprec.errors import ConfigError
 from cprec.text.encoding import encode_pieces
 from cprec.text.tokenizer import beginning_of, load_tokenizer, train_tokenizer
-from cprec.text.vocabulary import BYTES, NEEDED, cut, cut_tokenizer, describe, needed_tokens
+from cprec.text.vocabulary import BYTES, NEEDED, check_cut, cut, cut_tokenizer, describe, needed_tokens
 
 WORDS = st.lists(st.text("abc é苹", min_size=1, max_size=8), min_size=1, max_size=8)
 
@@ -77,6 +77,9 @@ def test_a_cut_tokenizer_begins_texts_and_names_special_tokens_as_before(tmp_pat
     assert len(smaller) == len(kept) == 256 + 1 + 3
     assert beginning_of(smaller) == [kept.index(token) for token in beginning_of(tokenizer)] == [258]
     assert smaller.convert_ids_to_tokens(smaller("ab<tool>")["input_ids"]) == ["<bos>", "ab", "<tool>"]
+    check_cut(tokenizer, smaller, kept, ["ab", "bab"])
+    with pytest.raises(ConfigError, match="reads the data otherwise"):
+        check_cut(tokenizer, cut_tokenizer(tokenizer, [*kept[1:], kept[0]]), kept, ["ab"])
     for name in ("bos_token", "eos_token", "pad_token", "chat_template", "model_max_length"):
         assert getattr(smaller, name) == getattr(tokenizer, name)
 
