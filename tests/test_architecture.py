@@ -53,6 +53,7 @@ BELOW = {
 
 TOP = frozenset(
     {"run", "fit", "finetune", "entrants", "anneal", "blend", "tune", "lineup", "report", "shortcuts", "serving"}
+    | {"shrink"}
     | {"config", "recipe", "recipes", "settings", "field_help", "verbs", "cli", "__main__", "__init__"}
 )
 """Parts that know everything below; nothing below knows them."""
@@ -93,7 +94,19 @@ class Promise(NamedTuple):
 
 TRAINED_WITH = frozenset(
     {"text", "models", "distributed", "card", "train", "search", "rank", "systems", "baselines", "evaluate", "serving"}
-    | {"run", "entrants", "anneal", "blend", "tune", "lineup", "report", "shortcuts", "progress", "provenance"}
+    | {
+        "run",
+        "entrants",
+        "anneal",
+        "blend",
+        "tune",
+        "lineup",
+        "report",
+        "shortcuts",
+        "shrink",
+        "progress",
+        "provenance",
+    }
 )
 """Parts that are loaded by machines which train, rank or judge, with data that were prepared elsewhere."""
 

@@ -97,8 +97,9 @@ def show_value(value: Any) -> str:
 
 
 def describe_settings(cls: type, leave_out: str = "") -> str:
-    """The help on all settings of a configuration class but one: first those that must be given, then the others."""
-    rows = [row for row in describe_fields(cls) if row.key != leave_out]
+    """The help on the settings of a configuration class, without those that `leave_out` names with spaces between them:
+    first those that must be given, then the others."""
+    rows = [row for row in describe_fields(cls) if row.key not in leave_out.split()]
     needed = [row for row in rows if row.default is None and "." not in row.key]
     others = [row for row in rows if row not in needed]
     sections = (("needed, from the recipe or from you, as key=value:", needed), ("settings, as key=value:", others))

@@ -10,10 +10,11 @@ from cprec.fit.config import FitConfig
 from cprec.rank.config import BlendConfig
 from cprec.serve.config import RecommendConfig, ServeConfig
 from cprec.text.config import PrepareConfig
-from cprec.train.config import AnnealConfig, FinetuneConfig, PretrainConfig
+from cprec.train.config import AnnealConfig, FinetuneConfig, PretrainConfig, ShrinkConfig
 
 STAGE_CONFIGS: dict[str, type] = {
     "prepare": PrepareConfig,
+    "shrink": ShrinkConfig,
     "pretrain": PretrainConfig,
     "finetune": FinetuneConfig,
     "blend": BlendConfig,

@@ -168,7 +168,7 @@ class Verb:
     about: str = ""
     """The help on the arguments."""
     leave_out: str = ""
-    """The setting of the stage that is given as an argument."""
+    """The settings of the stage that are given as arguments, with spaces between them."""
     settings_help: Callable[[], str] | None = None
     """The help on the settings, where a list of those of the stage is not right."""
     run: Callable[[Verb, argparse.Namespace], None] = with_recipe
@@ -260,6 +260,26 @@ VERBS: tuple[Verb, ...] = (
         example="cprec prepare my_recipe.yaml",
         function="cprec.text.prepare:prepare",
         stage="prepare",
+    ),
+    Verb(
+        name="shrink",
+        summary="a base model without the tokens that the data never use, or without some layers",
+        text="""Cuts the vocabulary of a base model with a byte-level BPE tokenizer to the tokens of the data's texts
+            and what their merges need: these texts keep their tokens, any other text can still be written, and of the
+            tokens that stay the logits are what they were. With layers=N it also leaves out the neighbouring layers
+            that turn hidden states least; such a model must be trained before it is of use. Writes a Hugging Face
+            model folder with its tokenizer; prepare the data again with tokenizer=OUT.""",
+        example="cprec shrink HuggingFaceTB/SmolLM2-135M runs/smol-small data=runs/shop/data",
+        function="cprec.shrink:shrink",
+        stage="shrink",
+        usage="MODEL OUT data=FOLDER [key=value ...]",
+        arguments={"model": {}, "output_dir": {}},
+        about="""
+            MODEL  a Hugging Face name, a model folder or a GGUF file
+            OUT    the model folder to write
+        """,
+        leave_out="model output_dir",
+        run=with_settings,
     ),
     Verb(
         name="pretrain",

@@ -233,6 +233,10 @@ class PromptEncoder:
         """The tokens that stand before the target."""
         return self._pieces[self._next]
 
+    def distinct_tokens(self) -> np.ndarray:
+        """The tokens that any document or prompt of this catalogue can have, ascending."""
+        return np.unique(self._pieces.values)
+
     def heads(self) -> Ragged:
         """The tokens before the first line: of specific documents of each domain, then of mixed ones."""
         return self._pieces.take(np.append(self._heads, self._mixed_head))

@@ -1,4 +1,4 @@
-"""Settings of pre-training, fine-tuning and anneal forks."""
+"""Settings of pre-training, fine-tuning, anneal forks and of shrinking a base model."""
 
 from __future__ import annotations
 
@@ -277,6 +277,30 @@ class AnnealConfig:
             raise ConfigError("lengths, shapes and data must each name one thing at least")
         if self.num_train_epochs < 0 or self.learning_rate < 0 or self.max_queries < 0:
             raise ConfigError("num_train_epochs, learning_rate and max_queries must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkConfig:
+    """Settings of shrinking a base model."""
+
+    model: str
+    """The base model, as a Hugging Face name, a folder or a GGUF file; one that `cprec` has not trained yet."""
+    output_dir: str
+    """The model folder to write."""
+    data: str
+    """A data folder that `cprec prepare` wrote, with any tokenizer: the tokens of its items' texts stay."""
+    text: tuple[str, ...] = ()
+    """Files of general text (.jsonl, .parquet, .txt) whose tokens stay too, as those to replay."""
+    layers: int | None = None
+    """How many of the model's layers stay; None: all."""
+    sample_documents: int = 16
+    """Documents of the data, and general texts, that perplexity and the change of hidden states are measured on."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "sample_documents"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
 
 
 def share_of(length: str) -> float:

@@ -42,7 +42,7 @@ def general_text_batches(
     """
     documents: list[np.ndarray] = []
     num_tokens = 0
-    for text in _own_texts() if not path else _texts_of(Path(path)):
+    for text in own_texts() if not path else _texts_of(Path(path)):
         ids = [*encode_pieces(tokenizer, [text])[0], tokenizer.eos_token_id][: max_tokens - num_tokens]
         documents += documents_of(ids, row_tokens, begin)
         num_tokens += len(ids)
@@ -59,7 +59,8 @@ def general_text_batches(
     )
 
 
-def _own_texts() -> list[str]:
+def own_texts() -> list[str]:
+    """Our own general text, some 600 words on everyday things."""
     return files("cprec.train").joinpath("general.txt").read_text(encoding="utf-8").strip().split("\n\n")
 
 
