@@ -35,8 +35,6 @@ from cprec.tune import validation_queries
 
 K = 10
 """The weights are chosen by NDCG at this rank."""
-POOL = 100
-"""Best items of each part and of the model that the weights are chosen among."""
 BATCH = 64
 """Queries whose pools are made, or lists ranked, at once."""
 WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
@@ -76,14 +74,14 @@ def blend(config: BlendConfig) -> dict[str, Any]:
     trained_on = {config.model: done["trained_on"]}
     certified = check_certificate(data, domain, VALIDATION, trained_on, hashes, uncertified=config.uncertified)
     split = read_split(data)
-    model = LLMRecommender.from_pretrained(config.model, blend=False)
+    model = LLMRecommender.from_pretrained(config.model, blend=False, max_nodes=config.max_nodes)
     if split.catalogue.digest() != model.catalogue.digest():
         raise ConfigError(
             f"data={data!r} has another catalogue than {config.model}: give the folder that it is made of"
         )
     questions = validation_queries(split, domain, config.max_queries, config.seed)
     parts, left_out = _made(config.parts, split, domain, config.seed)
-    chosen = choose(model, domain, parts, questions)
+    chosen = choose(model, domain, parts, questions, config.pool)
     about = {"asked": asked, "num_queries": len(questions[0]), "certified": certified, "left_out": left_out}
     write_blend(config.model, domain, parts, chosen, about)
     _tell(config.model, chosen)
@@ -94,7 +92,7 @@ def _asked(config: BlendConfig, data: str) -> dict[str, Any]:
     """What the choice depends on, beside the model: the settings, the events and the code."""
     return {
         "parts": list(config.parts),
-        **{name: getattr(config, name) for name in ("max_queries", "seed")},
+        **{name: getattr(config, name) for name in ("max_queries", "pool", "max_nodes", "seed")},
         "data": {name: file_sha256(Path(data, name)) for name in event_files(data)},
         "code": code_sha256("cprec.blend"),
     }
@@ -171,16 +169,17 @@ def entries_of(
     domain: str,
     parts: Mapping[str, StoredRecommender],
     questions: Questions,
+    pool: int,
     progress: Progress,
 ) -> Entries:
-    """The best `POOL` items of each part and of the model, for each query, with what all of them say of each."""
+    """The best `pool` items of each part and of the model, for each query, with what all of them say of each."""
     made = []
     for queries, targets in batches_of(questions):
-        best = [one.item_ids[:POOL] for one in model.rank(queries, POOL)]
+        best = [one.item_ids[:pool] for one in model.rank(queries, pool)]
         of_parts: list[set[str]] = [set() for _ in queries]
         for part in parts.values():
-            for mine, one in zip(of_parts, part.rank(queries, POOL), strict=True):
-                mine.update(one.item_ids[:POOL])
+            for mine, one in zip(of_parts, part.rank(queries, pool), strict=True):
+                mine.update(one.item_ids[:pool])
         made.append(_entries(model, domain, parts, queries, targets, best, of_parts))
         progress.advance(len(queries))
     starts = np.cumsum([0, *(one.num_queries for one in made)])
@@ -231,12 +230,12 @@ def batches_of(questions: Questions) -> Iterator[Questions]:
 
 
 def choose(
-    model: LLMRecommender, domain: str, parts: Mapping[str, StoredRecommender], questions: Questions
+    model: LLMRecommender, domain: str, parts: Mapping[str, StoredRecommender], questions: Questions, pool: int
 ) -> dict[str, Setting]:
     """The best `blend`, the best `without_model` and the `model_alone`, each with what its lists over the full
     catalogue reach."""
     with track(4 * len(questions[0]), f"{domain}: blending", unit="queries") as progress:
-        entries = entries_of(model, domain, parts, questions, progress)
+        entries = entries_of(model, domain, parts, questions, pool, progress)
         found = {
             "blend": best_setting(entries, WEIGHTS),
             "without_model": best_setting(entries.without_model(), (0.0,)),
