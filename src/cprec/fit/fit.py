@@ -102,15 +102,15 @@ def _earlier(config: FitConfig) -> Recipe | None:
         return None
     if not (folder / CONFIG_FILE).is_file() or read_resolved(folder)["stage"] != FitConfig.__name__:
         raise ConfigError(f"{folder} exists and is not of `cprec fit`: choose another output folder or delete it")
+    path = folder / RECIPE
+    if not path.is_file():
+        return None  # stopped before anything was chosen
     old, new = read_resolved(folder)["config"], to_dict(config)
     if changed := sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)):
         raise ConfigError(
             f"{folder} was made with other settings of {', '.join(changed)} (as {changed[0]}={old.get(changed[0])}): "
             f"choose another output folder, or delete it"
         )
-    path = folder / RECIPE
-    if not path.is_file():
-        return None  # stopped before anything was chosen
     say(f"{path} is there: going on with what it says")
     recipe: Recipe = find_config(str(path))
     return recipe
