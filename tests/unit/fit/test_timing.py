@@ -13,7 +13,7 @@ from cprec.fit.timing import seconds_each
     ("seconds", "asked", "expected"),
     [
         (1e6, [1, 4, 16, 64], 1.0),  # all are timed, as a batch; the first one alone took longer
-        (1000, [1, 4, 16], 1.0),  # 4 more times as long would be more than a tenth of the time
+        (900, [1, 4, 16], 1.0),  # four times as long would be more than a tenth of the time
         (20, [1], 9.0),  # however little time there is, one is timed
     ],
 )
