@@ -35,8 +35,6 @@ from cprec.tune import validation_queries
 
 K = 10
 """The weights are chosen by NDCG at this rank."""
-POOL = 100
-"""Best items of each part and of the model that the weights are chosen among."""
 BATCH = 64
 """Queries whose pools are made, or lists ranked, at once."""
 WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
@@ -76,7 +74,7 @@ def blend(config: BlendConfig) -> dict[str, Any]:
     trained_on = {config.model: done["trained_on"]}
     certified = check_certificate(data, domain, VALIDATION, trained_on, hashes, uncertified=config.uncertified)
     split = read_split(data)
-    model = LLMRecommender.from_pretrained(config.model, blend=False)
+    model = LLMRecommender.from_pretrained(config.model, blend=False, max_nodes=config.max_nodes)
     if split.catalogue.digest() != model.catalogue.digest():
         raise ConfigError(
             f"data={data!r} has another catalogue than {config.model}: give the folder that it is made of"
@@ -88,7 +86,7 @@ def blend(config: BlendConfig) -> dict[str, Any]:
         )
     questions = validation_queries(split, domain, config.max_queries, config.seed)
     parts, left_out = _made(config.parts, split, domain, config.seed)
-    chosen = choose(model, domain, parts, questions, log_p=config.log_p)
+    chosen = choose(model, domain, parts, questions, config.pool, log_p=config.log_p)
     about = {"asked": asked, "num_queries": len(questions[0]), "certified": certified, "left_out": left_out}
     write_blend(config.model, domain, parts, chosen, about)
     _tell(config.model, chosen)
@@ -99,7 +97,7 @@ def _asked(config: BlendConfig, data: str) -> dict[str, Any]:
     """What the choice depends on, beside the model: the settings, the events and the code."""
     return {
         "parts": list(config.parts),
-        **{name: getattr(config, name) for name in ("log_p", "max_queries", "seed")},
+        **{name: getattr(config, name) for name in ("log_p", "max_queries", "pool", "max_nodes", "seed")},
         "data": {name: file_sha256(Path(data, name)) for name in event_files(data)},
         "code": code_sha256("cprec.blend"),
     }
@@ -180,11 +178,12 @@ def entries_of(
     domain: str,
     parts: Mapping[str, StoredRecommender],
     questions: Questions,
+    pool: int,
     progress: Progress,
     *,
     log_p: bool = True,
 ) -> Entries:
-    """The best `POOL` items of each part, of the model and of its item head, for each query, with what all of them say
+    """The best `pool` items of each part, of the model and of its item head, for each query, with what all of them say
     of each; without `log_p`, titles are not read."""
     made = []
     modes: list[Mode | None] = [None] if log_p else []
@@ -193,12 +192,12 @@ def entries_of(
     for queries, targets in batches_of(questions):
         best: list[set[str]] = [set() for _ in queries]
         for mode in modes:
-            for mine, one in zip(best, model.rank(queries, POOL, mode), strict=True):
-                mine.update(one.item_ids[:POOL])
+            for mine, one in zip(best, model.rank(queries, pool, mode), strict=True):
+                mine.update(one.item_ids[:pool])
         of_parts: list[set[str]] = [set() for _ in queries]
         for part in parts.values():
-            for mine, one in zip(of_parts, part.rank(queries, POOL), strict=True):
-                mine.update(one.item_ids[:POOL])
+            for mine, one in zip(of_parts, part.rank(queries, pool), strict=True):
+                mine.update(one.item_ids[:pool])
         pools = [sorted(mine.union(others)) for mine, others in zip(of_parts, best, strict=True)]
         made.append(_entries(model, domain, parts, queries, targets, pools, of_parts, log_p=log_p))
         progress.advance(len(queries))
@@ -261,6 +260,7 @@ def choose(
     domain: str,
     parts: Mapping[str, StoredRecommender],
     questions: Questions,
+    pool: int,
     *,
     log_p: bool = True,
 ) -> dict[str, Setting]:
@@ -272,7 +272,7 @@ def choose(
     has_head, none = model.has_item_head(domain), dict.fromkeys(parts, (0.0, 1.0))
     num_lists = 1 + 2 * log_p + 2 * has_head
     with track((1 + num_lists) * len(questions[0]), f"{domain}: blending", unit="queries") as progress:
-        entries = entries_of(model, domain, parts, questions, progress, log_p=log_p)
+        entries = entries_of(model, domain, parts, questions, pool, progress, log_p=log_p)
         of_head = WEIGHTS if has_head else (0.0,)
         found = {"without_model": best_setting(entries.without_model(), (0.0,), (0.0,))}
         if has_head:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from cprec.cli import main
 from cprec.config import find_config, stage_config
@@ -18,6 +19,8 @@ from cprec.fit import fit as stage
 from cprec.fit.fit import essential, fit
 from cprec.recipe import Recipe
 from cprec.settings import from_mapping
+from cprec.text.config import TINY
+from cprec.text.tokenizer import train_tokenizer
 from cprec.train.estimate import Estimate
 from cprec.train.finetune import timed
 
@@ -40,16 +43,29 @@ def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def open_model(folder: Path) -> str:
+    """A folder as Hugging Face's models have it, of random weights."""
+    tokenizer = train_tokenizer([line.split(",")[1] for line in Path("items.csv").read_text().splitlines()], 400)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokenizer.save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size)).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("is_open", [False, True])
 def test_fit_ends_with_a_model_and_a_sentence(
-    logs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    logs: Path, is_open: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def at_a_fixed_rate(config: object) -> Estimate:  # the machine may be busy
         return replace(timed(config), tokens_per_second=1000.0)  # type: ignore[arg-type]
 
     monkeypatch.setattr(stage, "timed", at_a_fixed_rate)
-    command = ["fit", "events.csv", "items.csv", "out", "minutes=1"]
-    assert main(command) == 0
+    command = ["fit", "events.csv", "items.csv", "out", f"base={open_model(logs / 'base') if is_open else TINY}"]
+    assert main([*command, "minutes=1e-9"]) == 2
+    assert "Give 1 minutes more" in capsys.readouterr().err
+    command.append("minutes=1")
+    assert main(command) == 0  # although there were too few minutes before
     out, err = capsys.readouterr()
     sentence = Path("out/answer.txt").read_text()
     assert sentence.startswith("Use ") and sentence.count("\n") == 1 and out.rstrip().endswith(sentence.strip())
@@ -65,6 +81,9 @@ def test_fit_ends_with_a_model_and_a_sentence(
     assert {"EASE", "fine-tuning only", "fine-tuning only blend", "blend without the model"} <= arms
     assert report.certificate.clean
     assert Path("out/models/shop/fine-tuning-only/cprec.json").is_file()
+
+    assert 50 <= recipe.blend.max_queries <= 750 and 100 <= recipe.evaluate.max_queries <= 10_000
+    assert recipe.blend.max_nodes == recipe.evaluate.rank.max_nodes
 
     assert main(["run", "out/recipe.yaml"]) == 0  # all of it is there
     assert main(command) == 0
@@ -89,3 +108,9 @@ def test_what_cannot_be_fitted_is_told(logs: Path, capsys: pytest.CaptureFixture
     Path("dated.csv").write_text("customer,sku,time\n" + "".join(f"a,books-{n:02d},3. May\n" for n in range(40)))
     assert main(["fit", "dated.csv", "items.csv", "out"]) == 1
     assert "the values of time (as '3. May') are no times" in capsys.readouterr().err
+    Path("bare.csv").write_text("".join(lines[1:]))
+    assert main(["fit", "bare.csv", "items.csv", "out"]) == 1
+    assert "That looks like a row: where a file has no header" in capsys.readouterr().err
+    Path("empty.csv").write_text(lines[0])
+    assert main(["fit", "empty.csv", "items.csv", "out"]) == 1
+    assert "empty.csv has a header and no rows" in capsys.readouterr().err

@@ -98,7 +98,8 @@ SAME_PLACE_QN = np.arange(N) % 6 == TARGET_Q[:, None] % 6
 def chosen(model_QN: np.ndarray, part_QN: np.ndarray, head_QN: np.ndarray | None = None) -> dict[str, Setting]:
     model: Any = Table("model", np.log(model_QN))
     model.head_QN = None if head_QN is None else np.log(head_QN)
-    return choose(model, "books", {"part": Table("part", part_QN)}, (QUERIES, [f"i{row:02}" for row in TARGET_Q]))
+    questions = (QUERIES, [f"i{row:02}" for row in TARGET_Q])
+    return choose(model, "books", {"part": Table("part", part_QN)}, questions, 100)
 
 
 def test_a_model_that_is_right_needs_no_part() -> None:

@@ -17,12 +17,13 @@ from cprec.rank.blend_file import BLEND, read_about
 from cprec.recipe import FINETUNED
 
 NAMES = {
+    WITHOUT_MODEL: "the blend of simple recommenders, without the language model",
     FINETUNED: "the language model",
     FINETUNED + BY_HEAD: "the item head of the language model",
     FINETUNED + BLENDED: "the blend of the language model and simple recommenders",
-    WITHOUT_MODEL: "the blend of simple recommenders, without the language model",
 }
-"""What arms are called in the sentence; others are simple recommenders, by the names that they have in tables."""
+"""What arms are called in the sentence, the simplest first, which is taken where two are equal; others are simple
+recommenders, by the names that they have in tables."""
 
 Compare = Callable[[str, str], Comparison]
 """Two arms on the same queries: the first less the second."""

@@ -26,10 +26,10 @@ ID_WORDS = frozenset(["id", "no", "nr", "number", "num", "code", "key", "uid", "
 
 MEANING = {USER_ID: "the customer", ITEM_ID: "the item", TIMESTAMP: "the time", TITLE: "the item's title"}
 HINTS = {
-    ITEM_ID: "the same ids must stand in both tables",
-    TIMESTAMP: "times are written as 2014-07-23 or 2014-07-23T18:00:00, or are seconds since 1970; where the rows of a "
-    "customer stand in order, timestamps=order does without",
-    TITLE: "every item needs a title, because it is what a language model reads",
+    TIMESTAMP: "times are written as 2014-07-23 or 2014-07-23T18:00:00, or are seconds since 1970; a log without them, "
+    "where the rows of each customer stand in order, needs timestamps=order",
+    TITLE: "every item needs a title, because it is what a language model reads; where the log has none, give the "
+    "items and their titles in a second file",
 }
 
 MOST = 0.9
@@ -195,11 +195,12 @@ def _item_ids(log: Columns, items: Columns, ask: Ask | None) -> tuple[str, str]:
     theirs = [named[1]] if named[1] else [c for c in _free(items, ITEM_ID, ()) if c.distinct >= MOST]
     ids = {column.name: frozenset(column.values) for column in theirs}
     pairs = [(a, b) for a in ours for b in theirs if a.share(ids[b.name].__contains__) >= SHARED]
-    if not pairs and all(named):
+    if not pairs:
         raise DataError(
-            f"the ids of {log.file} in {ours[0]} are not those of {items.file} in {theirs[0]}: these columns must hold "
-            f"the same ids. Where others do, write interactions.columns.{ITEM_ID}=COLUMN and items.columns.{ITEM_ID}="
-            f"COLUMN; {log.file} has {listed(log.columns)}, {items.file} has {listed(items.columns)}"
+            f"{items.file} has no column with the ids of a column of {log.file}, each id once: is {log.file} the log, "
+            f"one row an event, and {items.file} the items? Where both have the ids, written alike, write "
+            f"interactions.columns.{ITEM_ID}=COLUMN and items.columns.{ITEM_ID}=COLUMN. "
+            f"{log.file} has {listed(log.columns)}; {items.file} has {listed(items.columns)}"
         )
     scores = [_score(ITEM_ID, a) + _score(ITEM_ID, b) + (a.name == b.name) for a, b in pairs]
     best = [pair for pair, score in zip(pairs, scores, strict=True) if score == max(scores)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import ibis
 
 from cprec.data.config import TableFiles, TableSource
 from cprec.data.engine import TableEngine, connect
+from cprec.data.sources.columns import no_header_hint
 from cprec.data.sources.raw import RawTable, as_text
 from cprec.data.sources.table_files import read_files
 from cprec.errors import DataError
@@ -57,6 +58,7 @@ def look_at(config: FitConfig) -> tuple[TableSource, Look]:
         found = find(tables["interactions"], tables.get("items"), has_times=has_times, ask=_ask())
         mapped = dict(zip(forms, found, strict=True))
         for name, columns in mapped.items():
+            _check_header(raw[name], set(columns.values()) - set(forms[name].columns.values()))
             say(f"{tables[name].file}: {', '.join(f'{column} is the {field}' for field, column in columns.items())}")
         titled = "items" if "items" in mapped else "interactions"
         look = _counted(engine, raw["interactions"].table, mapped["interactions"], raw[titled].table, mapped[titled])
@@ -87,6 +89,8 @@ def _columns(engine: TableEngine, raw: RawTable, form: TableFiles, limit: int) -
         )
     )
     first = engine.to_arrow(table.limit(limit))
+    if not len(first):
+        raise DataError(f"{raw.files[0]} has a header and no rows")
     columns = [
         Column(
             name,
@@ -96,6 +100,12 @@ def _columns(engine: TableEngine, raw: RawTable, form: TableFiles, limit: int) -
         for number, name in enumerate(raw.columns)
     ]
     return Columns(str(raw.files[0]), columns, form.columns)
+
+
+def _check_header(raw: RawTable, found: Collection[str]) -> None:
+    """Raise DataError where the names of columns that were found are values: the file has no header."""
+    if hint := no_header_hint(sorted(found), raw.key):
+        raise DataError(f"{raw.files[0]}: the header is {', '.join(raw.columns)}{hint}")
 
 
 def _counted(engine: TableEngine, log: Any, columns: Mapping[str, str], items: Any, theirs: Mapping[str, str]) -> Look:

@@ -75,6 +75,10 @@ class BlendConfig:
     is decoded, and minutes become seconds."""
     max_queries: int = 750
     """Validation queries that the weights are chosen on, a seeded sample; 0: all of them."""
+    pool: int = 100
+    """Best items of each part and of the model that compete for a list while the weights are chosen."""
+    max_nodes: int = 2000
+    """The most prefixes that the model reads for the best items of a query; see `RankConfig`."""
     uncertified: bool = False
     """Blend although a leakage certificate is missing or does not cover the model."""
     seed: int = 0
@@ -83,3 +87,6 @@ class BlendConfig:
     def __post_init__(self) -> None:
         if self.max_queries < 0:
             raise ConfigError(f"max_queries={self.max_queries} must be 0 or more")
+        for name, number, least in (("pool", self.pool, 10), ("max_nodes", self.max_nodes, 1)):
+            if number < least:
+                raise ConfigError(f"{name}={number} must be at least {least}")

@@ -88,9 +88,14 @@ ITEMS = {"item_id": IDS, "title": TITLES}
         (LOG, {"item_id": IDS, "a": TITLES, "b": TITLES}, ConfigError, r"a or b may be.*columns.title=a"),
         ({**LOG, "timestamp": ["23.07.2014"] * 40}, ITEMS, DataError, r"timestamp \(as '23.07.2014'\) are no times"),
         ({"user_id": WHO, "item_id": WHAT}, ITEMS, ConfigError, "which column is the time.*timestamps=order"),
-        ({**LOG, "item_id": ["other"] * 40}, ITEMS, DataError, "not those of items.csv in item_id"),
+        (
+            {**LOG, "item_id": ["other"] * 40},
+            ITEMS,
+            DataError,
+            "items.csv has no column with the ids of a column of log.csv",
+        ),
         ({"a": WHO, "b": WHO, "item_id": WHAT, "time": WHEN}, ITEMS, ConfigError, r"a or b may be.*columns.user_id=a"),
-        ({"user_id": WHO, "x": WHO, "time": WHEN}, ITEMS, ConfigError, "which column is the item .item_id.*same ids"),
+        (ITEMS, LOG, DataError, "is log.csv the log, one row an event, and items.csv the items"),  # the wrong way round
     ],
 )
 def test_what_is_not_sure_is_told(

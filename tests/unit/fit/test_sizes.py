@@ -45,8 +45,7 @@ def test_a_small_log_teaches_a_small_model() -> None:
 
 
 def test_queries_end_in_time_but_for_the_fewest() -> None:
-    told = [num_queries(12_000, seconds) for seconds in (1, 300, 10**6)]
-    assert told == [(250, 100), (1200, 150), (10_000, 750)]
+    assert [num_queries((50, 750), seconds, 2.0) for seconds in (-5, 99, 300, 10**6)] == [50, 50, 150, 750]
 
 
 def test_titles_are_cut_where_they_differ() -> None:
