@@ -34,7 +34,7 @@ from cprec.provenance import file_sha256
 from cprec.recommender import RankingQuery
 from cprec.systems.dot_product import DotProductRecommender
 from cprec.systems.recipes.title_sasrec import TitleSASRec
-from cprec.systems.signals import TrainingSequences
+from cprec.systems.signals import TrainingSequences, windows
 
 FOLDER = "item_head"
 """In a model folder: the files of the head, apart from those that other libraries read."""
@@ -109,9 +109,9 @@ class Directions:
 
 
 def settings_for(split: Split, domain: str) -> TitleSASRec:
-    """The settings of a head for a domain: as many passes over few users as make about 300 steps."""
-    rows = len(TrainingSequences.of(split, domain).sequences)
+    """The settings of a head for a domain: where sequences are few, as many passes as make `STEPS` steps."""
     settings = TitleSASRec()
+    rows = len(windows(TrainingSequences.of(split, domain).sequences, settings.max_length))
     return replace(settings, num_epochs=max(settings.num_epochs, STEPS * settings.batch_size / rows))
 
 

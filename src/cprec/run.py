@@ -234,7 +234,8 @@ def _examples(config: EvaluateConfig, split: Split, result: DomainResult, models
 
 def _publish(folder: Path, report: Report, examples: Sequence[Example], runs: Mapping[str, str]) -> None:
     """Write a report in all its forms, and print it."""
-    trained = {name: TrainingRun(name, read_log(Path(run) / LOG), read_done(run) or {}) for name, run in runs.items()}
+    logged = {name: Path(run) for name, run in runs.items() if Path(run, LOG).is_file()}  # not where nothing is trained
+    trained = {name: TrainingRun(name, read_log(run / LOG), read_done(run) or {}) for name, run in logged.items()}
     write_report(folder / "report.json", report)
     write_whole(folder / "report.html", report_page(report, trained, examples))
     for name, table_of in (("tables.md", markdown_table), ("tables.tex", latex_table)):

@@ -35,11 +35,11 @@ from cprec.provenance import (
     save_resolved,
     to_dict,
 )
-from cprec.text.encoding import PromptEncoder, encode_pieces
+from cprec.text.encoding import PromptEncoder
 from cprec.text.general_text import read_texts
 from cprec.text.prompts import Template
 from cprec.text.shards import open_shards, read_shard_manifest
-from cprec.text.tokenizer import beginning_of, load_tokenizer
+from cprec.text.tokenizer import beginning_of, encode_pieces, load_tokenizer
 from cprec.text.vocabulary import check_cut, cut_tokenizer, describe, needed_tokens
 from cprec.train.config import ShrinkConfig
 from cprec.train.folder import DONE

@@ -16,9 +16,9 @@ from cprec.errors import ConfigError
 from cprec.models import add_lora, blocks_of, load_model, tiny_model
 from cprec.shrink import drop_layers, keep_tokens, least_layers, logits_of, perplexity_of, shrink, special_ids
 from cprec.text.config import PrepareConfig
-from cprec.text.encoding import PromptEncoder, encode_pieces
+from cprec.text.encoding import PromptEncoder
 from cprec.text.prepare import prepare
-from cprec.text.tokenizer import load_tokenizer, train_tokenizer
+from cprec.text.tokenizer import encode_pieces, load_tokenizer, train_tokenizer
 from cprec.train.config import ShrinkConfig
 from cprec.train.folder import DONE
 from cprec.train.forgetting import own_texts

@@ -15,8 +15,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from cprec.errors import ConfigError
-from cprec.text.encoding import encode_pieces
-from cprec.text.tokenizer import beginning_of
+from cprec.text.tokenizer import beginning_of, encode_pieces
 
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]

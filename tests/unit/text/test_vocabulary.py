@@ -14,8 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from cprec.errors import ConfigError
-from cprec.text.encoding import encode_pieces
-from cprec.text.tokenizer import beginning_of, load_tokenizer, train_tokenizer
+from cprec.text.tokenizer import beginning_of, encode_pieces, load_tokenizer, train_tokenizer
 from cprec.text.vocabulary import BYTES, NEEDED, check_cut, cut, cut_tokenizer, describe, needed_tokens
 
 WORDS = st.lists(st.text("abc é苹", min_size=1, max_size=8), min_size=1, max_size=8)
