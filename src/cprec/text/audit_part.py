@@ -211,9 +211,7 @@ class _PartAuditor:
         # A validation example ends with a validation event, and may show everything before it.
         allowed = ~split.events(TEST) if validates else self._train
         events, properties = self._check_lines(name, shards, user, allowed, labels)
-        if is_example and name.endswith(f"/{WHOLE}"):
-            properties.append(self._check_items(name, shards, events, user, labels))
-        elif is_example:
+        if is_example and not name.endswith(f"/{WHOLE}"):
             properties += self._check_examples(name, events, user, allowed, labels)
         if cuts:
             log, cut = split.interactions, cuts[TEST if validates else VALIDATION]
@@ -266,38 +264,6 @@ class _PartAuditor:
             check_repeated_targets(name, events, size, user, log.user, self._title, labels),
             check_examples(name, events, size, user, log.user, self._title, asked=asked, shown=shown, labels=labels),
         ]
-
-    def _check_items(self, name: str, shards: Shards, events: Events, user: np.ndarray, labels: Labels) -> Property:
-        """The items that the index gives are those that are written, where it says, and the user's training events."""
-        rows_of_domain = self._split.catalogue.rows_of(name.split("/")[1])
-        items, starts = shards.events
-        is_wrong = np.bincount(events.document, minlength=len(shards)) != items.lengths
-        if is_wrong.any() or ((items.values < 0) | (items.values >= len(rows_of_domain))).any():
-            is_wrong[:] = True  # nothing can be compared one by one
-        else:
-            document, row = items.row_of, rows_of_domain[0] + items.values
-            is_other = self._grammar.title_of_row[row] != events.title
-            is_other |= ~self._stands_there(shards, shards.column("offset")[document] + starts.values, row)
-            is_other |= self._is_more_than_trained_on(user[document], row)
-            is_wrong[document[is_other]] = True
-        what = "items are those that are written, where the index says, and training events of the user"
-        return property_of(f"{name}: {what}", len(items.values), np.flatnonzero(is_wrong), labels.document)
-
-    def _stands_there(self, shards: Shards, place: np.ndarray, row: np.ndarray) -> np.ndarray:
-        """bool for each place among the tokens of shards: whether the title of a catalogue row begins there."""
-        titles = self._grammar.titles.take(row)
-        at = np.repeat(place, titles.lengths) + titles.place_of
-        same = shards.tokens[at.clip(0, len(shards.tokens) - 1)] == titles.values
-        return np.bincount(titles.row_of[~same], minlength=len(row)) == 0
-
-    def _is_more_than_trained_on(self, user: np.ndarray, row: np.ndarray) -> np.ndarray:
-        """bool for each event: whether its user has its catalogue row more often than the training events have it."""
-        log, size = self._split.interactions, len(self._split.catalogue)
-        trained, allowed = np.unique(log.user[self._train] * size + log.item[self._train], return_counts=True)
-        _, pair, counts = np.unique(user * size + row, return_inverse=True, return_counts=True)
-        at = np.searchsorted(trained, user * size + row).clip(0, max(0, len(trained) - 1))
-        known = np.where(trained[at] == user * size + row, allowed[at], 0) if len(trained) else np.zeros(len(row))
-        return counts[pair] > known
 
     def _check_unseen_domains(self, name: str, titles: np.ndarray, users: np.ndarray) -> list[Property]:
         """No item of a domain that is not pre-trained on, and no user tested in one."""

@@ -202,11 +202,7 @@ class _PartWriter:
             encoder, SPECIFIC, found.domain, found.user, events, rules.max_document_tokens
         )
         tokens, target_start = encoder.documents(SPECIFIC, number, events)
-        first = int(split.catalogue.rows_of(domain)[0])
-        columns = self._columns(SPECIFIC, number, user, events.lengths, target_start) | {
-            "items": Ragged(events.values - first, events.offsets),
-            "starts": encoder.title_starts(number, events),
-        }
+        columns = self._columns(SPECIFIC, number, user, events.lengths, target_start)
         self._write_shards(f"examples/{domain}/{WHOLE}", tokens, columns)
 
     def write_queries(self, domain: str) -> None:

@@ -265,16 +265,6 @@ class PromptEncoder:
         target = self._pieces.lengths[self._titles + events.values[events.offsets[1:] - 1]] + 1
         return tokens, tokens.lengths - target
 
-    def title_starts(self, domains: np.ndarray, events: Ragged) -> Ragged:
-        """Where the title of each event begins in its domain-specific document, as `documents` writes it."""
-        lengths, rows = self._pieces.lengths, events.values
-        # The end of each title: tokens of its document's events so far, behind the head.
-        total = offsets_of(self.event_tokens(SPECIFIC, rows))
-        end = total[1:] - np.repeat(total[events.offsets[:-1]] - lengths[self._heads[domains]], events.lengths)
-        starts = end - lengths[self._titles + rows]
-        starts[events.offsets[1:] - 1] += lengths[self._next] - lengths[self._line]  # the target's line opens otherwise
-        return Ragged(starts, events.offsets)
-
     def prompts(self, kind: str, domains: np.ndarray, history: Ragged) -> Ragged:
         """Prompts that end where the title of an item of `domains` must follow; histories may be empty."""
         return self._join(self._sequence(kind, domains, history, last_is_target=False))

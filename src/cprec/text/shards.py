@@ -8,7 +8,6 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +36,13 @@ INDEX = {
 }
 """The columns of the index of documents, and their types."""
 
-EVENTS = {"items": pa.list_(pa.int32()), "starts": pa.list_(pa.int32())}
-"""Columns of documents that say which items they hold: of each event the number of its item within the domain, and the
-place of its title's first token in the document."""
-
 
 @dataclass(frozen=True)
 class Shards:
     """Documents of token ids, read in place, one after the other.
 
     `documents` has one row per document: its offset and length in `tokens`, domain (empty for mixed ones), kind,
-    num_events, platform, user_id and target_start (where the tokens that a fine-tuning loss covers begin); some have
-    the columns `EVENTS` as well.
+    num_events, platform, user_id and target_start (where the tokens that a fine-tuning loss covers begin).
     """
 
     tokens: np.ndarray
@@ -60,14 +54,6 @@ class Shards:
 
     def column(self, name: str) -> np.ndarray:
         return self.documents[name].to_numpy()
-
-    @cached_property
-    def events(self) -> tuple[Ragged, Ragged]:
-        """The columns `EVENTS`: the item of each document's events, and where its title begins."""
-        items, starts = (self.documents[name].combine_chunks() for name in EVENTS)
-        offsets = offsets_of(items.value_lengths().to_numpy())
-        of_items, of_starts = (each.flatten().to_numpy().astype(np.int64) for each in (items, starts))
-        return Ragged(of_items, offsets), Ragged(of_starts, offsets)
 
     @property
     def rows(self) -> Ragged:
@@ -82,7 +68,7 @@ class Shards:
     def concatenate(cls, pieces: Sequence[Shards], manifest: dict[str, Any]) -> Shards:
         """Pieces from `read_piece`, one after the other, in memory."""
         if not pieces:
-            empty = pa.table({name: pa.array([], kind) for name, kind in (INDEX | EVENTS).items()})
+            empty = pa.table({name: pa.array([], kind) for name, kind in INDEX.items()})
             return cls(np.empty(0, dtype=DTYPES[manifest["dtype"]]), empty, manifest)
         tokens = np.concatenate([piece.tokens for piece in pieces])
         documents = pa.concat_tables([piece.documents for piece in pieces])
@@ -111,13 +97,12 @@ def write_shards(
     """Write documents of token ids into a folder, in place of what is there.
 
     The manifest comes last, but only a folder written inside `files.whole_folder` appears complete or not at all.
-    `columns` has the values of the index, `domain` and `kind` among them, one for each document (a row for each in
-    `EVENTS`, which may be left out). `about` goes into the
+    `columns` has the values of the index, `domain` and `kind` among them, one for each document. `about` goes into the
     manifest and must hold `vocabulary_size`, which decides between uint16 and uint32. Neighbouring documents of one
     domain and kind are a piece: one row group of the index, which the manifest lists with `part`.
     """
     full = {"offset": documents.offsets[:-1], "length": documents.lengths, **columns}
-    index = pa.table({name: _column(name, values) for name, values in full.items()})
+    index = pa.table({name: pa.array(values, INDEX[name]) for name, values in full.items()})
 
     def pieces() -> Iterator[Piece]:
         start = 0
@@ -129,12 +114,6 @@ def write_shards(
             start = stop
 
     _write(folder, pieces(), index.schema, about)
-
-
-def _column(name: str, values: Any) -> pa.Array:
-    if name in EVENTS:
-        return pa.ListArray.from_arrays(pa.array(values.offsets, pa.int32()), pa.array(values.values, pa.int32()))
-    return pa.array(values, INDEX[name])
 
 
 def join_shards(folder: Path, sources: Sequence[Path], about: dict[str, Any]) -> None:
