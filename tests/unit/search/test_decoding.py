@@ -329,7 +329,7 @@ def test_impossible_titles_are_ranked_by_priors_alone_where_the_model_has_no_wei
         ([[0.0], [-math.inf]], 1.0, "the prior of item 0 for query 1 is -inf"),
         ([0.0], 1.0, r"priors of shape \(1,\) and type float64: give float64 values, a row for each query"),
         ([[1]], 1.0, "type int64"),
-        ([[1.0]], -0.5, "weight -0.5 among priors must be a number of 0 or more"),
+        ([[1.0]], -0.5, "weight -0.5 of the model among priors must be a number"),
         ([[1.0]], math.nan, "weight nan"),
     ],
 )
