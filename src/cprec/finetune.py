@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
+
 from cprec import distributed
 from cprec.data.dataset import read_split
 from cprec.errors import ConfigError
 from cprec.files import aside
 from cprec.item_head import FOLDER, ItemHead, settings_for
-from cprec.progress import say
+from cprec.progress import say, track
 from cprec.rank.llm import LLMRecommender
 from cprec.train import finetune as language_model
 from cprec.train.config import FinetuneConfig
@@ -40,9 +42,12 @@ def _train_head(config: FinetuneConfig, folder: Path) -> None:
         return
     split, unfinished = read_split(config.data), aside(folder / FOLDER)
     settings = settings_for(split, config.domain)
-    head = ItemHead.train(
-        split, config.domain, model.title_states, settings=settings, seed=config.seed, folder=unfinished
-    )
+
+    def read(rows: np.ndarray) -> np.ndarray:
+        with track(len(rows), f"{config.domain}: reading titles", unit="titles") as progress:
+            return model.title_states(rows, progress.advance)
+
+    head = ItemHead.train(split, config.domain, read, settings=settings, seed=config.seed, folder=unfinished)
     shutil.rmtree(unfinished)
     head.save(folder)
     say(f"{folder / FOLDER}: written")

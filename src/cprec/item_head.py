@@ -30,7 +30,6 @@ from cprec.data.splits import Split
 from cprec.errors import DataError, ModelError
 from cprec.files import whole_folder
 from cprec.models import blocks_of, trunk_and_head
-from cprec.progress import track
 from cprec.provenance import file_sha256
 from cprec.recommender import RankingQuery
 from cprec.systems.dot_product import DotProductRecommender
@@ -59,36 +58,37 @@ Read = Callable[[np.ndarray], np.ndarray]
 
 
 @torch.inference_mode()
-def title_states(model: Any, titles: Ragged, description: str = "reading titles") -> np.ndarray:
+def title_states(model: Any, titles: Ragged, advance: Callable[[int], None] = lambda number: None) -> np.ndarray:
     """What a causal language model makes of titles: float32[N, F].
 
     The means over a title's tokens of their embeddings and of their states after `DEPTH` of the blocks, each scaled to
-    length one, side by side; zeros for a title without tokens. The blocks above are not run.
+    length one, side by side; zeros for a title without tokens. The blocks above are not run. `advance` is told how many
+    titles were read.
+
+    Raises ModelError where a state is not finite.
     """
     trunk, device = trunk_and_head(model)[0], next(model.parameters()).device
     bf16 = distributed.use_bf16("auto", device)
     blocks = blocks_of(model)
     first, last = blocks[0], blocks[max(1, round(DEPTH * len(blocks))) - 1]
     order = np.argsort(titles.lengths, kind="stable")
-    out_NF: np.ndarray | None = None
-    with track(len(titles), description, unit="titles") as progress:
-        for batch in (order[start : start + _BATCH] for start in range(0, len(order), _BATCH)):
-            tokens, lengths = titles.take(batch), titles.lengths[batch]
-            ids_RT = np.zeros((len(batch), max(1, int(lengths.max()))), dtype=np.int64)
-            is_token_RT = np.arange(ids_RT.shape[1]) < lengths[:, None]
-            ids_RT[is_token_RT] = tokens.values
-            # Padding stands on the right, where no earlier token reads it.
-            with distributed.autocast(device, bf16):
-                depths = _run(trunk, torch.from_numpy(ids_RT).to(device), first, last)
-            is_token_RT1 = torch.from_numpy(is_token_RT).to(device)[:, :, None]
-            found = torch.cat([F.normalize((one.float() * is_token_RT1).sum(1), dim=-1) for one in depths], dim=1)
-            if out_NF is None:
-                out_NF = np.zeros((len(titles), found.shape[1]), dtype=np.float32)
-            out_NF[batch] = found.cpu().numpy()
-            progress.advance(len(batch))
-    if out_NF is None or not np.isfinite(out_NF).all():
+    parts = []
+    for batch in (order[start : start + _BATCH] for start in range(0, len(order), _BATCH)):
+        tokens, lengths = titles.take(batch), titles.lengths[batch]
+        ids_RT = np.zeros((len(batch), max(1, int(lengths.max()))), dtype=np.int64)
+        is_token_RT = np.arange(ids_RT.shape[1]) < lengths[:, None]
+        ids_RT[is_token_RT] = tokens.values
+        # Padding stands on the right, where no earlier token reads it.
+        with distributed.autocast(device, bf16):
+            depths = _run(trunk, torch.from_numpy(ids_RT).to(device), first, last)
+        is_token_RT1 = torch.from_numpy(is_token_RT).to(device)[:, :, None]
+        means = [F.normalize((one.float() * is_token_RT1).sum(1), dim=-1) for one in depths]
+        parts.append(torch.cat(means, dim=1).cpu().numpy())
+        advance(len(batch))
+    states_NF: np.ndarray = np.concatenate(parts)[np.argsort(order)]
+    if not np.isfinite(states_NF).all():
         raise ModelError("the states of titles are not finite (NaN or infinity): take an earlier checkpoint")
-    return out_NF
+    return states_NF
 
 
 class _Enough(Exception):

@@ -264,11 +264,11 @@ class LLMRecommender:
                 "item_head=true and take the engine transformers, or choose another mode"
             )
 
-    def title_states(self, rows: np.ndarray) -> np.ndarray:
+    def title_states(self, rows: np.ndarray, advance: Callable[[int], None] = lambda number: None) -> np.ndarray:
         """What the model makes of the titles of some catalogue rows, see `item_head.title_states`: float32[rows, F]."""
         assert isinstance(self.reader, ModelReader)
         titles = self._encoder.encode_items(self._tokenizer, rows, TITLE_TOKENS)
-        return title_states(self.reader.model, titles)
+        return title_states(self.reader.model, titles, advance)
 
     # ---- a batch -----------------------------------------------------------------------------------------------------
 
