@@ -66,8 +66,9 @@ def said(
 
 
 BETTER = (
-    "its lists of ten are 10% better (95 % interval 5% to 15%) than those of the best simple recommender, EASE (NDCG@10 "
-    "0.0880 against 0.0800); what a customer took next is among the ten for 176 of 1,000 customers, against 160"
+    "its lists of ten are 10% better (95 % interval 5% to 15%) than those of the best simple recommender, EASE "
+    "(NDCG@10 0.0880 against 0.0800); what a customer took next is among the ten for 176 of 1,000 customers, against "
+    "160"
 )
 
 
