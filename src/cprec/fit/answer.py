@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from cprec.entrants import WITHOUT_MODEL
-from cprec.evaluate.results import BLENDED, Arm, DomainResult
+from cprec.evaluate.results import BLENDED, BY_HEAD, Arm, DomainResult
 from cprec.evaluate.saved import read_saved
 from cprec.evaluate.statistics import MIN_QUERIES, Comparison, compare_pair
 from cprec.rank.blend_file import Setting, read_about
@@ -39,7 +39,7 @@ def answer(result: DomainResult, model: str, what: str, compare: Compare) -> str
     Nothing is chosen by the test queries but the simple recommender, which is flattered by it.
     """
     best = result.arms[model + BLENDED]
-    own = (model, best.name, WITHOUT_MODEL)
+    own = (model, model + BY_HEAD, best.name, WITHOUT_MODEL)
     simple = max(
         (arm for name, arm in result.arms.items() if arm.kind != "bound" and name not in own),
         key=lambda arm: _mean(result, arm),

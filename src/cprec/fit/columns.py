@@ -13,35 +13,19 @@ from cprec.schema import ITEM_ID, TIMESTAMP, TITLE, USER_ID
 WORDS: Mapping[str, frozenset[str]] = {
     USER_ID: frozenset(
         ("user", "customer", "client", "buyer", "member", "visitor", "shopper", "reader", "reviewer", "account")
-        + ("kunde", "kunden", "kundin", "kundennummer", "kundennr", "kundenid", "nutzer", "benutzer", "besteller")
+        + ("kunde", "kunden", "nutzer")
     ),
     ITEM_ID: frozenset(
         ("item", "product", "article", "sku", "asin", "isbn", "ean", "book", "movie", "film", "song", "track", "game")
-        + (
-            "artikel",
-            "artikelnummer",
-            "artikelnr",
-            "artikelid",
-            "produkt",
-            "produktnummer",
-            "produktid",
-            "ware",
-            "buch",
-        )
+        + ("artikel", "produkt")
     ),
     TIMESTAMP: frozenset(
-        ("time", "date", "datetime", "timestamp", "day", "when", "created", "at", "ts")
-        + ("datum", "zeit", "uhrzeit", "zeitpunkt", "zeitstempel", "tag", "bestelldatum", "kaufdatum")
+        ("time", "date", "datetime", "timestamp", "day", "when", "created", "at", "ts", "datum", "zeit", "tag")
     ),
-    TITLE: frozenset(
-        ("title", "name", "label", "titel", "bezeichnung", "artikelname", "artikelbezeichnung", "produktname")
-    ),
+    TITLE: frozenset(("title", "name", "label", "titel", "bezeichnung")),
 }
 """Words in the name of a column that tell what it holds, English and German."""
-ID_WORDS = frozenset(
-    ("id", "no", "nr", "number", "num", "code", "key", "uid", "sku", "asin", "isbn", "ean", "nummer", "kennung")
-    + ("kundennummer", "kundennr", "kundenid", "artikelnummer", "artikelnr", "artikelid", "produktnummer", "produktid")
-)
+ID_WORDS = frozenset(("id", "no", "nr", "number", "num", "code", "key", "uid", "sku", "asin", "isbn", "ean", "nummer"))
 """Words that tell an id from other things known of a user or an item."""
 
 MEANING = {USER_ID: "the customer", ITEM_ID: "the item", TIMESTAMP: "the time", TITLE: "the item's title"}
@@ -59,7 +43,7 @@ SHARED = 0.5
 REPEATED = 0.7
 """Distinct values among all at most, where the values are users: a log tells of users more than once."""
 
-_WORD = re.compile(r"[a-z]+|[A-Z]+(?![a-z])|[A-Z][a-z]+")
+_WORD = re.compile(r"(?i:kunden|artikel|produkt|bestell|kauf|uhr)|[a-z]+|[A-Z]+(?![a-z])|[A-Z][a-z]+")
 _DATE = re.compile(r"(\d{4}-\d\d?-\d\d?|\d\d?\.\d\d?\.\d{4})([ T].*)?")
 _EARLIEST = 1e8
 """Smaller numbers are no times since 1970 in any unit."""
@@ -78,7 +62,7 @@ class Column:
 
     @property
     def words(self) -> frozenset[str]:
-        """The words of its name: `customerId` has customer and id."""
+        """The words of its name: `customerId` has customer and id, and `Kundennummer` kunden and nummer."""
         return frozenset(word.lower() for word in _WORD.findall(self.name))
 
     def share(self, holds: Callable[[str], object]) -> float:

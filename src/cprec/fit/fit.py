@@ -104,13 +104,13 @@ def _chosen(config: FitConfig, left: Callable[[], float]) -> Recipe:
     say(str(look))
     prepared = _prepare_config(config, source, look)
     prepare(prepared)
-    plan, choice = _training(config, left)
+    plan, choice, head_seconds = _training(config, left)
     size = f"a model of width {choice.size.hidden_size} and {choice.size.num_hidden_layers} blocks"
     passes = f"{choice.passes:g} passes over the log" if choice.passes else "as it is, without training"
     say(
         f"{left() / 60:.1f} minutes are left on {num_cores()} cores. Chosen: "
         f"{size if config.base == TINY else config.base}, {passes}: at {choice.tokens_per_second:,.0f} tokens a second "
-        f"about {choice.seconds / 60:.1f} minutes; then an item head"
+        f"about {choice.seconds / 60:.1f} minutes; then an item head, about {head_seconds / 60:.1f}"
     )
     recipe = Recipe(
         name="fit",
@@ -166,8 +166,9 @@ def _prepare_config(config: FitConfig, source: TableSource, look: Look) -> Prepa
     )
 
 
-def _training(config: FitConfig, left: Callable[[], float]) -> tuple[FinetuneConfig, Choice]:
-    """The model that fits the log and the time, by timing the sizes there are; an open model has one size."""
+def _training(config: FitConfig, left: Callable[[], float]) -> tuple[FinetuneConfig, Choice, float]:
+    """The model that fits the log and the time, by timing the sizes there are; an open model has one size. And the
+    seconds that its item head trains."""
     is_tiny = config.base == TINY
     plan = FinetuneConfig(
         data=f"{config.output_dir}/data",
@@ -191,10 +192,10 @@ def _training(config: FitConfig, left: Callable[[], float]) -> tuple[FinetuneCon
         plan = replace(plan, lora_rank=LORA_RANK)
         told = [timed(plan)]
     rates = [(size, REACHED * one.tokens_per_second) for size, one in zip(sizes, told, strict=True)]
-    seconds = TRAINING * (left() - head_seconds / REACHED)
+    seconds = TRAINING * (left() - head_seconds)
     choice = choose(rates, tokens, seconds, titles=titles, may_stay=not is_tiny)
     lora_rank = plan.lora_rank if choice.passes else 0
-    return replace(plan, tiny=choice.size, num_train_epochs=choice.passes, lora_rank=lora_rank), choice
+    return replace(plan, tiny=choice.size, num_train_epochs=choice.passes, lora_rank=lora_rank), choice, head_seconds
 
 
 def _amounts(plan: FinetuneConfig) -> tuple[int, int, float]:
@@ -204,4 +205,4 @@ def _amounts(plan: FinetuneConfig) -> tuple[int, int, float]:
     titles = [str(title) for title in split.catalogue.title[split.catalogue.rows_of(plan.domain)]]
     lengths = [len(ids) for ids in tokenizer(titles, add_special_tokens=False)["input_ids"]]
     of_titles = sum(min(length, TITLE_TOKENS) for length in lengths)
-    return int(manifest["num_tokens"]), of_titles, seconds_to_train(split, plan.domain, plan.seed)
+    return int(manifest["num_tokens"]), of_titles, seconds_to_train(split, plan.domain, plan.seed) / REACHED
