@@ -10,7 +10,8 @@ Suffixes: N items of the domain in catalogue order, F numbers of a title's state
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,6 +34,7 @@ from cprec.models import blocks_of, trunk_and_head
 from cprec.provenance import file_sha256
 from cprec.recommender import RankingQuery
 from cprec.systems.dot_product import DotProductRecommender
+from cprec.systems.fit import seconds_to_fit
 from cprec.systems.recipes.title_sasrec import TitleSASRec
 from cprec.systems.signals import TrainingSequences, windows
 
@@ -148,6 +150,23 @@ def settings_for(split: Split, domain: str) -> TitleSASRec:
     return replace(settings, num_epochs=max(settings.num_epochs, STEPS * settings.batch_size / rows))
 
 
+def seconds_to_train(split: Split, domain: str, seed: int) -> float:
+    """About how long a head of a domain takes to train, its reading of titles left out; see `seconds_to_fit`."""
+    data = TrainingSequences.of(split, domain)
+    nothing_NK = np.zeros((data.num_items, min(DIRECTIONS, data.num_items)), dtype=np.float32)
+    with _reading(settings_for(split, domain), data, nothing_NK) as settings:
+        return seconds_to_fit(settings, split, domain, seed)
+
+
+@contextmanager
+def _reading(settings: TitleSASRec, data: TrainingSequences, vectors_NK: np.ndarray) -> Iterator[TitleSASRec]:
+    """The settings with a file of the items' vectors, which is gone afterwards."""
+    with TemporaryDirectory() as temporary:
+        path = Path(temporary, "vectors.npz")
+        np.savez(path, item_id=np.array(data.item_ids), vectors=vectors_NK)
+        yield replace(settings, vectors=str(path))
+
+
 class ItemHead:
     """A trained item head of one domain, over the items of a catalogue."""
 
@@ -181,10 +200,8 @@ class ItemHead:
         states_NF = read(rows)
         directions = Directions.of(states_NF)
         vectors_NK = directions.project(states_NF)
-        with TemporaryDirectory() as temporary:
-            path = Path(temporary, "vectors.npz")
-            np.savez(path, item_id=np.array(data.item_ids), vectors=vectors_NK)
-            made = replace(settings, vectors=str(path)).make(split, domain, seed=seed, folder=folder)
+        with _reading(settings, data, vectors_NK) as with_vectors:
+            made = with_vectors.make(split, domain, seed=seed, folder=folder)
         assert isinstance(made, DotProductRecommender)
         weights = {name: value.cpu().numpy() for name, value in made.model.state_dict().items()}
         return cls(settings, split.catalogue, domain, directions, vectors_NK, weights)

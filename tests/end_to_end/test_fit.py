@@ -17,6 +17,7 @@ from cprec.data.sources.synthetic import SyntheticWorld
 from cprec.evaluate.results import read_report
 from cprec.fit import fit as stage
 from cprec.fit.fit import essential, fit
+from cprec.rank.blend_file import read_about
 from cprec.recipe import Recipe
 from cprec.settings import from_mapping
 from cprec.text.config import TINY
@@ -58,18 +59,21 @@ def test_fit_ends_with_a_model_and_a_sentence(
     logs: Path, is_open: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def at_a_fixed_rate(config: object) -> Estimate:  # the machine may be busy
-        return replace(timed(config), tokens_per_second=1000.0)  # type: ignore[arg-type]
+        return replace(timed(config), tokens_per_second=200.0)  # type: ignore[arg-type]
 
     monkeypatch.setattr(stage, "timed", at_a_fixed_rate)
+    monkeypatch.setattr(stage, "seconds_to_train", lambda *_: 10.0)
     command = ["fit", "events.csv", "items.csv", "out", f"base={open_model(logs / 'base') if is_open else TINY}"]
     assert main([*command, "minutes=1e-9"]) == 2
     assert "Give 1 minutes more" in capsys.readouterr().err
-    command.append("minutes=1")
+    command.append("minutes=5")
     assert main(command) == 0  # although there were too few minutes before
     out, err = capsys.readouterr()
     sentence = Path("out/answer.txt").read_text()
     assert sentence.startswith("Use ") and sentence.count("\n") == 1 and out.rstrip().endswith(sentence.strip())
     assert "customer is the user_id" in err and "bought_at is the timestamp" in err and "passes over" in err
+    model = "out/models/shop/fine-tuning-only"
+    assert f"`cprec serve {model}` serves the " in err
 
     recipe = find_config("out/recipe.yaml")
     assert from_mapping(Recipe, essential(recipe)) == recipe
@@ -79,17 +83,29 @@ def test_fit_ends_with_a_model_and_a_sentence(
     report = read_report("out/report/report.json")
     arms = set(report.domains["shop"].arms)
     assert {"EASE", "fine-tuning only", "fine-tuning only blend", "blend without the model"} <= arms
+    served = read_about(model)
+    assert served["blend"] == served["vectors"] and served["blend"]["model"] == 0, "what is served is what was tried"
     assert report.certificate.clean
-    assert Path("out/models/shop/fine-tuning-only/cprec.json").is_file()
-
-    assert 50 <= recipe.blend.max_queries <= 750 and 100 <= recipe.evaluate.max_queries <= 10_000
-    assert recipe.blend.max_nodes == recipe.evaluate.rank.max_nodes
+    assert Path(model, "item_head").is_dir()
 
     assert main(["run", "out/recipe.yaml"]) == 0  # all of it is there
     assert main(command) == 0
     assert "going on with what it says" in capsys.readouterr().err
     assert main([*command, "seed=1"]) == 2
     assert "other settings of seed (as seed=0)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_open_model_stays_as_it_is_where_there_is_no_time_to_train_it(
+    logs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stage, "timed", lambda config: replace(timed(config), tokens_per_second=6.0))
+    monkeypatch.setattr(stage, "seconds_to_train", lambda *_: 10.0)
+    assert main(["fit", "events.csv", "items.csv", "out", f"base={open_model(logs / 'base')}", "minutes=5"]) == 0
+    err = capsys.readouterr().err
+    assert "as it is, without training" in err and "`cprec serve out/models/shop/base-model` serves the " in err
+    assert find_config("out/recipe.yaml").finetune.num_train_epochs == 0
+    assert Path("out/answer.txt").read_text().startswith("Use ")
 
 
 def test_what_cannot_be_fitted_is_told(logs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,8 +68,8 @@ class TableSource:
     price) have another name in the files, as user_id:customer."""
     timestamps: TimeFormat = "auto"
     """seconds, milliseconds, microseconds or nanoseconds since 1970 (UTC), iso (2014-07-23T18:00:00.250, UTC unless it
-    says otherwise), order (numbers, or just the order of rows, that only mean something within one user), or auto,
-    which tells all but the last apart. Parts of a second count, down to a microsecond."""
+    says otherwise; also 23.07.2014), order (numbers, or just the order of rows, that only mean something within one
+    user), or auto, which tells all but the last apart. Parts of a second count, down to a microsecond."""
     separator: str | None = None
     """Between fields of delimited files; None: a comma in .csv, a tab in .tsv."""
     quote: str = '"'

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,64 +13,68 @@ from cprec.entrants import WITHOUT_MODEL
 from cprec.evaluate.results import BLENDED, BY_HEAD, Arm, DomainResult
 from cprec.evaluate.saved import read_saved
 from cprec.evaluate.statistics import MIN_QUERIES, Comparison, compare_pair
-from cprec.rank.blend_file import BLEND, read_about
-from cprec.recipe import FINETUNED
+from cprec.rank.blend_file import Setting, read_about
 
-NAMES = {
-    WITHOUT_MODEL: "the blend of simple recommenders, without the language model",
-    FINETUNED: "the language model",
-    FINETUNED + BY_HEAD: "the item head of the language model",
-    FINETUNED + BLENDED: "the blend of the language model and simple recommenders",
-}
-"""What arms are called in the sentence, the simplest first, which is taken where two are equal; others are simple
-recommenders, by the names that they have in tables."""
+BLEND_OF_ALL = "the blend of the language model and simple recommenders"
+BLEND_OF_SIMPLE = "the blend of simple recommenders, without the language model"
+HEAD = "the item head of the language model"
+"""What a folder may serve, as its weights say."""
 
 Compare = Callable[[str, str], Comparison]
 """Two arms on the same queries: the first less the second."""
 
 
-def answer(result: DomainResult, compare: Compare, validated: Mapping[str, float]) -> str:
-    """Which recommender to use, and how much better than the best simple one it is for the same customers.
+def served(model: str) -> str:
+    """What the blend beside a model is, by its weights. Raises as `read_about` does."""
+    setting = Setting.from_json(read_about(model)["blend"])
+    if not (setting.model or setting.item_head):
+        return BLEND_OF_SIMPLE
+    return BLEND_OF_ALL if any(weight for weight, _ in setting.parts.values()) else HEAD
 
-    Of the model, its item head, its blend and the blend without it, the one is judged that `validated`, NDCG on
-    validation queries by the names of arms, puts first: the best of them on the test queries would be flattered.
+
+def answer(result: DomainResult, model: str, what: str, compare: Compare) -> str:
+    """Whether to use `what` the folder of the arm `model` serves, or the best simple recommender, and how much better
+    it is for the same customers; and what the language model adds, where it has a weight.
+
+    Nothing is chosen by the test queries but the simple recommender, which is flattered by it.
     """
-    arms = {name: arm for name, arm in result.arms.items() if arm.kind != "bound"}
-    best = arms[max((name for name in NAMES if name in arms), key=lambda name: validated.get(name, -1.0))]
-    simple = max((arm for name, arm in arms.items() if name not in NAMES), key=lambda arm: _mean(result, arm))
-    test, name = compare(best.name, simple.name), NAMES[best.name]
+    best = result.arms[model + BLENDED]
+    own = (model, model + BY_HEAD, best.name, WITHOUT_MODEL)
+    simple = max(
+        (arm for name, arm in result.arms.items() if arm.kind != "bound" and name not in own),
+        key=lambda arm: _mean(result, arm),
+    )
+    test = compare(best.name, simple.name)
     means = f"NDCG@10 {_mean(result, best):.4f} against {_mean(result, simple):.4f}"
     if test.low > 0 and test.num_queries >= MIN_QUERIES:
+        added = "" if what == BLEND_OF_SIMPLE else f"; {_added(compare(best.name, WITHOUT_MODEL))}"
         return (
-            f"Use {name}: its lists of ten are {_gain(test, _mean(result, simple))} than those of the best simple "
+            f"Use {what}: its lists of ten are {_gain(test, _mean(result, simple))} than those of the best simple "
             f"recommender, {simple.name} ({means}); what a customer took next is among the ten for "
-            f"{_found(result, best)} of 1,000 customers, against {_found(result, simple)}."
+            f"{_found(result, best)} of 1,000 customers, against {_found(result, simple)}{added}."
         )
-    difference = f"{means}; difference {test.mean:+.4f}, 95 % interval {test.low:+.4f} to {test.high:+.4f}"
+    difference = f"{means}; {_difference(test)}"
     if test.low > 0:
         return (
-            f"Use {simple.name}: {name} seems to be better ({difference}), but {test.num_queries:,} customers are too "
+            f"Use {simple.name}: {what} seems to be better ({difference}), but {test.num_queries:,} customers are too "
             f"few to be sure, so try again with more than {MIN_QUERIES:,}."
         )
-    why = f"it is better than {name}" if test.high < 0 else f"it is enough, because no gain by {name} is shown"
+    why = f"it is better than {what}" if test.high < 0 else f"it is enough, because no gain by {what} is shown"
     return (
         f"Use {simple.name}, a simple recommender: {why} ({difference}), and what a customer took next is among its "
         f"ten for {_found(result, simple)} of 1,000 customers."
     )
 
 
-def validated_by(model: Path) -> dict[str, float]:
-    """What the arms of a model reached on the validation queries that its blend was chosen on; nothing without one."""
-    if not (model / BLEND).is_file():
-        return {}
-    about = read_about(model)
-    settings = {
-        FINETUNED: "model_alone",
-        FINETUNED + BY_HEAD: "head_alone",
-        FINETUNED + BLENDED: "blend",
-        WITHOUT_MODEL: "without_model",
-    }
-    return {name: about[setting]["ndcg@10"] for name, setting in settings.items() if setting in about}
+def _added(test: Comparison) -> str:
+    """What the language model adds to the best blend without it."""
+    if test.low > 0:
+        return f"the language model makes it better than the best blend without one ({_difference(test)})"
+    return f"that the language model makes it better than the best blend without one is not shown ({_difference(test)})"
+
+
+def _difference(test: Comparison) -> str:
+    return f"difference {test.mean:+.4f}, 95 % interval {test.low:+.4f} to {test.high:+.4f}"
 
 
 def compare_saved(folder: Path, result: DomainResult, seed: int, a: str, b: str) -> Comparison:

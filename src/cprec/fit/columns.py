@@ -13,21 +13,25 @@ from cprec.schema import ITEM_ID, TIMESTAMP, TITLE, USER_ID
 WORDS: Mapping[str, frozenset[str]] = {
     USER_ID: frozenset(
         ("user", "customer", "client", "buyer", "member", "visitor", "shopper", "reader", "reviewer", "account")
+        + ("kunde", "kunden", "nutzer")
     ),
     ITEM_ID: frozenset(
         ("item", "product", "article", "sku", "asin", "isbn", "ean", "book", "movie", "film", "song", "track", "game")
+        + ("artikel", "produkt")
     ),
-    TIMESTAMP: frozenset(("time", "date", "datetime", "timestamp", "day", "when", "created", "at", "ts")),
-    TITLE: frozenset(("title", "name", "label")),
+    TIMESTAMP: frozenset(
+        ("time", "date", "datetime", "timestamp", "day", "when", "created", "at", "ts", "datum", "zeit", "tag")
+    ),
+    TITLE: frozenset(("title", "name", "label", "titel", "bezeichnung")),
 }
-"""Words in the name of a column that tell what it holds."""
-ID_WORDS = frozenset(["id", "no", "nr", "number", "num", "code", "key", "uid", "sku", "asin", "isbn", "ean"])
+"""Words in the name of a column that tell what it holds, English and German."""
+ID_WORDS = frozenset(("id", "no", "nr", "number", "num", "code", "key", "uid", "sku", "asin", "isbn", "ean", "nummer"))
 """Words that tell an id from other things known of a user or an item."""
 
 MEANING = {USER_ID: "the customer", ITEM_ID: "the item", TIMESTAMP: "the time", TITLE: "the item's title"}
 HINTS = {
-    TIMESTAMP: "times are written as 2014-07-23 or 2014-07-23T18:00:00, or are seconds since 1970; a log without them, "
-    "where the rows of each customer stand in order, needs timestamps=order",
+    TIMESTAMP: "times are written as 2014-07-23, 2014-07-23T18:00:00 or 23.07.2014, or are seconds since 1970; a log "
+    "without them, where the rows of each customer stand in order, needs timestamps=order",
     TITLE: "every item needs a title, because it is what a language model reads; where the log has none, give the "
     "items and their titles in a second file",
 }
@@ -39,8 +43,8 @@ SHARED = 0.5
 REPEATED = 0.7
 """Distinct values among all at most, where the values are users: a log tells of users more than once."""
 
-_WORD = re.compile(r"[a-z]+|[A-Z]+(?![a-z])|[A-Z][a-z]+")
-_DATE = re.compile(r"\d{4}-\d\d?-\d\d?([ T].*)?")
+_WORD = re.compile(r"(?i:kunden|artikel|produkt|bestell|kauf|uhr)|[a-z]+|[A-Z]+(?![a-z])|[A-Z][a-z]+")
+_DATE = re.compile(r"(\d{4}-\d\d?-\d\d?|\d\d?\.\d\d?\.\d{4})([ T].*)?")
 _EARLIEST = 1e8
 """Smaller numbers are no times since 1970 in any unit."""
 
@@ -58,7 +62,7 @@ class Column:
 
     @property
     def words(self) -> frozenset[str]:
-        """The words of its name: `customerId` has customer and id."""
+        """The words of its name: `customerId` has customer and id, and `Kundennummer` kunden and nummer."""
         return frozenset(word.lower() for word in _WORD.findall(self.name))
 
     def share(self, holds: Callable[[str], object]) -> float:
@@ -123,8 +127,8 @@ def find(
 def is_time(value: str) -> bool:
     """Whether a value is a date, a date and time, or a number of seconds (or a finer unit) since 1970.
 
-    >>> is_time("2014-07-23"), is_time("1406138400"), is_time("23.07.2014"), is_time("17")
-    (True, True, False, False)
+    >>> is_time("2014-07-23"), is_time("1406138400"), is_time("23.07.2014"), is_time("07/23/2014")
+    (True, True, True, False)
     """
     return bool(_DATE.fullmatch(value)) or _number(value) >= _EARLIEST
 

@@ -12,43 +12,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cprec.blend import blend
 from cprec.config import find_config, to_yaml
 from cprec.data.config import TableSource
+from cprec.data.dataset import read_split
 from cprec.errors import ConfigError
 from cprec.evaluate.config import EvaluateConfig
-from cprec.evaluate.statistics import MIN_QUERIES
 from cprec.files import write_whole
-from cprec.fit.answer import answer, compare_saved, validated_by
+from cprec.fit.answer import answer, compare_saved, served
 from cprec.fit.config import FitConfig
 from cprec.fit.look import Look, look_at
-from cprec.fit.sizes import (
-    BLEND_QUERIES,
-    BLENDING,
-    EFFORTS,
-    ENOUGH,
-    QUERIES,
-    REACHED,
-    TRAINING,
-    TRYING,
-    Choice,
-    choose,
-    num_queries,
-    sizes_for,
-)
-from cprec.fit.timing import seconds_to_blend, seconds_to_try
+from cprec.fit.sizes import REACHED, TRAINING, Choice, choose, sizes_for
+from cprec.item_head import TITLE_TOKENS, seconds_to_train
 from cprec.machine import num_cores
 from cprec.progress import say
 from cprec.provenance import CONFIG_FILE, read_resolved, save_resolved, to_dict
-from cprec.rank.blend_file import BLEND
 from cprec.rank.config import BlendConfig, RankConfig
-from cprec.recipe import FINETUNED, Recipe
+from cprec.recipe import FINETUNED, UNTRAINED, Recipe
 from cprec.run import run
 from cprec.text.config import TINY, PrepareConfig
 from cprec.text.prepare import prepare
 from cprec.text.shards import read_shard_manifest
+from cprec.text.tokenizer import load_tokenizer
 from cprec.train.config import FinetuneConfig
-from cprec.train.finetune import finetune, timed
+from cprec.train.finetune import timed
 
 RECIPE, ANSWER = "recipe.yaml", "answer.txt"
 """Files in the output folder: what was chosen, and the sentence at the end."""
@@ -56,9 +42,11 @@ BASELINES = ("popularity", "titles", "transition graph", "transition graph (titl
 """The simple recommenders to compare with."""
 CHOSEN = frozenset(
     ("max_title_tokens", "tiny", "hidden_size", "num_hidden_layers", "num_attention_heads", "learning_rate")
-    + ("num_train_epochs", "max_queries", "max_nodes", "parts")
+    + ("num_train_epochs", "max_queries", "parts")
 )
 """Settings that stand in the recipe's file even where they are the defaults."""
+QUERIES = 10_000
+"""Customers that the recommenders are tried on at most: with more, a mean says hardly more."""
 LORA_RANK = 16
 """Of adapters, where there is no memory to train all weights of an open model."""
 
@@ -66,32 +54,25 @@ LORA_RANK = 16
 def fit(config: FitConfig) -> str:
     """Make and judge a recommender for one domain, within about `config.minutes`; returns the sentence at the end.
 
-    Every choice is made when its turn comes, from what was timed and the time that is left, and stands in the recipe in
-    the output folder; where that is there already, it is gone on with.
+    What was chosen, by what was timed and the time that is left, stands as a recipe in the output folder; where one is
+    there already, it is gone on with.
 
     Raises ConfigError where a column or the time is not enough to decide, or the output folder has other settings, and
     DataError for a log that cannot be read or is too small.
     """
     start = time.monotonic()
-
-    def left() -> float:
-        return start + 60 * config.minutes - time.monotonic()
-
-    recipe = _earlier(config) or _chosen(config, left)
-    folder = recipe.model_folder(config.domain, FINETUNED)
-    assert recipe.finetune is not None and recipe.blend is not None
-    finetune(replace(recipe.finetune, output_dir=folder))
-    if not Path(folder, BLEND).is_file():
-        recipe = _with_blend(config, recipe, folder, BLENDING * left())
-    blend(replace(recipe.blend, model=folder))
-    if not Path(recipe.evaluate.output_dir).exists():
-        recipe = _with_queries(config, recipe, folder, TRYING * left())
+    recipe = _earlier(config) or _chosen(config, lambda: start + 60 * config.minutes - time.monotonic())
     report = run(recipe)
-    saved = partial(compare_saved, Path(recipe.evaluate.output_dir), report.domains[config.domain], config.seed)
-    sentence = answer(report.domains[config.domain], saved, validated_by(Path(folder)))
+    assert recipe.finetune is not None
+    model = FINETUNED if recipe.finetune.num_train_epochs else UNTRAINED
+    folder = recipe.model_folder(config.domain, model)
+    result, what = report.domains[config.domain], served(folder)
+    sentence = answer(
+        result, model, what, partial(compare_saved, Path(recipe.evaluate.output_dir), result, config.seed)
+    )
     write_whole(Path(config.output_dir, ANSWER), sentence + "\n")
     print(f"\n{sentence}\n")
-    say(f"took {(time.monotonic() - start) / 60:.1f} minutes. To try the model: cprec serve {folder}")
+    say(f"took {(time.monotonic() - start) / 60:.1f} minutes. `cprec serve {folder}` serves {what}")
     return sentence
 
 
@@ -123,61 +104,29 @@ def _chosen(config: FitConfig, left: Callable[[], float]) -> Recipe:
     say(str(look))
     prepared = _prepare_config(config, source, look)
     prepare(prepared)
-    tokens = int(read_shard_manifest(Path(prepared.output_dir, "examples", config.domain, "train"))["num_tokens"])
-    plan, choice = _training(config, tokens, left)
+    plan, choice, head_seconds = _training(config, left)
     size = f"a model of width {choice.size.hidden_size} and {choice.size.num_hidden_layers} blocks"
+    passes = f"{choice.passes:g} passes over the log" if choice.passes else "as it is, without training"
     say(
         f"{left() / 60:.1f} minutes are left on {num_cores()} cores. Chosen: "
-        f"{size if config.base == TINY else config.base}; {choice.passes:g} passes over {tokens:,} tokens at "
-        f"{choice.tokens_per_second:,.0f} a second, about {choice.seconds / 60:.1f} minutes"
+        f"{size if config.base == TINY else config.base}, {passes}: at {choice.tokens_per_second:,.0f} tokens a second "
+        f"about {choice.seconds / 60:.1f} minutes; then an item head, about {head_seconds / 60:.1f}"
     )
     recipe = Recipe(
         name="fit",
         description=f"a recommender for {config.domain} in {config.minutes:g} minutes",
         prepare=prepared,
         finetune=plan,
-        blend=BlendConfig(seed=config.seed),
+        blend=BlendConfig(log_p=False, seed=config.seed),
         evaluate=EvaluateConfig(
             data=prepared.output_dir,
             output_dir=f"{config.output_dir}/report",
             baselines=BASELINES,
+            rank=RankConfig(mode="vectors"),
+            max_queries=QUERIES,
             seed=config.seed,
         ),
     )
-    return _written(config, recipe)
-
-
-def _with_blend(config: FitConfig, recipe: Recipe, folder: str, seconds: float) -> Recipe:
-    """The recipe with the queries that the blend is chosen on, and with less effort where they would be few."""
-    for max_nodes, pool in EFFORTS:
-        plan = BlendConfig(model=folder, pool=pool, max_nodes=max_nodes, seed=config.seed)
-        each = seconds_to_blend(plan, recipe.evaluate.data, config.domain, seconds)
-        if seconds >= ENOUGH * each:
-            break
-    queries = num_queries(BLEND_QUERIES, seconds, each)
-    say(f"the blend is chosen on up to {queries:,} customers, {each:.3g} seconds each")
-    return _written(
-        config,
-        replace(
-            recipe,
-            blend=replace(plan, model="", max_queries=queries),
-            evaluate=replace(recipe.evaluate, rank=RankConfig(max_nodes=max_nodes)),
-        ),
-    )
-
-
-def _with_queries(config: FitConfig, recipe: Recipe, folder: str, seconds: float) -> Recipe:
-    """The recipe with the number of queries to try the recommenders on."""
-    each = seconds_to_try(recipe.evaluate, folder, config.domain, seconds)
-    queries = num_queries(QUERIES, seconds, each)
-    say(f"the recommenders are tried on up to {queries:,} customers, {each:.3g} seconds each")
-    if queries < MIN_QUERIES:
-        say(f"note: fewer than {MIN_QUERIES:,} customers prove nothing; more of them need more minutes")
-    return _written(config, replace(recipe, evaluate=replace(recipe.evaluate, max_queries=queries)))
-
-
-def _written(config: FitConfig, recipe: Recipe) -> Recipe:
-    """The recipe, which stands in its file now."""
     path = Path(config.output_dir, RECIPE)
     head = f"# What `cprec fit` chose. Edit it, and run it again: cprec run {path}"
     write_whole(path, f"{head}\n{to_yaml(essential(recipe))}")
@@ -217,14 +166,16 @@ def _prepare_config(config: FitConfig, source: TableSource, look: Look) -> Prepa
     )
 
 
-def _training(config: FitConfig, tokens: int, left: Callable[[], float]) -> tuple[FinetuneConfig, Choice]:
-    """The model that fits the log and the time, by timing the sizes there are; an open model has one size."""
+def _training(config: FitConfig, left: Callable[[], float]) -> tuple[FinetuneConfig, Choice, float]:
+    """The model that fits the log and the time, by timing the sizes there are; an open model has one size. And the
+    seconds that its item head trains."""
     is_tiny = config.base == TINY
     plan = FinetuneConfig(
         data=f"{config.output_dir}/data",
         output_dir=f"{config.output_dir}/models",
         domain=config.domain,
         model_name_or_path=config.base,
+        item_head=True,
         learning_rate=2e-3 if is_tiny else 1e-4,
         max_length=256 if is_tiny else 512,
         train_batch_size=16,
@@ -234,11 +185,24 @@ def _training(config: FitConfig, tokens: int, left: Callable[[], float]) -> tupl
         general_text="none",
         seed=config.seed,
     )
+    tokens, titles, head_seconds = _amounts(plan)
     sizes = sizes_for(tokens) if is_tiny else [plan.tiny]
     told = [timed(replace(plan, tiny=size)) for size in sizes]
     if not is_tiny and told[0].memory_bytes > told[0].free_memory:
         plan = replace(plan, lora_rank=LORA_RANK)
         told = [timed(plan)]
     rates = [(size, REACHED * one.tokens_per_second) for size, one in zip(sizes, told, strict=True)]
-    choice = choose(rates, tokens, TRAINING * left())
-    return replace(plan, tiny=choice.size, num_train_epochs=choice.passes), choice
+    seconds = TRAINING * (left() - head_seconds)
+    choice = choose(rates, tokens, seconds, titles=titles, may_stay=not is_tiny)
+    lora_rank = plan.lora_rank if choice.passes else 0
+    return replace(plan, tiny=choice.size, num_train_epochs=choice.passes, lora_rank=lora_rank), choice, head_seconds
+
+
+def _amounts(plan: FinetuneConfig) -> tuple[int, int, float]:
+    """Tokens of a pass, tokens of the titles that an item head reads, and the seconds that it trains."""
+    manifest = read_shard_manifest(Path(plan.data, "examples", plan.domain, "train"))
+    split, tokenizer = read_split(plan.data), load_tokenizer(f"{plan.data}/tokenizer")
+    titles = [str(title) for title in split.catalogue.title[split.catalogue.rows_of(plan.domain)]]
+    lengths = [len(ids) for ids in tokenizer(titles, add_special_tokens=False)["input_ids"]]
+    of_titles = sum(min(length, TITLE_TOKENS) for length in lengths)
+    return int(manifest["num_tokens"]), of_titles, seconds_to_train(split, plan.domain, plan.seed) / REACHED

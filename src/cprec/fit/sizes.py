@@ -25,16 +25,11 @@ FEWEST_PASSES = 0.2
 """Passes below which a model has learnt too little to be judged."""
 REACHED = 0.8
 """Share of the rate of a timed pass that training reaches, for there is the optimizer, too, and what else runs."""
-TRAINING, BLENDING, TRYING = 0.5, 0.4, 0.6
-"""Shares of the time left, at the start of each, that training, choosing the weights of the blend, and ranking test
-queries with the model may take; the rest is for simple recommenders, statistics and delays."""
-EFFORTS = ((2000, 100), (500, 50), (100, 20))
-"""Prefixes of titles that a model reads for a list at most, and best items of each part that compete in the choice of
-weights. A search with fewer prefixes is exact for fewer lists; the report says for how many."""
-ENOUGH = 300
-"""Queries to choose weights on, for which less effort is made where the time is short."""
-BLEND_QUERIES, QUERIES = (50, 750), (100, 10_000)
-"""Fewest and most queries to choose weights on, and to rank: with fewer a mean says nothing, with more hardly more."""
+TRAINING = 0.7
+"""Share of the time left, less that of the item head, that training the model and reading titles may take; the rest is
+for the blend, simple recommenders, statistics and delays."""
+READING = 1 / 3
+"""What reading a token takes of the time of learning from it: the forward pass."""
 
 TITLE_TOKENS = (8, 12, 16, 24, 32)
 """Tokens of a title to choose from."""
@@ -66,7 +61,7 @@ class Choice:
     tokens_per_second: float
     passes: float
     seconds: float
-    """Of training."""
+    """Of training and of reading all titles."""
 
 
 def sizes_for(tokens: int) -> list[TinyModel]:
@@ -74,28 +69,28 @@ def sizes_for(tokens: int) -> list[TinyModel]:
     return [size for size, least in SIZES if tokens >= least]
 
 
-def choose(rates: Sequence[tuple[TinyModel, float]], tokens: int, seconds: float) -> Choice:
+def choose(
+    rates: Sequence[tuple[TinyModel, float]], tokens: int, seconds: float, *, titles: int, may_stay: bool = False
+) -> Choice:
     """The largest model that has time for `PASSES`, else the smallest, with as many passes as fit into `seconds`.
 
-    `rates` has tokens a second of each size, the smallest first; `tokens` are those of a pass.
+    `rates` has tokens a second of each size, the smallest first; `tokens` are those of a pass, `titles` those of all
+    titles, which are read once. What `may_stay` as it is has no passes where there is no time to learn.
 
-    Raises ConfigError where even the smallest model has no time to learn.
+    Raises ConfigError where even the smallest model has no time for what it needs.
     """
-    fitting = [(size, rate) for size, rate in rates if rate * seconds >= PASSES * tokens]
+    reading = READING * titles
+    fitting = [(size, rate) for size, rate in rates if rate * seconds >= PASSES * tokens + reading]
     size, rate = fitting[-1] if fitting else rates[0]
     most = max(MOST_PASSES, min(MOST_OF_FEW, FEW_TOKENS / tokens))
-    passes = int(100 * min(most, rate * seconds / tokens)) / 100
+    passes = int(100 * min(most, (rate * seconds - reading) / tokens)) / 100
     if passes < FEWEST_PASSES:
-        more = (FEWEST_PASSES * tokens / rate - seconds) / TRAINING / 60
-        raise ConfigError(
-            f"the time is too short for this log: training takes {FEWEST_PASSES * tokens / rate / 60:,.1f} minutes at "
-            f"least ({tokens:,} tokens a pass, {rate:,.0f} a second), and {max(0, seconds) / 60:,.1f} are left for "
-            f"it. Give {math.ceil(more):,} minutes more, a part of the log, or a machine with a GPU"
-        )
-    return Choice(size, rate, passes, passes * tokens / rate)
-
-
-def num_queries(bounds: tuple[int, int], seconds: float, seconds_each: float) -> int:
-    """How many queries can be ranked in the time, within bounds."""
-    fewest, most = bounds
-    return int(min(most, max(fewest, seconds / seconds_each)))
+        passes, least = 0.0, reading + (0 if may_stay else FEWEST_PASSES * tokens)
+        if rate * seconds < least:
+            more = (least / rate - seconds) / TRAINING / 60
+            raise ConfigError(
+                f"the time is too short for this log: the model takes {least / rate / 60:,.1f} minutes at least "
+                f"({tokens:,} tokens a pass, {rate:,.0f} a second), and {max(0, seconds) / 60:,.1f} are left for it. "
+                f"Give {math.ceil(more):,} minutes more, a part of the log, or a machine with a GPU"
+            )
+    return Choice(size, rate, passes, (passes * tokens + reading) / rate)

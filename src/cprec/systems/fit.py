@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -43,6 +44,8 @@ from cprec.train.trainable import Stream, Trainable, decay_matrices
 NEXT_ITEM = "next_item"
 """The name of the main loss term."""
 RECORD, WEIGHTS = "system.json", "best.safetensors"
+VALIDATIONS = 15
+"""Validations in a stage, beside the one before its first step."""
 
 
 class TrainedRecommender(Protocol):
@@ -103,7 +106,7 @@ class SystemSettings(ABC):
     anneal: float = 0.4
     """Share of the steps at the end over which the learning rate falls to zero, linearly."""
     patience: int = 0
-    """Validations (there are 15 in a stage) without a better one after which a stage ends; 0: it goes to the end."""
+    """Validations (of `VALIDATIONS`) without a better one after which a stage ends; 0: it goes to the end."""
 
     VALIDATION_QUERIES: ClassVar[int] = 4000
     """Validation queries, a seeded sample at most, that decide which weights are kept."""
@@ -317,6 +320,26 @@ def fit(settings: SystemSettings, split: Split, domain: str, seed: int, folder: 
     return recommender
 
 
+def seconds_to_fit(
+    settings: SystemSettings, split: Split, domain: str, seed: int, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """About how long `fit` takes: of each stage one step, the second of two, and one validation are timed."""
+    data = TrainingSequences.of(split, domain)
+    validation = _Validation.of(split, domain, seed, settings.VALIDATION_QUERIES)
+    device, seconds = distributed.pick_device(), 0.0
+    for stage in settings.stages(data, seed):
+        stage.trainable.module.to(device)
+        stage.refresh()
+        times = [clock()]
+        for step in (0, 1):
+            rows = distributed.to_device(stage.stream.batch(step).rows, device)
+            sum(stage.trainable.losses(rows).values(), torch.zeros((), device=device)).backward()
+            times.append(clock())
+        validation.ndcg(stage.recommender())
+        seconds += stage.stream.num_steps * (times[2] - times[1]) + (VALIDATIONS + 1) * (clock() - times[2])
+    return seconds
+
+
 def _fit_stage(
     settings: SystemSettings, stage: Stage, validation: _Validation, seed: int, folder: Path, title: str
 ) -> dict[str, float]:
@@ -347,7 +370,7 @@ def _fit_stage(
                 optimisation=Optimisation(weight_decay=settings.weight_decay, max_grad_norm=5.0, seed=seed),
                 cadence=Cadence(
                     logging_steps=max(1, num_steps // 100),
-                    eval_steps=max(1, num_steps // 15),
+                    eval_steps=max(1, num_steps // VALIDATIONS),
                     save_steps=max(1, num_steps // 4),
                     save_total_limit=1,
                 ),

@@ -57,6 +57,10 @@ def milliseconds(time: int) -> int:
     return time // 1000 * 1000
 
 
+def days(time: int) -> int:
+    return time // (86_400 * SECOND) * 86_400 * SECOND
+
+
 FORMS = {
     "text: seconds": Form("csv", lambda t: f"{t // SECOND}.{t % SECOND:06}"),
     "text: tenths of seconds": Form("csv", lambda t: f"{t // 100_000 / 10}", left=lambda t: t // 100_000 * 100_000),
@@ -70,6 +74,8 @@ FORMS = {
     "text: ISO, milliseconds, Z": Form(
         "csv", lambda t: naive(t).isoformat(timespec="milliseconds") + "Z", left=milliseconds
     ),
+    "text: dots": Form("csv", lambda t: f"{naive(t):%d.%m.%Y %H:%M:%S.%f}"),
+    "text: dots, days": Form("csv", lambda t: f"{naive(t).day}.{naive(t).month}.{naive(t).year}", left=days),
     "text: ISO, nanoseconds": Form("csv", lambda t: naive(t).isoformat(timespec="microseconds") + "999Z"),
     "JSON: floats": Form("jsonl", lambda t: t / SECOND),
     "JSON: milliseconds": Form("jsonl", lambda t: t // 1000, left=milliseconds),

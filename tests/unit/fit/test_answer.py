@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 from cprec.evaluate.results import FULL, Arm, Cost, DomainResult, Interval, Kind, Metric
 from cprec.evaluate.saved import write_saved
 from cprec.evaluate.statistics import Comparison, compare_pair
-from cprec.fit.answer import answer, compare_saved, validated_by
+from cprec.fit.answer import BLEND_OF_ALL, BLEND_OF_SIMPLE, HEAD, answer, compare_saved, served
+from cprec.rank.blend_file import BLEND
 
 NDCG, RECALL = Metric("ndcg", 10, FULL), Metric("recall", 10, FULL)
 
@@ -21,16 +23,11 @@ def arm(name: str, kind: Kind, ndcg: float) -> Arm:
     return Arm(name=name, kind=kind, metrics=cells, seconds={FULL: 1.0}, cost=Cost(milliseconds_per_query=1.0))
 
 
-def result(**others: float) -> DomainResult:
-    """EASE is the best simple recommender; `others` are the arms with the model, by letters."""
-    names = {
-        "f": "fine-tuning only",
-        "h": "fine-tuning only item head",
-        "b": "fine-tuning only blend",
-        "w": "blend without the model",
-    }
+def result(blend: float, without: float = 0.08) -> DomainResult:
+    """EASE is the best simple recommender; the head and the blend without the model are none."""
     arms = [arm("popularity", "baseline", 0.04), arm("EASE", "baseline", 0.08), arm("oracle", "bound", 0.9)]
-    arms += [arm(names[letter], "baseline" if letter == "w" else "model", mean) for letter, mean in others.items()]
+    arms += [arm("fine-tuning only", "model", 0.09), arm("fine-tuning only blend", "model", blend)]
+    arms.append(arm("blend without the model", "baseline", without))
     return DomainResult(
         domain="shop",
         num_items=100,
@@ -43,55 +40,70 @@ def result(**others: float) -> DomainResult:
 
 
 def said(
-    told: DomainResult, low: float, high: float, num_queries: int = 2000, validated: dict[str, float] | None = None
+    told: DomainResult,
+    interval: tuple[float, float],
+    num_queries: int = 2000,
+    *,
+    what: str = BLEND_OF_ALL,
+    added: tuple[float, float] = (0.002, 0.006),
 ) -> str:
-    compared: list[str] = []
-
     def compare(a: str, b: str) -> Comparison:
-        compared[:] = [a, b]
-        mean = (low + high) / 2
+        low, high = {"EASE": interval, "blend without the model": added}[b]
+        assert a == "fine-tuning only blend"
         return Comparison(
-            mean=mean, low=low, high=high, p_value=0.01, p_adjusted=0.01, num_queries=num_queries, detectable=None
+            mean=(low + high) / 2,
+            low=low,
+            high=high,
+            p_value=0.01,
+            p_adjusted=0.01,
+            num_queries=num_queries,
+            detectable=None,
         )
 
-    sentence = answer(told, compare, validated or {name: one.metrics[NDCG].mean for name, one in told.arms.items()})
-    assert compared[1] == "EASE" and sentence.endswith(".") and "\n" not in sentence
+    sentence = answer(told, "fine-tuning only", what, compare)
+    assert sentence.endswith(".") and "\n" not in sentence
     return sentence
 
 
-@pytest.mark.parametrize(
-    ("arms", "name"),
-    [
-        ({"f": 0.088}, "the language model"),
-        ({"f": 0.07, "h": 0.088}, "the item head of the language model"),
-        ({"f": 0.07, "b": 0.088, "w": 0.084}, "the blend of the language model and simple recommenders"),
-        ({"f": 0.07, "b": 0.086, "w": 0.088}, "the blend of simple recommenders, without the language model"),
-    ],
+BETTER = (
+    "its lists of ten are 10% better (95 % interval 5% to 15%) than those of the best simple recommender, EASE "
+    "(NDCG@10 0.0880 against 0.0800); what a customer took next is among the ten for 176 of 1,000 customers, against "
+    "160"
 )
-def test_the_best_is_used_where_it_is_surely_better(arms: dict[str, float], name: str) -> None:
-    assert said(result(**arms), 0.004, 0.012) == (
-        f"Use {name}: its lists of ten are 10% better (95 % interval 5% to 15%) than those of the best simple "
-        "recommender, EASE (NDCG@10 0.0880 against 0.0800); what a customer took next is among the ten for 176 of "
-        "1,000 customers, against 160."
+
+
+def test_what_is_served_is_used_where_it_is_surely_better() -> None:
+    assert said(result(0.088), (0.004, 0.012)) == (
+        f"Use the blend of the language model and simple recommenders: {BETTER}; the language model makes it better "
+        "than the best blend without one (difference +0.0040, 95 % interval +0.0020 to +0.0060)."
     )
+    same = said(result(0.088), (0.004, 0.012), added=(-0.001, 0.003))
+    assert "; that the language model makes it better than the best blend without one is not shown (diff" in same
+    simple = said(result(0.088), (0.004, 0.012), what=BLEND_OF_SIMPLE)
+    assert simple == f"Use the blend of simple recommenders, without the language model: {BETTER}."
 
 
 def test_the_simple_one_is_used_where_nothing_is_shown() -> None:
-    same = said(result(f=0.081), -0.002, 0.004)
+    same = said(result(0.081, without=0.2), (-0.002, 0.004))
     assert same.startswith(
-        "Use EASE, a simple recommender: it is enough, because no gain by the language model is shown"
+        "Use EASE, a simple recommender: it is enough, because no gain by the blend of the language model and simple"
     )
     assert "difference +0.0010, 95 % interval -0.0020 to +0.0040), and" in same and "its ten for 160 of 1,000" in same
-    assert "it is better than the language model" in said(result(f=0.072), -0.012, -0.004)
-    few = said(result(f=0.088), 0.004, 0.012, num_queries=250)
-    assert few.startswith("Use EASE: the language model seems to be better") and "250 customers are too few" in few
+    assert "it is better than the item head of" in said(result(0.072), (-0.012, -0.004), what=HEAD)
+    few = said(result(0.088), (0.004, 0.012), num_queries=250)
+    assert few.startswith("Use EASE: the blend of") and "250 customers are too few" in few
 
 
-def test_validation_chooses_and_the_test_queries_judge(tmp_path: Path) -> None:
-    told = result(f=0.07, b=0.086, w=0.088)
-    validated = {"fine-tuning only": 0.06, "fine-tuning only blend": 0.09, "blend without the model": 0.08}
-    assert said(told, 0.002, 0.01, validated=validated).startswith("Use the blend of the language model and simple")
-    assert validated_by(tmp_path) == {}
+@pytest.mark.parametrize(
+    ("head", "ease", "what"), [(1.0, 0.5, BLEND_OF_ALL), (1.0, 0.0, HEAD), (0.0, 1.0, BLEND_OF_SIMPLE)]
+)
+def test_weights_say_what_is_served(tmp_path: Path, head: float, ease: float, what: str) -> None:
+    parts = {"EASE": {"weight": ease, "floor": 0.1}}
+    setting = {"model": 0.0, "item_head": head, "parts": parts, "ndcg@10": 0.1}
+    empty = dict.fromkeys(("catalogue", "model", "files", "asked", "without_model"))
+    about = {"schema_version": 2, "domain": "shop", "blend": setting} | empty
+    (tmp_path / BLEND).write_text(json.dumps(about))
+    assert served(str(tmp_path)) == what
 
 
 def test_arms_are_compared_query_by_query(tmp_path: Path) -> None:
@@ -112,4 +124,4 @@ def test_arms_are_compared_query_by_query(tmp_path: Path) -> None:
     (tmp_path / "shop").mkdir()
     write_saved(pa.concat_tables(map(pa.table, parts)), tmp_path / "shop" / "metrics.parquet")
     expected = compare_pair(values["a"], values["b"], groups=users, seed=3)
-    assert compare_saved(tmp_path, result(f=0.1), 3, "a", "b") == expected
+    assert compare_saved(tmp_path, result(0.1), 3, "a", "b") == expected

@@ -44,6 +44,16 @@ def found(
             {"article": IDS, "product_name": TITLES},
             ["SKU", "order_date", "customerNo", "article", "product_name"],
         ),
+        (  # a German shop's
+            {"Kunde": WHO, "Artikel": WHAT, "Datum": [f"{1 + n % 28}.09.2022" for n in range(40)], "Menge": PRICES},
+            {"Artikel": IDS, "Bezeichnung": TITLES, "Marke": TITLES},
+            ["Artikel", "Datum", "Kunde", "Artikel", "Bezeichnung"],
+        ),
+        (  # German compounds
+            {"Kundennummer": WHO, "Artikelnr": WHAT, "Bestelldatum": WHEN, "Kundenname": WHO},
+            {"Artikelnr": IDS, "Artikelname": TITLES, "Beschreibung": TITLES},
+            ["Artikelnr", "Bestelldatum", "Kundennummer", "Artikelnr", "Artikelname"],
+        ),
         (  # an id and a name of each
             {"customer_id": WHO, "customer_name": WHO, "product_id": WHAT, "product_name": WHAT, "time": WHEN},
             {"product_id": IDS, "product_name": TITLES, "brand": TITLES},
@@ -86,7 +96,7 @@ ITEMS = {"item_id": IDS, "title": TITLES}
     [
         (LOG, {"item_id": IDS, "price": PRICES}, ConfigError, r"items.csv: which column is the item's title \(title\)"),
         (LOG, {"item_id": IDS, "a": TITLES, "b": TITLES}, ConfigError, r"a or b may be.*columns.title=a"),
-        ({**LOG, "timestamp": ["23.07.2014"] * 40}, ITEMS, DataError, r"timestamp \(as '23.07.2014'\) are no times"),
+        ({**LOG, "timestamp": ["23/07/2014"] * 40}, ITEMS, DataError, r"timestamp \(as '23/07/2014'\) are no times"),
         ({"user_id": WHO, "item_id": WHAT}, ITEMS, ConfigError, "which column is the time.*timestamps=order"),
         (
             {**LOG, "item_id": ["other"] * 40},

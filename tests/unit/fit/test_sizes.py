@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cprec.errors import ConfigError
-from cprec.fit.sizes import SIZES, choose, num_queries, sizes_for, title_tokens
+from cprec.fit.sizes import SIZES, choose, sizes_for, title_tokens
 from cprec.train.config import TinyModel
 
 SMALL, MEDIUM, LARGE = (size for size, _ in SIZES[:3])
@@ -27,25 +27,34 @@ RATES = [(SMALL, 20_000.0), (MEDIUM, 10_000.0), (LARGE, 5_000.0)]
 def test_the_largest_model_with_time_for_its_passes(
     tokens: int, seconds: float, size: TinyModel, passes: float
 ) -> None:
-    choice = choose(RATES, tokens, seconds)
+    choice = choose(RATES, tokens, seconds, titles=0)
     assert (choice.size, choice.passes) == (size, passes)
     assert choice.seconds == passes * tokens / choice.tokens_per_second <= seconds
 
 
+def test_titles_are_read_in_the_same_time() -> None:
+    choice = choose(RATES, 1_000_000, 600, titles=300_000)  # 0.1 M tokens of learning: no three passes for the largest
+    assert (choice.size, choice.passes) == (MEDIUM, 5.0) and choice.seconds == pytest.approx(510)
+    assert choose(RATES[:1], 1_000_000, 100, titles=300_000).passes == 1.9
+
+
 def test_too_little_time_says_how_much_is_missing() -> None:
     with pytest.raises(
-        ConfigError, match=r"takes 3\.3 minutes at least .* and 1\.0 are left for it. Give 5 minutes more"
+        ConfigError, match=r"takes 3\.3 minutes at least .* and 1\.0 are left for it. Give 4 minutes more"
     ):
-        choose(RATES, 20_000_000, 60)
+        choose(RATES, 20_000_000, 60, titles=0)
+
+
+def test_an_open_model_may_stay_as_it_is() -> None:
+    choice = choose(RATES[:1], 20_000_000, 60, titles=3_000_000, may_stay=True)
+    assert (choice.passes, choice.seconds) == (0.0, pytest.approx(50))
+    with pytest.raises(ConfigError, match=r"takes 0\.8 minutes at least .* and 0\.7 are left"):
+        choose(RATES[:1], 20_000_000, 40, titles=3_000_000, may_stay=True)
 
 
 def test_a_small_log_teaches_a_small_model() -> None:
     assert sizes_for(100_000) == [SMALL] and sizes_for(1_000_000) == [SMALL, MEDIUM]
     assert sizes_for(10**9) == [size for size, _ in SIZES]
-
-
-def test_queries_end_in_time_but_for_the_fewest() -> None:
-    assert [num_queries((50, 750), seconds, 2.0) for seconds in (-5, 99, 300, 10**6)] == [50, 50, 150, 750]
 
 
 def test_titles_are_cut_where_they_differ() -> None:

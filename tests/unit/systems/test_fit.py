@@ -119,6 +119,14 @@ def test_training_ends_when_it_has_not_become_better(split: Split, tmp_path: Pat
     assert sum("validation" in line for line in log.read_text().splitlines()) < 6
 
 
+def test_the_time_of_training_is_that_of_its_steps_and_validations(split: Split) -> None:
+    ticks = iter((0.0, 100.0, 103.0, 110.0))  # the first step warms up, the second takes 3 seconds, validation 7
+    num_rows = len(TrainingSequences.of(split, "ring").sequences)
+    num_steps = 5 * -(-num_rows // SASREC.batch_size)
+    told = fitting.seconds_to_fit(SASREC, split, "ring", 0, clock=lambda: next(ticks))
+    assert told == 3 * num_steps + 7 * 16
+
+
 def test_data_without_anything_to_learn_is_unsuitable(split: Split) -> None:
     for part, message in ((TEST, "nothing to train on"), (TRAIN, "no validation event")):
         emptied = replace(split, part=np.full_like(split.part, SPLITS.index(part)))

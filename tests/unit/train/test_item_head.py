@@ -18,7 +18,7 @@ from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import ConfigError, DataError
-from cprec.item_head import Directions, ItemHead, title_states
+from cprec.item_head import Directions, ItemHead, seconds_to_train, title_states
 from cprec.models import tiny_model
 from cprec.rank.blend import Blend, write_blend
 from cprec.rank.blend_file import Setting
@@ -104,6 +104,10 @@ def test_a_head_learns_what_follows_what(ring: Split, model: Any, tokenizer: Any
     query = RankingQuery("q", domain, (Item(domain, ring.catalogue.item_id[0]),))
     one, other = (head.log_probs([query], np.ones(num_items, dtype=bool)) for head in heads)
     assert np.array_equal(one, other)
+
+
+def test_the_time_of_training_can_be_told_before(ring: Split) -> None:
+    assert seconds_to_train(ring, ring.catalogue.domains[0], 0) > 0
 
 
 def test_shares_sum_to_one_over_the_items_in_stock(head: ItemHead) -> None:

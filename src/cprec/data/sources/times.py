@@ -1,4 +1,5 @@
-"""Reads the times of a log: seconds or a finer unit since 1970, ISO dates, or positions that order a user's events."""
+"""Reads the times of a log: seconds or a finer unit since 1970, dates as ISO writes them or with dots, or positions
+that order a user's events."""
 
 from __future__ import annotations
 
@@ -22,6 +23,8 @@ LATEST_SECONDS = 4_102_444_800
 """The year 2100. No event happens from then on, or before 1970."""
 FIRST_DAY, LAST_DAY = 19_700_101, 21_000_101
 """Days written as one number, year, month and day: the first one of 1970 and of 2100."""
+WITH_DOTS = r"^(\d\d?)\.(\d\d?)\.(\d{4})(.*)$"
+"""A date as 25.09.2022, the day first, with or without a time."""
 NOT_A_TIME = 1e300
 """Numbers from here on are taken for unreadable, smaller ones for times out of range."""
 MIXED_SHARE = 0.1
@@ -70,7 +73,12 @@ def read_times(engine: TableEngine, value: Any, time_format: str) -> tuple[Any, 
 
 def _moment(value: Any) -> Any:
     """A column as times, null where a value is not a date."""
-    return value if value.type().is_timestamp() else value.try_cast("timestamp('UTC')")
+    if value.type().is_timestamp():
+        return value
+    if value.type().is_string():
+        day, month, year, rest = (value.re_extract(WITH_DOTS, group) for group in (1, 2, 3, 4))
+        value = ibis.ifelse(value.re_search(WITH_DOTS), year + "-" + month + "-" + day + rest, value)
+    return value.try_cast("timestamp('UTC')")
 
 
 def _microseconds(rest: Any, per_second: int) -> Any:
