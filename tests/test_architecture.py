@@ -41,7 +41,8 @@ BELOW = {
     "card": BASE | {"data", "text"},
     "train": BASE | {"data", "text", "models", "distributed", "search", "card"},
     "search": BASE | {"data", "models", "distributed"},
-    "rank": BASE | {"data", "scoring", "text", "models", "distributed", "item_head", "search", "baselines"},
+    # Of the systems those that can be stored: a blend opens them without their data.
+    "rank": BASE | {"data", "scoring", "text", "models", "distributed", "item_head", "search", "baselines", "systems"},
     "scoring": BASE | {"data"},
     "systems": BASE | {"data", "scoring", "text", "models", "distributed", "train", "search"},
     "item_head": BASE | {"data", "models", "distributed", "systems"},

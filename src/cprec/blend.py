@@ -20,9 +20,10 @@ from cprec.data.dataset import event_files, read_split
 from cprec.data.splits import Split
 from cprec.errors import ConfigError, Unsuitable
 from cprec.evaluate.coverage import check_certificate
+from cprec.files import aside
 from cprec.progress import Progress, say, track
 from cprec.provenance import FileHashes, code_sha256, file_sha256, read_resolved
-from cprec.rank.blend import Blend, BlendedParts, check_parts, identity, shares, write_blend
+from cprec.rank.blend import FOLDER, Blend, BlendedParts, check_parts, identity, shares, write_blend
 from cprec.rank.blend_file import BLEND, MODEL, Setting, read_about
 from cprec.rank.config import BlendConfig, Mode
 from cprec.rank.llm import LLMRecommender
@@ -85,7 +86,8 @@ def blend(config: BlendConfig) -> dict[str, Any]:
             "blend. Fine-tune with item_head=true, or leave log_p out"
         )
     questions = validation_queries(split, domain, config.max_queries, config.seed)
-    parts, left_out = _made(config.parts, split, domain, config.seed)
+    unfinished = aside(Path(config.model, FOLDER))  # `write_blend` empties it before it writes there
+    parts, left_out = made_parts(config.parts, split, domain, config.seed, unfinished)
     chosen = choose(model, domain, parts, questions, config.pool, log_p=config.log_p)
     about = {"asked": asked, "num_queries": len(questions[0]), "certified": certified, "left_out": left_out}
     write_blend(config.model, domain, parts, chosen, about)
@@ -112,15 +114,16 @@ def _earlier(model: str, domain: str, asked: Mapping[str, Any]) -> dict[str, Any
     return about if same else None
 
 
-def _made(
-    names: Sequence[str], split: Split, domain: str, seed: int
+def made_parts(
+    names: Sequence[str], split: Split, domain: str, seed: int, folder: Path
 ) -> tuple[dict[str, StoredRecommender], dict[str, str]]:
-    """The parts by name, and why others cannot be made of the data. Raises Unsuitable where none can."""
+    """The parts by name, and why others cannot be made of the data. `folder` keeps what is trained, so that it goes on
+    where it was interrupted. Raises Unsuitable where no part can be made."""
     parts: dict[str, Any] = {}
     left_out = {}
     for name in names:
         try:
-            parts[name] = lineup.settings_of(name).make(split, domain, seed=seed)
+            parts[name] = lineup.settings_of(name).make(split, domain, seed=seed, folder=folder)
         except Unsuitable as error:
             left_out[name] = str(error)
             say(f"{domain}: {name} is left out of the blend: {error}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,9 +33,9 @@ from cprec.files import whole_folder
 from cprec.models import blocks_of, trunk_and_head
 from cprec.provenance import file_sha256
 from cprec.recommender import RankingQuery
-from cprec.systems.dot_product import DotProductRecommender
 from cprec.systems.fit import seconds_to_fit
-from cprec.systems.recipes.title_sasrec import TitleSASRec
+from cprec.systems.recipes.sasrec import WEIGHT
+from cprec.systems.recipes.title_sasrec import TitleSASRec, TitleSASRecRecommender
 from cprec.systems.signals import TrainingSequences, windows
 
 FOLDER = "item_head"
@@ -43,7 +43,7 @@ FOLDER = "item_head"
 _ARRAYS, _SETTINGS = "head.safetensors", "head.json"
 _MODEL = "cprec.json"
 """What a model says of itself: by its hash a head knows its model."""
-_ROWS = "items.rows"
+_ROWS = f"{WEIGHT}items.rows"
 """The weights that belong to items, one row each."""
 TITLE_TOKENS = 32
 """Tokens of a title, or of each other field, that are read; ranking by titles may read fewer."""
@@ -167,25 +167,13 @@ def _reading(settings: TitleSASRec, data: TrainingSequences, vectors_NK: np.ndar
         yield replace(settings, vectors=str(path))
 
 
+@dataclass(frozen=True)
 class ItemHead:
     """A trained item head of one domain, over the items of a catalogue."""
 
-    def __init__(
-        self,
-        settings: TitleSASRec,
-        catalogue: Catalogue,
-        domain: str,
-        directions: Directions,
-        vectors_NK: np.ndarray,
-        weights: dict[str, np.ndarray],
-    ) -> None:
-        """`weights` are those of `settings.model(vectors_NK)`."""
-        self.domain, self.catalogue = domain, catalogue
-        self._settings, self._directions, self._vectors_NK, self._weights = settings, directions, vectors_NK, weights
-        model = settings.model(vectors_NK)
-        model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
-        nobody = TrainingSequences(catalogue, domain, Ragged.of([]), ())
-        self._recommender = settings.recommender(nobody, model)
+    directions: Directions
+    recommender: TitleSASRecRecommender
+    """Over the titles' coordinates along the directions."""
 
     @classmethod
     def train(
@@ -202,9 +190,8 @@ class ItemHead:
         vectors_NK = directions.project(states_NF)
         with _reading(settings, data, vectors_NK) as with_vectors:
             made = with_vectors.make(split, domain, seed=seed, folder=folder)
-        assert isinstance(made, DotProductRecommender)
-        weights = {name: value.cpu().numpy() for name, value in made.model.state_dict().items()}
-        return cls(settings, split.catalogue, domain, directions, vectors_NK, weights)
+        assert isinstance(made, TitleSASRecRecommender)
+        return cls(directions, settings.recommender(data, made.model))  # the file of vectors is gone
 
     def log_probs(self, queries: Sequence[RankingQuery], in_stock_N: np.ndarray) -> np.ndarray:
         """The logarithm of the share that each item has after each query's history: float64[Q, N].
@@ -212,7 +199,7 @@ class ItemHead:
         The shares of the items in stock sum to one; that of a withdrawn item is measured by theirs. Raises ModelError
         where a score is not finite.
         """
-        scores_QN = self._recommender.scores(self.domain, queries).astype(np.float64)
+        scores_QN = self.recommender.scores(self.recommender.domain, queries).astype(np.float64)
         best_Q1 = scores_QN[:, in_stock_N].max(1, keepdims=True)
         scores_QN -= best_Q1
         log_QN: np.ndarray = scores_QN - np.log(np.exp(scores_QN[:, in_stock_N]).sum(1, keepdims=True))
@@ -223,25 +210,26 @@ class ItemHead:
     def over(self, catalogue: Catalogue, read: Read) -> ItemHead:
         """The same head over the items of another catalogue. Items that are new or have another title are read anew;
         a new item has no row of its own."""
-        before, after = self.catalogue.rows_of(self.domain), catalogue.rows_of(self.domain)
-        number = {item: place for place, item in enumerate(self.catalogue.item_id[before])}
+        was, domain, arrays = self.recommender.catalogue, self.recommender.domain, self.recommender.arrays()
+        before, after = was.rows_of(domain), catalogue.rows_of(domain)
+        number = {item: place for place, item in enumerate(was.item_id[before])}
         known = np.array([number.get(item, -1) for item in catalogue.item_id[after]], dtype=np.int64)
-        same = (known >= 0) & (self.catalogue.title[before][known] == catalogue.title[after])
-        vectors_NK = self._vectors_NK[known]
+        same = (known >= 0) & (was.title[before][known] == catalogue.title[after])
+        vectors_NK, rows_ND = arrays["vectors"][known], arrays[_ROWS]
         if not same.all():
-            vectors_NK[~same] = self._directions.project(read(after[~same]))
-        rows_ND, num_before = self._weights[_ROWS], len(before)
+            vectors_NK[~same] = self.directions.project(read(after[~same]))
         own_ND = np.where((known >= 0)[:, None], rows_ND[known], 0)
-        weights = self._weights | {_ROWS: np.concatenate([own_ND, rows_ND[num_before:]]).astype(np.float32)}
-        return ItemHead(self._settings, catalogue, self.domain, self._directions, vectors_NK, weights)
+        rows_ND = np.concatenate([own_ND, rows_ND[len(before) :]]).astype(np.float32)
+        arrays |= {"vectors": vectors_NK, _ROWS: rows_ND}
+        return ItemHead(self.directions, TitleSASRecRecommender.from_arrays(arrays, catalogue))
 
     def save(self, model: Path) -> None:
         """Write the head into a model folder, in place of any that is there."""
-        arrays = {f"model.{name}": value for name, value in self._weights.items()}
-        arrays |= {"vectors": self._vectors_NK, "mean": self._directions.mean_F, "axes": self._directions.axes_FK}
+        arrays = self.recommender.arrays() | {"mean": self.directions.mean_F, "axes": self.directions.axes_FK}
+        domain, settings = str(arrays.pop("domain")), json.loads(str(arrays.pop("settings")))
+        about = {"domain": domain, "settings": settings, "model": file_sha256(model / _MODEL)}
         with whole_folder(model / FOLDER) as folder:
             save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, folder / _ARRAYS)
-            about = {"domain": self.domain, "settings": asdict(self._settings), "model": file_sha256(model / _MODEL)}
             (folder / _SETTINGS).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -259,12 +247,9 @@ class ItemHead:
             if about["model"] != file_sha256(model / _MODEL):
                 raise ValueError("it belongs to another model than the folder holds now")
             directions = Directions(arrays.pop("mean"), arrays.pop("axes"))
-            settings, vectors_NK = TitleSASRec(**about["settings"]), arrays.pop("vectors")
-            weights = {name.removeprefix("model."): value for name, value in arrays.items()}
-            if len(vectors_NK) != len(catalogue.rows_of(about["domain"])):
-                raise ValueError(f"{len(vectors_NK)} vectors for other items than the model's")
-            return cls(settings, catalogue, about["domain"], directions, vectors_NK, weights)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            texts = {"domain": np.array(about["domain"]), "settings": np.array(json.dumps(about["settings"]))}
+            return cls(directions, TitleSASRecRecommender.from_arrays(arrays | texts, catalogue))
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise DataError(
                 f"{folder} cannot be used ({error}): delete it and fine-tune again with item_head=true"
             ) from None

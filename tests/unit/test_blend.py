@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from cprec import lineup
-from cprec.blend import Entries, best_setting, choose, climb
+from cprec.blend import Entries, best_setting, choose, climb, made_parts
 from cprec.data.build import build_dataset
 from cprec.data.catalogue import Catalogue
 from cprec.data.config import Rules, SplitSpec, SyntheticConfig
@@ -23,13 +23,13 @@ from cprec.data.queries import ranking_queries
 from cprec.data.sources.memory import MemorySource
 from cprec.data.sources.synthetic import SyntheticWorld
 from cprec.data.splits import Split, make_split
-from cprec.errors import ConfigError, CPRecError, ModelError
+from cprec.errors import ConfigError, CPRecError, ModelError, Unsuitable
 from cprec.rank.blend import KINDS, Blend, BlendedParts, Part, check_parts, read_blend, write_blend
 from cprec.rank.blend_file import Setting
 from cprec.rank.config import RankConfig
 from cprec.rank.why import effects_of
 from cprec.recommender import Ranking, RankingQuery
-from cprec.schema import VALIDATION, Item
+from cprec.schema import SPLITS, VALIDATION, Item
 from cprec.scoring import StoredRecommender
 from cprec.search.priors import PriorSource
 
@@ -235,7 +235,7 @@ def test_numbers_that_mean_nothing_are_refused(weight: float, floor: float) -> N
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("SASRec",), "a blend cannot hold 'SASRec'; it can hold popularity, .*EASE"),
+        (("TIGER",), "a blend cannot hold 'TIGER'; it can hold popularity, .*EASE"),
         (("EASE", "EASE"), "all different"),
         ((), "give one or more"),
     ],
@@ -265,9 +265,16 @@ def model(split: Split, tmp_path: Path) -> Path:
     return tmp_path
 
 
+TINY = {"hidden_size": 8, "num_blocks": 1, "num_heads": 2, "num_epochs": 1}
+"""Settings of the parts that are trained."""
+
+
 def written(model: Path, split: Split, *names: str) -> tuple[Blend, list[RankingQuery]]:
     """A blend of all names alike, written beside a model, and queries to ask it."""
-    parts: dict[str, Any] = {name: lineup.settings_of(name).make(split, "kitchen") for name in names}
+    parts: dict[str, Any] = {
+        name: lineup.settings_of(name, TINY if lineup.is_trained(name) else None).make(split, "kitchen")
+        for name in names
+    }
     setting = Setting(0.0, {name: (0.5, 0.01) for name in names}, 0.25)
     write_blend(model, "kitchen", parts, {"blend": setting, "without_model": setting}, {"asked": {}})
     queries, _ = ranking_queries(split, split.queries("kitchen", VALIDATION, max_history=20))
@@ -284,12 +291,43 @@ def test_every_part_that_is_offered_is_read_as_it_was_written(model: Path, split
     assert BlendedParts(before).rank(queries, 10) == BlendedParts(after).rank(queries, 10)
 
 
+def test_a_part_that_is_trained_is_kept_until_the_blend_is_written(
+    model: Path, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a part that cannot be made is left out, whether it is trained or not."""
+    tiny, unfinished = lineup.settings_of("SASRec (titles)", TINY), model / "blend.incomplete"
+    monkeypatch.setattr(lineup, "settings_of", lambda name: tiny)
+    asked = (["SASRec (titles)"], split, "kitchen", 0, unfinished)
+    first, _ = made_parts(*asked)
+    (record,) = unfinished.rglob("stage-1/system.json")
+    written_at = record.stat().st_mtime_ns
+    again, _ = made_parts(*asked)
+    assert record.stat().st_mtime_ns == written_at, "it was trained once"
+    same = [parts["SASRec (titles)"].arrays() for parts in (first, again)]
+    assert all(np.array_equal(same[0][name], value) for name, value in same[1].items())
+    setting = Setting(0.0, {"SASRec (titles)": (0.5, 0.01)}, 0.25)
+    write_blend(model, "kitchen", again, {"blend": setting, "without_model": setting}, {"asked": {}})
+    assert not unfinished.exists() and [path.name for path in (model / "blend").iterdir()] == ["sasrec-titles.npz"]
+    nothing = replace(split, part=np.full_like(split.part, SPLITS.index(VALIDATION)))
+    with pytest.raises(Unsuitable, match=r"none of SASRec \(titles\) can be made of this data"):
+        made_parts(asked[0], nothing, *asked[2:])
+
+
 def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def alter(path: Path) -> None:
+    """One weight of many."""
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    arrays["model.items.table.weight"][0, 0] += 1
+    np.savez(path, **arrays)
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "part altered": (lambda model: (model / "blend/ease.npz").write_bytes(b"other"), "is not the file that"),
+    "weights altered": (lambda model: alter(model / "blend/sasrec.npz"), "sasrec.npz is not the file that"),
     "part gone": (lambda model: (model / "blend/ease.npz").unlink(), "ease.npz is gone"),
     "part unknown": (lambda model: change(model / "blend.json", files={}), "without a file that it knows"),
     "no JSON": (lambda model: (model / "blend.json").write_text("{"), "is damaged"),
@@ -311,7 +349,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_what_was_changed_is_refused(damage: str, model: Path, split: Split) -> None:
-    written(model, split, "EASE")
+    written(model, split, "EASE", "SASRec")
     harm, message = DAMAGE[damage]
     harm(model)
     with pytest.raises(CPRecError, match=message) as refused:

@@ -37,6 +37,8 @@ from cprec.rank.why import THE_MODEL
 from cprec.recommender import RankingQuery
 from cprec.scoring import ScoringRecommender, StoredRecommender, check_domain
 from cprec.search.priors import Priors
+from cprec.systems.recipes.sasrec import SASRecRecommender
+from cprec.systems.recipes.title_sasrec import TitleSASRecRecommender
 
 FOLDER = "blend"
 """The folder of the parts' arrays, in that of the model."""
@@ -54,8 +56,11 @@ KINDS: Mapping[str, type[StoredRecommender]] = {
     "EASE (published)": EASERecommender,
     "iALS": IALSRecommender,
     "iALS (published)": IALSRecommender,
+    "SASRec": SASRecRecommender,
+    "SASRec (sampled softmax)": SASRecRecommender,
+    "SASRec (titles)": TitleSASRecRecommender,
 }
-"""What a blend can hold, by the names of tables: all that learn in closed form, so that they are arrays."""
+"""What a blend can hold, by the names of tables: all whose state is a few arrays."""
 
 
 def check_parts(names: Sequence[str]) -> None:

@@ -82,7 +82,7 @@ class BlendConfig:
     uncertified: bool = False
     """Blend although a leakage certificate is missing or does not cover the model."""
     seed: int = 0
-    """Decides the sample of queries, and what is random in the parts (iALS)."""
+    """Decides the sample of queries, and what is random in the parts (iALS, SASRec)."""
 
     def __post_init__(self) -> None:
         if self.max_queries < 0:

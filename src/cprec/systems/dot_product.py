@@ -22,7 +22,7 @@ from cprec.scoring import ScoringRecommender, check_domain
 from cprec.systems.encoders import Encoder, LatentSteps
 from cprec.systems.graph import UserItemGraph
 from cprec.systems.items import ItemTable
-from cprec.systems.signals import TrainingSequences
+from cprec.systems.signals import TrainingSequences, padded, recent
 
 ENCODE_BATCH = 512
 """Histories encoded at once."""
@@ -171,13 +171,14 @@ class DotProductRecommender(ScoringRecommender):
         name: str,
         data: TrainingSequences,
         model: DotProductModel,
-        history: Callable[[Ragged], np.ndarray],
         max_length: int,
+        history: Callable[[Ragged], np.ndarray] | None = None,
     ) -> None:
-        """`history` makes rows of item numbers for the model of the latest `max_length` events: int64[R, T]."""
+        """The latest `max_length` events are read. `history` makes the model's rows of item numbers of them, int64[R,
+        T]; without it they are those events, padded."""
         self.name, self.catalogue, self.domain = name, data.catalogue, data.domain
         self._users = {user: row for row, user in enumerate(data.users)}
-        self.model, self._history, self._max_length = model.eval(), history, max_length
+        self.model, self._history, self._max_length = model.eval(), history or self._read, max_length
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         with torch.inference_mode():
             vectors = model.vectors()
@@ -228,6 +229,9 @@ class DotProductRecommender(ScoringRecommender):
         if exclude_seen:
             tied[histories.row_of[histories.values == targets[histories.row_of]]] = 0
         return better, tied
+
+    def _read(self, histories: Ragged) -> np.ndarray:
+        return padded(recent(histories, self._max_length), len(self._vectors.items_VD))[0]
 
     def _encoded(self, histories: Ragged, users: Sequence[str]) -> torch.Tensor:
         """Representations of histories: QD."""

@@ -32,7 +32,7 @@ from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import VALIDATION
 from cprec.systems.dot_product import DotProductModel, DotProductRecommender
 from cprec.systems.items import read_vectors
-from cprec.systems.signals import Passes, TrainingSequences, padded, recent, user_names
+from cprec.systems.signals import Passes, TrainingSequences, user_names
 from cprec.systems.terms import Objective, Term, check_objective, next_item
 from cprec.systems.vectors import text_vectors
 from cprec.train.checkpoint import newest_intact, remove_checkpoints
@@ -180,11 +180,7 @@ class SystemSettings(ABC):
         self, data: TrainingSequences, model: DotProductModel, history: Callable[[Ragged], np.ndarray] | None = None
     ) -> DotProductRecommender:
         """A recommender of a model's current weights; `history` as for `stage`."""
-
-        def latest(histories: Ragged) -> np.ndarray:
-            return padded(recent(histories, self.max_length), data.num_items)[0]
-
-        return DotProductRecommender(type(self).__name__, data, model, history or latest, self.max_length)
+        return DotProductRecommender(type(self).__name__, data, model, self.max_length, history)
 
     def schedule(self, num_steps: int) -> Callable[[int], float]:
         """A short warm-up, the peak, and a linear fall to zero."""

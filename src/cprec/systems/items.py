@@ -30,6 +30,10 @@ class ItemTable(nn.Module, ABC):
     def vectors(self, items: torch.Tensor | None = None) -> torch.Tensor:
         """The vectors of some items, by number, or of all: [..., D] or [V + S, D]."""
 
+    def given(self) -> torch.Tensor:
+        """What the table was made of and does not train: [V, F]; F is 0 where it was made of nothing."""
+        return torch.empty(self.num_items, 0)
+
 
 class IdTable(ItemTable):
     """Trained vectors."""
@@ -66,6 +70,9 @@ class FrozenTable(ItemTable):
         if rows is not None:
             adapted = adapted + (rows if items is None else nn.functional.embedding(items, rows))
         return adapted
+
+    def given(self) -> torch.Tensor:
+        return self.get_buffer("frozen")[: self.num_items]
 
 
 def read_vectors(path: str | Path, item_ids: Sequence[str]) -> np.ndarray:

@@ -27,6 +27,7 @@ from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import Item
 from cprec.search.priors import Priors
 from cprec.systems.recipes.title_sasrec import TitleSASRec
+from cprec.systems.signals import TrainingSequences
 from cprec.text.encoding import PromptEncoder
 from cprec.text.prompts import Template
 
@@ -54,8 +55,8 @@ def head(model: Any, tokenizer: Any, catalogue: Catalogue) -> ItemHead:
     torch.manual_seed(0)
     network = SMALL.model(vectors_NK)
     torch.nn.init.normal_(network.items.rows)
-    weights = {name: value.numpy() for name, value in network.state_dict().items()}
-    return ItemHead(SMALL, catalogue, "games", directions, vectors_NK, weights)
+    nobody = TrainingSequences(catalogue, "games", Ragged.of([]), ())
+    return ItemHead(directions, SMALL.recommender(nobody, network))
 
 
 # ---- what a model makes of titles ------------------------------------------------------------------------------------
@@ -131,9 +132,10 @@ def test_items_come_and_go(head: ItemHead, model: Any, tokenizer: Any) -> None:
 
     later = head.over(other, states)
     assert read == [[4, 6]], "the new item, and the one whose title changed"
-    rows, before = later._weights["items.rows"], head._weights["items.rows"]
+    arrays, earlier = later.recommender.arrays(), head.recommender.arrays()
+    rows, before = arrays["model.items.rows"], earlier["model.items.rows"]
     assert not rows[0].any() and np.array_equal(rows[1:], before[1:])
-    assert later._vectors_NK[2] == pytest.approx(head._vectors_NK[3], abs=1e-5), "the same title"
+    assert arrays["vectors"][2] == pytest.approx(earlier["vectors"][3], abs=1e-5), "the same title"
     every = np.ones(4, dtype=bool)
     one, changed = head.log_probs([games("b")], every)[0], later.log_probs([games("b")], every)[0]
     assert changed[1] - changed[3] == pytest.approx(one[1] - one[3], abs=1e-5)

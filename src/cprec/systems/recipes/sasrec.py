@@ -7,15 +7,21 @@ is dropped out inside attention; positions are counted from the end of a history
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
+import numpy as np
+import torch
 from torch import nn
 
 from cprec.choices import Choice, Whole
+from cprec.data.ragged import Ragged
 from cprec.errors import ConfigError
-from cprec.systems.dot_product import SequenceModel
+from cprec.scoring import StoredRecommender
+from cprec.systems.dot_product import DotProductModel, DotProductRecommender, SequenceModel
 from cprec.systems.encoders import SelfAttention
 from cprec.systems.fit import NEXT_ITEM, NextItemSettings, Stage, SystemSettings
 from cprec.systems.items import IdTable
@@ -23,6 +29,8 @@ from cprec.systems.signals import TrainingSequences, WindowStream
 
 INITIAL = 0.02
 """Standard deviation of vectors before training."""
+WEIGHT = "model."
+"""Before the name of each weight among stored arrays."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +64,56 @@ class SelfAttentionSettings(SystemSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SASRec(NextItemSettings, SelfAttentionSettings):
+class CausalSettings(NextItemSettings, SelfAttentionSettings):
+    """Settings of systems in which each position of a sequence predicts the next item, and which can be stored."""
+
+    def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
+        stream = WindowStream(data, [NEXT_ITEM], self.max_length, self.passes(seed))
+        return [self.stage(data, self.model(self.frozen(data)), self.next_item(), stream)]
+
+    def frozen(self, data: TrainingSequences) -> np.ndarray:
+        """The vectors that the domain's items come with: float32[V, F]; F is 0 where they come with nothing."""
+        return np.empty((data.num_items, 0), dtype=np.float32)
+
+    @abstractmethod
+    def model(self, frozen_VF: np.ndarray) -> SequenceModel:
+        """The model before training, over the frozen vectors of all items."""
+
+
+class CausalRecommender(DotProductRecommender, StoredRecommender):
+    """What such a system makes. Stored are its weights, the vectors that the items came with, and its settings."""
+
+    SETTINGS: ClassVar[type[CausalSettings]]
+    model: SequenceModel
+
+    def __init__(self, settings: CausalSettings, data: TrainingSequences, model: DotProductModel) -> None:
+        super().__init__(type(settings).__name__, data, model, settings.max_length)
+        self.settings = settings
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """See `StoredRecommender.arrays`."""
+        weights = {WEIGHT + name: value.cpu().numpy() for name, value in self.model.state_dict().items()}
+        settings = np.array(json.dumps(asdict(self.settings)))
+        vectors_VF = self.model.items.given().cpu().numpy()
+        return {"domain": np.array(self.domain), "settings": settings, "vectors": vectors_VF, **weights}
+
+    def _restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Raises ValueError for arrays that do not fit the catalogue or each other."""
+        settings, vectors_VF = self.SETTINGS(**json.loads(str(arrays["settings"]))), arrays["vectors"]
+        data = TrainingSequences(self.catalogue, str(arrays["domain"]), Ragged.of([]), ())
+        if len(vectors_VF) != data.num_items:
+            raise ValueError(f"{len(vectors_VF)} vectors for the {data.num_items} items of {data.domain!r}")
+        model = settings.model(vectors_VF)
+        weights = {name: torch.from_numpy(value) for name, value in arrays.items() if name.startswith(WEIGHT)}
+        try:
+            model.load_state_dict({name.removeprefix(WEIGHT): value for name, value in weights.items()})
+        except RuntimeError as error:
+            raise ValueError(f"weights of another model: {error}") from None
+        CausalRecommender.__init__(self, settings, data, model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SASRec(CausalSettings):
     """Settings of SASRec; the defaults are ours, the best of six tried on the validation queries of Amazon Beauty
     (docs/results.md)."""
 
@@ -64,10 +121,19 @@ class SASRec(NextItemSettings, SelfAttentionSettings):
     learning_rate: float = 2e-3
     num_epochs: float = 14
 
-    def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
-        model = SequenceModel(*self.parts(data.num_items))
-        stream = WindowStream(data, [NEXT_ITEM], self.max_length, self.passes(seed))
-        return [self.stage(data, model, self.next_item(), stream)]
+    def model(self, frozen_VF: np.ndarray) -> SequenceModel:
+        return SequenceModel(*self.parts(len(frozen_VF)))
+
+    def recommender(
+        self, data: TrainingSequences, model: DotProductModel, history: Callable[[Ragged], np.ndarray] | None = None
+    ) -> SASRecRecommender:
+        return SASRecRecommender(self, data, model)
+
+
+class SASRecRecommender(CausalRecommender):
+    """Ranks by a trained SASRec."""
+
+    SETTINGS = SASRec
 
 
 SAMPLED = SASRec(objective="sampled_softmax", num_negatives=1024, num_epochs=20)

@@ -8,21 +8,22 @@ are TF-IDF of titles reduced by SVD unless a file of vectors is given; the item 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
 
-from cprec.systems.dot_product import SequenceModel
-from cprec.systems.fit import NEXT_ITEM, NextItemSettings, Stage, TextSettings
+from cprec.data.ragged import Ragged
+from cprec.systems.dot_product import DotProductModel, SequenceModel
+from cprec.systems.fit import TextSettings
 from cprec.systems.items import FrozenTable
-from cprec.systems.recipes.sasrec import INITIAL, SelfAttentionSettings
-from cprec.systems.signals import TrainingSequences, WindowStream
+from cprec.systems.recipes.sasrec import INITIAL, CausalRecommender, CausalSettings
+from cprec.systems.signals import TrainingSequences
 
 
 @dataclass(frozen=True, kw_only=True)
-class TitleSASRec(TextSettings, NextItemSettings, SelfAttentionSettings):
+class TitleSASRec(TextSettings, CausalSettings):
     """Settings of SASRec over vectors of titles, chosen on the validation queries of Amazon Scientific
     (docs/experiments.md)."""
 
@@ -33,14 +34,20 @@ class TitleSASRec(TextSettings, NextItemSettings, SelfAttentionSettings):
     num_epochs: float = 4
     text_size: int = 384
 
-    def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
-        stream = WindowStream(data, [NEXT_ITEM], self.max_length, self.passes(seed))
-        return [self.stage(data, self.model(self.frozen(data)), self.next_item(), stream)]
-
     def model(self, frozen_VF: np.ndarray) -> SequenceModel:
-        """The model before training, over the frozen vectors of all items."""
         size = self.hidden_size
         adapter = nn.Sequential(nn.Linear(frozen_VF.shape[1], size), nn.GELU(), nn.Linear(size, size))
         encoder = self.encoder()
         nn.init.normal_(encoder.position.weight, std=INITIAL)
         return SequenceModel(FrozenTable(frozen_VF, adapter, rows=size), encoder)
+
+    def recommender(
+        self, data: TrainingSequences, model: DotProductModel, history: Callable[[Ragged], np.ndarray] | None = None
+    ) -> TitleSASRecRecommender:
+        return TitleSASRecRecommender(self, data, model)
+
+
+class TitleSASRecRecommender(CausalRecommender):
+    """Ranks by a trained SASRec over vectors of titles."""
+
+    SETTINGS = TitleSASRec

@@ -1,0 +1,53 @@
+"""Systems that are stored as arrays: read again they score alike, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from cprec.data.catalogue import Catalogue
+from cprec.data.splits import Split
+from cprec.recommender import RankingQuery
+from cprec.schema import Item
+from cprec.systems.recipes.sasrec import CausalRecommender, CausalSettings, SASRec
+from cprec.systems.recipes.title_sasrec import TitleSASRec
+
+TINY: dict[str, Any] = {"hidden_size": 8, "num_blocks": 1, "num_heads": 2, "num_epochs": 1}
+
+
+@pytest.fixture(scope="module", params=[SASRec(**TINY), TitleSASRec(**TINY, text_size=6)], ids=lambda each: type(each))
+def made(request: pytest.FixtureRequest, split: Split) -> CausalRecommender:
+    settings: CausalSettings = request.param
+    recommender = settings.make(split, "ring")
+    assert isinstance(recommender, CausalRecommender)
+    return recommender
+
+
+def test_stored_and_read_it_scores_alike(made: CausalRecommender) -> None:
+    """Through a file without pickled objects."""
+    file = io.BytesIO()
+    np.savez(file, **made.arrays())  # type: ignore[arg-type]
+    file.seek(0)
+    with np.load(file, allow_pickle=False) as arrays:
+        again = type(made).from_arrays(dict(arrays), made.catalogue)
+    assert (again.settings, again.name, again.domain) == (made.settings, made.name, made.domain)
+    histories = [(), ("i03",), tuple(f"i{n % 12:02}" for n in range(70))]
+    queries = [RankingQuery(str(n), "ring", tuple(Item("ring", i) for i in ids)) for n, ids in enumerate(histories)]
+    assert np.array_equal(again.scores("ring", queries), made.scores("ring", queries))
+
+
+def test_what_does_not_fit_is_refused(made: CausalRecommender) -> None:
+    arrays = made.arrays()
+    table = pa.table({"item_id": ["a"], "title": ["thing"]})
+    with pytest.raises(ValueError, match="12 vectors for the 1 items of 'ring'"):
+        type(made).from_arrays(arrays, Catalogue.from_tables({"ring": table}))
+    name = "model.encoder.position.weight"
+    with pytest.raises(ValueError, match=r"(?s)weights of another model: .*encoder\.position\.weight"):
+        type(made).from_arrays(arrays | {name: arrays[name][:-1]}, made.catalogue)
+    del arrays[name]
+    with pytest.raises(ValueError, match="weights of another model"):
+        type(made).from_arrays(arrays, made.catalogue)
