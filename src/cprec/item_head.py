@@ -1,8 +1,8 @@
 """An item head: SASRec over what a language model makes of titles, trained beside the model and kept in its folder.
 
-An item's vector is the mean of the model's states over its title, at three depths, along the directions in which the
-titles of the domain differ most. `TitleSASRec` reads a history of such vectors and compares it with all of them, so a
-ranking needs no decoding, and an item that came after training has a vector at once.
+An item's vector is what the lower part of the model makes of its title, along the directions in which the titles of
+the domain differ most. `TitleSASRec` reads a history of such vectors and compares it with all of them, so a ranking
+needs no decoding, and an item that came after training has a vector at once.
 
 Suffixes: N items of the domain in catalogue order, F numbers of a title's states, K directions, Q queries, D width.
 """
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from torch import nn
 from torch.nn import functional as F
 
 from cprec import distributed
@@ -28,7 +29,7 @@ from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import DataError, ModelError
 from cprec.files import whole_folder
-from cprec.models import trunk_and_head
+from cprec.models import blocks_of, trunk_and_head
 from cprec.progress import track
 from cprec.provenance import file_sha256
 from cprec.recommender import RankingQuery
@@ -45,6 +46,8 @@ _ROWS = f"{WEIGHT}items.rows"
 """The weights that belong to items, one row each."""
 TITLE_TOKENS = 32
 """Tokens of a title, or of each other field, that are read; ranking by titles may read fewer."""
+DEPTH = 0.4
+"""Share of the blocks that read titles; higher ones tell items apart no better (docs/experiments.md)."""
 DIRECTIONS = 384
 STEPS = 300
 """Steps that training takes at least."""
@@ -57,31 +60,61 @@ Read = Callable[[np.ndarray], np.ndarray]
 
 @torch.inference_mode()
 def title_states(model: Any, titles: Ragged, description: str = "reading titles") -> np.ndarray:
-    """What a causal language model makes of titles: its mean state over the tokens at the embeddings, half-way up and
-    at the end, each scaled to length one, side by side: float32[N, F]. A title without tokens has zeros."""
+    """What a causal language model makes of titles: float32[N, F].
+
+    The means over a title's tokens of their embeddings and of their states after `DEPTH` of the blocks, each scaled to
+    length one, side by side; zeros for a title without tokens. The blocks above are not run.
+    """
     trunk, device = trunk_and_head(model)[0], next(model.parameters()).device
     bf16 = distributed.use_bf16("auto", device)
+    blocks = blocks_of(model)
+    first, last = blocks[0], blocks[max(1, round(DEPTH * len(blocks))) - 1]
     order = np.argsort(titles.lengths, kind="stable")
     out_NF: np.ndarray | None = None
     with track(len(titles), description, unit="titles") as progress:
         for batch in (order[start : start + _BATCH] for start in range(0, len(order), _BATCH)):
             tokens, lengths = titles.take(batch), titles.lengths[batch]
             ids_RT = np.zeros((len(batch), max(1, int(lengths.max()))), dtype=np.int64)
-            ids_RT[np.arange(ids_RT.shape[1]) < lengths[:, None]] = tokens.values
+            is_token_RT = np.arange(ids_RT.shape[1]) < lengths[:, None]
+            ids_RT[is_token_RT] = tokens.values
             # Padding stands on the right, where no earlier token reads it.
             with distributed.autocast(device, bf16):
-                every = trunk(input_ids=torch.from_numpy(ids_RT).to(device), output_hidden_states=True).hidden_states
-            is_token_RT1 = (torch.arange(ids_RT.shape[1]) < torch.from_numpy(lengths)[:, None])[:, :, None].to(device)
-            depths = (every[0], every[len(every) // 2], every[-1])
-            pooled = [F.normalize((depth.float() * is_token_RT1).sum(1), dim=-1) for depth in depths]
-            found = torch.cat(pooled, dim=1).cpu().numpy()
+                depths = _run(trunk, torch.from_numpy(ids_RT).to(device), first, last)
+            is_token_RT1 = torch.from_numpy(is_token_RT).to(device)[:, :, None]
+            found = torch.cat([F.normalize((one.float() * is_token_RT1).sum(1), dim=-1) for one in depths], dim=1)
             if out_NF is None:
                 out_NF = np.zeros((len(titles), found.shape[1]), dtype=np.float32)
-            out_NF[batch] = found
+            out_NF[batch] = found.cpu().numpy()
             progress.advance(len(batch))
     if out_NF is None or not np.isfinite(out_NF).all():
         raise ModelError("the states of titles are not finite (NaN or infinity): take an earlier checkpoint")
     return out_NF
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose remaining blocks are not needed."""
+
+
+def _run(trunk: Any, ids_RT: torch.Tensor, first: nn.Module, last: nn.Module) -> list[torch.Tensor]:
+    """What a decoder's first block reads of some tokens, and what a later one gives: RTD each."""
+    found: list[torch.Tensor] = []
+
+    def before(_: Any, given: Any) -> None:
+        found.append(given[0])
+
+    def after(_: Any, __: Any, output: Any) -> None:
+        found.append(output if isinstance(output, torch.Tensor) else output[0])
+        raise _Enough
+
+    hooks = first.register_forward_pre_hook(before), last.register_forward_hook(after)
+    try:
+        trunk(input_ids=ids_RT, use_cache=False)
+    except _Enough:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 @dataclass(frozen=True)
