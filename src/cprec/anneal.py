@@ -79,6 +79,7 @@ def _grow(config: AnnealConfig, trunk: PretrainConfig, stable: Path, folder: Pat
             branch_length=share_of(length),
             anneal_shape=shape,
             anneal_mixture=_mixture(trunk, data),
+            keep="last",  # a branch is what its annealing comes to
             dry_run=False,
         )
         branches[name] = fork(branch, stable)

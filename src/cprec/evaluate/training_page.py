@@ -209,6 +209,7 @@ LOSS, LEARNING_RATE = "Training loss (nats per target token)", "Learning rate"
 FROM_ZERO, LOG = {"from_zero": True}, {"log_y": True}
 CURVES: Mapping[str, tuple[LinesOf, Mapping[str, bool]]] = {
     LOSS: (field_of("loss"), {}),
+    "NDCG@10 of a sample of validation queries": (lambda run: run.members("ndcg@10"), FROM_ZERO),
     "Held-out perplexity": (lambda run: without_far_starts(run.heldout), LOG),
     "Forgetting: perplexity on the general text, as a multiple of the start": (
         lambda run: {"": run.relative_forgetting},
@@ -245,6 +246,10 @@ def run_section(title: str, runs: Mapping[str, TrainingRun]) -> Section:
     notes = [f"Shaded: {'; '.join(parts)}."] if parts else []
     if any(without_far_starts(run.heldout) != run.heldout for run in runs.values()):
         notes.append("Perplexities of the start, far above the rest, are not drawn.")
+    for name, run in runs.items():
+        if kept := run.about.get("kept"):
+            of = f" of {name}" if len(runs) > 1 else ""
+            notes.append(f"The weights{of} are those after step {kept['step']:,}, with the highest NDCG@10.")
     return Section(
         title=title,
         figures={caption: _curves(runs, lines, options, shaded) for caption, (lines, options) in CURVES.items()},

@@ -24,6 +24,9 @@ from cprec.search.priors import Priors
 from cprec.search.reading import Tree
 from cprec.search.trie import Trie
 
+SLACK = 0.1
+"""An item's score may differ by this, and in bf16 does, with what is read beside it."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -86,6 +89,7 @@ def search(
     per_token: bool = False,
     normaliser: Normaliser | None = None,
     priors: Priors | None = None,
+    place_of: Sequence[float] | None = None,
 ) -> list[Found]:
     """The `k` best items for each prompt of `tree`, by log-probability: that of the sequence with its end, less log n
     for the n items in stock that share it. With `priors`, of the trie's items for each prompt, by the sum of its
@@ -98,7 +102,8 @@ def search(
     is returned, with the gap. Time does not stop the beam, so lists are always full. `per_token` divides an item's
     log-probability by the number of its tokens, the end included; a bound is then divided by the tokens of the longest
     sequence below the prefix. `normaliser` says what a step's probabilities add up to one over; by default the
-    vocabulary.
+    vocabulary. `place_of` has the score of one item for each user, where nothing but its place among the first K
+    matters: the search then ends as soon as K items are above it, and reads nothing that is below it.
 
     Items with equal sequences (and priors) tie, and all found that tie with the K-th are returned. `excluded` and
     `allowed` hold item positions for each user (None allows all); prefixes without a permitted item are never entered.
@@ -106,9 +111,9 @@ def search(
     """
     if k < 1 or width < 1:
         raise ConfigError(f"k={k} and width={width} must be at least 1")
-    return _Search(tree, trie, k, excluded, allowed, max_nodes, seconds, stop, per_token, normaliser, priors).run(
-        width, exact
-    )
+    return _Search(
+        tree, trie, k, excluded, allowed, max_nodes, seconds, stop, per_token, normaliser, priors, place_of
+    ).run(width, exact)
 
 
 class _Search:
@@ -127,6 +132,7 @@ class _Search:
         per_token: bool,
         normaliser: Normaliser | None,
         priors: Priors | None,
+        place_of: Sequence[float] | None,
     ) -> None:
         self.tree, self.trie, self.k = tree, trie, k
         self.normaliser = normaliser or OverVocabulary(trie)
@@ -142,6 +148,11 @@ class _Search:
         empty = torch.zeros(0, dtype=torch.long, device=self.device)
         self.found = empty, empty, empty.double()  # user, item, score
         self.threshold = torch.full((self.users,), -torch.inf, dtype=torch.float64, device=self.device)
+        # Nothing below `least` matters, and nothing more does once the threshold is above `enough`.
+        self.least, self.enough = self.threshold.clone(), -self.threshold
+        if place_of is not None:
+            score = torch.tensor(place_of, dtype=torch.float64, device=self.device)
+            self.least, self.enough = score - SLACK, score + SLACK
         self.dropped = self.threshold.clone()  # the best bound of prefixes that were given up without being read
         self.expanded = torch.zeros(self.users, dtype=torch.long, device=self.device)
 
@@ -254,8 +265,9 @@ class _Search:
         return prefixes.take(chosen.nonzero()[:, 0]), prefixes.take((~chosen).nonzero()[:, 0])
 
     def _hopeful(self, prefixes: Prefixes) -> Prefixes:
-        """Prefixes with a bound of at least the K-th score; the others are dropped."""
-        kept = prefixes.bound >= self.threshold[prefixes.user]
+        """Prefixes with a bound of at least the K-th score, where they matter; the others are dropped."""
+        least = torch.where(self.threshold > self.enough, torch.inf, torch.maximum(self.threshold, self.least))
+        kept = prefixes.bound >= least[prefixes.user]
         if bool(kept.all()):
             return prefixes
         self._drop(prefixes.take((~kept).nonzero()[:, 0]))

@@ -107,9 +107,15 @@ class TrainingConfig:
     logging_steps: int = 10
     """Steps between lines of log.jsonl."""
     eval_steps: int = 500
-    """Steps between measurements of held-out perplexity."""
+    """Steps between measurements of held-out perplexity and rankings of validation queries."""
     eval_tokens: int = 50_000
     """Held-out tokens measured per domain and kind, at most."""
+    probe_queries: int = 0
+    """Validation queries of a domain, a seeded sample, that the model ranks over the full catalogue whenever the
+    perplexity is measured; 0 ranks none."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights the finished model has: the last, or those with the highest mean NDCG@10 of these rankings, of
+    equal ones the later."""
     resume_from_checkpoint: Literal["auto", "never"] = "auto"
     """auto goes on from the newest checkpoint in output_dir; never starts again."""
     report_to: tuple[str, ...] = ("auto",)
@@ -138,7 +144,15 @@ class TrainingConfig:
                 continue
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
-        for name in ("weight_decay", "warmup_steps", "anneal_steps", "eval_tokens", "lora_rank", "micro_batch_size"):
+        for name in (
+            "weight_decay",
+            "warmup_steps",
+            "anneal_steps",
+            "eval_tokens",
+            "lora_rank",
+            "micro_batch_size",
+            "probe_queries",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more")
         if not 0 <= self.min_lr_ratio <= 1:
@@ -146,6 +160,16 @@ class TrainingConfig:
         if self.lora_merge and not self.lora_rank:
             raise ConfigError(
                 "lora_merge=true has no adapters to merge with lora_rank=0: set lora_rank, or leave it out"
+            )
+        if self.keep == "best" and not self.probe_queries:
+            raise ConfigError(
+                "keep=best goes by rankings of validation queries, and probe_queries=0 ranks none: set "
+                "probe_queries=256, or keep=last"
+            )
+        if self.probe_queries and self.fsdp:
+            raise ConfigError(
+                f"probe_queries={self.probe_queries} ranks with the whole model in one process, and fsdp=true spreads "
+                "it: set fsdp=false, or probe_queries=0"
             )
 
     @property
@@ -169,6 +193,9 @@ class PretrainConfig(TrainingConfig):
     the others get. 0: as often as the shares ask."""
     replay: tuple[str, ...] = ()
     """Files of general text, JSON lines or Parquet with a column `text`, or plain .txt, for `mixture.text_share`."""
+    probe_domains: tuple[str, ...] = ()
+    """Target domains of the data whose validation queries `probe_queries` counts. A choice by a domain's queries, even
+    of one that is not trained on, has seen a sample of its validation events."""
     loss: Literal["all", "items_only"] = "all"
     """Which tokens of behaviour sequences the loss covers: all, or the items' titles without the fixed template."""
     continue_from: str = ""
@@ -183,6 +210,11 @@ class PretrainConfig(TrainingConfig):
         super().__post_init__()
         if not 0 <= self.branch_length < 1:
             raise ConfigError(f"branch_length={self.branch_length} must be a share of the tokens, in 0..1")
+        if bool(self.probe_queries) != bool(self.probe_domains):
+            raise ConfigError(
+                f"probe_queries={self.probe_queries} and probe_domains={list(self.probe_domains)}: set both, as in "
+                "probe_queries=256 probe_domains=[books], or neither"
+            )
         if self.max_passes < 0:
             raise ConfigError(f"max_passes={self.max_passes} must be above 0, or 0 for no cap")
         if self.continue_from and self.warmup_mixture:

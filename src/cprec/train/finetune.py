@@ -6,15 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cprec.data.dataset import read_catalogue
 from cprec.errors import ConfigError
 from cprec.schema import SPECIFIC
 from cprec.search.trie import Trie
-from cprec.text.config import PLAIN
 from cprec.text.corpus import Corpus
 from cprec.text.documents import WHOLE
-from cprec.text.encoding import PromptEncoder
-from cprec.text.prompts import Template
 from cprec.text.shards import Shards, open_shards
 from cprec.text.stream import TokenStream, one_phase
 from cprec.text.tokenizer import load_tokenizer
@@ -22,7 +18,7 @@ from cprec.train.catalogue_loss import TitleNodes
 from cprec.train.config import FinetuneConfig
 from cprec.train.estimate import Estimate
 from cprec.train.plan import Plan
-from cprec.train.training import Run, plan_of, run_training, time_training
+from cprec.train.training import Run, encoder_of, plan_of, run_training, time_training
 
 
 def finetune(config: FinetuneConfig) -> Path:
@@ -68,6 +64,7 @@ def _run(config: FinetuneConfig) -> Run:
         validation={f"{config.domain} (next item)": heldout} if heldout else {},
         stage="finetune",
         about={"domain": config.domain, **train.manifest["about"], "softmax": config.softmax},
+        probe_domains=(config.domain,) if config.probe_queries else (),
         titles_trie=trie,
         weight_of_catalogue=config.weight_of_catalogue,
     )
@@ -75,15 +72,9 @@ def _run(config: FinetuneConfig) -> Run:
 
 def _titles_of(config: FinetuneConfig, about: Mapping[str, Any]) -> Trie:
     """The trie of the titles of the domain's items, as documents have them."""
-    catalogue = read_catalogue(Path(config.data))
-    encoder = PromptEncoder(
-        load_tokenizer(str(Path(config.data) / "tokenizer")),
-        catalogue,
-        max_title_tokens=about["max_title_tokens"],
-        title_cut=about.get("title_cut", PLAIN),  # older folders have none
-        template=Template(**about["template"]),
-    )
-    return Trie.build(encoder.titles(catalogue.rows_of(config.domain), end=True))
+    data = Path(config.data)
+    encoder = encoder_of(data, about, load_tokenizer(str(data / "tokenizer")))
+    return Trie.build(encoder.titles(encoder.catalogue.rows_of(config.domain), end=True))
 
 
 def _documents(folder: Path, documents: str) -> Shards:

@@ -10,6 +10,8 @@ from typing import Any
 from cprec.provenance import TOKENIZER, WEIGHTS, FileHashes, model_hashes
 
 DONE, LOG = "cprec.json", "log.jsonl"
+METRIC = "ndcg@10"
+"""The field of the log with what the ranking probe measures, by domain; see `cprec.train.probe`."""
 
 
 def read_done(folder: Path | str) -> dict[str, Any] | None:

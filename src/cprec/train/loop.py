@@ -21,7 +21,7 @@ from cprec.batch import Batch
 from cprec.errors import TrainingError
 from cprec.progress import say, track
 from cprec.train.checkpoint import Kind, TrainState, load_checkpoint, save_checkpoint
-from cprec.train.folder import LOG, read_log
+from cprec.train.folder import LOG, METRIC, read_log
 from cprec.train.trainable import Stream, Trainable, make_optimizer
 
 GOLDEN_RATIO = 0x9E3779B97F4A7C15
@@ -79,6 +79,7 @@ def train(
     description: str,
     resume_from: Path | None = None,
     start_from: Path | None = None,
+    probe: Callable[[TrainState], Mapping[str, Any]] = lambda state: {},
     log_fields: Callable[[TrainState], Mapping[str, Any]] = lambda state: {},
     report: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> TrainState:
@@ -90,9 +91,9 @@ def train(
     restores weights and optimizer alone.
 
     `log.jsonl` gets a line with the loss as often as `cadence` says (with `log_fields(state)`, also at step 0), and one
-    with what `validate()` measures; `report` is called with every line. The first process alone writes. The loop waits
-    for the device only when it logs, validates or saves. Ctrl-C and SIGTERM, in any process, let the step finish, save,
-    and raise KeyboardInterrupt in all processes, after the last step too.
+    with what `validate()` and `probe(state)` measure, which all processes call; `report` is called with every line. The
+    first process alone writes. The loop waits for the device only when it logs, validates or saves. Ctrl-C and SIGTERM,
+    in any process, let the step finish, save, and raise KeyboardInterrupt in all processes, after the last step too.
 
     Raises TrainingError if a loss, gradient norm or weight is not finite (before anything is validated or saved from
     it), another process is lost or the log cannot be written, and CheckpointError if a checkpoint cannot be written.
@@ -114,7 +115,7 @@ def train(
     ):
         _check_same_plan(stream, state)
         if state.step == 0:
-            log.write(step=0, tokens=0, **validate(), **log_fields(state))
+            log.write(step=0, tokens=0, **validate(), **probe(state), **log_fields(state))
         start = time.perf_counter()
         for batch in batches:
             learning_rate = schedule(state.step)
@@ -131,7 +132,9 @@ def train(
                 about = {"tokens_per_second": rate, "consumed": state.consumed, **more}
                 log.write(step=step, tokens=state.num_tokens, **measured, **about)
             if validates:
-                log.write(step=step, tokens=state.num_tokens, **validate())
+                validated = {**validate(), **probe(state)}
+                log.write(step=step, tokens=state.num_tokens, **validated)
+                progress.advance(0, **_shown(validated))
             stopping = distributed.any_rank(bool(stop))
             if saves or stopping:
                 update.measured()
@@ -250,8 +253,10 @@ def _sum(terms: Iterable[torch.Tensor]) -> torch.Tensor:
 
 def _shown(fields: Mapping[str, Any]) -> dict[str, str]:
     """The fields of a line of the log that are shown beside the progress bar."""
-    loss, mfu = fields.get("loss"), fields.get("mfu")
-    return ({"loss": f"{loss:.3f}"} if loss is not None else {}) | ({"mfu": f"{mfu:.0%}"} if mfu is not None else {})
+    loss, mfu, ranked = fields.get("loss"), fields.get("mfu"), fields.get(METRIC)
+    shown = {"loss": f"{loss:.3f}"} if loss is not None else {}
+    shown |= {"mfu": f"{mfu:.0%}"} if mfu is not None else {}
+    return shown | ({METRIC: " ".join(f"{value:.4f}" for value in ranked.values())} if ranked else {})
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:

@@ -68,6 +68,7 @@ def _run(config: PretrainConfig) -> Run:
         ),
         stage="pretrain",
         about=shards.manifest["about"],
+        probe_domains=config.probe_domains,
         start_from=Path(config.continue_from) if config.continue_from else None,
         keeps_stable=config.lr_scheduler_type != "cosine",
     )

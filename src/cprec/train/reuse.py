@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ place are the same input."""
 GROUPS_IN_WORDS = {
     "trained_on": "the documents to train on",
     "heldout": "the held-out documents",
+    "queries": "the validation queries that are ranked",
     "text": "the general text to replay",
     "general_text": "the text of general_text",
     "base": "the weights of the base model",
@@ -55,7 +57,9 @@ def is_finished(config: TrainingConfig, inputs: Mapping[str, str]) -> bool:
     if not (output_dir / CONFIG_FILE).is_file():
         return False
     record = read_resolved(output_dir)
-    old, new = under_current_names(record["config"]), to_dict(config)
+    # A run from before there was a setting went by what is its default now.
+    defaults = {field.name: to_dict(field.default) for field in fields(config) if field.default is not MISSING}
+    old, new = defaults | under_current_names(record["config"]), to_dict(config)
     before, now, gone = _comparable(record["inputs"], dict(inputs), old)
     changes = [_in_words(change, config) for change in differences(before, now)]
     changed = [

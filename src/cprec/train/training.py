@@ -15,7 +15,7 @@ import torch
 
 from cprec import distributed
 from cprec.card import write_card
-from cprec.data.dataset import POPULARITY
+from cprec.data.dataset import POPULARITY, read_catalogue
 from cprec.errors import ConfigError
 from cprec.files import publish
 from cprec.models import (
@@ -30,9 +30,11 @@ from cprec.models import (
     tiny_model,
     unloaded_model,
 )
-from cprec.progress import say
+from cprec.progress import format_seconds, say
 from cprec.provenance import CONFIG_FILE, FileHashes, read_resolved, save_resolved, to_dict
 from cprec.search.trie import Trie
+from cprec.text.config import PLAIN
+from cprec.text.encoding import PromptEncoder
 from cprec.text.prompts import Template
 from cprec.text.stream import TokenStream
 from cprec.text.tokenizer import load_tokenizer
@@ -49,11 +51,12 @@ from cprec.train.checkpoint import (
 )
 from cprec.train.config import TrainingConfig
 from cprec.train.estimate import Estimate, estimate, measure
-from cprec.train.folder import DONE, LOG, read_done, read_log
+from cprec.train.folder import DONE, LOG, METRIC, read_done, read_log
 from cprec.train.forgetting import GENERAL_TEXT, general_text_batches
 from cprec.train.loop import Cadence, Optimisation, perplexity, train
 from cprec.train.loss import PackedLoss, prepare_loss
 from cprec.train.plan import ANNEALING, FEW_STEPS, WARMUP, Plan, check_fork, describe_plan, steps_of
+from cprec.train.probe import BestWeights, Probe, queries_of
 from cprec.train.reuse import file_inputs, is_finished, shards_of
 from cprec.train.schedule import make_schedule
 from cprec.train.tracking import trackers, values_of
@@ -81,6 +84,8 @@ class Run:
     """The stable checkpoint of another run, with the same plan up to there, that this one goes on from."""
     keeps_stable: bool = False
     """The checkpoint at the end of the stable phase stays, for forks."""
+    probe_domains: tuple[str, ...] = ()
+    """Domains whose validation queries are ranked."""
     titles_trie: Trie | None = None
     """The titles of the domain's items, where their loss over the catalogue is trained."""
     weight_of_catalogue: float = 0.0
@@ -108,7 +113,8 @@ class Run:
             fork_of=self.fork_of,
             general_text=general_text_of(self.config),
         )
-        return {"trained_on": " ".join(self.all_trained_on), **self.inputs, **files}
+        ranked = {f"queries/{domain}": hashes.of(queries_of(self.data, domain)) for domain in self.probe_domains}
+        return {"trained_on": " ".join(self.all_trained_on), **self.inputs, **files, **ranked}
 
 
 def run_training(run: Run) -> Path:
@@ -153,12 +159,13 @@ def run_training(run: Run) -> Path:
         hashes.save()
 
     distributed.by_first(record)
-    state = _fit(run, plan, loss, validation, told)
-    _publish(run, loss, tokenizer, state)
+    best = _best_weights(run, loss, tokenizer)
+    state = _fit(run, plan, loss, validation, best, told)
+    kept = best.restore()
+    _publish(run, loss, tokenizer, state, kept)
+    distributed.by_first(best.forget)
     distributed.by_first(lambda: remove_checkpoints(run.output_dir))
-    measured = [line["heldout"] for line in read_log(run.output_dir / LOG) if line.get("heldout")]
-    last = ", ".join(f"{name} {value:.2f}" for name, value in measured[-1].items()) if measured else "not measured"
-    say(f"{run.output_dir}: written. Held-out perplexity: {last}")
+    _tell(run, state, kept)
     return run.output_dir
 
 
@@ -167,6 +174,35 @@ def time_training(run: Run) -> Estimate:
     plan = run.make_plan()
     loss = _build(run, plan, load_tokenizer(str(run.data / "tokenizer")))
     return measure(_estimate(run, plan, loss.module, run.validation), loss, plan.stream)
+
+
+def encoder_of(data: Path, about: Mapping[str, Any], tokenizer: Any) -> PromptEncoder:
+    """What makes prompts and titles as the documents of a data folder have them; `about` is how those were made."""
+    return PromptEncoder(
+        tokenizer,
+        read_catalogue(data),
+        max_title_tokens=about["max_title_tokens"],
+        title_cut=about.get("title_cut", PLAIN),  # older folders have none
+        template=Template(**about["template"]),
+        begin=about.get("begin", ()),
+    )
+
+
+def _tell(run: Run, state: TrainState, kept: Mapping[str, Any] | None) -> None:
+    """Say what the weights of the finished model reach, and what it cost to know."""
+    log, step = read_log(run.output_dir / LOG), kept["step"] if kept else state.step
+    ranked = [line for line in log if METRIC in line]
+    if ranked:
+        reached = ", ".join(f"{name} {value:.4f}" for name, value in (kept or ranked[-1])[METRIC].items())
+        seconds = sum(line["probe_seconds"] for line in ranked)
+        say(
+            f"kept the weights after step {step:,} of {state.step:,}. NDCG@10 of validation queries: {reached}. "
+            f"Ranking them {len(ranked)} times took {format_seconds(seconds)}, "
+            f"{seconds / max(state.seconds, 1e-9):.1%} of the time of training"
+        )
+    measured = [line["heldout"] for line in log if line.get("heldout") and line["step"] == step]
+    shown = ", ".join(f"{name} {value:.2f}" for name, value in measured[-1].items()) if measured else "not measured"
+    say(f"{run.output_dir}: written. Held-out perplexity: {shown}")
 
 
 # ---- plan ------------------------------------------------------------------------------------------------------------
@@ -363,8 +399,25 @@ def _check_vocabulary(config: TrainingConfig, model: Any, tokenizer: Any) -> Non
 # ---- fit -------------------------------------------------------------------------------------------------------------
 
 
+def _best_weights(run: Run, loss: PackedLoss, tokenizer: Any) -> BestWeights:
+    """What ranks while the run trains, and keeps its best weights."""
+    config, probes = run.config, {}
+    if run.probe_domains and distributed.is_first():
+        encoder = encoder_of(run.data, run.about, tokenizer)
+        pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        for domain in run.probe_domains:
+            path, context = queries_of(run.data, domain), context_of(loss.module) or 1 << 30
+            probes[domain] = Probe.read(path, config.probe_queries, encoder, run.about, context=context, pad_id=pad_id)
+    return BestWeights(loss, probes, run.output_dir, keep=config.keep == "best")
+
+
 def _fit(
-    run: Run, plan: Plan, loss: PackedLoss, validation: Mapping[str, TokenStream], told: Estimate | None
+    run: Run,
+    plan: Plan,
+    loss: PackedLoss,
+    validation: Mapping[str, TokenStream],
+    best: BestWeights,
+    told: Estimate | None,
 ) -> TrainState:
     """Train to the end of the plan, from the newest checkpoint if there is one."""
     config, stream = run.config, plan.stream
@@ -406,6 +459,7 @@ def _fit(
                 stable_step=stream.num_steps - plan.steps_of(ANNEALING) if run.keeps_stable else None,
             ),
             validate=lambda: {"heldout": {name: perplexity(loss, each) for name, each in validation.items()}},
+            probe=best,
             resume_from=saved,
             start_from=run.start_from,
             log_fields=log_fields,
@@ -436,7 +490,9 @@ def _publish_untrained(run: Run, hashes: FileHashes) -> Path:
     return run.output_dir
 
 
-def _publish(run: Run, loss: PackedLoss, tokenizer: Any, state: TrainState) -> None:
+def _publish(
+    run: Run, loss: PackedLoss, tokenizer: Any, state: TrainState, kept: Mapping[str, Any] | None = None
+) -> None:
     """Turn output_dir into a model folder: everything is written aside and moved in, `cprec.json` last."""
     done = {
         "stage": run.stage,
@@ -446,6 +502,7 @@ def _publish(run: Run, loss: PackedLoss, tokenizer: Any, state: TrainState) -> N
         "consumed": state.consumed,
         "seconds": round(state.seconds, 1),
         "num_parameters": num_parameters(loss.module),
+        **({"kept": kept} if kept else {}),
     }
     weights = whole_weights(loss.module)
     unmoved = run.output_dir / "model"

@@ -187,6 +187,18 @@ def test_a_budget_gives_the_best_so_far_and_the_gap(model: Any) -> None:
         assert [found.items.tolist() for found in stopped] == [found.items.tolist() for found in beam]
 
 
+def test_the_place_of_one_item_is_found_with_less_reading(model: Any, of_item: OfItem) -> None:
+    whole = search(model, PROMPTS, k=2, width=3)
+    for item in EVERYTHING:
+        asked = [of_item(prompt, item) for prompt in PROMPTS]
+        for full, found in zip(whole, search(model, PROMPTS, k=2, width=3, place_of=asked), strict=True):
+            assert (item in found.items) == (item in full.items)
+            if item in full.items:
+                least = full.scores[full.items == item] - 1e-4
+                assert found.items[found.scores >= least].tolist() == full.items[full.scores >= least].tolist()
+            assert found.expanded <= full.expanded
+
+
 def test_only_allowed_items_are_found(model: Any, of_item: OfItem) -> None:
     allowed = [np.array([0, 3, 7]), None, np.array([], dtype=np.int64)]
     one, everything, nothing = search(model, PROMPTS, [[3], [], [1]], k=2, allowed=allowed)

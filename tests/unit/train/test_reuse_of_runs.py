@@ -223,7 +223,8 @@ def test_a_run_recorded_under_older_names_is_reused(here: Path, capsys: pytest.C
     path = here / "tuned" / "run.json"
     record = json.loads(path.read_text())
     rows = record["config"].pop("train_batch_size")
-    record["config"].pop("micro_batch_size")
+    for name in ("micro_batch_size", "probe_queries", "keep"):  # these came later
+        del record["config"][name]
     record["config"] |= {"per_device_train_batch_size": rows // 2, "gradient_accumulation_steps": 2}
     path.write_text(json.dumps(record))
     start("finetune")
