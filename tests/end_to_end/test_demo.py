@@ -31,9 +31,9 @@ TINY = [
     "blend.max_queries=40",
     "evaluate.max_queries=40",
 ]
-ARMS = {"random", "popularity", "transition graph", "blend without the model", "oracle"} | {
-    name + row for name in ("fine-tuning only", "CPRec-style") for row in ("", " blend")
-}
+BASELINES = {"random", "popularity", "titles", "transition graph", "transition graph (titles)", "EASE"}
+MODELS = {name + row for name in ("fine-tuning only", "CPRec-style") for row in ("", " blend")}
+ARMS = BASELINES | MODELS | {"blend without the model", "oracle"}
 
 
 Demo = tuple[Path, subprocess.CompletedProcess[str]]
@@ -45,7 +45,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     folder = tmp_path_factory.mktemp("demo")
     environment = {**os.environ, "CPREC_PROGRESS": "plain"}
     command = [sys.executable, "-m", "cprec", "demo", *TINY]
-    return folder, subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return folder, subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
 
 
 class Answer(NamedTuple):
@@ -77,6 +77,7 @@ def test_demo_runs_and_reports_every_arm_with_intervals(demo: Demo) -> None:
             assert arm["num_queries"] == 40
             for metric in ("ndcg@10", "recall@10"):
                 assert 0 <= arm[metric]["low"] <= arm[metric]["mean"] <= arm[metric]["high"] <= 1
+    assert "all items at once by the item head" in report["protocol"]["language models"]
     assert report["certificate"]["clean"] and not report["certificate"]["uncertified"]
     assert "<html" in (folder / "runs/demo/report.html").read_text()
     for word in ("CPRec-style", "oracle", "kitchen", "books", "95 %"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cprec.data.config import SyntheticConfig
 from cprec.evaluate.config import EvaluateConfig
+from cprec.rank.config import BlendConfig, RankConfig
 from cprec.recipe import Recipe
 from cprec.text.config import PrepareConfig
 from cprec.train.config import FinetuneConfig, PretrainConfig, TinyModel
@@ -46,6 +47,7 @@ def demo(*, output_dir: str = "runs/demo", seed: int = 0) -> Recipe:
             data=data,
             output_dir=f"{output_dir}/finetune",
             domain="kitchen",
+            item_head=True,
             tiny=SIZE,
             learning_rate=2e-3,
             num_train_epochs=5,
@@ -55,5 +57,13 @@ def demo(*, output_dir: str = "runs/demo", seed: int = 0) -> Recipe:
             save_steps=200,
             seed=seed,
         ),
-        evaluate=EvaluateConfig(data=data, output_dir=output_dir, max_queries=1000, seed=seed),
+        blend=BlendConfig(log_p=False, seed=seed),  # log P, too, would take minutes for each model
+        evaluate=EvaluateConfig(
+            data=data,
+            output_dir=output_dir,
+            baselines=("random", "popularity", "titles", "transition graph", "transition graph (titles)", "EASE"),
+            rank=RankConfig(mode="vectors"),
+            max_queries=1000,
+            seed=seed,
+        ),
     )
