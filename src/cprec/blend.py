@@ -18,7 +18,7 @@ import numpy as np
 from cprec import lineup
 from cprec.data.dataset import event_files, read_split
 from cprec.data.splits import Split
-from cprec.errors import ConfigError, Unsuitable
+from cprec.errors import ConfigError, DataError, Unsuitable
 from cprec.evaluate.coverage import check_certificate
 from cprec.files import aside
 from cprec.progress import Progress, say, track
@@ -109,7 +109,10 @@ def _earlier(model: str, domain: str, asked: Mapping[str, Any]) -> dict[str, Any
     """The blend that is there, if it is of the same model and was chosen the same way."""
     if not Path(model, BLEND).is_file():
         return None
-    about = read_about(model)
+    try:
+        about = read_about(model)
+    except DataError:  # damaged, or of an older version: it is made anew
+        return None
     same = (about["domain"], about["asked"], about["model"]) == (domain, asked, identity(model))
     return about if same else None
 

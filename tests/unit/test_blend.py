@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from cprec import lineup
-from cprec.blend import Entries, best_setting, choose, climb, made_parts
+from cprec.blend import Entries, _earlier, best_setting, choose, climb, made_parts
 from cprec.data.build import build_dataset
 from cprec.data.catalogue import Catalogue
 from cprec.data.config import Rules, SplitSpec, SyntheticConfig
@@ -25,7 +25,7 @@ from cprec.data.sources.synthetic import SyntheticWorld
 from cprec.data.splits import Split, make_split
 from cprec.errors import ConfigError, CPRecError, ModelError, Unsuitable
 from cprec.rank.blend import KINDS, Blend, BlendedParts, Part, check_parts, read_blend, write_blend
-from cprec.rank.blend_file import Setting
+from cprec.rank.blend_file import Setting, read_about
 from cprec.rank.config import RankConfig
 from cprec.rank.why import effects_of
 from cprec.recommender import Ranking, RankingQuery
@@ -355,6 +355,15 @@ def test_what_was_changed_is_refused(damage: str, model: Path, split: Split) -> 
     with pytest.raises(CPRecError, match=message) as refused:
         read_blend(model, split.catalogue)
     assert "blend.json" in str(refused.value) or "cprec blend" in str(refused.value)
+
+
+def test_a_damaged_or_older_blend_is_made_anew(model: Path, split: Split) -> None:
+    written(model, split, "EASE")
+    content = read_about(model)
+    assert _earlier(str(model), "kitchen", content["asked"]) == content
+    for damage in ("no JSON", "another version"):
+        DAMAGE[damage][0](model)
+        assert _earlier(str(model), "kitchen", content["asked"]) is None
 
 
 def test_a_blend_of_another_catalogue_is_refused(model: Path, split: Split) -> None:
