@@ -81,7 +81,7 @@ def blend(config: BlendConfig) -> dict[str, Any]:
             f"data={data!r} has another catalogue than {config.model}: give the folder that it is made of"
         )
     if not (config.log_p or model.has_item_head(domain)):
-        raise ConfigError(
+        raise Unsuitable(
             f"log_p=false, and {config.model} has no item head for {domain!r}: nothing of the model would be in its "
             "blend. Fine-tune with item_head=true, or leave log_p out"
         )

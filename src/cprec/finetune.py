@@ -9,7 +9,7 @@ import numpy as np
 
 from cprec import distributed
 from cprec.data.dataset import read_split
-from cprec.errors import ConfigError
+from cprec.errors import ConfigError, Unsuitable
 from cprec.files import aside
 from cprec.item_head import FOLDER, ItemHead, settings_for
 from cprec.progress import say, track
@@ -22,7 +22,7 @@ def finetune(config: FinetuneConfig) -> Path:
     """Fine-tune a model, and train its item head where asked; returns the model folder.
 
     A finished head is reused, an interrupted one goes on. Raises ConfigError where a head is asked for in several
-    processes, Unsuitable where the domain has nothing for it to learn from, and what training the model raises.
+    processes, and what training the model raises. Where the domain has nothing for it to learn from, it says so.
     """
     folder = language_model.finetune(config)
     if config.item_head and not config.dry_run:
@@ -31,7 +31,10 @@ def finetune(config: FinetuneConfig) -> Path:
                 f"{folder} is finished, but its item head is trained by one process: run the same command without "
                 "torchrun, which keeps the model"
             )
-        _train_head(config, folder)
+        try:
+            _train_head(config, folder)
+        except Unsuitable as error:
+            say(f"{folder} has no item head: {error}")
     return folder
 
 

@@ -30,9 +30,10 @@ from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import DataError, ModelError
 from cprec.files import whole_folder
-from cprec.models import blocks_of, trunk_and_head
+from cprec.models import ONE_FORWARD, blocks_of, trunk_and_head
 from cprec.provenance import file_sha256
 from cprec.recommender import RankingQuery
+from cprec.schema import TITLE
 from cprec.systems.fit import seconds_to_fit
 from cprec.systems.recipes.sasrec import WEIGHT
 from cprec.systems.recipes.title_sasrec import TitleSASRec, TitleSASRecRecommender
@@ -81,7 +82,7 @@ def title_states(model: Any, titles: Ragged, advance: Callable[[int], None] = la
         is_token_RT = np.arange(ids_RT.shape[1]) < lengths[:, None]
         ids_RT[is_token_RT] = tokens.values
         # Padding stands on the right, where no earlier token reads it.
-        with distributed.autocast(device, bf16):
+        with ONE_FORWARD, distributed.autocast(device, bf16):
             depths = _run(trunk, torch.from_numpy(ids_RT).to(device), first, last)
         is_token_RT1 = torch.from_numpy(is_token_RT).to(device)[:, :, None]
         means = [F.normalize((one.float() * is_token_RT1).sum(1), dim=-1) for one in depths]
@@ -147,7 +148,8 @@ def settings_for(split: Split, domain: str) -> TitleSASRec:
     """The settings of a head for a domain: where sequences are few, as many passes as make `STEPS` steps."""
     settings = TitleSASRec()
     rows = len(windows(TrainingSequences.of(split, domain).sequences, settings.max_length))
-    return replace(settings, num_epochs=max(settings.num_epochs, STEPS * settings.batch_size / rows))
+    steps_of_pass = -(-rows // settings.batch_size)
+    return replace(settings, num_epochs=max(settings.num_epochs, STEPS / steps_of_pass))
 
 
 def seconds_to_train(split: Split, domain: str, seed: int) -> float:
@@ -207,14 +209,16 @@ class ItemHead:
             raise ModelError("the scores of the item head are not finite (NaN or infinity): take an earlier checkpoint")
         return log_QN
 
-    def over(self, catalogue: Catalogue, read: Read) -> ItemHead:
-        """The same head over the items of another catalogue. Items that are new or have another title are read anew;
-        a new item has no row of its own."""
+    def over(self, catalogue: Catalogue, read: Read, fields: Sequence[str] = (TITLE,)) -> ItemHead:
+        """The same head over the items of another catalogue. Items that are new, or differ in the `fields` that are
+        read, are read anew; a new item has no row of its own."""
         was, domain, arrays = self.recommender.catalogue, self.recommender.domain, self.recommender.arrays()
         before, after = was.rows_of(domain), catalogue.rows_of(domain)
         number = {item: place for place, item in enumerate(was.item_id[before])}
         known = np.array([number.get(item, -1) for item in catalogue.item_id[after]], dtype=np.int64)
-        same = (known >= 0) & (was.title[before][known] == catalogue.title[after])
+        same = known >= 0
+        for name in fields:
+            same &= getattr(was, name)[before][known] == getattr(catalogue, name)[after]
         vectors_NK, rows_ND = arrays["vectors"][known], arrays[_ROWS]
         if not same.all():
             vectors_NK[~same] = self.directions.project(read(after[~same]))

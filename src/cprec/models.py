@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -280,16 +281,22 @@ def packed_hidden(model: Any, input_ids_RT: torch.Tensor, position_ids_RT: torch
     return hidden.reshape(*shape, -1)
 
 
+ONE_FORWARD = threading.RLock()
+"""Held during a forward pass for which a model is changed, by its attention or by hooks: a service adds items while it
+ranks."""
+
+
 @contextmanager
 def attending_by(trunk: Any, name: str) -> Iterator[None]:
     """For the block, the model uses the attention that is registered with transformers under this name."""
-    config = trunk.config
-    before = config._attn_implementation
-    config._attn_implementation = name
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+    with ONE_FORWARD:
+        config = trunk.config
+        before = config._attn_implementation
+        config._attn_implementation = name
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
 
 
 def has_learned_positions(model: Any) -> bool:

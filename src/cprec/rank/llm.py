@@ -178,6 +178,8 @@ class LLMRecommender:
         made.source = str(folder)
         if made.domain is not None and engine == "transformers":
             made._item_head = ItemHead.load(folder, made.catalogue)
+        if made.ranking.mode == "vectors":
+            made._require_head(made.domain, "mode=vectors")
         if blend and (folder / BLEND).exists():
             made._open_blend(folder)
         return made
@@ -190,8 +192,6 @@ class LLMRecommender:
                 "trained; give blend=False with another score or normaliser"
             )
         vectors = self.ranking.mode == "vectors"
-        if vectors:
-            self._require_head(self.domain, "mode=vectors")
         found = read_blend(folder, self.catalogue, "vectors" if vectors else "blend")
         if found.item_head:
             self._require_head(found.domain, str(folder / BLEND))
@@ -253,12 +253,14 @@ class LLMRecommender:
 
     def has_item_head(self, domain: str) -> bool:
         """Whether the model has an item head for the domain."""
-        return self._item_head is not None and domain == self.domain
+        return self._item_head is not None and domain == self._item_head.recommender.domain
 
     def _require_head(self, domain: str | None, what: str) -> None:
         """Raise ConfigError where the model has no head for the domain, which is needed for `what`."""
         if domain is None or not self.has_item_head(domain):
-            has = f"one for domain {self.domain!r} only" if self._item_head is not None else "none"
+            has = "none"
+            if self._item_head is not None:
+                has = f"one for domain {self._item_head.recommender.domain!r} only"
             raise ConfigError(
                 f"{what} needs an item head for domain {domain!r}, and {self.source} has {has}: fine-tune with "
                 "item_head=true and take the engine transformers, or choose another mode"
@@ -467,7 +469,7 @@ class LLMRecommender:
         out.blend = None if self.blend is None else self.blend.with_catalogue(catalogue)
         out._encoder = self._encoder.with_catalogue(self._tokenizer, catalogue)
         if self._item_head is not None:
-            out._item_head = self._item_head.over(catalogue, out.title_states)
+            out._item_head = self._item_head.over(catalogue, out.title_states, self.item_fields)
         out._tries = {}
         for domain, trie in self._tries.items():
             before, after = self.catalogue.rows_of(domain), catalogue.rows_of(domain)
@@ -488,8 +490,11 @@ class LLMRecommender:
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """The domains that it recommends from: all of the catalogue or, with a blend, the one of this."""
-        return self.catalogue.domains if self.blend is None else (self.blend.domain,)
+        """The domains that it recommends from: all of the catalogue or, with a blend or by an item head, its one."""
+        if self.blend is not None:
+            return (self.blend.domain,)
+        by_head = self.ranking.mode == "vectors" and self._item_head is not None
+        return (self._item_head.recommender.domain,) if by_head and self._item_head else self.catalogue.domains
 
     @property
     def weights(self) -> Mapping[str, float]:

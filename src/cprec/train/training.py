@@ -61,6 +61,9 @@ from cprec.train.reuse import file_inputs, is_finished, shards_of
 from cprec.train.schedule import make_schedule
 from cprec.train.tracking import trackers, values_of
 
+UNMOVED = "model"
+"""In an output folder: the finished model, as long as its files are not moved to where they belong."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -132,6 +135,7 @@ def run_training(run: Run) -> Path:
         finished = is_finished(config, distributed.by_first(lambda: run.recorded_inputs(hashes)))
         distributed.by_first(hashes.save)
         if finished:
+            distributed.by_first(lambda: _clear(run))  # a kill at the very end leaves something
             say(f"{run.output_dir}: complete with these settings, reused")
             return run.output_dir
     if not config.num_train_epochs:
@@ -164,7 +168,7 @@ def run_training(run: Run) -> Path:
     kept = best.restore()
     _publish(run, loss, tokenizer, state, kept)
     distributed.by_first(best.forget)
-    distributed.by_first(lambda: remove_checkpoints(run.output_dir))
+    distributed.by_first(lambda: _clear(run))
     _tell(run, state, kept)
     return run.output_dir
 
@@ -471,6 +475,12 @@ def _fit(
 # ---- publish ---------------------------------------------------------------------------------------------------------
 
 
+def _clear(run: Run) -> None:
+    """Remove what a finished run no longer needs."""
+    remove_checkpoints(run.output_dir)
+    shutil.rmtree(run.output_dir / UNMOVED, ignore_errors=True)
+
+
 def _publish_untrained(run: Run, hashes: FileHashes) -> Path:
     """Make a model folder of a model as it is; returns the folder."""
     if run.config.dry_run:
@@ -505,7 +515,7 @@ def _publish(
         **({"kept": kept} if kept else {}),
     }
     weights = whole_weights(loss.module)
-    unmoved = run.output_dir / "model"
+    unmoved = run.output_dir / UNMOVED
 
     def write_and_move() -> None:
         with checkpoint_folder(unmoved) as folder:
