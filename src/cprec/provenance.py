@@ -166,13 +166,14 @@ def shortened(changes: Sequence[str], most: int = 5) -> str:
 
 WEIGHTS = (
     *("config.json", "generation_config.json", "*.safetensors", "*.index.json", "pytorch_model*.bin"),
-    *("adapter_config.json", "adapter_model.bin", "item_head/head.*"),
+    *("adapter_config.json", "adapter_model.bin"),
 )
 TOKENIZER = (
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
     *("*.model", "*.tiktoken"),
 )
-"""Files of a model folder that decide what a model computes, and how text becomes tokens."""
+ITEM_HEAD = ("item_head/head.*",)
+"""Files of a model folder that decide what a model computes, how text becomes tokens, and what its item head ranks."""
 
 
 def model_hashes(name_or_path: Path | str, patterns: Iterable[str], hashes: FileHashes) -> dict[str, str]:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from cprec import __version__
 from cprec.errors import DataError, UnknownItemError
 from cprec.files import aside, publish, whole_file
-from cprec.provenance import TOKENIZER, WEIGHTS, FileHashes, model_hashes
+from cprec.provenance import ITEM_HEAD, TOKENIZER, WEIGHTS, FileHashes, model_hashes
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import Item
 from cprec.serve.engine import Baseline, Recommends, list_query, reads_nothing
@@ -172,7 +172,8 @@ def _key(query: RankingQuery) -> bytes:
 def made_of(model: str, domain: str, k: int, exclude_seen: bool) -> str:
     """A hash of everything but the history that decides a list: the files of the model folder, and the settings."""
     hashes = FileHashes(model)
-    files = model_hashes(model, (*WEIGHTS, *TOKENIZER, "cprec.json", "blend.json", "items/*/*.parquet"), hashes)
+    patterns = (*WEIGHTS, *TOKENIZER, *ITEM_HEAD, "cprec.json", "blend.json", "items/*/*.parquet")
+    files = model_hashes(model, patterns, hashes)
     hashes.save()
     about = [__version__, domain, k, exclude_seen, files]
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

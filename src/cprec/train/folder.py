@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cprec.provenance import TOKENIZER, WEIGHTS, FileHashes, model_hashes
+from cprec.provenance import ITEM_HEAD, TOKENIZER, WEIGHTS, FileHashes, model_hashes
 
 DONE, LOG = "cprec.json", "log.jsonl"
 METRIC = "ndcg@10"
@@ -33,7 +33,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def model_identity(folder: str | Path, hashes: FileHashes) -> str:
     """A hash that changes whenever a model folder may rank differently: weights, tokenizer, items, `cprec.json`."""
-    found = model_hashes(folder, (*WEIGHTS, *TOKENIZER), hashes)
+    found = model_hashes(folder, (*WEIGHTS, *TOKENIZER, *ITEM_HEAD), hashes)
     items = sorted(Path(folder, "items").rglob("*.parquet"))
     found |= {path.relative_to(folder).as_posix(): hashes.of(path) for path in items}
     about = {name: value for name, value in (read_done(folder) or {}).items() if name != "seconds"}
