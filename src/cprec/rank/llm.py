@@ -493,8 +493,9 @@ class LLMRecommender:
         """The domains that it recommends from: all of the catalogue or, with a blend or by an item head, its one."""
         if self.blend is not None:
             return (self.blend.domain,)
-        by_head = self.ranking.mode == "vectors" and self._item_head is not None
-        return (self._item_head.recommender.domain,) if by_head and self._item_head else self.catalogue.domains
+        if self.ranking.mode == "vectors" and self._item_head is not None:
+            return (self._item_head.recommender.domain,)
+        return self.catalogue.domains
 
     @property
     def weights(self) -> Mapping[str, float]:
