@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from cprec import distributed
-from cprec.data.dataset import read_split
+from cprec.data.dataset import event_files, read_split
 from cprec.errors import ConfigError, Unsuitable
 from cprec.files import aside
-from cprec.item_head import FOLDER, ItemHead, settings_for
+from cprec.item_head import FOLDER, ItemHead, is_made_from, settings_for
 from cprec.progress import say, track
+from cprec.provenance import code_sha256, file_sha256
 from cprec.rank.llm import LLMRecommender
 from cprec.train import finetune as language_model
 from cprec.train.config import FinetuneConfig
@@ -21,8 +22,9 @@ from cprec.train.config import FinetuneConfig
 def finetune(config: FinetuneConfig) -> Path:
     """Fine-tune a model, and train its item head where asked; returns the model folder.
 
-    A finished head is reused, an interrupted one goes on. Raises ConfigError where a head is asked for in several
-    processes, and what training the model raises. Where the domain has nothing for it to learn from, it says so.
+    A finished head of the same events, seed and code is reused, an interrupted one goes on. Where the domain has
+    nothing for a head to learn from, it says so. Raises ConfigError where a head is asked for in several processes, and
+    what training the model raises.
     """
     folder = language_model.finetune(config)
     if config.item_head and not config.dry_run:
@@ -40,7 +42,12 @@ def finetune(config: FinetuneConfig) -> Path:
 
 def _train_head(config: FinetuneConfig, folder: Path) -> None:
     model = LLMRecommender.from_pretrained(folder, blend=False)
-    if model.has_item_head(config.domain):
+    made_from = {
+        "domain": config.domain,
+        "data": {name: file_sha256(Path(config.data, name)) for name in event_files(config.data)},
+        **{"seed": config.seed, "code": code_sha256("cprec.item_head")},
+    }
+    if is_made_from(folder, made_from):
         say(f"{folder / FOLDER}: complete, reused")
         return
     split, unfinished = read_split(config.data), aside(folder / FOLDER)
@@ -52,5 +59,5 @@ def _train_head(config: FinetuneConfig, folder: Path) -> None:
 
     head = ItemHead.train(split, config.domain, read, settings=settings, seed=config.seed, folder=unfinished)
     shutil.rmtree(unfinished)
-    head.save(folder)
+    head.save(folder, made_from)
     say(f"{folder / FOLDER}: written")

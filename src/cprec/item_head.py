@@ -10,7 +10,7 @@ Suffixes: N items of the domain in catalogue order, F numbers of a title's state
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,6 +144,12 @@ class Directions:
         return projected
 
 
+def is_made_from(model: Path, made_from: Mapping[str, Any]) -> bool:
+    """Whether the head of a model folder has learnt from this; False where there is no head."""
+    path = model / FOLDER / _SETTINGS
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("made_from") == made_from
+
+
 def settings_for(split: Split, domain: str) -> TitleSASRec:
     """The settings of a head for a domain: where sequences are few, as many passes as make `STEPS` steps."""
     settings = TitleSASRec()
@@ -227,11 +233,13 @@ class ItemHead:
         arrays |= {"vectors": vectors_NK, _ROWS: rows_ND}
         return ItemHead(self.directions, TitleSASRecRecommender.from_arrays(arrays, catalogue))
 
-    def save(self, model: Path) -> None:
-        """Write the head into a model folder, in place of any that is there."""
+    def save(self, model: Path, made_from: Mapping[str, Any]) -> None:
+        """Write the head into a model folder, in place of any that is there; `made_from` says what it has learnt from
+        beside the model."""
         arrays = self.recommender.arrays() | {"mean": self.directions.mean_F, "axes": self.directions.axes_FK}
         domain, settings = str(arrays.pop("domain")), json.loads(str(arrays.pop("settings")))
-        about = {"domain": domain, "settings": settings, "model": file_sha256(model / _MODEL)}
+        about = {"domain": domain, "settings": settings, "made_from": made_from}
+        about |= {"model": file_sha256(model / _MODEL)}
         with whole_folder(model / FOLDER) as folder:
             save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, folder / _ARRAYS)
             (folder / _SETTINGS).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import ConfigError, DataError
-from cprec.item_head import Directions, ItemHead, seconds_to_train, title_states
+from cprec.item_head import Directions, ItemHead, is_made_from, seconds_to_train, title_states
 from cprec.models import tiny_model
 from cprec.rank.blend import Blend, write_blend
 from cprec.rank.blend_file import Setting
@@ -143,11 +143,13 @@ def test_items_come_and_go(head: ItemHead, model: Any, tokenizer: Any) -> None:
 
 def test_a_saved_head_is_the_same(head: ItemHead, catalogue: Catalogue, tmp_path: Path) -> None:
     (tmp_path / "cprec.json").write_text("{}")
-    head.save(tmp_path)
+    head.save(tmp_path, {"seed": 0})
     every, query = np.ones(4, dtype=bool), games("a", "b")
     again = ItemHead.load(tmp_path, catalogue)
     assert again is not None and np.array_equal(again.log_probs([query], every), head.log_probs([query], every))
     assert ItemHead.load(tmp_path / "elsewhere", catalogue) is None
+    assert is_made_from(tmp_path, {"seed": 0}) and not is_made_from(tmp_path, {"seed": 1})
+    assert not is_made_from(tmp_path / "elsewhere", {"seed": 0})
 
 
 @pytest.mark.parametrize(
@@ -162,7 +164,7 @@ def test_a_head_that_was_altered_is_refused(
     head: ItemHead, catalogue: Catalogue, tmp_path: Path, change: Callable[[Path], Any], what: str
 ) -> None:
     (tmp_path / "cprec.json").write_text("{}")
-    head.save(tmp_path)
+    head.save(tmp_path, {"seed": 0})
     change(tmp_path)
     with pytest.raises(DataError, match=what):
         ItemHead.load(tmp_path, catalogue)
@@ -274,7 +276,7 @@ def test_a_blend_that_is_read_gives_the_lists_that_it_was_written_for(
     catalogue.write(tmp_path)
     about = {"template": asdict(Template()), "max_title_tokens": 32, "history": "specific", "max_history": 10}
     (tmp_path / "cprec.json").write_text(json.dumps(about | {"domain": "games"}))
-    head.save(tmp_path)
+    head.save(tmp_path, {"seed": 0})
     settings = {
         "blend": Setting(0.7, {}, 0.5, item_head=1.5),
         "vectors": Setting(0.0, {}, 0.4, item_head=0.8),
