@@ -146,6 +146,23 @@ def add_lora(model: Any, *, rank: int, alpha: int, seed: int = 0) -> Any:
         return peft.get_peft_model(model, config)
 
 
+def freeze_lowest(model: Any, layers: float) -> None:
+    """Keep the weights of the embeddings and of the lowest layers: a fraction of all if below 1, else a number. An
+    output layer that shares the embeddings' weights keeps them, too.
+
+    Raises ConfigError where no layer would be left to train, or the model has no list of layers.
+    """
+    blocks = blocks_of(model)
+    number = round(layers * len(blocks)) if layers < 1 else round(layers)
+    if number >= len(blocks):
+        raise ConfigError(
+            f"frozen_layers={layers:g} leaves no layer of {type(inner_model(model)).__name__} to train: it has "
+            f"{len(blocks)}, so give {len(blocks) - 1} at most, or a fraction below 1"
+        )
+    for module in (inner_model(model).get_input_embeddings(), *blocks[:number]):
+        module.requires_grad_(False)
+
+
 def trunk_and_head(model: Any) -> tuple[Any, Any]:
     """The decoder without its output layer, and the output layer, so that logits are made only where they are needed.
 

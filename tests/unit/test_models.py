@@ -17,6 +17,7 @@ from cprec.models import (
     check_attention,
     check_isolation,
     context_of,
+    freeze_lowest,
     load_model,
     num_parameters,
     output_scale,
@@ -173,6 +174,21 @@ def test_only_adapters_are_trained() -> None:
     assert torch.equal(logits(model), logits(tiny_qwen()))  # adapters begin as zero
     # q, k, v, o are 16 x 16; gate, up are 16 x 64, down 64 x 16: rank * (in + out) each, two layers
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 2 * (4 * 32 + 3 * 80)
+
+
+@pytest.mark.parametrize(("layers", "frozen"), [(1, [0]), (0.5, [0]), (0.2, [])])
+def test_the_lowest_layers_and_the_embeddings_keep_their_weights(layers: float, frozen: list[int]) -> None:
+    model = tiny_qwen()  # two layers, whose output layer has the embeddings' weights
+    freeze_lowest(model, layers)
+    still = {name.split(".mlp")[0] for name, weight in model.named_parameters() if not weight.requires_grad}
+    assert "model.embed_tokens.weight" in still
+    assert {name for name in still if name.endswith(("layers.0", "layers.1"))} == {f"model.layers.{i}" for i in frozen}
+    assert model.model.norm.weight.requires_grad
+
+
+def test_no_model_is_frozen_whole() -> None:
+    with pytest.raises(ConfigError, match=r"frozen_layers=2 leaves no layer .* it has 2, so give 1 at most"):
+        freeze_lowest(tiny_qwen(), 2)
 
 
 def test_the_seed_decides_adapters() -> None:

@@ -57,6 +57,9 @@ class TrainingConfig:
     """Scale of the LoRA update (alpha / rank)."""
     lora_merge: bool = False
     """Add the adapters into the weights of the finished model: a plain one, which no longer needs its base."""
+    frozen_layers: float = 0.0
+    """The lowest layers, which keep their weights, with the embeddings: a fraction of all if below 1, else a number.
+    Nothing is computed for them in the backward pass. 0 trains all."""
     learning_rate: float = 1e-4
     """Peak learning rate (our reconstruction: 1e-4 up to 0.6 B parameters, 5e-5 for 1-3 B; small models from random
     weights want 1e-3 and more)."""
@@ -150,6 +153,7 @@ class TrainingConfig:
             "anneal_steps",
             "eval_tokens",
             "lora_rank",
+            "frozen_layers",
             "micro_batch_size",
             "probe_queries",
         ):

@@ -51,22 +51,37 @@ def flops_per_token(model: Any, context: float, target_share: float = 1.0) -> fl
     """Floating-point operations that training on one token needs, forward and backward.
 
     A weight that multiplies counts 6 where it is trained (2 forward, 2 for the gradient of its input, 2 for its own)
-    and 4 where it is frozen; so does the output layer, for the `target_share` of tokens that are targets. Embeddings
-    are looked up and do not count. Attention adds 12 * heads * head width * `context` in each layer, `context` being
-    the tokens that one attends to (see `mean_context`; at most the window where a layer has one). Recomputation by
+    and 4 where it is frozen, but 2 in layers below all that is trained; so does the output layer, for the
+    `target_share` of tokens that are targets. Embeddings are looked up and do not count. Attention adds 12 * heads *
+    head width * `context` in each layer, a third of it in those lowest, `context` being the tokens that one attends to
+    (see `mean_context`; at most the window where a layer has one). Recomputation by
     gradient checkpointing, masked attention, norms and the optimizer are left out: the measure is what the model
     needs, whatever the machine does.
 
     Source: Chowdhery et al. (2022), PaLM, appendix B, with the causal context of packed documents for the row's length.
     """
     _, head = trunk_and_head(model)
-    flops = sum((6.0 if weight.requires_grad else 4.0) * weight.numel() for weight in multiplying_weights(model))
+    lowest = layers_below_training(model)
+    only_read = {id(weight) for layer in lowest for weight in layer.parameters()}
+    flops = sum(
+        (6.0 if weight.requires_grad else 2.0 if id(weight) in only_read else 4.0) * weight.numel()
+        for weight in multiplying_weights(model)
+    )
     flops += (6.0 if head.weight.requires_grad else 4.0) * head.weight.numel() * target_share
     config = inner_model(model).config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     window = getattr(config, "sliding_window", None) or math.inf
-    seen = sum(min(context, window if kind == "sliding_attention" else math.inf) for kind in kinds)
-    return flops + 12 * attention_width(config) * seen
+    seen = [min(context, window if kind == "sliding_attention" else math.inf) for kind in kinds]
+    passes = 3 * sum(seen) - 2 * sum(seen[: len(lowest)])
+    return flops + 4 * attention_width(config) * passes
+
+
+def layers_below_training(model: Any) -> list[nn.Module]:
+    """The lowest layers that no gradient goes through: neither they nor what is below them is trained."""
+    embeddings, (trunk, _) = inner_model(model).get_input_embeddings(), trunk_and_head(model)
+    layers = next((each for each in trunk.children() if isinstance(each, nn.ModuleList)), ())
+    trained = [any(weight.requires_grad for weight in module.parameters()) for module in (embeddings, *layers)]
+    return list(layers[: max(0, trained.index(True) - 1)]) if True in trained else list(layers)
 
 
 def multiplying_weights(model: Any) -> list[nn.Parameter]:

@@ -24,6 +24,7 @@ from cprec.models import (
     check_attention,
     check_isolation,
     context_of,
+    freeze_lowest,
     has_learned_positions,
     load_model,
     num_parameters,
@@ -340,6 +341,8 @@ def _make_model(config: TrainingConfig, tokenizer: Any, load: Callable[[str], An
         model = load(config.model_name_or_path)
     if config.lora_rank:
         model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
+    if config.frozen_layers:
+        freeze_lowest(model, config.frozen_layers)
     return model
 
 

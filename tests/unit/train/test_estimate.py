@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
 from cprec.errors import ConfigError
-from cprec.models import add_lora, packed_hidden, tiny_model, unloaded_model
+from cprec.models import add_lora, freeze_lowest, packed_hidden, tiny_model, unloaded_model
 from cprec.text.stream import NEXT_TOKEN, TokenStream
 from cprec.train import estimate as module
 from cprec.train.checkpoint import TrainState, save_checkpoint
@@ -96,6 +96,17 @@ def test_frozen_weights_have_no_gradient_of_their_own() -> None:
     # Of the first block's inputs, which no trained weight made, nothing needs a gradient: PyTorch saves that.
     assert counted_flops(adapted) == pytest.approx(told, rel=0.05)
     assert told < 0.85 * whole
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+def test_nothing_is_computed_backwards_below_what_is_trained(layers: int) -> None:
+    model = make("llama", attention="eager", num_hidden_layers=8)
+    whole = flops_per_token(model, ROW_TOKENS)
+    freeze_lowest(model, layers)
+    told = flops_per_token(model, ROW_TOKENS)
+    # Of the first trained block's inputs, which no trained weight made, nothing needs a gradient: PyTorch saves that.
+    assert counted_flops(model) == pytest.approx(told, rel=0.05)
+    assert told < (1 - 0.5 * layers / 8) * whole
 
 
 def test_the_context_of_packed_documents() -> None:

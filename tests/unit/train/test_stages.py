@@ -13,6 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from cprec.errors import ConfigError, DataError, ShardError
 from cprec.provenance import to_dict
@@ -239,6 +241,19 @@ def test_merged_adapters_make_a_plain_model_that_ranks_the_same(
 def test_adapters_need_a_base(config: Callable[..., PretrainConfig]) -> None:
     with pytest.raises(ConfigError, match=r"lora_rank=2 needs a saved base model"):
         pretrain(config(lora_rank=2))
+
+
+# ---- frozen layers ---------------------------------------------------------------------------------------------------
+
+
+def test_frozen_layers_stay_as_the_base_has_them(
+    config: Callable[..., PretrainConfig], tune: Callable[..., FinetuneConfig]
+) -> None:
+    base = pretrain(config(tiny=TinyModel(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)))
+    tuned = finetune(tune(model_name_or_path=str(base), frozen_layers=1, save_steps=1))
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tuned))
+    same = {name for name, weight in before.items() if torch.equal(weight, after[name])}
+    assert same == {name for name in before if "embed_tokens" in name or "layers.0." in name}
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
