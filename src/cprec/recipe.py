@@ -51,7 +51,8 @@ class Recipe:
     evaluate: EvaluateConfig
     """Ranking the held-out queries, and the numbers made from the rankings."""
 
-    def model_folder(self, domain: str, arm: str) -> str:
-        """Where the model of an arm that is fine-tuned on a domain goes."""
+    def model_folder(self, domain: str, arm: str, seed: int | None = None) -> str:
+        """Where the model of an arm that is fine-tuned on a domain goes; `seed` where it is one of several seeds."""
         assert self.finetune is not None, "a recipe without fine-tuning makes no such model"
-        return f"{self.finetune.output_dir}/{domain}/{arm.lower().replace(' ', '-')}"
+        folder = f"{self.finetune.output_dir}/{domain}/{arm.lower().replace(' ', '-')}"
+        return folder if seed is None else f"{folder}-seed-{seed}"

@@ -35,7 +35,16 @@ from cprec.evaluate.report_page import (
     report_page,
     results_of_model,
 )
-from cprec.evaluate.results import BLENDED, FULL, DomainResult, Example, Report, TrainedModel, write_report
+from cprec.evaluate.results import (
+    BLENDED,
+    FULL,
+    DomainResult,
+    Example,
+    Report,
+    TrainedModel,
+    arm_of,
+    write_report,
+)
 from cprec.evaluate.training_page import TrainingRun
 from cprec.files import write_whole
 from cprec.progress import say
@@ -92,10 +101,13 @@ def _arms(recipe: Recipe, domain: str, steps: Iterator[str]) -> dict[str, str]:
     folders = {}
     say(f"{next(steps)} fine-tune on {domain}")
     first = FINETUNED if recipe.finetune.num_train_epochs else UNTRAINED
-    for arm, base in {first: start, **bases}.items():
+    for (model, base), seed in product({first: start, **bases}.items(), recipe.evaluate.seeds):
+        several = len(recipe.evaluate.seeds) > 1
+        arm = arm_of(model, seed) if several else model
         say(f"{domain}: {arm}")
-        folders[arm] = recipe.model_folder(domain, arm)
-        finetune(replace(recipe.finetune, domain=domain, model_name_or_path=base, output_dir=folders[arm]))
+        folders[arm] = recipe.model_folder(domain, model, seed if several else None)
+        settings = replace(recipe.finetune, domain=domain, model_name_or_path=base, output_dir=folders[arm])
+        finetune(replace(settings, seed=seed) if several else settings)
         if recipe.blend:
             try:
                 uncertified = recipe.blend.uncertified or recipe.evaluate.uncertified
@@ -224,7 +236,7 @@ def _examples(config: EvaluateConfig, split: Split, result: DomainResult, models
     """What models (their blends, where they have some), or the best baseline where there are no models, recommend a few
     users of a domain, by saved rankings."""
     domain, best = result.domain, result.best()
-    blends = [name + BLENDED for name in models]
+    blends = [renamed(name, BLENDED) for name in models]
     arms = [blend if blend in result.arms else name for name, blend in zip(models, blends, strict=True)]
     arms = arms or ([best.name] if best else [])
     questions = read_queries(config.data, domain, config.part, max_queries=config.max_queries, seed=config.seed)

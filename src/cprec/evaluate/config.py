@@ -20,7 +20,8 @@ class EvaluateConfig:
     baselines: tuple[str, ...] = ("random", "popularity", "transition graph")
     """Baselines to rank beside the models, by name; `all` takes every one (docs/evaluation.md)."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds for baselines that are trained by gradient steps; with several, each is a row of its own."""
+    """Seeds for what is trained by gradient steps: baselines, and in `cprec run` the models that are fine-tuned. With
+    several, each is a row of its own, and a model's rows are compared together."""
     tuned: str = ""
     """A file that `cprec tune` wrote: its settings replace the baselines' defaults."""
     models: dict[str, str] = field(default_factory=dict)

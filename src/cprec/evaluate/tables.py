@@ -254,7 +254,8 @@ def paired(judged: Sequence[Judged], users: Sequence[str], main: Metric, seed: i
     values = {
         rival: np.stack([named[name].values[main.pool][str(main)] for name in own]) for rival, own in members.items()
     }
-    pairs = _told(values, [rival for rival, own in members.items() if named[own[0]].arm.kind == "model"])
+    models = {rival: model_of(own[0]) for rival, own in members.items() if named[own[0]].arm.kind == "model"}
+    pairs = _told(values, models)
     # The best was picked from the same data, so that all pairs count in the correction.
     every = [*pairs, *(pair for pair in combinations(members, 2) if pair not in pairs and pair[::-1] not in pairs)]
     stochastic = {rival: named[own[0]].stochastic for rival, own in members.items()}
@@ -262,9 +263,9 @@ def paired(judged: Sequence[Judged], users: Sequence[str], main: Metric, seed: i
     return [Difference(a=a, b=b, metric=main, test=test) for (a, b), test in zip(pairs, found, strict=False)]
 
 
-def _told(values: Mapping[str, np.ndarray], models: Sequence[str]) -> list[tuple[str, str]]:
+def _told(values: Mapping[str, np.ndarray], models: Mapping[str, str]) -> list[tuple[str, str]]:
     """The pairs that a report tells of: each model and the baselines and the models before it; where there are no
-    models, the best baseline and the others.
+    models, the best baseline and the others. `models` has their names without seeds.
 
     Where models have blends, these are told in place of the models: with the baselines, the blends before and the
     model alone, and its item head. A model alone is then told with the models before it.
@@ -272,12 +273,12 @@ def _told(values: Mapping[str, np.ndarray], models: Sequence[str]) -> list[tuple
     if not models:
         best = max(values, key=lambda rival: float(values[rival].mean()), default="")
         return [(best, rival) for rival in values if rival != best]
-    blends = [name for name in models if name.endswith(BLENDED)]
+    blends = [name for name, model in models.items() if model.endswith(BLENDED)]
     alone = [name for name in models if name not in blends]
     baselines = [name for name in values if name not in models]
     leading, pairs = blends or alone, []
     for number, a in reversed(list(enumerate(leading))):
-        own = [name for name in alone if name.removesuffix(BY_HEAD) + BLENDED == a]
+        own = [name for name in alone if models[name].removesuffix(BY_HEAD) + BLENDED == models[a]]
         pairs += [(a, b) for b in (*baselines, *leading[:number], *own)]
     if blends:
         pairs += [(a, b) for number, a in reversed(list(enumerate(alone))) for b in alone[:number]]

@@ -578,6 +578,21 @@ def test_seeds_of_one_model_stand_together_in_differences(config: EvaluateConfig
     assert line.test.p_value == 1 and line.test.detectable is None
 
 
+def test_blends_of_several_seeds_are_told_in_place_of_their_models(
+    config: EvaluateConfig, split: Split, data: Path
+) -> None:
+    names = [f"x{row} (seed {seed})" for seed in range(2) for row in ("", " item head", " blend")]
+    seeds = [model(RandomRecommender(split.catalogue, seed=n), data, name) for n, name in enumerate(names)]
+    found = evaluate(config, split, "books", [baseline(PopularityRecommender(split)), *seeds]).differences
+    blend, head, alone = (f"x{row} (2 seeds)" for row in (" blend", " item head", ""))
+    assert [(line.a, line.b) for line in found] == [
+        (blend, "popularity"),
+        (blend, alone),
+        (blend, head),
+        (head, alone),
+    ]
+
+
 def test_tables_of_many_pairs_draw_more_flips(
     config: EvaluateConfig, split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
