@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from cprec.baselines.config import TuneConfig
+from cprec.errors import ConfigError
 from cprec.evaluate.config import EvaluateConfig
 from cprec.fit.config import FitConfig
 from cprec.rank.config import BlendConfig
@@ -42,6 +43,9 @@ class Recipe:
     """What the run shows, in one sentence."""
     prepare: PrepareConfig
     """From raw logs to token shards, examples and queries."""
+    shrink: ShrinkConfig | None = None
+    """The base model without the tokens that the data never use, made before the data are prepared with it; None: as
+    it is."""
     pretrain: PretrainConfig | None = None
     """Continual pre-training on the token shards; None where nothing is pre-trained."""
     finetune: FinetuneConfig | None = None
@@ -50,6 +54,13 @@ class Recipe:
     """What each model that is fine-tuned is blended with; None leaves the models alone."""
     evaluate: EvaluateConfig
     """Ranking the held-out queries, and the numbers made from the rankings."""
+    hours: float = 0.0
+    """About how long the training of language models takes: passes are chosen by a timed micro-batch and kept in
+    `budget.json`. 0: as many passes as the stages say."""
+
+    def __post_init__(self) -> None:
+        if self.hours < 0 or (self.hours and self.finetune is None):
+            raise ConfigError(f"hours={self.hours:g} must be 0 or more, and 0 where no language model is trained")
 
     def model_folder(self, domain: str, arm: str, seed: int | None = None) -> str:
         """Where the model of an arm that is fine-tuned on a domain goes; `seed` where it is one of several seeds."""

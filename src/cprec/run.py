@@ -63,6 +63,8 @@ def run(recipe: Recipe) -> Report:
 
     Raises InputChanged where a folder that is there was made from other input, and names those that were made from it.
     """
+    from cprec.budget import within_hours
+    from cprec.shrink import shrink
     from cprec.text.prepare import prepare
     from cprec.train.pretrain import pretrain
 
@@ -70,12 +72,18 @@ def run(recipe: Recipe) -> Report:
     check_tuned(recipe.evaluate)
     targets = recipe.prepare.target_domains
     later = [stage.output_dir for stage in (recipe.pretrain, recipe.finetune) if stage]
-    total = 2 + bool(recipe.pretrain) + (len(targets) if recipe.finetune else 0)
+    total = 2 + bool(recipe.shrink) + bool(recipe.pretrain) + (len(targets) if recipe.finetune else 0)
     steps = (f"[{number}/{total}]" for number in count(1))
 
+    if recipe.shrink:
+        say(f"{next(steps)} shrink {recipe.shrink.model} to what the data need")
+        prepare(replace(recipe.prepare, output_dir=recipe.shrink.data, tokenizer=recipe.shrink.model))
+        shrink(recipe.shrink)
     say(f"{next(steps)} prepare: {recipe.description}")
     with _naming(later):
         prepare(recipe.prepare)
+    if recipe.hours:
+        recipe = within_hours(recipe)
     runs: dict[str, str] = {}
     if recipe.pretrain:
         say(f"{next(steps)} pre-train on behaviour sequences")

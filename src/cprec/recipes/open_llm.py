@@ -1,14 +1,21 @@
-"""An open language model as a recommender: its item head over titles, blended, without training the model itself."""
+"""An open language model as a recommender: an item head over titles and a blend; if asked, the model is trained too."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from cprec.evaluate.config import EvaluateConfig
 from cprec.rank.config import BlendConfig, RankConfig
 from cprec.recipe import Recipe
+from cprec.recipes.amazon_small import SIZE
 from cprec.recipes.baselines import FOLDERS, prepared_for
-from cprec.train.config import FinetuneConfig
+from cprec.text.config import TINY
+from cprec.train.config import FinetuneConfig, PretrainConfig, ShrinkConfig
+
+WALKS = ("transition graph", "transition graph (two hops)", "transition graph (titles)")
+FROZEN = 0.4
+"""Share of the layers that are not trained: the item head reads titles by these."""
 
 
 def open_llm(
@@ -17,10 +24,11 @@ def open_llm(
     model: str = "HuggingFaceTB/SmolLM2-135M",
     output_dir: str = "runs/open_llm",
     domains: str = ",".join(FOLDERS),
+    hours: float = 0.0,
 ) -> Recipe:
-    """Beauty, Sports, Toys, Games, Scientific and MovieLens-100K: an open model with an item head; baselines."""
+    """Beauty, Sports, Toys, Games, Scientific and MovieLens-100K: an open model, as it is or trained for some hours."""
     prepared = f"{output_dir}/data"
-    return Recipe(
+    recipe = Recipe(
         name="open_llm",
         description="what an open language model adds to the best recommenders without one",
         prepare=prepared_for(data, prepared, domains, tokenizer=model),
@@ -33,5 +41,53 @@ def open_llm(
             item_head=True,
         ),
         blend=BlendConfig(log_p=False, max_queries=2000),
-        evaluate=EvaluateConfig(data=prepared, output_dir=output_dir, rank=RankConfig(mode="vectors")),
+        evaluate=EvaluateConfig(
+            data=prepared,
+            output_dir=output_dir,
+            baselines=("popularity", "titles", *WALKS, "ItemKNN", "EASE"),
+            rank=RankConfig(mode="vectors"),
+        ),
+    )
+    return _trained(recipe, model, hours) if hours else recipe
+
+
+def _trained(recipe: Recipe, model: str, hours: float) -> Recipe:
+    """The recipe with a cut vocabulary, continual pre-training where there are several domains, and fine-tuning. The
+    model then ranks by decoding, which takes a second a query or so: fewer queries are asked."""
+    assert recipe.finetune is not None
+    folder, is_tiny = recipe.evaluate.output_dir, model == TINY
+    smaller = model if is_tiny else f"{folder}/model"
+    pretrain = PretrainConfig(
+        data=recipe.finetune.data,
+        output_dir=f"{folder}/pretrain",
+        model_name_or_path=smaller,
+        tiny=SIZE,
+        frozen_layers=0 if is_tiny else FROZEN,
+        learning_rate=3e-3 if is_tiny else 2e-4,
+        max_length=256,
+        train_batch_size=16 if is_tiny else 8,
+        save_steps=100,
+    )
+    finetune = replace(
+        recipe.finetune,
+        documents="users",
+        model_name_or_path=smaller,
+        tiny=SIZE,
+        frozen_layers=pretrain.frozen_layers,
+        learning_rate=2e-3 if is_tiny else 2e-4,
+        num_train_epochs=1,
+        max_length=256,
+        train_batch_size=pretrain.train_batch_size,
+        save_steps=100,
+    )
+    whole = f"{recipe.prepare.output_dir}-whole"
+    return replace(
+        recipe,
+        shrink=None if is_tiny else ShrinkConfig(model=model, output_dir=smaller, data=whole),
+        prepare=replace(recipe.prepare, tokenizer=smaller),
+        pretrain=pretrain if len(recipe.prepare.target_domains) > 1 else None,
+        finetune=finetune,
+        blend=BlendConfig(max_queries=500),
+        evaluate=replace(recipe.evaluate, rank=RankConfig(), max_queries=2000),
+        hours=hours,
     )

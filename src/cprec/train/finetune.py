@@ -31,6 +31,11 @@ def timed(config: FinetuneConfig) -> Estimate:
     return time_training(_run(config))
 
 
+def tokens_of_pass(config: FinetuneConfig) -> int:
+    """The tokens that fine-tuning reads in a pass."""
+    return int(_documents(_examples_of(Path(config.data), config.domain), config.documents).manifest["num_tokens"])
+
+
 def _run(config: FinetuneConfig) -> Run:
     folder = _examples_of(Path(config.data), config.domain)
     train, validation = _documents(folder, config.documents), open_shards(folder / "validation")

@@ -1,0 +1,65 @@
+"""Hours of training as passes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from cprec import budget
+from cprec.budget import CHOSEN, within_hours
+from cprec.errors import ConfigError
+from cprec.evaluate.config import EvaluateConfig
+from cprec.recipe import Recipe
+from cprec.recipes.open_llm import open_llm
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """Two domains of 1,000 and 2,000 tokens a pass, at 100 tokens a second of which 80 are reached."""
+    monkeypatch.setattr(budget, "timed", lambda config: SimpleNamespace(tokens_per_second=100.0))
+    monkeypatch.setattr(budget, "tokens_of_pass", lambda config: {"beauty": 1000, "toys": 2000}[config.domain])
+    monkeypatch.setattr(budget, "read_shard_manifest", lambda folder: {"num_tokens": 6000})
+    return open_llm(data=tmp_path, model="tiny", domains="beauty,toys", output_dir=str(tmp_path / "run"), hours=0.1)
+
+
+def passes(recipe: Recipe) -> tuple[float, float]:
+    assert recipe.finetune is not None
+    pretraining = recipe.pretrain.num_train_epochs if recipe.pretrain else 0
+    return pretraining, recipe.finetune.num_train_epochs
+
+
+def test_pretraining_has_half_and_models_divide_the_rest(recipe: Recipe) -> None:
+    # 0.1 hours are 28,800 tokens; two arms in two domains read 6,000 a pass.
+    assert passes(within_hours(recipe)) == pytest.approx((2.4, 2.4))
+
+
+def test_every_seed_is_a_model(recipe: Recipe) -> None:
+    seeds = replace(recipe, evaluate=replace(recipe.evaluate, seeds=(0, 1, 2)))
+    assert passes(within_hours(seeds)) == pytest.approx((2.4, 0.8))
+
+
+def test_without_pretraining_all_is_for_fine_tuning(recipe: Recipe) -> None:
+    assert passes(within_hours(replace(recipe, pretrain=None))) == pytest.approx((0, 9.6))
+
+
+def test_what_was_chosen_stays(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = within_hours(recipe)
+    monkeypatch.setattr(budget, "timed", lambda config: SimpleNamespace(tokens_per_second=7.0))
+    assert within_hours(recipe) == first
+    path = Path(recipe.evaluate.output_dir, CHOSEN)
+    assert json.loads(path.read_text())["hours"] == 0.1
+    with pytest.raises(ConfigError, match=r"hours=0\.2, but .*budget\.json has what was chosen for hours=0\.1"):
+        within_hours(replace(recipe, hours=0.2))
+
+
+def test_hours_need_a_model_to_train(recipe: Recipe) -> None:
+    settings = {"name": "x", "description": "", "prepare": recipe.prepare, "evaluate": recipe.evaluate}
+    assert isinstance(recipe.evaluate, EvaluateConfig)
+    with pytest.raises(ConfigError, match="hours=1 must be 0 or more, and 0 where no language model is trained"):
+        Recipe(**settings, hours=1)
+    with pytest.raises(ConfigError, match="hours=-1 must be 0 or more"):
+        replace(recipe, hours=-1)
