@@ -63,3 +63,13 @@ def test_hours_need_a_model_to_train(recipe: Recipe) -> None:
         Recipe(**settings, hours=1)
     with pytest.raises(ConfigError, match="hours=-1 must be 0 or more"):
         replace(recipe, hours=-1)
+
+
+def test_replayed_text_is_kept_by_the_cut_and_read_in_pretraining(tmp_path: Path) -> None:
+    recipe = open_llm(data=tmp_path, model="big", domains="toys", hours=1, text="general.jsonl")
+    assert recipe.shrink is not None and recipe.shrink.text == ("general.jsonl",)
+    assert recipe.pretrain is not None and recipe.pretrain.replay == ("general.jsonl",)
+    assert recipe.pretrain.mixture.text_share == 0.05
+    assert open_llm(data=tmp_path, model="big", domains="toys", hours=1).pretrain is None
+    with pytest.raises(ConfigError, match="text=general.jsonl is read again in training, and hours=0 trains nothing"):
+        open_llm(data=tmp_path, text="general.jsonl")

@@ -5,17 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from cprec.errors import ConfigError
 from cprec.evaluate.config import EvaluateConfig
 from cprec.rank.config import BlendConfig, RankConfig
 from cprec.recipe import Recipe
 from cprec.recipes.amazon_small import SIZE
 from cprec.recipes.baselines import FOLDERS, prepared_for
-from cprec.text.config import TINY
+from cprec.text.config import TINY, Mixture
 from cprec.train.config import FinetuneConfig, PretrainConfig, ShrinkConfig
 
 WALKS = ("transition graph", "transition graph (two hops)", "transition graph (titles)")
 FROZEN = 0.4
 """Share of the layers that are not trained: the item head reads titles by these."""
+
+REPLAYED = 0.05
+"""Share of general text among the tokens of pre-training, where there is some: against forgetting."""
 
 
 def open_llm(
@@ -25,8 +29,11 @@ def open_llm(
     output_dir: str = "runs/open_llm",
     domains: str = ",".join(FOLDERS),
     hours: float = 0.0,
+    text: str = "",
 ) -> Recipe:
     """Beauty, Sports, Toys, Games, Scientific and MovieLens-100K: an open model, as it is or trained for some hours."""
+    if text and not hours:
+        raise ConfigError(f"text={text} is read again in training, and hours=0 trains nothing: give hours, as hours=4")
     prepared = f"{output_dir}/data"
     recipe = Recipe(
         name="open_llm",
@@ -48,12 +55,12 @@ def open_llm(
             rank=RankConfig(mode="vectors"),
         ),
     )
-    return _trained(recipe, model, hours) if hours else recipe
+    return _trained(recipe, model, hours, (text,) if text else ()) if hours else recipe
 
 
-def _trained(recipe: Recipe, model: str, hours: float) -> Recipe:
-    """The recipe with a cut vocabulary, continual pre-training where there are several domains, and fine-tuning. The
-    model then ranks by decoding, which takes a second a query or so: fewer queries are asked."""
+def _trained(recipe: Recipe, model: str, hours: float, text: tuple[str, ...]) -> Recipe:
+    """The recipe with a cut vocabulary, continual pre-training where there are several domains or there is `text`, and
+    fine-tuning. The model then ranks by decoding, which takes a second a query or so: fewer queries are asked."""
     assert recipe.finetune is not None
     folder, is_tiny = recipe.evaluate.output_dir, model == TINY
     smaller = model if is_tiny else f"{folder}/model"
@@ -67,6 +74,8 @@ def _trained(recipe: Recipe, model: str, hours: float) -> Recipe:
         max_length=256,
         train_batch_size=16 if is_tiny else 8,
         save_steps=100,
+        replay=text,
+        mixture=Mixture(text_share=REPLAYED if text else 0),
     )
     finetune = replace(
         recipe.finetune,
@@ -83,9 +92,9 @@ def _trained(recipe: Recipe, model: str, hours: float) -> Recipe:
     whole = f"{recipe.prepare.output_dir}-whole"
     return replace(
         recipe,
-        shrink=None if is_tiny else ShrinkConfig(model=model, output_dir=smaller, data=whole),
+        shrink=None if is_tiny else ShrinkConfig(model=model, output_dir=smaller, data=whole, text=text),
         prepare=replace(recipe.prepare, tokenizer=smaller),
-        pretrain=pretrain if len(recipe.prepare.target_domains) > 1 else None,
+        pretrain=pretrain if text or len(recipe.prepare.target_domains) > 1 else None,
         finetune=finetune,
         blend=BlendConfig(max_queries=500),
         evaluate=replace(recipe.evaluate, rank=RankConfig(), max_queries=2000),
