@@ -388,19 +388,9 @@ def test_no_warning_without_need(make: Callable[..., LLMRecommender]) -> None:
 
 
 @pytest.fixture
-def folder(model: Any, tokenizer: Any, catalogue: Catalogue, tmp_path: Path) -> Path:
-    model.save_pretrained(tmp_path / "beauty")
-    tokenizer.save_pretrained(tmp_path / "beauty")
-    catalogue.write(tmp_path / "beauty")
-    about = {
-        "template": asdict(Template(next="\nThen:")),
-        "max_title_tokens": 3,
-        "history": "specific",
-        "max_history": 2,
-        "domain": "games",
-    }
-    (tmp_path / "beauty" / "cprec.json").write_text(json.dumps(about))
-    return tmp_path / "beauty"
+def folder(model: Any, tokenizer: Any, catalogue: Catalogue, write_model: Callable[..., Path], tmp_path: Path) -> Path:
+    about = {"template": asdict(Template(next="\nThen:")), "max_title_tokens": 3, "max_history": 2, "domain": "games"}
+    return write_model(tmp_path / "beauty", model, tokenizer, catalogue, **about)
 
 
 def test_a_model_folder_is_all_it_takes(make: Callable[..., LLMRecommender], folder: Path) -> None:
