@@ -297,8 +297,8 @@ def grow(args: argparse.Namespace) -> None:
 
     recommender = LLMRecommender.from_pretrained(args.model)
     questions = read_queries(args.data, args.domain, TEST, max_queries=args.queries)
-    prompts = recommender._prompts(questions.queries)
-    rows = recommender._encoder.titles(recommender.catalogue.rows_of(args.domain), end=True)
+    prompts = recommender.prompts.of(questions.queries)
+    rows = recommender.prompts.encoder.titles(recommender.catalogue.rows_of(args.domain), end=True)
     titles = sorted({tuple(rows[row].tolist()) for row in range(len(rows))})
     trained = recommender.reader.model
     untrained = tiny_model(

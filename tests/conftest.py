@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -20,6 +22,21 @@ def no_fsync() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield
+
+
+@pytest.fixture(scope="session")
+def write_model() -> Callable[..., Path]:
+    """Writes a model folder as `cprec finetune` leaves it; what is given by keyword goes into its `cprec.json`."""
+
+    def write(folder: Path, model: Any, tokenizer: Any, catalogue: Any, **about: Any) -> Path:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        catalogue.write(folder)
+        common = {"template": {}, "max_title_tokens": 32, "history": "specific", "max_history": 10}
+        (folder / "cprec.json").write_text(json.dumps(common | about))
+        return folder
+
+    return write
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ from cprec import distributed
 from cprec.data.dataset import event_files, read_split
 from cprec.errors import ConfigError, Unsuitable
 from cprec.files import aside
-from cprec.item_head import FOLDER, ItemHead, is_made_from, settings_for
+from cprec.item_head import FOLDER, ItemHead, is_made_from
 from cprec.progress import say, track
 from cprec.provenance import code_sha256, file_sha256
 from cprec.rank.llm import LLMRecommender
+from cprec.systems.recipes.title_sasrec import TitleSASRec
 from cprec.train import finetune as language_model
 from cprec.train.config import FinetuneConfig
 
@@ -51,13 +52,12 @@ def _train_head(config: FinetuneConfig, folder: Path) -> None:
         say(f"{folder / FOLDER}: complete, reused")
         return
     split, unfinished = read_split(config.data), aside(folder / FOLDER)
-    settings = settings_for(split, config.domain)
 
     def read(rows: np.ndarray) -> np.ndarray:
         with track(len(rows), f"{config.domain}: reading titles", unit="titles") as progress:
             return model.title_states(rows, progress.advance)
 
-    head = ItemHead.train(split, config.domain, read, settings=settings, seed=config.seed, folder=unfinished)
+    head = ItemHead.train(split, config.domain, read, settings=TitleSASRec(), seed=config.seed, folder=unfinished)
     shutil.rmtree(unfinished)
     head.save(folder, made_from)
     say(f"{folder / FOLDER}: written")

@@ -37,7 +37,7 @@ from cprec.schema import TITLE
 from cprec.systems.fit import seconds_to_fit
 from cprec.systems.recipes.sasrec import WEIGHT
 from cprec.systems.recipes.title_sasrec import TitleSASRec, TitleSASRecRecommender
-from cprec.systems.signals import TrainingSequences, windows
+from cprec.systems.signals import TrainingSequences
 
 FOLDER = "item_head"
 """In a model folder: the files of the head, apart from those that other libraries read."""
@@ -51,8 +51,6 @@ TITLE_TOKENS = 32
 DEPTH = 0.4
 """Share of the blocks that read titles; higher ones tell items apart no better (docs/experiments.md)."""
 DIRECTIONS = 384
-STEPS = 300
-"""Steps that training takes at least."""
 _BATCH = 64
 _RIDGE = 1e-3
 
@@ -150,19 +148,11 @@ def is_made_from(model: Path, made_from: Mapping[str, Any]) -> bool:
     return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("made_from") == made_from
 
 
-def settings_for(split: Split, domain: str) -> TitleSASRec:
-    """The settings of a head for a domain: where sequences are few, as many passes as make `STEPS` steps."""
-    settings = TitleSASRec()
-    rows = len(windows(TrainingSequences.of(split, domain).sequences, settings.max_length))
-    steps_of_pass = -(-rows // settings.batch_size)
-    return replace(settings, num_epochs=max(settings.num_epochs, STEPS / steps_of_pass))
-
-
 def seconds_to_train(split: Split, domain: str, seed: int) -> float:
     """About how long a head of a domain takes to train, its reading of titles left out; see `seconds_to_fit`."""
     data = TrainingSequences.of(split, domain)
     nothing_NK = np.zeros((data.num_items, min(DIRECTIONS, data.num_items)), dtype=np.float32)
-    with _reading(settings_for(split, domain), data, nothing_NK) as settings:
+    with _reading(TitleSASRec(), data, nothing_NK) as settings:
         return seconds_to_fit(settings, split, domain, seed)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from importlib import import_module
@@ -165,21 +165,15 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder as `cprec finetune` writes it, of random weights."""
-    import json
-
-    folder = tmp_path_factory.mktemp("model")
+def folder(write_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of random weights."""
     tokenizer = train_tokenizer([" " + title for title in TITLES], 300)
     table = pa.table({"item_id": [f"i{row:02}" for row in range(len(TITLES))], "title": TITLES})
     catalogue = Catalogue.from_tables({"shop": table})
     torch.manual_seed(0)
-    tiny_model(len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    catalogue.write(folder)
-    about = {"domain": "shop", "template": {}, "max_title_tokens": 8, "history": "specific", "max_history": 5}
-    (folder / "cprec.json").write_text(json.dumps(about))
-    return folder
+    model = tiny_model(len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    about = {"domain": "shop", "max_title_tokens": 8, "max_history": 5}
+    return write_model(tmp_path_factory.mktemp("model"), model, tokenizer, catalogue, **about)
 
 
 def queries() -> list[RankingQuery]:

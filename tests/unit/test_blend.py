@@ -265,7 +265,7 @@ def model(split: Split, tmp_path: Path) -> Path:
     return tmp_path
 
 
-TINY = {"hidden_size": 8, "num_blocks": 1, "num_heads": 2, "num_epochs": 1}
+TINY = {"hidden_size": 8, "num_blocks": 1, "num_heads": 2, "num_epochs": 1, "min_steps": 0}
 """Settings of the parts that are trained."""
 
 

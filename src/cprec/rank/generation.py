@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from cprec.recommender import Ranking, RankingQuery
+from cprec.search.ranking import may_return
 from cprec.search.reading import Tree
+from cprec.text.encoding import PromptEncoder
+
+
+def generate(
+    tree: Tree, end: int, queries: Sequence[RankingQuery], encoder: PromptEncoder, tokenizer: Any
+) -> list[Ranking]:
+    """The candidate that the model writes after the prompt of each query, if it writes one; `end` ends a title."""
+    out = []
+    for query, tokens in zip(queries, write(tree, end, encoder.max_item_tokens), strict=True):
+        candidates = query.candidates or ()
+        # A title is compared as the model knows it, cut to `max_title_tokens`.
+        titles = encoder.titles(encoder.catalogue.find(query.domain, candidates))
+        known = [tokenizer.decode(titles[number]) for number in range(len(titles))]
+        said = match(tokenizer.decode(tokens), known)
+        item = None if said is None else candidates[said]
+        chosen = (item,) if item is not None and may_return(query, item) else ()
+        out.append(Ranking(query.query_id, chosen, (1.0,) * len(chosen)))
+    return out
 
 
 def write(tree: Tree, end: int, max_tokens: int) -> list[np.ndarray]:

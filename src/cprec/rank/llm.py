@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,25 +12,23 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from cprec import distributed
 from cprec.data.catalogue import Catalogue
-from cprec.data.ragged import Ragged, offsets_of
-from cprec.errors import ConfigError, DataError, ModelError
+from cprec.errors import ConfigError, ModelError
 from cprec.item_head import TITLE_TOKENS, ItemHead, title_states
-from cprec.models import load_model
-from cprec.rank.blend import read_blend
 from cprec.rank.blend_file import BLEND
 from cprec.rank.config import Mode, Normaliser, RankConfig, Score
-from cprec.rank.generation import match, write
-from cprec.rank.vllm import VLLMReader
+from cprec.rank.generation import generate
+from cprec.rank.opening import Engine, open_blend, open_model, settings_of
+from cprec.rank.prompts import Prompts
+from cprec.rank.recommending import Recommending
 from cprec.rank.why import THE_MODEL, effects_of
 from cprec.recommender import Proof, Ranking, RankingQuery
-from cprec.schema import SPECIFIC, Item, id_text
+from cprec.schema import SPECIFIC, Item
 from cprec.scoring import ranking_of
 from cprec.search.cache import PrefixCache
 from cprec.search.normaliser import Over
 from cprec.search.priors import Priors, PriorSource
-from cprec.search.ranking import SequenceRanker, batches, may_return
+from cprec.search.ranking import SequenceRanker, batches
 from cprec.search.reading import ModelReader, Reader, Tree
 from cprec.search.trie import Trie
 from cprec.text.config import PLAIN, TitleCut
@@ -41,18 +37,7 @@ from cprec.text.prompts import Template
 from cprec.text.tokenizer import load_tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class Recommendation:
-    """One recommended item with its title, to show to people."""
-
-    item_id: str
-    title: str
-    score: float
-    """Log-probability of the item after the history, unless the recommender was given another `score` or a `blend`;
-    higher is better, comparable within one list."""
-
-
-class LLMRecommender:
+class LLMRecommender(Recommending):
     """Ranks a catalogue by a language model's probability of each item after the history's prompt.
 
     The model learns the probability of a title (its first `max_title_tokens` tokens), which is that of all items with
@@ -128,14 +113,13 @@ class LLMRecommender:
         self.over: Over = trained_over if normaliser == "auto" else normaliser
         self.name = self.source = name
         self.domain, self.catalogue = domain, catalogue
-        self.history_kind, self.max_history = history, max_history
-        self.seconds, self.batch_size = seconds, batch_size
+        self.max_history, self.seconds, self.batch_size = max_history, seconds, batch_size
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.reader: Reader = (
             model if hasattr(model, "read") else ModelReader(model, bf16=bf16, pad_id=pad_id, cache_bytes=cache_bytes)
         )
         self._tokenizer = tokenizer
-        self._encoder = PromptEncoder(
+        encoder = PromptEncoder(
             tokenizer,
             catalogue,
             max_title_tokens=max_title_tokens,
@@ -143,7 +127,7 @@ class LLMRecommender:
             template=template,
             begin=begin,
         )
-        self._check_context()
+        self.prompts = Prompts(encoder, history, max_history, self.reader.context)
         self._item_head = item_head
         self._tries: dict[str, Trie] = {}
         self.withdrawn: Mapping[str, frozenset[str]] = {}
@@ -154,7 +138,7 @@ class LLMRecommender:
         cls,
         folder: str | Path,
         *,
-        engine: Literal["transformers", "vllm"] = "transformers",
+        engine: Engine = "transformers",
         engine_options: Mapping[str, Any] | None = None,
         blend: bool = True,
         **options: Any,
@@ -167,13 +151,8 @@ class LLMRecommender:
         ConfigError for a blend that is damaged, or is not of this model.
         """
         folder = Path(folder)
-        settings = _settings_of(folder) | options
-        model: Any
-        if engine == "vllm":
-            dtype = "bfloat16" if settings["bf16"] else "float32"
-            model = VLLMReader.open(folder, **{"dtype": dtype, **(engine_options or {})})
-        else:
-            model = load_model(folder, device=distributed.pick_device())
+        settings = settings_of(folder) | options
+        model = open_model(folder, engine, engine_options or {}, bf16=settings["bf16"])
         made = cls(model, load_tokenizer(str(folder)), Catalogue.read(folder), **settings)
         made.source = str(folder)
         if made.domain is not None and engine == "transformers":
@@ -181,32 +160,11 @@ class LLMRecommender:
         if made.ranking.mode == "vectors":
             made._require_head(made.domain, "mode=vectors")
         if blend and (folder / BLEND).exists():
-            made._open_blend(folder)
+            found = open_blend(folder, made.catalogue, made.ranking)
+            if found.item_head:
+                made._require_head(found.domain, str(folder / BLEND))
+            made.blend = found
         return made
-
-    def _open_blend(self, folder: Path) -> None:
-        """Use the blend of the model folder; raises as `from_pretrained` does."""
-        if not self.ranking.suits_blends:
-            raise ConfigError(
-                f"{self.ranking}: the weights of {folder / BLEND} are for the probabilities of titles as they were "
-                "trained; give blend=False with another score or normaliser"
-            )
-        vectors = self.ranking.mode == "vectors"
-        found = read_blend(folder, self.catalogue, "vectors" if vectors else "blend")
-        if found.item_head:
-            self._require_head(found.domain, str(folder / BLEND))
-        self.blend = found
-
-    def _check_context(self) -> None:
-        """Raise ConfigError if the model has no room for the longest title after an empty history."""
-        encoder, domains = self._encoder, np.arange(len(self.catalogue.domains))
-        frame = int(encoder.frame_tokens(self.history_kind, domains).max())
-        if frame + encoder.max_item_tokens + 1 > self.reader.context:
-            raise ConfigError(
-                f"the model's context of {self.reader.context:,} tokens has no room for a prompt without a history "
-                f"({frame} tokens) and a title of max_title_tokens={encoder.max_title_tokens} with its end: prepare "
-                "the data with a smaller max_title_tokens, or take a model with a longer context"
-            )
 
     def rank(
         self,
@@ -226,7 +184,7 @@ class LLMRecommender:
         mode = mode or self.ranking.mode
         if mode == "generate" and any(query.candidates is None for query in queries):
             raise ConfigError("mode='generate' ranks candidates: give each query some")
-        prompts = self._prompts(queries)
+        prompts = self.prompts.of(queries)
         out: dict[int, Ranking] = {}
         try:
             with torch.inference_mode():
@@ -269,7 +227,7 @@ class LLMRecommender:
     def title_states(self, rows: np.ndarray, advance: Callable[[int], None] = lambda number: None) -> np.ndarray:
         """What the model makes of the titles of some catalogue rows, see `item_head.title_states`: float32[rows, F]."""
         assert isinstance(self.reader, ModelReader)
-        titles = self._encoder.encode_items(self._tokenizer, rows, TITLE_TOKENS)
+        titles = self.prompts.encoder.encode_items(self._tokenizer, rows, TITLE_TOKENS)
         return title_states(self.reader.model, titles, advance)
 
     # ---- a batch -----------------------------------------------------------------------------------------------------
@@ -285,7 +243,7 @@ class LLMRecommender:
         """Rankings for queries of one domain, all with candidates or all without; `read` reads their prompts."""
         domain = queries[0].domain
         if mode == "generate":
-            return self._generate(read(), self._ranker(domain), queries)
+            return generate(read(), self.trie(domain).end, queries, self.prompts.encoder, self._tokenizer)
         priors = self._priors(domain, queries, mode)
         if priors is not None and priors.item_head:
             priors = priors.with_head(self.item_log_probs(domain, queries))
@@ -332,108 +290,6 @@ class LLMRecommender:
             out.append(ranking if query.candidates is not None else replace(ranking, proof=Proof(0.0, expanded=0)))
         return out
 
-    def recommend(
-        self, history: Sequence[str | int | Item], k: int = 10, *, domain: str | None = None, exclude_seen: bool = True
-    ) -> list[Recommendation]:
-        """The `k` best next items for a history of item ids or titles, oldest first.
-
-        Texts are ids or titles, as `Catalogue.look_up` knows them, of the target domain or else of another; a whole
-        number is an id that is written so. `domain` is the domain to recommend from; by default the one the model was
-        fine-tuned for. `exclude_seen` leaves out the items of the history, and those of the same text (title, and other
-        fields where the model has them). Of a history longer than the model was trained on, or than its context, the
-        latest events are read, with a warning.
-
-        Raises UnknownItemError for texts that are neither id nor title or may mean several titles, ValueError if `k`
-        exceeds the items there are.
-        """
-        return self.recommend_many([history], k, domain=domain, exclude_seen=exclude_seen)[0]
-
-    def recommend_many(
-        self,
-        histories: Sequence[Sequence[str | int | Item]],
-        k: int = 10,
-        *,
-        domain: str | None = None,
-        exclude_seen: bool = True,
-    ) -> list[list[Recommendation]]:
-        """As `recommend` for each history, in batches."""
-        domain = domain or self.domain
-        if domain is None or domain not in self.catalogue.domains:
-            raise ConfigError(f"domain={domain!r}: name one of {', '.join(self.catalogue.domains)}")
-        queries = [self._query(history, k, domain, exclude_seen) for history in histories]
-        out = []
-        for ranking in self.rank(queries, k):
-            rows = self.catalogue.find(domain, list(ranking.item_ids[:k]))
-            out.append(
-                [
-                    Recommendation(item_id=i, title=str(self.catalogue.title[row]), score=s)
-                    for i, row, s in zip(ranking.item_ids, rows, ranking.scores, strict=False)
-                ]
-            )
-        return out
-
-    def _query(self, history: Sequence[str | int | Item], k: int, domain: str, exclude_seen: bool) -> RankingQuery:
-        """The query of a history, with warnings of what is not read; raises as `recommend` does."""
-        items = tuple(event if isinstance(event, Item) else self._find(event, domain) for event in history)
-        seen = [item.item_id for item in items if item.domain == domain and exclude_seen]
-        exclude = self.catalogue.of_equal_text(domain, seen, self.item_fields)
-        gone = self.withdrawn.get(domain, frozenset())
-        available = len(self.catalogue.rows_of(domain)) - len(exclude | gone)
-        if not 1 <= k <= available:
-            raise ValueError(
-                f"k={k}: domain {domain!r} has {available} items outside this history; choose 1 to {available}"
-            )
-        query = RankingQuery(query_id="", domain=domain, history=items, exclude=exclude)
-        read = len(self._in_prompt(query))
-        if items and not read:
-            warnings.warn(f"no event of the history is of domain {domain!r}: the ranking ignores it", stacklevel=4)
-        elif read < len(self._read_part(query)):
-            warnings.warn(
-                f"the history has {len(items)} events, and the model's context of {self.reader.context:,} tokens holds "
-                f"the latest {read}",
-                stacklevel=4,
-            )
-        return query
-
-    def _find(self, event: str | int, domain: str) -> Item:
-        """An item by id or title, of the target domain first."""
-        text = id_text(event)
-        if text is None:
-            raise DataError(f"{event!r} in the history is neither an id nor a title: leave it out")
-        item = self.catalogue.item_of(domain, text)
-        if item is None:
-            self.catalogue.find_titles(domain, [text])  # raises, naming the nearest titles
-            raise AssertionError("a title that look_up does not find must be unknown")
-        return item
-
-    @property
-    def item_fields(self) -> tuple[str, ...]:
-        """What stands for an item in every text: its title, and perhaps other fields."""
-        return self._encoder.template.item_fields
-
-    def _prompts(self, queries: Sequence[RankingQuery]) -> Ragged:
-        """Prompt tokens of each query."""
-        domains = np.array([self.catalogue.domain_index(query.domain) for query in queries], dtype=np.int64)
-        return self._encoder.prompts(self.history_kind, domains, self._histories(queries, domains))
-
-    def _histories(self, queries: Sequence[RankingQuery], domains: np.ndarray) -> Ragged:
-        """Catalogue rows of each query's latest events, as many as were trained on and fit the model's context."""
-        histories = [self._read_part(query) for query in queries]
-        names = [(item.domain, item.item_id) for events in histories for item in events]
-        rows = np.empty(len(names), dtype=np.int64)
-        for domain in {name for name, _ in names}:
-            mine = [place for place, (name, _) in enumerate(names) if name == domain]
-            rows[mine] = self.catalogue.find(domain, [names[place][1] for place in mine])
-        history = Ragged(rows, offsets_of(np.array([len(events) for events in histories], dtype=np.int64)))
-        room = self.reader.context - self._encoder.max_item_tokens - 1
-        return self._encoder.fit(self.history_kind, domains, history, room)
-
-    def _read_part(self, query: RankingQuery) -> tuple[Item, ...]:
-        """The events of a query that a prompt can show: of its domain unless mixed, the latest `max_history`."""
-        if self.history_kind == SPECIFIC:
-            return tuple(item for item in query.history if item.domain == query.domain)[-self.max_history :]
-        return query.history[-self.max_history :]
-
     def trie(self, domain: str) -> Trie:
         """The titles of a domain's items, in the order of the catalogue; built when first asked for.
 
@@ -445,7 +301,7 @@ class LLMRecommender:
             def name(row: int) -> str:
                 return f"the title of item {self.catalogue.item_id[rows[row]]!r} of {domain!r}"
 
-            trie = Trie.build(self._encoder.titles(rows, end=True), name)
+            trie = Trie.build(self.prompts.encoder.titles(rows, end=True), name)
             self._tries[domain] = trie.with_stock(self._in_stock(domain))
         return self._tries[domain]
 
@@ -467,7 +323,8 @@ class LLMRecommender:
         out = copy.copy(self)
         out.catalogue, out.withdrawn = catalogue, {domain: ids for domain, ids in withdrawn.items() if ids}
         out.blend = None if self.blend is None else self.blend.with_catalogue(catalogue)
-        out._encoder = self._encoder.with_catalogue(self._tokenizer, catalogue)
+        was = self.prompts.encoder
+        out.prompts = replace(self.prompts, encoder=was.with_catalogue(self._tokenizer, catalogue))
         if self._item_head is not None:
             out._item_head = self._item_head.over(catalogue, out.title_states, self.item_fields)
         out._tries = {}
@@ -475,7 +332,7 @@ class LLMRecommender:
             before, after = self.catalogue.rows_of(domain), catalogue.rows_of(domain)
             if not np.array_equal(self.catalogue.item_id[before], catalogue.item_id[after]):
                 continue
-            if not self._encoder.same_titles(before, out._encoder, after):
+            if not was.same_titles(before, out.prompts.encoder, after):
                 continue
             in_stock = out._in_stock(domain)
             out._tries[domain] = trie if np.array_equal(trie.in_stock, in_stock) else trie.with_stock(in_stock)
@@ -517,19 +374,13 @@ class LLMRecommender:
     def shown(self, query: RankingQuery) -> tuple[Item, ...]:
         """The events of a query's history that count: those that the prompt shows and, with a blend, all of its domain,
         since the other parts read those."""
-        prompt = self._in_prompt(query)
+        prompt = self.prompts.shown(query)
         if self.blend is None:
             return prompt
-        of_all_domains = 0 if self.history_kind == SPECIFIC else len(prompt)
+        of_all_domains = 0 if self.prompts.history == SPECIFIC else len(prompt)
         first = len(query.history) - of_all_domains
         events = enumerate(query.history)
         return tuple(item for place, item in events if place >= first or item.domain == query.domain)
-
-    def _in_prompt(self, query: RankingQuery) -> tuple[Item, ...]:
-        """The events of a query's history that its prompt shows: the latest, as many as were trained on and fit."""
-        read = self._read_part(query)
-        fits = self._histories([query], np.array([self.catalogue.domain_index(query.domain)]))[0]
-        return read[len(read) - len(fits) :]
 
     @property
     def cache(self) -> PrefixCache | None:
@@ -539,59 +390,16 @@ class LLMRecommender:
     def _ranker(self, domain: str) -> SequenceRanker:
         """The ranker of a domain's titles by this model's scores."""
         score = self.ranking.score
+
+        def empty_prompt() -> Tree:
+            return self.reader.read([self.prompts.empty(domain)])
+
         return SequenceRanker(
             self.catalogue,
             domain,
-            partial(self._encoder.titles, end=True),
+            partial(self.prompts.encoder.titles, end=True),
             self.trie(domain),
             per_token=score == "mean",
             over=self.over,
-            empty_prompt=partial(self._read_empty_prompt, domain) if score == "corrected" else None,
+            empty_prompt=empty_prompt if score == "corrected" else None,
         )
-
-    def _read_empty_prompt(self, domain: str) -> Tree:
-        """The prompt of an empty history."""
-        index = np.array([self.catalogue.domain_index(domain)], dtype=np.int64)
-        return self.reader.read([self._encoder.prompts(self.history_kind, index, Ragged.of([[]]))[0]])
-
-    def _generate(self, tree: Tree, ranker: SequenceRanker, queries: Sequence[RankingQuery]) -> list[Ranking]:
-        """The candidate that the model writes for each query, if it writes one."""
-        written = write(tree, ranker.trie.end, self._encoder.max_item_tokens)
-        out = []
-        for query, tokens in zip(queries, written, strict=True):
-            rows = self.catalogue.find(ranker.domain, list(query.candidates or ()))
-            # A title is compared as the model knows it, cut to `max_title_tokens`.
-            titles = self._encoder.titles(rows)
-            known = [self._tokenizer.decode(titles[number]) for number in range(len(titles))]
-            said = match(self._tokenizer.decode(tokens), known)
-            item = None if said is None else (query.candidates or ())[said]
-            chosen = (item,) if item is not None and may_return(query, item) else ()
-            out.append(Ranking(query.query_id, chosen, (1.0,) * len(chosen)))
-        return out
-
-
-def _settings_of(folder: Path) -> dict[str, Any]:
-    """How the model of a folder was trained, as options of the constructor. Raises ConfigError if the folder holds no
-    finished model."""
-    path = folder / "cprec.json"
-    if not path.is_file():
-        problem = "holds no finished model of CPRec (no cprec.json)" if folder.exists() else "does not exist"
-        if any(folder.glob("checkpoint-*")):
-            advice = "its training was interrupted: start the same command again to finish it"
-        else:
-            advice = "give the output_dir of `cprec pretrain` or `cprec finetune`"
-        raise ConfigError(f"{folder} {problem}: {advice}")
-    about = json.loads(path.read_text())
-    device = distributed.pick_device()
-    return {
-        "domain": about.get("domain"),
-        "template": Template(**about["template"]),
-        "begin": about.get("begin", ()),
-        "max_title_tokens": about["max_title_tokens"],
-        "title_cut": about.get("title_cut", PLAIN),  # older folders have none
-        "history": about["history"],
-        "max_history": about["max_history"],
-        "trained_over": "vocabulary" if about.get("softmax", "vocabulary") == "vocabulary" else "catalogue",
-        "bf16": distributed.use_bf16("auto", device) if device.type == "cuda" else False,
-        "name": folder.name,
-    }

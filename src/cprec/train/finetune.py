@@ -17,8 +17,9 @@ from cprec.text.tokenizer import load_tokenizer
 from cprec.train.catalogue_loss import TitleNodes
 from cprec.train.config import FinetuneConfig
 from cprec.train.estimate import Estimate
-from cprec.train.plan import Plan
-from cprec.train.training import Run, encoder_of, plan_of, run_training, time_training
+from cprec.train.plan import Plan, plan_of
+from cprec.train.run import Run
+from cprec.train.training import encoder_of, run_training, time_training
 
 
 def finetune(config: FinetuneConfig) -> Path:

@@ -11,7 +11,8 @@ import numpy as np
 from cprec.errors import ConfigError
 from cprec.text.stream import Phase, TokenStream
 from cprec.train.checkpoint import TrainState, read_state
-from cprec.train.schedule import Schedule, Unit
+from cprec.train.config import TrainingConfig
+from cprec.train.schedule import Schedule, Unit, make_schedule
 
 FEW_STEPS = 50
 """Optimizer steps below which a run says that it can hardly learn."""
@@ -70,6 +71,31 @@ def split_phases(
 def steps_of(setting: float, num_steps: int) -> int:
     """A setting below 1 is a fraction of the steps; from 1 on, a number of steps."""
     return round(setting * num_steps) if setting < 1 else round(setting)
+
+
+def plan_of(config: TrainingConfig, stream: TokenStream) -> Plan:
+    """The stream with a learning rate for each step. Lengths below 1 are fractions of all steps.
+
+    Where the stream has a phase for warm-up or annealing, its steps count and not the setting.
+    """
+    num_steps, unit = stream.num_steps, config.schedule_unit
+    steps = {phase.name: of_phase for phase, of_phase in zip(stream.phases, stream.phase_steps, strict=True)}
+    warmup = steps.get(WARMUP, steps_of(config.warmup_steps, num_steps))
+    if 0 < config.warmup_steps < 1:
+        warmup = max(1, warmup)
+    anneal = steps.get(ANNEALING, steps_of(config.anneal_steps, num_steps))
+    if config.anneal_steps < 1:
+        anneal = min(anneal, max(0, num_steps - warmup))
+    schedule = make_schedule(
+        config.lr_scheduler_type,
+        range(1, num_steps + 1) if unit == "steps" else stream.tokens_after().tolist(),
+        config.learning_rate,
+        warmup_steps=warmup,
+        anneal_steps=anneal,
+        floor_ratio=config.min_lr_ratio,
+        shape=config.anneal_shape,
+    )
+    return Plan(stream, schedule, unit)
 
 
 def check_fork(stable: Path, plan: Plan) -> None:

@@ -23,8 +23,9 @@ from cprec.text.shards import TRAINING, Shards, open_shards
 from cprec.text.stream import Phase, TokenStream, one_phase
 from cprec.text.tokenizer import load_tokenizer
 from cprec.train.config import PretrainConfig
-from cprec.train.plan import ANNEALING, Plan, describe_plan, plot_schedule, split_phases
-from cprec.train.training import Run, plan_of, run_training
+from cprec.train.plan import ANNEALING, Plan, describe_plan, plan_of, plot_schedule, split_phases
+from cprec.train.run import Run
+from cprec.train.training import run_training
 
 
 def pretrain(config: PretrainConfig) -> Path:

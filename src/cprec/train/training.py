@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,31 +15,21 @@ import torch
 from cprec import distributed
 from cprec.card import write_card
 from cprec.data.dataset import POPULARITY, read_catalogue
-from cprec.errors import ConfigError
 from cprec.files import publish
 from cprec.models import (
-    TINY,
-    add_lora,
-    check_attention,
-    check_isolation,
     context_of,
-    freeze_lowest,
-    has_learned_positions,
     load_model,
     num_parameters,
-    tiny_model,
     unloaded_model,
 )
 from cprec.progress import format_seconds, say
-from cprec.provenance import CONFIG_FILE, FileHashes, read_resolved, save_resolved, to_dict
-from cprec.search.trie import Trie
+from cprec.provenance import FileHashes, read_resolved, save_resolved, to_dict
 from cprec.text.config import PLAIN
 from cprec.text.encoding import PromptEncoder
 from cprec.text.prompts import Template
 from cprec.text.stream import TokenStream
 from cprec.text.tokenizer import load_tokenizer
-from cprec.train.attention import use_document_attention
-from cprec.train.catalogue_loss import CatalogueLoss
+from cprec.train.build import build, check_fits, check_vocabulary, make_model
 from cprec.train.checkpoint import (
     TrainState,
     checkpoint_folder,
@@ -55,70 +44,15 @@ from cprec.train.estimate import Estimate, estimate, measure
 from cprec.train.folder import DONE, LOG, METRIC, read_done, read_log
 from cprec.train.forgetting import GENERAL_TEXT, general_text_batches
 from cprec.train.loop import Cadence, Optimisation, perplexity, train
-from cprec.train.loss import PackedLoss, prepare_loss
-from cprec.train.plan import ANNEALING, FEW_STEPS, WARMUP, Plan, check_fork, describe_plan, steps_of
+from cprec.train.loss import PackedLoss
+from cprec.train.plan import ANNEALING, FEW_STEPS, Plan, check_fork, describe_plan
 from cprec.train.probe import BestWeights, Probe, queries_of
-from cprec.train.reuse import file_inputs, is_finished, shards_of
-from cprec.train.schedule import make_schedule
+from cprec.train.reuse import is_finished
+from cprec.train.run import Run, general_text_of
 from cprec.train.tracking import trackers, values_of
 
 UNMOVED = "model"
 """In an output folder: the finished model, as long as its files are not moved to where they belong."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A run as a stage asks for it."""
-
-    config: TrainingConfig
-    make_plan: Callable[[], Plan]
-    """Called only where the run is not finished already."""
-    trained_on: list[str]
-    """Hashes of the shards that the plan reads."""
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    """Hashes of the other shards that the run reads, by name."""
-    validation: Mapping[str, TokenStream]
-    """Held-out batches by name (a domain and kind)."""
-    stage: str
-    about: Mapping[str, Any]
-    """How the shards were made; it goes into `cprec.json`."""
-    start_from: Path | None = None
-    """A checkpoint whose weights and optimizer the run begins with."""
-    fork_of: Path | None = None
-    """The stable checkpoint of another run, with the same plan up to there, that this one goes on from."""
-    keeps_stable: bool = False
-    """The checkpoint at the end of the stable phase stays, for forks."""
-    probe_domains: tuple[str, ...] = ()
-    """Domains whose validation queries are ranked."""
-    titles_trie: Trie | None = None
-    """The titles of the domain's items, where their loss over the catalogue is trained."""
-    weight_of_catalogue: float = 0.0
-    """The part of that loss."""
-
-    @property
-    def output_dir(self) -> Path:
-        return Path(self.config.output_dir)
-
-    @property
-    def data(self) -> Path:
-        return Path(self.config.data)
-
-    @property
-    def all_trained_on(self) -> list[str]:
-        """Hashes of the shards that the finished model will have been trained on, since its base."""
-        return [*shards_of(self.start_from or Path(self.config.model_name_or_path)), *self.trained_on]
-
-    def recorded_inputs(self, hashes: FileHashes) -> dict[str, str]:
-        """Hashes of all that the run reads."""
-        files = file_inputs(
-            self.config,
-            hashes,
-            start_from=self.start_from,
-            fork_of=self.fork_of,
-            general_text=general_text_of(self.config),
-        )
-        ranked = {f"queries/{domain}": hashes.of(queries_of(self.data, domain)) for domain in self.probe_domains}
-        return {"trained_on": " ".join(self.all_trained_on), **self.inputs, **files, **ranked}
 
 
 def run_training(run: Run) -> Path:
@@ -147,13 +81,13 @@ def run_training(run: Run) -> Path:
     validation = dict(run.validation) | _general_text_stream(config, tokenizer, run.about.get("begin", []))
     if config.dry_run:
         with torch.device("meta"):
-            model = _make_model(config, tokenizer, unloaded_model)
-        _check_fits(run, plan, model, tokenizer)
+            model = make_model(config, tokenizer, unloaded_model)
+        check_fits(run, plan, model, tokenizer)
         say(str(_estimate(run, plan, model, validation)))
         return run.output_dir
     if config.resume_from_checkpoint == "never":
         distributed.by_first(lambda: remove_checkpoints(run.output_dir, stable=True))
-    loss = _build(run, plan, tokenizer)
+    loss = build(run, plan, tokenizer)
     told = None
     if plan.stream.num_steps >= FEW_STEPS:  # a shorter run is not worth the timing
         told = measure(_estimate(run, plan, loss.module, validation), loss, plan.stream)
@@ -177,7 +111,7 @@ def run_training(run: Run) -> Path:
 def time_training(run: Run) -> Estimate:
     """What a run will take, its speed timed on a micro-batch. Nothing is learnt or written."""
     plan = run.make_plan()
-    loss = _build(run, plan, load_tokenizer(str(run.data / "tokenizer")))
+    loss = build(run, plan, load_tokenizer(str(run.data / "tokenizer")))
     return measure(_estimate(run, plan, loss.module, run.validation), loss, plan.stream)
 
 
@@ -213,31 +147,6 @@ def _tell(run: Run, state: TrainState, kept: Mapping[str, Any] | None) -> None:
 # ---- plan ------------------------------------------------------------------------------------------------------------
 
 
-def plan_of(config: TrainingConfig, stream: TokenStream) -> Plan:
-    """The stream with a learning rate for each step. Lengths below 1 are fractions of all steps.
-
-    Where the stream has a phase for warm-up or annealing, its steps count and not the setting.
-    """
-    num_steps, unit = stream.num_steps, config.schedule_unit
-    steps = {phase.name: of_phase for phase, of_phase in zip(stream.phases, stream.phase_steps, strict=True)}
-    warmup = steps.get(WARMUP, steps_of(config.warmup_steps, num_steps))
-    if 0 < config.warmup_steps < 1:
-        warmup = max(1, warmup)
-    anneal = steps.get(ANNEALING, steps_of(config.anneal_steps, num_steps))
-    if config.anneal_steps < 1:
-        anneal = min(anneal, max(0, num_steps - warmup))
-    schedule = make_schedule(
-        config.lr_scheduler_type,
-        range(1, num_steps + 1) if unit == "steps" else stream.tokens_after().tolist(),
-        config.learning_rate,
-        warmup_steps=warmup,
-        anneal_steps=anneal,
-        floor_ratio=config.min_lr_ratio,
-        shape=config.anneal_shape,
-    )
-    return Plan(stream, schedule, unit)
-
-
 def _plan(run: Run) -> Plan:
     """The plan, described to the user; the checkpoints that the run begins with are intact and fit it."""
     plan = run.make_plan()
@@ -256,15 +165,6 @@ def _note_other_begin(run: Run) -> None:
             f"note: documents begin with the tokens {begin}, but {run.config.model_name_or_path} was trained on "
             f"documents that begin with {base.get('begin', [])}: add_bos_token of `cprec prepare` decides"
         )
-
-
-def general_text_of(config: TrainingConfig) -> str | None:
-    """The text of the forgetting meter: a file, '' for our own, or None where the model was made here and has read no
-    general text to forget."""
-    if config.general_text != "auto":
-        return None if config.general_text == "none" else config.general_text
-    made_here = Path(config.data, CONFIG_FILE).is_file() and read_resolved(config.data)["config"]["tokenizer"] == TINY
-    return None if made_here or config.model_name_or_path == TINY else ""
 
 
 def _general_text_stream(config: TrainingConfig, tokenizer: Any, begin: list[int]) -> dict[str, TokenStream]:
@@ -292,115 +192,6 @@ def _estimate(run: Run, plan: Plan, model: Any, validation: Mapping[str, TokenSt
         num_checkpoints=config.save_total_limit + 1 + run.keeps_stable,  # one is being written
         heldout_tokens=heldout * (stream.num_steps // config.eval_steps + 2),  # at the start and the end, too
     )
-
-
-# ---- build -----------------------------------------------------------------------------------------------------------
-
-
-def _build(run: Run, plan: Plan, tokenizer: Any) -> PackedLoss:
-    """The model with its loss, checked for what packed rows need."""
-    config, device = run.config, distributed.pick_device()
-    attention = None if config.attn_implementation == "auto" else config.attn_implementation
-    model = _make_model(config, tokenizer, partial(load_model, attn_implementation=attention)).to(device)
-    _check_fits(run, plan, model, tokenizer)
-    positions_given = check_attention(model)
-    recompiled = config.torch_compile and config.gradient_checkpointing
-    if config.attn_implementation == "auto" and device.type == "cpu" and not recompiled and positions_given:
-        use_document_attention(model, compiled=config.torch_compile)
-    check_isolation(model)
-    bf16 = distributed.use_bf16(config.bf16, device)
-    loss = prepare_loss(
-        model,
-        bf16=bf16,
-        fsdp=config.fsdp,
-        gradient_checkpointing=config.gradient_checkpointing,
-        torch_compile=config.torch_compile,
-    )
-    if run.titles_trie is not None:
-        loss = CatalogueLoss(loss.module, run.titles_trie, run.weight_of_catalogue, bf16=bf16)
-    number_format = "bf16" if bf16 else "fp32"
-    say(f"{num_parameters(model) / 1e6:.2f} M parameters on {distributed.describe(device)}, {number_format}")
-    return loss
-
-
-def _make_model(config: TrainingConfig, tokenizer: Any, load: Callable[[str], Any]) -> Any:
-    """The model that the settings name, by `load` unless it is `tiny`, with its adapters."""
-    if config.model_name_or_path == TINY:
-        model: Any = tiny_model(
-            len(tokenizer),
-            hidden_size=config.tiny.hidden_size,
-            num_hidden_layers=config.tiny.num_hidden_layers,
-            num_attention_heads=config.tiny.num_attention_heads,
-            max_position_embeddings=max(1024, config.max_length),
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            seed=config.seed,
-            attn_implementation=None if config.attn_implementation == "auto" else config.attn_implementation,
-        )
-    else:
-        model = load(config.model_name_or_path)
-    if config.lora_rank:
-        model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
-    if config.frozen_layers:
-        freeze_lowest(model, config.frozen_layers)
-    return model
-
-
-def _check_fits(run: Run, plan: Plan, model: Any, tokenizer: Any) -> None:
-    """Whether the model has room for the tokens, the rows and the titles.
-
-    Raises ConfigError where it has not; says where documents are longer than it was made for.
-    """
-    config, about = run.config, run.about
-    name, context = config.model_name_or_path, context_of(model)
-    longest = int(plan.stream.corpus.lengths.max())
-    _check_vocabulary(config, model, tokenizer)
-    if context is None:
-        return
-    titles = about["max_title_tokens"] * len(Template(**about["template"]).item_fields)
-    if titles >= context:
-        raise ConfigError(
-            f"items may have {titles:,} tokens (max_title_tokens={about['max_title_tokens']}), but {name} reads "
-            f"{context:,} at once (max_position_embeddings), prompts included: prepare the data with a smaller "
-            "max_title_tokens"
-        )
-    if config.max_length > context and has_learned_positions(model):
-        raise ConfigError(
-            f"max_length={config.max_length:,}, but {name} has learnt {context:,} positions and no more "
-            f"(max_position_embeddings): set max_length={context}, with data prepared with "
-            f"max_document_tokens={context} or less"
-        )
-    if longest > context:
-        say(
-            f"note: documents have up to {longest:,} tokens, and {name} was made to read {context:,} at once "
-            f"(max_position_embeddings): the positions beyond are new to it, and rankings cut histories to fit; "
-            f"max_document_tokens={context} of `cprec prepare` makes shorter documents"
-        )
-
-
-def _check_vocabulary(config: TrainingConfig, model: Any, tokenizer: Any) -> None:
-    """Raise ConfigError where a model has fewer token embeddings than the tokens of the data need, or its own tokenizer
-    other ids; a model without a tokenizer cannot be compared."""
-    name, vocabulary = config.model_name_or_path, tokenizer.get_vocab()
-    rows = model.get_input_embeddings().weight.shape[0]
-    if rows < len(tokenizer):
-        raise ConfigError(
-            f"{name} has {rows:,} token embeddings but the tokens in {config.data} were made with a vocabulary of "
-            f"{len(tokenizer):,}: run `cprec prepare` with tokenizer={name}"
-        )
-    if name == TINY:
-        return
-    try:
-        of_model = load_tokenizer(name).get_vocab()
-    except ConfigError:
-        return
-    if other := sorted((number, token) for token, number in vocabulary.items() if of_model.get(token) != number):
-        number, token = other[0]
-        raise ConfigError(
-            f"the tokens in {config.data} are not those of {name}: {len(other):,} of {len(vocabulary):,} have another "
-            f"id there or none, as {token!r}, which is {number} in the data and {of_model.get(token)} in the model. "
-            f"Run `cprec prepare` with tokenizer={name}"
-        )
 
 
 # ---- fit -------------------------------------------------------------------------------------------------------------
@@ -490,8 +281,8 @@ def _publish_untrained(run: Run, hashes: FileHashes) -> Path:
         say(f"{run.output_dir}: {run.config.model_name_or_path} as it is, without training (num_train_epochs=0)")
         return run.output_dir
     tokenizer = load_tokenizer(str(run.data / "tokenizer"))
-    model = _make_model(run.config, tokenizer, load_model)
-    _check_vocabulary(run.config, model, tokenizer)
+    model = make_model(run.config, tokenizer, load_model)
+    check_vocabulary(run.config, model, tokenizer)
 
     def record() -> None:
         save_resolved(run.output_dir, run.config, run.recorded_inputs(hashes))

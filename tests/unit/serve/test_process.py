@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,23 +21,18 @@ from cprec.data.catalogue import Catalogue
 from cprec.models import tiny_model
 from cprec.rank.llm import LLMRecommender
 from cprec.serve.items import FILE
-from cprec.text.prompts import Template
 from cprec.text.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.slow  # each test starts Python and loads torch, some twice
 
 
 @pytest.fixture(scope="module")
-def folder(catalogue: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder as `cprec finetune` leaves it, of random weights."""
-    path = tmp_path_factory.mktemp("model") / "tiny"
+def folder(catalogue: Catalogue, write_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of random weights."""
     tokenizer = train_tokenizer([f" {title}" for title in catalogue.title], 300)
     model = tiny_model(len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    catalogue.write(path)
-    about = {"domain": "books", "template": asdict(Template()), "max_title_tokens": 16, "history": "specific"}
-    (path / "cprec.json").write_text(json.dumps(about | {"max_history": 10}))
+    about = {"domain": "books", "max_title_tokens": 16}
+    path = write_model(tmp_path_factory.mktemp("model") / "tiny", model, tokenizer, catalogue, **about)
     (path / "run.json").write_text(json.dumps({"config": {"data": "gone"}}))
     return path
 

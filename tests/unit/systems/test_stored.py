@@ -15,8 +15,9 @@ from cprec.recommender import RankingQuery
 from cprec.schema import Item
 from cprec.systems.recipes.sasrec import CausalRecommender, CausalSettings, SASRec
 from cprec.systems.recipes.title_sasrec import TitleSASRec
+from cprec.systems.signals import TrainingSequences
 
-TINY: dict[str, Any] = {"hidden_size": 8, "num_blocks": 1, "num_heads": 2, "num_epochs": 1}
+TINY: dict[str, Any] = {"hidden_size": 8, "num_blocks": 1, "num_heads": 2, "num_epochs": 1, "min_steps": 0}
 
 
 @pytest.fixture(scope="module", params=[SASRec(**TINY), TitleSASRec(**TINY, text_size=6)], ids=lambda each: type(each))
@@ -51,3 +52,11 @@ def test_what_does_not_fit_is_refused(made: CausalRecommender) -> None:
     del arrays[name]
     with pytest.raises(ValueError, match="weights of another model"):
         type(made).from_arrays(arrays, made.catalogue)
+
+
+def test_few_sequences_are_read_more_often(data: TrainingSequences) -> None:
+    """One pass of the ring is one step; a setting of more passes than the steps need stays."""
+    settings = [{"min_steps": 300}, {"min_steps": 300, "num_epochs": 400}, {"min_steps": 0}]
+    made = [TitleSASRec(**TINY | changed, text_size=6) for changed in settings]
+    assert [each.stages(data, 0)[0].stream.num_steps for each in made] == [300, 400, 1]
+    assert (TitleSASRec().min_steps, SASRec().min_steps) == (300, 0)

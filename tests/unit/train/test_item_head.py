@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from cprec.search.priors import Priors
 from cprec.systems.recipes.title_sasrec import TitleSASRec
 from cprec.systems.signals import TrainingSequences
 from cprec.text.encoding import PromptEncoder
-from cprec.text.prompts import Template
 
 SMALL = TitleSASRec(hidden_size=8, num_heads=2, num_blocks=1, batch_size=16, num_epochs=60, learning_rate=0.01)
 
@@ -268,14 +266,11 @@ def test_a_blend_that_is_read_gives_the_lists_that_it_was_written_for(
     tokenizer: Any,
     catalogue: Catalogue,
     opened: Callable[..., LLMRecommender],
+    write_model: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
     """For reading titles and for `vectors`, each by its own numbers; without the head it is refused."""
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    catalogue.write(tmp_path)
-    about = {"template": asdict(Template()), "max_title_tokens": 32, "history": "specific", "max_history": 10}
-    (tmp_path / "cprec.json").write_text(json.dumps(about | {"domain": "games"}))
+    write_model(tmp_path, model, tokenizer, catalogue, domain="games")
     head.save(tmp_path, {"seed": 0})
     settings = {
         "blend": Setting(0.7, {}, 0.5, item_head=1.5),

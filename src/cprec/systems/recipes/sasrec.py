@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -25,7 +25,7 @@ from cprec.systems.dot_product import DotProductModel, DotProductRecommender, Se
 from cprec.systems.encoders import SelfAttention
 from cprec.systems.fit import NEXT_ITEM, NextItemSettings, Stage, SystemSettings
 from cprec.systems.items import IdTable
-from cprec.systems.signals import TrainingSequences, WindowStream
+from cprec.systems.signals import TrainingSequences, WindowStream, windows
 
 INITIAL = 0.02
 """Standard deviation of vectors before training."""
@@ -67,8 +67,14 @@ class SelfAttentionSettings(SystemSettings):
 class CausalSettings(NextItemSettings, SelfAttentionSettings):
     """Settings of systems in which each position of a sequence predicts the next item, and which can be stored."""
 
+    min_steps: int = 0
+    """Optimizer steps at least: where sequences are few, there are as many passes as that takes."""
+
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
-        stream = WindowStream(data, [NEXT_ITEM], self.max_length, self.passes(seed))
+        steps_of_pass = -(-len(windows(data.sequences, self.max_length)) // self.batch_size)
+        num_epochs = max(self.num_epochs, self.min_steps / steps_of_pass)
+        passes = replace(self.passes(seed), num_epochs=num_epochs)
+        stream = WindowStream(data, [NEXT_ITEM], self.max_length, passes)
         return [self.stage(data, self.model(self.frozen(data)), self.next_item(), stream)]
 
     def frozen(self, data: TrainingSequences) -> np.ndarray:

@@ -32,6 +32,7 @@ class TitleSASRec(TextSettings, CausalSettings):
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     num_epochs: float = 4
+    min_steps: int = 300
     text_size: int = 384
 
     def model(self, frozen_VF: np.ndarray) -> SequenceModel:
