@@ -6,9 +6,10 @@ that returns a complete `Recipe`; its keyword arguments (such as `data=FOLDER`) 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -159,6 +160,21 @@ def to_yaml(config: Any) -> str:
 
     text: str = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
     return text
+
+
+def essential(config: Any, always: Collection[str] = ()) -> Any:
+    """What the file of a recipe must say, as a mapping: settings that are not the defaults, and those in `always`."""
+    if isinstance(config, tuple):
+        return [essential(entry, always) for entry in config]
+    if not dataclasses.is_dataclass(config):
+        return config
+    told = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if value != default or field.name in always:
+            told[field.name] = essential(value, always)
+    return told
 
 
 def stage_config(stage: str, overrides: Iterable[str], **given: Any) -> Any:

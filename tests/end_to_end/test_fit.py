@@ -11,12 +11,12 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cprec.cli import main
-from cprec.config import find_config, stage_config
+from cprec.config import essential, find_config, stage_config
 from cprec.data.config import SyntheticConfig
 from cprec.data.sources.synthetic import SyntheticWorld
 from cprec.evaluate.results import read_report
 from cprec.fit import fit as stage
-from cprec.fit.fit import essential, fit
+from cprec.fit.fit import fit
 from cprec.rank.blend_file import read_about
 from cprec.recipe import Recipe
 from cprec.settings import from_mapping

@@ -20,9 +20,6 @@ BLEND_OF_SIMPLE = "the blend of simple recommenders, without the language model"
 HEAD = "the item head of the language model"
 """What a folder may serve, as its weights say."""
 
-Compare = Callable[[str, str], Comparison]
-"""Two arms on the same queries: the first less the second."""
-
 
 def served(model: str) -> str:
     """What the blend beside a model is, by its weights. Raises as `read_about` does."""
@@ -32,26 +29,31 @@ def served(model: str) -> str:
     return BLEND_OF_ALL if any(weight for weight, _ in setting.parts.values()) else HEAD
 
 
-def answer(result: DomainResult, model: str, what: str, compare: Compare) -> str:
+def answer(result: DomainResult, model: str, what: str, compare: Callable[[str, str], Comparison]) -> str:
     """Whether to use `what` the folder of the arm `model` serves, or the best simple recommender, and how much better
     it is for the same customers; and what the language model adds, where it has a weight.
 
     Nothing is chosen by the test queries but the simple recommender, which is flattered by it.
     """
+
+    def mean(arm: Arm) -> float:
+        return arm.metrics[result.main].mean
+
+    def found(arm: Arm) -> int:  # of 1,000 customers, those whose next item is in the list
+        return round(1000 * arm.metrics[replace(result.main, name="recall")].mean)
+
     best = result.arms[model + BLENDED]
     own = (model, model + BY_HEAD, best.name, WITHOUT_MODEL)
-    simple = max(
-        (arm for name, arm in result.arms.items() if arm.kind != "bound" and name not in own),
-        key=lambda arm: _mean(result, arm),
-    )
-    test = compare(best.name, simple.name)
-    means = f"NDCG@10 {_mean(result, best):.4f} against {_mean(result, simple):.4f}"
+    others = (arm for name, arm in result.arms.items() if arm.kind != "bound" and name not in own)
+    simple = max(others, key=mean)
+    test, reached = compare(best.name, simple.name), mean(simple)
+    means = f"NDCG@10 {mean(best):.4f} against {reached:.4f}"
     if test.low > 0 and test.num_queries >= MIN_QUERIES:
         added = "" if what == BLEND_OF_SIMPLE else f"; {_added(compare(best.name, WITHOUT_MODEL))}"
         return (
-            f"Use {what}: its lists of ten are {_gain(test, _mean(result, simple))} than those of the best simple "
-            f"recommender, {simple.name} ({means}); what a customer took next is among the ten for "
-            f"{_found(result, best)} of 1,000 customers, against {_found(result, simple)}{added}."
+            f"Use {what}: its lists of ten are {_gain(test, reached)} than those of the best simple recommender, "
+            f"{simple.name} ({means}); what a customer took next is among the ten for {found(best)} of 1,000 "
+            f"customers, against {found(simple)}{added}."
         )
     difference = f"{means}; {_difference(test)}"
     if test.low > 0:
@@ -62,15 +64,14 @@ def answer(result: DomainResult, model: str, what: str, compare: Compare) -> str
     why = f"it is better than {what}" if test.high < 0 else f"it is enough, because no gain by {what} is shown"
     return (
         f"Use {simple.name}, a simple recommender: {why} ({difference}), and what a customer took next is among its "
-        f"ten for {_found(result, simple)} of 1,000 customers."
+        f"ten for {found(simple)} of 1,000 customers."
     )
 
 
 def _added(test: Comparison) -> str:
     """What the language model adds to the best blend without it."""
-    if test.low > 0:
-        return f"the language model makes it better than the best blend without one ({_difference(test)})"
-    return f"that the language model makes it better than the best blend without one is not shown ({_difference(test)})"
+    added, shown = "the language model makes it better than the best blend without one", test.low > 0
+    return f"{added if shown else f'that {added} is not shown'} ({_difference(test)})"
 
 
 def _difference(test: Comparison) -> str:
@@ -85,15 +86,6 @@ def compare_saved(folder: Path, result: DomainResult, seed: int, a: str, b: str)
     users, values = of_arm[0]["user_id"].to_pylist(), [np.asarray(one[str(result.main)]) for one in of_arm]
     assert of_arm[0]["query_id"] == of_arm[1]["query_id"], "both arms answer the same queries in the same order"
     return compare_pair(values[0], values[1], groups=users, seed=seed)
-
-
-def _mean(result: DomainResult, arm: Arm) -> float:
-    return arm.metrics[result.main].mean
-
-
-def _found(result: DomainResult, arm: Arm) -> int:
-    """Of 1,000 customers, those whose next item is in the list."""
-    return round(1000 * arm.metrics[replace(result.main, name="recall")].mean)
 
 
 def _gain(test: Comparison, simple: float) -> str:

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from cprec.data.sources.columns import DEFAULT_NAMES
 from cprec.errors import ConfigError, DataError
 from cprec.schema import ITEM_ID, TIMESTAMP, TITLE, USER_ID
 
+_WORD = re.compile(r"(?i:kunden|artikel|produkt|bestell|kauf|uhr)|[a-z]+|[A-Z]+(?![a-z])|[A-Z][a-z]+")
+
+
+def words_of(name: str) -> frozenset[str]:
+    """The words of a name: `customerId` has customer and id, and `Kundennummer` kunden and nummer."""
+    return frozenset(word.lower() for word in _WORD.findall(name))
+
+
 WORDS: Mapping[str, frozenset[str]] = {
-    USER_ID: frozenset(
-        ("user", "customer", "client", "buyer", "member", "visitor", "shopper", "reader", "reviewer", "account")
-        + ("kunde", "kunden", "nutzer")
-    ),
-    ITEM_ID: frozenset(
-        ("item", "product", "article", "sku", "asin", "isbn", "ean", "book", "movie", "film", "song", "track", "game")
-        + ("artikel", "produkt")
-    ),
-    TIMESTAMP: frozenset(
-        ("time", "date", "datetime", "timestamp", "day", "when", "created", "at", "ts", "datum", "zeit", "tag")
-    ),
-    TITLE: frozenset(("title", "name", "label", "titel", "bezeichnung")),
+    USER_ID: words_of("user customer client buyer member visitor shopper reader reviewer account kunde kunden nutzer"),
+    ITEM_ID: words_of("item product article sku asin isbn ean book movie film song track game artikel produkt"),
+    TIMESTAMP: words_of("time date datetime timestamp day when created at ts datum zeit tag"),
+    TITLE: words_of("title name label titel bezeichnung"),
 }
 """Words in the name of a column that tell what it holds, English and German."""
-ID_WORDS = frozenset(("id", "no", "nr", "number", "num", "code", "key", "uid", "sku", "asin", "isbn", "ean", "nummer"))
+ID_WORDS = words_of("id no nr number num code key uid sku asin isbn ean nummer")
 """Words that tell an id from other things known of a user or an item."""
 
 MEANING = {USER_ID: "the customer", ITEM_ID: "the item", TIMESTAMP: "the time", TITLE: "the item's title"}
@@ -43,7 +43,6 @@ SHARED = 0.5
 REPEATED = 0.7
 """Distinct values among all at most, where the values are users: a log tells of users more than once."""
 
-_WORD = re.compile(r"(?i:kunden|artikel|produkt|bestell|kauf|uhr)|[a-z]+|[A-Z]+(?![a-z])|[A-Z][a-z]+")
 _DATE = re.compile(r"(\d{4}-\d\d?-\d\d?|\d\d?\.\d\d?\.\d{4})([ T].*)?")
 _EARLIEST = 1e8
 """Smaller numbers are no times since 1970 in any unit."""
@@ -62,8 +61,7 @@ class Column:
 
     @property
     def words(self) -> frozenset[str]:
-        """The words of its name: `customerId` has customer and id, and `Kundennummer` kunden and nummer."""
-        return frozenset(word.lower() for word in _WORD.findall(self.name))
+        return words_of(self.name)
 
     def share(self, holds: Callable[[str], object]) -> float:
         """The share of its values that something holds for; 0 without values."""
@@ -85,15 +83,13 @@ class Columns:
     def named(self, field: str) -> Column | None:
         """The column that is given for a field, or that has a usual name of it. Raises ConfigError if it is missing."""
         wanted = (self.given[field],) if field in self.given else DEFAULT_NAMES[field]
-        for name in wanted:
-            for column in self.columns:
-                if column.name.lower() == name.lower():
-                    return column
-        if field in self.given:
-            raise ConfigError(
-                f"columns.{field}={self.given[field]}: {self.file} has no such column; it has {listed(self.columns)}"
-            )
-        return None
+        found = [column for name in wanted for column in self.columns if column.name.lower() == name.lower()]
+        if field in self.given and not found:
+            raise ConfigError(f"columns.{field}={self.given[field]}: {self.file} has no such column; it has {self}")
+        return found[0] if found else None
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.columns))
 
 
 def find(
@@ -105,21 +101,21 @@ def find(
     values. Where that leaves none or several, `ask` decides. Without it, ConfigError lists the columns and says what
     to write. Raises DataError where the columns found cannot hold what they should.
     """
-    found: dict[str, str] = {}
-    titled = items or log
-    theirs: dict[str, str] = {}
+    found, theirs = dict[str, str](), dict[str, str]()
     if items is None:
-        found[ITEM_ID] = _one(ITEM_ID, log, _free(log, ITEM_ID, ()), ask)
+        found[ITEM_ID] = _one(ITEM_ID, log, _fitting(ITEM_ID, log), ask)
     else:
         found[ITEM_ID], theirs[ITEM_ID] = _item_ids(log, items, ask)
     if has_times:
-        times = [column for column in _free(log, TIMESTAMP, found.values()) if column.share(is_time) >= MOST]
+        times = _fitting(TIMESTAMP, log, found.values(), lambda column: column.share(is_time) >= MOST)
         found[TIMESTAMP] = _one(TIMESTAMP, log, times, ask)
-        _check_times(log, found[TIMESTAMP])
-    repeated = [column for column in _free(log, USER_ID, found.values()) if column.distinct <= REPEATED]
+        chosen = next(column for column in log.columns if column.name == found[TIMESTAMP])
+        if chosen.share(lambda value: is_time(value) or _number(value) or value == "0") < SHARED:
+            raise DataError(f"{log.file}: the values of {chosen} are no times that can be read; {HINTS[TIMESTAMP]}")
+    repeated = _fitting(USER_ID, log, found.values(), lambda column: column.distinct <= REPEATED)
     found[USER_ID] = _one(USER_ID, log, repeated, ask)
-    taken = found if items is None else theirs
-    texts = [column for column in _free(titled, TITLE, taken.values()) if column.share(has_letters) >= MOST]
+    titled, taken = (log, found) if items is None else (items, theirs)
+    texts = _fitting(TITLE, titled, taken.values(), lambda column: column.share(_has_letters) >= MOST)
     taken[TITLE] = _one(TITLE, titled, texts, ask)
     return [found] if items is None else [found, theirs]
 
@@ -133,7 +129,7 @@ def is_time(value: str) -> bool:
     return bool(_DATE.fullmatch(value)) or _number(value) >= _EARLIEST
 
 
-def has_letters(value: str) -> bool:
+def _has_letters(value: str) -> bool:
     return any(map(str.isalpha, value))
 
 
@@ -144,9 +140,13 @@ def _number(value: str) -> float:
         return 0.0
 
 
-def _free(table: Columns, field: str, taken: Collection[str]) -> list[Column]:
-    """The columns that are not taken, and whose names do not say that they hold something else; what is called a
-    product may be its title."""
+def _fitting(
+    field: str, table: Columns, taken: Collection[str] = (), fits: Callable[[Column], bool] = lambda column: True
+) -> list[Column]:
+    """The columns that may be a field: the named one or, without, those that fit, are not taken, and whose names do not
+    say that they hold something else; what is called a product may be its title."""
+    if named := table.named(field):
+        return [named]
     own = (field, ITEM_ID) if field == TITLE else (field,)
     usual = {name.lower() for other, names in DEFAULT_NAMES.items() if other not in own for name in names}
     words = frozenset[str]().union(*(of for other, of in WORDS.items() if other not in own))
@@ -155,6 +155,7 @@ def _free(table: Columns, field: str, taken: Collection[str]) -> list[Column]:
         for column in table.columns
         if column.name not in taken
         and (column.words & WORDS[field] or not (column.name.lower() in usual or column.words & words))
+        and fits(column)
     ]
 
 
@@ -170,33 +171,24 @@ def _score(field: str, column: Column) -> int:
 
 
 def _one(field: str, table: Columns, fitting: Sequence[Column], ask: Ask | None) -> str:
-    """The column of a field: the named one, or the one that fits best."""
-    named = table.named(field)
-    if named is not None:
-        return named.name
+    """The column of a field: the one of those that fit whose name says so most; without a single one, as asked."""
     scores = [_score(field, column) for column in fitting]
-    best = [column for column, score in zip(fitting, scores, strict=True) if score == max(scores)]
-    return best[0].name if len(best) == 1 else _undecided(field, table, best, ask)
-
-
-def _undecided(field: str, table: Columns, candidates: Sequence[Column], ask: Ask | None) -> str:
-    names = [column.name for column in table.columns]
+    best = [column.name for column, score in zip(fitting, scores, strict=True) if score == max(scores)]
+    if len(best) == 1:
+        return best[0]
     question = f"{table.file}: which column is {MEANING[field]} ({field})?"
     if ask is not None:
-        return ask(f"{question} The columns are {listed(table.columns)}", names)
-    may_be = f"{' or '.join(column.name for column in candidates)} may be" if candidates else "None looks like it"
+        return ask(f"{question} The columns are {table}", [column.name for column in table.columns])
+    may_be = f"{' or '.join(best)} may be" if best else "None looks like it"
     hint = f" ({HINTS[field]})" if field in HINTS else ""
-    example = f", as columns.{field}={candidates[0].name}" if candidates else ""
-    raise ConfigError(
-        f"{question} {may_be}; the columns are {listed(table.columns)}. Write columns.{field}=COLUMN{example}{hint}"
-    )
+    example = f", as columns.{field}={best[0]}" if best else ""
+    raise ConfigError(f"{question} {may_be}; the columns are {table}. Write columns.{field}=COLUMN{example}{hint}")
 
 
 def _item_ids(log: Columns, items: Columns, ask: Ask | None) -> tuple[str, str]:
     """The columns of the log and of the items that hold the same ids."""
-    named = log.named(ITEM_ID), items.named(ITEM_ID)
-    ours = [named[0]] if named[0] else _free(log, ITEM_ID, ())
-    theirs = [named[1]] if named[1] else [c for c in _free(items, ITEM_ID, ()) if c.distinct >= MOST]
+    ours = _fitting(ITEM_ID, log)
+    theirs = _fitting(ITEM_ID, items, fits=lambda column: column.distinct >= MOST)
     ids = {column.name: frozenset(column.values) for column in theirs}
     pairs = [(a, b) for a in ours for b in theirs if a.share(ids[b.name].__contains__) >= SHARED]
     if not pairs:
@@ -204,25 +196,9 @@ def _item_ids(log: Columns, items: Columns, ask: Ask | None) -> tuple[str, str]:
             f"{items.file} has no column with the ids of a column of {log.file}, each id once: is {log.file} the log, "
             f"one row an event, and {items.file} the items? Where both have the ids, written alike, write "
             f"interactions.columns.{ITEM_ID}=COLUMN and items.columns.{ITEM_ID}=COLUMN. "
-            f"{log.file} has {listed(log.columns)}; {items.file} has {listed(items.columns)}"
+            f"{log.file} has {log}; {items.file} has {items}"
         )
     scores = [_score(ITEM_ID, a) + _score(ITEM_ID, b) + (a.name == b.name) for a, b in pairs]
     best = [pair for pair, score in zip(pairs, scores, strict=True) if score == max(scores)]
-    if len(best) == 1:
-        return best[0][0].name, best[0][1].name
-    return tuple(  # type: ignore[return-value]
-        _one(ITEM_ID, table, list({c.name: c for c in side}.values()), ask)
-        for table, side in ((log, [a for a, _ in best]), (items, [b for _, b in best]))
-    )
-
-
-def _check_times(log: Columns, name: str) -> None:
-    """Raise DataError where the column of times holds text that is none; numbers are judged where they are read."""
-    column = next(column for column in log.columns if column.name == name)
-    is_readable = column.share(lambda value: is_time(value) or _number(value) or value == "0")
-    if is_readable < SHARED:
-        raise DataError(f"{log.file}: the values of {column} are no times that can be read; {HINTS[TIMESTAMP]}")
-
-
-def listed(columns: Iterable[Column]) -> str:
-    return ", ".join(map(str, columns))
+    sides = [list({column.name: column for column in side}.values()) for side in zip(*best, strict=True)]
+    return _one(ITEM_ID, log, sides[0], ask), _one(ITEM_ID, items, sides[1], ask)

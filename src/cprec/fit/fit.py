@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import MISSING, fields, is_dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from cprec.config import find_config, to_yaml
-from cprec.data.config import TableSource
+from cprec.config import essential, find_config, to_yaml
 from cprec.data.dataset import read_split
 from cprec.errors import ConfigError
 from cprec.evaluate.config import EvaluateConfig
 from cprec.files import write_whole
 from cprec.fit.answer import answer, compare_saved, served
 from cprec.fit.config import FitConfig
-from cprec.fit.look import Look, look_at
-from cprec.fit.sizes import REACHED, TRAINING, Choice, choose, sizes_for
+from cprec.fit.look import look_at
+from cprec.fit.sizes import REACHED, TRAINING, choose, sizes_for
 from cprec.item_head import TITLE_TOKENS, seconds_to_train
 from cprec.machine import num_cores
 from cprec.progress import say
@@ -62,14 +60,12 @@ def fit(config: FitConfig) -> str:
     """
     start = time.monotonic()
     recipe = _earlier(config) or _chosen(config, lambda: start + 60 * config.minutes - time.monotonic())
-    report = run(recipe)
     assert recipe.finetune is not None
     model = FINETUNED if recipe.finetune.num_train_epochs else UNTRAINED
     folder = recipe.model_folder(config.domain, model)
-    result, what = report.domains[config.domain], served(folder)
-    sentence = answer(
-        result, model, what, partial(compare_saved, Path(recipe.evaluate.output_dir), result, config.seed)
-    )
+    result, what = run(recipe).domains[config.domain], served(folder)
+    compare = partial(compare_saved, Path(recipe.evaluate.output_dir), result, config.seed)
+    sentence = answer(result, model, what, compare)
     write_whole(Path(config.output_dir, ANSWER), sentence + "\n")
     print(f"\n{sentence}\n")
     say(f"took {(time.monotonic() - start) / 60:.1f} minutes. `cprec serve {folder}` serves {what}")
@@ -78,12 +74,11 @@ def fit(config: FitConfig) -> str:
 
 def _earlier(config: FitConfig) -> Recipe | None:
     """The recipe that the same settings have chosen before. Raises ConfigError where the folder has others."""
-    folder = Path(config.output_dir)
+    folder, path = Path(config.output_dir), Path(config.output_dir, RECIPE)
     if not folder.exists() or not any(folder.iterdir()):
         return None
     if not (folder / CONFIG_FILE).is_file() or read_resolved(folder)["stage"] != FitConfig.__name__:
         raise ConfigError(f"{folder} exists and is not of `cprec fit`: choose another output folder or delete it")
-    path = folder / RECIPE
     if not path.is_file():
         return None  # stopped before anything was chosen
     old, new = read_resolved(folder)["config"], to_dict(config)
@@ -102,21 +97,23 @@ def _chosen(config: FitConfig, left: Callable[[], float]) -> Recipe:
     source, look = look_at(config)
     save_resolved(config.output_dir, config)
     say(str(look))
-    prepared = _prepare_config(config, source, look)
-    prepare(prepared)
-    plan, choice, head_seconds = _training(config, left)
-    size = f"a model of width {choice.size.hidden_size} and {choice.size.num_hidden_layers} blocks"
-    passes = f"{choice.passes:g} passes over the log" if choice.passes else "as it is, without training"
-    say(
-        f"{left() / 60:.1f} minutes are left on {num_cores()} cores. Chosen: "
-        f"{size if config.base == TINY else config.base}, {passes}: at {choice.tokens_per_second:,.0f} tokens a second "
-        f"about {choice.seconds / 60:.1f} minutes; then an item head, about {head_seconds / 60:.1f}"
+    prepared = PrepareConfig(
+        output_dir=f"{config.output_dir}/data",
+        tables=(source,),
+        target_domains=(config.domain,),
+        tokenizer=config.base,
+        max_title_tokens=look.title_tokens,
+        k_core=0,  # every item and event counts, and a history of one event is asked for, too
+        min_events=2,
+        min_history=1,
+        seed=config.seed,
     )
+    prepare(prepared)
     recipe = Recipe(
         name="fit",
         description=f"a recommender for {config.domain} in {config.minutes:g} minutes",
         prepare=prepared,
-        finetune=plan,
+        finetune=_training(config, left),
         blend=BlendConfig(log_p=False, seed=config.seed),
         evaluate=EvaluateConfig(
             data=prepared.output_dir,
@@ -129,46 +126,12 @@ def _chosen(config: FitConfig, left: Callable[[], float]) -> Recipe:
     )
     path = Path(config.output_dir, RECIPE)
     head = f"# What `cprec fit` chose. Edit it, and run it again: cprec run {path}"
-    write_whole(path, f"{head}\n{to_yaml(essential(recipe))}")
+    write_whole(path, f"{head}\n{to_yaml(essential(recipe, CHOSEN))}")
     return recipe
 
 
-def essential(config: Any) -> Any:
-    """What the file of a recipe says, as a mapping: the settings that are not the defaults, and those chosen here."""
-    if isinstance(config, tuple):
-        return [essential(entry) for entry in config]
-    if not is_dataclass(config):
-        return to_dict(config)
-    told = {}
-    for field in fields(config):
-        value = getattr(config, field.name)
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        if value != default or field.name in CHOSEN:
-            told[field.name] = essential(value)
-    return told
-
-
-# ---- the recipe ------------------------------------------------------------------------------------------------------
-
-
-def _prepare_config(config: FitConfig, source: TableSource, look: Look) -> PrepareConfig:
-    """Every item and event counts, and a history of one event is asked for too."""
-    return PrepareConfig(
-        output_dir=f"{config.output_dir}/data",
-        tables=(source,),
-        target_domains=(config.domain,),
-        tokenizer=config.base,
-        max_title_tokens=look.title_tokens,
-        k_core=0,
-        min_events=2,
-        min_history=1,
-        seed=config.seed,
-    )
-
-
-def _training(config: FitConfig, left: Callable[[], float]) -> tuple[FinetuneConfig, Choice, float]:
-    """The model that fits the log and the time, by timing the sizes there are; an open model has one size. And the
-    seconds that its item head trains."""
+def _training(config: FitConfig, left: Callable[[], float]) -> FinetuneConfig:
+    """Training of the model that fits the log and the time, by timing the sizes there are; an open model has one."""
     is_tiny = config.base == TINY
     plan = FinetuneConfig(
         data=f"{config.output_dir}/data",
@@ -192,10 +155,16 @@ def _training(config: FitConfig, left: Callable[[], float]) -> tuple[FinetuneCon
         plan = replace(plan, lora_rank=LORA_RANK)
         told = [timed(plan)]
     rates = [(size, REACHED * one.tokens_per_second) for size, one in zip(sizes, told, strict=True)]
-    seconds = TRAINING * (left() - head_seconds)
-    choice = choose(rates, tokens, seconds, titles=titles, may_stay=not is_tiny)
+    choice = choose(rates, tokens, TRAINING * (left() - head_seconds), titles=titles, may_stay=not is_tiny)
+    size = f"a model of width {choice.size.hidden_size} and {choice.size.num_hidden_layers} blocks"
+    passes = f"{choice.passes:g} passes over the log" if choice.passes else "as it is, without training"
+    say(
+        f"{left() / 60:.1f} minutes are left on {num_cores()} cores. Chosen: {size if is_tiny else config.base}, "
+        f"{passes}: at {choice.tokens_per_second:,.0f} tokens a second about {choice.seconds / 60:.1f} minutes; then "
+        f"an item head, about {head_seconds / 60:.1f}"
+    )
     lora_rank = plan.lora_rank if choice.passes else 0
-    return replace(plan, tiny=choice.size, num_train_epochs=choice.passes, lora_rank=lora_rank), choice, head_seconds
+    return replace(plan, tiny=choice.size, num_train_epochs=choice.passes, lora_rank=lora_rank)
 
 
 def _amounts(plan: FinetuneConfig) -> tuple[int, int, float]:
@@ -203,6 +172,5 @@ def _amounts(plan: FinetuneConfig) -> tuple[int, int, float]:
     manifest = read_shard_manifest(Path(plan.data, "examples", plan.domain, "train"))
     split, tokenizer = read_split(plan.data), load_tokenizer(f"{plan.data}/tokenizer")
     titles = [str(title) for title in split.catalogue.title[split.catalogue.rows_of(plan.domain)]]
-    lengths = [len(ids) for ids in tokenizer(titles, add_special_tokens=False)["input_ids"]]
-    of_titles = sum(min(length, TITLE_TOKENS) for length in lengths)
+    of_titles = sum(min(len(ids), TITLE_TOKENS) for ids in tokenizer(titles, add_special_tokens=False)["input_ids"])
     return int(manifest["num_tokens"]), of_titles, seconds_to_train(split, plan.domain, plan.seed) / REACHED

@@ -1,10 +1,9 @@
-"""What fits a log and the time: how many tokens a title has, the size of the model, its passes. Pure functions."""
+"""What fits a log and the time: the size of the model, its passes. Pure functions."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cprec.errors import ConfigError
@@ -30,27 +29,6 @@ TRAINING = 0.7
 for the blend, simple recommenders, statistics and delays."""
 READING = 1 / 3
 """What reading a token takes of the time of learning from it: the forward pass."""
-
-TITLE_TOKENS = (8, 12, 16, 24, 32)
-"""Tokens of a title to choose from."""
-KEPT = 0.95
-"""Of the titles that differ, the share that must still differ when they are cut."""
-
-_PIECE = re.compile(r"\w+|[^\w\s]")
-
-
-def title_tokens(titles: Iterable[str]) -> int:
-    """The fewest tokens to which titles can be cut so that nearly all that differ still do; a word counts as one.
-
-    >>> title_tokens(["red tea", "green tea"]), title_tokens(f"{'the ' * 9}{number}" for number in range(20))
-    (8, 12)
-    """
-    pieces = [tuple(_PIECE.findall(title.lower())) for title in set(titles)]
-    num_different = len(set(pieces))
-    for length in TITLE_TOKENS[:-1]:
-        if len({piece[:length] for piece in pieces}) >= KEPT * num_different:
-            return length
-    return TITLE_TOKENS[-1]
 
 
 @dataclass(frozen=True)

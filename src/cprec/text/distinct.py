@@ -1,12 +1,35 @@
-"""Cuts titles so that they stay apart: where cut titles are equal, their ends make room for what sets them apart."""
+"""Cuts titles so that they stay apart: long enough for most, and where cut titles are equal, their ends make room for
+what sets them apart."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from os.path import commonprefix
 
 Tokens = tuple[int, ...]
+
+LENGTHS = (8, 12, 16, 24, 32)
+"""Tokens of a title to choose from."""
+KEPT = 0.95
+"""Of the titles that differ, the share that must still differ when they are cut."""
+
+_PIECE = re.compile(r"\w+|[^\w\s]")
+
+
+def title_tokens(titles: Iterable[str]) -> int:
+    """The fewest tokens to which titles can be cut so that nearly all that differ still do; a word counts as one.
+
+    >>> title_tokens(["red tea", "green tea"]), title_tokens(f"{'the ' * 9}{number}" for number in range(20))
+    (8, 12)
+    """
+    pieces = [tuple(_PIECE.findall(title.lower())) for title in set(titles)]
+    num_different = len(set(pieces))
+    for length in LENGTHS[:-1]:
+        if len({piece[:length] for piece in pieces}) >= KEPT * num_different:
+            return length
+    return LENGTHS[-1]
 
 
 def distinct_cuts(titles: Sequence[Tokens], most: int) -> list[Tokens]:

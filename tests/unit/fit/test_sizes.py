@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cprec.errors import ConfigError
-from cprec.fit.sizes import SIZES, choose, sizes_for, title_tokens
+from cprec.fit.sizes import SIZES, choose, sizes_for
 from cprec.train.config import TinyModel
 
 SMALL, MEDIUM, LARGE = (size for size, _ in SIZES[:3])
@@ -55,9 +55,3 @@ def test_an_open_model_may_stay_as_it_is() -> None:
 def test_a_small_log_teaches_a_small_model() -> None:
     assert sizes_for(100_000) == [SMALL] and sizes_for(1_000_000) == [SMALL, MEDIUM]
     assert sizes_for(10**9) == [size for size, _ in SIZES]
-
-
-def test_titles_are_cut_where_they_differ() -> None:
-    assert title_tokens(f"{'the ' * words}{n}" for words in (1, 9) for n in range(100)) == 12
-    assert title_tokens(f"{'the ' * 40}{n}" for n in range(9)) == 32
-    assert title_tokens([]) == title_tokens(["same", "same"]) == 8

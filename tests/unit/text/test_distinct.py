@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cprec.data.ragged import Ragged
-from cprec.text.distinct import Tokens, distinct_cuts
+from cprec.text.distinct import Tokens, distinct_cuts, title_tokens
 from cprec.text.encoding import PromptEncoder
 
 titles = st.lists(st.lists(st.integers(0, 2), max_size=12).map(tuple), max_size=30)
@@ -77,3 +77,9 @@ def test_titles_of_two_domains_are_not_compared(tokenizer: Any, make_catalogue: 
         for cut in ("plain", "distinct")
     ]
     assert cuts[0].values.tolist() == cuts[1].values.tolist()
+
+
+def test_titles_are_cut_where_they_differ() -> None:
+    assert title_tokens(f"{'the ' * words}{n}" for words in (1, 9) for n in range(100)) == 12
+    assert title_tokens(f"{'the ' * 40}{n}" for n in range(9)) == 32
+    assert title_tokens([]) == title_tokens(["same", "same"]) == 8
