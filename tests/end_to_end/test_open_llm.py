@@ -1,0 +1,83 @@
+"""The recipe `open_llm` in its short form: a small model with a tokenizer of its own, trained for some seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cprec.cli import main
+from cprec.models import tiny_model
+from cprec.provenance import read_resolved
+from cprec.text.tokenizer import load_tokenizer, train_tokenizer
+from cprec.train.folder import LOG, read_done, read_log
+from cprec.train.forgetting import GENERAL_TEXT, own_texts
+
+pytestmark = pytest.mark.slow
+
+KINDS = ("lamp", "kettle", "spade", "scarf")
+COLOURS = ("red", "white", "green", "blue", "black", "grey")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two of the recipe's domains: customers who stay with a kind of thing, mostly."""
+    folder = tmp_path_factory.mktemp("data")
+    titles = [f"{kind} No {size}, {colour}" for kind in KINDS for size in range(3) for colour in COLOURS]
+    for number, name in enumerate(("amazon14_beauty", "amazon14_toys")):
+        generator = np.random.default_rng(number)
+        kind = np.repeat(generator.integers(4, size=120), 8)
+        stays = generator.random(len(kind)) < 0.8
+        kind = np.where(stays, kind, generator.integers(4, size=len(kind)))
+        item = 18 * kind + generator.integers(18, size=len(kind))
+        events = {
+            "user_id": [f"u{row // 8}" for row in range(len(kind))],
+            "item_id": [f"i{one}" for one in item],
+            "timestamp": 1_400_000_000 + 3600 * np.arange(len(kind)),
+            "position": np.arange(len(kind)) % 8,
+        }
+        (folder / name).mkdir()
+        pq.write_table(pa.table(events), folder / name / "interactions.parquet")
+        items = {"item_id": [f"i{row}" for row in range(len(titles))], "title": titles}
+        pq.write_table(pa.table(items), folder / name / "items.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An open model: its tokens are those of general text."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = train_tokenizer(own_texts(), 700)
+    tiny_model(len(tokenizer), hidden_size=16, num_hidden_layers=5, num_attention_heads=2).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_an_open_model_is_cut_trained_within_hours_blended_and_judged(
+    data: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "general.txt").write_text("\n\n".join(own_texts()))
+    settings = [f"data={data}", f"model={base}", "domains=beauty,toys", "hours=0.001", "text=general.txt"]
+    settings += ["evaluate.max_queries=20", "blend.max_queries=20", "finetune.item_head=false"]
+    assert main(["run", "open_llm", *settings]) == 0
+    run = tmp_path / "runs/open_llm"
+    assert len(load_tokenizer(str(run / "model"))) < 700
+    passes = json.loads((run / "budget.json").read_text())
+    folder = run / "finetune/toys/cprec-style"
+    settings_of = read_resolved(folder)["config"]
+    assert settings_of["num_train_epochs"] == passes["finetune.num_train_epochs"] > 0
+    assert settings_of["frozen_layers"] == 0.4
+    assert len(read_done(folder)["trained_on"]) > 1
+    assert GENERAL_TEXT in read_log(run / "pretrain" / LOG)[0]["heldout"]
+    report = json.loads((run / "report.json").read_text())
+    for domain in report["domains"].values():
+        for model in ("fine-tuning only", "CPRec-style"):
+            assert {model, f"{model} blend"} <= domain["arms"].keys()
+    capsys.readouterr()
+    assert main(["run", "open_llm", *settings]) == 0
+    assert capsys.readouterr().err.count("reused") >= 7
