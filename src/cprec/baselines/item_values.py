@@ -69,7 +69,8 @@ def places(value_N: np.ndarray) -> np.ndarray:
 class Freshness:
     """The newest items first: those whose first training event is the latest. There is nothing to set.
 
-    Held-out events are not looked at, so an item without a training event stands last, with the oldest.
+    Held-out events are not looked at, so an item without a training event stands last, with the oldest. The order is
+    that at the end of the training part for all queries, which with leave-one-out lies after many targets.
     """
 
     SEARCH: ClassVar[Mapping[str, Choice]] = {}
