@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from cprec import lineup
+from cprec.baselines.item_values import ItemValuesRecommender
 from cprec.data.dataset import event_files, read_split
+from cprec.data.item_columns import existing
 from cprec.data.splits import Split
 from cprec.errors import ConfigError, DataError, Unsuitable
 from cprec.evaluate.coverage import check_certificate
@@ -41,6 +43,8 @@ BATCH = 64
 WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 FLOORS = (0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-6, 1e-9)
 """What a weight and a floor may be."""
+FLOOR = 0.01
+"""Where the search for a floor begins, and what it is for a weight that is fixed."""
 
 Questions = tuple[Sequence[RankingQuery], Sequence[str]]
 """Queries and their targets."""
@@ -59,7 +63,7 @@ def blend(config: BlendConfig) -> dict[str, Any]:
     Unsuitable where there is no validation query, or no part can be made of the data; LeakageError where no clean
     certificate covers the data and the model.
     """
-    check_parts(config.parts)
+    check_parts(config.parts, config.columns)
     done = read_done(config.model)
     if done is None:
         raise ConfigError(f"model={config.model!r} holds no finished model of CPRec (no {MODEL})")
@@ -86,9 +90,13 @@ def blend(config: BlendConfig) -> dict[str, Any]:
             "blend. Fine-tune with item_head=true, or leave log_p out"
         )
     questions = validation_queries(split, domain, config.max_queries, config.seed)
+    columns = {
+        name: ItemValuesRecommender.read(name, path, split.catalogue, domain) for name, path in config.columns.items()
+    }
     unfinished = aside(Path(config.model, FOLDER))  # `write_blend` empties it before it writes there
-    parts, left_out = made_parts(config.parts, split, domain, config.seed, unfinished)
-    chosen = choose(model, domain, parts, questions, config.pool, log_p=config.log_p)
+    parts, left_out = made_parts(config.parts, split, domain, config.seed, unfinished, config.fixed)
+    parts |= columns
+    chosen = choose(model, domain, parts, questions, config.pool, log_p=config.log_p, fixed=config.fixed)
     about = {"asked": asked, "num_queries": len(questions[0]), "certified": certified, "left_out": left_out}
     write_blend(config.model, domain, parts, chosen, about)
     _tell(config.model, chosen)
@@ -99,6 +107,8 @@ def _asked(config: BlendConfig, data: str) -> dict[str, Any]:
     """What the choice depends on, beside the model: the settings, the events and the code."""
     return {
         "parts": list(config.parts),
+        "columns": {name: file_sha256(existing(path)) for name, path in config.columns.items()},
+        "fixed": dict(config.fixed),
         **{name: getattr(config, name) for name in ("log_p", "max_queries", "pool", "max_nodes", "seed")},
         "data": {name: file_sha256(Path(data, name)) for name in event_files(data)},
         "code": code_sha256("cprec.blend"),
@@ -118,20 +128,24 @@ def _earlier(model: str, domain: str, asked: Mapping[str, Any]) -> dict[str, Any
 
 
 def made_parts(
-    names: Sequence[str], split: Split, domain: str, seed: int, folder: Path
+    names: Sequence[str], split: Split, domain: str, seed: int, folder: Path, fixed: Container[str] = ()
 ) -> tuple[dict[str, StoredRecommender], dict[str, str]]:
     """The parts by name, and why others cannot be made of the data. `folder` keeps what is trained, so that it goes on
-    where it was interrupted. Raises Unsuitable where no part can be made."""
+    where it was interrupted. Raises Unsuitable where a part whose weight is `fixed` cannot, or none of the others can.
+    """
     parts: dict[str, Any] = {}
     left_out = {}
     for name in names:
         try:
             parts[name] = lineup.settings_of(name).make(split, domain, seed=seed, folder=folder)
         except Unsuitable as error:
+            if name in fixed:
+                raise Unsuitable(f"fixed.{name}: {error}") from None
             left_out[name] = str(error)
             say(f"{domain}: {name} is left out of the blend: {error}")
-    if not parts:
-        raise Unsuitable(f"{domain}: none of {', '.join(names)} can be made of this data, so there is nothing to blend")
+    free = [name for name in names if name not in fixed]
+    if not set(free) & set(parts):
+        raise Unsuitable(f"{domain}: none of {', '.join(free)} can be made of this data, so there is nothing to blend")
     return parts, left_out
 
 
@@ -141,6 +155,9 @@ def _tell(model: str, chosen: Mapping[str, Setting]) -> None:
         weights |= {part: weight for part, (weight, _) in setting.parts.items()}
         told = ", ".join(f"{part} {weight:g}" for part, weight in weights.items())
         say(f"{model}: {name.replace('_', ' ')}: NDCG@{K} {setting.ndcg:.4f} ({told})")
+    if "by_validation" in chosen:
+        change = chosen["blend"].ndcg - chosen["by_validation"].ndcg
+        say(f"{model}: the weights that were fixed change NDCG@{K} of the blend on validation queries by {change:+.4f}")
 
 
 # ---- what competes for a list ----------------------------------------------------------------------------------------
@@ -269,22 +286,29 @@ def choose(
     pool: int,
     *,
     log_p: bool = True,
+    fixed: Mapping[str, float] = {},
 ) -> dict[str, Setting]:
     """The best `blend`, the best `without_model` and the `model_alone`, each with what its lists over the full
     catalogue reach. Of a model with an item head also `vectors`, the best blend without log P, and the `head_alone`.
 
-    Without `log_p` the best blend is that of `vectors`, and there is no `model_alone`.
+    Without `log_p` the best blend is that of `vectors`, and there is no `model_alone`. Parts with a `fixed` weight
+    have no say in the choice: they are added to what was chosen, with that times the sum of its weights, and
+    `by_validation` is the best blend without them.
     """
     has_head, none = model.has_item_head(domain), dict.fromkeys(parts, (0.0, 1.0))
-    num_lists = 1 + 2 * log_p + 2 * has_head
+    free = {name: part for name, part in parts.items() if name not in fixed}
+    num_lists = 1 + 2 * log_p + 2 * has_head + bool(fixed)
     with track((1 + num_lists) * len(questions[0]), f"{domain}: blending", unit="queries") as progress:
-        entries = entries_of(model, domain, parts, questions, pool, progress, log_p=log_p)
+        entries = entries_of(model, domain, free, questions, pool, progress, log_p=log_p)
         of_head = WEIGHTS if has_head else (0.0,)
         found = {"without_model": best_setting(entries.without_model(), (0.0,), (0.0,))}
         if has_head:
             found["vectors"] = best_setting(entries, (0.0,), of_head, found.values())
         if log_p:
             found["blend"] = best_setting(entries, WEIGHTS, of_head, found.values())
+        if fixed:
+            found = _with_fixed(found, fixed, "blend" if log_p else "vectors")
+        if log_p:
             found["model_alone"] = Setting(1.0, none, 0.0)
         if has_head:
             found["head_alone"] = Setting(0.0, none, 0.0, item_head=1.0)
@@ -293,6 +317,18 @@ def choose(
             recommender = BlendedParts(blended) if name == "without_model" else _blended(model, blended)
             found[name] = replace(setting, ndcg=reached(recommender, questions, progress))
     return found if log_p else found | {"blend": found["vectors"]}
+
+
+def _with_fixed(chosen: Mapping[str, Setting], fixed: Mapping[str, float], best: str) -> dict[str, Setting]:
+    """The settings with the parts whose weights are fixed, and `by_validation`, the `best` of them without these."""
+
+    def added(setting: Setting, times: float) -> Setting:
+        total = setting.model + setting.item_head + sum(weight for weight, _ in setting.parts.values())
+        more = {name: (times * total * weight, FLOOR) for name, weight in fixed.items()}
+        return replace(setting, parts={**setting.parts, **more})
+
+    out = {name: added(setting, 1.0) for name, setting in chosen.items()}
+    return out | {"by_validation": added(chosen[best], 0.0)}
 
 
 def _blended(model: LLMRecommender, blended: Blend) -> LLMRecommender:
@@ -327,7 +363,7 @@ def best_setting(
         return entries.ndcg(setting(point)) if any(point[: len(weights)]) else -math.inf
 
     ones = [min(grid[-1], 1.0) for grid in weights]
-    starts = [(*start, *((0.01,) * len(names))) for start in (ones, *np.diag(ones).tolist()) if any(start)]
+    starts = [(*start, *((FLOOR,) * len(names))) for start in (ones, *np.diag(ones).tolist()) if any(start)]
     best = max((climb(value, grids, start) for start in (*starts, *map(point, known))), key=value)
     return replace(setting(best), ndcg=value(best))
 

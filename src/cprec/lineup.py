@@ -52,6 +52,7 @@ LINEUP: Mapping[str, Listed] = {
     "random": Listed("baselines.random:Random", "the floor"),
     "popularity": Listed("baselines.popularity:Popularity", "training events of each item"),
     "recent popularity": Listed("baselines.popularity:RecentPopularity", "the same, of the latest events"),
+    "freshness": Listed("baselines.item_values:Freshness", "the newest items"),
     "titles": Listed("baselines.text:TitleSimilarity", "titles like the last ones; learns nothing"),
     "transition graph (last item)": Listed(
         "baselines.transition_graph:LAST_ITEM", "what followed the last item in training"

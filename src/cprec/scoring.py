@@ -31,6 +31,8 @@ class ScoringRecommender(ABC):
     scale: ClassVar[Literal["share", "logit"]] = "share"
     """What a score means beside the others of its query: `share`, as much as it is large, and nothing at 0 or below; or
     `logit`, the logarithm of that."""
+    least_share: ClassVar[float] = 0.0
+    """The least that an item's share of the best score can be."""
 
     _latest: tuple[Mapping[Hashable, int], np.ndarray] = ({}, np.empty((0, 0)))
     """The latest batch of queries by row, and their scores: other protocols ask the same queries again."""

@@ -63,7 +63,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 Make = Callable[[Setting], Recommender]
 
 ONE_DOMAIN = (
-    *("recent popularity", "titles", "transition graph (last item)", "transition graph (two hops)"),
+    *("recent popularity", "freshness", "titles", "transition graph (last item)", "transition graph (two hops)"),
     *("transition graph (titles)", "ItemKNN", "EASE", "iALS"),
 )
 """Baselines that are made for one domain."""
@@ -331,7 +331,12 @@ def test_baselines_beat_chance_and_the_oracle_beats_all(made: dict[str, Recommen
         if name not in SYSTEMS
     }
     assert len(setting.queries) > 300
-    hopeless = {"random", "llm", "recent popularity"}  # not trained; or fed on what little trains late in this world
+    hopeless = {
+        "random",
+        "llm",
+        "recent popularity",
+        "freshness",
+    }  # not trained; or fed on what little trains late in this world
     for name in set(quality) - hopeless:
         assert quality[name] > quality["random"] + 0.02, name
     assert quality["oracle"] > max(value for name, value in quality.items() if name != "oracle") + 0.1

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 
 from cprec import lineup
+from cprec.baselines.item_values import ItemValuesRecommender
 from cprec.blend import Entries, _earlier, best_setting, choose, climb, made_parts
 from cprec.data.build import build_dataset
 from cprec.data.catalogue import Catalogue
@@ -23,10 +24,10 @@ from cprec.data.queries import ranking_queries
 from cprec.data.sources.memory import MemorySource
 from cprec.data.sources.synthetic import SyntheticWorld
 from cprec.data.splits import Split, make_split
-from cprec.errors import ConfigError, CPRecError, ModelError, Unsuitable
+from cprec.errors import ConfigError, CPRecError, DataError, ModelError, Unsuitable
 from cprec.rank.blend import KINDS, Blend, BlendedParts, Part, check_parts, read_blend, write_blend
 from cprec.rank.blend_file import Setting, read_about
-from cprec.rank.config import RankConfig
+from cprec.rank.config import BlendConfig, RankConfig
 from cprec.rank.why import effects_of
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import SPLITS, VALIDATION, Item
@@ -95,6 +96,10 @@ SAME_PLACE_QN = np.arange(N) % 6 == TARGET_Q[:, None] % 6
 """An item is its group and its place in it: who knows one of them has four to six items left."""
 
 
+UP_N = np.arange(N) / (N - 1)
+"""The places of the items by a column that rises with their ids."""
+
+
 def chosen(model_QN: np.ndarray, part_QN: np.ndarray, head_QN: np.ndarray | None = None) -> dict[str, Setting]:
     model: Any = Table("model", np.log(model_QN))
     model.head_QN = None if head_QN is None else np.log(head_QN)
@@ -136,6 +141,25 @@ def test_the_item_head_is_a_part_of_its_own() -> None:
     without = chosen(SAME_GROUP_QN + 0.01, 3.0 * SAME_PLACE_QN)
     assert without["without_model"] == useless["without_model"] and "vectors" not in without
     assert without["without_model"].item_head == useless["without_model"].item_head == 0
+
+
+def test_weights_that_are_fixed_are_added_to_what_is_chosen() -> None:
+    """Each in proportion to what is chosen, which stays as it was; and what it costs is seen."""
+    model: Any = Table("model", np.log(SAME_GROUP_QN + 0.01))
+    parts = {
+        "part": Table("part", 3.0 * SAME_PLACE_QN),
+        "margin": ItemValuesRecommender("margin", ITEMS, "books", UP_N),
+    }
+    questions = (QUERIES, [f"i{row:02}" for row in TARGET_Q])
+    before = choose(model, "books", {"part": parts["part"]}, questions, 100)
+    found = choose(model, "books", parts, questions, 100, fixed={"margin": 9.0})
+    for name in ("blend", "without_model"):
+        (chosen, floor), model_weight = before[name].parts["part"], before[name].model
+        assert found[name].model == model_weight and found[name].parts["part"] == (chosen, floor)
+        assert found[name].parts["margin"][0] == pytest.approx(9.0 * (chosen + model_weight))
+    assert found["by_validation"].parts == {**before["blend"].parts, "margin": (0.0, 0.01)}
+    assert found["by_validation"].ndcg == before["blend"].ndcg == 1 > found["blend"].ndcg
+    assert found["model_alone"].ndcg == before["model_alone"].ndcg and "by_validation" not in before
 
 
 def test_the_search_goes_on_until_no_single_number_helps() -> None:
@@ -209,6 +233,15 @@ def test_an_item_that_came_after_has_the_least_prior_and_parts_do_not_see_it() -
         before.priors("games", [asked(0)])
 
 
+@pytest.mark.parametrize("floor", [0.01, 0.9])
+def test_of_a_column_an_item_that_came_after_has_the_least_value(floor: float) -> None:
+    before = blend_of(Part("margin", ItemValuesRecommender("margin", ITEMS, "books", UP_N), 0.5, floor), weight=0.0)
+    expected = 0.5 * np.maximum(UP_N - 1, math.log(floor))
+    np.testing.assert_allclose(before.priors("books", [asked(0)]).values_UN[0], expected)
+    after = before.with_catalogue(catalogue_of(N, more=["a new one"])).priors("books", [asked(0)]).values_UN[0]
+    np.testing.assert_allclose(after, [expected[0], *expected])
+
+
 def split_of(catalogue: Catalogue) -> Any:
     """Titles are read from the catalogue alone."""
     return type("Split", (), {"catalogue": catalogue})()
@@ -243,6 +276,26 @@ def test_numbers_that_mean_nothing_are_refused(weight: float, floor: float) -> N
 def test_parts_that_cannot_be_stored_are_refused(names: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_parts(names)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"fixed": {"margin": 0.3}}, "fixed: 'margin' is none of the parts and columns, EASE, titles"),
+        ({"fixed": {"EASE": 0}}, "fixed.EASE=0 must be a number above 0"),
+        ({"fixed": {"EASE": math.inf}}, "fixed.EASE=inf must be a number above 0"),
+        ({"fixed": {"EASE": 1, "titles": 2}, "columns": {"margin": "m.csv"}}, "leave at least one of the parts"),
+    ],
+)
+def test_fixed_weights_that_mean_nothing_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        BlendConfig(parts=("EASE", "titles"), **wrong)
+
+
+@pytest.mark.parametrize("name", ["EASE", "popularity", "language model", "item head"])
+def test_columns_have_names_of_their_own(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"columns: '{name}' is the name of another part"):
+        check_parts(["titles"], ["margin", name])
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -289,6 +342,35 @@ def test_every_part_that_is_offered_is_read_as_it_was_written(model: Path, split
         assert (was.recommender.name, was.weight, was.floor) == (now.recommender.name, now.weight, now.floor)
         assert was.recommender.rank(queries, 10) == now.recommender.rank(queries, 10)
     assert BlendedParts(before).rank(queries, 10) == BlendedParts(after).rank(queries, 10)
+
+
+def test_columns_of_any_names_are_read_as_they_were_written(model: Path, split: Split) -> None:
+    names = ("margin", "Margin", "ease", "../Marge (€)")
+    place_N = np.linspace(0, 1, len(split.catalogue.rows_of("kitchen")))
+    parts = {
+        name: ItemValuesRecommender(name, split.catalogue, "kitchen", place_N**k) for k, name in enumerate(names, 1)
+    }
+    setting = Setting(0.0, {name: (0.5, 0.01) for name in names}, 0.25)
+    write_blend(model, "kitchen", parts, {"blend": setting, "without_model": setting}, {"asked": {}})
+    again = read_blend(model, Catalogue.read(model))
+    asked_one = [RankingQuery("q", "kitchen", ())]
+    before = Blend.of(setting, "kitchen", parts, split.catalogue).priors_of_parts("kitchen", asked_one)
+    after = again.priors_of_parts("kitchen", asked_one)
+    assert list(before) == list(after) == list(names)
+    assert all(np.array_equal(before[name], after[name]) for name in names)
+    (model / "blend" / "column-margin.npz").write_bytes(b"other")
+    with pytest.raises(DataError, match="column-margin.npz is not the file that"):
+        read_blend(model, Catalogue.read(model))
+
+
+def test_a_part_whose_weight_is_fixed_is_not_left_out(split: Split, tmp_path: Path) -> None:
+    timeless = replace(split, domains={name: replace(info, has_times=False) for name, info in split.domains.items()})
+    given = (["freshness", "titles"], timeless, "kitchen", 0, tmp_path)
+    assert list(made_parts(*given)[0]) == ["titles"]
+    with pytest.raises(Unsuitable, match="fixed.freshness: freshness: the times of domain 'kitchen' only order"):
+        made_parts(*given, fixed={"freshness": 0.3})
+    with pytest.raises(Unsuitable, match="none of freshness can be made"):
+        made_parts(*given, fixed={"titles": 0.3})
 
 
 def test_a_part_that_is_trained_is_kept_until_the_blend_is_written(

@@ -13,11 +13,12 @@ import json
 import math
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow.compute as pc
@@ -25,6 +26,7 @@ import pyarrow.compute as pc
 from cprec.baselines.ease import EASERecommender
 from cprec.baselines.ials import IALSRecommender
 from cprec.baselines.item_knn import ItemKNNRecommender
+from cprec.baselines.item_values import ItemValuesRecommender
 from cprec.baselines.popularity import PopularityRecommender, RecentPopularityRecommender
 from cprec.baselines.text import TitleSimilarityRecommender
 from cprec.baselines.transition_graph import TransitionGraphRecommender
@@ -45,6 +47,7 @@ FOLDER = "blend"
 KINDS: Mapping[str, type[StoredRecommender]] = {
     "popularity": PopularityRecommender,
     "recent popularity": RecentPopularityRecommender,
+    "freshness": ItemValuesRecommender,
     "titles": TitleSimilarityRecommender,
     "transition graph (last item)": TransitionGraphRecommender,
     "transition graph": TransitionGraphRecommender,
@@ -60,15 +63,18 @@ KINDS: Mapping[str, type[StoredRecommender]] = {
     "SASRec (sampled softmax)": SASRecRecommender,
     "SASRec (titles)": TitleSASRecRecommender,
 }
-"""What a blend can hold, by the names of tables: all whose state is a few arrays."""
+"""What a blend can hold, by the names of tables: all whose state is a few arrays. Any other part is a column of a
+file."""
 
 
-def check_parts(names: Sequence[str]) -> None:
-    """Raise ConfigError for names that no blend can hold, or that stand twice."""
+def check_parts(names: Sequence[str], columns: Iterable[str] = ()) -> None:
+    """Raise ConfigError for names that no blend can hold or that stand twice, and columns whose names are taken."""
     if unknown := [name for name in names if name not in KINDS]:
         raise ConfigError(f"parts: a blend cannot hold {unknown[0]!r}; it can hold {', '.join(KINDS)}")
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"parts={', '.join(names)}: give one or more, all different, of {', '.join(KINDS)}")
+    if taken := [name for name in columns if name in (*KINDS, THE_MODEL, "model", "item head")]:
+        raise ConfigError(f"columns: {taken[0]!r} is the name of another part of blends: rename the column")
 
 
 # ---- the blend -------------------------------------------------------------------------------------------------------
@@ -95,7 +101,7 @@ class Part:
     @property
     def least(self) -> float:
         """The prior of an item of which the recommender says nothing."""
-        return self.weight * math.log(self.floor)
+        return self.weight * math.log(max(self.floor, self.recommender.least_share))
 
 
 @dataclass(frozen=True)
@@ -216,8 +222,8 @@ def write_blend(
 ) -> None:
     """Write a blend beside a model, in place of any that is there.
 
-    `settings` are those of `blend` and of `without_model`, and of `vectors` where the model has an item head; parts
-    that no setting gives a weight are left out. `about` says what they were chosen on.
+    `settings` are those that `cprec.blend.choose` finds; parts that none gives a weight are left out. `about` says what
+    they were chosen on.
     """
     used = [name for name in parts if any(setting.parts[name][0] for setting in settings.values())]
     with whole_folder(Path(model, FOLDER)) as folder:
@@ -269,7 +275,7 @@ def read_blend(model: str | Path, catalogue: Catalogue, setting: str = "blend") 
 
 def _read_part(model: Path, name: str, sha256: str | None, catalogue: Catalogue) -> StoredRecommender:
     path = model / FOLDER / _file(name)
-    if name not in KINDS or sha256 is None:
+    if sha256 is None:
         raise DataError(f"{model / BLEND} has a part {name!r} without a file that it knows{AGAIN}")
     if not path.is_file():
         raise DataError(f"{path} is gone, a part of the blend of {model}{AGAIN}")
@@ -277,10 +283,13 @@ def _read_part(model: Path, name: str, sha256: str | None, catalogue: Catalogue)
         raise DataError(f"{path} is not the file that {model / BLEND} was written with{AGAIN}")
     try:
         with np.load(path) as arrays:
-            return KINDS[name].from_arrays(dict(arrays), catalogue)
+            return KINDS.get(name, ItemValuesRecommender).from_arrays(dict(arrays), catalogue)
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read ({error}){AGAIN}") from None
 
 
 def _file(name: str) -> str:
+    """The name of a part's file; columns have any names, which may not be those of files."""
+    if name not in KINDS:
+        return f"column-{quote(name, safe='')}.npz"
     return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") + ".npz"

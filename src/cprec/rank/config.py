@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from cprec.errors import ConfigError
@@ -66,6 +68,12 @@ class BlendConfig:
     model that it fine-tunes."""
     parts: tuple[str, ...] = ("transition graph (titles)", "EASE", "popularity", "titles")
     """Recommenders to blend the model with, by their names in tables; `with` on the command line."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Numbers of the items as parts: the name of a column, and the CSV or Parquet file that has it beside `item_id`, as
+    margin:items.csv."""
+    fixed: Mapping[str, float] = field(default_factory=dict)
+    """Weights that are given, not chosen, of parts or columns, as margin:0.3: each in proportion to the sum of the
+    weights that are chosen. What they change is told."""
     data: str | None = None
     """Data folder that `cprec prepare` wrote; by default the one that the model was trained on."""
     domain: str | None = None
@@ -85,6 +93,14 @@ class BlendConfig:
     """Decides the sample of queries, and what is random in the parts (iALS, SASRec)."""
 
     def __post_init__(self) -> None:
+        names = (*self.parts, *self.columns)
+        for name, weight in self.fixed.items():
+            if name not in names:
+                raise ConfigError(f"fixed: {name!r} is none of the parts and columns, {', '.join(names)}")
+            if not 0 < weight < math.inf:
+                raise ConfigError(f"fixed.{name}={weight} must be a number above 0")
+        if self.fixed and set(self.parts) <= set(self.fixed):
+            raise ConfigError(f"fixed={', '.join(self.fixed)}: leave at least one of the parts a weight that is chosen")
         if self.max_queries < 0:
             raise ConfigError(f"max_queries={self.max_queries} must be 0 or more")
         for name, number, least in (("pool", self.pool, 10), ("max_nodes", self.max_nodes, 1)):
