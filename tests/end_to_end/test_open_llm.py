@@ -61,7 +61,7 @@ def test_an_open_model_is_cut_trained_within_hours_blended_and_judged(
     data: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "general.txt").write_text("\n\n".join(own_texts()))
+    (tmp_path / "general.txt").write_text(own_texts()[0])
     settings = [f"data={data}", f"model={base}", "domains=beauty,toys", "hours=0.001", "text=general.txt"]
     settings += ["evaluate.max_queries=20", "blend.max_queries=20", "finetune.item_head=false"]
     assert main(["run", "open_llm", *settings]) == 0

@@ -51,9 +51,11 @@ def test_what_was_chosen_stays(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(budget, "timed", lambda config: SimpleNamespace(tokens_per_second=7.0))
     assert within_hours(recipe) == first
     path = Path(recipe.evaluate.output_dir, CHOSEN)
-    assert json.loads(path.read_text())["hours"] == 0.1
-    with pytest.raises(ConfigError, match=r"hours=0\.2, but .*budget\.json has what was chosen for hours=0\.1"):
+    assert json.loads(path.read_text())["asked"]["hours"] == 0.1
+    with pytest.raises(ConfigError, match=r"budget\.json was chosen for other settings \(hours was 0\.1, now 0\.2\): "):
         within_hours(replace(recipe, hours=0.2))
+    with pytest.raises(ConfigError, match="models of a domain was 2, now 4"):
+        within_hours(replace(recipe, evaluate=replace(recipe.evaluate, seeds=(0, 1))))
 
 
 def test_hours_need_a_model_to_train(recipe: Recipe) -> None:
