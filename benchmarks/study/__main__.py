@@ -4,8 +4,8 @@
     python -m benchmarks.study --small
 
 `DATA` holds a folder for each domain (`worlds.py`). Jobs are done in an order in which a study that is stopped at any
-moment has answered something, and finished ones are reused: the same command goes on. After each job the results are
-gathered into Parquet files, and the page is written from these alone.
+moment has answered something, and finished ones are reused: the same command goes on. At the end the results of all
+jobs are gathered into Parquet files, and the page is written from these alone; `--budget-hours 0` does only that.
 """
 
 from __future__ import annotations
@@ -19,28 +19,16 @@ from benchmarks.study.arms import ARMS, Arm
 from benchmarks.study.costs import Cost, costs_of
 from benchmarks.study.jobs import Job, do, is_done, jobs_of
 from benchmarks.study.page import write_page
-from benchmarks.study.results import gather
+from benchmarks.study.results import MEANS, gather
 from benchmarks.study.worlds import World, small, tiny
-from cprec.errors import ConfigError
 from cprec.progress import say
 from cprec.text.prepare import prepare
 
+SEEDS = (0, 1, 2)
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("data", nargs="?", type=Path, metavar="DATA")
-    parser.add_argument("--small", action="store_true", help="on a generated world, in minutes; no DATA")
-    parser.add_argument("--output", default="", help="models and rankings; runs/study, or runs/study-small")
-    parser.add_argument("--docs", type=Path, help="study.md and study/; docs, or those of the small study beside it")
-    parser.add_argument(
-        "--arms", default="", help="names, with commas; all unless given: " + "; ".join(a.name for a in ARMS)
-    )
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--budget-hours", type=float, default=6.0)
-    parser.add_argument("--tokens-per-second", type=float, default=8000.0, help="of training, for the dry run")
-    parser.add_argument("--dry-run", action="store_true", help="say what everything costs; train nothing")
+    parser = _parser()
     asked = parser.parse_args(arguments)
     if asked.small == bool(asked.data):
         parser.error("give the folder DATA, or --small")
@@ -48,24 +36,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
     docs = asked.docs or (Path(output, "docs") if asked.small else Path("docs"))
     world = small(output) if asked.small else tiny(asked.data, output)
     seeds = [int(seed) for seed in asked.seeds.split(",")]
-    jobs = list(jobs_of(world, _arms(asked.arms), seeds))
+    jobs = jobs_of(world, _arms(parser, asked.arms), seeds)
     folders = {recipe.prepare.output_dir: recipe.prepare for recipe in map(world.recipe_for, world.targets)}
     for config in folders.values():
         prepare(config)
     costs = list(costs_of(world, jobs))
     tell_costs(jobs, costs, asked.tokens_per_second, asked.budget_hours)
-    if not asked.dry_run:
+    if asked.dry_run:
+        return
+    if (docs / "study" / MEANS).is_file() and not any(is_done(world, job) for job in jobs_of(world, ARMS, SEEDS)):
+        parser.error(
+            f"{docs / 'study'} holds results, and none of them is from {output}: give the --output that they are from, "
+            "or another --docs"
+        )
+    try:
         run(world, jobs, costs, asked.budget_hours, asked.tokens_per_second)
-    gather(world, docs / "study", seeds)
-    write_page(docs)
-    say(f"wrote {docs / 'study.md'}")
+    finally:  # an interrupted study has its page, too
+        gather(world, docs / "study", sorted({*SEEDS, *seeds}))
+        write_page(docs)
+        say(f"wrote {docs / 'study.md'}")
 
 
-def _arms(names: str) -> list[Arm]:
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = "; ".join(arm.name for arm in ARMS).replace("%", "%%")
+    parser.add_argument("data", nargs="?", type=Path, metavar="DATA")
+    parser.add_argument("--small", action="store_true", help="on a generated world, in minutes; no DATA")
+    parser.add_argument("--output", default="", help="models and rankings; runs/study, or runs/study-small")
+    parser.add_argument("--docs", type=Path, help="study.md and study/; docs, or those of the small study beside it")
+    parser.add_argument("--arms", default="", help=f"names, with commas; all unless given: {names}")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
+    parser.add_argument("--budget-hours", type=float, default=6.0)
+    parser.add_argument("--tokens-per-second", type=float, default=8000.0, help="of training, to count hours")
+    parser.add_argument("--dry-run", action="store_true", help="say what everything costs; train nothing")
+    return parser
+
+
+def _arms(parser: argparse.ArgumentParser, names: str) -> list[Arm]:
     """The arms of these names, in their order; all where none is named."""
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in {arm.name for arm in ARMS}]:
-        raise ConfigError(f"--arms: there is no {unknown[0]!r}; there are {'; '.join(arm.name for arm in ARMS)}")
+        parser.error(f"--arms: there is no {unknown[0]!r}; there are {'; '.join(arm.name for arm in ARMS)}")
     return [arm for arm in ARMS if arm.name in wanted or not wanted]
 
 

@@ -34,15 +34,15 @@ class Arm:
     """Lists come from a beam search, of the same models as those of `CPREC`."""
     regimes: tuple[str, ...] = (ZERO, ALL)
     """Fine-tuning: zero-shot, a number of examples, or all."""
-    left_out: bool = False
-    """Also for the domains of the pool that are left out in turn."""
+    where: Literal["everywhere", "unseen", "main"] = "main"
+    """Domains: with those of the pool that are left out in turn; the unseen ones; or of these the main ones."""
     first: bool = True
     """Whether it belongs to the questions that get all their seeds before the others get one."""
     baselines: tuple[str, ...] = ()
     """Of rivals: their names in `cprec.lineup`."""
 
 
-RANDOM, CPREC, REFERENCE = "no pre-training", "CPRec-style", "CPRec-style, 30 %"
+RANDOM, CPREC, REFERENCE = "no pre-training", "CPRec-style", "30 % of the tokens"
 WALK, SASREC = "transition graph (titles)", "SASRec"
 FEW = ("64", "256", "1024")
 
@@ -53,7 +53,7 @@ ARMS = (
         questions=(5,),
         way="rivals",
         regimes=("",),
-        left_out=True,
+        where="everywhere",
         baselines=("random", "popularity", "titles", "transition graph", WALK, "EASE"),
     ),
     Arm(
@@ -63,7 +63,7 @@ ARMS = (
         way="random",
         share=0,
         regimes=(ZERO, ALL, *FEW),
-        left_out=True,
+        where="everywhere",
     ),
     Arm(name=REFERENCE, what="a shorter pre-training, which the arms below change", questions=(2, 3, 4, 9)),
     Arm(
@@ -73,7 +73,7 @@ ARMS = (
         way="longer",
         share=1,
         regimes=(ZERO, ALL, *FEW),
-        left_out=True,
+        where="everywhere",
     ),
     Arm(name="no mixed", what="domain-specific sequences only", questions=(2, 9), recipe_arm="no_mixed"),
     Arm(
@@ -89,6 +89,7 @@ ARMS = (
         questions=(5,),
         way="rivals",
         regimes=("",),
+        where="unseen",
         baselines=(SASREC,),
     ),
     Arm(name="no specific", what="mixed sequences only", questions=(2,), recipe_arm="no_specific", first=False),

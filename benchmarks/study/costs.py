@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from benchmarks.study.arms import ALL, SASREC, ZERO
-from benchmarks.study.jobs import Job, is_done, num_tokens, pretrainings, recipe_of
+from benchmarks.study.jobs import (
+    Job,
+    examples_of,
+    is_done,
+    num_documents,
+    num_tokens,
+    pretrainings,
+    recipe_of,
+    tuning_of,
+)
 from benchmarks.study.worlds import World
 from cprec.text.documents import WHOLE
-from cprec.text.shards import read_shard_manifest
 from cprec.train.folder import read_done
 
-SECONDS_PER_QUERY = 0.06
+SECONDS_PER_QUERY = 0.08
 """Exact lists of the full catalogue and two sets of candidates, by the tiny decoder on one core."""
-RANDOM_IS_SLOWER = 4
-"""A model that has learnt nothing reads so many times more prefixes of titles."""
+UNLEARNT_IS_SLOWER = 2
+"""A model that has learnt nearly nothing reads so many times more prefixes of titles."""
 SECONDS_PER_EVENT = {"rivals": 2e-4, SASREC: 0.011}
 """Training and ranking of rivals, for each training event of the domain."""
 SECONDS_PER_JOB = 5
@@ -60,20 +67,17 @@ def costs_of(world: World, jobs: Sequence[Job], *, fresh: bool = False) -> Itera
 
 def tuning_tokens(world: World, job: Job) -> int:
     """Tokens that fine-tuning reads: passes over the users' documents, or over some examples of mean length."""
-    recipe = recipe_of(world, job)
-    folder = Path(world.recipe_for(job.domain).prepare.output_dir, "examples", job.domain)
+    tuning, folder = tuning_of(world, job), examples_of(world, job.domain)
     if job.regime == ALL:
-        return round(recipe.finetune.num_train_epochs * num_tokens(folder / WHOLE))
-    about = read_shard_manifest(folder / "train")
-    number = min(recipe.finetune.max_documents, about["num_documents"])
-    return round(recipe.finetune.num_train_epochs * number * about["num_tokens"] / max(1, about["num_documents"]))
+        return round(tuning.num_train_epochs * num_tokens(folder / WHOLE))
+    number = num_documents(folder / "train")
+    mean = num_tokens(folder / "train") / max(1, number)
+    return round(tuning.num_train_epochs * min(tuning.max_documents, number) * mean)
 
 
 def _other_seconds(world: World, job: Job) -> float:
     if job.arm.way == "rivals":
-        users = read_shard_manifest(
-            Path(world.recipe_for(job.domain).prepare.output_dir, "examples", job.domain, "train")
-        )
-        return SECONDS_PER_JOB + SECONDS_PER_EVENT[job.arm.name] * users["num_documents"]
-    slower = RANDOM_IS_SLOWER if job.arm.way == "random" and job.regime == ZERO else 1
+        events = num_documents(examples_of(world, job.domain) / "train")
+        return SECONDS_PER_JOB + SECONDS_PER_EVENT[job.arm.name] * events
+    slower = UNLEARNT_IS_SLOWER if job.arm.way == "random" and job.regime != ALL else 1
     return SECONDS_PER_JOB + slower * SECONDS_PER_QUERY * world.recipe.evaluate.max_queries

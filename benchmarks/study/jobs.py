@@ -6,7 +6,7 @@ made by the first that needs it and reused by the others, also after an interrup
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -22,9 +22,10 @@ from cprec.finetune import finetune
 from cprec.rank.config import RankConfig
 from cprec.recipe import Recipe
 from cprec.recipes.arms import with_arm
+from cprec.text.documents import WHOLE
 from cprec.text.prepare import prepare
 from cprec.text.shards import read_shard_manifest
-from cprec.train.config import PretrainConfig
+from cprec.train.config import FinetuneConfig, PretrainConfig
 from cprec.train.pretrain import fork, pretrain
 
 ANNEALING = 0.2
@@ -47,17 +48,29 @@ class Job:
         return ", ".join(part for part in (self.arm.name, self.regime, self.domain, f"seed {self.seed}") if part)
 
 
-def jobs_of(world: World, arms: Sequence[Arm], seeds: Sequence[int]) -> Iterator[Job]:
-    """All jobs: the arms of the first questions with every seed, then the others, so that a study that is stopped early
-    answers something. Rivals that draw nothing have one seed."""
-    for first in (True, False):
-        chosen = [arm for arm in arms if arm.first is first]
-        for seed in seeds:
-            for arm in chosen:
-                if arm.way == "rivals" and seed != seeds[0]:
-                    continue
-                domains = world.targets if arm.left_out else world.recipe.prepare.target_domains
-                yield from (Job(arm, regime, domain, seed) for regime in arm.regimes for domain in domains)
+def jobs_of(world: World, arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
+    """All jobs, so ordered that a study which is stopped early has answered something: the arms of the first questions
+    in the unseen domains with every seed, then the rest with the first seed, then the rest of all.
+
+    Rivals have the seed 0 alone.
+    """
+
+    def urgency(job: Job) -> tuple[bool, bool, int]:
+        known = job.arm.way == "random" and job.regime == ZERO  # at the level of chance, whatever the seed
+        repeated = job.seed != seeds[0]
+        late = not job.arm.first or job.domain in world.left_out or (known and repeated)
+        return late and repeated, late, seeds.index(job.seed)
+
+    where = {"everywhere": world.targets, "unseen": world.recipe.prepare.target_domains, "main": world.main}
+    jobs = [
+        Job(arm, regime, domain, seed)
+        for seed in seeds
+        for arm in arms
+        if not (arm.way == "rivals" and seed)
+        for regime in arm.regimes
+        for domain in where[arm.where]
+    ]
+    return sorted(jobs, key=urgency)
 
 
 # ---- recipes of jobs -------------------------------------------------------------------------------------------------
@@ -99,6 +112,20 @@ def recipe_of(world: World, job: Job) -> Recipe:
             rank=rank,
         ),
     )
+
+
+def tuning_of(world: World, job: Job) -> FinetuneConfig:
+    """The fine-tuning of a job, with as many passes over all events as it may read."""
+    tuning = recipe_of(world, job).finetune
+    if job.regime != ALL:
+        return tuning
+    most = world.tuning_tokens / num_tokens(examples_of(world, job.domain) / WHOLE)
+    return replace(tuning, num_train_epochs=min(tuning.num_train_epochs, most))
+
+
+def examples_of(world: World, domain: str) -> Path:
+    """The fine-tuning examples of a domain, which are the same in the data of every arm."""
+    return Path(world.recipe_for(domain).prepare.output_dir, "examples", domain)
 
 
 @dataclass(frozen=True)
@@ -157,6 +184,12 @@ def num_tokens(shards: Path) -> int:
     return int(read_shard_manifest(shards)["num_tokens"])
 
 
+@cache
+def num_documents(shards: Path) -> int:
+    """Documents in a shard folder."""
+    return int(read_shard_manifest(shards)["num_documents"])
+
+
 # ---- doing -----------------------------------------------------------------------------------------------------------
 
 
@@ -177,7 +210,7 @@ def do(world: World, job: Job) -> None:
     start = [each.run() for each in pretrainings(world, job)]
     model = start[-1] if start else recipe.finetune.model_name_or_path
     if job.regime != ZERO or not start:
-        model = str(finetune(replace(recipe.finetune, model_name_or_path=model)))
+        model = str(finetune(replace(tuning_of(world, job), model_name_or_path=model)))
     evaluate(config, split, job.domain, model_entrants(config, job.domain, {job.arm.name: model}))
 
 

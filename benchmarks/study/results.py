@@ -58,7 +58,7 @@ Rows = dict[tuple[str, str, str, str, str], Row]
 def gather(world: World, folder: Path, seeds: Sequence[int]) -> None:
     """Write the tables of all jobs that are done."""
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = list(jobs_of(world, ARMS, seeds))
+    jobs = jobs_of(world, ARMS, seeds)
     done = [job for job in jobs if is_done(world, job)]
     rows: Rows = {}
     for job in done:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cprec.data.config import SyntheticConfig, TableSource
 from cprec.evaluate.config import EvaluateConfig
+from cprec.rank.config import RankConfig
 from cprec.recipe import Recipe
 from cprec.text.config import Mixture, PrepareConfig
 from cprec.train.config import FinetuneConfig, PretrainConfig, TinyModel
@@ -35,6 +36,8 @@ class World:
 
     recipe: Recipe
     """Data, model and settings that all arms share, pre-training on the whole pool."""
+    main: tuple[str, ...]
+    """Unseen domains that every arm is judged in."""
     left_out: tuple[str, ...]
     """Domains of the pool that are left out in turn."""
     subsets: dict[int, tuple[str, ...]]
@@ -43,6 +46,8 @@ class World:
     """Tokens of the whole pre-training."""
     left_out_tokens: int
     """Tokens of a pre-training that leaves a domain out."""
+    tuning_tokens: int
+    """Tokens that fine-tuning on all events reads at most, where the passes of the recipe would read more."""
     few: dict[int, float]
     """Number of fine-tuning examples -> passes over them."""
 
@@ -115,16 +120,23 @@ def tiny(data: Path, output_dir: str) -> World:
                 documents="users",
                 eval_steps=1000,
             ),
-            evaluate=EvaluateConfig(data=prepared, output_dir=output_dir, max_queries=1000),
+            evaluate=EvaluateConfig(
+                data=prepared,
+                output_dir=output_dir,
+                max_queries=1000,
+                rank=RankConfig(max_nodes=500),  # a model that has learnt little would read thousands of prefixes
+            ),
         ),
+        main=("scientific", "steam"),
         left_out=LEFT_OUT,
         subsets={
             1: ("sports",),
             3: ("sports", "games", "movielens"),
             5: ("sports", "games", "movielens", "beauty", "lastfm"),
         },
-        tokens=12_000_000,
-        left_out_tokens=3_600_000,
+        tokens=10_000_000,
+        left_out_tokens=3_000_000,
+        tuning_tokens=1_600_000,
         few={64: 10, 256: 6, 1024: 4},
     )
 
@@ -172,10 +184,12 @@ def small(output_dir: str) -> World:
             ),
             evaluate=EvaluateConfig(data=prepared, output_dir=output_dir, max_queries=30),
         ),
+        main=("books",),
         left_out=("toys",),
         subsets={1: pool[3:4], 3: pool[1:4], 5: pool},
         tokens=60_000,
         left_out_tokens=15_000,
+        tuning_tokens=2_000,
         few={64: 1, 256: 1, 1024: 1},
     )
 
