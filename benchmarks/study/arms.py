@@ -30,8 +30,12 @@ class Arm:
     """The arm of `cprec.recipes.arms` that it is."""
     domains: int = 0
     """Pre-training reads this many domains of the pool, and no mixed sequences; 0: all."""
+    models_of: str = ""
+    """The arm whose models it takes; empty: it has models of its own."""
     beam: bool = False
-    """Lists come from a beam search, of the same models as those of `CPREC`."""
+    """Lists come from a beam search."""
+    blend: bool = False
+    """Models are also blended with recommenders that need no training; their rows are called `NAME blend`."""
     regimes: tuple[str, ...] = (ZERO, ALL)
     """Fine-tuning: zero-shot, a number of examples, or all."""
     where: Literal["everywhere", "unseen", "main"] = "main"
@@ -113,9 +117,32 @@ ARMS = (
         name="beam of 20",
         what="beam search in place of exact lists",
         questions=(6,),
+        models_of=CPREC,
         beam=True,
         way="longer",
         share=1,
+        first=False,
+    ),
+    Arm(
+        name=f"blend of {CPREC}",
+        what="blended with recommenders that need no training",
+        questions=(1,),
+        models_of=CPREC,
+        blend=True,
+        way="longer",
+        share=1,
+        regimes=(ALL,),
+        first=False,
+    ),
+    Arm(
+        name=f"blend of {RANDOM}",
+        what="the same without pre-training",
+        questions=(1,),
+        models_of=RANDOM,
+        blend=True,
+        way="random",
+        share=0,
+        regimes=(ALL,),
         first=False,
     ),
     Arm(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.study.arms import ALL, SASREC, ZERO
 from benchmarks.study.jobs import (
@@ -26,6 +27,10 @@ UNLEARNT_IS_SLOWER = 2
 """A model that has learnt nearly nothing reads so many times more prefixes of titles."""
 SECONDS_PER_EVENT = {"rivals": 2e-4, SASREC: 0.011}
 """Training and ranking of rivals, for each training event of the domain."""
+SECONDS_PER_BLEND = 240
+"""Choosing the weights of a blend on validation queries, and ranking with it."""
+SECONDS_PER_DATA = 120
+"""Preparing data that are an arm's own."""
 SECONDS_PER_JOB = 5
 """Reading and writing."""
 
@@ -61,8 +66,11 @@ def costs_of(world: World, jobs: Sequence[Job], *, fresh: bool = False) -> Itera
         recipe = recipe_of(world, job)
         needed = [each for each in pretrainings(world, job) if not there(each.config.output_dir)]
         tuned = 0 if job.regime in (ZERO, "") or there(recipe.finetune.output_dir) else tuning_tokens(world, job)
-        made |= {each.config.output_dir for each in needed} | {recipe.finetune.output_dir}
-        yield Cost(sum(each.tokens for each in needed), tuned, _other_seconds(world, job))
+        other = _other_seconds(world, job)
+        if not (there(recipe.prepare.output_dir) or Path(recipe.prepare.output_dir).is_dir()):
+            other += SECONDS_PER_DATA
+        made |= {each.config.output_dir for each in needed} | {recipe.finetune.output_dir, recipe.prepare.output_dir}
+        yield Cost(sum(each.tokens for each in needed), tuned, other)
 
 
 def tuning_tokens(world: World, job: Job) -> int:
@@ -80,4 +88,5 @@ def _other_seconds(world: World, job: Job) -> float:
         events = num_documents(examples_of(world, job.domain) / "train")
         return SECONDS_PER_JOB + SECONDS_PER_EVENT[job.arm.name] * events
     slower = UNLEARNT_IS_SLOWER if job.arm.way == "random" and job.regime != ALL else 1
-    return SECONDS_PER_JOB + slower * SECONDS_PER_QUERY * world.recipe.evaluate.max_queries
+    blending = SECONDS_PER_BLEND if job.arm.blend else 0
+    return SECONDS_PER_JOB + blending + slower * SECONDS_PER_QUERY * world.recipe.evaluate.max_queries

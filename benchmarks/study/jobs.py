@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from benchmarks.study.arms import ALL, ARMS, CPREC, REFERENCE, ZERO, Arm
+from benchmarks.study.arms import ALL, ARMS, REFERENCE, ZERO, Arm
 from benchmarks.study.worlds import World
+from cprec.blend import blend
 from cprec.data.dataset import read_split
 from cprec.data.splits import Split
 from cprec.entrants import baseline_entrants, model_entrants
@@ -87,7 +88,7 @@ def recipe_of(world: World, job: Job) -> Recipe:
         weights = {name: 0.0 for name in recipe.prepare.pretrain_domains if name not in kept}
         alone = replace(recipe.pretrain.mixture, mixed_share=0.0, domain_weights=weights)
         recipe = replace(recipe, pretrain=replace(recipe.pretrain, mixture=alone))
-    model = f"{root}/models/{slug(CPREC if job.arm.beam else job.arm.name)}/seed{job.seed}"
+    model = f"{root}/models/{slug(job.arm.models_of or job.arm.name)}/seed{job.seed}"
     rank = RankConfig(mode="beam", beam_width=20) if job.arm.beam else recipe.evaluate.rank
     few = job.regime not in (ZERO, ALL, "")
     tuning = recipe.finetune
@@ -211,7 +212,10 @@ def do(world: World, job: Job) -> None:
     model = start[-1] if start else recipe.finetune.model_name_or_path
     if job.regime != ZERO or not start:
         model = str(finetune(replace(tuning_of(world, job), model_name_or_path=model)))
-    evaluate(config, split, job.domain, model_entrants(config, job.domain, {job.arm.name: model}))
+    if job.arm.blend:
+        blend(replace(recipe.blend, model=model))
+    name = job.arm.models_of if job.arm.blend else job.arm.name
+    evaluate(config, split, job.domain, model_entrants(config, job.domain, {name: model}))
 
 
 def is_done(world: World, job: Job) -> bool:

@@ -60,12 +60,13 @@ def _head(tables: Mapping[str, Sequence[Line]]) -> list[str]:
         f"**State.** {len(done)} of {len(plan)} jobs are done (seeds: {', '.join(map(str, seeds)) or 'none'}). A job "
         "is an arm after a regime of fine-tuning, on a domain, with a seed (of pre-training, fine-tuning and the few "
         "examples alike).",
-        f"**Protocol.** Domains: {shown}. Main figure: NDCG@10, full catalogue, exact search (after many prefixes "
-        "the best found), items of the history left out. Brackets hold 95 % intervals: over queries for one seed, over queries and seeds for several. Differences "
-        "are paired on the same queries; a difference is *shown* if its p value, corrected by Holm over all "
-        f"differences of a question, is below 0.05 and there are at least {MIN_QUERIES:,} queries. Few-shot models "
-        "read so many examples several times; *all events* reads each user's training events in documents. No model "
-        "has seen the domain, or a user who is tested there, in pre-training: the certificate is checked for each row.",
+        f"**Protocol.** Domains: {shown}. Main figure: NDCG@10, full catalogue, exact search (after many prefixes the "
+        "best found), items of the history left out. Brackets hold 95 % intervals: over queries for one seed, over "
+        "queries and seeds for several. Differences are paired on the same queries; a difference is *shown* if its p "
+        "value, corrected by Holm over all differences of a question, is below 0.05 and there are at least "
+        f"{MIN_QUERIES:,} queries. Few-shot models read so many examples several times; *all events* reads each user's "
+        "training events in documents. No model has seen the domain, or a user who is tested there, in pre-training: "
+        "the certificate is checked for each row.",
     ]
 
 
@@ -92,7 +93,7 @@ def _section(question: Question, tables: Mapping[str, Sequence[Line]], folder: P
     whole = [line for line in lines if line["group"] == EVERY]
     yield _difference_table(whole, tables[MEANS])
     if question.sliced:
-        yield "By groups of queries, a - b; bold where it is shown:"
+        yield "By groups of queries, a - b, bold where it is shown (of repeats and others with seen items kept):"
         yield _slice_table([line for line in lines if line["group"] != EVERY])
     write_whole(figure, forest({_label(line): _interval(line) for line in whole}, "difference in NDCG@10"))
     yield f"![Differences in NDCG@10 with 95 % intervals](study/{figure.name})"

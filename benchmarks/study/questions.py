@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.study.arms import CPREC, RANDOM, REFERENCE, SASREC, WALK
+from cprec.entrants import WITHOUT_MODEL
+from cprec.evaluate.results import BLENDED
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,11 @@ QUESTIONS = (
     Question(
         number=1,
         title="Does pre-training on all domains help on unseen ones?",
-        claims=(Claim("pre-training", CPREC, RANDOM),),
+        claims=(
+            Claim("pre-training", CPREC, RANDOM),
+            Claim("pre-training, once blended,", CPREC + BLENDED, RANDOM + BLENDED),
+            Claim("the pre-trained model in a blend", CPREC + BLENDED, WITHOUT_MODEL),
+        ),
         needed="the unseen domain would have to share words and habits with the pool that its own events do not teach "
         "sooner: a base model that knows language, many more tokens, or fewer events of the domain itself",
     ),

@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 
 from benchmarks.study.arms import ALL, ARMS, ZERO
 from benchmarks.study.costs import costs_of
-from benchmarks.study.jobs import Job, is_done, jobs_of, pretrainings, recipe_of
+from benchmarks.study.jobs import ANNEALING, Job, is_done, jobs_of, pretrainings, recipe_of
 from benchmarks.study.questions import QUESTIONS, Claim, Question
 from benchmarks.study.worlds import World
 from cprec.errors import DataError
 from cprec.evaluate.saved import write_saved
-from cprec.evaluate.statistics import adjusted, bootstrap_interval, compare_pair, seed_variance
+from cprec.evaluate.statistics import Comparison, adjusted, bootstrap_interval, compare_pair, seed_variance
 from cprec.train.folder import LOG, read_log
 
 SHOWN = {
@@ -30,8 +30,9 @@ SHOWN = {
 }
 """Protocols and metrics that are kept; the first of the first is what arms are compared by."""
 MAIN = ("full", "ndcg@10")
-SLICES = ("target", "history", "repeat")
-"""Groups of queries by which the fifth question is told."""
+SLICES = {"target": "full", "history": "full", "repeat": "full_with_seen"}
+"""Groups of queries by which the fifth question is told, and the protocol: who leaves seen items out misses all
+repeats."""
 EVERY = "all queries"
 MEANS, DIFFERENCES, LOSSES, PLAN = "means.parquet", "differences.parquet", "losses.parquet", "plan.parquet"
 
@@ -126,50 +127,51 @@ def _differences(question: Question, rows: Rows, world: World, done: Sequence[Jo
     """Paired differences of a question's claims; p values are corrected over all of its queries' groups together."""
     lines, tests = [], []
     for claim in question.claims:
-        for (name, regime, domain, *how), a in list(rows.items()):
+        for name, regime, domain, *how in list(rows):
             if name != claim.a or tuple(how) != MAIN or (question.sliced and regime != ALL):
                 continue
-            b = rows.get((claim.b, regime, domain, *MAIN)) or rows.get((claim.b, "", domain, *MAIN))
-            if b is None:
-                continue
-            if a.query_id != b.query_id:
-                raise DataError(f"{domain}: {claim.a} and {claim.b} answered other queries: evaluate them anew")
-            slices = _slices(world, done, domain, a.query_id) if question.sliced else {}
-            for group, inside_Q in {EVERY: np.ones(len(a.query_id), dtype=bool), **slices}.items():
-                tests.append(_test(a, b, inside_Q))
-                lines.append(_about(question, claim, regime, domain, group, a, b))
+            groups = _slices(world, done, domain) if question.sliced else {}
+            for group, (protocol, inside) in {EVERY: (MAIN[0], None), **groups}.items():
+                how = (domain, protocol, MAIN[1])
+                a, b = rows[claim.a, regime, *how], rows.get((claim.b, regime, *how)) or rows.get((claim.b, "", *how))
+                if b is not None:
+                    tests.append(_test(a, b, inside, f"{domain}: {claim.a} and {claim.b}"))
+                    lines.append(_about(question, claim, (regime, domain, group, protocol), a, b))
     found = adjusted(tests) if tests else []
     return [line | _numbers(test) for line, test in zip(lines, found, strict=True)]
 
 
-def _test(a: Row, b: Row, inside_Q: np.ndarray) -> Any:
-    users = [user for user, inside in zip(a.user_id, inside_Q, strict=True) if inside]
-    values = (row.values_SQ[:, inside_Q] for row in (a, b))
+def _test(a: Row, b: Row, inside: set[str] | None, told: str) -> Comparison:
+    """Compare two arms on the queries that are inside, on all if that is None. Raises DataError where they differ."""
+    if a.query_id != b.query_id:
+        raise DataError(f"{told} answered other queries: evaluate them anew")
+    chosen_Q = np.array([inside is None or query in inside for query in a.query_id])
+    users = [user for user, chosen in zip(a.user_id, chosen_Q, strict=True) if chosen]
+    values = (row.values_SQ[:, chosen_Q] for row in (a, b))
     return compare_pair(*values, groups=_groups(users), stochastic=(a.stochastic, b.stochastic))
 
 
-def _about(question: Question, claim: Claim, regime: str, domain: str, group: str, a: Row, b: Row) -> dict[str, Any]:
+def _about(question: Question, claim: Claim, where: tuple[str, str, str, str], a: Row, b: Row) -> dict[str, Any]:
+    regime, domain, group, protocol = where
     about = {"question": question.number, "thing": claim.thing, "a": claim.a, "b": claim.b}
-    seeds = {"seeds_a": len(a.values), "seeds_b": len(b.values)}
-    return about | {"regime": regime, "domain": domain, "group": group, "protocol": MAIN[0], "metric": MAIN[1]} | seeds
+    about |= {"regime": regime, "domain": domain, "group": group, "protocol": protocol, "metric": MAIN[1]}
+    return about | {"seeds_a": len(a.values), "seeds_b": len(b.values)}
 
 
-def _numbers(test: Any) -> dict[str, Any]:
+def _numbers(test: Comparison) -> dict[str, Any]:
     names = ("mean", "low", "high", "p_value", "p_adjusted", "num_queries", "detectable", "claim")
     return {name: getattr(test, name) for name in names}
 
 
-def _slices(world: World, done: Sequence[Job], domain: str, query_id: Sequence[str]) -> dict[str, np.ndarray]:
-    """Which queries are in each group of each slice: bool[Q], by `slice: group`."""
-    job = next(job for job in done if job.domain == domain and not job.arm.recipe_arm)
-    path = Path(recipe_of(world, job).evaluate.output_dir, domain, "queries.parquet")
-    table = pq.read_table(path).sort_by("query_id")
-    assert table["query_id"].to_pylist() == list(query_id)
-    found = {}
-    for name in set(SLICES) & set(table.column_names):
-        groups = np.array(table[name].to_pylist(), dtype=object)
-        found |= {f"{name}: {group}": groups == group for group in sorted({group for group in groups if group})}
-    return {name: inside for name, inside in found.items() if inside.sum() >= 2}
+def _slices(world: World, done: Sequence[Job], domain: str) -> dict[str, tuple[str, set[str]]]:
+    """The protocol and the ids of the queries of each group of each slice, by `slice: group`."""
+    job = next(job for job in done if job.domain == domain)
+    table = pq.read_table(Path(recipe_of(world, job).evaluate.output_dir, domain, "queries.parquet"))
+    found: dict[str, tuple[str, set[str]]] = {}
+    for name in [name for name in SLICES if name in table.column_names]:  # one with a single group is not there
+        for query, group in zip(table["query_id"].to_pylist(), table[name].to_pylist(), strict=True):
+            found.setdefault(f"{name}: {group}", (SLICES[name], set()))[1].add(query)
+    return {name: found[name] for name in sorted(found) if len(found[name][1]) > 1}
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -186,7 +188,7 @@ def _losses(world: World, done: Sequence[Job]) -> Iterator[dict[str, Any]]:
         told.add(last.config.output_dir)
         log = [line for line in read_log(Path(last.config.output_dir) / LOG) if line.get("heldout")]
         if last.way == "longer":  # its own tokens come after those of the stable phase that it goes on from
-            before = runs[0].planned - round(0.2 * runs[0].planned)
+            before = runs[0].planned - round(ANNEALING * runs[0].planned)
         for line in log:
             for group, perplexity in line["heldout"].items():
                 yield {

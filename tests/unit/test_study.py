@@ -18,6 +18,7 @@ from benchmarks.study.page import write_page
 from benchmarks.study.plot import forest
 from benchmarks.study.questions import QUESTIONS
 from benchmarks.study.worlds import tiny
+from cprec.entrants import WITHOUT_MODEL
 from cprec.recipes.arms import ARMS as RECIPE_ARMS
 
 WORLD = tiny(Path("DATA"), "OUT")
@@ -66,7 +67,9 @@ def test_no_two_jobs_share_a_folder_of_results_and_every_name_is_known() -> None
     assert len(set(folders)) == len(folders)
     assert {arm.recipe_arm for arm in ARMS} - {""} <= set(RECIPE_ARMS)
     named = {claim.a for q in QUESTIONS for claim in q.claims} | {claim.b for q in QUESTIONS for claim in q.claims}
-    assert named <= set(BY_NAME) | {name for arm in ARMS for name in arm.baselines}
+    assert named <= set(BY_NAME) | {
+        name for arm in ARMS for name in (*arm.baselines, WITHOUT_MODEL, f"{arm.models_of} blend")
+    }
 
 
 # ---- results and page ------------------------------------------------------------------------------------------------
