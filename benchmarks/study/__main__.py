@@ -1,6 +1,6 @@
 """Run the study of CPRec's claims, or a part of it, and write its page.
 
-    python -m benchmarks.study DATA [--arms A,B] [--seeds 0,1,2] [--budget-hours 6] [--dry-run]
+    python -m benchmarks.study DATA [--arms A,B] [--seeds 0,1,2] [--budget-hours 6.5] [--dry-run]
     python -m benchmarks.study --small
 
 `DATA` holds a folder for each domain (`worlds.py`). Jobs are done in an order in which a study that is stopped at any
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 from benchmarks.study.arms import ARMS, Arm
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--docs", type=Path, help="study.md and study/; docs, or those of the small study beside it")
     parser.add_argument("--arms", default="", help=f"names, with commas; all unless given: {names}")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
-    parser.add_argument("--budget-hours", type=float, default=6.0)
+    parser.add_argument("--budget-hours", type=float, default=6.5)
     parser.add_argument("--tokens-per-second", type=float, default=8000.0, help="of training, to count hours")
     parser.add_argument("--dry-run", action="store_true", help="say what everything costs; train nothing")
     return parser
@@ -84,16 +85,16 @@ def _arms(parser: argparse.ArgumentParser, names: str) -> list[Arm]:
 
 def tell_costs(jobs: Sequence[Job], costs: Sequence[Cost], rate: float, budget: float) -> None:
     """Print what each arm costs with each seed, in the order of the jobs, and where the budget ends."""
-    spent, rows = 0.0, {}
-    for job, cost in zip(jobs, costs, strict=True):
-        rows.setdefault((job.arm.name, job.seed), []).append(cost)
-    print(f"{'arm':24}{'seed':>5}{'jobs':>5}{'pre-training':>14}{'fine-tuning':>13}{'hours':>8}{'in all':>8}")
-    for (name, seed), own in rows.items():
+    spent = 0.0
+    print(f"{'arm':26}{'seed':>5}{'jobs':>5}{'pre-training':>14}{'fine-tuning':>13}{'hours':>8}{'in all':>8}")
+    together = groupby(zip(jobs, costs, strict=True), key=lambda pair: (pair[0].arm.name, pair[0].seed))
+    for (name, seed), pairs in together:
+        own = [cost for _, cost in pairs]
         hours = sum(cost.hours(rate) for cost in own)
         spent += hours
         tokens = [sum(getattr(cost, field) for cost in own) for field in ("pretraining", "finetuning")]
         over = "  over the budget" if spent > budget else ""
-        print(f"{name:24}{seed:5}{len(own):5}{tokens[0]:14,}{tokens[1]:13,}{hours:8.2f}{spent:8.2f}{over}")
+        print(f"{name:26}{seed:5}{len(own):5}{tokens[0]:14,}{tokens[1]:13,}{hours:8.2f}{spent:8.2f}{over}")
     print(f"at {rate:,.0f} tokens/s of training; the budget is {budget:g} hours")
 
 

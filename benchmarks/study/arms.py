@@ -38,8 +38,8 @@ class Arm:
     """Models are also blended with recommenders that need no training; their rows are called `NAME blend`."""
     regimes: tuple[str, ...] = (ZERO, ALL)
     """Fine-tuning: zero-shot, a number of examples, or all."""
-    where: Literal["everywhere", "unseen", "main"] = "main"
-    """Domains: with those of the pool that are left out in turn; the unseen ones; or of these the main ones."""
+    everywhere: bool = False
+    """In all target domains, those of the pool that are left out in turn too; otherwise in the main ones alone."""
     first: bool = True
     """Whether it belongs to the questions that get all their seeds before the others get one."""
     baselines: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ ARMS = (
         questions=(5,),
         way="rivals",
         regimes=("",),
-        where="everywhere",
+        everywhere=True,
         baselines=("random", "popularity", "titles", "transition graph", WALK, "EASE"),
     ),
     Arm(
@@ -67,7 +67,7 @@ ARMS = (
         way="random",
         share=0,
         regimes=(ZERO, ALL, *FEW),
-        where="everywhere",
+        everywhere=True,
     ),
     Arm(name=REFERENCE, what="a shorter pre-training, which the arms below change", questions=(2, 3, 4, 9)),
     Arm(
@@ -77,7 +77,7 @@ ARMS = (
         way="longer",
         share=1,
         regimes=(ZERO, ALL, *FEW),
-        where="everywhere",
+        everywhere=True,
     ),
     Arm(name="no mixed", what="domain-specific sequences only", questions=(2, 9), recipe_arm="no_mixed"),
     Arm(
@@ -93,7 +93,6 @@ ARMS = (
         questions=(5,),
         way="rivals",
         regimes=("",),
-        where="unseen",
         baselines=(SASREC,),
     ),
     Arm(name="no specific", what="mixed sequences only", questions=(2,), recipe_arm="no_specific", first=False),

@@ -50,26 +50,27 @@ class Job:
 
 
 def jobs_of(world: World, arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
-    """All jobs, so ordered that a study which is stopped early has answered something: the arms of the first questions
-    in the unseen domains with every seed, then the rest with the first seed, then the rest of all.
+    """All jobs, so ordered that a study which is stopped early has answered something.
 
+    First come the arms of the first questions in the unseen domains with every seed (few-shot and random ones in part),
+    then the rest with the first seed, then the rest of all.
     Rivals have the seed 0 alone.
     """
 
     def urgency(job: Job) -> tuple[bool, bool, int]:
-        known = job.arm.way == "random" and job.regime == ZERO  # at the level of chance, whatever the seed
         repeated = job.seed != seeds[0]
-        late = not job.arm.first or job.domain in world.left_out or (known and repeated)
+        known = job.arm.way == "random" and job.regime == ZERO  # at the level of chance, whatever the seed
+        further = job.domain not in world.main and job.regime not in (ZERO, ALL)
+        late = not job.arm.first or job.domain in world.left_out or (repeated and (known or further))
         return late and repeated, late, seeds.index(job.seed)
 
-    where = {"everywhere": world.targets, "unseen": world.recipe.prepare.target_domains, "main": world.main}
     jobs = [
         Job(arm, regime, domain, seed)
         for seed in seeds
         for arm in arms
         if not (arm.way == "rivals" and seed)
         for regime in arm.regimes
-        for domain in where[arm.where]
+        for domain in (world.targets if arm.everywhere else world.main)
     ]
     return sorted(jobs, key=urgency)
 

@@ -81,7 +81,7 @@ class World:
 
 
 def tiny(data: Path, output_dir: str) -> World:
-    """Public data and a decoder of 2.9 M parameters: about six hours of one core."""
+    """Public data and a decoder of 2.9 M parameters: about six hours of one core for the first questions."""
     prepared = f"{output_dir}/data"
     size = TinyModel(hidden_size=192, num_hidden_layers=3, num_attention_heads=6)
     training = {"data": prepared, "tiny": size, "max_length": 256, "train_batch_size": 16, "report_to": ("none",)}
@@ -105,7 +105,7 @@ def tiny(data: Path, output_dir: str) -> World:
                 **training,
                 output_dir=f"{output_dir}/pretrain",
                 learning_rate=3e-3,
-                warmup_steps=100,
+                warmup_steps=50,
                 mixture=Mixture(mixed_share=0.1),  # they are few, and would be read often
                 anneal_steps=0.2,
                 min_lr_ratio=0.05,
@@ -136,7 +136,7 @@ def tiny(data: Path, output_dir: str) -> World:
         },
         tokens=10_000_000,
         left_out_tokens=3_000_000,
-        tuning_tokens=1_600_000,
+        tuning_tokens=1_400_000,
         few={64: 10, 256: 6, 1024: 4},
     )
 
