@@ -7,12 +7,14 @@
 #   make test-spark    both table engines give the same results; installs PySpark, needs Java 17
 #   make lint          formatting, lint, types; `make format` fixes what can be fixed
 #   make bench         the measurements in benchmarks/
+#   make study DATA=FOLDER   the study of CPRec's claims (hours, goes on where it stopped): docs/study.md
+#   make study-small   every path of it on a generated world, in minutes
 # PYTHON=...       the Python to build .venv from (3.11 to 3.13)
 # TORCH_INDEX=...  another index to install PyTorch from: PyTorch's own for CPU builds (much smaller on Linux), or the
 #                  one for your CUDA version. Run `make clean-venv` first.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all test-oracles test-spark lint format bench setup clean-venv
+.PHONY: help demo test test-slow test-all test-oracles test-spark lint format bench study study-small setup clean-venv
 
 PYTHON ?=
 TORCH_INDEX ?=
@@ -60,6 +62,13 @@ format: $(READY)
 # sequential.py installs its peers in environments of their own and takes most of an hour: run it by hand.
 bench: $(READY)
 	@for script in $(filter-out benchmarks/sequential.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+# One thread a process, as the budget counts; ARGUMENTS may be --dry-run, --arms, --seeds, --budget-hours.
+study: $(READY)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m benchmarks.study "$(DATA)" $(ARGUMENTS)
+
+study-small: $(READY)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m benchmarks.study --small $(ARGUMENTS)
 
 setup: $(READY)
 

@@ -240,6 +240,8 @@ class FinetuneConfig(TrainingConfig):
     documents: Literal["examples", "users"] = "examples"
     """What is read: an example for each event, with the loss on its title alone, or each user's events once, in one
     document, with the loss on all tokens."""
+    max_documents: int = 0
+    """Few-shot: examples (or documents of users) that are read at most, a sample by the seed; 0 reads all."""
     item_head: bool = False
     """After the model also an item head: a small network that reads what the model makes of titles and ranks all items
     in one pass (mode=vectors); a blend has it as a part. Takes minutes."""
@@ -260,6 +262,8 @@ class FinetuneConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.max_documents < 0:
+            raise ConfigError(f"max_documents={self.max_documents} must be 0 or more")
         if not 0 < self.catalogue_weight < 1:
             raise ConfigError(f"catalogue_weight={self.catalogue_weight} must lie between 0 and 1")
         if self.softmax != "vocabulary" and self.documents != "examples":

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cprec.data.queries import sampled_rows
 from cprec.errors import ConfigError
 from cprec.schema import SPECIFIC
 from cprec.search.trie import Trie
-from cprec.text.corpus import Corpus
+from cprec.text.corpus import Corpus, Group
 from cprec.text.documents import WHOLE
 from cprec.text.shards import Shards, open_shards
 from cprec.text.stream import TokenStream, one_phase
@@ -41,10 +42,12 @@ def _run(config: FinetuneConfig) -> Run:
     folder = _examples_of(Path(config.data), config.domain)
     train, validation = _documents(folder, config.documents), open_shards(folder / "validation")
     by_example = config.documents == "examples"
+    read = sampled_rows(len(train), config.max_documents, config.seed)
+    corpus = Corpus([Group("", "", train, read, targets_only=by_example)])
 
-    def stream(shards: Shards, num_tokens: float, rows: int, *, targets_only: bool, **more: Any) -> TokenStream:
+    def stream(corpus: Corpus, num_tokens: float, rows: int, **more: Any) -> TokenStream:
         return TokenStream(
-            Corpus.of(shards, targets_only=targets_only),
+            corpus,
             one_phase(num_tokens),
             rows_per_step=rows,
             row_tokens=config.max_length,
@@ -55,13 +58,13 @@ def _run(config: FinetuneConfig) -> Run:
     trie = _titles_of(config, train.manifest["about"]) if config.weight_of_catalogue else None
 
     def plan() -> Plan:
-        num_tokens = round(config.num_train_epochs * train.manifest["num_tokens"])
+        num_tokens = round(config.num_train_epochs * corpus.groups[0].num_tokens)
         nodes_of = TitleNodes(trie) if trie else None
-        rows = config.train_batch_size
-        return plan_of(config, stream(train, num_tokens, rows, targets_only=by_example, nodes_of=nodes_of))
+        return plan_of(config, stream(corpus, num_tokens, config.train_batch_size, nodes_of=nodes_of))
 
     held_out = min(config.eval_tokens, validation.manifest["num_tokens"])
-    heldout = stream(validation, held_out, config.rows_per_pass, targets_only=True) if held_out else None
+    asked = Corpus.of(validation, targets_only=True)
+    heldout = stream(asked, held_out, config.rows_per_pass) if held_out else None
     return Run(
         config=config,
         make_plan=plan,

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cprec.data.queries import sampled_rows
 from cprec.errors import ConfigError, DataError, ShardError
 from cprec.provenance import to_dict
 from cprec.rank.llm import LLMRecommender
@@ -548,3 +549,16 @@ def test_a_stable_run_goes_on_with_more_data(config: Callable[..., PretrainConfi
     assert [line for line in read_log(more / LOG) if "learning_rate" in line][0]["learning_rate"] == 1e-2
     about = read_done(more)
     assert about is not None and len(about["trained_on"]) == 2
+
+
+def test_fewshot_reads_a_sample_by_the_seed_and_nothing_else(
+    data: Path, tune: Callable[..., FinetuneConfig], tmp_path: Path
+) -> None:
+    lengths = open_shards(data / "examples" / "books" / "train").column("length")
+    for seed in (0, 1):
+        folder = finetune(tune(f"few{seed}", max_documents=3, num_train_epochs=4, seed=seed))
+        chosen = sampled_rows(len(lengths), 3, seed)
+        done = read_done(folder)
+        assert done is not None and done["tokens"] == 4 * lengths[chosen].sum()
+    with pytest.raises(ConfigError, match="max_documents=-1 must be 0 or more"):
+        tune(max_documents=-1)

@@ -1,0 +1,1 @@
+"""The study of CPRec's claims: `python -m benchmarks.study --help`."""
