@@ -35,15 +35,20 @@ def timed(config: FinetuneConfig) -> Estimate:
 
 def tokens_of_pass(config: FinetuneConfig) -> int:
     """The tokens that fine-tuning reads in a pass."""
-    return int(_documents(_examples_of(Path(config.data), config.domain), config.documents).manifest["num_tokens"])
+    return _read(config).num_tokens
+
+
+def _read(config: FinetuneConfig) -> Group:
+    """What fine-tuning reads: the examples or documents of a domain, or a sample of them."""
+    shards = _documents(_examples_of(Path(config.data), config.domain), config.documents)
+    rows = sampled_rows(len(shards), config.max_documents, config.seed)
+    return Group("", "", shards, rows, targets_only=config.documents == "examples")
 
 
 def _run(config: FinetuneConfig) -> Run:
-    folder = _examples_of(Path(config.data), config.domain)
-    train, validation = _documents(folder, config.documents), open_shards(folder / "validation")
-    by_example = config.documents == "examples"
-    read = sampled_rows(len(train), config.max_documents, config.seed)
-    corpus = Corpus([Group("", "", train, read, targets_only=by_example)])
+    group = _read(config)
+    train, validation = group.shards, open_shards(_examples_of(Path(config.data), config.domain) / "validation")
+    corpus = Corpus([group])
 
     def stream(corpus: Corpus, num_tokens: float, rows: int, **more: Any) -> TokenStream:
         return TokenStream(
@@ -58,7 +63,7 @@ def _run(config: FinetuneConfig) -> Run:
     trie = _titles_of(config, train.manifest["about"]) if config.weight_of_catalogue else None
 
     def plan() -> Plan:
-        num_tokens = round(config.num_train_epochs * corpus.groups[0].num_tokens)
+        num_tokens = round(config.num_train_epochs * group.num_tokens)
         nodes_of = TitleNodes(trie) if trie else None
         return plan_of(config, stream(corpus, num_tokens, config.train_batch_size, nodes_of=nodes_of))
 
