@@ -244,4 +244,6 @@ def _from_recipe(name: str, settings: SettingsTree, stage: str | None) -> Any:
     config = getattr(recipe, stage)
     if config is None:
         raise ConfigError(f"the recipe {name} has no stage {stage}")
+    if recipe.hours and stage in ("pretrain", "finetune"):
+        raise ConfigError(f"hours={recipe.hours:g} are of the whole run: use `cprec run`, or leave them out")
     return update(config, of_stage)

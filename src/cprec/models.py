@@ -146,6 +146,12 @@ def add_lora(model: Any, *, rank: int, alpha: int, seed: int = 0) -> Any:
         return peft.get_peft_model(model, config)
 
 
+def embeddings_of(model: Any) -> list[nn.Module]:
+    """What turns tokens, and positions where these are learnt, into vectors."""
+    trunk, _ = trunk_and_head(model)
+    return [module for module in trunk.modules() if isinstance(module, nn.Embedding)]
+
+
 def freeze_lowest(model: Any, layers: float) -> None:
     """Keep the weights of the embeddings and of the lowest layers: a fraction of all if below 1, else a number. An
     output layer that shares the embeddings' weights keeps them, too.
@@ -157,9 +163,9 @@ def freeze_lowest(model: Any, layers: float) -> None:
     if number >= len(blocks):
         raise ConfigError(
             f"frozen_layers={layers:g} leaves no layer of {type(inner_model(model)).__name__} to train: it has "
-            f"{len(blocks)}, so give {len(blocks) - 1} at most, or a fraction below 1"
+            f"{len(blocks)}, so give {len(blocks) - 1} at most, or a smaller fraction"
         )
-    for module in (inner_model(model).get_input_embeddings(), *blocks[:number]):
+    for module in (*embeddings_of(model), *blocks[:number]):
         module.requires_grad_(False)
 
 

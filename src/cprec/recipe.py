@@ -63,7 +63,9 @@ class Recipe:
             raise ConfigError(f"hours={self.hours:g} must be 0 or more, and 0 where no language model is trained")
 
     def model_folder(self, domain: str, arm: str, seed: int | None = None) -> str:
-        """Where the model of an arm that is fine-tuned on a domain goes; `seed` where it is one of several seeds."""
+        """Where the model of an arm that is fine-tuned on a domain goes; of several seeds that of `seed`, or of the
+        first."""
         assert self.finetune is not None, "a recipe without fine-tuning makes no such model"
         folder = f"{self.finetune.output_dir}/{domain}/{arm.lower().replace(' ', '-')}"
-        return folder if seed is None else f"{folder}-seed-{seed}"
+        first, *more = self.evaluate.seeds
+        return f"{folder}-seed-{first if seed is None else seed}" if more else folder

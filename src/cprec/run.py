@@ -18,6 +18,7 @@ from pathlib import Path
 from cprec import lineup
 from cprec.card import CARD, Score, fill_in
 from cprec.data.dataset import read_split
+from cprec.data.item_columns import existing
 from cprec.data.splits import Split
 from cprec.entrants import baseline_entrants, check_tuned, model_entrants, oracle, renamed
 from cprec.errors import ConfigError, InputChanged, Unsuitable
@@ -64,12 +65,17 @@ def run(recipe: Recipe) -> Report:
     Raises InputChanged where a folder that is there was made from other input, and names those that were made from it.
     """
     from cprec.budget import within_hours
+    from cprec.rank.blend import check_parts
     from cprec.shrink import shrink
     from cprec.text.prepare import prepare
     from cprec.train.pretrain import pretrain
 
     lineup.names_of(recipe.evaluate.baselines)  # what the last stage would refuse is refused before the first
     check_tuned(recipe.evaluate)
+    if recipe.finetune and recipe.blend:
+        check_parts(recipe.blend.parts, recipe.blend.columns)
+        for path in recipe.blend.columns.values():
+            existing(path)
     targets = recipe.prepare.target_domains
     later = [stage.output_dir for stage in (recipe.pretrain, recipe.finetune) if stage]
     total = 2 + bool(recipe.shrink) + bool(recipe.pretrain) + (len(targets) if recipe.finetune else 0)
@@ -77,8 +83,9 @@ def run(recipe: Recipe) -> Report:
 
     if recipe.shrink:
         say(f"{next(steps)} shrink {recipe.shrink.model} to what the data need")
-        prepare(replace(recipe.prepare, output_dir=recipe.shrink.data, tokenizer=recipe.shrink.model))
-        shrink(recipe.shrink)
+        with _naming([recipe.shrink.output_dir, recipe.prepare.output_dir, *later]):
+            prepare(replace(recipe.prepare, output_dir=recipe.shrink.data, tokenizer=recipe.shrink.model))
+            shrink(recipe.shrink)
     say(f"{next(steps)} prepare: {recipe.description}")
     with _naming(later):
         prepare(recipe.prepare)
@@ -113,7 +120,7 @@ def _arms(recipe: Recipe, domain: str, steps: Iterator[str]) -> dict[str, str]:
         several = len(recipe.evaluate.seeds) > 1
         arm = arm_of(model, seed) if several else model
         say(f"{domain}: {arm}")
-        folders[arm] = recipe.model_folder(domain, model, seed if several else None)
+        folders[arm] = recipe.model_folder(domain, model, seed)
         settings = replace(recipe.finetune, domain=domain, model_name_or_path=base, output_dir=folders[arm])
         finetune(replace(settings, seed=seed) if several else settings)
         if recipe.blend:

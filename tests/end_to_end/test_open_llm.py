@@ -79,6 +79,10 @@ def test_an_open_model_is_cut_trained_within_hours_blended_and_judged(
     for domain in report["domains"].values():
         for model in ("fine-tuning only", "CPRec-style"):
             assert {model, f"{model} blend"} <= domain["arms"].keys()
+    models = sorted(run.glob("finetune/*/*"))
+    assert len(models) == 4
     capsys.readouterr()
     assert main(["run", "open_llm", *settings]) == 0
-    assert capsys.readouterr().err.count("reused") >= 7
+    said = capsys.readouterr().err
+    for made in ("data-whole", "model", "data", "pretrain", *(str(path.relative_to(run)) for path in models)):
+        assert f"{Path('runs/open_llm', made)}: complete with these settings, reused" in said

@@ -11,6 +11,7 @@ import pytest
 
 from cprec import budget
 from cprec.budget import CHOSEN, within_hours
+from cprec.config import find_config
 from cprec.errors import ConfigError
 from cprec.evaluate.config import EvaluateConfig
 from cprec.recipe import Recipe
@@ -43,7 +44,7 @@ def test_every_seed_is_a_model(recipe: Recipe) -> None:
 
 
 def test_without_pretraining_all_is_for_fine_tuning(recipe: Recipe) -> None:
-    assert passes(within_hours(replace(recipe, pretrain=None))) == pytest.approx((0, 9.6))
+    assert passes(within_hours(replace(recipe, pretrain=None, hours=0.05))) == pytest.approx((0, 4.8))
 
 
 def test_what_was_chosen_stays(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,10 +53,32 @@ def test_what_was_chosen_stays(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) 
     assert within_hours(recipe) == first
     path = Path(recipe.evaluate.output_dir, CHOSEN)
     assert json.loads(path.read_text())["asked"]["hours"] == 0.1
-    with pytest.raises(ConfigError, match=r"budget\.json was chosen for other settings \(hours was 0\.1, now 0\.2\): "):
+    with pytest.raises(ConfigError, match=r"budget\.json was chosen for something else \(hours was 0\.1, now 0\.2\): "):
         within_hours(replace(recipe, hours=0.2))
     with pytest.raises(ConfigError, match="models of a domain was 2, now 4"):
         within_hours(replace(recipe, evaluate=replace(recipe.evaluate, seeds=(0, 1))))
+    monkeypatch.setattr(budget, "tokens_of_pass", lambda config: 1500)
+    with pytest.raises(ConfigError, match="tokens of a pass was {'beauty': 1000, 'toys': 2000}, now {'beauty': 1500"):
+        within_hours(recipe)
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match="hours was None, now 0.1"):
+        within_hours(recipe)
+
+
+def test_passes_have_bounds(recipe: Recipe) -> None:
+    assert passes(within_hours(replace(recipe, hours=10))) == (5, 5)
+    elsewhere = replace(recipe, evaluate=replace(recipe.evaluate, output_dir=recipe.evaluate.output_dir + "2"))
+    with pytest.raises(ConfigError, match="too few to train each model, of which a pass has 1,000 tokens and more"):
+        within_hours(replace(elsewhere, hours=1e-6))
+    assert not Path(elsewhere.evaluate.output_dir).exists()
+
+
+def test_hours_are_of_a_whole_run(tmp_path: Path) -> None:
+    settings = [f"data={tmp_path}", "model=tiny", "hours=1"]
+    with pytest.raises(ConfigError, match="hours=1 are of the whole run: use `cprec run`"):
+        find_config("open_llm", settings, "pretrain")
+    with pytest.raises(ConfigError, match="arm=tokens_10 and hours=1: arms are compared after equal passes"):
+        find_config("open_llm", [*settings, "arm=tokens_10"])
 
 
 def test_hours_need_a_model_to_train(recipe: Recipe) -> None:

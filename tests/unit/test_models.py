@@ -186,6 +186,21 @@ def test_the_lowest_layers_and_the_embeddings_keep_their_weights(layers: float, 
     assert model.model.norm.weight.requires_grad
 
 
+def test_learned_positions_are_embeddings_too() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=3, n_head=2, n_positions=32))
+    freeze_lowest(model, 2)
+    trained = {name.split(".")[1] + "." + name.split(".")[2] for name, w in model.named_parameters() if w.requires_grad}
+    assert trained == {"h.2", "ln_f.weight", "ln_f.bias"}
+
+
+def test_an_output_layer_of_its_own_is_trained() -> None:
+    model = tiny_llama()
+    freeze_lowest(model, 1)
+    assert model.lm_head.weight.requires_grad and not model.model.embed_tokens.weight.requires_grad
+
+
 def test_no_model_is_frozen_whole() -> None:
     with pytest.raises(ConfigError, match=r"frozen_layers=2 leaves no layer .* it has 2, so give 1 at most"):
         freeze_lowest(tiny_qwen(), 2)

@@ -41,6 +41,8 @@ def test_every_model_is_made_with_every_seed(made: list[FinetuneConfig]) -> None
     recipe = demo(output_dir="out")
     folders = arms(replace(recipe, evaluate=replace(recipe.evaluate, seeds=(1, 4))))
     assert folders["CPRec-style (seed 4)"] == "out/finetune/books/cprec-style-seed-4"
+    several = replace(recipe, evaluate=replace(recipe.evaluate, seeds=(1, 4)))
+    assert several.model_folder("books", "CPRec-style") == folders["CPRec-style (seed 1)"]  # what is served
     assert {(config.model_name_or_path, config.seed) for config in made} == {
         ("tiny", 1),
         ("tiny", 4),

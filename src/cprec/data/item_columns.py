@@ -31,23 +31,27 @@ def read_column(path: str | Path, name: str, catalogue: Catalogue, domain: str) 
     """
     table = _read(existing(path), name)
     places = {str(item): place for place, item in enumerate(catalogue.item_id[catalogue.rows_of(domain)])}
-    values, unknown = dict[str, float | None](), 0
+    values, unknown, elsewhere = dict[str, float | None](), 0, 0
     domains = table[DOMAIN].to_pylist() if DOMAIN in table.column_names else [domain] * len(table)
     rows = zip(domains, table[ITEM_ID].to_pylist(), table[name].to_pylist(), strict=True)
     for number, (of_domain, item_id, value) in enumerate(rows, start=1):
-        item = id_text(item_id) or ""
         if of_domain != domain:
+            elsewhere += 1
             continue
+        if isinstance(item_id, list | dict):
+            raise DataError(f"{path}, row {number}: item_id {item_id!r} is no text or number")
+        item = id_text(item_id) or ""
         if item in values:
             raise DataError(f"{path}, row {number}: item {item!r} stands here a second time; give each item one row")
         if item in places:
             values[item] = _number(value, f"{path}, row {number}, item {item!r}: {name}")
         unknown += item not in places
+    passed_over = f"; {unknown:,} of its rows are of unknown items, {elsewhere:,} of other domains"
     if without := [item for item in places if values.get(item) is None]:
         raise DataError(
             f"{path}: {len(without):,} of the {len(places):,} items of domain {domain!r} have no {name}: "
             f"{', '.join(map(repr, without[:MAX_SHOWN]))}{', ...' if len(without) > MAX_SHOWN else ''}; give each a "
-            "number, such as the median"
+            f"number, such as the median{passed_over if unknown or elsewhere else ''}"
         )
     if unknown:
         say(f"{path}: {unknown:,} items that domain {domain!r} does not have are passed over")
@@ -74,7 +78,7 @@ def _read(path: Path, name: str) -> pa.Table:
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     for needed in (ITEM_ID, name):
-        if table.column_names.count(needed) != 1:
+        if table.column_names.count(needed) != 1 or table.column_names.count(DOMAIN) > 1:
             raise DataError(
                 f"{path} needs one column {needed!r}; it has {', '.join(map(repr, table.column_names))}, and columns "
                 "of CSV are separated by commas"

@@ -20,8 +20,8 @@ class EvaluateConfig:
     baselines: tuple[str, ...] = ("random", "popularity", "transition graph")
     """Baselines to rank beside the models, by name; `all` takes every one (docs/evaluation.md)."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds for what is trained by gradient steps: baselines, and in `cprec run` the models that are fine-tuned. With
-    several, each is a row of its own, and a model's rows are compared together."""
+    """Seeds for baselines that are trained by gradient steps. With several, each is a row of its own, rows of one model
+    are compared together, and `cprec run` fine-tunes each model with every seed (with one, by `finetune.seed`)."""
     tuned: str = ""
     """A file that `cprec tune` wrote: its settings replace the baselines' defaults."""
     models: dict[str, str] = field(default_factory=dict)

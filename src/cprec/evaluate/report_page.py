@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any, TextIO
 
 from markupsafe import Markup
@@ -25,6 +26,7 @@ from cprec.evaluate.results import (
     Metric,
     Report,
     Slice,
+    together,
 )
 from cprec.evaluate.slices import ABOUT
 from cprec.evaluate.statistics import MIN_QUERIES
@@ -85,18 +87,22 @@ def difference_line(difference: Difference) -> str:
 
 
 def answer_line(result: DomainResult) -> str:
-    """Which arm of a domain is best and, of a model, whether it beats the best baseline."""
-    best = result.best()
-    if best is None:
+    """Which arm of a domain is best and, of a model, whether it beats the best baseline. Seeds of one model stand
+    together."""
+    arms = {name: arm for name, arm in result.arms.items() if arm.kind != "bound"}
+    members = together(arms)
+    if not members:
         return "nothing was ranked"
-    found = best.metrics[result.main]
-    line = f"{best.name} has the highest {metric_name(result.main)}, {found.mean:.4f}"
-    baselines = [arm for arm in result.arms.values() if arm.kind == "baseline"]
-    if best.kind != "model" or not baselines:
+    means = {name: fmean(arms[one].metrics[result.main].mean for one in own) for name, own in members.items()}
+    kinds = {name: arms[own[0]].kind for name, own in members.items()}
+    best = max(means, key=lambda name: means[name])
+    line = f"{best} has the highest {metric_name(result.main)}, {means[best]:.4f}"
+    baselines = [name for name, kind in kinds.items() if kind == "baseline"]
+    if kinds[best] != "model" or not baselines:
         return line
-    rival = max(baselines, key=lambda arm: arm.metrics[result.main].mean)
-    told = (difference_line(each) for each in result.differences if {each.a, each.b} == {best.name, rival.name})
-    return f"{line}; {next(told, f'the best baseline is {rival.name}')}"
+    rival = max(baselines, key=lambda name: means[name])
+    told = (difference_line(each) for each in result.differences if {each.a, each.b} == {best, rival})
+    return f"{line}; {next(told, f'the best baseline is {rival}')}"
 
 
 def ranking_lines(result: DomainResult) -> list[str]:

@@ -69,7 +69,15 @@ ARMS: dict[str, tuple[str, Callable[[Recipe], Recipe]]] = {
 
 
 def with_arm(recipe: Recipe, name: str) -> Recipe:
-    """The recipe with the change of an arm, and folders of its own."""
+    """The recipe with the change of an arm, and folders of its own.
+
+    Raises ConfigError where the recipe has hours: they would choose other passes for each arm.
+    """
+    if recipe.hours:
+        raise ConfigError(
+            f"arm={name} and hours={recipe.hours:g}: arms are compared after equal passes, which hours choose for each "
+            "folder anew. Leave one of them out; passes are pretrain.num_train_epochs and finetune.num_train_epochs"
+        )
     changed = ARMS[name][1](recipe)
     root = PurePosixPath(recipe.evaluate.output_dir) / "arms" / name
     data = recipe.prepare.output_dir if changed.prepare == recipe.prepare else str(root / "data")

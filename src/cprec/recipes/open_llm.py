@@ -21,6 +21,9 @@ FROZEN = 0.4
 REPLAYED = 0.05
 """Share of general text among the tokens of pre-training, where there is some: against forgetting."""
 
+EVALUATED = 5_000
+"""Held-out tokens of a domain that are read to measure perplexity: more would take much of the hours."""
+
 
 def open_llm(
     *,
@@ -74,6 +77,7 @@ def _trained(recipe: Recipe, model: str, hours: float, text: tuple[str, ...]) ->
         max_length=256,
         train_batch_size=16 if is_tiny else 8,
         save_steps=100,
+        eval_tokens=EVALUATED,
         replay=text,
         mixture=Mixture(text_share=REPLAYED if text else 0),
     )
@@ -88,6 +92,7 @@ def _trained(recipe: Recipe, model: str, hours: float, text: tuple[str, ...]) ->
         max_length=256,
         train_batch_size=pretrain.train_batch_size,
         save_steps=100,
+        eval_tokens=EVALUATED,
     )
     whole = f"{recipe.prepare.output_dir}-whole"
     return replace(

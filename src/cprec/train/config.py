@@ -159,6 +159,8 @@ class TrainingConfig:
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more")
+        if self.frozen_layers > 1 and self.frozen_layers % 1:
+            raise ConfigError(f"frozen_layers={self.frozen_layers:g} must be a fraction below 1 or a whole number")
         if not 0 <= self.min_lr_ratio <= 1:
             raise ConfigError(f"min_lr_ratio={self.min_lr_ratio} must lie in 0..1")
         if self.lora_merge and not self.lora_rank:
@@ -264,6 +266,11 @@ class FinetuneConfig(TrainingConfig):
         super().__post_init__()
         if self.max_documents < 0:
             raise ConfigError(f"max_documents={self.max_documents} must be 0 or more")
+        if self.max_documents and self.item_head:
+            raise ConfigError(
+                f"max_documents={self.max_documents} is of the language model alone, and an item head learns from all "
+                "events: set item_head=false"
+            )
         if not 0 < self.catalogue_weight < 1:
             raise ConfigError(f"catalogue_weight={self.catalogue_weight} must lie between 0 and 1")
         if self.softmax != "vocabulary" and self.documents != "examples":

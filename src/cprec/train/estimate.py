@@ -17,7 +17,7 @@ from torch import nn
 
 from cprec import distributed
 from cprec.machine import free_memory
-from cprec.models import inner_model, trunk_and_head
+from cprec.models import embeddings_of, inner_model, trunk_and_head
 from cprec.progress import format_seconds
 from cprec.text.stream import NEXT_TOKEN, TokenStream
 from cprec.train.loss import CHUNK, PackedLoss
@@ -78,10 +78,14 @@ def flops_per_token(model: Any, context: float, target_share: float = 1.0) -> fl
 
 def layers_below_training(model: Any) -> list[nn.Module]:
     """The lowest layers that no gradient goes through: neither they nor what is below them is trained."""
-    embeddings, (trunk, _) = inner_model(model).get_input_embeddings(), trunk_and_head(model)
+    trunk, _ = trunk_and_head(model)
     layers = next((each for each in trunk.children() if isinstance(each, nn.ModuleList)), ())
-    trained = [any(weight.requires_grad for weight in module.parameters()) for module in (embeddings, *layers)]
-    return list(layers[: max(0, trained.index(True) - 1)]) if True in trained else list(layers)
+    below: list[nn.Module] = []
+    for module in (*embeddings_of(model), *layers):
+        if any(weight.requires_grad for weight in module.parameters()):
+            break
+        below.append(module)
+    return [module for module in below if not isinstance(module, nn.Embedding)]
 
 
 def multiplying_weights(model: Any) -> list[nn.Parameter]:

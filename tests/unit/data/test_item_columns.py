@@ -53,6 +53,11 @@ def test_items_that_the_catalogue_lacks_are_told(
         ("item_id;margin\nb;1\n", "needs one column 'item_id'; it has 'item_id;margin'"),
         ("item_id,margin,margin\nb,1,2\n", "needs one column 'margin'"),
         ("item_id,margin\nb,1,2\n", "cannot be read"),
+        ("item_id,domain,margin\nb,shop,1\nzz,books,1\n", "median; 1 of its rows are of unknown items, 1 of other"),
+        (
+            "item_id,domain,domain,margin\nb,books,books,1\n",
+            "needs one column 'item_id'; it has 'item_id', 'domain', 'do",
+        ),
         ("", "cannot be read"),
     ],
 )

@@ -350,6 +350,13 @@ def test_the_answer_says_whether_a_model_beats_the_best_baseline() -> None:
     )
 
 
+def test_the_answer_takes_the_seeds_of_a_model_together() -> None:
+    told = replace(difference(0.1, 0.05, 0.15), a="x (2 seeds)", b="EASE")
+    seeds = [arm(f"x (seed {seed})", "model", value) for seed, value in ((0, 0.19), (1, 0.23))]
+    line = answer_line(domain("kitchen", told, *seeds, arm("EASE", "baseline", 0.2)))
+    assert line.startswith("x (2 seeds) has the highest NDCG@10, 0.2100; x (2 seeds) beats EASE by 0.1000")
+
+
 def test_the_page_has_metrics_differences_curves_and_examples() -> None:
     page = Page(report_page(report(), RUNS, EXAMPLES))
     for words in (
