@@ -80,39 +80,46 @@ def jobs_of(world: World, arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job
 
 def recipe_of(world: World, job: Job) -> Recipe:
     """The recipe of a job: its data, what its arm changes, and folders of its own."""
-    recipe = world.recipe_for(job.domain)
-    root = recipe.evaluate.output_dir
-    if job.arm.recipe_arm:
-        recipe = with_arm(recipe, job.arm.recipe_arm)
-    elif job.arm.domains:
-        kept = world.subsets[job.arm.domains]
-        weights = {name: 0.0 for name in recipe.prepare.pretrain_domains if name not in kept}
-        alone = replace(recipe.pretrain.mixture, mixed_share=0.0, domain_weights=weights)
-        recipe = replace(recipe, pretrain=replace(recipe.pretrain, mixture=alone))
+    recipe = _changed(world, job)
+    root = world.recipe_for(job.domain).evaluate.output_dir
     model = f"{root}/models/{slug(job.arm.models_of or job.arm.name)}/seed{job.seed}"
-    rank = RankConfig(mode="beam", beam_width=20) if job.arm.beam else recipe.evaluate.rank
-    few = job.regime not in (ZERO, ALL, "")
-    tuning = recipe.finetune
-    if few:
-        number = int(job.regime)
-        tuning = replace(
-            tuning, documents="examples", max_documents=number, num_train_epochs=world.few[number], train_batch_size=4
-        )
-    elif job.regime == ZERO:
-        tuning = replace(tuning, num_train_epochs=0)
+    tuned = f"{model}/{job.domain}-{slug(job.regime)}"
     return replace(
         recipe,
         pretrain=replace(recipe.pretrain, output_dir=f"{model}/pretrain", seed=job.seed),
-        finetune=replace(
-            tuning, output_dir=f"{model}/{job.domain}-{slug(job.regime)}", domain=job.domain, seed=job.seed
-        ),
+        finetune=replace(_few(world, job, recipe.finetune), output_dir=tuned, domain=job.domain, seed=job.seed),
         evaluate=replace(
             recipe.evaluate,
             output_dir=f"{root}/results/{slug(job.arm.name)}/{slug(job.regime) or 'as-it-is'}/seed{job.seed}",
             baselines=job.arm.baselines,
             seeds=(job.seed,),
-            rank=rank,
+            rank=RankConfig(mode="beam", beam_width=20) if job.arm.beam else recipe.evaluate.rank,
         ),
+    )
+
+
+def _changed(world: World, job: Job) -> Recipe:
+    """The recipe of a job's domain with what its arm changes in data and mixture."""
+    recipe = world.recipe_for(job.domain)
+    if job.arm.recipe_arm:
+        return with_arm(recipe, job.arm.recipe_arm)
+    if not job.arm.domains:
+        return recipe
+    kept = world.subsets[job.arm.domains]
+    weights = {name: 0.0 for name in recipe.prepare.pretrain_domains if name not in kept}
+    alone = replace(recipe.pretrain.mixture, mixed_share=0.0, domain_weights=weights)
+    return replace(recipe, pretrain=replace(recipe.pretrain, mixture=alone))
+
+
+def _few(world: World, job: Job, tuning: FinetuneConfig) -> FinetuneConfig:
+    """The fine-tuning of a recipe on as few examples as the regime says, or none."""
+    if job.regime == ZERO:
+        return replace(tuning, num_train_epochs=0)
+    if job.regime in (ALL, ""):
+        return tuning
+    number = int(job.regime)
+    return replace(
+        tuning, documents="examples", max_documents=number, num_train_epochs=world.few[number], train_batch_size=4
     )
 
 

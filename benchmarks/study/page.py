@@ -16,7 +16,7 @@ from benchmarks.study.arms import ALL, ARMS, CPREC, RANDOM, REFERENCE, ZERO
 from benchmarks.study.plot import forest
 from benchmarks.study.plot import lines as line_chart
 from benchmarks.study.questions import QUESTIONS, Claim, Question
-from benchmarks.study.results import DIFFERENCES, EVERY, LOSSES, MAIN, MEANS, PLAN
+from benchmarks.study.results import CANDIDATES, DIFFERENCES, EVERY, LOSSES, MAIN, MEANS, PLAN
 from cprec.evaluate.statistics import MIN_QUERIES
 from cprec.files import write_whole
 
@@ -36,7 +36,8 @@ def write_page(docs: Path) -> None:
     parts = [*_head(tables)]
     for question in QUESTIONS:
         parts += [f"## {question.number}. {question.title}", *_section(question, tables, docs / "study")]
-    parts += ["## All rows", _all_rows(tables[MEANS])]
+    parts += ["## All rows", "NDCG@10, full catalogue:", _all_rows(tables[MEANS], MAIN)]
+    parts += ["Recall@1 among the target and 19 others, drawn uniformly:", _all_rows(tables[MEANS], CANDIDATES)]
     write_whole(docs / "study.md", "\n\n".join(parts) + "\n")
 
 
@@ -76,21 +77,23 @@ def _head(tables: Mapping[str, Sequence[Line]]) -> list[str]:
 def _section(question: Question, tables: Mapping[str, Sequence[Line]], folder: Path) -> Iterable[str]:
     """The parts of a question: what is shown, the table, the plot; or that it was not run, and its cost."""
     lines = [line for line in tables[DIFFERENCES] if line["question"] == question.number]
+    whole = [line for line in lines if line["group"] == EVERY]
     figure = folder / f"question-{question.number}.svg"
     if not lines:
         yield f"Not run yet. {_cost(question, tables[PLAN])}"
         if not question.claims:
-            yield f"It needs {question.needed}."
+            yield f"{question.needed}."
         return
     for claim in question.claims:
-        own = [line for line in lines if (line["a"], line["b"]) == (claim.a, claim.b)]
-        if own:
-            yield _paragraph(question, claim, own)
-        else:
-            yield f"{_capital(claim.thing).rstrip(',')}: not run yet."
+        own = [line for line in whole if (line["a"], line["b"]) == (claim.a, claim.b)]
+        yield _paragraph(claim, own) if own else f"{_capital(claim.thing)}: not run yet."
+    shown = {(line["a"], line["b"]) for line in whole if line["claim"] and line["mean"] > 0}
+    if any((claim.a, claim.b) not in shown for claim in question.claims):
+        yield f"At this scale the rest cannot be claimed. For it to hold, {question.needed}."
+    if any(line["seeds_a"] < 2 for line in whole):
+        yield "Intervals of comparisons with one seed do not cover the luck of training."
     if question.losses and tables[LOSSES]:
         yield from _loss_parts(tables[LOSSES], folder)
-    whole = [line for line in lines if line["group"] == EVERY]
     yield _difference_table(whole, tables[MEANS])
     if question.sliced:
         yield "By groups of queries, a - b, bold where it is shown (of repeats and others with seen items kept):"
@@ -99,33 +102,33 @@ def _section(question: Question, tables: Mapping[str, Sequence[Line]], folder: P
     yield f"![Differences in NDCG@10 with 95 % intervals](study/{figure.name})"
 
 
-def _paragraph(question: Question, claim: Claim, lines: Sequence[Line]) -> str:
+def _paragraph(claim: Claim, lines: Sequence[Line]) -> str:
     """What the differences of a claim show, by rules."""
-    whole = [line for line in lines if line["group"] == EVERY]
-    better = [line for line in whole if line["claim"] and line["mean"] > 0]
-    worse = [line for line in whole if line["claim"] and line["mean"] < 0]
-    rest = [line for line in whole if not line["claim"]]
-    thing = claim.thing.rstrip(",")
-    said = []
+    better = [line for line in lines if line["claim"] and line["mean"] > 0]
+    worse = [line for line in lines if line["claim"] and line["mean"] < 0]
+    rest = [line for line in lines if not line["claim"]]
+    thing, said = _capital(claim.thing), []
     if better:
-        said.append(f"**{_capital(thing)} helps** in {len(better)} of {len(whole)} comparisons: {_listed(better)}.")
+        said.append(f"**{thing} helps** in {len(better)} of {len(lines)} comparisons: {_listed(better)}.")
     if worse:
-        said.append(f"**{_capital(thing)} hurts** in {len(worse)} of {len(whole)} comparisons: {_listed(worse)}.")
+        said.append(f"**{thing} hurts** in {len(worse)} of {len(lines)} comparisons: {_listed(worse)}.")
     if rest:
-        start = "In the others nothing is shown" if said else f"**That {thing} helps is not shown**"
+        start = "In the others nothing is shown" if said else f"**That {claim.thing} helps is not shown**"
         said.append(f"{start}: {_listed(rest)}.")
-        if finds := [line["detectable"] for line in rest if line["detectable"]]:
-            said.append(f"These tests find differences of {min(finds):.4f} to {max(finds):.4f} four times in five.")
-    if not better:
-        said.append(f"At this scale it cannot be claimed. For it to hold, {question.needed}.")
-    if seeds := {line["seeds_a"] for line in whole if line["seeds_a"] < 2}:
-        said.append(f"Comparisons of {min(seeds)} seed do not cover the luck of training.")
+        if finds := sorted({f"{line['detectable']:.4f}" for line in rest if line["detectable"]}):
+            said.append(
+                f"These tests find differences of {' to '.join({finds[0]: 0, finds[-1]: 0})} four times in five."
+            )
     return " ".join(said)
 
 
 def _listed(lines: Sequence[Line]) -> str:
     """Differences in words, at most four; the others are in the table."""
-    told = [f"{_where(line)} {line['mean']:+.4f} ({line['low']:+.4f} to {line['high']:+.4f})" for line in lines[:4]]
+    told = [
+        f"{_where(line)} {mean:+.4f} ({low:+.4f} to {high:+.4f})"
+        for line in lines[:4]
+        for mean, low, high in [_interval(line)]
+    ]
     more = [f"and {len(lines) - 4} more in the table"] if len(lines) > 4 else []
     return "; ".join([*told, *more])
 
@@ -139,7 +142,8 @@ def _label(line: Line) -> str:
 
 
 def _interval(line: Line) -> tuple[float, float, float]:
-    return line["mean"], line["low"], line["high"]
+    """A difference with its interval; nothing lies beyond 1, whatever the few degrees of freedom of few seeds say."""
+    return line["mean"], max(line["low"], -1.0), min(line["high"], 1.0)
 
 
 def _capital(text: str) -> str:
@@ -160,7 +164,8 @@ def _difference_table(lines: Sequence[Line], means: Sequence[Line]) -> str:
 
 
 def _bracketed(line: Line) -> str:
-    return f"{line['mean']:+.4f} [{line['low']:+.4f}, {line['high']:+.4f}]"
+    mean, low, high = _interval(line)
+    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def _slice_table(lines: Sequence[Line]) -> str:
@@ -229,16 +234,17 @@ def _cost(question: Question, plan: Sequence[Line]) -> str:
     first = [line for line in plan if line["arm"] in (REFERENCE, RANDOM) and line["seed"] == plan[0]["seed"]]
     tokens = sum(line["pretraining"] + line["finetuning"] for line in first if line["regime"] in (ZERO, ALL))
     return (
-        f"The tokens of `{REFERENCE}` and of fine-tuning alone, one seed ({tokens:,}), would take a model of 135 M "
-        f"parameters {tokens / OPEN_MODEL_TOKENS_PER_SECOND / 3600:.0f} hours of two cores."
+        f"As much pre-training as the arm {REFERENCE!r} has, with fine-tuning and without it, one seed ({tokens:,} "
+        f"tokens), would take a model of 135 M parameters {tokens / OPEN_MODEL_TOKENS_PER_SECOND / 3600:.0f} hours of "
+        "two cores."
     )
 
 
-def _all_rows(means: Sequence[Line]) -> str:
-    """NDCG@10 of every arm: a row for each arm and regime, a column for each domain; seeds together."""
+def _all_rows(means: Sequence[Line], how: tuple[str, str]) -> str:
+    """A protocol's metric of every arm: a row for each arm and regime, a column for each domain; seeds together."""
     best: dict[tuple[str, str], dict[str, Line]] = {}
     for line in means:
-        if (line["protocol"], line["metric"]) == MAIN:
+        if (line["protocol"], line["metric"]) == how:
             own = best.setdefault((line["arm"], line["regime"]), {})
             if line["domain"] not in own or line["num_seeds"] > own[line["domain"]]["num_seeds"]:
                 own[line["domain"]] = line

@@ -7,8 +7,9 @@ from html import escape
 
 from cprec.evaluate.charts import Scale, number, ticks
 
-WIDTH, LABELS, ROW, FOOT = 760, 330, 18, 40
+WIDTH, LABELS, ROW, FOOT = 860, 420, 18, 40
 """Units of the drawing: the whole, the labels on the left, a row, what is below the rows."""
+WIDEST = 4
 COLOURS = ("#0b6e99", "#c2410c", "#4d7c0f", "#7e22ce", "#b45309", "#0f766e", "#be123c", "#475569")
 STYLE = (
     '<style>text{font:12px sans-serif;fill:#333}line{stroke:#888}</style><rect width="100%" height="100%" fill="#fff"/>'
@@ -16,18 +17,23 @@ STYLE = (
 
 
 def forest(rows: Mapping[str, tuple[float, float, float]], x_label: str) -> str:
-    """Means as dots with their intervals (mean, low, high), a row each, and a line at 0. Rows need not be many."""
+    """Means as dots with their intervals (mean, low, high), a row each, and a line at 0.
+
+    The axis ends at `WIDEST` times the largest mean: an interval that is wider is cut there.
+    """
     ends = [end for row in rows.values() for end in row]
-    low, high = min(0.0, *ends), max(0.0, *ends)
+    most = WIDEST * max(abs(mean) for mean, _, _ in rows.values()) or 1.0
+    low, high = max(-most, min(0.0, *ends)), min(most, max(0.0, *ends))
     x = Scale(low, high, LABELS, WIDTH - 20)
     bottom = ROW * len(rows) + 8
     parts = [_axis(x, ticks(low, high, 6), bottom, x_label)]
     parts.append(f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1="0" y2="{bottom}" stroke-dasharray="3 3"/>')
     for place, (name, (mean, left, right)) in enumerate(rows.items()):
         y = ROW * place + 14
+        ends = max(left, low), min(right, high)
         colour = COLOURS[0] if left > 0 else COLOURS[1] if right < 0 else COLOURS[7]
         parts.append(f'<text x="{LABELS - 8}" y="{y + 4}" text-anchor="end">{escape(name)}</text>')
-        parts.append(f'<line x1="{x(left):.1f}" x2="{x(right):.1f}" y1="{y}" y2="{y}" style="stroke:{colour}"/>')
+        parts.append(f'<line x1="{x(ends[0]):.1f}" x2="{x(ends[1]):.1f}" y1="{y}" y2="{y}" style="stroke:{colour}"/>')
         parts.append(f'<circle cx="{x(mean):.1f}" cy="{y}" r="4" fill="{colour}"/>')
     return _svg(bottom + FOOT, parts)
 

@@ -31,7 +31,7 @@ class Question:
     losses: bool = False
     """Whether the held-out loss of pre-trainings is told."""
     needed: str
-    """What would have to be true, or be done, for a claim that is not shown to hold."""
+    """What would have to be true for claims that are not shown to hold; where there are none, what is missing."""
 
 
 QUESTIONS = (
@@ -40,7 +40,7 @@ QUESTIONS = (
         title="Does pre-training on all domains help on unseen ones?",
         claims=(
             Claim("pre-training", CPREC, RANDOM),
-            Claim("pre-training, once blended,", CPREC + BLENDED, RANDOM + BLENDED),
+            Claim("pre-training (models blended)", CPREC + BLENDED, RANDOM + BLENDED),
             Claim("the pre-trained model in a blend", CPREC + BLENDED, WITHOUT_MODEL),
         ),
         needed="the unseen domain would have to share words and habits with the pool that its own events do not teach "
@@ -54,7 +54,7 @@ QUESTIONS = (
             Claim("time order within documents", REFERENCE, "shuffled"),
             Claim("time order between domains", REFERENCE, "interleaved"),
             Claim("reading domain-specific sequences", REFERENCE, "no specific"),
-            Claim("mixing evenly, not late,", REFERENCE, "mixed late"),
+            Claim("mixing evenly rather than late", REFERENCE, "mixed late"),
         ),
         needed="many users would have to be active in several domains at known times: here mixed sequences are of few "
         "domains of one platform, whose times are days",
@@ -64,7 +64,7 @@ QUESTIONS = (
         title="Does annealing help, before and after fine-tuning?",
         claims=(
             Claim("annealing", REFERENCE, "no annealing"),
-            Claim("a stable phase and annealing, in place of a cosine,", REFERENCE, "cosine"),
+            Claim("a stable phase with annealing rather than a cosine", REFERENCE, "cosine"),
         ),
         needed="fine-tuning, which anneals itself, would have to be too short to do what annealing did before it",
     ),
@@ -72,8 +72,8 @@ QUESTIONS = (
         number=4,
         title="What do more tokens give?",
         claims=(
-            Claim("all tokens, in place of 30 %,", CPREC, REFERENCE),
-            Claim("30 % of the tokens, in place of 10 %,", REFERENCE, "10 % of the tokens"),
+            Claim("reading all tokens rather than 30 %", CPREC, REFERENCE),
+            Claim("reading 30 % of the tokens rather than 10 %", REFERENCE, "10 % of the tokens"),
         ),
         losses=True,
         needed="what is read would have to hold more than the model has learnt of it already: a larger pool, or a "
@@ -82,7 +82,10 @@ QUESTIONS = (
     Question(
         number=5,
         title="Where does the language model beat the walk and SASRec, and where not?",
-        claims=(Claim("CPRec-style beside the walk", CPREC, WALK), Claim("CPRec-style beside SASRec", CPREC, SASREC)),
+        claims=(
+            Claim("CPRec-style in place of the walk", CPREC, WALK),
+            Claim("CPRec-style in place of SASRec", CPREC, SASREC),
+        ),
         sliced=True,
         needed="words would have to say what events do not: new items, short histories, a base model that has read "
         "about the things that are sold",
@@ -90,29 +93,29 @@ QUESTIONS = (
     Question(
         number=6,
         title="What do exact lists change against beams?",
-        claims=(Claim("exact lists, in place of a beam of 20,", CPREC, "beam of 20"),),
+        claims=(Claim("exact search rather than a beam of 20", CPREC, "beam of 20"),),
         needed="the best titles would have to begin with tokens that are not among the likeliest",
     ),
     Question(
         number=7,
         title="What did pre-training forget, and does replay pay?",
-        needed="a base model that knows something which can be forgotten (SmolLM2): the tiny one starts from random "
-        "weights",
+        needed="It needs a base model that knows something which can be forgotten (SmolLM2): the tiny one starts from "
+        "random weights",
     ),
     Question(
         number=8,
         title="Does knowing English matter?",
-        needed="a base model that knows English (SmolLM2) beside the same shape from random weights",
+        needed="It needs a base model that knows English (SmolLM2) beside the same shape from random weights",
     ),
     Question(
         number=9,
         title="What else was varied",
         claims=(
-            Claim("loss on the template too", REFERENCE, "items only"),
-            Claim("seven domains, in place of five,", "no mixed", "5 domains"),
-            Claim("seven domains, in place of three,", "no mixed", "3 domains"),
-            Claim("seven domains, in place of one,", "no mixed", "1 domain"),
+            Claim("a loss on the template as well", REFERENCE, "items only"),
+            Claim("reading seven domains rather than five", "no mixed", "5 domains"),
+            Claim("reading seven domains rather than three", "no mixed", "3 domains"),
+            Claim("reading seven domains rather than one", "no mixed", "1 domain"),
         ),
-        needed="a model large enough to hold several domains beside each other",
+        needed="the model would have to be large enough to hold several domains beside each other",
     ),
 )

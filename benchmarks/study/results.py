@@ -28,8 +28,9 @@ SHOWN = {
     "full_with_seen": ("ndcg@10", "recall@10"),
     "candidates_uniform": ("recall@1", "ndcg@10"),
 }
-"""Protocols and metrics that are kept; the first of the first is what arms are compared by."""
-MAIN = ("full", "ndcg@10")
+"""Protocols and metrics that are kept."""
+MAIN, CANDIDATES = ("full", "ndcg@10"), ("candidates_uniform", "recall@1")
+"""What arms are compared by, and what else the page shows of all rows."""
 SLICES = {"target": "full", "history": "full", "repeat": "full_with_seen"}
 """Groups of queries by which the fifth question is told, and the protocol: who leaves seen items out misses all
 repeats."""

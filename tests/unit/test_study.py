@@ -117,9 +117,9 @@ def test_the_page_says_what_is_shown_and_what_is_not(tmp_path: Path) -> None:
 
 def test_a_claim_without_support_is_called_so(tmp_path: Path) -> None:
     text = page(tmp_path, [difference(claim=False, low=-0.001, seeds_a=1)])
-    assert "**That pre-training helps is not shown**" in text and "it cannot be claimed" in text
-    assert "find differences of 0.0040 to 0.0040 four times in five" in text
-    assert "of 1 seed do not cover the luck of training" in text
+    assert "**That pre-training helps is not shown**" in text and "the rest cannot be claimed" in text
+    assert "find differences of 0.0040 four times in five" in text
+    assert "with one seed do not cover the luck of training" in text
 
 
 def test_what_is_not_run_has_its_cost(tmp_path: Path) -> None:
@@ -148,4 +148,7 @@ def test_a_forest_stands_on_its_axis_and_escapes_names() -> None:
     at = [float(dot.attrib["cx"]) for dot in svg.findall("{*}circle")]
     zero = next(line for line in svg.findall("{*}line") if "stroke-dasharray" in line.attrib).attrib["x1"]
     assert float(zero) == sum(at) / 2, "as far from the one as from the other"
+    wide = ElementTree.fromstring(forest({"few seeds": (0.1, -1.0, 1.0), "many": (0.2, 0.1, 0.3)}, "difference"))
+    ends = [float(line.attrib["x2"]) for line in wide.findall("{*}line")]
+    assert max(ends) <= float(wide.attrib["width"]), "cut at the end of the axis"
     assert "a < b" in [text.text for text in svg.findall("{*}text")]
