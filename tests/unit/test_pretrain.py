@@ -1,4 +1,4 @@
-"""The item head of pre-training: what it may learn from, what it says of domains never seen, and what goes on from it."""
+"""The item head of pre-training: what it may learn from, what it says of unseen domains, and what goes on from it."""
 
 from __future__ import annotations
 
