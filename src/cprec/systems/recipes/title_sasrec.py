@@ -9,7 +9,7 @@ are TF-IDF of titles reduced by SVD unless a file of vectors is given; the item 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,7 @@ class TitleSASRec(TextSettings, CausalSettings):
     def recommender(
         self, data: TrainingSequences, model: DotProductModel, history: Callable[[Ragged], np.ndarray] | None = None
     ) -> TitleSASRecRecommender:
-        return TitleSASRecRecommender(self, data, model)
+        return TitleSASRecRecommender(replace(self, start=""), data, model)
 
 
 class TitleSASRecRecommender(CausalRecommender):
