@@ -257,8 +257,8 @@ def save_heads(model: Path, heads: Mapping[str, ItemHead], made_from: Mapping[st
     head, *_ = heads.values()
     arrays = head.recommender.arrays() | {"mean": head.directions.mean_F, "axes": head.directions.axes_FK}
     arrays["vectors"] = np.concatenate([one.recommender.arrays()["vectors"] for one in heads.values()])
-    about = {"domain": arrays.pop("domain").item() if len(heads) == 1 else None}
-    about |= {"settings": json.loads(str(arrays.pop("settings"))), "made_from": made_from}
+    domain, settings = str(arrays.pop("domain")), json.loads(str(arrays.pop("settings")))
+    about = {"domain": domain if len(heads) == 1 else None, "settings": settings, "made_from": made_from}
     about |= {"model": file_sha256(model / _MODEL)}
     with whole_folder(model / FOLDER) as folder:
         save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, folder / ARRAYS)
