@@ -136,6 +136,10 @@ class Directions:
         scale_K = np.sqrt(np.maximum(strength_F[strongest], 0) + _RIDGE * max(strength_F.max(), 1e-12))
         return cls(mean_F.astype(np.float32), (0.3 * axes_FF[:, strongest] / scale_K).astype(np.float32))
 
+    def around(self, states_NF: np.ndarray) -> Directions:
+        """The same axes, through the mean of other states: what all titles of a domain share is no difference."""
+        return replace(self, mean_F=states_NF.mean(0))
+
     def project(self, states_NF: np.ndarray) -> np.ndarray:
         """Coordinates along the directions: float32[N, K]."""
         projected: np.ndarray = (states_NF - self.mean_F) @ self.axes_FK
@@ -193,13 +197,13 @@ class ItemHead:
     ) -> ItemHead:
         """A head that has learnt from the training events of a domain; its best weights are chosen by validation
         queries. `folder` keeps unfinished training, which goes on when the same is asked again. With `start`, a head
-        without rows, it has the directions of that one and begins with its weights.
+        without rows, it has the axes of that one and begins with its weights.
 
         Raises Unsuitable where the domain has nothing to learn from or to validate with.
         """
         data, rows = TrainingSequences.of(split, domain), split.catalogue.rows_of(domain)
         states_NF = read(rows)
-        directions = Directions.of(states_NF) if start is None else start.directions
+        directions = Directions.of(states_NF) if start is None else start.directions.around(states_NF)
         vectors_NK = directions.project(states_NF)
         with _reading(settings, data, vectors_NK, start) as with_files:
             made = with_files.make(split, domain, seed=seed, folder=folder)
@@ -213,9 +217,10 @@ class ItemHead:
 
     def of(self, catalogue: Catalogue, domain: str, read: Read) -> ItemHead:
         """The same head, of any domain, over the items of one."""
-        vectors_NK = self.directions.project(read(catalogue.rows_of(domain)))
-        arrays = self.recommender.arrays() | {"domain": np.array(domain), "vectors": vectors_NK}
-        return ItemHead(self.directions, TitleSASRecRecommender.from_arrays(arrays, catalogue))
+        states_NF = read(catalogue.rows_of(domain))
+        directions = self.directions.around(states_NF)
+        own = {"domain": np.array(domain), "vectors": directions.project(states_NF)}
+        return ItemHead(directions, TitleSASRecRecommender.from_arrays(self.recommender.arrays() | own, catalogue))
 
     def log_probs(self, queries: Sequence[RankingQuery], in_stock_N: np.ndarray) -> np.ndarray:
         """The logarithm of the share that each item has after each query's history: float64[Q, N].
@@ -252,10 +257,11 @@ class ItemHead:
 
 def save_heads(model: Path, heads: Mapping[str, ItemHead], made_from: Mapping[str, Any]) -> None:
     """Write the heads into a model folder, in place of any that are there: one, by its domain, or those of all domains
-    of the catalogue, in its order, which differ in their items alone. `made_from` says what they have learnt from
-    beside the model."""
+    of the catalogue, in its order, which differ in their items and their means alone. `made_from` says what they have
+    learnt from beside the model."""
     head, *_ = heads.values()
-    arrays = head.recommender.arrays() | {"mean": head.directions.mean_F, "axes": head.directions.axes_FK}
+    arrays = head.recommender.arrays() | {"axes": head.directions.axes_FK}
+    arrays["mean"] = np.stack([one.directions.mean_F for one in heads.values()])
     arrays["vectors"] = np.concatenate([one.recommender.arrays()["vectors"] for one in heads.values()])
     domain, settings = str(arrays.pop("domain")), json.loads(str(arrays.pop("settings")))
     about = {"domain": domain if len(heads) == 1 else None, "settings": settings, "made_from": made_from}
@@ -278,14 +284,15 @@ def load_heads(model: Path, catalogue: Catalogue) -> dict[str, ItemHead]:
         arrays = load_file(folder / ARRAYS)
         if about["model"] != file_sha256(model / _MODEL):
             raise ValueError("it belongs to another model than the folder holds now")
-        directions = Directions(arrays.pop("mean"), arrays.pop("axes"))
+        means_DF, axes_FK = np.atleast_2d(arrays.pop("mean")), arrays.pop("axes")
         arrays["settings"] = np.array(json.dumps(about["settings"]))
         domains = catalogue.domains if about["domain"] is None else (about["domain"],)
         stops = np.cumsum([len(catalogue.rows_of(domain)) for domain in domains])
         heads = {}
-        for domain, vectors_NK in zip(domains, np.split(arrays["vectors"], stops[:-1]), strict=True):
+        for domain, mean_F, vectors_NK in zip(domains, means_DF, np.split(arrays["vectors"], stops[:-1]), strict=True):
             own = arrays | {"domain": np.array(domain), "vectors": vectors_NK}
-            heads[domain] = ItemHead(directions, TitleSASRecRecommender.from_arrays(own, catalogue))
+            recommender = TitleSASRecRecommender.from_arrays(own, catalogue)
+            heads[domain] = ItemHead(Directions(mean_F, axes_FK), recommender)
         return heads
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DataError(f"{folder} cannot be used ({error}): delete it and train again with item_head=true") from None

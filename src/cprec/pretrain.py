@@ -47,11 +47,12 @@ def _trained(config: PretrainConfig, shards: Shards, model: LLMRecommender, unfi
     one = as_one_domain(split, ALL, domains, language_model.events_of_shards(split, shards))
     with track(len(catalogue), "reading titles", unit="titles") as progress:
         states_NF = model.title_states(np.arange(len(catalogue)), progress.advance)
-    learnt = np.concatenate([catalogue.rows_of(domain) for domain in domains])
+    # Titles differ from those of their own domain: what a domain's titles share says nothing of another's.
+    own_NF = np.concatenate([states_NF[rows] - states_NF[rows].mean(0) for rows in map(catalogue.rows_of, domains)])
     head = ItemHead.train(
         one,
         ALL,
-        lambda rows: states_NF[learnt[rows]],
+        lambda rows: own_NF[rows],
         settings=TitleSASRec(own_rows=False),
         seed=config.seed,
         folder=unfinished,

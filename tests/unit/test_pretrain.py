@@ -31,26 +31,29 @@ from cprec.train.config import FinetuneConfig, PretrainConfig, TinyModel
 from cprec.train.pretrain import events_of_shards
 
 WORDS = ("apple", "river", "stone", "cloud", "tiger", "piano", "lemon", "grass")
+COLOURS = ("red", "blue", "green", "black", "white", "brown")
 SEEN = ("films", "songs")
 NAMED = {"films": "film", "songs": "song", "books": "film song"}
-SMALL = {"hidden_size": 16, "num_heads": 2, "num_blocks": 1, "batch_size": 32, "min_steps": 120, "num_epochs": 1}
+SMALL = {"hidden_size": 16, "num_heads": 2, "num_blocks": 1, "batch_size": 32, "min_steps": 200, "num_epochs": 1}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In films, songs and books an item of one word is followed by one of the next. Nobody pre-trains on books, nor on
-    `both`, who are tested there."""
+    """In films, songs and books an item of one word is followed by one of the next, of any colour. Nobody pre-trains on
+    books, nor on `both`, who are tested there."""
     folder = tmp_path_factory.mktemp("world")
     users = {"films": 40, "songs": 40, "books": 16}
     for domain, count in users.items():
         names = [f"u{n:02}" for n in range(count)] if domain != "books" else [f"v{n:02}" for n in range(count)]
         if domain != "songs":
             names += [f"both{n}" for n in range(4)]
-        items = [f"{n},{word} {NAMED[domain]}" for n, word in enumerate(WORDS)]
+        titles = [f"{word} {colour} {NAMED[domain]}" for word in WORDS for colour in COLOURS]
+        items = [f"{n:02},{title}" for n, title in enumerate(titles)]
         Path(folder, f"{domain}.csv").write_text("\n".join(["item_id,title", *items]))
-        events = [
-            f"{user},{(3 * at + n) % len(WORDS)},{1_500_000_000 + n}" for at, user in enumerate(names) for n in range(7)
+        walks = [
+            (name, (3 * u + n) % 8 * 6 + (u // 8 + n * n) % 6, n) for u, name in enumerate(names) for n in range(7)
         ]
+        events = [f"{name},{item:02},{1_500_000_000 + n}" for name, item, n in walks]
         Path(folder, f"{domain}_log.csv").write_text("\n".join(["user_id,item_id,timestamp", *events]))
     return prepare(
         PrepareConfig(
@@ -61,7 +64,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ),
             target_domains=("books", "films"),
             pretrain_domains=SEEN,
-            vocabulary_size=300,
+            vocabulary_size=400,
             k_core=0,
             min_events=3,
             heldout_share=0.0,
@@ -171,30 +174,30 @@ def test_events_that_the_shards_do_not_hold_are_caught(split: Split, data: Path,
 # ---- what it says of domains -----------------------------------------------------------------------------------------
 
 
+def words(split: Split, rows: np.ndarray) -> np.ndarray:
+    """The first words of the titles of some items."""
+    return np.array([title.split()[0] for title in split.catalogue.title[rows]])
+
+
 def hits(model: LLMRecommender, split: Split, domain: str) -> float:
-    """The share of test queries whose target is the best item of its domain."""
+    """The share of test queries whose best item has the word of the target."""
     queries = split.queries(domain, TEST, max_history=99)
-    first = split.catalogue.rows_of(domain)[0]
     asked = [
         RankingQuery(name, domain, tuple(Item(domain, split.catalogue.item_id[row]) for row in rows))
         for name, rows in zip(queries.query_id, queries.history, strict=True)
     ]
-    return float((model.item_log_probs(domain, asked).argmax(1) == queries.target - first).mean())
+    best = split.catalogue.rows_of(domain)[model.item_log_probs(domain, asked).argmax(1)]
+    return float((words(split, best) == words(split, queries.target)).mean())
 
 
 def test_a_domain_never_seen_is_ranked_by_what_its_titles_say(pretrained: Path, split: Split) -> None:
-    """One in eight by chance, and by popularity: the words follow one another there as they do in the others."""
+    """One in eight by chance, and at most a fifth by popularity: the words follow one another as in other domains."""
     model = LLMRecommender.from_pretrained(pretrained, mode="vectors")
     assert model.domains == ("books", "films", "songs")
-    train = split.interactions.item[split.events(TRAIN)]
-    counts = np.bincount(train, minlength=len(split.catalogue))[split.catalogue.rows_of("books")]
-    target = split.queries("books", TEST, max_history=99).target - split.catalogue.rows_of("books")[0]
-    popularity = float((target == counts.argmax()).mean())
+    targets = words(split, split.queries("books", TEST, max_history=99).target)
+    assert max(float((targets == word).mean()) for word in WORDS) <= 0.2, "whatever is popular"
     found = {domain: hits(model, split, domain) for domain in model.domains}
-    assert found["films"] > 0.8 and found["songs"] > 0.8
-    assert found["books"] > 0.5 > 2 * max(popularity, 1 / len(WORDS))
-    best = model.recommend(["stone film song", "cloud film song"], k=1, domain="books")
-    assert [item.title for item in best] == ["tiger film song"]
+    assert found["books"] > 0.4 and min(found["films"], found["songs"]) > 0.7, found
 
 
 def test_a_finished_head_is_reused_and_another_models_is_refused(
@@ -218,7 +221,7 @@ def test_the_head_of_fine_tuning_starts_from_it(tuning: FinetuneConfig, pretrain
     """With next to no steps it ranks as that one does; its items have rows of their own, which start at zero."""
     tuned = finetune(tuning)
     base, model = (LLMRecommender.from_pretrained(folder, blend=False) for folder in (pretrained, tuned))
-    query = RankingQuery("q", "books", (Item("books", "2"), Item("books", "3")))
+    query = RankingQuery("q", "books", (Item("books", "12"), Item("books", "18")))
     expected = base.item_log_probs("books", [query])
     assert model.item_log_probs("books", [query]) == pytest.approx(expected, abs=1e-4)
     heads = load_heads(tuned, split.catalogue)
