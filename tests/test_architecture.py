@@ -54,7 +54,7 @@ BELOW = {
 
 TOP = frozenset(
     {"run", "fit", "finetune", "entrants", "anneal", "blend", "tune", "lineup", "report", "shortcuts", "serving"}
-    | {"shrink", "budget"}
+    | {"shrink", "budget", "pretrain", "heads"}
     | {"config", "recipe", "recipes", "settings", "field_help", "verbs", "cli", "__main__", "__init__"}
 )
 """Parts that know everything below; nothing below knows them."""

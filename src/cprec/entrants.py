@@ -112,7 +112,7 @@ def model_entrants(config: EvaluateConfig, domain: str, models: Mapping[str, str
         about = read_done(folder)
         if about is not None and any(Path(folder).glob("*.safetensors")):
             entrants.append(_model(name, folder, about, rank, hashes))
-            if rank.mode != "vectors" and about.get("domain") == domain and any(Path(folder).glob(HEAD)):
+            if rank.mode != "vectors" and about.get("domain", domain) == domain and any(Path(folder).glob(HEAD)):
                 entrants.append(_model(renamed(name, BY_HEAD), folder, about, RankConfig(mode="vectors"), hashes))
             entrants += _blended(name, config.data, folder, about, domain, rank, hashes)
         else:

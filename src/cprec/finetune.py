@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 
-from cprec import distributed
-from cprec.data.dataset import event_files, read_split
-from cprec.errors import ConfigError, Unsuitable
-from cprec.files import aside
-from cprec.item_head import FOLDER, ItemHead, is_made_from
-from cprec.progress import say, track
-from cprec.provenance import code_sha256, file_sha256
+from cprec.data.catalogue import Catalogue
+from cprec.data.dataset import read_split
+from cprec.heads import give_heads
+from cprec.item_head import ARRAYS, FOLDER, ItemHead, load_heads
+from cprec.progress import track
+from cprec.provenance import file_sha256
 from cprec.rank.llm import LLMRecommender
 from cprec.systems.recipes.title_sasrec import TitleSASRec
 from cprec.train import finetune as language_model
@@ -23,41 +21,34 @@ from cprec.train.config import FinetuneConfig
 def finetune(config: FinetuneConfig) -> Path:
     """Fine-tune a model, and train its item head where asked; returns the model folder.
 
-    A finished head of the same events, seed and code is reused, an interrupted one goes on. Where the domain has
-    nothing for a head to learn from, it says so. Raises ConfigError where a head is asked for in several processes, and
-    what training the model raises.
+    The head goes on from that of the base, where pre-training made one. Raises what training the model and `give_heads`
+    raise.
     """
     folder = language_model.finetune(config)
     if config.item_head and not config.dry_run:
-        if distributed.num_ranks() > 1:
-            raise ConfigError(
-                f"{folder} is finished, but its item head is trained by one process: run the same command without "
-                "torchrun, which keeps the model"
-            )
-        try:
-            _train_head(config, folder)
-        except Unsuitable as error:
-            say(f"{folder} has no item head: {error}")
+        base = Path(config.model_name_or_path)
+        start = _head_of(base)
+
+        def train(model: LLMRecommender, unfinished: Path) -> dict[str, ItemHead]:
+            return {config.domain: _trained(config, model, start, unfinished)}
+
+        begun = {"start": file_sha256(base / FOLDER / ARRAYS)} if start is not None else {}
+        give_heads(config, {"domain": config.domain, **begun}, train)
     return folder
 
 
-def _train_head(config: FinetuneConfig, folder: Path) -> None:
-    model = LLMRecommender.from_pretrained(folder, blend=False)
-    made_from = {
-        "domain": config.domain,
-        "data": {name: file_sha256(Path(config.data, name)) for name in event_files(config.data)},
-        **{"seed": config.seed, "code": code_sha256("cprec.item_head")},
-    }
-    if is_made_from(folder, made_from):
-        say(f"{folder / FOLDER}: complete, reused")
-        return
-    split, unfinished = read_split(config.data), aside(folder / FOLDER)
+def _head_of(base: Path) -> ItemHead | None:
+    """The head of a base model that a head of any domain can go on from."""
+    heads = load_heads(base, Catalogue.read(base)) if (base / FOLDER).is_dir() else {}
+    return next((head for head in heads.values() if head.serves_any_domain), None)
 
+
+def _trained(config: FinetuneConfig, model: LLMRecommender, start: ItemHead | None, unfinished: Path) -> ItemHead:
     def read(rows: np.ndarray) -> np.ndarray:
         with track(len(rows), f"{config.domain}: reading titles", unit="titles") as progress:
             return model.title_states(rows, progress.advance)
 
-    head = ItemHead.train(split, config.domain, read, settings=TitleSASRec(), seed=config.seed, folder=unfinished)
-    shutil.rmtree(unfinished)
-    head.save(folder, made_from)
-    say(f"{folder / FOLDER}: written")
+    split, settings = read_split(config.data), TitleSASRec()
+    return ItemHead.train(
+        split, config.domain, read, settings=settings, seed=config.seed, folder=unfinished, start=start
+    )

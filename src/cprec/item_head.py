@@ -1,8 +1,9 @@
-"""An item head: SASRec over what a language model makes of titles, trained beside the model and kept in its folder.
+"""Item heads: SASRec over what a language model makes of titles, trained beside the model and kept in its folder.
 
 An item's vector is what the lower part of the model makes of its title, along the directions in which the titles of
 the domain differ most. `TitleSASRec` reads a history of such vectors and compares it with all of them, so a ranking
-needs no decoding, and an item that came after training has a vector at once.
+needs no decoding, and an item that came after training has a vector at once. In a head of one domain each item also
+has a row of its own; one of several domains knows items by their titles alone, so it serves any domain.
 
 Suffixes: N items of the domain in catalogue order, F numbers of a title's states, K directions, Q queries, D width.
 """
@@ -36,16 +37,15 @@ from cprec.recommender import RankingQuery
 from cprec.schema import TITLE
 from cprec.systems.fit import seconds_to_fit
 from cprec.systems.recipes.sasrec import WEIGHT
-from cprec.systems.recipes.title_sasrec import TitleSASRec, TitleSASRecRecommender
+from cprec.systems.recipes.title_sasrec import ROWS, TitleSASRec, TitleSASRecRecommender
 from cprec.systems.signals import TrainingSequences
 
 FOLDER = "item_head"
 """In a model folder: the files of the head, apart from those that other libraries read."""
-_ARRAYS, _SETTINGS = "head.safetensors", "head.json"
+ARRAYS, _SETTINGS = "head.safetensors", "head.json"
 _MODEL = "cprec.json"
 """What a model says of itself: by its hash a head knows its model."""
-_ROWS = f"{WEIGHT}items.rows"
-"""The weights that belong to items, one row each."""
+_ROWS = f"{WEIGHT}{ROWS}"
 TITLE_TOKENS = 32
 """Tokens of a title, or of each other field, that are read; ranking by titles may read fewer."""
 DEPTH = 0.4
@@ -136,16 +136,21 @@ class Directions:
         scale_K = np.sqrt(np.maximum(strength_F[strongest], 0) + _RIDGE * max(strength_F.max(), 1e-12))
         return cls(mean_F.astype(np.float32), (0.3 * axes_FF[:, strongest] / scale_K).astype(np.float32))
 
+    def around(self, states_NF: np.ndarray) -> Directions:
+        """The same axes, through the mean of other states: what all titles of a domain share is no difference."""
+        return replace(self, mean_F=states_NF.mean(0))
+
     def project(self, states_NF: np.ndarray) -> np.ndarray:
         """Coordinates along the directions: float32[N, K]."""
         projected: np.ndarray = (states_NF - self.mean_F) @ self.axes_FK
         return projected
 
 
-def is_made_from(model: Path, made_from: Mapping[str, Any]) -> bool:
-    """Whether the head of a model folder has learnt from this; False where there is no head."""
+def made_from(model: Path) -> dict[str, Any]:
+    """What the head of a model folder has learnt from; empty where there is no head."""
     path = model / FOLDER / _SETTINGS
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("made_from") == made_from
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["made_from"] if path.is_file() else {}
+    return found
 
 
 def seconds_to_train(split: Split, domain: str, seed: int) -> float:
@@ -157,12 +162,17 @@ def seconds_to_train(split: Split, domain: str, seed: int) -> float:
 
 
 @contextmanager
-def _reading(settings: TitleSASRec, data: TrainingSequences, vectors_NK: np.ndarray) -> Iterator[TitleSASRec]:
-    """The settings with a file of the items' vectors, which is gone afterwards."""
+def _reading(
+    settings: TitleSASRec, data: TrainingSequences, vectors_NK: np.ndarray, start: ItemHead | None = None
+) -> Iterator[TitleSASRec]:
+    """The settings with files of the items' vectors, and of the weights to start from, which are gone afterwards."""
     with TemporaryDirectory() as temporary:
-        path = Path(temporary, "vectors.npz")
-        np.savez(path, item_id=np.array(data.item_ids), vectors=vectors_NK)
-        yield replace(settings, vectors=str(path))
+        vectors, weights = Path(temporary, "vectors.npz"), Path(temporary, "start.safetensors")
+        np.savez(vectors, item_id=np.array(data.item_ids), vectors=vectors_NK)
+        if start is not None:
+            arrays = start.recommender.arrays()
+            save_file({n.removeprefix(WEIGHT): array for n, array in arrays.items() if n.startswith(WEIGHT)}, weights)
+        yield replace(settings, vectors=str(vectors), start="" if start is None else str(weights))
 
 
 @dataclass(frozen=True)
@@ -175,21 +185,42 @@ class ItemHead:
 
     @classmethod
     def train(
-        cls, split: Split, domain: str, read: Read, *, settings: TitleSASRec, seed: int, folder: Path
+        cls,
+        split: Split,
+        domain: str,
+        read: Read,
+        *,
+        settings: TitleSASRec,
+        seed: int,
+        folder: Path,
+        start: ItemHead | None = None,
     ) -> ItemHead:
         """A head that has learnt from the training events of a domain; its best weights are chosen by validation
-        queries. `folder` keeps unfinished training, which goes on when the same is asked again.
+        queries. `folder` keeps unfinished training, which goes on when the same is asked again. With `start`, a head
+        without rows, it has the axes of that one and begins with its weights.
 
         Raises Unsuitable where the domain has nothing to learn from or to validate with.
         """
         data, rows = TrainingSequences.of(split, domain), split.catalogue.rows_of(domain)
         states_NF = read(rows)
-        directions = Directions.of(states_NF)
+        directions = Directions.of(states_NF) if start is None else start.directions.around(states_NF)
         vectors_NK = directions.project(states_NF)
-        with _reading(settings, data, vectors_NK) as with_vectors:
-            made = with_vectors.make(split, domain, seed=seed, folder=folder)
+        with _reading(settings, data, vectors_NK, start) as with_files:
+            made = with_files.make(split, domain, seed=seed, folder=folder)
         assert isinstance(made, TitleSASRecRecommender)
-        return cls(directions, settings.recommender(data, made.model))  # the file of vectors is gone
+        return cls(directions, settings.recommender(data, made.model))  # the files are gone
+
+    @property
+    def serves_any_domain(self) -> bool:
+        """Whether items are their titles alone."""
+        return _ROWS not in self.recommender.arrays()
+
+    def of(self, catalogue: Catalogue, domain: str, read: Read) -> ItemHead:
+        """The same head, of any domain, over the items of one."""
+        states_NF = read(catalogue.rows_of(domain))
+        directions = self.directions.around(states_NF)
+        own = {"domain": np.array(domain), "vectors": directions.project(states_NF)}
+        return ItemHead(directions, TitleSASRecRecommender.from_arrays(self.recommender.arrays() | own, catalogue))
 
     def log_probs(self, queries: Sequence[RankingQuery], in_stock_N: np.ndarray) -> np.ndarray:
         """The logarithm of the share that each item has after each query's history: float64[Q, N].
@@ -215,43 +246,53 @@ class ItemHead:
         same = known >= 0
         for name in fields:
             same &= getattr(was, name)[before][known] == getattr(catalogue, name)[after]
-        vectors_NK, rows_ND = arrays["vectors"][known], arrays[_ROWS]
+        arrays["vectors"] = vectors_NK = arrays["vectors"][known]
         if not same.all():
             vectors_NK[~same] = self.directions.project(read(after[~same]))
-        own_ND = np.where((known >= 0)[:, None], rows_ND[known], 0)
-        rows_ND = np.concatenate([own_ND, rows_ND[len(before) :]]).astype(np.float32)
-        arrays |= {"vectors": vectors_NK, _ROWS: rows_ND}
+        if (rows_ND := arrays.get(_ROWS)) is not None:
+            own_ND = np.where((known >= 0)[:, None], rows_ND[known], 0)
+            arrays[_ROWS] = np.concatenate([own_ND, rows_ND[len(before) :]]).astype(np.float32)
         return ItemHead(self.directions, TitleSASRecRecommender.from_arrays(arrays, catalogue))
 
-    def save(self, model: Path, made_from: Mapping[str, Any]) -> None:
-        """Write the head into a model folder, in place of any that is there; `made_from` says what it has learnt from
-        beside the model."""
-        arrays = self.recommender.arrays() | {"mean": self.directions.mean_F, "axes": self.directions.axes_FK}
-        domain, settings = str(arrays.pop("domain")), json.loads(str(arrays.pop("settings")))
-        about = {"domain": domain, "settings": settings, "made_from": made_from}
-        about |= {"model": file_sha256(model / _MODEL)}
-        with whole_folder(model / FOLDER) as folder:
-            save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, folder / _ARRAYS)
-            (folder / _SETTINGS).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
-    @classmethod
-    def load(cls, model: Path, catalogue: Catalogue) -> ItemHead | None:
-        """The head of a model folder, over the model's own items; None where it has none.
+def save_heads(model: Path, heads: Mapping[str, ItemHead], made_from: Mapping[str, Any]) -> None:
+    """Write the heads into a model folder, in place of any that are there: one, by its domain, or those of all domains
+    of the catalogue, in its order, which differ in their items and their means alone. `made_from` says what they have
+    learnt from beside the model."""
+    head, *_ = heads.values()
+    arrays = head.recommender.arrays() | {"axes": head.directions.axes_FK}
+    arrays["mean"] = np.stack([one.directions.mean_F for one in heads.values()])
+    arrays["vectors"] = np.concatenate([one.recommender.arrays()["vectors"] for one in heads.values()])
+    domain, settings = str(arrays.pop("domain")), json.loads(str(arrays.pop("settings")))
+    about = {"domain": domain if len(heads) == 1 else None, "settings": settings, "made_from": made_from}
+    about |= {"model": file_sha256(model / _MODEL)}
+    with whole_folder(model / FOLDER) as folder:
+        save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, folder / ARRAYS)
+        (folder / _SETTINGS).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
-        Raises DataError where the head's files are damaged or incomplete.
-        """
-        folder = model / FOLDER
-        if not folder.is_dir():
-            return None
-        try:
-            about = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
-            arrays = load_file(folder / _ARRAYS)
-            if about["model"] != file_sha256(model / _MODEL):
-                raise ValueError("it belongs to another model than the folder holds now")
-            directions = Directions(arrays.pop("mean"), arrays.pop("axes"))
-            texts = {"domain": np.array(about["domain"]), "settings": np.array(json.dumps(about["settings"]))}
-            return cls(directions, TitleSASRecRecommender.from_arrays(arrays | texts, catalogue))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise DataError(
-                f"{folder} cannot be used ({error}): delete it and fine-tune again with item_head=true"
-            ) from None
+
+def load_heads(model: Path, catalogue: Catalogue) -> dict[str, ItemHead]:
+    """The heads of a model folder by domain, over the model's own items; empty where it has none.
+
+    Raises DataError where their files are damaged, incomplete, or of another model.
+    """
+    folder = model / FOLDER
+    if not folder.is_dir():
+        return {}
+    try:
+        about = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+        arrays = load_file(folder / ARRAYS)
+        if about["model"] != file_sha256(model / _MODEL):
+            raise ValueError("it belongs to another model than the folder holds now")
+        means_DF, axes_FK = np.atleast_2d(arrays.pop("mean")), arrays.pop("axes")
+        arrays["settings"] = np.array(json.dumps(about["settings"]))
+        domains = catalogue.domains if about["domain"] is None else (about["domain"],)
+        stops = np.cumsum([len(catalogue.rows_of(domain)) for domain in domains])
+        heads = {}
+        for domain, mean_F, vectors_NK in zip(domains, means_DF, np.split(arrays["vectors"], stops[:-1]), strict=True):
+            own = arrays | {"domain": np.array(domain), "vectors": vectors_NK}
+            recommender = TitleSASRecRecommender.from_arrays(own, catalogue)
+            heads[domain] = ItemHead(Directions(mean_F, axes_FK), recommender)
+        return heads
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise DataError(f"{folder} cannot be used ({error}): delete it and train again with item_head=true") from None

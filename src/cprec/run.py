@@ -65,10 +65,10 @@ def run(recipe: Recipe) -> Report:
     Raises InputChanged where a folder that is there was made from other input, and names those that were made from it.
     """
     from cprec.budget import within_hours
+    from cprec.pretrain import pretrain
     from cprec.rank.blend import check_parts
     from cprec.shrink import shrink
     from cprec.text.prepare import prepare
-    from cprec.train.pretrain import pretrain
 
     lineup.names_of(recipe.evaluate.baselines)  # what the last stage would refuse is refused before the first
     check_tuned(recipe.evaluate)

@@ -288,7 +288,7 @@ VERBS: tuple[Verb, ...] = (
             learning rate. Writes a Hugging Face model folder. Interrupted, the same command resumes from the last
             checkpoint.""",
         example="cprec pretrain my_recipe.yaml learning_rate=3e-4",
-        function="cprec.train.pretrain:pretrain",
+        function="cprec.pretrain:pretrain",
         stage="pretrain",
     ),
     Verb(

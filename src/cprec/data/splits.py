@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -148,6 +148,36 @@ class Split:
         if self.spec.method != LEAVE_ONE_OUT:
             ids = [f"{name}/{number}" for name, number in zip(ids, serial.tolist(), strict=True)]
         return np.array(ids, dtype=object)
+
+
+def as_one_domain(split: Split, name: str, domains: Sequence[str], is_kept: np.ndarray) -> Split:
+    """Some domains as one, `name`: the items of all of them, in the order of the catalogue, and the events of theirs
+    that are under a mask, each as the part that it was. A user is what a user did in one of the domains.
+    """
+    catalogue, log, num_domains = split.catalogue, split.interactions, len(split.catalogue.domains)
+    rows = np.concatenate([catalogue.rows_of(domain) for domain in sorted(domains)])
+    place = np.full(len(catalogue), -1)
+    place[rows] = np.arange(len(rows))
+    event = np.flatnonzero(is_kept & (place[log.item] >= 0))
+    pair = log.user[event] * num_domains + catalogue.domain[log.item[event]]
+    order = stable_order(pair)
+    event, (pairs, user) = event[order], np.unique(pair[order], return_inverse=True)
+    of_user, of_domain = np.divmod(pairs, num_domains)
+    names = [f"{log.user_id[u]}/{catalogue.domains[d]}" for u, d in zip(of_user, of_domain, strict=True)]
+    # Ids that rise with the rows, as those of a domain do.
+    ids = [f"{catalogue.domain[row]:05}/{catalogue.item_id[row]}" for row in rows]
+    texts = (column[rows] for column in (catalogue.title, catalogue.brand, catalogue.categories))
+    return Split(
+        Catalogue((name,), np.zeros(len(rows), dtype=np.int16), np.array(ids, dtype=object), *texts),
+        Interactions(
+            log.platforms,
+            *(log.user_platform[of_user], np.array(names, dtype=object), user, place[log.item[event]]),
+            *(log.time[event], log.rating[event]),
+        ),
+        split.part[event],
+        split.spec,
+        {name: DomainInfo(name, "", has_times=False)},
+    )
 
 
 def comparable_domains(catalogue: Catalogue, domains: Mapping[str, DomainInfo]) -> np.ndarray:

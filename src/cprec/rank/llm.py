@@ -14,7 +14,7 @@ import torch
 
 from cprec.data.catalogue import Catalogue
 from cprec.errors import ConfigError, ModelError
-from cprec.item_head import TITLE_TOKENS, ItemHead, title_states
+from cprec.item_head import TITLE_TOKENS, ItemHead, load_heads, title_states
 from cprec.rank.blend_file import BLEND
 from cprec.rank.config import Mode, Normaliser, RankConfig, Score
 from cprec.rank.generation import generate
@@ -101,12 +101,12 @@ class LLMRecommender(Recommending):
         batch_size: int = 64,
         cache_bytes: int = 0,
         bf16: bool = False,
-        item_head: ItemHead | None = None,
+        item_heads: Mapping[str, ItemHead] | None = None,
     ) -> None:
         """`model` is a causal language model of transformers, or a `Reader`, which has its own cache and precision.
         Prompts start with the tokens `begin`, as the model was trained (`cprec.json` has them). `normaliser` auto is
         `trained_over`. `seconds` limits how long a batch of `batch_size` queries searches for more than a beam has
-        found. `item_head` is over the items of `domain`, in the order of the catalogue."""
+        found. `item_heads` are by domain, over its items in the order of the catalogue."""
         self.ranking = RankConfig(
             mode=mode, beam_width=beam_width, max_nodes=max_nodes, score=score, normaliser=normaliser
         )
@@ -128,7 +128,7 @@ class LLMRecommender(Recommending):
             begin=begin,
         )
         self.prompts = Prompts(encoder, history, max_history, self.reader.context)
-        self._item_head = item_head
+        self._item_heads: Mapping[str, ItemHead] = item_heads or {}
         self._tries: dict[str, Trie] = {}
         self.withdrawn: Mapping[str, frozenset[str]] = {}
         self.blend = None
@@ -155,10 +155,10 @@ class LLMRecommender(Recommending):
         model = open_model(folder, engine, engine_options or {}, bf16=settings["bf16"])
         made = cls(model, load_tokenizer(str(folder)), Catalogue.read(folder), **settings)
         made.source = str(folder)
-        if made.domain is not None and engine == "transformers":
-            made._item_head = ItemHead.load(folder, made.catalogue)
+        if engine == "transformers":
+            made._item_heads = load_heads(folder, made.catalogue)
         if made.ranking.mode == "vectors":
-            made._require_head(made.domain, "mode=vectors")
+            made._require_head(made.domain or made.catalogue.domains[0], "mode=vectors")
         if blend and (folder / BLEND).exists():
             found = open_blend(folder, made.catalogue, made.ranking)
             if found.item_head:
@@ -206,21 +206,19 @@ class LLMRecommender(Recommending):
         Raises ConfigError where the model has no head for the domain.
         """
         self._require_head(domain, "the score")
-        assert self._item_head is not None
-        return self._item_head.log_probs(queries, self._in_stock(domain))
+        return self._item_heads[domain].log_probs(queries, self._in_stock(domain))
 
     def has_item_head(self, domain: str) -> bool:
         """Whether the model has an item head for the domain."""
-        return self._item_head is not None and domain == self._item_head.recommender.domain
+        return domain in self._item_heads
 
-    def _require_head(self, domain: str | None, what: str) -> None:
+    def _require_head(self, domain: str, what: str) -> None:
         """Raise ConfigError where the model has no head for the domain, which is needed for `what`."""
-        if domain is None or not self.has_item_head(domain):
-            has = "none"
-            if self._item_head is not None:
-                has = f"one for domain {self._item_head.recommender.domain!r} only"
+        if not self.has_item_head(domain):
+            names = ", ".join(map(repr, self._item_heads))
+            has = f"one for {names} only" if names else "none"
             raise ConfigError(
-                f"{what} needs an item head for domain {domain!r}, and {self.source} has {has}: fine-tune with "
+                f"{what} needs an item head for domain {domain!r}, and {self.source} has {has}: train it with "
                 "item_head=true and take the engine transformers, or choose another mode"
             )
 
@@ -325,8 +323,8 @@ class LLMRecommender(Recommending):
         out.blend = None if self.blend is None else self.blend.with_catalogue(catalogue)
         was = self.prompts.encoder
         out.prompts = replace(self.prompts, encoder=was.with_catalogue(self._tokenizer, catalogue))
-        if self._item_head is not None:
-            out._item_head = self._item_head.over(catalogue, out.title_states, self.item_fields)
+        heads = self._item_heads.items()
+        out._item_heads = {domain: head.over(catalogue, out.title_states, self.item_fields) for domain, head in heads}
         out._tries = {}
         for domain, trie in self._tries.items():
             before, after = self.catalogue.rows_of(domain), catalogue.rows_of(domain)
@@ -347,11 +345,12 @@ class LLMRecommender(Recommending):
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """The domains that it recommends from: all of the catalogue or, with a blend or by an item head, its one."""
+        """The domains that it recommends from: all of the catalogue, or the one of a blend, or those that have an item
+        head where it ranks by that."""
         if self.blend is not None:
             return (self.blend.domain,)
-        if self.ranking.mode == "vectors" and self._item_head is not None:
-            return (self._item_head.recommender.domain,)
+        if self.ranking.mode == "vectors" and self._item_heads:
+            return tuple(self._item_heads)
         return self.catalogue.domains
 
     @property

@@ -126,6 +126,10 @@ class TrainingConfig:
     installed."""
     run_name: str = ""
     """What they are filed under there; empty: the name of output_dir."""
+    item_head: bool = False
+    """After the model also an item head: a small network that reads what the model makes of titles and ranks all items
+    in one pass (mode=vectors); a blend has it as a part. That of pre-training is of all domains, those too that it has
+    not seen, and fine-tuning goes on from it. Takes minutes."""
     general_text: str = "auto"
     """A text whose perplexity is measured with the held-out sets, to see what training makes a model forget: a file
     (.txt, or .jsonl or Parquet with a column `text`), none, or auto: one of our own, but none for `tiny`, which knows
@@ -244,9 +248,6 @@ class FinetuneConfig(TrainingConfig):
     document, with the loss on all tokens."""
     max_documents: int = 0
     """Few-shot: examples (or documents of users) that are read at most, a sample by the seed; 0 reads all."""
-    item_head: bool = False
-    """After the model also an item head: a small network that reads what the model makes of titles and ranks all items
-    in one pass (mode=vectors); a blend has it as a part. Takes minutes."""
     softmax: Literal["vocabulary", "catalogue", "both"] = "vocabulary"
     """What the probabilities of a title's next token sum to one over in the loss: the vocabulary; the tokens with which
     titles of the catalogue go on there, which teaches nothing where there is one; or a sum of both losses. Rankings use

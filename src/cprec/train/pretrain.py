@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from cprec import distributed
 from cprec.data.ragged import Ragged
-from cprec.schema import SPECIFIC
+from cprec.data.splits import Split
+from cprec.errors import LeakageError
+from cprec.schema import SPECIFIC, TRAIN
 from cprec.text.config import Mixture
 from cprec.text.corpus import Corpus, Group, behaviour_groups
 from cprec.text.encoding import TemplateMarks
@@ -115,7 +118,46 @@ def _examples(data: Path, groups: list[Group]) -> list[Group]:
 def _users(folder: Path) -> Any:
     """(platform, user) of each document of a shard folder as one text."""
     index = open_shards(folder, verify=False, columns=("platform", "user_id")).documents
-    return pc.binary_join_element_wise(index["platform"], index["user_id"], "\x00")
+    return _joined(index["platform"], index["user_id"])
+
+
+def _joined(platform: Any, user_id: Any) -> Any:
+    return pc.binary_join_element_wise(platform, user_id, "\x00")
+
+
+def events_of_shards(split: Split, shards: Shards) -> np.ndarray:
+    """The events that pre-training may know of: those of the users and domains of which the shards have documents, so
+    that users who are kept out of the shards stay out: bool[num_events].
+
+    Raises LeakageError where a user has other training events in a domain than the documents hold.
+    """
+    log, catalogue = split.interactions, split.catalogue
+    index = shards.documents.filter(pc.equal(shards.documents["kind"], SPECIFIC))
+    platforms = np.array(log.platforms, dtype=object)[log.user_platform]
+    users = _joined(pa.array(platforms, pa.string()), pa.array(log.user_id, pa.string()))
+    user, domain = (
+        pc.fill_null(pc.index_in(named, known), -1).to_numpy().astype(np.int64)
+        for named, known in (
+            (_joined(index["platform"], index["user_id"]), users),
+            (index["domain"], pa.array(catalogue.domains, pa.string())),
+        )
+    )
+    # Users and domains as one number each: of the documents, and of the events.
+    pair_D, pair_E = (
+        u * len(catalogue.domains) + d for u, d in ((user, domain), (log.user, catalogue.domain[log.item]))
+    )
+    pairs, number_D = np.unique(pair_D, return_inverse=True)
+    told = np.bincount(number_D, weights=index["num_events"].to_numpy(), minlength=len(pairs))
+    is_known = np.isin(pair_E, pairs)
+    held = np.bincount(np.searchsorted(pairs, pair_E[is_known & split.events(TRAIN)]), minlength=len(pairs))
+    if len(wrong := np.flatnonzero(held != told)):
+        number, of_domain = divmod(int(pairs[wrong[0]]), len(catalogue.domains))
+        raise LeakageError(
+            f"{len(wrong):,} users have other training events in a domain than the documents to pre-train on hold, as "
+            f"{log.user_id[number]!r} in {catalogue.domains[of_domain]!r}, with {held[wrong[0]]} events for "
+            f"{told[wrong[0]]:.0f}: the tables or the shards were changed; run `cprec prepare` again"
+        )
+    return is_known
 
 
 def pretrain_plan(config: PretrainConfig, groups: list[Group]) -> Plan:

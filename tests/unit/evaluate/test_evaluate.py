@@ -520,7 +520,7 @@ def rows(config: EvaluateConfig, folder: Path) -> list[str]:
 
 
 def test_an_item_head_has_a_row_of_its_own(config: EvaluateConfig, tmp_path: Path) -> None:
-    """For its own domain, and where the model itself does not rank by it."""
+    """For its own domain (that of pre-training is of all), and where the model itself does not rank by it."""
     about = {"trained_on": ["1"], "domain": "books", "num_parameters": 1, "tokens": 1, "seconds": 1.0}
     (tmp_path / "cprec.json").write_text(json.dumps(about))
     (tmp_path / "item_head").mkdir()
@@ -530,6 +530,8 @@ def test_an_item_head_has_a_row_of_its_own(config: EvaluateConfig, tmp_path: Pat
     assert rows(replace(config, rank=RankConfig(mode="vectors")), tmp_path) == ["model"]
     (tmp_path / "cprec.json").write_text(json.dumps(about | {"domain": "games"}))
     assert rows(config, tmp_path) == ["model"]
+    (tmp_path / "cprec.json").write_text(json.dumps({name: about[name] for name in about if name != "domain"}))
+    assert rows(config, tmp_path) == ["model", "model item head"]
 
 
 def test_damaged_files_are_named_or_made_anew(

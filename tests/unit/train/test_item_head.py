@@ -17,7 +17,7 @@ from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import ConfigError, DataError
-from cprec.item_head import Directions, ItemHead, is_made_from, seconds_to_train, title_states
+from cprec.item_head import Directions, ItemHead, load_heads, made_from, save_heads, seconds_to_train, title_states
 from cprec.models import tiny_model
 from cprec.rank.blend import Blend, write_blend
 from cprec.rank.blend_file import Setting
@@ -141,13 +141,13 @@ def test_items_come_and_go(head: ItemHead, model: Any, tokenizer: Any) -> None:
 
 def test_a_saved_head_is_the_same(head: ItemHead, catalogue: Catalogue, tmp_path: Path) -> None:
     (tmp_path / "cprec.json").write_text("{}")
-    head.save(tmp_path, {"seed": 0})
+    save_heads(tmp_path, {"games": head}, {"seed": 0})
     every, query = np.ones(4, dtype=bool), games("a", "b")
-    again = ItemHead.load(tmp_path, catalogue)
-    assert again is not None and np.array_equal(again.log_probs([query], every), head.log_probs([query], every))
-    assert ItemHead.load(tmp_path / "elsewhere", catalogue) is None
-    assert is_made_from(tmp_path, {"seed": 0}) and not is_made_from(tmp_path, {"seed": 1})
-    assert not is_made_from(tmp_path / "elsewhere", {"seed": 0})
+    again = load_heads(tmp_path, catalogue)
+    assert list(again) == ["games"] and not again["games"].serves_any_domain
+    assert np.array_equal(again["games"].log_probs([query], every), head.log_probs([query], every))
+    assert made_from(tmp_path) == {"seed": 0}
+    assert not load_heads(tmp_path / "elsewhere", catalogue) and not made_from(tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize(
@@ -162,14 +162,14 @@ def test_a_head_that_was_altered_is_refused(
     head: ItemHead, catalogue: Catalogue, tmp_path: Path, change: Callable[[Path], Any], what: str
 ) -> None:
     (tmp_path / "cprec.json").write_text("{}")
-    head.save(tmp_path, {"seed": 0})
+    save_heads(tmp_path, {"games": head}, {"seed": 0})
     change(tmp_path)
     with pytest.raises(DataError, match=what):
-        ItemHead.load(tmp_path, catalogue)
+        load_heads(tmp_path, catalogue)
 
 
 def test_what_has_no_head_is_refused(model: Any, tokenizer: Any, catalogue: Catalogue) -> None:
-    with pytest.raises(ConfigError, match=r"has none: fine-tune with item_head=true"):
+    with pytest.raises(ConfigError, match=r"has none: train it with item_head=true"):
         LLMRecommender(model, tokenizer, catalogue, domain="games").rank([games()], 1, "vectors")
 
 
@@ -196,7 +196,7 @@ def opened(head: ItemHead, model: Any, tokenizer: Any, catalogue: Catalogue) -> 
     """The model with its head; given weights, blended."""
 
     def opened(weight: float | None = None, item_head: float = 0.0, **options: Any) -> LLMRecommender:
-        made = LLMRecommender(model, tokenizer, catalogue, domain="games", item_head=head, **options)
+        made = LLMRecommender(model, tokenizer, catalogue, domain="games", item_heads={"games": head}, **options)
         made.blend = None if weight is None else Margins(catalogue, weight, item_head)
         return made
 
@@ -271,7 +271,7 @@ def test_a_blend_that_is_read_gives_the_lists_that_it_was_written_for(
 ) -> None:
     """For reading titles and for `vectors`, each by its own numbers; without the head it is refused."""
     write_model(tmp_path, model, tokenizer, catalogue, domain="games")
-    head.save(tmp_path, {"seed": 0})
+    save_heads(tmp_path, {"games": head}, {"seed": 0})
     settings = {
         "blend": Setting(0.7, {}, 0.5, item_head=1.5),
         "vectors": Setting(0.0, {}, 0.4, item_head=0.8),

@@ -9,17 +9,24 @@ are TF-IDF of titles reduced by SVD unless a file of vectors is given; the item 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from safetensors.torch import load_file
 from torch import nn
 
 from cprec.data.ragged import Ragged
+from cprec.errors import ConfigError
+from cprec.provenance import file_sha256
 from cprec.systems.dot_product import DotProductModel, SequenceModel
 from cprec.systems.fit import TextSettings
 from cprec.systems.items import FrozenTable
 from cprec.systems.recipes.sasrec import INITIAL, CausalRecommender, CausalSettings
 from cprec.systems.signals import TrainingSequences
+
+ROWS = "items.rows"
+"""The weights that belong to items, one row each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,18 +41,34 @@ class TitleSASRec(TextSettings, CausalSettings):
     num_epochs: float = 4
     min_steps: int = 300
     text_size: int = 384
+    own_rows: bool = True
+    """Each item has a row of its own; without, an item is its text alone, and the same network serves other items."""
+    start: str = ""
+    """A .safetensors file of the weights to start from, those of a network without rows; empty: random ones."""
+
+    def identity(self) -> dict[str, Any]:
+        """See `SystemSettings.identity`: the content of a file counts, not its place."""
+        return super().identity() | ({"start": file_sha256(self.start)} if self.start else {})
 
     def model(self, frozen_VF: np.ndarray) -> SequenceModel:
+        """See `CausalSettings.model`. Raises ConfigError where the weights to start from are of another network."""
         size = self.hidden_size
         adapter = nn.Sequential(nn.Linear(frozen_VF.shape[1], size), nn.GELU(), nn.Linear(size, size))
         encoder = self.encoder()
         nn.init.normal_(encoder.position.weight, std=INITIAL)
-        return SequenceModel(FrozenTable(frozen_VF, adapter, rows=size), encoder)
+        model = SequenceModel(FrozenTable(frozen_VF, adapter, rows=size if self.own_rows else None), encoder)
+        if self.start:
+            untrained = {ROWS: model.state_dict()[ROWS]} if self.own_rows else {}
+            try:
+                model.load_state_dict(load_file(self.start) | untrained)
+            except RuntimeError as error:
+                raise ConfigError(f"start={self.start} holds weights of another network: {error}") from None
+        return model
 
     def recommender(
         self, data: TrainingSequences, model: DotProductModel, history: Callable[[Ragged], np.ndarray] | None = None
     ) -> TitleSASRecRecommender:
-        return TitleSASRecRecommender(self, data, model)
+        return TitleSASRecRecommender(replace(self, start=""), data, model)
 
 
 class TitleSASRecRecommender(CausalRecommender):
