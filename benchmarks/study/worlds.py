@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from cprec.data.config import SyntheticConfig, TableSource
 from cprec.evaluate.config import EvaluateConfig
 from cprec.rank.config import RankConfig
 from cprec.recipe import Recipe
+from cprec.recipes.amazon_small import source as table_of
 from cprec.text.config import Mixture, PrepareConfig
 from cprec.train.config import FinetuneConfig, PretrainConfig, TinyModel
 
@@ -197,11 +199,5 @@ def small(output_dir: str) -> World:
 def source(folder: Path, domain: str, name: str) -> TableSource:
     """A domain's folder, ties in the order that the source has; the platform is the first word of the folder's name."""
     platform = name.partition("_")[0].rstrip("0123456789")
-    return TableSource(
-        domain=domain,
-        platform=platform,
-        interactions=str(folder / "interactions.parquet"),
-        items=str(folder / "items.parquet"),
-        columns={"order": "position"},
-        timestamps="order" if domain in ORDER_ONLY else "seconds",
-    )
+    timestamps: Literal["order", "seconds"] = "order" if domain in ORDER_ONLY else "seconds"
+    return replace(table_of(folder, domain, platform), timestamps=timestamps)
