@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -180,20 +180,35 @@ class Entries:
     of_parts_N: np.ndarray
     """bool[N]: the item is among the best of a part, not of the model alone."""
     num_queries: int
+    _log_share: dict[tuple[str, float], np.ndarray] = field(default_factory=dict, init=False)
+    """Logarithms that were needed, by part and floor."""
 
     def without_model(self) -> Entries:
         """The entries that there are whatever the model says."""
-        kept = self.of_parts_N
-        columns = {name: value[kept] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        return replace(self, **columns, share_N={name: share_N[kept] for name, share_N in self.share_N.items()})
+        return self._only(self.of_parts_N)
+
+    def that_can_score(self) -> Entries:
+        """The entries of queries whose target competes: a list of another query has an NDCG of 0 by any weights."""
+        has_target_Q = np.zeros(self.num_queries, dtype=bool)
+        has_target_Q[self.query_N[self.is_target_N]] = True
+        return self._only(has_target_Q[self.query_N])
+
+    def _only(self, kept_N: np.ndarray) -> Entries:
+        columns = {name: value[kept_N] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return replace(self, **columns, share_N={name: share_N[kept_N] for name, share_N in self.share_N.items()})
 
     def ndcg(self, setting: Setting) -> float:
         """Mean NDCG@10 of the lists by a blend; ties count with their expected value."""
         score_N = setting.model * self.log_prob_N + setting.item_head * self.item_head_N
         for name, (weight, floor) in setting.parts.items():
             if weight:
-                score_N = score_N + weight * np.log(np.maximum(self.share_N[name], floor))
+                score_N = score_N + weight * self._log(name, floor)
         return float(ndcg(*count(self.query_N, score_N, self.is_target_N, self.num_queries), K).mean())
+
+    def _log(self, part: str, floor: float) -> np.ndarray:
+        if (part, floor) not in self._log_share:
+            self._log_share[part, floor] = np.log(np.maximum(self.share_N[part], floor))
+        return self._log_share[part, floor]
 
 
 def entries_of(
@@ -346,6 +361,7 @@ def best_setting(
     The starts weigh all alike, and each one alone; others are settings that are `known` to be good. Of equal values the
     first found is kept.
     """
+    entries = entries.that_can_score()
     names = list(entries.share_N)
     weights = [model_weights, head_weights, *([WEIGHTS] * len(names))]
     grids = [*weights, *([FLOORS] * len(names))]

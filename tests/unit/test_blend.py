@@ -178,6 +178,20 @@ def test_weights_that_are_all_zero_are_never_chosen() -> None:
     assert best_setting(nothing, (0.0,), (0.0,)).parts["part"][0] > 0
 
 
+def test_queries_whose_target_does_not_compete_count_as_misses() -> None:
+    """The first and the last of three; the target of the second is first by the part, second by the head."""
+    query, zeros = np.array([0, 0, 1, 1, 2]), np.zeros(5)
+    is_target, head, of_parts = query == 5, np.array([1.0, 0, 0, 1, 0]), query >= 0
+    is_target[2] = True
+    entries = Entries(query, is_target, zeros, head, {"part": 0.5 + is_target}, of_parts, 3)
+    for setting, expected in (
+        (Setting(0.0, {"part": (1.0, 0.1)}, 0.0), 1 / 3),
+        (Setting(0.0, {"part": (0.0, 0.1)}, 0.0, item_head=1.0), 1 / np.log2(3) / 3),
+    ):
+        assert entries.ndcg(setting) == entries.that_can_score().ndcg(setting) == pytest.approx(expected)
+    assert entries.that_can_score().query_N.tolist() == [1, 1]
+
+
 # ---- the blend -------------------------------------------------------------------------------------------------------
 
 
