@@ -33,7 +33,8 @@ def finetune(config: FinetuneConfig) -> Path:
             return {config.domain: _trained(config, model, start, unfinished)}
 
         begun = {"start": file_sha256(base / FOLDER / ARRAYS)} if start is not None else {}
-        give_heads(config, {"domain": config.domain, **begun}, train)
+        networks = config.head_networks
+        give_heads(config, {"domain": config.domain, "networks": networks, **begun}, train)
     return folder
 
 
@@ -48,7 +49,7 @@ def _trained(config: FinetuneConfig, model: LLMRecommender, start: ItemHead | No
         with track(len(rows), f"{config.domain}: reading titles", unit="titles") as progress:
             return model.title_states(rows, progress.advance)
 
-    split, settings = read_split(config.data), TitleSASRec()
+    split, settings = read_split(config.data), TitleSASRec(num_networks=config.head_networks)
     return ItemHead.train(
         split, config.domain, read, settings=settings, seed=config.seed, folder=unfinished, start=start
     )

@@ -45,7 +45,6 @@ FOLDER = "item_head"
 ARRAYS, _SETTINGS = "head.safetensors", "head.json"
 _MODEL = "cprec.json"
 """What a model says of itself: by its hash a head knows its model."""
-_ROWS = f"{WEIGHT}{ROWS}"
 TITLE_TOKENS = 32
 """Tokens of a title, or of each other field, that are read; ranking by titles may read fewer."""
 DEPTH = 0.4
@@ -146,6 +145,11 @@ class Directions:
         return projected
 
 
+def _is_of_items(name: str) -> bool:
+    """Whether an array of a head, by its name, has a row for each item beside its title's vector."""
+    return name.endswith(ROWS)
+
+
 def made_from(model: Path) -> dict[str, Any]:
     """What the head of a model folder has learnt from; empty where there is no head."""
     path = model / FOLDER / _SETTINGS
@@ -154,7 +158,7 @@ def made_from(model: Path) -> dict[str, Any]:
 
 
 def seconds_to_train(split: Split, domain: str, seed: int) -> float:
-    """About how long a head of a domain takes to train, its reading of titles left out; see `seconds_to_fit`."""
+    """About how long a head of one network takes to train, its reading of titles left out; see `seconds_to_fit`."""
     data = TrainingSequences.of(split, domain)
     nothing_NK = np.zeros((data.num_items, min(DIRECTIONS, data.num_items)), dtype=np.float32)
     with _reading(TitleSASRec(), data, nothing_NK) as settings:
@@ -213,7 +217,7 @@ class ItemHead:
     @property
     def serves_any_domain(self) -> bool:
         """Whether items are their titles alone."""
-        return _ROWS not in self.recommender.arrays()
+        return not any(map(_is_of_items, self.recommender.arrays()))
 
     def of(self, catalogue: Catalogue, domain: str, read: Read) -> ItemHead:
         """The same head, of any domain, over the items of one."""
@@ -249,9 +253,10 @@ class ItemHead:
         arrays["vectors"] = vectors_NK = arrays["vectors"][known]
         if not same.all():
             vectors_NK[~same] = self.directions.project(read(after[~same]))
-        if (rows_ND := arrays.get(_ROWS)) is not None:
+        for name in filter(_is_of_items, arrays):
+            rows_ND = arrays[name]
             own_ND = np.where((known >= 0)[:, None], rows_ND[known], 0)
-            arrays[_ROWS] = np.concatenate([own_ND, rows_ND[len(before) :]]).astype(np.float32)
+            arrays[name] = np.concatenate([own_ND, rows_ND[len(before) :]]).astype(np.float32)
         return ItemHead(self.directions, TitleSASRecRecommender.from_arrays(arrays, catalogue))
 
 

@@ -19,7 +19,7 @@ from cprec.files import write_whole
 from cprec.fit.answer import answer, compare_saved, served
 from cprec.fit.config import FitConfig
 from cprec.fit.look import look_at
-from cprec.fit.sizes import REACHED, TRAINING, choose, sizes_for
+from cprec.fit.sizes import REACHED, TRAINING, choose, head_networks_for, sizes_for
 from cprec.item_head import TITLE_TOKENS, seconds_to_train
 from cprec.machine import num_cores
 from cprec.progress import say
@@ -148,7 +148,9 @@ def _training(config: FitConfig, left: Callable[[], float]) -> FinetuneConfig:
         general_text="none",
         seed=config.seed,
     )
-    tokens, titles, head_seconds = _amounts(plan)
+    tokens, titles, network_seconds = _amounts(plan)
+    plan = replace(plan, head_networks=head_networks_for(network_seconds, left()))
+    head_seconds = plan.head_networks * network_seconds
     sizes = sizes_for(tokens) if is_tiny else [plan.tiny]
     told = [timed(replace(plan, tiny=size)) for size in sizes]
     if not is_tiny and told[0].memory_bytes > told[0].free_memory:
@@ -161,14 +163,14 @@ def _training(config: FitConfig, left: Callable[[], float]) -> FinetuneConfig:
     say(
         f"{left() / 60:.1f} minutes are left on {num_cores()} cores. Chosen: {size if is_tiny else config.base}, "
         f"{passes}: at {choice.tokens_per_second:,.0f} tokens a second about {choice.seconds / 60:.1f} minutes; then "
-        f"an item head, about {head_seconds / 60:.1f}"
+        f"an item head of {plan.head_networks} network{'s' * (plan.head_networks > 1)}, about {head_seconds / 60:.1f}"
     )
     lora_rank = plan.lora_rank if choice.passes else 0
     return replace(plan, tiny=choice.size, num_train_epochs=choice.passes, lora_rank=lora_rank)
 
 
 def _amounts(plan: FinetuneConfig) -> tuple[int, int, float]:
-    """Tokens of a pass, tokens of the titles that an item head reads, and the seconds that it trains."""
+    """Tokens of a pass and of the titles that an item head reads, and the seconds that each of its networks trains."""
     manifest = read_shard_manifest(Path(plan.data, "examples", plan.domain, "train"))
     split, tokenizer = read_split(plan.data), load_tokenizer(f"{plan.data}/tokenizer")
     titles = [str(title) for title in split.catalogue.title[split.catalogue.rows_of(plan.domain)]]

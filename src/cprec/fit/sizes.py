@@ -24,6 +24,8 @@ FEWEST_PASSES = 0.2
 """Passes below which a model has learnt too little to be judged."""
 REACHED = 0.8
 """Share of the rate of a timed pass that training reaches, for there is the optimizer, too, and what else runs."""
+HEAD_NETWORKS, OF_HEAD = 3, 0.2
+"""Networks of an item head where they take at most this share of the time that is left; otherwise it has one."""
 TRAINING = 0.7
 """Share of the time left, less that of the item head, that training the model and reading titles may take; the rest is
 for the blend, simple recommenders, statistics and delays."""
@@ -45,6 +47,11 @@ class Choice:
 def sizes_for(tokens: int) -> list[TinyModel]:
     """The sizes that a pass of so many tokens can teach, the smallest first."""
     return [size for size, least in SIZES if tokens >= least]
+
+
+def head_networks_for(seconds_of_one: float, seconds_left: float) -> int:
+    """Networks of an item head, of which one takes `seconds_of_one` to train."""
+    return HEAD_NETWORKS if HEAD_NETWORKS * seconds_of_one <= OF_HEAD * seconds_left else 1
 
 
 def choose(

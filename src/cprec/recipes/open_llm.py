@@ -49,8 +49,9 @@ def open_llm(
             model_name_or_path=model,
             num_train_epochs=0,
             item_head=True,
+            head_networks=3,
         ),
-        blend=BlendConfig(log_p=False, max_queries=2000),
+        blend=BlendConfig(log_p=False, max_queries=8000),
         evaluate=EvaluateConfig(
             data=prepared,
             output_dir=output_dir,

@@ -7,8 +7,8 @@ B items of a block.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -102,6 +102,48 @@ class SequenceModel(DotProductModel):
 
     def _lengths(self, items_RT: torch.Tensor) -> torch.Tensor:
         return (items_RT != self.items.num_items).sum(1)
+
+
+class MeanOfNetworks(DotProductModel):
+    """The mean of the scores of several networks over the same items: their vectors stand side by side, so that one
+    product adds up theirs."""
+
+    def __init__(self, networks: Sequence[SequenceModel]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    @property
+    def items(self) -> ItemTable:
+        """That of one of them, for what they share."""
+        return self._all[0].items
+
+    def vectors(self) -> Vectors:
+        items, inputs, _ = zip(*(network.vectors() for network in self._all), strict=True)
+        return Vectors(torch.cat(items, dim=1), torch.cat(inputs, dim=1))
+
+    def states(self, vectors: Vectors, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `DotProductModel.states`. The networks learn apart to be averaged; here they would learn as one."""
+        states, targets = zip(*(network.states(own, rows) for network, own in self._each(vectors)), strict=True)
+        return torch.cat(states, dim=-1) / len(self.networks), targets[0]
+
+    def encode(self, vectors: Vectors, rows: Rows) -> torch.Tensor:
+        encoded = [network.encode(own, rows) for network, own in self._each(vectors)]
+        return torch.cat(encoded, dim=1) / len(self.networks)
+
+    @property
+    def _all(self) -> list[SequenceModel]:
+        return cast("list[SequenceModel]", list(self.networks))
+
+    def _each(self, vectors: Vectors) -> Iterator[tuple[SequenceModel, Vectors]]:
+        """Each network with the vectors that are its own."""
+        parts = (one.chunk(len(self.networks), dim=1) for one in (vectors.items_VD, vectors.inputs))
+        for network, items_VD, inputs in zip(self._all, *parts, strict=True):
+            yield network, Vectors(items_VD, inputs)
+
+
+def mean_of(networks: Sequence[SequenceModel]) -> SequenceModel | MeanOfNetworks:
+    """A model whose scores are the mean of theirs."""
+    return networks[0] if len(networks) == 1 else MeanOfNetworks(networks)
 
 
 class GraphModel(DotProductModel):

@@ -252,6 +252,9 @@ class FinetuneConfig(TrainingConfig):
     """What the probabilities of a title's next token sum to one over in the loss: the vocabulary; the tokens with which
     titles of the catalogue go on there, which teaches nothing where there is one; or a sum of both losses. Rankings use
     the catalogue unless it is the vocabulary."""
+    head_networks: int = 1
+    """Networks of the item head, each trained with a seed of its own, whose scores are averaged: three tell more than
+    one, and take three times as long (docs/results.md)."""
     catalogue_weight: float = 0.5
     """The part of the catalogue's loss with softmax=both; the rest is the vocabulary's."""
     num_train_epochs: float = 3.0
@@ -272,6 +275,8 @@ class FinetuneConfig(TrainingConfig):
                 f"max_documents={self.max_documents} is of the language model alone, and an item head learns from all "
                 "events: set item_head=false"
             )
+        if self.head_networks < 1:
+            raise ConfigError(f"head_networks={self.head_networks} must be at least 1")
         if not 0 < self.catalogue_weight < 1:
             raise ConfigError(f"catalogue_weight={self.catalogue_weight} must lie between 0 and 1")
         if self.softmax != "vocabulary" and self.documents != "examples":

@@ -27,7 +27,7 @@ from cprec.train.folder import DONE, read_done
 WITHOUT_EFFECT = (
     *("resume_from_checkpoint", "save_steps", "save_total_limit", "dry_run", "report_to", "run_name", "output_dir"),
     *("micro_batch_size", "fsdp", "gradient_checkpointing", "torch_compile", "ddp_timeout"),
-    "item_head",  # it comes after the model
+    *("item_head", "head_networks"),  # it comes after the model
 )
 """Settings that may change between the starts of one run: they do not decide what is learnt."""
 

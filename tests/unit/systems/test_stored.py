@@ -11,6 +11,7 @@ import pytest
 
 from cprec.data.catalogue import Catalogue
 from cprec.data.splits import Split
+from cprec.errors import ConfigError
 from cprec.recommender import RankingQuery
 from cprec.schema import Item
 from cprec.systems.recipes.sasrec import CausalRecommender, CausalSettings, SASRec
@@ -20,7 +21,14 @@ from cprec.systems.signals import TrainingSequences
 TINY: dict[str, Any] = {"hidden_size": 8, "num_blocks": 1, "num_heads": 2, "num_epochs": 1, "min_steps": 0}
 
 
-@pytest.fixture(scope="module", params=[SASRec(**TINY), TitleSASRec(**TINY, text_size=6)], ids=lambda each: type(each))
+SETTINGS = {
+    "SASRec": SASRec(**TINY),
+    "SASRec (titles)": TitleSASRec(**TINY, text_size=6),
+    "three networks": TitleSASRec(**TINY, text_size=6, num_networks=3),
+}
+
+
+@pytest.fixture(scope="module", params=SETTINGS.values(), ids=SETTINGS.keys())
 def made(request: pytest.FixtureRequest, split: Split) -> CausalRecommender:
     settings: CausalSettings = request.param
     recommender = settings.make(split, "ring")
@@ -46,12 +54,26 @@ def test_what_does_not_fit_is_refused(made: CausalRecommender) -> None:
     table = pa.table({"item_id": ["a"], "title": ["thing"]})
     with pytest.raises(ValueError, match="12 vectors for the 1 items of 'ring'"):
         type(made).from_arrays(arrays, Catalogue.from_tables({"ring": table}))
-    name = "model.encoder.position.weight"
+    name = next(name for name in arrays if name.endswith("encoder.position.weight"))
     with pytest.raises(ValueError, match=r"(?s)weights of another model: .*encoder\.position\.weight"):
         type(made).from_arrays(arrays | {name: arrays[name][:-1]}, made.catalogue)
     del arrays[name]
     with pytest.raises(ValueError, match="weights of another model"):
         type(made).from_arrays(arrays, made.catalogue)
+
+
+def test_scores_of_networks_are_averaged(split: Split) -> None:
+    """Each is that of a seed, and no two seeds share one."""
+    settings = [TitleSASRec(**TINY, text_size=6, num_networks=number) for number in (1, 2)]
+    ones = [settings[0].make(split, "ring", seed=seed) for seed in range(4)]
+    pairs = [settings[1].make(split, "ring", seed=seed) for seed in range(2)]
+    queries = [RankingQuery(str(n), "ring", (Item("ring", f"i{n:02}"), Item("ring", "i07"))) for n in range(5)]
+    scores = [one.scores("ring", queries) for one in ones]
+    for pair, (first, second) in zip(pairs, (scores[:2], scores[2:]), strict=True):
+        assert pair.scores("ring", queries) == pytest.approx((first + second) / 2, abs=1e-5)
+    assert abs(scores[0] - scores[1]).max() > 1e-3
+    with pytest.raises(ConfigError, match="num_networks=0 must be above 0"):
+        TitleSASRec(num_networks=0)
 
 
 def test_few_sequences_are_read_more_often(data: TrainingSequences) -> None:

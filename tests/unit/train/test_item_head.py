@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from cprec.rank.llm import LLMRecommender
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import Item
 from cprec.search.priors import Priors
-from cprec.systems.recipes.title_sasrec import TitleSASRec
+from cprec.systems.recipes.title_sasrec import ROWS, TitleSASRec
 from cprec.systems.signals import TrainingSequences
 from cprec.text.encoding import PromptEncoder
 
@@ -44,17 +45,20 @@ def model(make_model: Callable[..., Any]) -> Any:
     return make_model().eval()
 
 
-@pytest.fixture
-def head(model: Any, tokenizer: Any, catalogue: Catalogue) -> ItemHead:
+@pytest.fixture(params=[1, 2], ids=["one network", "two networks"])
+def head(request: pytest.FixtureRequest, model: Any, tokenizer: Any, catalogue: Catalogue) -> ItemHead:
     """A head with weights drawn at random."""
+    settings = replace(SMALL, num_networks=request.param)
     states_NF = title_states(model, PromptEncoder(tokenizer, catalogue).titles(np.arange(4, 8)))
     directions = Directions.of(states_NF)
     vectors_NK = directions.project(states_NF)
     torch.manual_seed(0)
-    network = SMALL.model(vectors_NK)
-    torch.nn.init.normal_(network.items.rows)
+    network = settings.model(vectors_NK)
+    for name, weights in network.named_parameters():
+        if name.endswith(ROWS):
+            torch.nn.init.normal_(weights)
     nobody = TrainingSequences(catalogue, "games", Ragged.of([]), ())
-    return ItemHead(directions, SMALL.recommender(nobody, network))
+    return ItemHead(directions, settings.recommender(nobody, network))
 
 
 # ---- what a model makes of titles ------------------------------------------------------------------------------------
@@ -131,8 +135,10 @@ def test_items_come_and_go(head: ItemHead, model: Any, tokenizer: Any) -> None:
     later = head.over(other, states)
     assert read == [[4, 6]], "the new item, and the one whose title changed"
     arrays, earlier = later.recommender.arrays(), head.recommender.arrays()
-    rows, before = arrays["model.items.rows"], earlier["model.items.rows"]
-    assert not rows[0].any() and np.array_equal(rows[1:], before[1:])
+    names = [name for name in arrays if name.endswith(ROWS)]
+    assert len(names) == head.recommender.settings.num_networks  # type: ignore[attr-defined]
+    for name in names:
+        assert not arrays[name][0].any() and np.array_equal(arrays[name][1:], earlier[name][1:])
     assert arrays["vectors"][2] == pytest.approx(earlier["vectors"][3], abs=1e-5), "the same title"
     every = np.ones(4, dtype=bool)
     one, changed = head.log_probs([games("b")], every)[0], later.log_probs([games("b")], every)[0]

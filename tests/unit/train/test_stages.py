@@ -562,3 +562,5 @@ def test_fewshot_reads_a_sample_by_the_seed_and_nothing_else(
         assert done is not None and done["tokens"] == 4 * lengths[chosen].sum()
     with pytest.raises(ConfigError, match="max_documents=-1 must be 0 or more"):
         tune(max_documents=-1)
+    with pytest.raises(ConfigError, match="head_networks=0 must be at least 1"):
+        tune(head_networks=0)

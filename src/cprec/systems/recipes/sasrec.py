@@ -21,7 +21,7 @@ from cprec.choices import Choice, Whole
 from cprec.data.ragged import Ragged
 from cprec.errors import ConfigError
 from cprec.scoring import StoredRecommender
-from cprec.systems.dot_product import DotProductModel, DotProductRecommender, SequenceModel
+from cprec.systems.dot_product import DotProductModel, DotProductRecommender, MeanOfNetworks, SequenceModel
 from cprec.systems.encoders import SelfAttention
 from cprec.systems.fit import NEXT_ITEM, NextItemSettings, Stage, SystemSettings
 from cprec.systems.items import IdTable
@@ -82,7 +82,7 @@ class CausalSettings(NextItemSettings, SelfAttentionSettings):
         return np.empty((data.num_items, 0), dtype=np.float32)
 
     @abstractmethod
-    def model(self, frozen_VF: np.ndarray) -> SequenceModel:
+    def model(self, frozen_VF: np.ndarray) -> SequenceModel | MeanOfNetworks:
         """The model before training, over the frozen vectors of all items."""
 
 
@@ -90,7 +90,7 @@ class CausalRecommender(DotProductRecommender, StoredRecommender):
     """What such a system makes. Stored are its weights, the vectors that the items came with, and its settings."""
 
     SETTINGS: ClassVar[type[CausalSettings]]
-    model: SequenceModel
+    model: SequenceModel | MeanOfNetworks
 
     def __init__(self, settings: CausalSettings, data: TrainingSequences, model: DotProductModel) -> None:
         super().__init__(type(settings).__name__, data, model, settings.max_length)
