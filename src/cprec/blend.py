@@ -37,7 +37,10 @@ from cprec.train.folder import read_done
 from cprec.tune import validation_queries
 
 K = 10
-"""The weights are chosen by NDCG at this rank."""
+"""Lists of this length are judged."""
+DEPTH = 100
+"""The weights are chosen by NDCG at this rank: deeper than the lists that are judged, it depends less on the luck of
+the sample (docs/experiments.md)."""
 BATCH = 64
 """Queries whose pools are made, or lists ranked, at once."""
 WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
@@ -55,7 +58,7 @@ Point = tuple[float, ...]
 def blend(config: BlendConfig) -> dict[str, Any]:
     """Choose the weights of a model's blend, and of the best one without the model; returns what `blend.json` holds.
 
-    The numbers maximise NDCG@10 of validation queries, items of the history left out, among the items that a part, the
+    The numbers maximise NDCG@100 of validation queries, items of the history left out, among the items that a part, the
     model or its item head has among its best; what is chosen is then ranked over the full catalogue. A model with an
     item head has the best blend without log P, too. A blend of the same model, data and settings is reused.
 
@@ -197,13 +200,13 @@ class Entries:
         columns = {name: value[kept_N] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         return replace(self, **columns, share_N={name: share_N[kept_N] for name, share_N in self.share_N.items()})
 
-    def ndcg(self, setting: Setting) -> float:
-        """Mean NDCG@10 of the lists by a blend; ties count with their expected value."""
+    def ndcg(self, setting: Setting, k: int) -> float:
+        """Mean NDCG@K of the lists by a blend; ties count with their expected value."""
         score_N = setting.model * self.log_prob_N + setting.item_head * self.item_head_N
         for name, (weight, floor) in setting.parts.items():
             if weight:
                 score_N = score_N + weight * self._log(name, floor)
-        return float(ndcg(*count(self.query_N, score_N, self.is_target_N, self.num_queries), K).mean())
+        return float(ndcg(*count(self.query_N, score_N, self.is_target_N, self.num_queries), k).mean())
 
     def _log(self, part: str, floor: float) -> np.ndarray:
         if (part, floor) not in self._log_share:
@@ -356,7 +359,7 @@ def _blended(model: LLMRecommender, blended: Blend) -> LLMRecommender:
 def best_setting(
     entries: Entries, model_weights: Sequence[float], head_weights: Sequence[float], known: Iterable[Setting] = ()
 ) -> Setting:
-    """The numbers with the highest NDCG@10 that a search one number at a time finds from several starts.
+    """The numbers with the highest NDCG@100 that a search one number at a time finds from several starts.
 
     The starts weigh all alike, and each one alone; others are settings that are `known` to be good. Of equal values the
     first found is kept.
@@ -376,12 +379,12 @@ def best_setting(
 
     @cache
     def value(point: Point) -> float:
-        return entries.ndcg(setting(point)) if any(point[: len(weights)]) else -math.inf
+        return entries.ndcg(setting(point), DEPTH) if any(point[: len(weights)]) else -math.inf
 
     ones = [min(grid[-1], 1.0) for grid in weights]
     starts = [(*start, *((FLOOR,) * len(names))) for start in (ones, *np.diag(ones).tolist()) if any(start)]
     best = max((climb(value, grids, start) for start in (*starts, *map(point, known))), key=value)
-    return replace(setting(best), ndcg=value(best))
+    return replace(setting(best), ndcg=entries.ndcg(setting(best), K))
 
 
 def climb(value: Callable[[Point], float], grids: Sequence[Sequence[float]], start: Point) -> Point:

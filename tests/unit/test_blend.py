@@ -188,7 +188,7 @@ def test_queries_whose_target_does_not_compete_count_as_misses() -> None:
         (Setting(0.0, {"part": (1.0, 0.1)}, 0.0), 1 / 3),
         (Setting(0.0, {"part": (0.0, 0.1)}, 0.0, item_head=1.0), 1 / np.log2(3) / 3),
     ):
-        assert entries.ndcg(setting) == entries.that_can_score().ndcg(setting) == pytest.approx(expected)
+        assert entries.ndcg(setting, 10) == entries.that_can_score().ndcg(setting, 10) == pytest.approx(expected)
     assert entries.that_can_score().query_N.tolist() == [1, 1]
 
 
