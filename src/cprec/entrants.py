@@ -90,7 +90,7 @@ def check_tuned(config: EvaluateConfig) -> None:
 
 # ---- models ----------------------------------------------------------------------------------------------------------
 
-CODE = "cprec.rank.llm"
+CODE = "cprec.rank.by_values"
 """The module that ranks with models: a change of it, or of what it imports, makes their rankings anew."""
 WITHOUT_MODEL = "blend without the model"
 HEAD = "item_head/*.safetensors"
@@ -128,13 +128,19 @@ def _model(
     """A model alone, or with the blend beside it, whose hash is `blend`."""
 
     def opened() -> Opened:
-        from cprec.rank.llm import LLMRecommender  # loads torch
+        from cprec.rank.by_values import ByValues  # loads torch
+        from cprec.rank.llm import LLMRecommender
 
         model = LLMRecommender.from_pretrained(folder, name=name, blend=blend is not None, **asdict(rank))
         modes = {GENERATED: partial(model.rank, mode="generate")}
         if rank.mode == "beam":
             modes[EXACT] = partial(model.rank, mode="exact")
-        return Opened(recommender=model, modes=modes, cost={shown: about[key] for key, shown in COSTS.items()})
+        return Opened(
+            recommender=model if model.reads_titles else ByValues(model),
+            modes=modes,
+            cost={shown: about[key] for key, shown in COSTS.items()},
+            scores_once=not model.reads_titles,
+        )
 
     return Entrant(
         name=name,

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ class Opened:
     """The same model in other modes: `generate` writes freely; `exact`, where a beam is to be compared with it."""
     cost: Mapping[str, Any] = field(default_factory=dict)
     """num_parameters and train_seconds, where there are any."""
+    scores_once: bool = False
+    """Whether a batch asked under another protocol, right after the first, costs no second scoring."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,10 +179,11 @@ def _rankings(
     if not missing:
         return found
     opened = entrant.open()
-    # A baseline may use the scores of a batch for all protocols. A model reads prompts anew for each, and takes long:
-    # what it has finished stays after an interruption.
-    for group in [missing] if entrant.kind == "baseline" else [[protocol] for protocol in missing]:
-        made = _ask(entrant, opened, group, answers, domain)
+    # Who scores a batch once for all protocols is asked for them together. A model that reads prompts anew for each
+    # takes long: what it has finished stays after an interruption.
+    together = opened.scores_once or entrant.kind == "baseline"
+    for _, group in groupby(missing, lambda protocol: "" if together and not protocol.models_only else protocol.name):
+        made = _ask(entrant, opened, list(group), answers, domain)
         for name, rankings in made.items():
             write_rankings(rankings_path(output_dir, domain, entrant.name, name), rankings)
         found |= made
@@ -189,18 +193,22 @@ def _rankings(
 def _ask(
     entrant: Entrant, opened: Opened, protocols: Sequence[Protocol], answers: Mapping[str, Any], domain: str
 ) -> dict[str, SavedRankings]:
-    """Rank the queries of some protocols, batch by batch, each batch under every protocol.
+    """Rank the queries of some protocols, batch by batch, each batch under every protocol that asks for its queries.
 
     Raises CPRecError for a score that is not finite.
     """
     k = answers["k"]
+    most = max((protocol.queries for protocol in protocols), key=len)
+    place = {query.query_id: number for number, query in enumerate(most)}
     rankings: dict[str, list[Ranking]] = {protocol.name: [] for protocol in protocols}
     seconds = dict.fromkeys(rankings, 0.0)
     title = f"{domain}: {entrant.name}" + (f", {protocols[0].name}" if len(protocols) == 1 else "")
     with track(sum(len(protocol.queries) for protocol in protocols), title, unit="queries") as progress:
-        for first in range(0, max(len(protocol.queries) for protocol in protocols), BATCH):
+        for first in range(0, len(most), BATCH):
             for protocol in protocols:
-                if batch := protocol.queries[first : first + BATCH]:
+                done = len(rankings[protocol.name])
+                asked = protocol.queries[done : done + BATCH]
+                if batch := [query for query in asked if place[query.query_id] < first + BATCH]:
                     start = time.perf_counter()
                     rankings[protocol.name] += opened.modes.get(protocol.name, opened.recommender.rank)(batch, k)
                     seconds[protocol.name] += time.perf_counter() - start

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -186,15 +187,38 @@ class LLMRecommender(Recommending):
             raise ConfigError("mode='generate' ranks candidates: give each query some")
         prompts = self.prompts.of(queries)
         out: dict[int, Ranking] = {}
+        with torch.inference_mode(), self._naming_itself():
+            for batch in batches(prompts, queries, self.batch_size):
+                asked = [queries[number] for number in batch]
+                read = partial(self.reader.read, [prompts[number] for number in batch])
+                out |= dict(zip(batch, self._rank_batch(read, asked, k, mode, stop), strict=True))
+        return [out[number] for number in range(len(queries))]
+
+    @property
+    def reads_titles(self) -> bool:
+        """Whether scores have a part of log P; without it the item head and the other parts of a blend are all."""
+        return self.ranking.mode != "vectors" if self.blend is None else self.blend.weight > 0
+
+    def values(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
+        """The scores of a domain's items where no titles are read: float64[Q, N], items in the order of the catalogue.
+
+        What queries leave out, allow or offer is not looked at. Raises as `rank` does.
+        """
+        values_QN = np.empty((len(queries), len(self.catalogue.rows_of(domain))))
+        with torch.inference_mode(), self._naming_itself():
+            for batch in batches(self.prompts.of(queries), queries, self.batch_size):
+                priors = self._priors(domain, [queries[number] for number in batch], self.ranking.mode)
+                assert priors is not None and not priors.weight, "titles are read"
+                values_QN[batch] = priors.values_UN
+        return values_QN
+
+    @contextmanager
+    def _naming_itself(self) -> Iterator[None]:
+        """Errors of the model say which one it is."""
         try:
-            with torch.inference_mode():
-                for batch in batches(prompts, queries, self.batch_size):
-                    asked = [queries[number] for number in batch]
-                    read = partial(self.reader.read, [prompts[number] for number in batch])
-                    out |= dict(zip(batch, self._rank_batch(read, asked, k, mode, stop), strict=True))
+            yield
         except ModelError as error:
             raise ModelError(f"{self.source}: {error}") from None
-        return [out[number] for number in range(len(queries))]
 
     # ---- the item head -----------------------------------------------------------------------------------------------
 
@@ -243,8 +267,6 @@ class LLMRecommender(Recommending):
         if mode == "generate":
             return generate(read(), self.trie(domain).end, queries, self.prompts.encoder, self._tokenizer)
         priors = self._priors(domain, queries, mode)
-        if priors is not None and priors.item_head:
-            priors = priors.with_head(self.item_log_probs(domain, queries))
         if priors is not None and not priors.weight:
             return self._by_values(queries, priors, k)
         tree, ranker = read(), self._ranker(domain)
@@ -268,15 +290,18 @@ class LLMRecommender(Recommending):
         Raises ConfigError where mode `vectors` would leave out what a blend gives a weight.
         """
         if self.blend is None:
+            if mode != "vectors":
+                return None
             nothing = np.zeros((len(queries), len(self.catalogue.rows_of(domain))))
-            return Priors(nothing, weight=0.0, item_head=1.0) if mode == "vectors" else None
-        priors = self.blend.priors(domain, queries)
+            priors = Priors(nothing, weight=0.0, item_head=1.0)
+        else:
+            priors = self.blend.priors(domain, queries)
         if mode == "vectors" and priors.weight:
             raise ConfigError(
                 f"mode='vectors' reads no titles, and the blend in use gives log P the weight {priors.weight:g}: open "
                 "the model with mode='vectors', which takes the weights that were chosen for it, or with blend=False"
             )
-        return priors
+        return priors.with_head(self.item_log_probs(domain, queries)) if priors.item_head else priors
 
     def _by_values(self, queries: Sequence[RankingQuery], priors: Priors, k: int) -> list[Ranking]:
         """Rankings by priors alone: every item is scored, so nothing is searched."""

@@ -77,6 +77,11 @@ class PriorSource(Protocol):
         ...
 
     @property
+    def weight(self) -> float:
+        """The weight of the model's log-probability, as all priors have it."""
+        ...
+
+    @property
     def weights(self) -> Mapping[str, float]:
         """The weights above 0, of the model and of the parts that the priors are a sum of, by name."""
         ...

@@ -682,6 +682,33 @@ def test_a_batch_of_a_baseline_is_asked_under_every_protocol_before_the_next(
     assert asked[:2] == [(first, True), (second, True)], "what a model has finished is saved before it goes on"
 
 
+def test_who_scores_once_scores_each_query_once_for_all_protocols(
+    config: EvaluateConfig, split: Split, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those for new items too, which ask some of the queries; what writes freely is asked by itself, at the end."""
+    monkeypatch.setattr("cprec.evaluate.evaluate.BATCH", 8)
+    scored: list[str] = []
+    written: list[str] = []
+
+    class Noting(PopularityRecommender):
+        def scores(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
+            scored.extend(query.query_id for query in queries)
+            return super().scores(domain, queries)
+
+    def write(queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
+        assert len(scored) == number
+        written.extend(query.query_id for query in queries)
+        return [Ranking(query.query_id, (), ()) for query in queries]
+
+    questions = questions_of(config, split)
+    number, new_items = len(questions.queries), protocol_named(questions, NEW_ITEMS).queries
+    assert 0 < len(new_items) < number
+    opened = Opened(recommender=Noting(split), modes={"generate": write}, scores_once=True)
+    entrant = replace(model(opened.recommender, data), open=lambda: opened)
+    evaluate(replace(config, generate=True), split, "books", [entrant])
+    assert scored == written == [query.query_id for query in questions.queries]
+
+
 def test_a_baseline_that_does_not_suit_the_data_is_left_out_by_name(
     config: EvaluateConfig, split: Split, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,11 +17,14 @@ import torch
 from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
+from cprec.entrants import model_entrants
 from cprec.errors import ConfigError, DataError
+from cprec.evaluate.config import EvaluateConfig
 from cprec.item_head import Directions, ItemHead, load_heads, made_from, save_heads, seconds_to_train, title_states
 from cprec.models import tiny_model
 from cprec.rank.blend import Blend, write_blend
 from cprec.rank.blend_file import Setting
+from cprec.rank.by_values import ByValues
 from cprec.rank.llm import LLMRecommender
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import Item
@@ -295,3 +298,48 @@ def test_a_blend_that_is_read_gives_the_lists_that_it_was_written_for(
         LLMRecommender.from_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"mode=vectors needs an item head for domain 'games', and .* has none"):
         LLMRecommender.from_pretrained(tmp_path, mode="vectors")
+
+
+# ---- in an evaluation ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("weight", "item_head"), [(None, 0.0), (0.0, 0.8), (0.0, 0.0)])
+def test_a_query_is_scored_once_however_often_it_is_asked(
+    opened: Callable[..., LLMRecommender], monkeypatch: pytest.MonkeyPatch, weight: float | None, item_head: float
+) -> None:
+    """The rankings are those of the model itself, bit for bit."""
+    model = opened(weight, item_head, **({"mode": "vectors"} if weight is None else {}), batch_size=2)
+    histories = ("a", "b", "cd", "", "dab")
+    asked = [replace(games(*history), query_id=str(n)) for n, history in enumerate(histories)]
+    full = [replace(query, uncounted=frozenset(items)) for query, items in zip(asked, histories, strict=True)]
+    given = [replace(query, candidates=("c", "a", "b")) for query in asked]
+    new = [replace(query, allow=frozenset("bd"), exclude=frozenset("b")) for query in asked[1::2]]
+    expected = [model.rank(queries, 2) for queries in (full, given)]
+    scored: list[str] = []
+
+    def noting(recommender: LLMRecommender, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
+        scored.extend(query.query_id for query in queries)
+        return of_model(recommender, domain, queries)
+
+    of_model = LLMRecommender.values
+    monkeypatch.setattr(LLMRecommender, "values", noting)
+    kept = ByValues(model)
+    assert [kept.rank(queries, 2) for queries in (full, given)] == expected
+    of_full = [dict(zip(one.item_ids, one.scores, strict=True)) for one in kept.rank(full, 4)]
+    for query, ranking in zip(new, kept.rank(new, 2), strict=True):
+        assert dict(zip(ranking.item_ids, ranking.scores, strict=True)) == {"d": of_full[int(query.query_id)]["d"]}
+    assert scored == ["0", "1", "2", "3", "4"]
+
+
+def test_an_evaluation_is_told_who_scores_a_query_once(
+    head: ItemHead, model: Any, tokenizer: Any, catalogue: Catalogue, write_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    about = {"domain": "games", "trained_on": ["1"], "num_parameters": 1, "tokens": 1, "seconds": 1.0}
+    write_model(tmp_path / "model", model, tokenizer, catalogue, **about)
+    save_heads(tmp_path / "model", {"games": head}, {"seed": 0})
+    config = EvaluateConfig(data=str(tmp_path), output_dir=str(tmp_path / "out"))
+    entrants = model_entrants(config, "games", {"model": str(tmp_path / "model")})
+    once = {entrant.name: entrant.open() for entrant in entrants}
+    assert {name: opened.scores_once for name, opened in once.items()} == {"model": False, "model item head": True}
+    expected = LLMRecommender.from_pretrained(tmp_path / "model", mode="vectors").rank(ASKED, 2)
+    assert once["model item head"].recommender.rank(ASKED, 2) == expected
