@@ -1,16 +1,20 @@
-"""Hours of training turned into passes over the data, by a timed micro-batch. They are chosen once."""
+"""Hours of training turned into passes over the data, by a timed micro-batch, less what item heads take. They are
+chosen once."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cprec.errors import ConfigError
+from cprec.data.dataset import read_split
+from cprec.errors import ConfigError, Unsuitable
 from cprec.files import write_whole
 from cprec.fit.sizes import MOST_PASSES, REACHED
+from cprec.item_head import seconds_to_train
+from cprec.pretrain import seconds_of_head
 from cprec.progress import say
 from cprec.provenance import to_dict
 from cprec.recipe import Recipe
@@ -21,7 +25,8 @@ from cprec.train.finetune import timed, tokens_of_pass
 CHOSEN = "budget.json"
 """In the folder of a run: what was asked for, and the passes that the hours became."""
 PRETRAINING = 0.5
-"""Share of the hours that pre-training has, where there is any. All models that are fine-tuned divide the rest."""
+"""Share of the hours, less those of item heads, that pre-training has, where there is any. All models that are
+fine-tuned divide the rest."""
 
 
 def within_hours(recipe: Recipe) -> Recipe:
@@ -51,9 +56,11 @@ def within_hours(recipe: Recipe) -> Recipe:
     pretrain = recipe.pretrain and replace(recipe.pretrain, num_train_epochs=pretraining)
     first = f"{pretraining:.3g} passes of pre-training and " if pretrain else ""
     most = f", {MOST_PASSES:g} at most" if MOST_PASSES in (pretraining, finetuning) else ""
+    heads = chosen["seconds of item heads"] / 60
     say(
         f"{path}: {recipe.hours:g} hours at {chosen['tokens_per_second']:,.0f} tokens/s are {first}{finetuning:.3g} "
         f"passes of fine-tuning for each model{most}"
+        + (f"; item heads take about {heads:.1f} minutes" if heads else "")
     )
     return replace(recipe, pretrain=pretrain, finetune=replace(recipe.finetune, num_train_epochs=finetuning))
 
@@ -67,6 +74,7 @@ def _asked(recipe: Recipe, finetune: FinetuneConfig) -> dict[str, Any]:
         "models of a domain": (2 if recipe.pretrain else 1) * len(recipe.evaluate.seeds),
         "tokens of a pass": {domain: tokens_of_pass(replace(finetune, domain=domain)) for domain in domains},
         "tokens to pre-train on": read_shard_manifest(shards)["num_tokens"] if recipe.pretrain else 0,
+        "item head of pre-training": bool(recipe.pretrain and recipe.pretrain.item_head),
         "settings": settings,
     }
 
@@ -76,15 +84,38 @@ def _choose(recipe: Recipe, finetune: FinetuneConfig, asked: Mapping[str, Any]) 
     pretraining, of_pass = asked["tokens to pre-train on"], asked["tokens of a pass"]
     first = replace(finetune, domain=recipe.prepare.target_domains[0], num_train_epochs=1)
     rate = REACHED * timed(first).tokens_per_second
-    tokens, share = rate * recipe.hours * 3600, PRETRAINING if pretraining else 0
+    heads = _seconds_of_heads(recipe, finetune, asked["models of a domain"]) / REACHED
+    tokens, share = rate * max(0, recipe.hours * 3600 - heads), PRETRAINING if pretraining else 0
     passes = (1 - share) * tokens / (asked["models of a domain"] * sum(of_pass.values()))
     if passes * min(of_pass.values()) < 1:
         raise ConfigError(
-            f"hours={recipe.hours:g} are {tokens:,.0f} tokens at {rate:,.0f} a second: too few to train each model, of "
-            f"which a pass has {min(of_pass.values()):,} tokens and more; give more hours, or fewer domains"
+            f"hours={recipe.hours:g}, less {heads / 3600:.2g} of item heads, are {tokens:,.0f} tokens at {rate:,.0f} a "
+            f"second: too few to train each model, of which a pass has {min(of_pass.values()):,} tokens and more; give "
+            "more hours, or fewer domains"
         )
     return {
         "tokens_per_second": rate,
+        "seconds of item heads": heads,
         "pretrain.num_train_epochs": min(MOST_PASSES, share * tokens / pretraining) if pretraining else 0,
         "finetune.num_train_epochs": min(MOST_PASSES, passes),
     }
+
+
+def _seconds_of_heads(recipe: Recipe, finetune: FinetuneConfig, models: int) -> float:
+    """About how long the item heads take to train, of so many models of each domain and of pre-training."""
+    seconds = 0.0
+    if finetune.item_head:
+        split = read_split(finetune.data)
+        of_domains = [_or_none(seconds_to_train, split, name, finetune.seed) for name in recipe.prepare.target_domains]
+        seconds += models * finetune.head_networks * sum(of_domains)
+    if recipe.pretrain and recipe.pretrain.item_head:
+        seconds += _or_none(seconds_of_head, recipe.pretrain)
+    return seconds
+
+
+def _or_none(seconds: Callable[..., float], *of: Any) -> float:
+    """The seconds, or 0 where there is nothing for a head to learn from, so that training makes none."""
+    try:
+        return seconds(*of)
+    except Unsuitable:
+        return 0.0

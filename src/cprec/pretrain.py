@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from cprec.data.dataset import read_split
-from cprec.data.splits import as_one_domain
+from cprec.data.splits import Split, as_one_domain
 from cprec.heads import give_heads
-from cprec.item_head import ItemHead
+from cprec.item_head import ItemHead, seconds_to_train
 from cprec.progress import track
 from cprec.rank.llm import LLMRecommender
 from cprec.systems.recipes.title_sasrec import TitleSASRec
@@ -33,18 +34,33 @@ def pretrain(config: PretrainConfig) -> Path:
         weights = dict(config.mixture.domain_weights)
 
         def train(model: LLMRecommender, unfinished: Path) -> dict[str, ItemHead]:
-            return _trained(config, shards, model, unfinished)
+            return _trained(config, read_split(config.data), shards, model, unfinished)
 
         give_heads(config, {"shards": shards.sha256, "domain_weights": weights}, train)
     return folder
 
 
-def _trained(config: PretrainConfig, shards: Shards, model: LLMRecommender, unfinished: Path) -> dict[str, ItemHead]:
-    split = read_split(config.data)
-    catalogue = split.catalogue
-    named = {piece["domain"] for piece in shards.manifest["pieces"]}
-    domains = [name for name in catalogue.domains if name in named and config.mixture.domain_weights.get(name, 1)]
-    one = as_one_domain(split, ALL, domains, language_model.events_of_shards(split, shards))
+def seconds_of_head(config: PretrainConfig) -> float:
+    """About how long the item head takes to train, its reading of titles left out. Raises as `pretrain` does."""
+    split, shards = read_split(config.data), open_shards(Path(config.data) / "shards" / "train")
+    return seconds_to_train(_as_one(split, shards, _domains(config, split, shards)), ALL, config.seed)
+
+
+def _domains(config: PretrainConfig, split: Split, shards: Shards) -> list[str]:
+    """Those that are pre-trained on."""
+    named, weights = {piece["domain"] for piece in shards.manifest["pieces"]}, config.mixture.domain_weights
+    return [name for name in split.catalogue.domains if name in named and weights.get(name, 1)]
+
+
+def _as_one(split: Split, shards: Shards, domains: Sequence[str]) -> Split:
+    return as_one_domain(split, ALL, domains, language_model.events_of_shards(split, shards))
+
+
+def _trained(
+    config: PretrainConfig, split: Split, shards: Shards, model: LLMRecommender, unfinished: Path
+) -> dict[str, ItemHead]:
+    catalogue, domains = split.catalogue, _domains(config, split, shards)
+    one = _as_one(split, shards, domains)
     with track(len(catalogue), "reading titles", unit="titles") as progress:
         states_NF = model.title_states(np.arange(len(catalogue)), progress.advance)
     # Titles differ from those of their own domain: what a domain's titles share says nothing of another's.

@@ -6,13 +6,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from cprec import budget
 from cprec.budget import CHOSEN, within_hours
 from cprec.config import find_config
-from cprec.errors import ConfigError
+from cprec.errors import ConfigError, Unsuitable
 from cprec.evaluate.config import EvaluateConfig
 from cprec.recipe import Recipe
 from cprec.recipes.open_llm import open_llm
@@ -20,10 +21,13 @@ from cprec.recipes.open_llm import open_llm
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    """Two domains of 1,000 and 2,000 tokens a pass, at 100 tokens a second of which 80 are reached."""
+    """Two domains of 1,000 and 2,000 tokens a pass, at 100 tokens a second of which 80 are reached. Item heads take no
+    time."""
     monkeypatch.setattr(budget, "timed", lambda config: SimpleNamespace(tokens_per_second=100.0))
     monkeypatch.setattr(budget, "tokens_of_pass", lambda config: {"beauty": 1000, "toys": 2000}[config.domain])
     monkeypatch.setattr(budget, "read_shard_manifest", lambda folder: {"num_tokens": 6000})
+    monkeypatch.setattr(budget, "read_split", lambda data: "split")
+    monkeypatch.setattr(budget, "seconds_to_train", lambda split, domain, seed: 0.0)
     return open_llm(data=tmp_path, model="tiny", domains="beauty,toys", output_dir=str(tmp_path / "run"), hours=0.1)
 
 
@@ -45,6 +49,38 @@ def test_every_seed_is_a_model(recipe: Recipe) -> None:
 
 def test_without_pretraining_all_is_for_fine_tuning(recipe: Recipe) -> None:
     assert passes(within_hours(replace(recipe, pretrain=None, hours=0.05))) == pytest.approx((0, 4.8))
+
+
+def test_item_heads_are_trained_within_the_hours(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each network of each model of each domain, and the head of pre-training where there is one."""
+
+    def seconds(split: str, domain: str, seed: int) -> float:
+        if domain == "toys":
+            raise Unsuitable("nothing to learn from")
+        return 12.0
+
+    monkeypatch.setattr(budget, "seconds_to_train", seconds)
+    monkeypatch.setattr(budget, "seconds_of_head", lambda config: 24.0)
+
+    def left(**changes: Any) -> float:
+        """The share of 360 seconds that is left for passes."""
+        return passes(within_hours(replace(recipe, **changes)))[0] / 2.4
+
+    assert recipe.finetune is not None and recipe.pretrain is not None and recipe.finetune.head_networks == 3
+    # Two models of three networks take 72 seconds, of which 0.8 are reached: 90.
+    assert left() == pytest.approx(270 / 360)
+    assert "item heads take about 1.5 minutes" in capsys.readouterr().err
+    elsewhere = [replace(recipe.evaluate, output_dir=f"{recipe.evaluate.output_dir}{n}") for n in range(3)]
+    none = replace(recipe.finetune, item_head=False)
+    assert left(finetune=none, evaluate=elsewhere[0]) == pytest.approx(1)
+    first = replace(recipe.pretrain, item_head=True)
+    assert left(pretrain=first, evaluate=elsewhere[1]) == pytest.approx(240 / 360)
+    with pytest.raises(ConfigError, match="item head of pre-training was False, now True"):
+        left(pretrain=first)
+    with pytest.raises(ConfigError, match=r"hours=0\.02, less 0\.025 of item heads, are 0 tokens at 80 a second: too"):
+        left(hours=0.02, evaluate=elsewhere[2])
 
 
 def test_what_was_chosen_stays(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from cprec.data.splits import Split, as_one_domain
 from cprec.errors import DataError, InputChanged, LeakageError
 from cprec.finetune import finetune
 from cprec.item_head import load_heads, made_from
-from cprec.pretrain import pretrain
+from cprec.pretrain import pretrain, seconds_of_head
 from cprec.rank.llm import LLMRecommender
 from cprec.recommender import RankingQuery
 from cprec.schema import TEST, TRAIN, VALIDATION, Item
@@ -122,6 +122,10 @@ def tuning(config: PretrainConfig, pretrained: Path, data: Path) -> FinetuneConf
 @pytest.fixture
 def split(data: Path) -> Split:
     return read_split(data)
+
+
+def test_the_time_of_training_can_be_told_before(config: PretrainConfig, small: None) -> None:
+    assert seconds_of_head(config) > 0
 
 
 # ---- what it may learn from ------------------------------------------------------------------------------------------
