@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,10 @@ from cprec.progress import track
 from cprec.rank.llm import LLMRecommender
 from cprec.systems.recipes.title_sasrec import TitleSASRec
 from cprec.text.shards import Shards, open_shards
+from cprec.text.tokenizer import load_tokenizer
 from cprec.train import pretrain as language_model
 from cprec.train.config import PretrainConfig
+from cprec.train.training import encoder_of
 
 ALL = "all domains"
 
@@ -43,7 +44,7 @@ def pretrain(config: PretrainConfig) -> Path:
 def seconds_of_head(config: PretrainConfig) -> float:
     """About how long the item head takes to train, its reading of titles left out. Raises as `pretrain` does."""
     split, shards = read_split(config.data), open_shards(Path(config.data) / "shards" / "train")
-    return seconds_to_train(_as_one(split, shards, _domains(config, split, shards)), ALL, config.seed)
+    return seconds_to_train(_as_one(config, split, shards), ALL, config.seed)
 
 
 def _domains(config: PretrainConfig, split: Split, shards: Shards) -> list[str]:
@@ -52,15 +53,19 @@ def _domains(config: PretrainConfig, split: Split, shards: Shards) -> list[str]:
     return [name for name in split.catalogue.domains if name in named and weights.get(name, 1)]
 
 
-def _as_one(split: Split, shards: Shards, domains: Sequence[str]) -> Split:
-    return as_one_domain(split, ALL, domains, language_model.events_of_shards(split, shards))
+def _as_one(config: PretrainConfig, split: Split, shards: Shards) -> Split:
+    """The domains that are pre-trained on as one, with the events that the shards hold."""
+    data = Path(config.data)
+    encoder = encoder_of(data, shards.manifest["about"], load_tokenizer(str(data / "tokenizer")))
+    known = language_model.events_of_shards(split, shards, encoder)
+    return as_one_domain(split, ALL, _domains(config, split, shards), known)
 
 
 def _trained(
     config: PretrainConfig, split: Split, shards: Shards, model: LLMRecommender, unfinished: Path
 ) -> dict[str, ItemHead]:
     catalogue, domains = split.catalogue, _domains(config, split, shards)
-    one = _as_one(split, shards, domains)
+    one = _as_one(config, split, shards)
     with track(len(catalogue), "reading titles", unit="titles") as progress:
         states_NF = model.title_states(np.arange(len(catalogue)), progress.advance)
     # Titles differ from those of their own domain: what a domain's titles share says nothing of another's.

@@ -27,8 +27,10 @@ from cprec.systems.signals import TrainingSequences
 from cprec.text.config import PrepareConfig
 from cprec.text.prepare import prepare
 from cprec.text.shards import open_shards
+from cprec.text.tokenizer import load_tokenizer
 from cprec.train.config import FinetuneConfig, PretrainConfig, TinyModel
 from cprec.train.pretrain import events_of_shards
+from cprec.train.training import encoder_of
 
 WORDS = ("apple", "river", "stone", "cloud", "tiger", "piano", "lemon", "grass")
 COLOURS = ("red", "blue", "green", "black", "white", "brown")
@@ -155,10 +157,16 @@ def test_domains_as_one_are_their_users_and_items_side_by_side(split: Split) -> 
     assert set(queries.history.lengths) == {5}
 
 
+def known_events(split: Split, data: Path) -> np.ndarray:
+    shards = open_shards(data / "shards" / "train")
+    encoder = encoder_of(data, shards.manifest["about"], load_tokenizer(str(data / "tokenizer")))
+    return events_of_shards(split, shards, encoder)
+
+
 def test_only_users_whose_documents_are_in_the_shards_are_learnt_from(split: Split, data: Path) -> None:
     """Those who are tested in the domain that is not pre-trained on have events in films, too."""
     shards = open_shards(data / "shards" / "train")
-    one = as_one_domain(split, "all", SEEN, events_of_shards(split, shards))
+    one = as_one_domain(split, "all", SEEN, known_events(split, data))
     learners = {name.split("/")[1] for name in TrainingSequences.of(one, "all").users}
     assert learners == set(shards.column("user_id")) == {f"u{n:02}" for n in range(40)}
     assert {name.split("/")[0] for name in one.interactions.user_id} == learners, "validation queries, too"
@@ -171,8 +179,27 @@ def test_events_that_the_shards_do_not_hold_are_caught(split: Split, data: Path,
     names = split.interactions.user_id[split.interactions.user]
     films = split.catalogue.domain[split.interactions.item] == split.catalogue.domain_index("films")
     part[split.events(planted) & films & (names == "u07")] = 0
-    with pytest.raises(LeakageError, match=r"1 users have other .* 'u07' in 'films', with 6 events for 5: the tables"):
-        events_of_shards(replace(split, part=part), open_shards(data / "shards" / "train"))
+    with pytest.raises(
+        LeakageError, match=r"1 users have other .* 'u07' in 'films', with '.* film' 1 times for 0: the"
+    ):
+        known_events(replace(split, part=part), data)
+
+
+def test_an_event_in_place_of_another_is_caught(split: Split, data: Path) -> None:
+    """The last of training and the one of validation after it change their parts: the number of events stays."""
+    log, part = split.interactions, split.part.copy()
+    films = split.catalogue.domain[log.item] == split.catalogue.domain_index("films")
+    mine = np.flatnonzero(films & (log.user_id[log.user] == "u07"))
+    last, after = mine[split.events(TRAIN)[mine]][-1], mine[split.events(VALIDATION)[mine]][0]
+    part[last], part[after] = part[after], part[last]
+    with pytest.raises(
+        LeakageError, match=r"1 users have other training events .* as 'u07' in 'films', with '.* film'"
+    ):
+        known_events(replace(split, part=part), data)
+    moved = log.item.copy()
+    first, second = mine[split.events(TRAIN)[mine]][:2]
+    moved[[first, second]] = moved[[second, first]]
+    known_events(replace(split, interactions=replace(log, item=moved)), data)  # documents may be shuffled
 
 
 # ---- what it says of domains -----------------------------------------------------------------------------------------

@@ -104,8 +104,13 @@ class Prepared:
 def open_grammar(folder: Path) -> tuple[Catalogue, Grammar]:
     """The catalogue, and how its documents are written; read once for all parts of a process."""
     catalogue = read_catalogue(folder)
-    encoder = PromptEncoder.load(folder / AUDIT_FOLDER, catalogue)
-    return catalogue, Grammar(
+    return catalogue, grammar_of(PromptEncoder.load(folder / AUDIT_FOLDER, catalogue))
+
+
+def grammar_of(encoder: PromptEncoder) -> Grammar:
+    """How an encoder writes documents."""
+    catalogue = encoder.catalogue
+    return Grammar(
         heads=encoder.heads(),
         line=encoder.line_tokens,
         next=encoder.next_tokens,

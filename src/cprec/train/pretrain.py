@@ -12,13 +12,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cprec import distributed
+from cprec.data.leakage import Grammar, read_events
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import LeakageError
 from cprec.schema import SPECIFIC, TRAIN
+from cprec.text.audit_part import grammar_of
 from cprec.text.config import Mixture
 from cprec.text.corpus import Corpus, Group, behaviour_groups
-from cprec.text.encoding import TemplateMarks
+from cprec.text.encoding import PromptEncoder, TemplateMarks
 from cprec.text.general_text import text_shards
 from cprec.text.mixture import EXAMPLES, TEXT, shares
 from cprec.text.prompts import Template
@@ -125,14 +127,15 @@ def _joined(platform: Any, user_id: Any) -> Any:
     return pc.binary_join_element_wise(platform, user_id, "\x00")
 
 
-def events_of_shards(split: Split, shards: Shards) -> np.ndarray:
+def events_of_shards(split: Split, shards: Shards, encoder: PromptEncoder) -> np.ndarray:
     """The events that pre-training may know of: those of the users and domains of which the shards have documents, so
-    that users who are kept out of the shards stay out: bool[num_events].
+    that users who are kept out of the shards stay out: bool[num_events]. `encoder` writes documents as they do.
 
-    Raises LeakageError where a user has other training events in a domain than the documents hold.
+    Raises LeakageError where a user has other training events in a domain than the documents tell of.
     """
     log, catalogue = split.interactions, split.catalogue
-    index = shards.documents.filter(pc.equal(shards.documents["kind"], SPECIFIC))
+    rows = np.flatnonzero(pc.equal(shards.documents["kind"], SPECIFIC))
+    index = shards.documents.take(rows)
     platforms = np.array(log.platforms, dtype=object)[log.user_platform]
     users = _joined(pa.array(platforms, pa.string()), pa.array(log.user_id, pa.string()))
     user, domain = (
@@ -146,18 +149,41 @@ def events_of_shards(split: Split, shards: Shards) -> np.ndarray:
     pair_D, pair_E = (
         u * len(catalogue.domains) + d for u, d in ((user, domain), (log.user, catalogue.domain[log.item]))
     )
-    pairs, number_D = np.unique(pair_D, return_inverse=True)
-    told = np.bincount(number_D, weights=index["num_events"].to_numpy(), minlength=len(pairs))
-    is_known = np.isin(pair_E, pairs)
-    held = np.bincount(np.searchsorted(pairs, pair_E[is_known & split.events(TRAIN)]), minlength=len(pairs))
-    if len(wrong := np.flatnonzero(held != told)):
-        number, of_domain = divmod(int(pairs[wrong[0]]), len(catalogue.domains))
-        raise LeakageError(
-            f"{len(wrong):,} users have other training events in a domain than the documents to pre-train on hold, as "
-            f"{log.user_id[number]!r} in {catalogue.domains[of_domain]!r}, with {held[wrong[0]]} events for "
-            f"{told[wrong[0]]:.0f}: the tables or the shards were changed; run `cprec prepare` again"
-        )
+    is_known, grammar = np.isin(pair_E, pair_D), grammar_of(encoder)
+    held, told = is_known & split.events(TRAIN), read_events(shards.take(rows), domain, grammar)
+    _check_equal(
+        split,
+        grammar,
+        held=(pair_E[held], grammar.title_of_row[log.item[held]]),
+        told=(pair_D[told.document], told.title),
+    )
     return is_known
+
+
+Titles = tuple[np.ndarray, np.ndarray]
+"""Of some events: users and domains as one number each, and the numbers of the titles."""
+
+
+def _check_equal(split: Split, grammar: Grammar, held: Titles, told: Titles) -> None:
+    """Raise LeakageError unless the log holds the same events, in any order, as documents tell of."""
+    catalogue, number_N = split.catalogue, grammar.title_of_row
+    width = len(catalogue) + 1  # title -1, which the catalogue does not have, has the last place
+    codes, place = np.unique(
+        np.concatenate([pair * width + title % width for pair, title in (held, told)]), return_inverse=True
+    )
+    held_C, told_C = (np.bincount(part, minlength=len(codes)) for part in np.split(place, [len(held[0])]))
+    wrong = np.flatnonzero(held_C != told_C)
+    if len(wrong):
+        pair, title = divmod(int(codes[wrong[0]]), width)
+        user, domain = divmod(pair, len(catalogue.domains))
+        who = repr(str(split.interactions.user_id[user])) if user >= 0 else "one whom the log does not have"
+        what = repr(str(catalogue.title[np.argmax(number_N == title)])) if title in number_N else "an unknown title"
+        raise LeakageError(
+            f"{len(np.unique(codes[wrong] // width)):,} users have other training events in a domain than the "
+            f"documents to pre-train on tell of, as {who} in {catalogue.domains[domain]!r}, with {what} "
+            f"{held_C[wrong[0]]} times for {told_C[wrong[0]]}: the tables or the shards were changed; run "
+            "`cprec prepare` again"
+        )
 
 
 def pretrain_plan(config: PretrainConfig, groups: list[Group]) -> Plan:
