@@ -38,9 +38,10 @@ BELOW = {
     "text": BASE | {"data"},
     "distributed": BASE,
     "models": BASE | {"data", "text", "distributed"},
+    "inspection": BASE | {"models"},
     "card": BASE | {"data", "text"},
-    "train": BASE | {"data", "text", "models", "distributed", "search", "card"},
-    "search": BASE | {"data", "models", "distributed"},
+    "train": BASE | {"data", "text", "models", "inspection", "distributed", "search", "card"},
+    "search": BASE | {"data", "models", "inspection", "distributed"},
     # Of the systems those that can be stored: a blend opens them without their data.
     "rank": BASE | {"data", "scoring", "text", "models", "distributed", "item_head", "search", "baselines", "systems"},
     "scoring": BASE | {"data"},
@@ -105,6 +106,7 @@ TRAINED_WITH = frozenset(
         "report",
         "shortcuts",
         "shrink",
+        "inspection",
         "progress",
         "provenance",
     }

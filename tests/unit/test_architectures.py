@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from cprec.errors import ConfigError
-from cprec.models import check_attention, check_isolation, output_scale, packed_hidden
+from cprec.inspection import check_attention, check_isolation, output_scale
+from cprec.models import packed_hidden
 from cprec.search.attention import PromptTree
 from cprec.train.attention import use_document_attention
 from cprec.train.loss import PackedLoss

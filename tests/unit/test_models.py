@@ -11,16 +11,14 @@ import torch
 from torch import nn
 
 from cprec.errors import ConfigError
+from cprec.inspection import check_attention, check_isolation, output_scale
 from cprec.models import (
     add_lora,
     blocks_of,
-    check_attention,
-    check_isolation,
     context_of,
     freeze_lowest,
     load_model,
     num_parameters,
-    output_scale,
     packed_hidden,
     tiny_model,
     trunk_and_head,

@@ -11,7 +11,8 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from cprec.distributed import autocast
-from cprec.models import attending_by, output_scale, trunk_and_head
+from cprec.inspection import output_scale
+from cprec.models import attending_by, trunk_and_head
 from cprec.search.cache import PrefixCache
 from cprec.search.finite import require_finite
 

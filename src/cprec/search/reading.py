@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from cprec.models import check_attention, context_of, output_scale
+from cprec.inspection import check_attention, output_scale
+from cprec.models import context_of
 from cprec.search.attention import PromptTree
 from cprec.search.cache import PrefixCache
 

@@ -8,11 +8,10 @@ from typing import Any
 
 from cprec import distributed
 from cprec.errors import ConfigError
+from cprec.inspection import check_attention, check_isolation
 from cprec.models import (
     TINY,
     add_lora,
-    check_attention,
-    check_isolation,
     context_of,
     freeze_lowest,
     has_learned_positions,

@@ -12,7 +12,8 @@ from torch import nn
 from cprec import distributed
 from cprec.batch import IGNORE
 from cprec.errors import ConfigError
-from cprec.models import blocks_of, output_scale, packed_hidden, trunk_and_head
+from cprec.inspection import output_scale
+from cprec.models import blocks_of, packed_hidden, trunk_and_head
 from cprec.text.stream import NEXT_TOKEN
 from cprec.train.trainable import decay_matrices
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from cprec.models import check_isolation, load_model, packed_hidden
+from cprec.inspection import check_isolation
+from cprec.models import load_model, packed_hidden
 from cprec.train import attention
 from cprec.train.attention import DOCUMENTS, use_document_attention
 from cprec.train.loss import prepare_loss
