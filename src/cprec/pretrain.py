@@ -8,6 +8,7 @@ import numpy as np
 
 from cprec.data.dataset import read_split
 from cprec.data.splits import Split, as_one_domain
+from cprec.errors import ConfigError
 from cprec.heads import give_heads
 from cprec.item_head import ItemHead, seconds_to_train
 from cprec.progress import track
@@ -27,8 +28,10 @@ def pretrain(config: PretrainConfig) -> Path:
 
     The head learns from the events that the shards hold, and has the items of every domain, those too that were not
     pre-trained on. Raises what training the model and `give_heads` raise, and LeakageError where the tables of the data
-    and its shards tell of other events.
+    and its shards tell of other events; ConfigError where an item head is asked for and the data have no items.
     """
+    if config.item_head and not Path(config.data, "items").is_dir():
+        raise ConfigError(f"item_head=true reads the titles of items, and data={config.data} has none: leave it out")
     folder = language_model.pretrain(config)
     if config.item_head and not config.dry_run:
         shards = open_shards(Path(config.data) / "shards" / "train")

@@ -52,6 +52,7 @@ from cprec.progress import say
 from cprec.provenance import read_resolved, save_resolved
 from cprec.rank.config import RankConfig
 from cprec.recipe import CPREC, FINETUNED, UNTRAINED, Recipe
+from cprec.report import training_report
 from cprec.text.config import PrepareConfig
 from cprec.train.folder import LOG, read_done, read_log
 
@@ -59,10 +60,12 @@ Models = Mapping[str, Mapping[str, str]]
 """Domain -> the name of an arm -> the folder of its model."""
 
 
-def run(recipe: Recipe) -> Report:
+def run(recipe: Recipe) -> Report | None:
     """Run every stage of a recipe; prints the report, writes `report.json` and `report.html`, and returns it.
 
-    Raises InputChanged where a folder that is there was made from other input, and names those that were made from it.
+    Without a domain to recommend in there is nothing to evaluate: then it writes `training.html` alone, and returns
+    None. Raises InputChanged where a folder that is there was made from other input, and names those that were made
+    from it.
     """
     from cprec.budget import within_hours
     from cprec.pretrain import pretrain
@@ -93,13 +96,17 @@ def run(recipe: Recipe) -> Report:
         recipe = within_hours(recipe)
     runs: dict[str, str] = {}
     if recipe.pretrain:
-        say(f"{next(steps)} pre-train on behaviour sequences")
+        say(f"{next(steps)} pre-train on {'behaviour sequences' if targets else 'text'}")
         with _naming(later[1:]):
             pretrain(recipe.pretrain)
         runs["pre-training"] = recipe.pretrain.output_dir
     models = {domain: _arms(recipe, domain, steps) for domain in targets}
     if recipe.finetune:
         runs |= {f"{domain}: {arm}": folder for domain, arms in models.items() for arm, folder in arms.items()}
+    if not targets:
+        say(f"{next(steps)} report")
+        training_report(recipe.evaluate.output_dir)
+        return None
     say(f"{next(steps)} evaluate")
     return _report(recipe.evaluate, models, runs, title=recipe.name, generated=recipe.prepare)
 

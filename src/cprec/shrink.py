@@ -36,13 +36,13 @@ from cprec.provenance import (
     to_dict,
 )
 from cprec.text.encoding import PromptEncoder
-from cprec.text.general_text import read_texts
+from cprec.text.general_text import ACCEPTED, read_texts
 from cprec.text.prompts import Template
 from cprec.text.shards import open_shards, read_shard_manifest
 from cprec.text.tokenizer import beginning_of, encode_pieces, load_tokenizer
 from cprec.text.vocabulary import check_cut, cut_tokenizer, describe, needed_tokens
 from cprec.train.config import ShrinkConfig
-from cprec.train.folder import DONE
+from cprec.train.folder import read_done
 from cprec.train.forgetting import own_texts
 
 RECORD = "shrink.json"
@@ -61,8 +61,8 @@ def shrink(config: ShrinkConfig) -> dict[str, Any]:
     """Write the smaller model's folder; returns what its `shrink.json` holds: sizes and perplexity before and after.
 
     A folder that was made with these settings from the same input is reused. Raises ConfigError where the model or its
-    tokenizer cannot be cut or has no such number of layers, where `cprec` trained the model already (the record of what
-    it was trained on would be lost), and where the output folder holds something else.
+    tokenizer cannot be cut or has no such number of layers, where the model was trained on behaviour already (the record
+    of that would be lost), and where the output folder holds something else.
     """
     output, data = Path(config.output_dir), data_folder(config.data)
     inputs = _check_input(config, data)
@@ -95,12 +95,11 @@ def shrink(config: ShrinkConfig) -> dict[str, Any]:
 
 def _check_input(config: ShrinkConfig, data: Path) -> dict[str, str]:
     """SHA-256 of what is read, by name."""
-    if Path(config.model, DONE).is_file():
+    done = read_done(config.model)
+    if done is not None and done.get("trained_on") != []:  # text alone leaves no record to lose
         raise ConfigError(f"model={config.model} was trained by cprec: shrink its base model, and train that")
     if missing := [path for path in config.text if not Path(path).is_file()]:
-        raise ConfigError(
-            f"text={missing[0]}: no such file; give .jsonl, .parquet (with a column `text`) or .txt files"
-        )
+        raise ConfigError(f"text={missing[0]}: no such file; give {ACCEPTED} files")
     hashes = FileHashes(config.output_dir)
     of_model = model_hashes(config.model, (*WEIGHTS, *TOKENIZER), hashes)
     documents = read_shard_manifest(data / "shards" / "train")

@@ -332,12 +332,21 @@ class Sources:
     """Domains in a database or warehouse, one entry each."""
     synthetic: SyntheticConfig | None = None
     """The synthetic world, for trying things out."""
+    text: tuple[str, ...] = ()
+    """Files of text (.jsonl, .parquet, .txt; patterns too) in place of all logs: a folder to train a base model on,
+    without users and items."""
 
     def __post_init__(self) -> None:
-        if not (self.tables or self.recbole or self.public or self.connections or self.synthetic):
+        logs = self.tables or self.recbole or self.public or self.connections or self.synthetic
+        if not (logs or self.text):
             raise ConfigError(
                 "no source of data: give tables=..., recbole=..., public=..., connections=... or synthetic=... (see "
                 "`cprec prepare --help`)"
+            )
+        if logs and self.text:
+            raise ConfigError(
+                f"text={', '.join(self.text)} stands beside logs: pre-training reads general text with them by "
+                "pretrain.replay; a folder of text holds nothing else"
             )
 
 

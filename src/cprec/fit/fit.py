@@ -63,7 +63,9 @@ def fit(config: FitConfig) -> str:
     assert recipe.finetune is not None
     model = FINETUNED if recipe.finetune.num_train_epochs else UNTRAINED
     folder = recipe.model_folder(config.domain, model)
-    result, what = run(recipe).domains[config.domain], served(folder)
+    report = run(recipe)
+    assert report is not None, "a recipe with a domain is evaluated"
+    result, what = report.domains[config.domain], served(folder)
     compare = partial(compare_saved, Path(recipe.evaluate.output_dir), result, config.seed)
     sentence = answer(result, model, what, compare)
     write_whole(Path(config.output_dir, ANSWER), sentence + "\n")

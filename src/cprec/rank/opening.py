@@ -34,6 +34,11 @@ def settings_of(folder: Path) -> dict[str, Any]:
             advice = "give the output_dir of `cprec pretrain` or `cprec finetune`"
         raise ConfigError(f"{folder} {problem}: {advice}")
     about = json.loads(path.read_text())
+    if "template" not in about:
+        raise ConfigError(
+            f"{folder} is a base model that was trained on text: train it on a log first, by `cprec fit`, `cprec "
+            "pretrain` or `cprec finetune` with model_name_or_path"
+        )
     device = distributed.pick_device()
     return {
         "domain": about.get("domain"),

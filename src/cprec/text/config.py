@@ -81,8 +81,6 @@ class DocumentRules:
     """Decides the held-out users and shuffled ties."""
 
     def __post_init__(self) -> None:
-        if not self.target_domains:
-            raise ConfigError("target_domains is empty: name at least one domain to fine-tune and evaluate on")
         if not 0 <= self.heldout_share < 1:
             raise ConfigError(f"heldout_share={self.heldout_share} must lie in 0..1")
         _check_positive(self, "min_events", "max_events", "max_history", "max_document_tokens")
@@ -137,6 +135,10 @@ class PrepareConfig(DocumentRules, Rules, Sources):
     def __post_init__(self) -> None:
         for settings in (Sources, Rules, DocumentRules):
             settings.__post_init__(self)
+        if not self.target_domains and not self.text:
+            raise ConfigError("target_domains is empty: name at least one domain to fine-tune and evaluate on")
+        if self.text and (self.target_domains or self.pretrain_domains):
+            raise ConfigError("a folder of text has no domains: leave target_domains and pretrain_domains empty")
         _check_positive(self, "max_title_tokens")
         if self.workers is not None:
             _check_positive(self, "workers")

@@ -12,20 +12,23 @@ from cprec.data.ragged import Ragged, offsets_of
 from cprec.schema import MIXED, SPECIFIC
 from cprec.text.shards import Shards
 
+TEXT, EXAMPLES = "general text", "examples"
+"""Kinds of documents beside behaviour sequences."""
+
 
 @dataclass(frozen=True, eq=False)
 class Group:
     """Documents with one weight in a mixture: a domain's specific ones, all mixed ones, or those of another source."""
 
     name: str
-    """For example `books (specific)`, `mixed`, `general text` or `examples of books`."""
+    """For example `books (specific)`, `mixed`, `general text`, `wiki (text)` or `examples of books`."""
     kind: str
     """specific, mixed, general text or examples."""
     shards: Shards
     documents: np.ndarray
     """Their row numbers in the shards: int64[D]."""
     domain: str = ""
-    """The domain of specific documents and of examples; empty for others."""
+    """The domain of specific documents and of examples, the file of text in a folder of text; empty for others."""
     targets_only: bool = False
     """Whether the loss covers the target's tokens alone."""
 
@@ -42,23 +45,25 @@ class Group:
         return int(self.shards.column("num_events")[self.documents].sum())
 
 
-def behaviour_groups(shards: Shards) -> list[Group]:
-    """The groups of a shard folder of behaviour sequences: specific ones by domain, then mixed ones.
+NAMES = {SPECIFIC: "{} (specific)", MIXED: MIXED, TEXT: "{} (text)"}
+"""What the groups of a data folder are called, by their kind and in their order; {} is the domain, or the file."""
+
+
+def groups_of(shards: Shards) -> list[Group]:
+    """The groups of a shard folder: specific sequences by domain, then mixed ones; or texts by file.
 
     They are read from the manifest, which lists the pieces (runs of documents of one domain and kind).
     """
-    rows: dict[tuple[bool, str], list[np.ndarray]] = {}
+    rows: dict[tuple[str, str], list[np.ndarray]] = {}
     start = 0
     for piece in shards.manifest["pieces"]:
-        stop = start + piece["num_documents"]
-        mixed = piece["kind"] == MIXED
-        rows.setdefault((mixed, "" if mixed else piece["domain"]), []).append(np.arange(start, stop))
+        stop, kind = start + piece["num_documents"], piece["kind"]
+        rows.setdefault((kind, "" if kind == MIXED else piece["domain"]), []).append(np.arange(start, stop))
         start = stop
+    kinds = list(NAMES)
     return [
-        Group(MIXED, MIXED, shards, np.concatenate(parts))
-        if mixed
-        else Group(f"{domain} ({SPECIFIC})", SPECIFIC, shards, np.concatenate(parts), domain)
-        for (mixed, domain), parts in sorted(rows.items())
+        Group(NAMES[kind].format(domain), kind, shards, np.concatenate(rows[kind, domain]), domain)
+        for kind, domain in sorted(rows, key=lambda group: (kinds.index(group[0]), group[1]))
     ]
 
 

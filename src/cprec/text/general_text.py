@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cprec.data.ragged import Ragged
@@ -17,10 +19,12 @@ from cprec.errors import ConfigError, DataError, ShardError
 from cprec.files import whole_folder
 from cprec.progress import say, track
 from cprec.provenance import file_sha256
-from cprec.text.mixture import TEXT
+from cprec.text.corpus import TEXT
 from cprec.text.shards import open_shards, write_shards
 from cprec.text.tokenizer import encode_pieces
 
+ACCEPTED = ".jsonl (also .jsonl.gz and .jsonl.zst), .parquet (with a column `text`) or .txt"
+"""The files that general text is read from."""
 BATCH = 256
 """Texts that are tokenised at once."""
 
@@ -37,9 +41,7 @@ def text_shards(folder: Path, files: Sequence[str], tokenizer: Any, max_tokens: 
     paths = [Path(file) for file in files]
     for path in paths:
         if not path.is_file():
-            raise ConfigError(
-                f"replay={path}: no such file; give .jsonl, .parquet (with a column `text`) or .txt files"
-            )
+            raise ConfigError(f"replay={path}: no such file; give {ACCEPTED} files")
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     made_from = [*map(file_sha256, paths), hashlib.sha256(vocabulary.encode()).hexdigest(), str(max_tokens)]
     made_from += map(str, begin)
@@ -50,33 +52,39 @@ def text_shards(folder: Path, files: Sequence[str], tokenizer: Any, max_tokens: 
             return str(target)
         except ShardError:
             say(f"{target}: damaged, made again")
-    rows = _tokenised(paths, tokenizer, max_tokens, begin)
-    columns = {
-        "domain": [""] * len(rows),
-        "kind": [TEXT] * len(rows),
-        "num_events": np.zeros(len(rows), dtype=np.int32),
-        "target_start": np.ones(len(rows), dtype=np.int64),
-    }
+    documents: list[np.ndarray] = []
+    for path in paths:
+        found = tokenised(read_texts(path), tokenizer, max_tokens, begin)
+        if not found:
+            raise DataError(f"{path} has no text")
+        documents += found
     about = {"vocabulary_size": len(tokenizer), "files": [path.name for path in paths], "made_from": made_from}
     with whole_folder(target) as unfinished:
-        write_shards(unfinished, rows, columns, about)
+        write_texts(unfinished, {"": documents}, about)
     return str(target)
 
 
-def _tokenised(paths: Sequence[Path], tokenizer: Any, max_tokens: int, begin: Sequence[int]) -> Ragged:
-    """The texts of some files as documents of tokens."""
+def tokenised(texts: Iterator[str], tokenizer: Any, max_tokens: int, begin: Sequence[int]) -> list[np.ndarray]:
+    """Texts as documents of tokens, each with its end; see `documents_of`."""
     documents: list[np.ndarray] = []
-    with track(None, "tokenising general text", "texts") as progress:
-        for path in paths:
-            before = len(documents)
-            all_texts = read_texts(path)
-            while texts := list(itertools.islice(all_texts, BATCH)):
-                for ids in encode_pieces(tokenizer, texts):
-                    documents += documents_of([*ids, tokenizer.eos_token_id], max_tokens, begin)
-                progress.advance(len(texts))
-            if len(documents) == before:
-                raise DataError(f"{path} has no text")
-    return Ragged.of(documents)
+    with track(None, "tokenising text", "texts") as progress:
+        while some := list(itertools.islice(texts, BATCH)):
+            for ids in encode_pieces(tokenizer, some):
+                documents += documents_of([*ids, tokenizer.eos_token_id], max_tokens, begin)
+            progress.advance(len(some))
+    return documents
+
+
+def write_texts(folder: Path, documents: Mapping[str, Sequence[np.ndarray]], about: dict[str, Any]) -> None:
+    """Write documents of text, by the name of their source, as token shards into a folder."""
+    names = [name for name, found in documents.items() for _ in found]
+    columns = {
+        "domain": names,
+        "kind": [TEXT] * len(names),
+        "num_events": np.zeros(len(names), dtype=np.int32),
+        "target_start": np.ones(len(names), dtype=np.int64),
+    }
+    write_shards(folder, Ragged.of([each for found in documents.values() for each in found]), columns, about)
 
 
 def documents_of(ids: Sequence[int], max_tokens: int, begin: Sequence[int] = ()) -> list[np.ndarray]:
@@ -92,21 +100,22 @@ def documents_of(ids: Sequence[int], max_tokens: int, begin: Sequence[int] = ())
 def read_texts(path: Path) -> Iterator[str]:
     """The texts of a file: `text` of each JSON line or Parquet row, or all of a plain file; empty ones are left out.
 
-    Raises ConfigError for another suffix, DataError, naming file and line, for a row without a text.
+    JSON lines may be compressed (.gz, .zst). Raises ConfigError for another suffix, DataError, naming file and line,
+    for a row without a text, and DataError for a file that cannot be unpacked.
     """
     return (text for text in _rows(path) if text and text.strip())
 
 
 def _rows(path: Path) -> Iterator[str | None]:
-    if path.suffix in (".jsonl", ".json", ".ndjson"):
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    text = json.loads(line)["text"] if line.strip() else ""
-                    assert isinstance(text, str)
-                except (ValueError, KeyError, TypeError, AssertionError):
-                    raise DataError(f'{path} line {number}: no JSON object with a text, as {{"text": "..."}}') from None
-                yield text
+    kind = path.with_suffix("").suffix if path.suffix in (".gz", ".zst") else path.suffix
+    if kind in (".jsonl", ".json", ".ndjson"):
+        for number, line in enumerate(_lines(path), start=1):
+            try:
+                text = json.loads(line)["text"] if line.strip() else ""
+                assert isinstance(text, str)
+            except (ValueError, KeyError, TypeError, AssertionError):
+                raise DataError(f'{path} line {number}: no JSON object with a text, as {{"text": "..."}}') from None
+            yield text
     elif path.suffix == ".parquet":
         file = pq.ParquetFile(path)
         if "text" not in file.schema_arrow.names:
@@ -116,4 +125,13 @@ def _rows(path: Path) -> Iterator[str | None]:
     elif path.suffix == ".txt":
         yield path.read_text(encoding="utf-8")
     else:
-        raise ConfigError(f"{path}: general text is read from .jsonl, .parquet and .txt")
+        raise ConfigError(f"{path}: general text is read from {ACCEPTED}")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a file, unpacked where its name says that it is compressed."""
+    try:
+        with io.TextIOWrapper(pa.input_stream(str(path)), encoding="utf-8") as file:
+            yield from file
+    except OSError as error:
+        raise DataError(f"{path} cannot be unpacked: {error}") from None

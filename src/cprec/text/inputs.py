@@ -8,12 +8,14 @@ from pathlib import Path
 
 from cprec.data.config import ConnectionSource, PublicSource, RecBoleSource, Sources, TableSource
 from cprec.data.dataset import read_manifest
-from cprec.data.sources.files import files_of
+from cprec.data.sources.files import files_of, matching_files
 from cprec.errors import ConfigError, DataError
 from cprec.progress import say
 from cprec.provenance import TOKENIZER, FileHashes, differences, file_state, model_hashes, read_resolved
 from cprec.text.config import TINY
 
+TEXT_TABLE = "text"
+"""Stands for a table where a folder is made of text, which belongs to no domain."""
 _TOKENIZER_PREFIX = "tokenizer://"
 """Prefix of the names of a tokenizer's files among the recorded inputs; no path has two slashes in a row."""
 
@@ -119,7 +121,8 @@ def _compare_tokenizer(tokenizer: str, recorded: Mapping[str, str], hashes: File
 def _files(sources: Sources) -> dict[tuple[str, str], list[Path]]:
     """The files that each table of each domain is read from, as they are there now; none where all are gone."""
     read: list[TableSource | RecBoleSource | PublicSource] = [*sources.tables, *sources.recbole, *sources.public]
-    return {(source.domain, table): paths for source in read for table, paths in files_of(source).items()}
+    found = {(source.domain, table): paths for source in read for table, paths in files_of(source).items()}
+    return found | ({("", TEXT_TABLE): matching_files(sources.text)} if sources.text else {})
 
 
 def _fingerprints(source: ConnectionSource, hashes: FileHashes) -> dict[str, str | DataError | None]:

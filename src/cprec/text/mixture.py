@@ -9,15 +9,13 @@ import numpy as np
 from cprec.errors import ConfigError
 from cprec.schema import MIXED, SPECIFIC
 from cprec.text.config import Mixture
-from cprec.text.corpus import Group
-
-TEXT, EXAMPLES = "general text", "examples"
+from cprec.text.corpus import EXAMPLES, TEXT, Group
 
 
 def shares(groups: Sequence[Group], mixture: Mixture) -> np.ndarray:
     """The share of all tokens that each group should have: float64[groups], summing to 1.
 
-    General text and examples get their shares. Of the rest, mixed sequences get `mixed_share`, and the domains divide
+    General text and examples get their shares; text that stands alone gets all. Of the rest, mixed sequences get `mixed_share`, and the domains divide
     what is left in proportion to (events in the domain) ** temperature, times their weight. A kind without documents
     leaves its share to the others. Raises ConfigError for the weight of a domain that has no documents, for a share of
     text or examples where there are none, and where nothing is left to read.
@@ -30,8 +28,9 @@ def shares(groups: Sequence[Group], mixture: Mixture) -> np.ndarray:
             )
     kind = np.array([group.kind for group in groups], dtype=object)
     weight = np.zeros(len(groups))
+    text_share = 1.0 if groups and (kind == TEXT).all() else mixture.text_share
     for name, share, what in (
-        (TEXT, mixture.text_share, "name files of general text in `replay`"),
+        (TEXT, text_share, "name files of general text in `replay`"),
         (EXAMPLES, mixture.examples_share, "prepare the data with a pre-training domain among target_domains"),
     ):
         if share and name not in kind:

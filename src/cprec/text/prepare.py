@@ -28,6 +28,7 @@ from cprec.text.encoding import PromptEncoder
 from cprec.text.inputs import InputRecord, changed_inputs
 from cprec.text.shards import read_shard_manifest
 from cprec.text.shared_texts import notes, shared_texts
+from cprec.text.text_data import write_text_data
 from cprec.text.tokenizer import beginning_of, load_tokenizer, train_on_titles
 from cprec.text.workers import num_workers, run_parts
 
@@ -42,7 +43,7 @@ def prepare(config: PrepareConfig) -> Path:
     """Write the data folder of a configuration and return it; a folder already complete with it is reused.
 
     The folder is made aside and renamed at the end, so an interrupted run leaves nothing that looks complete; the same
-    command goes on where it was interrupted once the tables are there.
+    command goes on where it was interrupted once the tables are there. A folder of text is written as `text_data` says.
 
     Raises ConfigError where the folder was made with other settings, InputChanged where its input has changed.
     """
@@ -54,6 +55,11 @@ def prepare(config: PrepareConfig) -> Path:
     with _locked(output_dir):
         if _is_complete(config, output_dir):
             return output_dir  # another process was quicker
+        if config.text:
+            write_text_data(config, folder)
+            publish(folder, output_dir)
+            say(f"{output_dir}: written")
+            return output_dir
         if not _has_tables(config, folder):
             _write_tables(config, folder)
     number, count = config.share()
@@ -133,8 +139,9 @@ def _changed_settings(config: PrepareConfig, folder: Path) -> list[str]:
     """The settings that differ from those a folder was made with, of those that decide its content."""
     old, new = read_resolved(folder)["config"], to_dict(config)
     for table in old.get("tables", ()):
-        for name in ("encoding", "decimal"):  # a folder may be older than these
+        for name in ("encoding", "decimal"):  # a folder may be older than these, and than `text`
             table.setdefault(name, getattr(TableSource, name))
+    old.setdefault("text", [])
     names = (old.keys() | new.keys()) - set(EXECUTION_SETTINGS)
     changed = {name for name in names if old.get(name) != new.get(name)}
     if "add_bos_token" not in old:  # from before there was this setting, when nothing stood before a text

@@ -90,7 +90,9 @@ def check_fits(run: Run, plan: Plan, model: Any, tokenizer: Any) -> None:
     check_vocabulary(config, model, tokenizer)
     if context is None:
         return
-    titles = about["max_title_tokens"] * len(Template(**about["template"]).item_fields)
+    titles = (
+        0 if "template" not in about else about["max_title_tokens"] * len(Template(**about["template"]).item_fields)
+    )
     if titles >= context:
         raise ConfigError(
             f"items may have {titles:,} tokens (max_title_tokens={about['max_title_tokens']}), but {name} reads "

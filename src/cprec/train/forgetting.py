@@ -13,7 +13,7 @@ import pyarrow as pa
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.errors import ConfigError, DataError
 from cprec.text.corpus import Corpus
-from cprec.text.general_text import documents_of, read_texts
+from cprec.text.general_text import ACCEPTED, documents_of, read_texts
 from cprec.text.shards import Shards
 from cprec.text.stream import TokenStream, one_phase
 from cprec.text.tokenizer import encode_pieces
@@ -66,7 +66,7 @@ def own_texts() -> list[str]:
 
 def _texts_of(path: Path) -> Any:
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file; give .jsonl, .parquet (with a column `text`) or .txt")
+        raise ConfigError(f"{path}: no such file; give {ACCEPTED}")
     return read_texts(path)
 
 

@@ -15,14 +15,14 @@ from cprec import distributed
 from cprec.data.leakage import Grammar, read_events
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
-from cprec.errors import LeakageError
-from cprec.schema import SPECIFIC, TRAIN
+from cprec.errors import ConfigError, LeakageError
+from cprec.schema import KINDS, SPECIFIC, TRAIN
 from cprec.text.audit_part import grammar_of
 from cprec.text.config import Mixture
-from cprec.text.corpus import Corpus, Group, behaviour_groups
+from cprec.text.corpus import EXAMPLES, TEXT, Corpus, Group, groups_of
 from cprec.text.encoding import PromptEncoder, TemplateMarks
 from cprec.text.general_text import text_shards
-from cprec.text.mixture import EXAMPLES, TEXT, shares
+from cprec.text.mixture import shares
 from cprec.text.prompts import Template
 from cprec.text.shards import TRAINING, Shards, open_shards
 from cprec.text.stream import Phase, TokenStream, one_phase
@@ -62,13 +62,15 @@ def _run(config: PretrainConfig) -> Run:
     groups = behaviour_and_more(config)
     shards = groups[0].shards
     heldout = open_shards(Path(config.data) / "shards" / "heldout", columns=TRAINING)
-    examples = sorted({group.shards.sha256 for group in groups if group.kind == EXAMPLES})
-    text = sorted({group.shards.sha256 for group in groups if group.kind == TEXT})
+    text, examples, behaviour = (
+        list(dict.fromkeys(group.shards.sha256 for group in groups if group.kind in kinds))
+        for kinds in ((TEXT,), (EXAMPLES,), KINDS)
+    )
     return Run(
         config=config,
         make_plan=lambda: pretrain_plan(config, groups),
-        trained_on=[shards.sha256, *examples],
-        inputs={"heldout": heldout.sha256} | ({"text": text[0]} if text else {}),
+        trained_on=[*behaviour, *sorted(examples)],
+        inputs={"heldout": heldout.sha256} | ({"text": " ".join(text)} if text else {}),
         validation=heldout_streams(
             heldout, eval_tokens=config.eval_tokens, rows=config.rows_per_pass, max_length=config.max_length
         ),
@@ -81,13 +83,14 @@ def _run(config: PretrainConfig) -> Run:
 
 
 def behaviour_and_more(config: PretrainConfig) -> list[Group]:
-    """The groups that a run may read: behaviour sequences, and general text and examples where a phase asks for them.
+    """The groups that a run may read: behaviour sequences, and general text and examples where a phase asks for them;
+    of a folder of text, its texts.
 
     Examples are those of pre-training domains, of users whose sequences are in the shards: users who are kept out of
     pre-training do not enter by their examples.
     """
     data = Path(config.data)
-    groups = behaviour_groups(open_shards(data / "shards" / "train", columns=TRAINING))
+    groups = groups_of(open_shards(data / "shards" / "train", columns=TRAINING))
     mixtures = [config.mixture, config.warmup_mixture, config.anneal_mixture]
     if any(mixture and mixture.text_share for mixture in mixtures) and config.replay:
         tokenizer = load_tokenizer(str(data / "tokenizer"))
@@ -231,6 +234,8 @@ def _titles_only(data: Path, corpus: Corpus) -> Callable[[np.ndarray, Ragged], n
     """Marks the tokens of titles, with the end of sequence, and all tokens of general text."""
     domains = [group.domain for group in corpus.groups if group.kind == SPECIFIC]
     about = corpus.groups[0].shards.manifest["about"]
+    if not domains:
+        raise ConfigError(f"loss=items_only is of the titles in behaviour sequences, and data={data} has none")
     tokenizer, template = load_tokenizer(str(data / "tokenizer")), Template(**about["template"])
     marks = TemplateMarks(tokenizer, template, domains, about.get("begin", ()))
     is_text = np.array([group.kind == TEXT for group in corpus.groups])
@@ -242,7 +247,8 @@ def _titles_only(data: Path, corpus: Corpus) -> Callable[[np.ndarray, Ragged], n
 
 
 def heldout_streams(heldout: Shards, *, eval_tokens: int, rows: int, max_length: int) -> dict[str, TokenStream]:
-    """Held-out documents of users never trained on: a stream for each domain's specific ones, one for mixed ones."""
+    """Held-out documents of users never trained on: a stream for each domain's specific ones, one for mixed ones; of
+    text a stream for each file."""
     return {
         group.name: TokenStream(
             Corpus([group]),
@@ -251,5 +257,5 @@ def heldout_streams(heldout: Shards, *, eval_tokens: int, rows: int, max_length:
             row_tokens=max_length,
             seed=0,
         )
-        for group in (behaviour_groups(heldout) if eval_tokens else [])
+        for group in (groups_of(heldout) if eval_tokens else [])
     }

@@ -55,6 +55,11 @@ class Run:
         return Path(self.config.data)
 
     @property
+    def has_items(self) -> bool:
+        """Whether there is anything to recommend: not where the data are text."""
+        return (self.data / "items").is_dir()
+
+    @property
     def all_trained_on(self) -> list[str]:
         """Hashes of the shards that the finished model will have been trained on, since its base."""
         return [*shards_of(self.start_from or Path(self.config.model_name_or_path)), *self.trained_on]

@@ -320,11 +320,13 @@ def _publish(
                     path.unlink()
                 adapted.merge_and_unload().save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            shutil.copytree(run.data / "items", folder / "items")
+            if run.has_items:
+                shutil.copytree(run.data / "items", folder / "items")
             if (run.data / POPULARITY).is_file():  # ranks items for histories that say nothing
                 shutil.copy2(run.data / POPULARITY, folder / POPULARITY)
             (folder / DONE).write_text(json.dumps(done, indent=1) + "\n")
-            write_card(folder, read_resolved(run.output_dir), run.data)
+            if run.has_items:  # a card tells how to recommend
+                write_card(folder, read_resolved(run.output_dir), run.data)
         for path in sorted(unmoved.iterdir(), key=lambda path: path.name == DONE):
             publish(path, run.output_dir / path.name)
         unmoved.rmdir()

@@ -12,7 +12,7 @@ from cprec.batch import IGNORE
 from cprec.data.ragged import Ragged
 from cprec.errors import ConfigError
 from cprec.text.config import Mixture
-from cprec.text.corpus import Corpus, behaviour_groups
+from cprec.text.corpus import Corpus, groups_of
 from cprec.text.mixture import shares
 from cprec.text.shards import Shards, open_shards, write_shards
 from cprec.text.stream import NEXT_TOKEN, Phase, TokenStream, one_phase
@@ -49,7 +49,7 @@ def stream_of(shards: Shards, **changes: Any) -> TokenStream:
 
 def mixed_stream(shards: Shards, phases: list[Phase], **changes: Any) -> TokenStream:
     settings: dict[str, Any] = {"rows_per_step": 4, "row_tokens": 64, "seed": 3, "pad_id": PAD}
-    return TokenStream(Corpus(behaviour_groups(shards)), phases, **settings | changes)
+    return TokenStream(Corpus(groups_of(shards)), phases, **settings | changes)
 
 
 def phase(name: str, num_tokens: float, *share: float, num_steps: int = 0) -> Phase:
@@ -145,7 +145,7 @@ def test_shares_by_hand(tmp_path: Path) -> None:
     }
     write_shards(tmp_path / "s", Ragged.of([[1], [2], [3], [4]]), columns, {"vocabulary_size": 9})
     shards = open_shards(tmp_path / "s")
-    groups = behaviour_groups(shards)
+    groups = groups_of(shards)
     assert [group.name for group in groups] == ["books (specific)", "games (specific)", "mixed"]
     assert [group.documents.tolist() for group in groups] == [[0], [1, 2], [3]]
 
@@ -170,7 +170,7 @@ def test_shares_by_hand(tmp_path: Path) -> None:
 def test_an_absent_kind_leaves_its_share_to_the_other(
     make_shards: MakeShards, groups: list[str], expected: list[float]
 ) -> None:
-    found = behaviour_groups(make_shards(groups, low=10, high=11))
+    found = groups_of(make_shards(groups, low=10, high=11))
     assert shares(found, Mixture(mixed_share=0.3)).tolist() == pytest.approx(expected)
 
 
@@ -192,7 +192,7 @@ def test_the_mixture_comes_out_as_asked_all_along(make_shards: MakeShards, passe
 
 def test_each_phase_has_its_mixture_and_goes_on_with_the_pass(make_shards: MakeShards) -> None:
     shards = make_shards(["books"] * 400 + ["games"] * 400 + [""] * 400)
-    sizes = [group.num_tokens for group in behaviour_groups(shards)]
+    sizes = [group.num_tokens for group in groups_of(shards)]
     plan = [phase("stable", 6000, 0.5, 0.5, 0.0), phase("annealing", 4000, 0.0, 0.5, 0.5)]
     stream = mixed_stream(shards, plan)
     shares_of = stream.group_tokens / stream.group_tokens.sum(1, keepdims=True)
@@ -225,7 +225,7 @@ def test_a_phase_takes_the_steps_it_is_given(make_shards: MakeShards) -> None:
 @pytest.mark.parametrize("cap", [1.0, 1.5, 2.0])
 def test_no_group_is_read_more_often_than_the_cap(make_shards: MakeShards, cap: float) -> None:
     shards = make_shards(["books"] * 500 + ["games"] * 50)
-    sizes = np.array([group.num_tokens for group in behaviour_groups(shards)])
+    sizes = np.array([group.num_tokens for group in groups_of(shards)])
     wanted = 0.9 * sizes.sum()
     plan = [phase("stable", wanted / 2, 0.5, 0.5), phase("annealing", wanted / 2, 0.5, 0.5)]
     stream = mixed_stream(shards, plan, max_passes=cap)
@@ -252,7 +252,7 @@ def test_a_group_without_weight_does_not_occur(make_shards: MakeShards) -> None:
 
 def test_documents_of_several_folders_are_one_list(make_shards: MakeShards) -> None:
     first, second = make_shards(["books", ""], seed=1), make_shards(["games"] * 3, seed=2)
-    corpus = Corpus([*behaviour_groups(first), *behaviour_groups(second)])
+    corpus = Corpus([*groups_of(first), *groups_of(second)])
     tokens, first_target = corpus.take(np.array([4, 0, 1, 2]))
     expected = [second.rows[2], first.rows[0], first.rows[1], second.rows[0]]
     assert [tokens[row].tolist() for row in range(4)] == [row.tolist() for row in expected]
