@@ -61,8 +61,8 @@ def shrink(config: ShrinkConfig) -> dict[str, Any]:
     """Write the smaller model's folder; returns what its `shrink.json` holds: sizes and perplexity before and after.
 
     A folder that was made with these settings from the same input is reused. Raises ConfigError where the model or its
-    tokenizer cannot be cut or has no such number of layers, where the model was trained on behaviour already (the record
-    of that would be lost), and where the output folder holds something else.
+    tokenizer cannot be cut or has no such number of layers, where the model was trained on behaviour already (the
+    record of that would be lost), and where the output folder holds something else.
     """
     output, data = Path(config.output_dir), data_folder(config.data)
     inputs = _check_input(config, data)

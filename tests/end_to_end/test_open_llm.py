@@ -1,4 +1,4 @@
-"""The recipe `open_llm` in its short form: a small model with a tokenizer of its own, trained for some seconds."""
+"""The recipes `open_llm` and `base_text` in their short forms: small models, trained for some seconds."""
 
 from __future__ import annotations
 
@@ -75,6 +75,8 @@ def test_an_open_model_is_cut_trained_within_hours_blended_and_judged(
     assert settings_of["frozen_layers"] == 0.4
     assert len(read_done(folder)["trained_on"]) > 1
     assert GENERAL_TEXT in read_log(run / "pretrain" / LOG)[0]["heldout"]
+    page = (run / "report.html").read_text()
+    assert "Forgetting: perplexity on the general text" in page and "after pre-training" in page
     report = json.loads((run / "report.json").read_text())
     for domain in report["domains"].values():
         for model in ("fine-tuning only", "CPRec-style"):
@@ -86,3 +88,38 @@ def test_an_open_model_is_cut_trained_within_hours_blended_and_judged(
     said = capsys.readouterr().err
     for made in ("data-whole", "model", "data", "pretrain", *(str(path.relative_to(run)) for path in models)):
         assert f"{Path('runs/open_llm', made)}: complete with these settings, reused" in said
+
+
+def test_a_base_model_is_trained_on_text_cut_healed_and_made_a_recommender(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sentences = [f"{sentence}." for text in own_texts() for sentence in text.split(". ")]
+    goods = [f"{kind} No {size}, {colour}" for kind in KINDS for size in range(9) for colour in COLOURS]
+    for name, texts in (("general", sentences), ("products", goods)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    files = "text=general.jsonl,products.jsonl"
+    settings = [files, "prepare.heldout_share=0.2", "pretrain.num_train_epochs=6", "pretrain.train_batch_size=4"]
+    tiny = ["pretrain.tiny.hidden_size=32", "pretrain.tiny.num_attention_heads=2", "prepare.vocabulary_size=500"]
+    assert main(["run", "base_text", *settings, "model=tiny", "output_dir=first", *tiny]) == 0
+
+    shop = [f"data={data}", "domains=beauty"]
+    assert main(["prepare", "open_llm", *shop, "model=first/pretrain", "output_dir=whole"]) == 0
+    assert main(["shrink", "first/pretrain", "cut", "data=whole/data", files, "layers=1"]) == 0
+    assert main(["run", "base_text", *settings, "model=cut", "output_dir=healed", "pretrain.learning_rate=3e-3"]) == 0
+    out, _ = capsys.readouterr()
+    for run in ("first", "healed"):
+        before, *_, after = (line["heldout"] for line in read_log(Path(run, "pretrain", LOG)) if "heldout" in line)
+        for name in ("text of general", "text of products"):
+            assert after[name] < 0.9 * before[name]
+            assert f"{before[name]:,.2f}" in out and f"{after[name]:,.2f}" in Path(run, "training.html").read_text()
+    assert GENERAL_TEXT in before, "a model that had read something, and may forget it"
+    assert main(["run", "base_text", *settings, "model=cut", "output_dir=healed", "pretrain.learning_rate=3e-3"]) == 0
+    assert capsys.readouterr().err.count("complete with these settings, reused") == 2
+
+    model = [*shop, "model=healed/pretrain", "output_dir=shop"]
+    assert main(["prepare", "open_llm", *model]) == 0
+    tune = ["finetune.domain=beauty", "finetune.num_train_epochs=0.5", "finetune.item_head=false"]
+    assert main(["finetune", "open_llm", *model, *tune]) == 0
+    assert len(read_done("shop/finetune")["trained_on"]) == 1, "text is no behaviour"
+    assert main(["recommend", "shop/finetune", "--history", "lamp No 1, red", "--k", "2"]) == 0

@@ -17,6 +17,7 @@ from cprec.errors import ConfigError, Unsuitable
 from cprec.evaluate.config import EvaluateConfig
 from cprec.recipe import Recipe
 from cprec.recipes.open_llm import open_llm
+from cprec.train.run import general_text_of
 
 
 @pytest.fixture
@@ -132,5 +133,10 @@ def test_replayed_text_is_kept_by_the_cut_and_read_in_pretraining(tmp_path: Path
     assert recipe.pretrain is not None and recipe.pretrain.replay == ("general.jsonl",)
     assert recipe.pretrain.mixture.text_share == 0.05
     assert open_llm(data=tmp_path, model="big", domains="toys", hours=1).pretrain is None
+    plain = open_llm(data=tmp_path, model="big", domains="toys,beauty", hours=1)
+    for stage in (recipe.pretrain, recipe.finetune, plain.pretrain, plain.finetune):
+        assert stage is not None and general_text_of(stage) == "", (
+            "forgetting is measured on our own text, replay or not"
+        )
     with pytest.raises(ConfigError, match="text=general.jsonl is read again in training, and hours=0 trains nothing"):
         open_llm(data=tmp_path, text="general.jsonl")

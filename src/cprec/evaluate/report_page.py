@@ -30,7 +30,7 @@ from cprec.evaluate.results import (
 )
 from cprec.evaluate.slices import ABOUT
 from cprec.evaluate.statistics import MIN_QUERIES
-from cprec.evaluate.training_page import TrainingRun, final_section, run_section
+from cprec.evaluate.training_page import TrainingRun, final_section, forgetting_table, run_section
 
 UNCERTIFIED = "UNCERTIFIED: no clean leakage certificate covers these results. They may rest on held-out events."
 METRICS = {"ndcg": "NDCG", "recall": "Recall", "mrr": "MRR", "precision": "Precision", "map": "MAP"}
@@ -309,7 +309,8 @@ def report_page(report: Report, runs: Mapping[str, TrainingRun], examples: Seque
         sections.append(Section(title="What users are recommended", examples=examples))
     logged = {name: run for name, run in runs.items() if run.records}
     if logged:
-        sections.append(final_section(list(logged.values()), "What was trained"))
+        trained = final_section(list(logged.values()), "What was trained")
+        sections.append(replace(trained, tables=[*trained.tables, forgetting_table(list(logged.values()))]))
     groups: dict[str, dict[str, TrainingRun]] = {}
     for name, run in logged.items():
         group, _, arm = name.partition(": ")

@@ -173,6 +173,31 @@ def perplexity_table(runs: Sequence[TrainingRun], *, named: bool = True) -> Grid
     return Grid.of(heads, rows, caption="Held-out perplexity", left=2 - first)
 
 
+def forgetting_table(runs: Sequence[TrainingRun]) -> Grid:
+    """Perplexity on the general text of the base model and after each stage of one recipe, and the last of these as a
+    multiple of the first; no row for a run in which it was not measured twice.
+
+    What a model was trained on says whether fine-tuning went on from the pre-trained model or began with the base.
+    """
+    measured = [run for run in runs if len(run.general_text) > 1]
+    pretrained = next((run for run in measured if run.about.get("stage") == "pretrain"), None)
+    read = list(pretrained.about["trained_on"]) if pretrained else []
+    rows = []
+    for run in measured:
+        (_, start), *_, (_, end) = run.general_text
+        values: tuple[float, float, float]
+        if run is pretrained:
+            values = start, end, math.nan
+        elif pretrained and run.about.get("trained_on", [])[:-1] == read:
+            values = pretrained.general_text[0][1], start, end
+        else:
+            values = start, math.nan, end
+        shown = (_perplexity(value) if math.isfinite(value) else "-" for value in values)
+        rows.append([run.name, *shown, f"{end / values[0]:.3f}x"])
+    heads = ["run", "base model", "after pre-training", "after fine-tuning", "of the base model"]
+    return Grid.of(heads, rows, caption=f"Forgetting: perplexity on the {GENERAL_TEXT}")
+
+
 def mixture_table(run: TrainingRun) -> Grid:
     """Shares of all tokens, as asked and as read; no row where nothing was logged of them."""
     read = {name: points[-1][1] for name, points in run.members("mixture").items() if points}

@@ -21,7 +21,7 @@ class Group:
     """Documents with one weight in a mixture: a domain's specific ones, all mixed ones, or those of another source."""
 
     name: str
-    """For example `books (specific)`, `mixed`, `general text`, `wiki (text)` or `examples of books`."""
+    """For example `books (specific)`, `mixed`, `general text`, `text of wiki` or `examples of books`."""
     kind: str
     """specific, mixed, general text or examples."""
     shards: Shards
@@ -45,7 +45,7 @@ class Group:
         return int(self.shards.column("num_events")[self.documents].sum())
 
 
-NAMES = {SPECIFIC: "{} (specific)", MIXED: MIXED, TEXT: "{} (text)"}
+NAMES = {SPECIFIC: "{} (specific)", MIXED: MIXED, TEXT: "text of {}"}
 """What the groups of a data folder are called, by their kind and in their order; {} is the domain, or the file."""
 
 

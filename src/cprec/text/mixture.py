@@ -15,10 +15,10 @@ from cprec.text.corpus import EXAMPLES, TEXT, Group
 def shares(groups: Sequence[Group], mixture: Mixture) -> np.ndarray:
     """The share of all tokens that each group should have: float64[groups], summing to 1.
 
-    General text and examples get their shares; text that stands alone gets all. Of the rest, mixed sequences get `mixed_share`, and the domains divide
-    what is left in proportion to (events in the domain) ** temperature, times their weight. A kind without documents
-    leaves its share to the others. Raises ConfigError for the weight of a domain that has no documents, for a share of
-    text or examples where there are none, and where nothing is left to read.
+    General text and examples get their shares; text that stands alone gets all. Of the rest, mixed sequences get
+    `mixed_share`, and the domains divide what is left in proportion to (events in the domain) ** temperature, times
+    their weight. A kind without documents leaves its share to the others. Raises ConfigError for the weight of a domain
+    that has no documents, for a share of text or examples where there are none, and where nothing is left to read.
     """
     domains = [group.domain for group in groups if group.kind == SPECIFIC]
     for domain in mixture.domain_weights:

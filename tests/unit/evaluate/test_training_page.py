@@ -16,6 +16,7 @@ from cprec.evaluate.training_page import (
     GENERAL_TEXT,
     TrainingRun,
     final_numbers,
+    forgetting_table,
     perplexity_table,
     phases_of,
     print_training,
@@ -102,6 +103,26 @@ def test_the_final_numbers_are_those_of_the_log() -> None:
         ["pretrain", "mixed", "8,000.00", "56.00", "53.00"],
         ["pretrain", GENERAL_TEXT, "20.00", "26.00", "20.00"],
     ]
+
+
+def test_forgetting_is_told_of_the_base_model_whatever_came_between() -> None:
+    def run(name: str, stage: str, trained_on: list[str], *perplexities: float) -> TrainingRun:
+        log = [{"step": n, "tokens": n, "heldout": {GENERAL_TEXT: each}} for n, each in enumerate(perplexities)]
+        return TrainingRun(name, log, {"stage": stage, "trained_on": trained_on})
+
+    runs = [
+        run("pre-training", "pretrain", ["shards"], 20.0, 30.0, 25.0),
+        run("toys: fine-tuning only", "finetune", ["toys"], 20.0, 44.0),
+        run("toys: CPRec-style", "finetune", ["shards", "toys"], 25.0, 50.0),
+        run("books: not measured", "finetune", ["shards", "books"], 25.0),
+    ]
+    assert [[str(cell) for cell in row.cells] for row in forgetting_table(runs).rows] == [
+        ["pre-training", "20.00", "25.00", "-", "1.250x"],
+        ["toys: fine-tuning only", "20.00", "-", "44.00", "2.200x"],
+        ["toys: CPRec-style", "20.00", "25.00", "50.00", "2.500x"],
+    ]
+    assert [str(cell) for cell in forgetting_table(runs[1:2]).rows[0].cells[1:3]] == ["20.00", "-"]
+    assert not forgetting_table([FINISHED, BARE][1:]).rows
 
 
 def test_what_the_log_lacks_is_left_out() -> None:

@@ -91,13 +91,13 @@ def test_a_base_model_is_trained_on_text_alone(recipe: Recipe) -> None:
     prepare(recipe.prepare)
     assert recipe.pretrain is not None
     plan = pretrain_plan(recipe.pretrain, behaviour_and_more(recipe.pretrain))
-    assert plan.stream.corpus.names == ["shop (text)", "wiki (text)"]
+    assert plan.stream.corpus.names == ["text of shop", "text of wiki"]
     sizes = [group.num_tokens for group in plan.stream.corpus.groups]
     shares = plan.stream.group_tokens.sum(0) / plan.stream.num_tokens
     assert shares.tolist() == pytest.approx([size / sum(sizes) for size in sizes], abs=0.02)
     folder = pretrain(recipe.pretrain)
     first, *_, last = (line["heldout"] for line in read_log(folder / LOG) if "heldout" in line)
-    assert set(first) == {"shop (text)", "wiki (text)"}
+    assert set(first) == {"text of shop", "text of wiki"}
     assert all(last[name] < 0.9 * first[name] for name in first)
     assert read_done(folder)["trained_on"] == []
     assert not (folder / "README.md").exists()

@@ -467,7 +467,7 @@ def test_general_text_is_replayed_and_tokenised_once(config: Callable[..., Pretr
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', r"a.jsonl line 2: no JSON object with a text"),
-        ("a.csv", b"text\nx\n", r"a.csv: general text is read from .jsonl, .parquet and .txt"),
+        ("a.csv", b"text\nx\n", r"a.csv: general text is read from .jsonl"),
         ("a.txt", b" \n", r"a.txt has no text"),
     ],
 )
