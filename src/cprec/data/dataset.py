@@ -96,8 +96,10 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def read_domains(folder: str | Path) -> dict[str, DomainInfo]:
-    """The domains of a data folder by name."""
+    """The domains of a data folder by name. Raises DataError for a folder of text, which has none."""
     domains = read_manifest(folder)["domains"]
+    if not domains:
+        raise DataError(f"{folder} holds text, without users and items: only pre-training reads it, for a base model")
     return {name: DomainInfo(name, about["platform"], about["has_times"]) for name, about in sorted(domains.items())}
 
 
@@ -143,9 +145,11 @@ def read_split(folder: str | Path, part: int | None = None, catalogue: Catalogue
 
 
 def data_folder(folder: str | Path) -> Path:
-    """A data folder, or that of a run, whose data folder is `data`. Raises ConfigError for any other."""
+    """A data folder, or that of a run, whose data folder is `data`. Raises ConfigError for any other, and DataError for
+    a folder of text."""
     for found in (Path(folder), Path(folder, "data")):
         if (found / MANIFEST).is_file():
+            read_domains(found)
             return found
     raise ConfigError(f"{folder} is not a data folder: give one that `cprec prepare` wrote")
 

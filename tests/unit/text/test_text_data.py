@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cprec.config import find_config
+from cprec.data.dataset import data_folder, read_catalogue, read_split
 from cprec.errors import ConfigError, DataError, InputChanged
 from cprec.pretrain import pretrain
 from cprec.rank.llm import LLMRecommender
@@ -85,6 +86,13 @@ def test_a_folder_of_text_is_made_once_of_what_the_files_hold(
     (tmp_path / "wiki.jsonl").write_text(lines(WIKI[1:]))
     with pytest.raises(InputChanged, match=r"wiki\.jsonl changed"):
         prepare(recipe.prepare)
+
+
+def test_what_needs_users_and_items_refuses_text(recipe: Recipe) -> None:
+    data = prepare(recipe.prepare)
+    for use in (data_folder, read_split, read_catalogue):
+        with pytest.raises(DataError, match=r"data holds text, without users and items: only pre-training reads it"):
+            use(data)
 
 
 def test_a_base_model_is_trained_on_text_alone(recipe: Recipe) -> None:
