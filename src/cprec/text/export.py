@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from cprec.data.dataset import part_path, read_catalogue, read_manifest, with_microsecond
+from cprec.data.dataset import part_path, read_catalogue, read_domains, read_manifest, with_microsecond
 from cprec.data.interactions import SECOND
 from cprec.data.ragged import gather
 from cprec.data.splits import runs
@@ -139,6 +139,7 @@ def export(folder: str | Path, format: str, output_dir: str | Path | None = None
     folder = Path(folder)
     if format not in FORMATS:
         raise ConfigError(f"format={format!r}: expected {', '.join(FORMATS)}")
+    read_domains(folder)  # a folder of text has none
     manifest = read_manifest(folder)
     if manifest.get("split") is None:
         raise DataError(f"{folder} has no split yet: run `cprec prepare` to its end")
