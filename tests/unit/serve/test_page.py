@@ -402,7 +402,8 @@ def test_the_list_has_scores_mode_timing_and_the_baselines_beside_it(new_page: A
     page.select_option("#mode", "beam")
     page.fill("#k", "3")
     page.uncheck("#seen")
-    page.locator("#again").click()
+    with page.expect_response("**/v1/baselines"):  # asked after the list is there
+        page.locator("#again").click()
     page.locator("#lists .facts", has_text="beam").wait_for()
     body = service.bodies("recommend")[-1]
     assert (body["mode"], body["k"], body["exclude_seen"]) == ("beam", 3, False)
