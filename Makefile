@@ -7,7 +7,7 @@
 #   make test-spark    both table engines give the same results; installs PySpark, needs Java 17
 #   make lint          formatting, lint, types; `make format` fixes what can be fixed
 #   make bench         the measurements in benchmarks/
-#   make study DATA=FOLDER   the study of CPRec's claims (hours, goes on where it stopped): docs/study.md
+#   make study DATA=FOLDER   the study of CPRec's claims (hours, goes on where it stopped)
 #   make study-small   every path of it on a generated world, in minutes
 # PYTHON=...       the Python to build .venv from (3.11 to 3.13)
 # TORCH_INDEX=...  another index to install PyTorch from: PyTorch's own for CPU builds (much smaller on Linux), or the

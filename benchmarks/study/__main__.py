@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if asked.small == bool(asked.data):
         parser.error("give the folder DATA, or --small")
     output = asked.output or ("runs/study-small" if asked.small else "runs/study")
-    docs = asked.docs or (Path(output, "docs") if asked.small else Path("docs"))
+    docs = asked.docs or Path(output, "docs")
     world = small(output) if asked.small else tiny(asked.data, output)
     seeds = [int(seed) for seed in asked.seeds.split(",")]
     jobs = jobs_of(world, _arms(parser, asked.arms), seeds)
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("data", nargs="?", type=Path, metavar="DATA")
     parser.add_argument("--small", action="store_true", help="on a generated world, in minutes; no DATA")
     parser.add_argument("--output", default="", help="models and rankings; runs/study, or runs/study-small")
-    parser.add_argument("--docs", type=Path, help="study.md and study/; docs, or those of the small study beside it")
+    parser.add_argument("--docs", type=Path, help="study.md and study/; OUTPUT/docs (docs: the published ones)")
     parser.add_argument("--arms", default="", help=f"names, with commas; all unless given: {names}")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
     parser.add_argument("--budget-hours", type=float, default=6.5)
