@@ -178,6 +178,23 @@ def test_weights_that_are_all_zero_are_never_chosen() -> None:
     assert best_setting(nothing, (0.0,), (0.0,)).parts["part"][0] > 0
 
 
+def test_weights_are_chosen_by_deeper_lists_than_are_judged() -> None:
+    """The part has the two targets at ranks 10 and 90, the head has both at 11: NDCG@10 would choose the part."""
+    place = np.arange(100)
+
+    def ranks(of_target: int) -> np.ndarray:
+        """Item 0 is the target; the others stand in their order."""
+        return np.where(place == 0, of_target, place + (place >= of_target))
+
+    part, head = np.concatenate([ranks(10), ranks(90)]), np.concatenate([ranks(11), ranks(11)])
+    query, zeros = np.repeat([0, 1], 100), np.zeros(200)
+    is_target, all_of_parts = np.tile(place == 0, 2), query >= 0
+    entries = Entries(query, is_target, zeros, -1.0 * head, {"part": np.exp(-part / 20)}, all_of_parts, 2)
+    found = best_setting(entries, (0.0,), (0.0, 1.0))
+    assert (found.item_head, found.parts["part"][0]) == (1.0, 0.0)
+    assert found.ndcg == 0 < entries.ndcg(Setting(0.0, {"part": (1.0, 0.01)}, 0.0), 10)
+
+
 def test_queries_whose_target_does_not_compete_count_as_misses() -> None:
     """The first and the last of three; the target of the second is first by the part, second by the head."""
     query, zeros = np.array([0, 0, 1, 1, 2]), np.zeros(5)

@@ -22,7 +22,7 @@ from cprec.pretrain import pretrain, seconds_of_head
 from cprec.rank.llm import LLMRecommender
 from cprec.recommender import RankingQuery
 from cprec.schema import TEST, TRAIN, VALIDATION, Item
-from cprec.systems.recipes.title_sasrec import TitleSASRec
+from cprec.systems.recipes.title_sasrec import ROWS, TitleSASRec
 from cprec.systems.signals import TrainingSequences
 from cprec.text.config import PrepareConfig
 from cprec.text.prepare import prepare
@@ -258,6 +258,19 @@ def test_the_head_of_fine_tuning_starts_from_it(tuning: FinetuneConfig, pretrain
     heads = load_heads(tuned, split.catalogue)
     assert list(heads) == ["books"] and not heads["books"].serves_any_domain
     assert "start" in made_from(tuned) and made_from(tuned)["domain"] == "books"
+
+
+def test_another_number_of_networks_is_another_head_of_the_same_model(
+    tuning: FinetuneConfig, pretrained: Path, split: Split, tmp_path: Path
+) -> None:
+    config = replace(tuning, output_dir=str(tmp_path / "tuned"))
+    folder = finetune(config)
+    weights = (folder / "model.safetensors").stat().st_mtime_ns
+    assert made_from(folder)["networks"] == 1
+    finetune(replace(config, head_networks=2))
+    assert made_from(folder)["networks"] == 2 and (folder / "model.safetensors").stat().st_mtime_ns == weights
+    names = load_heads(folder, split.catalogue)["books"].recommender.arrays()
+    assert sum(name.endswith(ROWS) for name in names) == 2
 
 
 def test_a_head_that_began_elsewhere_is_never_taken_for_it(

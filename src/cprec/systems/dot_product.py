@@ -122,9 +122,8 @@ class MeanOfNetworks(DotProductModel):
         return Vectors(torch.cat(items, dim=1), torch.cat(inputs, dim=1))
 
     def states(self, vectors: Vectors, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `DotProductModel.states`. The networks learn apart to be averaged; here they would learn as one."""
-        states, targets = zip(*(network.states(own, rows) for network, own in self._each(vectors)), strict=True)
-        return torch.cat(states, dim=-1) / len(self.networks), targets[0]
+        """Never called: each network learns by itself, and together they would learn as one."""
+        raise AssertionError("networks that are averaged are trained one by one")
 
     def encode(self, vectors: Vectors, rows: Rows) -> torch.Tensor:
         encoded = [network.encode(own, rows) for network, own in self._each(vectors)]
