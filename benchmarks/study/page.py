@@ -1,4 +1,4 @@
-"""`docs/study.md` from the tables under `docs/study/` alone: for each question a table, a plot, a paragraph by rules.
+"""`study.md` from the tables under `study/` alone: for each question a table, a plot, a paragraph by rules.
 
 Nothing on the page is written by hand but the words of the questions: every number comes from the files.
 """
