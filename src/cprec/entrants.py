@@ -26,7 +26,8 @@ from cprec.progress import say
 from cprec.provenance import FileHashes, code_sha256, differences, file_sha256, shortened, to_dict
 from cprec.rank.blend_file import BLEND, read_about
 from cprec.rank.config import RankConfig
-from cprec.train.folder import model_identity, read_done
+from cprec.schema import VALIDATION
+from cprec.train.folder import learnt_besides, model_identity, read_done
 from cprec.tune import read_results
 
 COSTS = {"num_parameters": "num_parameters", "seconds": "train_seconds"}
@@ -43,10 +44,11 @@ def baseline_entrants(config: EvaluateConfig, split: Split, domain: str) -> list
     """
     names = lineup.names_of(config.baselines)
     tuned = _tuned(config, domain, names)
+    learnt = split.learning(VALIDATION) if config.refit else split
 
     def made(name: str, seed: int) -> Opened:
         folder = Path(config.output_dir, "baselines", domain, slug(name))
-        recommender = lineup.settings_of(name, tuned.get(name)).make(split, domain, seed=seed, folder=folder)
+        recommender = lineup.settings_of(name, tuned.get(name)).make(learnt, domain, seed=seed, folder=folder)
         cost = {shown: getattr(recommender, told) for told, shown in COSTS.items() if hasattr(recommender, told)}
         return Opened(recommender=recommender, cost=cost)
 
@@ -55,7 +57,8 @@ def baseline_entrants(config: EvaluateConfig, split: Split, domain: str) -> list
             name=arm_of(name, seed) if trained and len(config.seeds) > 1 else name,
             kind="baseline",
             open=partial(made, name, seed),
-            identity={"code": lineup.identity_of(name), "seed": seed, "tuned": tuned.get(name)},
+            identity={"code": lineup.identity_of(name), "seed": seed, "tuned": tuned.get(name)}
+            | ({"refit": True} if config.refit else {}),
             stochastic=trained,
         )
         for name in names
@@ -105,11 +108,14 @@ def model_entrants(config: EvaluateConfig, domain: str, models: Mapping[str, str
     One with a blend beside it is three rows: the best blend without the model, which models may share, the model alone,
     and the blend. One with an item head for the domain has a row by that, too. A model that is gone, or whose weights
     are, enters with the rankings that it left there.
+
+    Raises LeakageError and ConfigError where the events that stand beside a model learnt are not those to be learnt.
     """
     rank, output_dir, hashes = config.rank, config.output_dir, FileHashes(config.output_dir)
     entrants = _without_models(models, domain)
     for name, folder in models.items():
         about = read_done(folder)
+        _check_learnt(config, name, folder)
         if about is not None and any(Path(folder).glob("*.safetensors")):
             entrants.append(_model(name, folder, about, rank, hashes))
             if rank.mode != "vectors" and about.get("domain", domain) == domain and any(Path(folder).glob(HEAD)):
@@ -120,6 +126,27 @@ def model_entrants(config: EvaluateConfig, domain: str, models: Mapping[str, str
             entrants.append(_gone(name, folder, about, rank, rankings_path(output_dir, domain, name, FULL)))
     hashes.save()
     return entrants
+
+
+def _check_learnt(config: EvaluateConfig, name: str, folder: str) -> None:
+    """Raises LeakageError where a model's head or blend has learnt the events that are asked for, and ConfigError where
+    baselines would have learnt others than these."""
+    held_out = learnt_besides(folder)
+    if config.part in held_out:
+        raise LeakageError(
+            f"models.{name}={folder} has learnt the {config.part} events that it is to be tried on: give the model "
+            "that it was refitted from, or refit that with events=validation and ask for test events"
+        )
+    if held_out and not config.refit:
+        raise ConfigError(
+            f"models.{name}={folder} has learnt the validation events, and baselines would not: set refit=true, or "
+            "give the model that it was refitted from"
+        )
+    if config.refit and not held_out and (Path(folder, BLEND).is_file() or any(Path(folder).glob(HEAD))):
+        raise ConfigError(
+            f"refit=true, but what stands beside models.{name}={folder} has not learnt the validation events: run "
+            f"`cprec refit {folder} {folder}-refit events=validation`, and give that folder"
+        )
 
 
 def _model(

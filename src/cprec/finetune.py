@@ -27,7 +27,7 @@ def finetune(config: FinetuneConfig) -> Path:
     folder = language_model.finetune(config)
     if config.item_head and not config.dry_run:
         base = Path(config.model_name_or_path)
-        start = _head_of(base)
+        start = head_to_start_from(base)
 
         def train(model: LLMRecommender, unfinished: Path) -> dict[str, ItemHead]:
             return {config.domain: _trained(config, model, start, unfinished)}
@@ -38,7 +38,7 @@ def finetune(config: FinetuneConfig) -> Path:
     return folder
 
 
-def _head_of(base: Path) -> ItemHead | None:
+def head_to_start_from(base: Path) -> ItemHead | None:
     """The head of a base model that a head of any domain can go on from."""
     heads = load_heads(base, Catalogue.read(base)) if (base / FOLDER).is_dir() else {}
     return next((head for head in heads.values() if head.serves_any_domain), None)

@@ -205,10 +205,32 @@ class ItemHead:
 
         Raises Unsuitable where the domain has nothing to learn from or to validate with.
         """
-        data, rows = TrainingSequences.of(split, domain), split.catalogue.rows_of(domain)
-        states_NF = read(rows)
+        states_NF = read(split.catalogue.rows_of(domain))
         directions = Directions.of(states_NF) if start is None else start.directions.around(states_NF)
         vectors_NK = directions.project(states_NF)
+        return cls._of_vectors(split, domain, directions, vectors_NK, settings, seed, folder, start)
+
+    def trained_again(self, split: Split, *, seed: int, folder: Path, start: ItemHead | None = None) -> ItemHead:
+        """The head as the same training makes it of another split of the same items, whose titles are not read again.
+        See `train`."""
+        mine, settings = self.recommender, self.recommender.settings
+        assert isinstance(settings, TitleSASRec)
+        vectors_NK = mine.arrays()["vectors"]
+        return self._of_vectors(split, mine.domain, self.directions, vectors_NK, settings, seed, folder, start)
+
+    @classmethod
+    def _of_vectors(
+        cls,
+        split: Split,
+        domain: str,
+        directions: Directions,
+        vectors_NK: np.ndarray,
+        settings: TitleSASRec,
+        seed: int,
+        folder: Path,
+        start: ItemHead | None,
+    ) -> ItemHead:
+        data = TrainingSequences.of(split, domain)
         with _reading(settings, data, vectors_NK, start) as with_files:
             made = with_files.make(split, domain, seed=seed, folder=folder)
         assert isinstance(made, TitleSASRecRecommender)

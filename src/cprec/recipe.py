@@ -8,7 +8,7 @@ from cprec.baselines.config import TuneConfig
 from cprec.errors import ConfigError
 from cprec.evaluate.config import EvaluateConfig
 from cprec.fit.config import FitConfig
-from cprec.rank.config import BlendConfig
+from cprec.rank.config import BlendConfig, RefitConfig
 from cprec.serve.config import RecommendConfig, ServeConfig
 from cprec.text.config import PrepareConfig
 from cprec.train.config import AnnealConfig, FinetuneConfig, PretrainConfig, ShrinkConfig
@@ -19,6 +19,7 @@ STAGE_CONFIGS: dict[str, type] = {
     "pretrain": PretrainConfig,
     "finetune": FinetuneConfig,
     "blend": BlendConfig,
+    "refit": RefitConfig,
     "evaluate": EvaluateConfig,
     "anneal": AnnealConfig,
     "tune": TuneConfig,

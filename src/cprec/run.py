@@ -50,7 +50,7 @@ from cprec.evaluate.training_page import TrainingRun
 from cprec.files import write_whole
 from cprec.progress import say
 from cprec.provenance import read_resolved, save_resolved
-from cprec.rank.config import RankConfig
+from cprec.rank.config import RankConfig, RefitConfig
 from cprec.recipe import CPREC, FINETUNED, UNTRAINED, Recipe
 from cprec.report import training_report
 from cprec.text.config import PrepareConfig
@@ -136,7 +136,20 @@ def _arms(recipe: Recipe, domain: str, steps: Iterator[str]) -> dict[str, str]:
                 blend(replace(recipe.blend, model=folders[arm], uncertified=uncertified))
             except Unsuitable as error:
                 say(f"{folders[arm]} is not blended: {error}")
+        if recipe.evaluate.refit:
+            folders[arm] = _refitted(folders[arm])
     return folders
+
+
+def _refitted(model: str) -> str:
+    """The model that is tested in place of one: what stands beside it has learnt the validation events."""
+    from cprec.refit import refit
+
+    try:
+        return str(refit(RefitConfig(model=model, output_dir=f"{model}-refit", events="validation")))
+    except Unsuitable as error:
+        say(f"{model} is tested as it is: {error}")
+        return model
 
 
 @contextmanager

@@ -346,6 +346,25 @@ VERBS: tuple[Verb, ...] = (
         run=blend,
     ),
     Verb(
+        name="refit",
+        summary="the latest events, learnt by the item head and the blend of a finished model",
+        text="""Writes a copy of a model whose item head, and the recommenders in its blend, have learnt the held-out
+            events as well. Nothing is chosen again, and the language model stays as it is. Serve this one. To know how
+            good it is, look at the model that it was made from; or refit with events=validation, and evaluate that
+            with refit=true.""",
+        example="cprec refit runs/shop/model runs/shop/recommender",
+        function="cprec.refit:refit",
+        stage="refit",
+        usage="MODEL OUTPUT_DIR [key=value ...]",
+        arguments={"model": {}, "output_dir": {}},
+        about="""
+            MODEL   a model folder with an item head or a blend
+            FOLDER  where the refitted model goes
+        """,
+        leave_out="model output_dir",
+        run=with_settings,
+    ),
+    Verb(
         name="report",
         summary="a page of how training went: loss, learning rate, held-out perplexity, mixture",
         text="""Draws what the runs of `cprec pretrain` and `cprec finetune` in a folder have logged, those under way

@@ -19,11 +19,13 @@ from cprec.fit import fit as stage
 from cprec.fit.fit import fit
 from cprec.rank.blend_file import read_about
 from cprec.recipe import Recipe
+from cprec.schema import TEST, VALIDATION
 from cprec.settings import from_mapping
 from cprec.text.config import TINY
 from cprec.text.tokenizer import train_tokenizer
 from cprec.train.estimate import Estimate
 from cprec.train.finetune import timed
+from cprec.train.folder import learnt_besides
 
 
 def write(path: Path, table: pa.Table, names: dict[str, str]) -> None:
@@ -73,7 +75,9 @@ def test_fit_ends_with_a_model_and_a_sentence(
     assert sentence.startswith("Use ") and sentence.count("\n") == 1 and out.rstrip().endswith(sentence.strip())
     assert "customer is the user_id" in err and "bought_at is the timestamp" in err and "passes over" in err
     model = "out/models/shop/fine-tuning-only"
-    assert f"`cprec serve {model}` serves the " in err
+    assert "`cprec serve out/recommender` serves the " in err
+    assert learnt_besides("out/recommender") == (VALIDATION, TEST) and learnt_besides(model) == ()
+    assert read_about("out/recommender")["blend"] == read_about(model)["blend"], "what is served is what was tried"
 
     recipe = find_config("out/recipe.yaml")
     assert from_mapping(Recipe, essential(recipe)) == recipe
@@ -103,7 +107,7 @@ def test_an_open_model_stays_as_it_is_where_there_is_no_time_to_train_it(
     monkeypatch.setattr(stage, "seconds_to_train", lambda *_: 10.0)
     assert main(["fit", "events.csv", "items.csv", "out", f"base={open_model(logs / 'base')}", "minutes=5"]) == 0
     err = capsys.readouterr().err
-    assert "as it is, without training" in err and "`cprec serve out/models/shop/base-model` serves the " in err
+    assert "as it is, without training" in err and "`cprec serve out/recommender` serves the " in err
     assert find_config("out/recipe.yaml").finetune.num_train_epochs == 0
     assert Path("out/answer.txt").read_text().startswith("Use ")
 

@@ -13,8 +13,9 @@ import pytest
 from cprec.cli import main
 from cprec.models import tiny_model
 from cprec.provenance import read_resolved
+from cprec.schema import VALIDATION
 from cprec.text.tokenizer import load_tokenizer, train_tokenizer
-from cprec.train.folder import LOG, read_done, read_log
+from cprec.train.folder import LOG, learnt_besides, read_done, read_log
 from cprec.train.forgetting import GENERAL_TEXT, own_texts
 
 pytestmark = pytest.mark.slow
@@ -88,6 +89,18 @@ def test_an_open_model_is_cut_trained_within_hours_blended_and_judged(
     said = capsys.readouterr().err
     for made in ("data-whole", "model", "data", "pretrain", *(str(path.relative_to(run)) for path in models)):
         assert f"{Path('runs/open_llm', made)}: complete with these settings, reused" in said
+
+
+def test_heads_and_parts_learn_the_validation_events_before_the_test(
+    data: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = [f"data={data}", f"model={base}", "domains=toys", "finetune.head_networks=1", "evaluate.seeds=0,1"]
+    assert main(["run", "open_llm", *settings, "evaluate.refit=true"]) == 0
+    run = tmp_path / "runs/open_llm"
+    assert learnt_besides(run / "finetune/toys/base-model-seed-1-refit") == (VALIDATION,)
+    (domain,) = json.loads((run / "report.json").read_text())["domains"].values()
+    assert {"base model (seed 0)", "base model blend (seed 1)", "blend without the model"} <= domain["arms"].keys()
 
 
 def test_a_base_model_is_trained_on_text_cut_healed_and_made_a_recommender(

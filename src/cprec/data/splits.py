@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 import numpy as np
@@ -74,6 +74,14 @@ class Split:
     """int8[num_events]: the position in `schema.SPLITS`."""
     spec: SplitSpec
     domains: Mapping[str, DomainInfo]
+    validates: bool = True
+    """Whether validation events choose among the weights that training passes through. Where they are learnt as well,
+    the last weights are kept."""
+
+    def learning(self, *parts: str) -> Split:
+        """The split in which held-out events of some parts are learnt, by recommenders whose settings are chosen."""
+        part = np.where(np.isin(self.part, [SPLITS.index(name) for name in parts]), SPLITS.index(TRAIN), self.part)
+        return replace(self, part=part.astype(self.part.dtype), validates=self.validates and VALIDATION not in parts)
 
     @property
     def train(self) -> Interactions:

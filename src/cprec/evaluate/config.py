@@ -38,6 +38,9 @@ class EvaluateConfig:
     exclude_seen: bool = True
     """Leave out the items of the query's history in the main table. Results with them and without come from the same
     scores, and both are in the report."""
+    refit: bool = False
+    """Whether recommenders learn the validation events, too, before the test: baselines, and what stands beside models
+    that `cprec refit` has made. What was chosen on these events stays."""
     max_queries: int = 0
     """Rank a seeded sample of at most this many queries a domain; 0 ranks all."""
     num_candidates: int = 20
@@ -56,5 +59,9 @@ class EvaluateConfig:
             raise ConfigError(f"k={self.k} must be at least 5")
         if self.num_candidates < 2:
             raise ConfigError(f"num_candidates={self.num_candidates} must be at least 2")
+        if self.refit and self.part == "validation":
+            raise ConfigError(
+                "refit=true learns the validation events, and part=validation asks for them: leave one out"
+            )
         if self.max_queries < 0:
             raise ConfigError(f"max_queries={self.max_queries} must not be below 0")

@@ -36,6 +36,8 @@ SAMPLE = 100
 BATCH = 256
 """Queries handed to a recommender at once."""
 EXACT = "exact"
+REFIT = "validation events too, by baselines, item heads and parts of blends, after everything was chosen without them"
+"""What is learnt with the setting `refit`."""
 
 Rank = Callable[[Sequence[RankingQuery], int], list[Ranking]]
 """See `Recommender.rank`."""
@@ -266,6 +268,7 @@ def _settings(config: EvaluateConfig, split: Split, questions: Questions, certif
         "num_items": questions.num_items,
         "k": config.k,
         "certificate": "clean" if certified else "uncertified",
+        **({"learnt": REFIT} if config.refit else {}),
     }
 
 
@@ -290,6 +293,8 @@ def protocol_of(config: EvaluateConfig, split: Split, language_models: str) -> d
         lines["warning"] = (
             "validation events chose the weights of trained baselines, and tuned settings, and so flatter them"
         )
+    if config.refit:
+        lines["learnt"] = REFIT
     if config.tuned:
         lines["baselines"] = f"settings found by tuning ({config.tuned}) where it has some"
     return lines

@@ -1,6 +1,7 @@
 """Stage: from two tables to a recommender and a sentence that says which one to use.
 
 It looks at the log and the machine, chooses what fits them and the time, writes the choice as a recipe, and runs that.
+At the end the recommender that was tried learns the events that it was tried on, too, and is ready to be served.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from cprec.item_head import TITLE_TOKENS, seconds_to_train
 from cprec.machine import num_cores
 from cprec.progress import say
 from cprec.provenance import CONFIG_FILE, read_resolved, save_resolved, to_dict
-from cprec.rank.config import BlendConfig, RankConfig
+from cprec.rank.config import BlendConfig, RankConfig, RefitConfig
 from cprec.recipe import FINETUNED, UNTRAINED, Recipe
+from cprec.refit import refit
 from cprec.run import run
 from cprec.text.config import TINY, PrepareConfig
 from cprec.text.prepare import prepare
@@ -34,8 +36,8 @@ from cprec.text.tokenizer import load_tokenizer
 from cprec.train.config import FinetuneConfig
 from cprec.train.finetune import timed
 
-RECIPE, ANSWER = "recipe.yaml", "answer.txt"
-"""Files in the output folder: what was chosen, and the sentence at the end."""
+RECIPE, ANSWER, RECOMMENDER = "recipe.yaml", "answer.txt", "recommender"
+"""In the output folder: what was chosen, the sentence at the end, and the model to serve, refitted to all events."""
 BASELINES = ("popularity", "titles", "transition graph", "transition graph (titles)", "ItemKNN", "EASE")
 """The simple recommenders to compare with."""
 CHOSEN = frozenset(
@@ -70,7 +72,9 @@ def fit(config: FitConfig) -> str:
     sentence = answer(result, model, what, compare)
     write_whole(Path(config.output_dir, ANSWER), sentence + "\n")
     print(f"\n{sentence}\n")
-    say(f"took {(time.monotonic() - start) / 60:.1f} minutes. `cprec serve {folder}` serves {what}")
+    best = refit(RefitConfig(model=folder, output_dir=f"{config.output_dir}/{RECOMMENDER}"))
+    took = f"took {(time.monotonic() - start) / 60:.1f} minutes"
+    say(f"{took}. `cprec serve {best}` serves {what}, which has learnt all events by now")
     return sentence
 
 
@@ -151,6 +155,7 @@ def _training(config: FitConfig, left: Callable[[], float]) -> FinetuneConfig:
         seed=config.seed,
     )
     tokens, titles, network_seconds = _amounts(plan)
+    network_seconds *= 2  # it is trained to be tried, and again to be served
     plan = replace(plan, head_networks=head_networks_for(network_seconds, left()))
     head_seconds = plan.head_networks * network_seconds
     sizes = sizes_for(tokens) if is_tiny else [plan.tiny]

@@ -266,14 +266,15 @@ def read_blend(model: str | Path, catalogue: Catalogue, setting: str = "blend") 
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is damaged ({error!r}){AGAIN}") from None
     used = [name for name, (weight, _) in chosen.parts.items() if weight]
-    parts = {name: _read_part(Path(model), name, about["files"].get(name), catalogue) for name in used}
+    parts = {name: read_part(Path(model), name, about["files"].get(name), catalogue) for name in used}
     try:
         return Blend.of(chosen, domain, parts, catalogue)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _read_part(model: Path, name: str, sha256: str | None, catalogue: Catalogue) -> StoredRecommender:
+def read_part(model: Path, name: str, sha256: str | None, catalogue: Catalogue) -> StoredRecommender:
+    """A part of a model's blend, from its file. Raises DataError where that is gone, damaged, or another one."""
     path = model / FOLDER / _file(name)
     if sha256 is None:
         raise DataError(f"{model / BLEND} has a part {name!r} without a file that it knows{AGAIN}")

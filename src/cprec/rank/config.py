@@ -106,3 +106,22 @@ class BlendConfig:
         for name, number, least in (("pool", self.pool, 10), ("max_nodes", self.max_nodes, 1)):
             if number < least:
                 raise ConfigError(f"{name}={number} must be at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitConfig:
+    """Settings of refitting."""
+
+    model: str = ""
+    """Folder of a fine-tuned model that has an item head or a blend."""
+    output_dir: str = ""
+    """Where the refitted model goes, a folder of its own; the model stays as it is."""
+    events: Literal["all", "validation"] = "all"
+    """Held-out events to learn. `all`: validation and test events, for a model that is to be served. `validation`: for
+    one that is to be tested."""
+    data: str | None = None
+    """Data folder that `cprec prepare` wrote; by default the one that the model was trained on."""
+
+    def __post_init__(self) -> None:
+        if self.events not in ("all", "validation"):
+            raise ConfigError(f"events={self.events!r}: choose all or validation")

@@ -139,7 +139,8 @@ class SystemSettings(ABC):
 
         It is trained in a folder of its own under `folder`, whose name is a hash of settings, data, seed and code: a
         finished one is used again, an interrupted one goes on. After each stage the weights with the best NDCG@10 on
-        the validation queries are kept (full catalogue, items of the history left out).
+        the validation queries are kept (full catalogue, items of the history left out); the last ones where the split
+        has validation events learnt, too (`Split.validates`).
 
         Raises Unsuitable where the domain has nothing to train on or to validate with.
         """
@@ -295,10 +296,10 @@ def fit(settings: SystemSettings, split: Split, domain: str, seed: int, folder: 
     """See `SystemSettings.make`; `folder` is where the folder of this run stands beside those of others."""
     name, device = type(settings).__name__, distributed.pick_device()
     data = TrainingSequences.of(split, domain)
-    validation = _Validation.of(split, domain, seed, settings.VALIDATION_QUERIES)
+    validation = _Validation.of(split, domain, seed, settings.VALIDATION_QUERIES) if split.validates else None
     made_from = {
         **{"system": name, "settings": settings.identity(), "domain": domain, "seed": seed, "data": data.digest()},
-        **{"validation": validation.digest(), "code": code_sha256(type(settings).__module__)},
+        **{"validation": validation.digest() if validation else None, "code": code_sha256(type(settings).__module__)},
     }
     folder = folder / hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
     torch.manual_seed(seed)
@@ -337,17 +338,20 @@ def seconds_to_fit(
 
 
 def _fit_stage(
-    settings: SystemSettings, stage: Stage, validation: _Validation, seed: int, folder: Path, title: str
-) -> dict[str, float]:
-    """Train a stage unless its folder says that it is done; then its module has the best weights."""
+    settings: SystemSettings, stage: Stage, validation: _Validation | None, seed: int, folder: Path, title: str
+) -> dict[str, Any]:
+    """Train a stage unless its folder says that it is done; then its module has the best weights by validation, or the
+    last ones without it."""
     record, weights, module = folder / RECORD, folder / WEIGHTS, stage.trainable.module
     if not record.is_file():
         folder.mkdir(parents=True, exist_ok=True)
 
         def validate() -> dict[str, Any]:
             stage.refresh()
-            value = validation.ndcg(stage.recommender())
+            value = validation.ndcg(stage.recommender()) if validation else None
             module.train()
+            if value is None:
+                return {}
             earlier = _validations(folder)
             if value > max(earlier, default=-1.0):
                 with whole_file(weights) as unfinished:
@@ -376,12 +380,16 @@ def _fit_stage(
             )
         except _Enough:
             say(f"{title}: not better for {settings.patience} validations")
+        if validation is None:
+            with whole_file(weights) as unfinished:
+                save_model(module, str(unfinished))
         last = [line for line in read_log(folder / LOG) if "loss" in line][-1]
         seconds = round(last["tokens"] / last["tokens_per_second"], 3)
-        write_whole(record, json.dumps({"best": max(_validations(folder)), "seconds": seconds}) + "\n")
+        best = max(_validations(folder), default=None)
+        write_whole(record, json.dumps({"best": best, "seconds": seconds}) + "\n")
         remove_checkpoints(folder)
     load_model(module, str(weights))
-    found: dict[str, float] = json.loads(record.read_text())
+    found: dict[str, Any] = json.loads(record.read_text())
     return found
 
 

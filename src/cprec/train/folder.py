@@ -9,7 +9,7 @@ from typing import Any
 
 from cprec.provenance import ITEM_HEAD, TOKENIZER, WEIGHTS, FileHashes, model_hashes
 
-DONE, LOG = "cprec.json", "log.jsonl"
+DONE, LOG, REFIT = "cprec.json", "log.jsonl", "refit.json"
 METRIC = "ndcg@10"
 """The field of the log with what the ranking probe measures, by domain; see `cprec.train.probe`."""
 
@@ -18,6 +18,12 @@ def read_done(folder: Path | str) -> dict[str, Any] | None:
     """The content of a model folder's `cprec.json`, or None where `cprec` did not write the folder."""
     path = Path(folder) / DONE
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def learnt_besides(folder: Path | str) -> tuple[str, ...]:
+    """The held-out parts that what stands beside a model has learnt, as `cprec refit` says; none without it."""
+    path = Path(folder) / REFIT
+    return tuple(json.loads(path.read_text())["held_out"]) if path.is_file() else ()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
