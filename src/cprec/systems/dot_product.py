@@ -77,9 +77,15 @@ class SequenceModel(DotProductModel):
         super().__init__()
         self.items, self.encoder, self._pool = items, encoder, pool
 
-    def vectors(self) -> Vectors:
-        inputs = self.items.vectors()
-        return Vectors(inputs[: self.items.num_items], inputs)
+    def vectors(self, items_K: torch.Tensor | None = None) -> Vectors:
+        """See `DotProductModel.vectors`. With the numbers of some items, those of them alone: in the rows that go with
+        these vectors an item is its place among them, and special rows are numbered after the last."""
+        if items_K is None:
+            inputs = self.items.vectors()
+            return Vectors(inputs[: self.items.num_items], inputs)
+        special_S = torch.arange(self.items.num_special, device=items_K.device) + self.items.num_items
+        inputs = self.items.vectors(torch.cat([items_K, special_S]))
+        return Vectors(inputs[: len(items_K)], inputs)
 
     def states(self, vectors: Vectors, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """See `DotProductModel.states`: at each position with a target, or at the ends of rows with one target each.
@@ -91,17 +97,19 @@ class SequenceModel(DotProductModel):
             return self._last(vectors, items.flatten(0, -2)).unflatten(0, items.shape[:-1]), targets
         assert isinstance(self.encoder, Encoder), "latent steps follow a whole history, not each of its positions"
         at_N = (targets.flatten() != IGNORE).nonzero().squeeze(1)
-        hidden_RTD = self.encoder(F.embedding(items, vectors.inputs), self._lengths(items))
+        hidden_RTD = self.encoder(F.embedding(items, vectors.inputs), _lengths(items, vectors))
         return hidden_RTD.flatten(0, 1)[at_N], targets.flatten()[at_N]
 
     def encode(self, vectors: Vectors, rows: Rows) -> torch.Tensor:
         return self._pool(self._last(vectors, rows["items"]))
 
     def _last(self, vectors: Vectors, items_RT: torch.Tensor) -> torch.Tensor:
-        return self.encoder.last(F.embedding(items_RT, vectors.inputs), self._lengths(items_RT))
+        return self.encoder.last(F.embedding(items_RT, vectors.inputs), _lengths(items_RT, vectors))
 
-    def _lengths(self, items_RT: torch.Tensor) -> torch.Tensor:
-        return (items_RT != self.items.num_items).sum(1)
+
+def _lengths(items_RT: torch.Tensor, vectors: Vectors) -> torch.Tensor:
+    """Filled positions of each row: R. The first special row, after the items, is padding."""
+    return (items_RT != len(vectors.items_VD)).sum(1)
 
 
 class MeanOfNetworks(DotProductModel):

@@ -25,6 +25,7 @@ class ItemTable(nn.Module, ABC):
     """A vector for each item, and for each special row after them."""
 
     num_items: int
+    num_special: int
 
     @abstractmethod
     def vectors(self, items: torch.Tensor | None = None) -> torch.Tensor:
@@ -40,7 +41,7 @@ class IdTable(ItemTable):
 
     def __init__(self, num_items: int, size: int, num_special: int = NUM_SPECIAL) -> None:
         super().__init__()
-        self.num_items = num_items
+        self.num_items, self.num_special = num_items, num_special
         self.table = nn.Embedding(num_items + num_special, size)
 
     def vectors(self, items: torch.Tensor | None = None) -> torch.Tensor:
@@ -58,7 +59,7 @@ class FrozenTable(ItemTable):
         self, vectors_VD: np.ndarray, adapter: nn.Module, num_special: int = NUM_SPECIAL, rows: int | None = None
     ) -> None:
         super().__init__()
-        self.num_items = len(vectors_VD)
+        self.num_items, self.num_special = len(vectors_VD), num_special
         padded = np.concatenate([vectors_VD, np.zeros((num_special, vectors_VD.shape[1]))])
         self.register_buffer("frozen", torch.from_numpy(padded.astype(np.float32)), persistent=False)
         self.adapter = adapter

@@ -117,11 +117,14 @@ def objective_loss(
     return (0.5 * size_N - torch.log(apart_N + 1e-24)).sum()
 
 
+def products() -> torch.dtype:
+    """The numbers that products with all items' vectors are made in: bf16 where the machine is good at it."""
+    return torch.bfloat16 if distributed.use_bf16("auto", distributed.pick_device()) else torch.float32
+
+
 def next_item(objective: Objective, num_negatives: int = 0, temperature: float = 1.0) -> Term:
-    """`objective_loss` as a term, of scores divided by a temperature. Products are in bf16 where the machine is good at
-    it."""
-    bf16 = distributed.use_bf16("auto", distributed.pick_device())
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    """`objective_loss` as a term, of scores divided by a temperature; `products` says in which numbers."""
+    dtype = products()
 
     def term(hidden_ND: torch.Tensor, target_N: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
         scaled_ND = hidden_ND if temperature == 1 else hidden_ND / temperature

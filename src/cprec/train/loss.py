@@ -33,7 +33,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, target_N: torch.Tensor, dtype: torch.dtype
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        target_N: torch.Tensor,
+        dtype: torch.dtype,
+        bias_V: torch.Tensor | None,
     ) -> torch.Tensor:
         hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
@@ -52,6 +57,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits_CV, share_CV, grad_CV = (room[: len(hidden_CD)] for room in (logits_room, share_room, grad_room))
             for block in blocks:
                 torch.matmul(hidden_CD, weight[block].T, out=logits_CV[:, block])
+            if bias_V is not None:
+                logits_CV += bias_V
             # The loss of a target is log(sum(exp(logits))) minus its own logit.
             correct = logits_CV.gather(1, target_C1).float()
             largest = logits_CV.amax(1, keepdim=True).float()
@@ -80,19 +87,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad_weight is None else (grad_weight * grads[0]).to(ctx.dtypes[1]),
             None,
             None,
+            None,
         )
 
 
 def linear_cross_entropy(
-    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, target_N: torch.Tensor, dtype: torch.dtype
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    target_N: torch.Tensor,
+    dtype: torch.dtype,
+    bias_V: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Summed cross-entropy of `hidden @ weight.T` against the targets, in nats; products in `dtype`, sums in fp32.
+    """Summed cross-entropy of `hidden @ weight.T + bias` against the targets, in nats; products in `dtype`, sums in
+    fp32. The bias gets no gradient.
 
     Equals torch's cross_entropy(reduction="sum") on the full logits, values and gradients, up to rounding.
     """
     if not torch.is_grad_enabled():  # otherwise the Function would make gradients, since parameters require them
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, target_N, dtype)
+    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, target_N, dtype, bias_V)
 
 
 class PackedLoss(nn.Module):
