@@ -20,7 +20,7 @@ from cprec.baselines.item_values import ItemValuesRecommender
 from cprec.data.dataset import event_files, read_split
 from cprec.data.item_columns import existing
 from cprec.data.splits import Split
-from cprec.errors import ConfigError, DataError, Unsuitable
+from cprec.errors import ConfigError, DataError, LeakageError, Unsuitable
 from cprec.evaluate.coverage import check_certificate
 from cprec.files import aside
 from cprec.progress import Progress, say, track
@@ -33,7 +33,7 @@ from cprec.ranks import count, count_rankings, ndcg
 from cprec.recommender import RankingQuery, Recommender
 from cprec.schema import VALIDATION
 from cprec.scoring import StoredRecommender
-from cprec.train.folder import read_done
+from cprec.train.folder import learnt_besides, read_done
 from cprec.tune import validation_queries
 
 K = 10
@@ -70,6 +70,11 @@ def blend(config: BlendConfig) -> dict[str, Any]:
     done = read_done(config.model)
     if done is None:
         raise ConfigError(f"model={config.model!r} holds no finished model of CPRec (no {MODEL})")
+    if learnt := learnt_besides(config.model):
+        raise LeakageError(
+            f"{config.model} has learnt the {', '.join(learnt)} events, and weights are chosen by validation events: "
+            "blend the model that it was refitted from, and refit that"
+        )
     domain = config.domain or done.get("domain")
     if not domain:
         raise ConfigError(f"{config.model} was fine-tuned for no domain: name one by domain=")

@@ -74,6 +74,7 @@ def _asked(recipe: Recipe, finetune: FinetuneConfig) -> dict[str, Any]:
         "models of a domain": (2 if recipe.pretrain else 1) * len(recipe.evaluate.seeds),
         "tokens of a pass": {domain: tokens_of_pass(replace(finetune, domain=domain)) for domain in domains},
         "tokens to pre-train on": read_shard_manifest(shards)["num_tokens"] if recipe.pretrain else 0,
+        "trainings of a head": 2 if recipe.evaluate.refit else 1,
         "item head of pre-training": bool(recipe.pretrain and recipe.pretrain.item_head),
         "settings": settings,
     }
@@ -107,7 +108,8 @@ def _seconds_of_heads(recipe: Recipe, finetune: FinetuneConfig, models: int) -> 
     if finetune.item_head:
         split = read_split(finetune.data)
         of_domains = [_or_none(seconds_to_train, split, name, finetune.seed) for name in recipe.prepare.target_domains]
-        seconds += models * finetune.head_networks * sum(of_domains)
+        trainings = 2 if recipe.evaluate.refit else 1
+        seconds += models * finetune.head_networks * trainings * sum(of_domains)
     if recipe.pretrain and recipe.pretrain.item_head:
         seconds += _or_none(seconds_of_head, recipe.pretrain)
     return seconds

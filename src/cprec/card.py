@@ -209,15 +209,16 @@ INDEX = re.compile(r"^model-index:.*\n(?:(?:[ #-].*)?\n)*", re.MULTILINE)
 
 
 def fill_in(folder: str | Path, results: str, scores: Sequence[Score]) -> bool:
-    """Put results (Markdown) and scores into the card of a model folder, in place of earlier ones; whether there was a
-    card with a section for them. The rest stays to the letter, whatever it says."""
+    """Put results (Markdown) and scores, if any, into the card of a model folder, in place of earlier ones; whether
+    there was a card with a section for them. The rest stays to the letter, whatever it says."""
     path = Path(folder, CARD)
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if not RESULTS.search(text):
         return False
     found = FRONT_MATTER.match(text)
     head, body = (INDEX.sub("", found[1]), text[found.end() :]) if found else ("", text)
-    index = _yaml({"model-index": [{"name": path.absolute().parent.name, "results": _index(scores)}]})
+    named = {"name": path.absolute().parent.name, "results": _index(scores)}
+    index = _yaml({"model-index": [named]}) if scores else ""
     section = f"## Results\n\n{results.strip()}\n\n"
     write_whole(path, f"---\n{head}{index}---\n{RESULTS.sub(lambda _: section, body, count=1)}")
     return True

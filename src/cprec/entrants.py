@@ -111,11 +111,11 @@ def model_entrants(config: EvaluateConfig, domain: str, models: Mapping[str, str
 
     Raises LeakageError and ConfigError where the events that stand beside a model learnt are not those to be learnt.
     """
+    check_learnt(config, models)
     rank, output_dir, hashes = config.rank, config.output_dir, FileHashes(config.output_dir)
     entrants = _without_models(models, domain)
     for name, folder in models.items():
         about = read_done(folder)
-        _check_learnt(config, name, folder)
         if about is not None and any(Path(folder).glob("*.safetensors")):
             entrants.append(_model(name, folder, about, rank, hashes))
             if rank.mode != "vectors" and about.get("domain", domain) == domain and any(Path(folder).glob(HEAD)):
@@ -123,30 +123,34 @@ def model_entrants(config: EvaluateConfig, domain: str, models: Mapping[str, str
             entrants += _blended(name, config.data, folder, about, domain, rank, hashes)
         else:
             say(f"{domain}: {name}: no weights in {folder}, so its saved rankings are scored as they are")
-            entrants.append(_gone(name, folder, about, rank, rankings_path(output_dir, domain, name, FULL)))
+            rankings = rankings_path(output_dir, domain, name, FULL)
+            entrants.append(_gone(name, folder, about, rank, rankings, refit=config.refit))
     hashes.save()
     return entrants
 
 
-def _check_learnt(config: EvaluateConfig, name: str, folder: str) -> None:
-    """Raises LeakageError where a model's head or blend has learnt the events that are asked for, and ConfigError where
-    baselines would have learnt others than these."""
-    held_out = learnt_besides(folder)
-    if config.part in held_out:
-        raise LeakageError(
-            f"models.{name}={folder} has learnt the {config.part} events that it is to be tried on: give the model "
-            "that it was refitted from, or refit that with events=validation and ask for test events"
-        )
-    if held_out and not config.refit:
-        raise ConfigError(
-            f"models.{name}={folder} has learnt the validation events, and baselines would not: set refit=true, or "
-            "give the model that it was refitted from"
-        )
-    if config.refit and not held_out and (Path(folder, BLEND).is_file() or any(Path(folder).glob(HEAD))):
-        raise ConfigError(
-            f"refit=true, but what stands beside models.{name}={folder} has not learnt the validation events: run "
-            f"`cprec refit {folder} {folder}-refit events=validation`, and give that folder"
-        )
+def check_learnt(config: EvaluateConfig, models: Mapping[str, str]) -> None:
+    """Raises LeakageError where what stands beside a model has learnt the events that are asked for, and ConfigError
+    where it has learnt others than the baselines, or cannot."""
+    for name, folder in models.items():
+        arm, about, held_out = f"models.{name}={folder}", read_done(folder), learnt_besides(folder)
+        if config.part in held_out:
+            raise LeakageError(
+                f"{arm} has learnt the {config.part} events that it is to be tried on: give the model that it was "
+                "refitted from, or refit that with events=validation and ask for test events"
+            )
+        if held_out and not config.refit:
+            raise ConfigError(
+                f"{arm} has learnt the validation events, and baselines would not: set refit=true, or give the model "
+                "that it was refitted from"
+            )
+        if config.refit and not held_out and (Path(folder, BLEND).is_file() or any(Path(folder).glob(HEAD))):
+            refit = f"run `cprec refit {folder} {folder}-refit events=validation`, and give that folder"
+            none = "and cannot, since it is of no one domain: leave it out"
+            raise ConfigError(
+                f"refit=true, but what stands beside {arm} has not learnt the validation events"
+                + (f": {refit}" if about and about.get("domain") else f", {none}")
+            )
 
 
 def _model(
@@ -174,7 +178,8 @@ def _model(
         kind="model",
         open=opened,
         identity={"model": model_identity(folder, hashes), "code": code_sha256(CODE), **_rule(rank)}
-        | ({"blend": blend} if blend else {}),
+        | ({"blend": blend} if blend else {})
+        | ({"refit": True} if learnt_besides(folder) else {}),
         stochastic=True,
         trained_on=tuple(about["trained_on"]),
     )
@@ -241,22 +246,28 @@ def renamed(name: str, what: str) -> str:
     return f"{model}{what}{name[len(model) :]}"
 
 
-def _gone(name: str, folder: str, about: Mapping[str, Any] | None, rank: RankConfig, rankings: Path) -> Entrant:
-    """A model without weights: its saved rankings are used, if they are of the rule that holds now."""
+def _gone(
+    name: str, folder: str, about: Mapping[str, Any] | None, rank: RankConfig, rankings: Path, *, refit: bool
+) -> Entrant:
+    """A model without weights: its saved rankings are used, if they are of the rule that holds now, and if it had
+    learnt what the others have."""
     saved = read_rankings(rankings)
+    identity = dict(saved.answers["identity"]) if saved else {}
+    if identity.get("refit", False) != refit:
+        identity = {}
 
     def opened() -> Opened:
         raise ConfigError(
             f"models.{name}={folder} holds no weights, and its saved rankings answer other questions than those asked "
-            "now: ask as they were (k, max_queries, seed, num_candidates, rank), or bring the model back. Rankings "
-            "that were saved before the items of a title shared its probability need the model, too"
+            "now: ask as they were (k, max_queries, seed, num_candidates, rank, refit), or bring the model back. "
+            "Rankings that were saved before the items of a title shared its probability need the model, too"
         )
 
     return Entrant(
         name=name,
         kind="model",
         open=opened,
-        identity={**(saved.answers["identity"] if saved else {}), **_rule(rank)},
+        identity={**identity, **_rule(rank)},
         stochastic=True,
         trained_on=tuple(about["trained_on"] if about else saved.trained_on if saved else ()),
     )

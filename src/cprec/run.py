@@ -20,7 +20,7 @@ from cprec.card import CARD, Score, fill_in
 from cprec.data.dataset import read_split
 from cprec.data.item_columns import existing
 from cprec.data.splits import Split
-from cprec.entrants import baseline_entrants, check_tuned, model_entrants, oracle, renamed
+from cprec.entrants import baseline_entrants, check_learnt, check_tuned, model_entrants, oracle, renamed
 from cprec.errors import ConfigError, InputChanged, Unsuitable
 from cprec.evaluate.config import EvaluateConfig
 from cprec.evaluate.coverage import certificate_summary
@@ -203,6 +203,8 @@ def _report(
     `runs` are the folders of training runs to report, by name. Where `generated` says that the data are a generated
     world, its bound stands in every table.
     """
+    for arms in models.values():
+        check_learnt(config, arms)  # of all domains, before the first is ranked
     split = read_split(config.data)
     domains = {domain: _evaluate(config, split, domain, arms, generated) for domain, arms in models.items()}
     finished = {name: about for name, folder in runs.items() if (about := read_done(folder))}

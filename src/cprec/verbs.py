@@ -355,11 +355,11 @@ VERBS: tuple[Verb, ...] = (
         example="cprec refit runs/shop/model runs/shop/recommender",
         function="cprec.refit:refit",
         stage="refit",
-        usage="MODEL OUTPUT_DIR [key=value ...]",
+        usage="MODEL OUT [key=value ...]",
         arguments={"model": {}, "output_dir": {}},
         about="""
-            MODEL   a model folder with an item head or a blend
-            FOLDER  where the refitted model goes
+            MODEL  a model folder with an item head or a blend
+            OUT    where the refitted model goes
         """,
         leave_out="model output_dir",
         run=with_settings,

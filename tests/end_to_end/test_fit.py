@@ -19,7 +19,7 @@ from cprec.fit import fit as stage
 from cprec.fit.fit import fit
 from cprec.rank.blend_file import read_about
 from cprec.recipe import Recipe
-from cprec.schema import TEST, VALIDATION
+from cprec.schema import CONTEXT, TEST, VALIDATION
 from cprec.settings import from_mapping
 from cprec.text.config import TINY
 from cprec.text.tokenizer import train_tokenizer
@@ -76,7 +76,7 @@ def test_fit_ends_with_a_model_and_a_sentence(
     assert "customer is the user_id" in err and "bought_at is the timestamp" in err and "passes over" in err
     model = "out/models/shop/fine-tuning-only"
     assert "`cprec serve out/recommender` serves the " in err
-    assert learnt_besides("out/recommender") == (VALIDATION, TEST) and learnt_besides(model) == ()
+    assert learnt_besides("out/recommender") == (VALIDATION, TEST, CONTEXT) and learnt_besides(model) == ()
     assert read_about("out/recommender")["blend"] == read_about(model)["blend"], "what is served is what was tried"
 
     recipe = find_config("out/recipe.yaml")

@@ -19,6 +19,7 @@ from cprec.data.dataset import read_split
 from cprec.data.splits import Split
 from cprec.entrants import baseline_entrants
 from cprec.errors import ConfigError, CPRecError, LeakageError, Unsuitable
+from cprec.evaluate.compare import compare
 from cprec.evaluate.config import EvaluateConfig
 from cprec.evaluate.results import read_report
 from cprec.finetune import finetune
@@ -26,9 +27,9 @@ from cprec.item_head import load_heads, made_from
 from cprec.rank.blend import read_blend
 from cprec.rank.blend_file import read_about
 from cprec.rank.config import BlendConfig, RankConfig, RefitConfig
-from cprec.refit import refit
+from cprec.refit import _link, _start, refit
 from cprec.run import _refitted, evaluate_models
-from cprec.schema import TEST, TRAIN, VALIDATION
+from cprec.schema import CONTEXT, SPLITS, TEST, TRAIN, VALIDATION
 from cprec.systems.recipes.title_sasrec import TitleSASRec
 from cprec.text.config import PrepareConfig
 from cprec.text.prepare import prepare
@@ -162,10 +163,36 @@ def test_head_and_parts_are_those_of_the_longer_log(model: Path, refitted: Path,
 
     weights = [(folder / "model.safetensors").read_bytes() for folder in (model, refitted)]
     assert weights[0] == weights[1] and made_from(refitted)["held_out"] == [VALIDATION]
+    assert (refitted / "model.safetensors").samefile(model / "model.safetensors"), "a second name"
     assert learnt_besides(model) == () and learnt_besides(refitted) == (VALIDATION,)
-    assert "have learnt the validation events" in (refitted / "README.md").read_text()
+    card = (refitted / "README.md").read_text()
+    assert "have learnt the validation events" in card and "model-index" not in card
     assert read_about(refitted)["blend"] == read_about(model)["blend"]
     assert not list(refitted.parent.glob("*incomplete")), "the networks are in the head"
+
+
+def test_users_who_are_kept_out_of_training_stay_out(split: Split) -> None:
+    unseen = split.interactions.user < 10
+    kept_out = replace(split, part=np.where(unseen & split.events(TRAIN), SPLITS.index(CONTEXT), split.part))
+    one, every = kept_out.learning(VALIDATION), kept_out.learning(VALIDATION, TEST, CONTEXT)
+    assert not (one.events(TRAIN) & unseen).any() and int(one.events(TRAIN).sum()) == 30 * 5
+    assert every.events(TRAIN).all()
+
+
+def test_a_setting_that_needs_validation_events_is_left_out(split: Split, tmp_path: Path) -> None:
+    with pytest.raises(Unsuitable, match="patience=3 ends training by validation events"):
+        replace(TitleSASRec(**SMALL), patience=3).make(split.learning(VALIDATION), "shop", folder=tmp_path)
+
+
+def test_files_of_a_copy_are_the_same_but_for_the_log(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("weights")
+    (tmp_path / "model.safetensors").symlink_to("real")
+    (tmp_path / "log.jsonl").write_text("a line")
+    for name in ("model.safetensors", "log.jsonl"):
+        (tmp_path / "copy").mkdir(exist_ok=True)
+        _link(str(tmp_path / name), str(tmp_path / "copy" / name))
+    assert (tmp_path / "copy/model.safetensors").read_text() == "weights"
+    assert not (tmp_path / "copy/log.jsonl").samefile(tmp_path / "log.jsonl")
 
 
 def test_without_validation_the_last_weights_are_kept(split: Split, tmp_path: Path) -> None:
@@ -185,7 +212,10 @@ def test_the_same_refit_is_reused_and_another_made_anew(
     assert (refitted / "refit.json").stat().st_mtime_ns == written
     copy = Path(shutil.copytree(refitted, f"{refitted}-copy"))
     refit(RefitConfig(model=str(model), output_dir=str(copy)))
-    assert learnt_besides(copy) == (VALIDATION, TEST)
+    assert learnt_besides(copy) == (VALIDATION, TEST, CONTEXT)
+    with pytest.raises(ConfigError, match="holds a refit of .*model: name a new folder"):
+        other = Path(shutil.copytree(model, f"{model}-2"))
+        refit(RefitConfig(model=str(other), output_dir=str(copy)))
 
 
 def test_it_is_tried_on_test_events_beside_baselines_that_learnt_the_same(
@@ -203,6 +233,12 @@ def test_it_is_tried_on_test_events_beside_baselines_that_learnt_the_same(
     assert all(np.array_equal(expected[key], value) for key, value in made.arrays().items())  # type: ignore[attr-defined]
     plain = evaluate_models(evaluation(data, model, tmp_path / "plain"))
     assert "learnt" not in plain.protocol
+    with pytest.raises(ConfigError, match="learnt"):
+        compare([str(tmp_path / "plain"), str(tmp_path / "refit")])
+    gone = evaluation(data, tmp_path / "gone", tmp_path / "refit")
+    with pytest.raises(ConfigError, match="answer other questions"):
+        evaluate_models(gone)
+    assert "model" in evaluate_models(replace(gone, refit=True)).domains["shop"].arms
     assert ease.identity != baseline_entrants(evaluation(data, model, tmp_path), split, "shop")[0].identity
 
 
@@ -240,6 +276,10 @@ def test_what_cannot_be_refitted_is_told(model: Path, refitted: Path, data: Path
         refit(asked(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match="has learnt the validation events already"):
         refit(asked(refitted))
+    with pytest.raises(LeakageError, match="weights are chosen by validation events: blend the model that it was"):
+        blend(BlendConfig(model=str(refitted), parts=("EASE",), log_p=False))
+    with pytest.raises(ConfigError, match="went on from that of none, which is not there as it was"):
+        _start(Path("none"), {"start": "abc"})
     with pytest.raises(ConfigError, match="in use for something else"):
         refit(asked(model, data))
     with pytest.raises(ConfigError, match="choose all or validation"):

@@ -79,9 +79,15 @@ class Split:
     the last weights are kept."""
 
     def learning(self, *parts: str) -> Split:
-        """The split in which held-out events of some parts are learnt, by recommenders whose settings are chosen."""
-        part = np.where(np.isin(self.part, [SPLITS.index(name) for name in parts]), SPLITS.index(TRAIN), self.part)
-        return replace(self, part=part.astype(self.part.dtype), validates=self.validates and VALIDATION not in parts)
+        """The split in which events of some parts are learnt, too, by recommenders whose settings are chosen.
+
+        Users with context events are kept out of training, so theirs are not, unless context is one of the parts.
+        """
+        is_learnt = np.isin(self.part, [SPLITS.index(name) for name in parts])
+        if CONTEXT not in parts:
+            is_learnt &= ~np.isin(self.interactions.user, self.interactions.user[self.events(CONTEXT)])
+        part = np.where(is_learnt, SPLITS.index(TRAIN), self.part).astype(self.part.dtype)
+        return replace(self, part=part, validates=self.validates and VALIDATION not in parts)
 
     @property
     def train(self) -> Interactions:
@@ -185,6 +191,7 @@ def as_one_domain(split: Split, name: str, domains: Sequence[str], is_kept: np.n
         split.part[event],
         split.spec,
         {name: DomainInfo(name, "", has_times=False)},
+        split.validates,
     )
 
 

@@ -36,7 +36,10 @@ SAMPLE = 100
 BATCH = 256
 """Queries handed to a recommender at once."""
 EXACT = "exact"
-REFIT = "validation events too, by baselines, item heads and parts of blends, after everything was chosen without them"
+REFIT = (
+    "validation events too, by baselines, item heads and parts of blends, after everything was chosen without them; "
+    "language models have not read them"
+)
 """What is learnt with the setting `refit`."""
 
 Rank = Callable[[Sequence[RankingQuery], int], list[Ranking]]

@@ -40,6 +40,10 @@ class Setting:
         return cls(float(content["model"]), parts, float(content["ndcg@10"]), head)
 
 
+SETTINGS = ("blend", "vectors", "without_model", "model_alone", "head_alone", "by_validation")
+"""The blends that `blend.json` may have the numbers of."""
+
+
 def read_about(model: str | Path) -> dict[str, Any]:
     """The content of `blend.json`. Raises ConfigError where there is none, DataError where it is damaged."""
     path = Path(model, BLEND)

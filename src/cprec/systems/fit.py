@@ -142,7 +142,8 @@ class SystemSettings(ABC):
         the validation queries are kept (full catalogue, items of the history left out); the last ones where the split
         has validation events learnt, too (`Split.validates`).
 
-        Raises Unsuitable where the domain has nothing to train on or to validate with.
+        Raises Unsuitable where the domain has nothing to train on or to validate with, and where validation should end
+        training (`patience`) but its events are learnt.
         """
         if folder is None:
             with TemporaryDirectory() as temporary:
@@ -295,6 +296,10 @@ class _Validation:
 def fit(settings: SystemSettings, split: Split, domain: str, seed: int, folder: Path) -> TrainedRecommender:
     """See `SystemSettings.make`; `folder` is where the folder of this run stands beside those of others."""
     name, device = type(settings).__name__, distributed.pick_device()
+    if settings.patience and not split.validates:
+        raise Unsuitable(
+            f"patience={settings.patience} ends training by validation events, which are to be learnt here"
+        )
     data = TrainingSequences.of(split, domain)
     validation = _Validation.of(split, domain, seed, settings.VALIDATION_QUERIES) if split.validates else None
     made_from = {
