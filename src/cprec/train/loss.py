@@ -39,6 +39,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         target_N: torch.Tensor,
         dtype: torch.dtype,
         bias_V: torch.Tensor | None,
+        left_out_NX: torch.Tensor | None,
     ) -> torch.Tensor:
         hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
@@ -59,6 +60,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.matmul(hidden_CD, weight[block].T, out=logits_CV[:, block])
             if bias_V is not None:
                 logits_CV += bias_V
+            if left_out_NX is not None:
+                of_target_C1 = logits_CV.gather(1, target_C1)
+                logits_CV.scatter_(1, left_out_NX[rows], -torch.inf).scatter_(1, target_C1, of_target_C1)
             # The loss of a target is log(sum(exp(logits))) minus its own logit.
             correct = logits_CV.gather(1, target_C1).float()
             largest = logits_CV.amax(1, keepdim=True).float()
@@ -88,6 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
@@ -97,15 +102,17 @@ def linear_cross_entropy(
     target_N: torch.Tensor,
     dtype: torch.dtype,
     bias_V: torch.Tensor | None = None,
+    left_out_NX: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Summed cross-entropy of `hidden @ weight.T + bias` against the targets, in nats; products in `dtype`, sums in
-    fp32. The bias gets no gradient.
+    fp32. The bias gets no gradient. At each position the entries in `left_out`, any number of columns, have no share,
+    but for the target.
 
     Equals torch's cross_entropy(reduction="sum") on the full logits, values and gradients, up to rounding.
     """
     if not torch.is_grad_enabled():  # otherwise the Function would make gradients, since parameters require them
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, target_N, dtype, bias_V)
+    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, target_N, dtype, bias_V, left_out_NX)
 
 
 class PackedLoss(nn.Module):

@@ -20,7 +20,7 @@ from cprec.errors import ConfigError
 from cprec.systems.fit import NEXT_ITEM, WeightedTerms
 from cprec.systems.items import MASK, PADDING
 from cprec.systems.recipes.sasrec import SASRec
-from cprec.systems.sampled import SampledSoftmax, _places
+from cprec.systems.sampled import SampledItemsLoss, _places
 from cprec.systems.signals import TrainingSequences
 from cprec.train.loss import linear_cross_entropy
 
@@ -37,9 +37,9 @@ def test_where_all_items_are_drawn_it_is_the_softmax_over_all(
     data: TrainingSequences, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cprec.systems.terms.distributed.use_bf16", lambda *_: False)
-    monkeypatch.setattr(SASRec, "WHOLE", 0)
+    monkeypatch.setattr(SASRec, "LARGE", 0)
     found = []
-    for num_drawn, kind in ((0, WeightedTerms), (data.num_items, SampledSoftmax)):
+    for num_drawn, kind in ((0, WeightedTerms), (data.num_items, SampledItemsLoss)):
         loss, rows = trainable(SASRec(**SMALL, sampled_items=num_drawn), data)
         assert type(loss) is kind
         value = loss.losses(rows)[NEXT_ITEM]
@@ -51,39 +51,52 @@ def test_where_all_items_are_drawn_it_is_the_softmax_over_all(
         torch.testing.assert_close(one, other)
 
 
-def test_the_sum_over_the_items_is_right_on_average(data: TrainingSequences) -> None:
-    """Of samples that lack most items: popular ones, which rows bring in, do not count too much."""
-    generator = np.random.default_rng(0)
-    num_items, share = 400, 1 / np.arange(1, 401)
-    sequences = [generator.choice(num_items, size=3, p=share / share.sum()).tolist() for _ in range(600)]
+@pytest.mark.parametrize("num_drawn", [10, 40])
+def test_an_item_that_comes_again_is_as_probable_as_over_all_items(
+    num_drawn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three in ten events repeat the one before. If a row's own items stood in its sample for certain, a repeat would
+    have a third of that."""
+    monkeypatch.setattr(SASRec, "LARGE", 0)
+    generator, num_items = np.random.default_rng(0), 200
+    sequences = []
+    for _ in range(800):
+        one = [int(generator.integers(num_items))]
+        while len(one) < 8:
+            one.append(one[-1] if generator.random() < 0.3 else int(generator.integers(num_items)))
+        sequences.append(one)
     ids = [f"{n:03}" for n in range(num_items)]
     catalogue = Catalogue.from_tables({"shop": pa.table({"item_id": ids, "title": ids})})
-    world = TrainingSequences(catalogue, "shop", Ragged.of(sequences), tuple(f"u{n}" for n in range(600)))
-    torch.manual_seed(1)
-    model = SASRec(**SMALL).model(np.empty((num_items, 0)))
-    score_V = torch.log(torch.from_numpy(share).float()) + 1  # popular items score high
-    sums, of_all = [], float(score_V.exp().sum())
-    sampled = SampledSoftmax(model, world, 40, torch.float32)
+    data = TrainingSequences(catalogue, "shop", Ragged.of(sequences), tuple(f"u{n}" for n in range(800)))
+    asked = generator.integers(num_items, size=(200, 4))
+    found = []
+    for sampled_items in (0, num_drawn):
+        settings = SASRec(**SMALL | {"hidden_size": 32, "batch_size": 64}, num_epochs=12, sampled_items=sampled_items)
+        torch.manual_seed(0)
+        (stage,) = settings.stages(data, seed=0)
+        optimizer = torch.optim.AdamW(stage.trainable.module.parameters(), lr=1e-2)
+        for batch in stage.stream:  # type: ignore[attr-defined]
+            optimizer.zero_grad()
+            rows = {name: torch.from_numpy(array) for name, array in batch.rows.items()}
+            (stage.trainable.losses(rows)[NEXT_ITEM] / batch.num_tokens).backward()
+            optimizer.step()
+        recommender = settings.recommender(data, stage.trainable.module)
+        share_QV = recommender.score_histories(Ragged.of(asked.tolist()), [""] * 200).softmax(1).numpy()
+        found.append(float(share_QV[np.arange(200), asked[:, -1]].mean()))
+    assert found[0] == pytest.approx(0.3, abs=0.06)
+    assert found[1] == pytest.approx(found[0], abs=0.06)
 
-    def captured(states: Any, vectors: Any, target: Any, dtype: Any, log_weight_K: torch.Tensor) -> torch.Tensor:
-        sums.append(float((score_V[kept[0]] + log_weight_K).exp().sum()))
-        return linear_cross_entropy(states, vectors, target, dtype, log_weight_K)
 
-    kept: list[torch.Tensor] = []
-    unique = torch.Tensor.unique
-
-    def noted(self: torch.Tensor) -> torch.Tensor:
-        kept[:] = [unique(self)]
-        return kept[0]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cprec.systems.sampled.linear_cross_entropy", captured)
-        patch.setattr(torch.Tensor, "unique", noted)
-        for start in range(0, 600, 10):
-            rows = torch.tensor(sequences[start : start + 10])
-            sampled.losses({"items": rows[:, :-1].contiguous(), "targets": rows[:, 1:].contiguous()})
-    assert len(kept[0]) < num_items / 4
-    assert np.mean(sums) == pytest.approx(of_all, rel=0.05)
+def test_a_rows_own_items_are_left_out_unless_drawn_or_in_another_row(data: TrainingSequences) -> None:
+    model = SASRec(**SMALL).model(np.empty((data.num_items, 0)))
+    loss = SampledItemsLoss(model, data.sequences, data.num_items, 2, torch.float32)
+    padding, num_kept = 6, 6
+    items = torch.tensor([[0, 1, padding], [1, 2, 3]])
+    targets = torch.tensor([[1, 5, IGNORE], [2, 3, 4]])
+    own, is_own = loss._own({"items": items, "targets": targets}, torch.tensor([3]), num_kept)
+    assert own.tolist() == [[0, 1, 0, 5], [1, 2, 3, 4]]
+    # 1 is in both rows, 3 was drawn, and the third place of the first row is padding.
+    assert is_own.tolist() == [[True, False, False, True], [False, True, False, True]]
 
 
 def test_items_are_their_places_in_a_sample() -> None:
@@ -106,7 +119,7 @@ def test_a_bias_is_added_to_the_logits() -> None:
 
 
 def test_it_learns_what_comes_next(split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SASRec, "WHOLE", 1)
+    monkeypatch.setattr(SASRec, "LARGE", 1)
     settings = SASRec(**SMALL, learning_rate=1e-2, num_epochs=8, sampled_items=3)
     recommender = settings.make(split, "ring", folder=tmp_path)
     queries = split.queries("ring", "test", max_history=50)
@@ -115,11 +128,27 @@ def test_it_learns_what_comes_next(split: Split, tmp_path: Path, monkeypatch: py
     assert (better == 0).mean() > 0.8
 
 
-def test_small_catalogues_are_whole_and_other_losses_have_their_own_samples(data: TrainingSequences) -> None:
-    settings = SASRec(**SMALL, sampled_items=data.num_items // SASRec.WHOLE)
+def test_what_is_left_out_has_no_share() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(300, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    target, left_out = torch.randint(7, (300,)), torch.randint(7, (300, 3))
+    loss = linear_cross_entropy(hidden, weight, target, torch.float32, None, left_out)
+    logits, rows = hidden @ weight.T, torch.arange(300)
+    mask = torch.zeros(300, 7, dtype=torch.bool).scatter(1, left_out, True)
+    mask[rows, target] = False
+    plain = F.cross_entropy(logits.masked_fill(mask, -torch.inf), target, reduction="sum")
+    torch.testing.assert_close(loss, plain)
+    for mine, expected in zip(
+        torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(plain, (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(mine, expected)
+
+
+def test_small_catalogues_are_whole(data: TrainingSequences) -> None:
+    settings = SASRec(**SMALL, sampled_items=data.num_items // SASRec.LARGE)
     assert type(trainable(settings, data)[0]) is WeightedTerms
-    assert type(trainable(replace(settings, sampled_items=1), data)[0]) is SampledSoftmax
-    with pytest.raises(ConfigError, match="is for the softmax alone"):
-        replace(settings, objective="bce", num_negatives=1)
+    assert type(trainable(replace(settings, sampled_items=1), data)[0]) is SampledItemsLoss
+    other = replace(settings, sampled_items=1, objective="bce", num_negatives=1)
+    assert type(trainable(other, data)[0]) is WeightedTerms, "it draws its own"
     with pytest.raises(ConfigError, match="sampled_items=-1"):
         replace(settings, sampled_items=-1)

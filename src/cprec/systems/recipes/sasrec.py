@@ -25,7 +25,7 @@ from cprec.systems.dot_product import DotProductModel, DotProductRecommender, Me
 from cprec.systems.encoders import SelfAttention
 from cprec.systems.fit import NEXT_ITEM, NextItemSettings, Stage, SystemSettings
 from cprec.systems.items import IdTable
-from cprec.systems.sampled import SampledSoftmax
+from cprec.systems.sampled import SampledItemsLoss
 from cprec.systems.signals import TrainingSequences, WindowStream, windows
 from cprec.systems.terms import products
 
@@ -72,29 +72,29 @@ class CausalSettings(NextItemSettings, SelfAttentionSettings):
     min_steps: int = 0
     """Optimizer steps at least: where sequences are few, there are as many passes as that takes."""
     sampled_items: int = 0
-    """Items drawn in each step that, with those of its rows, stand for all in the softmax, where the catalogue has more
-    than `WHOLE` times as many; 0: all items."""
+    """Items drawn in each step that, with those of its rows, stand for all in the objective `softmax`, where the
+    catalogue has more than `LARGE` times as many; 0: all items."""
 
-    WHOLE: ClassVar[int] = 4
+    LARGE: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sampled_items < 0 or (self.sampled_items and self.objective != "softmax"):
-            raise ConfigError(
-                f"sampled_items={self.sampled_items} with objective={self.objective}: it must be 0 or more, and is for "
-                "the softmax alone"
-            )
+        if self.sampled_items < 0:
+            raise ConfigError(f"sampled_items={self.sampled_items} must be 0 or more")
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
-        steps_of_pass = -(-len(windows(data.sequences, self.max_length)) // self.batch_size)
+        rows = windows(data.sequences, self.max_length)
+        steps_of_pass = -(-len(rows) // self.batch_size)
         num_epochs = max(self.num_epochs, self.min_steps / steps_of_pass)
         passes = replace(self.passes(seed), num_epochs=num_epochs)
         stream, model = WindowStream(data, [NEXT_ITEM], self.max_length, passes), self.model(self.frozen(data))
         stage = self.stage(data, model, self.next_item(), stream)
-        if not self.sampled_items or data.num_items <= self.WHOLE * self.sampled_items:
+        is_sampled = self.objective == "softmax" and self.sampled_items * self.LARGE < data.num_items
+        if not (self.sampled_items and is_sampled):
             return [stage]
         assert isinstance(model, SequenceModel), "networks that are averaged are trained one by one"
-        return [replace(stage, trainable=SampledSoftmax(model, data, self.sampled_items, products()))]
+        loss = SampledItemsLoss(model, rows, data.num_items, self.sampled_items, products())
+        return [replace(stage, trainable=loss)]
 
     def frozen(self, data: TrainingSequences) -> np.ndarray:
         """The vectors that the domain's items come with: float32[V, F]; F is 0 where they come with nothing."""

@@ -1,9 +1,10 @@
 """SASRec over vectors of titles: what an item is comes from its text, and what it adds to that is learnt.
 
 An item's vector is its frozen text vector through a small network, plus a row of its own that starts at zero; the rest
-is SASRec with the softmax over all items. Near to UniSRec (Hou et al. 2022), which has a mixture of experts as the
-network and rows instead of none or all, and to HLLM (Chen et al. 2024), which trains the text encoder too. The vectors
-are TF-IDF of titles reduced by SVD unless a file of vectors is given; the item head of a language model gives its own.
+is SASRec with the softmax over all items, or over a sample of a large catalogue. Near to UniSRec (Hou et al. 2022),
+which has a mixture of experts as the network and rows instead of none or all, and to HLLM (Chen et al. 2024), which
+trains the text encoder too. The vectors are TF-IDF of titles reduced by SVD unless a file of vectors is given; the item
+head of a language model gives its own.
 """
 
 from __future__ import annotations
