@@ -54,7 +54,20 @@ BELOW = {
 """Which parts of the package each part may import besides itself. A new part needs a line here, and a reason."""
 
 TOP = frozenset(
-    {"run", "fit", "finetune", "entrants", "anneal", "blend", "tune", "lineup", "report", "shortcuts", "serving"}
+    {
+        "run",
+        "fit",
+        "finetune",
+        "entrants",
+        "anneal",
+        "blend",
+        "refit",
+        "tune",
+        "lineup",
+        "report",
+        "shortcuts",
+        "serving",
+    }
     | {"shrink", "budget", "pretrain", "heads"}
     | {"config", "recipe", "recipes", "settings", "field_help", "verbs", "cli", "__main__", "__init__"}
 )
@@ -101,6 +114,7 @@ TRAINED_WITH = frozenset(
         "entrants",
         "anneal",
         "blend",
+        "refit",
         "tune",
         "lineup",
         "report",

@@ -14,11 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cprec import lineup
 from cprec.card import fill_in
 from cprec.config import from_mapping
 from cprec.data.catalogue import Catalogue
-from cprec.data.dataset import event_files, read_split
+from cprec.data.dataset import POPULARITY, event_files, read_split
 from cprec.data.splits import Split
 from cprec.errors import ConfigError, LeakageError, Unsuitable
 from cprec.files import aside, whole_folder, write_whole
@@ -33,12 +35,13 @@ from cprec.rank.blend_file import BLEND, SETTINGS, Setting, read_about
 from cprec.rank.config import RefitConfig
 from cprec.schema import CONTEXT, TEST, VALIDATION
 from cprec.systems.recipes.sasrec import CausalRecommender
+from cprec.text.documents import write_popularity
 from cprec.train.config import FinetuneConfig, under_current_names
 from cprec.train.folder import LOG, REFIT, learnt_besides, read_done
 
 LEARNT = {"validation": (VALIDATION,), "all": (VALIDATION, TEST, CONTEXT)}
 """The parts that are learnt beside the training events, by the setting `events`."""
-_OWN = (HEAD, PARTS, BLEND, REFIT, "checkpoint-*", "stable-*", "best", "*.incomplete")
+_OWN = (HEAD, PARTS, BLEND, REFIT, POPULARITY, "checkpoint-*", "stable-*", "best", "*.incomplete")
 """Of a model's folder, what is made anew or only needed to go on with training."""
 
 
@@ -76,15 +79,18 @@ def refit(config: RefitConfig) -> Path:
         say(f"{folder}: refitted from the same, reused")
         return folder
     split = read_split(data).learning(*learnt)
+    catalogue = Catalogue.read(model)
     networks = aside(folder.with_name(f"{folder.name}.networks"))  # whole_folder removes what is unfinished in its own
     with whole_folder(folder) as made:
         shutil.copytree(model, made, copy_function=_link, ignore=shutil.ignore_patterns(*_OWN), dirs_exist_ok=True)
         if head:
-            was = load_heads(model, Catalogue.read(model))[training.domain]
+            was = load_heads(model, catalogue)[training.domain]
             now = was.trained_again(split, seed=head["seed"], folder=networks, start=start)
             save_heads(made, {training.domain: now}, head | {"held_out": learnt})
         if blend:
             _refit_blend(model, blend, made, split, networks)
+        if (model / POPULARITY).is_file():
+            write_popularity(made, catalogue, np.bincount(split.train.item, minlength=len(catalogue)))
         fill_in(made, _in_card(model, learnt), [])
         write_whole(made / REFIT, json.dumps({"held_out": learnt, "made_from": asked}, indent=1) + "\n")
     shutil.rmtree(networks, ignore_errors=True)

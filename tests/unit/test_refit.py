@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from cprec import lineup
@@ -165,6 +166,9 @@ def test_head_and_parts_are_those_of_the_longer_log(model: Path, refitted: Path,
     assert weights[0] == weights[1] and made_from(refitted)["held_out"] == [VALIDATION]
     assert (refitted / "model.safetensors").samefile(model / "model.safetensors"), "a second name"
     assert learnt_besides(model) == () and learnt_besides(refitted) == (VALIDATION,)
+    counts = [pq.read_table(folder / "popularity.parquet")["num_events"].to_numpy() for folder in (model, refitted)]
+    assert [int(one.sum()) for one in counts] == [160, 200]
+    assert np.array_equal(counts[1], np.bincount(longer.train.item, minlength=24))
     card = (refitted / "README.md").read_text()
     assert "have learnt the validation events" in card and "model-index" not in card
     assert read_about(refitted)["blend"] == read_about(model)["blend"]
