@@ -68,7 +68,7 @@ def refit(config: RefitConfig) -> Path:
         raise LeakageError(f"{model} has learnt from other events than those of {data}: give data=FOLDER of its own")
     start = _start(Path(training.model_name_or_path), head)
     asked = {
-        "of": str(model.resolve()),
+        "of": os.path.relpath(model.resolve(), folder.resolve().parent),  # holds when all of it is moved
         "held_out": list(learnt),
         "data": events,
         "model": identity(model),

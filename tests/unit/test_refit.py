@@ -214,6 +214,9 @@ def test_the_same_refit_is_reused_and_another_made_anew(
     refit(RefitConfig(model=str(model), output_dir=str(refitted), events="validation"))
     assert "refitted from the same, reused" in capsys.readouterr().err
     assert (refitted / "refit.json").stat().st_mtime_ns == written
+    moved = Path(shutil.copytree(refitted.parent, f"{refitted.parent}-moved"))
+    refit(RefitConfig(model=str(moved / model.name), output_dir=str(moved / refitted.name), events="validation"))
+    assert "refitted from the same, reused" in capsys.readouterr().err
     copy = Path(shutil.copytree(refitted, f"{refitted}-copy"))
     refit(RefitConfig(model=str(model), output_dir=str(copy)))
     assert learnt_besides(copy) == (VALIDATION, TEST, CONTEXT)
