@@ -85,7 +85,7 @@ def _choose(recipe: Recipe, finetune: FinetuneConfig, asked: Mapping[str, Any]) 
     pretraining, of_pass = asked["tokens to pre-train on"], asked["tokens of a pass"]
     first = replace(finetune, domain=recipe.prepare.target_domains[0], num_train_epochs=1)
     rate = REACHED * timed(first).tokens_per_second
-    heads = _seconds_of_heads(recipe, finetune, asked["models of a domain"]) / REACHED
+    heads = _seconds_of_heads(recipe, finetune, asked["models of a domain"] * asked["trainings of a head"]) / REACHED
     tokens, share = rate * max(0, recipe.hours * 3600 - heads), PRETRAINING if pretraining else 0
     passes = (1 - share) * tokens / (asked["models of a domain"] * sum(of_pass.values()))
     if passes * min(of_pass.values()) < 1:
@@ -102,14 +102,13 @@ def _choose(recipe: Recipe, finetune: FinetuneConfig, asked: Mapping[str, Any]) 
     }
 
 
-def _seconds_of_heads(recipe: Recipe, finetune: FinetuneConfig, models: int) -> float:
-    """About how long the item heads take to train, of so many models of each domain and of pre-training."""
+def _seconds_of_heads(recipe: Recipe, finetune: FinetuneConfig, heads: int) -> float:
+    """About how long the item heads take to train, so many of each domain and that of pre-training."""
     seconds = 0.0
     if finetune.item_head:
         split = read_split(finetune.data)
         of_domains = [_or_none(seconds_to_train, split, name, finetune.seed) for name in recipe.prepare.target_domains]
-        trainings = 2 if recipe.evaluate.refit else 1
-        seconds += models * finetune.head_networks * trainings * sum(of_domains)
+        seconds += heads * finetune.head_networks * sum(of_domains)
     if recipe.pretrain and recipe.pretrain.item_head:
         seconds += _or_none(seconds_of_head, recipe.pretrain)
     return seconds
