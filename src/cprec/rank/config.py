@@ -117,8 +117,8 @@ class RefitConfig:
     output_dir: str = ""
     """Where the refitted model goes, a folder of its own; the model stays as it is."""
     events: Literal["all", "validation"] = "all"
-    """Held-out events to learn. `all`: validation and test events, for a model that is to be served. `validation`: for
-    one that is to be tested."""
+    """Events to learn beside the training events. `all`: validation and test events, and those of users who were kept
+    out of training, for a model that is to be served. `validation`: for one that is to be tested."""
     data: str | None = None
     """Data folder that `cprec prepare` wrote; by default the one that the model was trained on."""
 
