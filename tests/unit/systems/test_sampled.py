@@ -55,8 +55,7 @@ def test_where_all_items_are_drawn_it_is_the_softmax_over_all(
 def test_an_item_that_comes_again_is_as_probable_as_over_all_items(
     num_drawn: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three in ten events repeat the one before. If a row's own items stood in its sample for certain, a repeat would
-    have a third of that."""
+    """Three in ten events repeat the one before."""
     monkeypatch.setattr(SASRec, "LARGE", 0)
     generator, num_items = np.random.default_rng(0), 200
     sequences = []
@@ -85,6 +84,36 @@ def test_an_item_that_comes_again_is_as_probable_as_over_all_items(
         found.append(float(share_QV[np.arange(200), asked[:, -1]].mean()))
     assert found[0] == pytest.approx(0.3, abs=0.06)
     assert found[1] == pytest.approx(found[0], abs=0.06)
+
+
+def test_the_loss_by_hand(data: TrainingSequences) -> None:
+    """Position by position over its own sample: what was drawn, what other rows hold, and the target."""
+    loss, rows = trainable(SASRec(**SMALL | {"batch_size": 4}), data)
+    model, num_items, num_drawn = loss.module, data.num_items, 2
+    sampled = SampledItemsLoss(model, data.sequences, num_items, num_drawn, torch.float32)
+    rows = {name: array[:, :4].contiguous() for name, array in rows.items()}
+    torch.manual_seed(5)
+    drawn = set(torch.randperm(num_items)[:num_drawn].tolist())
+    torch.manual_seed(5)
+    found = sampled.losses(rows)[NEXT_ITEM]
+
+    items, targets = rows["items"], rows["targets"]
+    held = [set(items[r].tolist() + targets[r].tolist()) - {IGNORE, num_items} for r in range(len(items))]
+    counts = np.bincount(data.sequences.values, minlength=num_items)
+    num_events = (int((targets != IGNORE).sum()) + len(items)) * (1 - 1 / len(items))
+    chance = 1 - (1 - num_drawn / num_items) * (1 - counts / counts.sum()) ** num_events
+    vectors = model.vectors()
+    states, target = model.states(vectors, rows)
+    score = (states @ vectors.items_VD.T).detach()
+    expected, narrowed = 0.0, 0
+    for n, row in enumerate((targets != IGNORE).nonzero()[:, 0].tolist()):
+        others = set().union(*(held[r] for r in range(len(held)) if r != row))
+        support = sorted(drawn | others | {int(target[n])})
+        narrowed += len(support) < len(drawn | others | held[row])
+        log_chance = torch.from_numpy(np.log(chance[support]))
+        expected += float((score[n, support] - log_chance).logsumexp(0) - score[n, target[n]])
+    assert narrowed, "some rows hold what nothing else brings"
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_rows_own_items_are_left_out_unless_drawn_or_in_another_row(data: TrainingSequences) -> None:
