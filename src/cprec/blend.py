@@ -33,7 +33,7 @@ from cprec.ranks import count, count_rankings, ndcg
 from cprec.recommender import RankingQuery, Recommender
 from cprec.schema import VALIDATION
 from cprec.scoring import StoredRecommender
-from cprec.train.folder import learnt_besides, read_done
+from cprec.train.folder import read_done, refitted_on
 from cprec.tune import validation_queries
 
 K = 10
@@ -70,7 +70,7 @@ def blend(config: BlendConfig) -> dict[str, Any]:
     done = read_done(config.model)
     if done is None:
         raise ConfigError(f"model={config.model!r} holds no finished model of CPRec (no {MODEL})")
-    if learnt := learnt_besides(config.model):
+    if learnt := refitted_on(config.model):
         raise LeakageError(
             f"{config.model} has learnt the {', '.join(learnt)} events, and weights are chosen by validation events: "
             "blend the model that it was refitted from, and refit that"

@@ -27,7 +27,7 @@ from cprec.provenance import FileHashes, code_sha256, differences, file_sha256, 
 from cprec.rank.blend_file import BLEND, read_about
 from cprec.rank.config import RankConfig
 from cprec.schema import VALIDATION
-from cprec.train.folder import learnt_besides, model_identity, read_done
+from cprec.train.folder import model_identity, read_done, refitted_on
 from cprec.tune import read_results
 
 COSTS = {"num_parameters": "num_parameters", "seconds": "train_seconds"}
@@ -133,7 +133,7 @@ def check_learnt(config: EvaluateConfig, models: Mapping[str, str]) -> None:
     """Raises LeakageError where what stands beside a model has learnt the events that are asked for, and ConfigError
     where it has learnt others than the baselines, or cannot."""
     for name, folder in models.items():
-        arm, about, held_out = f"models.{name}={folder}", read_done(folder), learnt_besides(folder)
+        arm, about, held_out = f"models.{name}={folder}", read_done(folder), refitted_on(folder)
         if config.part in held_out:
             raise LeakageError(
                 f"{arm} has learnt the {config.part} events that it is to be tried on: give the model that it was "
@@ -179,7 +179,7 @@ def _model(
         open=opened,
         identity={"model": model_identity(folder, hashes), "code": code_sha256(CODE), **_rule(rank)}
         | ({"blend": blend} if blend else {})
-        | ({"refit": True} if learnt_besides(folder) else {}),
+        | ({"refit": True} if refitted_on(folder) else {}),
         stochastic=True,
         trained_on=tuple(about["trained_on"]),
     )

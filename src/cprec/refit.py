@@ -37,11 +37,11 @@ from cprec.schema import CONTEXT, TEST, VALIDATION
 from cprec.systems.recipes.sasrec import CausalRecommender
 from cprec.text.documents import write_popularity
 from cprec.train.config import FinetuneConfig, under_current_names
-from cprec.train.folder import LOG, REFIT, learnt_besides, read_done
+from cprec.train.folder import LOG, REFIT, read_done, refitted_on
 
 LEARNT = {"validation": (VALIDATION,), "all": (VALIDATION, TEST, CONTEXT)}
 """The parts that are learnt beside the training events, by the setting `events`."""
-_OWN = (HEAD, PARTS, BLEND, REFIT, POPULARITY, "checkpoint-*", "stable-*", "best", "*.incomplete")
+_MADE_ANEW = (HEAD, PARTS, BLEND, REFIT, POPULARITY, "checkpoint-*", "stable-*", "best", "*.incomplete")
 """Of a model's folder, what is made anew or only needed to go on with training."""
 
 
@@ -82,7 +82,9 @@ def refit(config: RefitConfig) -> Path:
     catalogue = Catalogue.read(model)
     networks = aside(folder.with_name(f"{folder.name}.networks"))  # whole_folder removes what is unfinished in its own
     with whole_folder(folder) as made:
-        shutil.copytree(model, made, copy_function=_link, ignore=shutil.ignore_patterns(*_OWN), dirs_exist_ok=True)
+        shutil.copytree(
+            model, made, copy_function=_link, ignore=shutil.ignore_patterns(*_MADE_ANEW), dirs_exist_ok=True
+        )
         if head:
             was = load_heads(model, catalogue)[training.domain]
             now = was.trained_again(split, seed=head["seed"], folder=networks, start=start)
@@ -105,7 +107,7 @@ def _training_of(model: Path) -> FinetuneConfig:
     record = read_resolved(model)
     if record["stage"] != FinetuneConfig.__name__:
         raise ConfigError(f"{model} was fine-tuned for no domain, so no events are its own: fine-tune it first")
-    if learnt := learnt_besides(model):
+    if learnt := refitted_on(model):
         raise ConfigError(f"{model} has learnt the {' and '.join(learnt)} events already: give the model it came from")
     return from_mapping(FinetuneConfig, under_current_names(record["config"]))
 

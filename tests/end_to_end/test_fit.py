@@ -25,7 +25,7 @@ from cprec.text.config import TINY
 from cprec.text.tokenizer import train_tokenizer
 from cprec.train.estimate import Estimate
 from cprec.train.finetune import timed
-from cprec.train.folder import learnt_besides
+from cprec.train.folder import refitted_on
 
 
 def write(path: Path, table: pa.Table, names: dict[str, str]) -> None:
@@ -76,7 +76,7 @@ def test_fit_ends_with_a_model_and_a_sentence(
     assert "customer is the user_id" in err and "bought_at is the timestamp" in err and "passes over" in err
     model = "out/models/shop/fine-tuning-only"
     assert "`cprec serve out/recommender` serves the " in err
-    assert learnt_besides("out/recommender") == (VALIDATION, TEST, CONTEXT) and learnt_besides(model) == ()
+    assert refitted_on("out/recommender") == (VALIDATION, TEST, CONTEXT) and refitted_on(model) == ()
     assert read_about("out/recommender")["blend"] == read_about(model)["blend"], "what is served is what was tried"
 
     recipe = find_config("out/recipe.yaml")

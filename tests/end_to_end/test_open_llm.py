@@ -15,7 +15,7 @@ from cprec.models import tiny_model
 from cprec.provenance import read_resolved
 from cprec.schema import VALIDATION
 from cprec.text.tokenizer import load_tokenizer, train_tokenizer
-from cprec.train.folder import LOG, learnt_besides, read_done, read_log
+from cprec.train.folder import LOG, read_done, read_log, refitted_on
 from cprec.train.forgetting import GENERAL_TEXT, own_texts
 
 pytestmark = pytest.mark.slow
@@ -98,7 +98,7 @@ def test_heads_and_parts_learn_the_validation_events_before_the_test(
     settings = [f"data={data}", f"model={base}", "domains=toys", "finetune.head_networks=1", "evaluate.seeds=0,1"]
     assert main(["run", "open_llm", *settings, "evaluate.refit=true"]) == 0
     run = tmp_path / "runs/open_llm"
-    assert learnt_besides(run / "finetune/toys/base-model-seed-1-refit") == (VALIDATION,)
+    assert refitted_on(run / "finetune/toys/base-model-seed-1-refit") == (VALIDATION,)
     (domain,) = json.loads((run / "report.json").read_text())["domains"].values()
     assert {"base model (seed 0)", "base model blend (seed 1)", "blend without the model"} <= domain["arms"].keys()
 

@@ -35,7 +35,7 @@ from cprec.systems.recipes.title_sasrec import TitleSASRec
 from cprec.text.config import PrepareConfig
 from cprec.text.prepare import prepare
 from cprec.train.config import FinetuneConfig, TinyModel
-from cprec.train.folder import learnt_besides
+from cprec.train.folder import refitted_on
 
 SMALL = {"hidden_size": 16, "num_heads": 2, "num_blocks": 1, "batch_size": 32, "min_steps": 40, "num_epochs": 1}
 WORDS = ("apple", "river", "stone", "cloud", "tiger", "piano", "lemon", "grass")
@@ -165,7 +165,7 @@ def test_head_and_parts_are_those_of_the_longer_log(model: Path, refitted: Path,
     weights = [(folder / "model.safetensors").read_bytes() for folder in (model, refitted)]
     assert weights[0] == weights[1] and made_from(refitted)["held_out"] == [VALIDATION]
     assert (refitted / "model.safetensors").samefile(model / "model.safetensors"), "a second name"
-    assert learnt_besides(model) == () and learnt_besides(refitted) == (VALIDATION,)
+    assert refitted_on(model) == () and refitted_on(refitted) == (VALIDATION,)
     counts = [pq.read_table(folder / "popularity.parquet")["num_events"].to_numpy() for folder in (model, refitted)]
     assert [int(one.sum()) for one in counts] == [160, 200]
     assert np.array_equal(counts[1], np.bincount(longer.train.item, minlength=24))
@@ -219,7 +219,7 @@ def test_the_same_refit_is_reused_and_another_made_anew(
     assert "refitted from the same, reused" in capsys.readouterr().err
     copy = Path(shutil.copytree(refitted, f"{refitted}-copy"))
     refit(RefitConfig(model=str(model), output_dir=str(copy)))
-    assert learnt_besides(copy) == (VALIDATION, TEST, CONTEXT)
+    assert refitted_on(copy) == (VALIDATION, TEST, CONTEXT)
     with pytest.raises(ConfigError, match="holds a refit of .*model: name a new folder"):
         other = Path(shutil.copytree(model, f"{model}-2"))
         refit(RefitConfig(model=str(other), output_dir=str(copy)))

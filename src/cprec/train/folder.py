@@ -20,7 +20,7 @@ def read_done(folder: Path | str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def learnt_besides(folder: Path | str) -> tuple[str, ...]:
+def refitted_on(folder: Path | str) -> tuple[str, ...]:
     """The held-out parts that what stands beside a model has learnt, as `cprec refit` says; none without it."""
     path = Path(folder) / REFIT
     return tuple(json.loads(path.read_text())["held_out"]) if path.is_file() else ()
