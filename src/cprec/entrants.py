@@ -27,6 +27,7 @@ from cprec.provenance import FileHashes, code_sha256, differences, file_sha256, 
 from cprec.rank.blend_file import BLEND, read_about
 from cprec.rank.config import RankConfig
 from cprec.schema import VALIDATION
+from cprec.scoring import ScoringRecommender
 from cprec.train.folder import model_identity, read_done, refitted_on
 from cprec.tune import read_results
 
@@ -50,7 +51,7 @@ def baseline_entrants(config: EvaluateConfig, split: Split, domain: str) -> list
         folder = Path(config.output_dir, "baselines", domain, slug(name))
         recommender = lineup.settings_of(name, tuned.get(name)).make(learnt, domain, seed=seed, folder=folder)
         cost = {shown: getattr(recommender, told) for told, shown in COSTS.items() if hasattr(recommender, told)}
-        return Opened(recommender=recommender, cost=cost)
+        return Opened(recommender=recommender, cost=cost, scores_once=isinstance(recommender, ScoringRecommender))
 
     return [
         Entrant(
@@ -233,7 +234,8 @@ def _without_models(models: Mapping[str, str], domain: str) -> list[Entrant]:
 def _open_parts(folder: str) -> Opened:
     from cprec.rank.blend import BlendedParts, read_blend  # loads torch
 
-    return Opened(recommender=BlendedParts(read_blend(folder, Catalogue.read(folder), "without_model")))
+    parts = BlendedParts(read_blend(folder, Catalogue.read(folder), "without_model"))
+    return Opened(recommender=parts, scores_once=True)
 
 
 def renamed(name: str, what: str) -> str:

@@ -186,8 +186,9 @@ def _rankings(
     opened = entrant.open()
     # Who scores a batch once for all protocols is asked for them together. A model that reads prompts anew for each
     # takes long: what it has finished stays after an interruption.
-    together = opened.scores_once or entrant.kind == "baseline"
-    for _, group in groupby(missing, lambda protocol: "" if together and not protocol.models_only else protocol.name):
+    for _, group in groupby(
+        missing, lambda protocol: "" if opened.scores_once and not protocol.models_only else protocol.name
+    ):
         made = _ask(entrant, opened, list(group), answers, domain)
         for name, rankings in made.items():
             write_rankings(rankings_path(output_dir, domain, entrant.name, name), rankings)

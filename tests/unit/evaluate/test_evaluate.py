@@ -134,7 +134,8 @@ class Knowing:
 
 
 def baseline(recommender: Recommender, name: str = "") -> Entrant:
-    return Entrant(name=name or recommender.name, kind="baseline", open=lambda: Opened(recommender=recommender))
+    opened = Opened(recommender=recommender, scores_once=True)
+    return Entrant(name=name or recommender.name, kind="baseline", open=lambda: opened)
 
 
 def model(recommender: Recommender, data: Path, name: str = "model", **identity: Any) -> Entrant:
@@ -661,7 +662,7 @@ def test_what_an_arm_opened_is_let_go_before_the_next_is_opened(config: Evaluate
     assert not alive
 
 
-def test_a_batch_of_a_baseline_is_asked_under_every_protocol_before_the_next(
+def test_who_scores_once_is_asked_for_a_batch_under_every_protocol_before_the_next(
     config: EvaluateConfig, split: Split, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cprec.evaluate.evaluate.BATCH", 8)
