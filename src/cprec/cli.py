@@ -13,6 +13,7 @@ from typing import Any
 
 from cprec import __version__
 from cprec.errors import ConfigError, CPRecError
+from cprec.machine import is_busy
 from cprec.verbs import VERBS
 
 EXIT_ERROR, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 (it failed), 2 (a setting is wrong) or 130 (interrupted)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _write_any_character()
+    _wait_without_spinning()
     debug = "--debug" in arguments
     try:
         options = _parsed(arguments)
@@ -49,6 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             message = f"cprec: error: {error}{' (--debug shows where)' if isinstance(error, OSError) else ''}"
         print(message, file=sys.stderr)
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+
+
+def _wait_without_spinning() -> None:
+    """On a busy machine, let threads that wait for each other sleep, unless the environment says how they wait.
+
+    OpenMP, by which PyTorch computes, reads this when it is loaded. By itself it spins, and where another program has a
+    core, threads spin away the time of the one that all wait for (docs/pitfalls.md).
+    """
+    if is_busy() and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def _write_any_character() -> None:

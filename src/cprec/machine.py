@@ -19,6 +19,19 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def busy_cores() -> float:
+    """How many cores programs kept busy in the last minute, this one included; 0 where the system does not say."""
+    with suppress(OSError, AttributeError):  # no such number, or another system
+        return os.getloadavg()[0]
+    return 0.0
+
+
+def is_busy() -> bool:
+    """Whether other programs need so many cores that threads of this one would wait for theirs. Asked when a program
+    starts, before it is busy itself."""
+    return busy_cores() > num_cores() / 4
+
+
 def free_memory() -> int:
     """Bytes that this process may still take; memory that the system would give back (file cache) counts as free."""
     # The smallest of: all memory of the machine, what the system calls available, what limits of groups leave.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import sys
 import warnings
 from dataclasses import dataclass
@@ -355,3 +356,31 @@ def test_help_fits_the_terminal(verb: str, capsys: pytest.CaptureFixture[str]) -
     text = printed(capsys, verb, "--help")
     assert text.startswith(f"usage: cprec {verb}")
     assert max(map(len, text.splitlines())) <= 100
+
+
+# ---- threads on a busy machine ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("load", "given", "expected"),
+    [
+        (0.9, {}, {}),
+        (1.1, {}, {"OMP_WAIT_POLICY": "PASSIVE"}),
+        (2.5, {"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        (2.5, {"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+        (None, {}, {}),
+    ],
+)
+def test_waiting_threads_sleep_on_a_busy_machine_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, load: float | None, given: dict[str, str], expected: dict[str, str]
+) -> None:
+    def getloadavg() -> tuple[float, float, float]:
+        if load is None:
+            raise OSError
+        return load, 0.0, 0.0
+
+    monkeypatch.setattr(os, "getloadavg", getloadavg)
+    monkeypatch.setattr(os, "environ", dict(given))
+    monkeypatch.setattr("cprec.machine.num_cores", lambda: 4)
+    cli.main([])
+    assert os.environ == expected

@@ -16,6 +16,7 @@ from cprec import distributed
 from cprec.card import write_card
 from cprec.data.dataset import POPULARITY, read_catalogue
 from cprec.files import publish
+from cprec.machine import busy_cores, num_cores
 from cprec.models import (
     context_of,
     load_model,
@@ -92,6 +93,9 @@ def run_training(run: Run) -> Path:
     if plan.stream.num_steps >= FEW_STEPS:  # a shorter run is not worth the timing
         told = measure(_estimate(run, plan, loss.module, validation), loss, plan.stream)
         say(str(told))
+        # What this program itself adds to the load by now is its threads at most.
+        if (wanted := busy_cores()) > torch.get_num_threads() + num_cores() / 4:
+            say(f"note: programs want {wanted:.1f} of {num_cores()} cores, so this is slower than on an idle machine")
 
     def record() -> None:
         save_resolved(run.output_dir, config, run.recorded_inputs(hashes))  # by now there is a copy of a hub's model
