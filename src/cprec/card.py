@@ -28,10 +28,7 @@ CARD, TAG = "README.md", "cprec"
 
 TEMPLATE = """
 # {name}
-
-A language model that recommends: it ranks the items of {where} by the probability of their titles, after the titles
-that a user chose before. CPRec made it by {stage}.
-
+{opening}
 ## How to use it
 
 `FOLDER` is where this folder is. CPRec ranks the items in `items/`, and nothing else:
@@ -43,24 +40,11 @@ recommender = Recommender.from_pretrained("FOLDER")
 for item in recommender.recommend({history}, k=5{domain_given}):
     print(item.item_id, item.title, item.score)
 ```
-
-In transformers it is a causal language model, which writes a next title freely, also of items that do not exist:
-
-```python
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model, tokenizer = AutoModelForCausalLM.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")
-prompt = {prompt}
-ids = torch.tensor([[{begin}*tokenizer.encode(prompt, add_special_tokens=False)]])
-written = model.generate(ids, max_new_tokens=32, do_sample=False)
-print(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
-```
-
+{in_transformers}
 ## How it was made
 
 - base: {base}
-- training: {stage}; {tokens:,} tokens in {seconds:,.0f} seconds; {num_parameters:,} parameters
+- training: {training}; {num_parameters:,} parameters
 - data: {data}
 - leakage certificate: {certificate}
 - settings, seed, versions and the hashes of all that was read: `run.json`
@@ -76,6 +60,32 @@ Not evaluated yet: `cprec evaluate` writes its results here.
 - {licence}
 - It knows the items in `items/`, in the wording of `cprec.json`; what is recommended most was often chosen most.
 """
+
+TRAINED = """
+A language model that recommends: it ranks the items of {where} by the probability of their titles, after the titles
+that a user chose before. CPRec made it by {stage}.
+"""
+UNTRAINED = """
+A language model as it came, with what lets CPRec recommend the items of {where} by it: an item head over what it makes
+of titles, or a blend with simple recommenders. The language model itself has learnt nothing here.
+"""
+"""The opening of a card."""
+
+IN_TRANSFORMERS = """
+In transformers it is a causal language model, which writes a next title freely, also of items that do not exist:
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")
+prompt = {prompt}
+ids = torch.tensor([[{begin}*tokenizer.encode(prompt, add_special_tokens=False)]])
+written = model.generate(ids, max_new_tokens=32, do_sample=False)
+print(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
+```
+"""
+"""How to use a model that has learnt the prompt."""
 
 
 class Score(NamedTuple):
@@ -122,21 +132,24 @@ def card_of(folder: Path, record: Mapping[str, Any], data: Path) -> str:
     example = domain or min(path.name.partition("=")[2] for path in (folder / "items").iterdir())
     titles = read_parts(folder / "items" / f"domain={example}", [TITLE])[TITLE].unique().to_pylist()[:2]
     prompt = render(Template(**done["template"]), done["history"], example, [(example, title) for title in titles])
+    where = f"`{domain}`" if domain else "the domains in `items/`"
+    stage = f"fine-tuning on `{domain}`" if domain else "pre-training on behaviour sequences of all domains"
+    begin = "".join(f"{token}, " for token in done.get("begin", []))
+    is_trained = done["tokens"] > 0
     body = TEMPLATE.format(
         name=Path(config["output_dir"]).absolute().name,
-        where=f"`{domain}`" if domain else "the domains in `items/`",
-        stage=f"fine-tuning on `{domain}`" if domain else "pre-training on behaviour sequences of all domains",
+        opening=(TRAINED if is_trained else UNTRAINED).format(where=where, stage=stage),
         history=_quoted(titles),
         domain_given="" if domain else f", domain={_quoted(example)}",
-        prompt=_quoted(prompt),
-        begin="".join(f"{token}, " for token in done.get("begin", [])),
+        in_transformers=IN_TRANSFORMERS.format(prompt=_quoted(prompt), begin=begin) if is_trained else "",
+        training=f"{stage}; {done['tokens']:,} tokens in {done['seconds']:,.0f} seconds" if is_trained else "none",
+        num_parameters=done["num_parameters"],
         base=base,
         data=_data_in_words(data),
         certificate=_certificate_in_words(data, done["trained_on"]),
         licence=f"The base has the licence `{metadata['license']}`."
         if "license" in metadata
         else "No licence is named above: that of the base model, where it has one, was not found beside its weights.",
-        **{name: done[name] for name in ("tokens", "seconds", "num_parameters")},
     )
     return f"---\n{_yaml(head)}---\n{body}"
 
@@ -160,7 +173,8 @@ def _base(record: Mapping[str, Any], is_adapter: bool) -> tuple[dict[str, str], 
     ours = TAG in (found.get("tags") or []) and not is_adapter
     name = {"base_model": found["base_model"]} if ours and "base_model" in found else {}
     origin = f", which was made from {name['base_model']}" if name else ""
-    return known | name, f"the model folder `{Path(start).absolute().name}`{origin}{more}"
+    kind = "file" if Path(start).is_file() else "folder"
+    return known | name, f"the model {kind} `{Path(start).absolute().name}`{origin}{more}"
 
 
 def _in_hub_cache(name: str) -> Path | None:

@@ -39,8 +39,8 @@ def answer(result: DomainResult, model: str, what: str, compare: Callable[[str, 
     def mean(arm: Arm) -> float:
         return arm.metrics[result.main].mean
 
-    def found(arm: Arm) -> int:  # of 1,000 customers, those whose next item is in the list
-        return round(1000 * arm.metrics[replace(result.main, name="recall")].mean)
+    def found(arm: Arm) -> str:  # the customers whose next item is in the list
+        return f"{arm.metrics[replace(result.main, name='recall')].mean:.1%}"
 
     best = result.arms[model + BLENDED]
     own = (model, model + BY_HEAD, best.name, WITHOUT_MODEL)
@@ -52,7 +52,7 @@ def answer(result: DomainResult, model: str, what: str, compare: Callable[[str, 
         added = "" if what == BLEND_OF_SIMPLE else f"; {_added(compare(best.name, WITHOUT_MODEL))}"
         return (
             f"Use {what}: its lists of ten are {_gain(test, reached)} than those of the best simple recommender, "
-            f"{simple.name} ({means}); what a customer took next is among the ten for {found(best)} of 1,000 "
+            f"{simple.name} ({means}); what a customer took next is among the ten for {found(best)} of the "
             f"customers, against {found(simple)}{added}."
         )
     difference = f"{means}; {_difference(test)}"
@@ -62,9 +62,10 @@ def answer(result: DomainResult, model: str, what: str, compare: Callable[[str, 
             f"few to be sure, so try again with more than {MIN_QUERIES:,}."
         )
     why = f"it is better than {what}" if test.high < 0 else f"it is enough, because no gain by {what} is shown"
+    few = "" if test.num_queries >= MIN_QUERIES else ", too few to show more than a large difference"
     return (
         f"Use {simple.name}, a simple recommender: {why} ({difference}), and what a customer took next is among its "
-        f"ten for {found(simple)} of 1,000 customers."
+        f"ten for {found(simple)} of the {test.num_queries:,} customers who were tried{few}."
     )
 
 

@@ -67,8 +67,8 @@ def said(
 
 BETTER = (
     "its lists of ten are 10% better (95 % interval 5% to 15%) than those of the best simple recommender, EASE "
-    "(NDCG@10 0.0880 against 0.0800); what a customer took next is among the ten for 176 of 1,000 customers, against "
-    "160"
+    "(NDCG@10 0.0880 against 0.0800); what a customer took next is among the ten for 17.6% of the customers, against "
+    "16.0%"
 )
 
 
@@ -88,7 +88,11 @@ def test_the_simple_one_is_used_where_nothing_is_shown() -> None:
     assert same.startswith(
         "Use EASE, a simple recommender: it is enough, because no gain by the blend of the language model and simple"
     )
-    assert "difference +0.0010, 95 % interval -0.0020 to +0.0040), and" in same and "its ten for 160 of 1,000" in same
+    assert "difference +0.0010, 95 % interval -0.0020 to +0.0040), and" in same and "its ten for 16.0% of the" in same
+    assert "too few" not in same
+    assert said(result(0.081), (-0.002, 0.004), num_queries=250).endswith(
+        "of the 250 customers who were tried, too few to show more than a large difference."
+    )
     assert "it is better than the item head of" in said(result(0.072), (-0.012, -0.004), what=HEAD)
     few = said(result(0.088), (0.004, 0.012), num_queries=250)
     assert few.startswith("Use EASE: the blend of") and "250 customers are too few" in few

@@ -113,6 +113,13 @@ def test_adapters_get_our_card_and_no_path_as_their_base(here: Path) -> None:
     assert found["library_name"] == "peft" and "base_model" not in found and "cprec" in found["tags"]
 
 
+def test_a_model_that_was_not_trained_is_told_as_it_is(here: Path) -> None:
+    finetune(replace(FINETUNE, output_dir="as-it-is", model_name_or_path="base", num_train_epochs=0, item_head=True))
+    text = Path("as-it-is", CARD).read_text()
+    assert "A language model as it came" in text and "- training: none; " in text
+    assert "fine-tuning" not in text and "transformers import" not in text and 'from_pretrained("FOLDER")' in text
+
+
 def test_a_record_that_cannot_be_read_costs_the_card_alone(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     Path("pretrained", CARD).write_text("---\na: [\n---\n")
     finetune(replace(FINETUNE, output_dir="again"))
