@@ -68,7 +68,7 @@ TOP = frozenset(
         "shortcuts",
         "serving",
     }
-    | {"shrink", "budget", "pretrain", "heads"}
+    | {"shrink", "budget", "pretrain", "heads", "teaching"}
     | {"config", "recipe", "recipes", "settings", "field_help", "verbs", "cli", "__main__", "__init__"}
 )
 """Parts that know everything below; nothing below knows them."""

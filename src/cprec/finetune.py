@@ -14,6 +14,7 @@ from cprec.progress import track
 from cprec.provenance import file_sha256
 from cprec.rank.llm import LLMRecommender
 from cprec.systems.recipes.title_sasrec import TitleSASRec
+from cprec.teaching import taught_by
 from cprec.train import finetune as language_model
 from cprec.train.config import FinetuneConfig
 
@@ -24,7 +25,7 @@ def finetune(config: FinetuneConfig) -> Path:
     The head goes on from that of the base, where pre-training made one. Raises what training the model and `give_heads`
     raise.
     """
-    folder = language_model.finetune(config)
+    folder = language_model.finetune(config, taught_by(config))
     if config.item_head and not config.dry_run:
         base = Path(config.model_name_or_path)
         start = head_to_start_from(base)

@@ -230,18 +230,10 @@ class _PartWriter:
 
     def _training_examples(self, domain: int) -> tuple[Ragged, np.ndarray]:
         """Every training event of the domain with enough history, as the last event of a row; and the row's user."""
-        rules, catalogue, train = self.rules, self.split.catalogue, self.split.train
-        is_shown = np.arange(len(catalogue.domains)) == domain
-        if rules.history != SPECIFIC:
-            is_shown = comparable_domains(catalogue, self.split.domains)
-        events = np.flatnonzero(is_shown[catalogue.domain[train.item]])
-        user, item = train.user[events], train.item[events]
-        # Events stand user by user in order, so an event's place in its user's run is the number of events before it,
-        # and a row is the stretch of `item` that ends with its target.
-        num_before, _, _ = runs(user)
-        targets = np.flatnonzero((num_before >= rules.min_history) & (catalogue.domain[item] == domain))
-        lengths = np.minimum(num_before[targets], rules.max_history) + 1
-        return gather(item, targets - lengths + 1, lengths), user[targets]
+        rules = self.rules
+        rows, user, num_before = stretches(self.split, domain, rules.history, rules.max_history + 1)
+        enough = np.flatnonzero(num_before >= rules.min_history)
+        return rows.take(enough), user[enough]
 
     def _validation_examples(self, domain: str) -> tuple[Ragged, np.ndarray]:
         """Every validation query of the domain with its target as the last event of a row; and the row's user."""
@@ -270,6 +262,23 @@ class _PartWriter:
     def _write_shards(self, name: str, documents: Ragged, columns: Mapping[str, Any]) -> None:
         about = {"vocabulary_size": self.encoder.vocabulary_size}
         write_shards(self.folder / name, documents, dict(columns), about, part=self.part)
+
+
+def stretches(split: Split, domain: int, history: str, longest: int) -> tuple[Ragged, np.ndarray, np.ndarray]:
+    """The training events that lead to each training event of a domain: at most `longest` of those that histories of
+    this kind show, the event itself the last. With each one's user, and how many events it has before it in all."""
+    catalogue, train = split.catalogue, split.train
+    is_shown = np.arange(len(catalogue.domains)) == domain
+    if history != SPECIFIC:
+        is_shown = comparable_domains(catalogue, split.domains)
+    events = np.flatnonzero(is_shown[catalogue.domain[train.item]])
+    user, item = train.user[events], train.item[events]
+    # Events stand user by user in order, so an event's place in its user's run is the number of events before it, and
+    # what leads to it is the stretch of `item` that ends with it.
+    num_before, _, _ = runs(user)
+    last = np.flatnonzero(catalogue.domain[item] == domain)
+    lengths = np.minimum(num_before[last] + 1, longest)
+    return gather(item, last - lengths + 1, lengths), user[last], num_before[last]
 
 
 def _split_long(

@@ -248,6 +248,11 @@ class FinetuneConfig(TrainingConfig):
     document, with the loss on all tokens."""
     max_documents: int = 0
     """Few-shot: examples (or documents of users) that are read at most, a sample by the seed; 0 reads all."""
+    teachers: tuple[str, ...] = ()
+    """Baselines that choose further targets, as `transition graph (titles),EASE`: after every training event, items
+    drawn by what all of them say of each are targets of further examples (docs/pretraining.md)."""
+    taught_targets: int = 2
+    """Items that teachers choose after each event; a pass reads the examples of all of them."""
     softmax: Literal["vocabulary", "catalogue", "both"] = "vocabulary"
     """What the probabilities of a title's next token sum to one over in the loss: the vocabulary; the tokens with which
     titles of the catalogue go on there, which teaches nothing where there is one; or a sum of both losses. Rankings use
@@ -275,6 +280,13 @@ class FinetuneConfig(TrainingConfig):
                 f"max_documents={self.max_documents} is of the language model alone, and an item head learns from all "
                 "events: set item_head=false"
             )
+        if self.teachers and (self.documents != "examples" or self.max_documents):
+            raise ConfigError(
+                "teachers choose the targets of examples, and learn from all events: set documents=examples and "
+                "max_documents=0"
+            )
+        if self.taught_targets < 1:
+            raise ConfigError(f"taught_targets={self.taught_targets} must be at least 1")
         if self.head_networks < 1:
             raise ConfigError(f"head_networks={self.head_networks} must be at least 1")
         if not 0 < self.catalogue_weight < 1:

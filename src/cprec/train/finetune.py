@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cprec.data.queries import sampled_rows
 from cprec.errors import ConfigError
@@ -23,9 +26,19 @@ from cprec.train.run import Run
 from cprec.train.training import encoder_of, run_training, time_training
 
 
-def finetune(config: FinetuneConfig) -> Path:
+@dataclass(frozen=True)
+class Taught:
+    """Examples whose targets other recommenders chose: they are read beside those of the domain, once a pass."""
+
+    made_from: Mapping[str, str]
+    """Hashes of all that they depend on, beside the settings."""
+    examples: Callable[[], Shards]
+    """Makes them, in memory: the same each time."""
+
+
+def finetune(config: FinetuneConfig, taught: Taught | None = None) -> Path:
     """Fine-tune a model on the next-item examples of a domain, or on its users' documents; returns the model folder."""
-    return run_training(_run(config))
+    return run_training(_run(config, taught))
 
 
 def timed(config: FinetuneConfig) -> Estimate:
@@ -34,8 +47,8 @@ def timed(config: FinetuneConfig) -> Estimate:
 
 
 def tokens_of_pass(config: FinetuneConfig) -> int:
-    """The tokens that fine-tuning reads in a pass."""
-    return _read(config).num_tokens
+    """The tokens that fine-tuning reads in a pass, about: examples that teachers add count as long as the others."""
+    return _read(config).num_tokens * (1 + config.taught_targets * bool(config.teachers))
 
 
 def _read(config: FinetuneConfig) -> Group:
@@ -45,15 +58,15 @@ def _read(config: FinetuneConfig) -> Group:
     return Group("", "", shards, rows, targets_only=config.documents == "examples")
 
 
-def _run(config: FinetuneConfig) -> Run:
+def _run(config: FinetuneConfig, taught: Taught | None = None) -> Run:
     group = _read(config)
     train, validation = group.shards, open_shards(_examples_of(Path(config.data), config.domain) / "validation")
-    corpus = Corpus([group])
 
     def stream(corpus: Corpus, num_tokens: float, rows: int, **more: Any) -> TokenStream:
+        sizes = np.array([of.num_tokens for of in corpus.groups])
         return TokenStream(
             corpus,
-            one_phase(num_tokens),
+            one_phase(num_tokens, sizes / max(1, sizes.sum())),
             rows_per_step=rows,
             row_tokens=config.max_length,
             seed=config.seed,
@@ -63,9 +76,14 @@ def _run(config: FinetuneConfig) -> Run:
     trie = _titles_of(config, train.manifest["about"]) if config.weight_of_catalogue else None
 
     def plan() -> Plan:
-        num_tokens = round(config.num_train_epochs * group.num_tokens)
+        groups = [group]
+        if taught:
+            more = taught.examples()
+            of_teachers = Group("of teachers", "", more, np.arange(len(more)), targets_only=True)
+            groups = [replace(group, name="of the log"), of_teachers]
+        num_tokens = round(config.num_train_epochs * sum(of.num_tokens for of in groups))
         nodes_of = TitleNodes(trie) if trie else None
-        return plan_of(config, stream(corpus, num_tokens, config.train_batch_size, nodes_of=nodes_of))
+        return plan_of(config, stream(Corpus(groups), num_tokens, config.train_batch_size, nodes_of=nodes_of))
 
     held_out = min(config.eval_tokens, validation.manifest["num_tokens"])
     asked = Corpus.of(validation, targets_only=True)
@@ -74,7 +92,7 @@ def _run(config: FinetuneConfig) -> Run:
         config=config,
         make_plan=plan,
         trained_on=[train.sha256],
-        inputs={"heldout": validation.sha256},
+        inputs={"heldout": validation.sha256, **(taught.made_from if taught else {})},
         validation={f"{config.domain} (next item)": heldout} if heldout else {},
         stage="finetune",
         about={"domain": config.domain, **train.manifest["about"], "softmax": config.softmax},

@@ -38,6 +38,7 @@ place are the same input."""
 GROUPS_IN_WORDS = {
     "trained_on": "the documents to train on",
     "heldout": "the held-out documents",
+    "taught": "the events or the code of the teachers",
     "queries": "the validation queries that are ranked",
     "text": "the general text to replay",
     "general_text": "the text of general_text",
