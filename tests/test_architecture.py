@@ -29,6 +29,7 @@ BASE = frozenset(
         "provenance",
         "progress",
         "machine",
+        "workers",
         "gguf",
     }
 )

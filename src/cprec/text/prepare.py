@@ -30,7 +30,7 @@ from cprec.text.shards import read_shard_manifest
 from cprec.text.shared_texts import notes, shared_texts
 from cprec.text.text_data import write_text_data
 from cprec.text.tokenizer import beginning_of, load_tokenizer, train_on_titles
-from cprec.text.workers import num_workers, run_parts
+from cprec.workers import num_workers, run_parts
 
 if TYPE_CHECKING:
     from cprec.data.build import Source  # with Ibis, which machines that train may lack

@@ -1,6 +1,6 @@
-"""Runs a function on every part of a data folder, in several processes.
+"""Runs a function on every part of a folder, in several processes.
 
-A worker is this module started afresh (`python -m cprec.text.workers`), not a copy of the caller: it holds none of the
+A worker is this module started afresh (`python -m cprec.workers`), not a copy of the caller: it holds none of the
 caller's memory, and a script needs no `if __name__ == "__main__"`.
 """
 
