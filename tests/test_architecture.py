@@ -30,6 +30,7 @@ BASE = frozenset(
         "progress",
         "machine",
         "workers",
+        "partition",
         "gguf",
     }
 )
