@@ -35,9 +35,21 @@ def open_and_recommend(config: RecommendConfig) -> None:
 
 
 def _make_parts(config: RecommendConfig, folder: Path, job: Job, parts: Sequence[int]) -> None:
+    if config.engine:
+        if parts:
+            _make_on_spark(config.engine, folder, parts)
+        return
     workers = num_places() if config.num_processes == "auto" else config.num_processes
     sizes = {part: job.num_users(part) for part in parts}
     run_parts(ANSWER_PART, folder, parts, workers, "recommending", unit="users", sizes=sizes)
+
+
+def _make_on_spark(engine: str, folder: Path, parts: Sequence[int]) -> None:
+    from cprec.data.engine import SparkEngine, connect  # with Ibis, which machines that only rank may lack
+
+    with connect(engine) as spark:
+        assert isinstance(spark, SparkEngine)
+        spark.run_parts(ANSWER_PART, folder.resolve(), parts, "recommending")
 
 
 ANSWER_PART = "cprec.serving:answer_part"

@@ -1,12 +1,14 @@
-"""The same file of lists, byte for byte, from one process, from several and from partitions; also where one was
-killed."""
+"""The same file of lists, byte for byte, from one process, from several, from partitions and from Spark; also where
+one was killed."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,13 @@ import torch
 
 from cprec import distributed, serving
 from cprec.data.catalogue import Catalogue
-from cprec.errors import CPRecError
+from cprec.errors import CPRecError, DataError
 from cprec.models import tiny_model
 from cprec.serve import parts
 from cprec.serve.config import RecommendConfig
 from cprec.text.tokenizer import train_tokenizer
 
+SPARK = "spark://local[2]"
 WORDS = ("red", "blue", "small", "large", "old", "cup", "lamp", "rug", "vase", "clock")
 
 KILLED = """
@@ -151,3 +154,32 @@ def test_as_many_processes_as_gpus_or_cores(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv("LOCAL_RANK", str(number))
         devices.append(distributed.pick_device().index)
     assert devices == [0, 1, 2, 3, 0, 1]
+
+
+@pytest.mark.spark
+@pytest.mark.skipif(
+    find_spec("pyspark") is None or shutil.which("java") is None,
+    reason="needs PySpark (pip install 'cprec[spark]') and Java 17",
+)
+class TestSpark:
+    def test_spark_gives_what_one_process_gives(
+        self, model: Path, histories: Path, whole: dict[str, bytes], tmp_path: Path
+    ) -> None:
+        serving.open_and_recommend(settings(model, histories, tmp_path, engine=SPARK))
+        assert written(tmp_path) == whole
+
+    def test_a_killed_worker_of_spark_loses_nothing_and_doubles_nothing(
+        self,
+        model: Path,
+        histories: Path,
+        whole: dict[str, bytes],
+        tmp_path: Path,
+        dies_once: Callable[[int], None],
+    ) -> None:
+        dies_once(6)
+        config = settings(model, histories, tmp_path, engine=SPARK)
+        with pytest.raises(DataError, match="Spark: "):
+            serving.open_and_recommend(config)  # Spark in one machine tries nothing twice
+        assert 0 < len(list((tmp_path / "recs.csv.lists").glob("part-*.parquet"))) < 10
+        serving.open_and_recommend(config)
+        assert written(tmp_path) == whole

@@ -659,6 +659,9 @@ def test_row_groups_before_a_part_are_not_read(tmp_path: Path) -> None:
     [
         ({"partition": "2/2"}, r"partition='2/2': write i/n with i from 0 to n-1, as 0/4"),
         ({"num_processes": 0}, "num_processes=0 must be at least 1, or auto"),
+        ({"engine": "dask"}, "engine='dask': only spark and spark://MASTER are known"),
+        ({"engine": "spark", "partition": "0/2"}, "leave num_processes and partition away"),
+        ({"engine": "spark", "num_processes": 2}, "leave num_processes and partition away"),
         ({"input": None, "history": ("a",), "partition": "0/2"}, "are for --input FILE with many histories"),
     ],
 )
