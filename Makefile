@@ -4,7 +4,7 @@
 #   make test-slow     the tests that `make test` leaves out
 #   make test-all      all tests; those that need a GPU or real data are skipped without them
 #   make test-oracles  our metrics against ranx, ir-measures and RecTools, which it installs
-#   make test-spark    both table engines give the same results; installs PySpark, needs Java 17
+#   make test-spark    Spark gives the same results; installs PySpark, needs Java 17
 #   make lint          formatting, lint, types; `make format` fixes what can be fixed
 #   make bench         the measurements in benchmarks/
 #   make study DATA=FOLDER   the study of CPRec's claims (hours, goes on where it stopped)

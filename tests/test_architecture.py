@@ -29,6 +29,8 @@ BASE = frozenset(
         "provenance",
         "progress",
         "machine",
+        "workers",
+        "partition",
         "gguf",
     }
 )

@@ -201,10 +201,18 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def pick_device() -> torch.device:
-    """This process's CUDA device where there is one, else the CPU."""
+    """This process's CUDA device where there is one, else the CPU. Processes beyond the devices begin again at the
+    first."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else torch.device("cuda")
+    if "LOCAL_RANK" not in os.environ:
+        return torch.device("cuda")
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+
+
+def num_places() -> int:
+    """How many processes of one thread find a place of their own here: the CUDA devices, or else the cores."""
+    return torch.cuda.device_count() or machine.num_cores()
 
 
 def to_device(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:

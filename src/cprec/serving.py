@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from cprec.baselines.popularity import PopularityRecommender
 from cprec.baselines.transition_graph import TransitionGraphRecommender
 from cprec.data.catalogue import Catalogue
 from cprec.data.dataset import read_split
+from cprec.distributed import num_places
 from cprec.errors import ConfigError
 from cprec.progress import say
 from cprec.provenance import CONFIG_FILE, read_resolved
@@ -15,16 +18,52 @@ from cprec.rank.llm import LLMRecommender
 from cprec.recipe import CPREC, FINETUNED, Recipe
 from cprec.serve.config import RecommendConfig, ServeConfig
 from cprec.serve.engine import Baseline
-from cprec.serve.recommend import recommend
+from cprec.serve.parts import Job, write_part
+from cprec.serve.recommend import recommend_file, recommend_one
+from cprec.workers import run_parts
 
 VLLM_MEMORY = 0.9
 """Share of a GPU's memory that the vLLM engines of a service take together."""
 
 
 def open_and_recommend(config: RecommendConfig) -> None:
-    """Stage: recommend with a model folder; popular items stand in for it where a history says nothing."""
-    recommender = LLMRecommender.from_pretrained(config.model)
-    recommend(config, recommender, popular_items(config.model, recommender.catalogue))
+    """Stage: recommend with a model folder, for one history or for a file of them."""
+    if config.history:
+        recommend_one(config, LLMRecommender.from_pretrained(config.model))
+    else:
+        recommend_file(config, partial(_make_parts, config))
+
+
+def _make_parts(config: RecommendConfig, folder: Path, job: Job, parts: Sequence[int]) -> None:
+    if config.engine:
+        if parts:
+            _make_on_spark(config.engine, folder, parts)
+        return
+    workers = num_places() if config.num_processes == "auto" else config.num_processes
+    sizes = {part: job.num_users(part) for part in parts}
+    run_parts(ANSWER_PART, folder, parts, workers, "recommending", unit="users", sizes=sizes)
+
+
+def _make_on_spark(engine: str, folder: Path, parts: Sequence[int]) -> None:
+    from cprec.data.engine import SparkEngine, connect  # with Ibis, which machines that only rank may lack
+
+    with connect(engine) as spark:
+        assert isinstance(spark, SparkEngine)
+        spark.run_parts(ANSWER_PART, folder.resolve(), parts, "recommending")
+
+
+ANSWER_PART = "cprec.serving:answer_part"
+
+
+def answer_part(folder: Path, part: int) -> None:
+    """Write a part of the lists for a file of histories: the work of one process of `cprec recommend`."""
+    write_part(folder, part, open_recommender)
+
+
+def open_recommender(model: str) -> tuple[LLMRecommender, PopularityRecommender | None]:
+    """The recommender of a model folder, and the popular items, which stand in where a history says nothing."""
+    recommender = LLMRecommender.from_pretrained(model)
+    return recommender, popular_items(model, recommender.catalogue)
 
 
 def open_and_serve(config: ServeConfig) -> None:

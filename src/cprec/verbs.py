@@ -75,7 +75,7 @@ def with_settings(verb: Verb, options: argparse.Namespace) -> None:
     from cprec.config import stage_config
 
     assert verb.stage is not None
-    chosen = given(options, *(name.lstrip("-") for name in verb.arguments))
+    chosen = given(options, *(name.lstrip("-").replace("-", "_") for name in verb.arguments))
     config = stage_config(verb.stage, options.settings, **chosen)
     load(verb.function)(config)
 
@@ -447,7 +447,8 @@ VERBS: tuple[Verb, ...] = (
         stage="recommend",
         usage=(
             'MODEL --history "TITLE OR ID" ... [--domain DOMAIN] [--k K]\n'
-            "       cprec recommend MODEL --input FILE --output FILE [--domain DOMAIN] [--k K]"
+            "       cprec recommend MODEL --input FILE --output FILE [--domain DOMAIN] [--k K]\n"
+            "                       [--num-processes N|auto] [--partition I/N]"
         ),
         arguments={
             "model": {},
@@ -456,6 +457,8 @@ VERBS: tuple[Verb, ...] = (
             "--k": {},
             "--input": {},
             "--output": {},
+            "--num-processes": {},
+            "--partition": {},
         },
         run=with_settings,
     ),

@@ -33,7 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What reaches `recommend` and `serve`."""
     found: list[tuple[Any, ...]] = []
     monkeypatch.setattr(serving, "LLMRecommender", FakeModel)
-    monkeypatch.setattr(serving, "recommend", lambda *arguments: found.append(arguments))
+    monkeypatch.setattr(serving, "recommend_one", lambda *arguments: found.append(arguments))
     monkeypatch.setattr("cprec.serve.serve.serve", lambda *arguments: found.append(arguments))
     return found
 
@@ -71,8 +71,8 @@ def test_models_of_two_catalogues_are_refused(calls: list[Any], folders: list[st
 def test_recommend_opens_its_model(calls: list[Any], folders: list[str]) -> None:
     config = RecommendConfig(model=folders[0], history=("a",))
     serving.open_and_recommend(config)
-    ((given, model, popular),) = calls
-    assert given == config and model.folder == folders[0] and popular is None
+    ((given, model),) = calls
+    assert given == config and model.folder == folders[0]
 
 
 def test_the_demo_is_served_with_both_arms(monkeypatch: pytest.MonkeyPatch) -> None:

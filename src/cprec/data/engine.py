@@ -6,11 +6,16 @@ core, nothing to install or start.
 
 from __future__ import annotations
 
+import importlib
+import os
+import re
 import shutil
+import sys
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,17 +25,25 @@ import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cprec import errors
 from cprec.data import text_files
 from cprec.data.delimited import Form
 from cprec.data.text_files import LINE
-from cprec.errors import ConfigError, DataError
+from cprec.errors import ConfigError, CPRecError, DataError
 from cprec.machine import free_memory, num_cores
+from cprec.progress import track
 
 MEMORY_SHARE = 0.6
 """Share of the memory free at its start that the engine uses unless a limit is given; the rest is for Python."""
 
 BATCH_ROWS = 1 << 17
 """Rows of a batch."""
+
+MOST_TASKS = 10_000
+"""Tasks of a Spark job; its driver keeps a record of each."""
+
+SECONDS_BETWEEN_LOOKS = 1.0
+"""How often progress of a Spark job is asked for."""
 
 
 class _Engine(ABC):
@@ -201,6 +214,7 @@ class SparkEngine(_Engine):
         if not master or master.startswith("local"):
             settings |= {"spark.local.dir": str(self.spill), "spark.driver.bindAddress": "127.0.0.1"}
             settings |= {"spark.driver.host": "127.0.0.1"}
+            os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
             quiet = self.spill / "log4j2.properties"
             quiet.write_text("rootLogger.level = off\n", encoding="utf-8")
             settings["spark.driver.extraJavaOptions"] = f"-Dlog4j2.configurationFile=file:{quiet}"
@@ -282,6 +296,34 @@ class SparkEngine(_Engine):
             yield from pq.ParquetFile(path).iter_batches(BATCH_ROWS)
         shutil.rmtree(written)
 
+    def run_parts(self, function: str, folder: Path, parts: Sequence[int], description: str) -> None:
+        """Call `function` ("module:name") on the executors, which see the folder, with it and with each part.
+
+        Tasks are stretches of neighbouring parts. Spark calls a function again for parts of a task that was lost. An
+        error of CPRec keeps its type and ends the job.
+        """
+        from py4j.protocol import Py4JError
+        from pyspark.errors import PySparkException
+
+        context = self.session.sparkContext
+        done = context.accumulator(0)  # of tasks that have ended
+        places = self.session.range(len(parts), numPartitions=min(len(parts), MOST_TASKS))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about versions of pandas; the part of Spark that needs it is not used
+            calls = places.mapInArrow(_caller(function, folder, parts, done), "part long")
+        with track(len(parts), description, "parts") as progress, ThreadPoolExecutor(1) as thread:
+            job = thread.submit(calls.count)
+            try:
+                while wait([job], SECONDS_BETWEEN_LOOKS).not_done:
+                    progress.advance(done.value - progress.completed)
+                job.result()
+            except (PySparkException, Py4JError) as error:
+                raise _of_executor(error) from None
+            except KeyboardInterrupt:
+                context.cancelAllJobs()  # the thread waits for its job
+                raise
+            progress.advance(len(parts) - progress.completed)
+
     def _frame(self, expression: Any) -> Any:
         return self.session.sql(self.backend.compile(expression))
 
@@ -296,6 +338,33 @@ class SparkEngine(_Engine):
         name = text_files.new_name()
         frame.createOrReplaceTempView(name)
         return self.backend.table(name)
+
+
+def _caller(
+    function: str, folder: Path, parts: Sequence[int], done: Any
+) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """What `mapInArrow` runs on an executor: Spark sends it there with all that it refers to."""
+
+    def call(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        module, _, name = function.partition(":")
+        called = getattr(importlib.import_module(module), name)
+        for batch in batches:
+            for place in batch.column(0).to_pylist():
+                called(folder, parts[place])
+                done.add(1)
+                yield pa.RecordBatch.from_pydict({"part": pa.array([parts[place]], pa.int64())})
+
+    return call
+
+
+def _of_executor(error: Exception) -> CPRecError:
+    """The error of a function that Spark called: that of CPRec where its trace has one."""
+    for kind, message in re.findall(r"^cprec\.errors\.(\w+): (.*)$", str(error), re.MULTILINE):
+        if isinstance(found := getattr(errors, kind, None), type) and issubclass(found, CPRecError):
+            return found(message)
+    lines = [line.strip(" :") for line in str(error).splitlines()]
+    told = next((line for line in lines if "Exception: " in line), lines[0])
+    return DataError(f"Spark: {told}: the same command goes on from what is written")
 
 
 TableEngine = DuckDBEngine | SparkEngine

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from cprec.errors import ConfigError
+from cprec.partition import share_of
 
 TOKEN = "CPREC_TOKEN"
 """The environment variable with the token: a command line can be read by everybody on the machine."""
@@ -131,6 +132,16 @@ class RecommendConfig:
     strict: bool = False
     """Stop at the first row or event that cannot be used. By default these are left out, counted, and listed in
     OUTPUT.rejected.csv."""
+    num_processes: int | Literal["auto"] = 1
+    """Processes that rank an `input` side by side, each with the model in memory: one on each GPU, or of one thread on
+    CPUs. auto: as many as there are GPUs, or else cores. A single one uses all cores."""
+    partition: str | None = None
+    """i/n, from 0/n to (n-1)/n: rank only the i-th share of an `input`, on a scheduler, say; the same command with each
+    i, in any order or at once, on machines that see the files, gives the same output as one without. The last to finish
+    writes it."""
+    engine: str | None = None
+    """spark ranks an `input` on the executors of the active Spark session or of a local one, spark://MASTER on those of
+    MASTER, as spark://local[4] or spark://host:7077. They must see the files. None: processes of this machine."""
 
     def __post_init__(self) -> None:
         if bool(self.history) == bool(self.input):
@@ -139,6 +150,15 @@ class RecommendConfig:
             raise ConfigError("--input needs --output FILE (.csv, .jsonl or .parquet)")
         if self.k < 1:
             raise ConfigError(f"k={self.k} must be at least 1")
+        if self.history and (self.partition or self.engine or self.num_processes != 1):
+            raise ConfigError("num_processes, partition and engine are for --input FILE with many histories")
+        if self.num_processes != "auto" and self.num_processes < 1:
+            raise ConfigError(f"num_processes={self.num_processes} must be at least 1, or auto")
+        share_of(self.partition)
+        if self.engine and self.engine.partition("://")[0] != "spark":
+            raise ConfigError(f"engine={self.engine!r}: only spark and spark://MASTER are known, as spark://local[4]")
+        if self.engine and (self.partition or self.num_processes != 1):
+            raise ConfigError("engine=spark shares the work out itself: leave num_processes and partition away")
         for name in ("input", "output"):
             path = getattr(self, name)
             if path and Path(path).suffix not in SUFFIXES:

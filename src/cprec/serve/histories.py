@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import ast
 import csv
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -66,41 +69,74 @@ def count_rows(path: Path) -> int:
     return count
 
 
-def read_histories(path: Path) -> Iterator[Row]:
-    """The rows of a file that `count_rows` has checked, in order; only malformed rows may come earlier."""
+class PartReader:
+    """The rows of a file that `count_rows` has checked, `size` to a part; only malformed rows may come earlier in it.
+
+    Parts in rising order are read in one pass. Rows of other parts are passed over, and of a Parquet file whole row
+    groups.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self._path, self._size = path, size
+        self._next: int | None = None
+
+    def part(self, number: int) -> list[Row]:
+        """The rows of a part, in order. Parts count from 0."""
+        if self._next is None or number < self._next:
+            self._rows, self._next = _rows_from(self._path, number * self._size), number
+        skipped = (number - self._next) * self._size
+        self._next = number + 1
+        return [row() for row in itertools.islice(self._rows, skipped, skipped + self._size)]
+
+
+UnreadRow = Callable[[], Row]
+"""Makes a row, which takes most of the time, once it is asked for."""
+
+
+def _rows_from(path: Path, first: int) -> Iterator[UnreadRow]:
     if path.suffix == ".parquet":
-        yield from _read_parquet(path)
-    elif path.suffix == ".csv":
-        yield from _read_csv(path)
-    else:
-        yield from _read_json_lines(path)
+        return _parquet_rows(path, first)
+    return itertools.islice(_csv_rows(path) if path.suffix == ".csv" else _json_rows(path), first, None)
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
+def _csv_rows(path: Path) -> Iterator[UnreadRow]:
     form = _form(path)
     for block in parsed_blocks(path, form):
         for line, reason, row in block.bad:
-            yield Row(line, None, left_out=((row, reason),))
+            yield partial(Row, line, None, left_out=((row, reason),))
         columns = (block.columns[form.columns.index(name)].to_pylist() for name in (USER, HISTORY))
         for line, user, history in zip(block.lines.tolist(), *columns, strict=True):
-            yield _row(line, user, history)
+            yield partial(_row, line, user, history)
 
 
-def _read_json_lines(path: Path) -> Iterator[Row]:
+def _json_rows(path: Path) -> Iterator[UnreadRow]:
     for number, line in _lines(path):
-        value = _object(line)
-        if isinstance(value, dict):
-            yield _row(number, value.get(USER), value.get(HISTORY))
-        else:
-            yield Row(number, None, left_out=((line.decode("utf-8", "replace")[:SHOWN], value),))
+        yield partial(_json_row, number, line)
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
-    number = 0
-    for batch in _parquet(path).iter_batches(ROWS_AT_ONCE, columns=[USER, HISTORY]):
-        for user, history in zip(batch[USER].to_pylist(), batch[HISTORY].to_pylist(), strict=True):
-            number += 1
-            yield _row(number, user, history)
+def _json_row(number: int, line: bytes) -> Row:
+    value = _object(line)
+    if isinstance(value, dict):
+        return _row(number, value.get(USER), value.get(HISTORY))
+    return Row(number, None, left_out=((line.decode("utf-8", "replace")[:SHOWN], value),))
+
+
+def _parquet_rows(path: Path, first: int) -> Iterator[UnreadRow]:
+    file = _parquet(path)
+    # Row groups that end before the first row wanted are not read.
+    ends = np.cumsum([0, *(file.metadata.row_group(n).num_rows for n in range(file.num_row_groups))])
+    group = int(np.searchsorted(ends, first, side="right")) - 1
+    number = int(ends[group])
+    for batch in file.iter_batches(
+        ROWS_AT_ONCE, row_groups=list(range(group, file.num_row_groups)), columns=[USER, HISTORY]
+    ):
+        number += len(batch)
+        if number <= first:
+            continue
+        start = max(0, first - (number - len(batch)))
+        columns = (batch[name][start:].to_pylist() for name in (USER, HISTORY))
+        for line, (user, history) in enumerate(zip(*columns, strict=True), number - len(batch) + start + 1):
+            yield partial(_row, line, user, history)
 
 
 def _row(line: int, user: Any, history: Any) -> Row:

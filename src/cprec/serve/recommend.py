@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow.compute as pc
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
-from cprec.errors import ConfigError
-from cprec.progress import say, track
+from cprec.errors import ConfigError, DataError
+from cprec.partition import share_of
+from cprec.progress import say
 from cprec.serve.config import RecommendConfig
-from cprec.serve.engine import Baseline, Recommends
-from cprec.serve.histories import ROWS_AT_ONCE, count_rows, read_histories
-from cprec.serve.lists import Answers, ListStore, Rejected, list_writer, made_of
+from cprec.serve.engine import Recommends
+from cprec.serve.histories import USER
+from cprec.serve.lists import MODEL, POPULARITY, UserCount, list_writer, rejected_writer
+from cprec.serve.parts import (
+    Job,
+    begin,
+    finish,
+    read_job,
+    read_parts,
+    require_unchanged,
+    unwritten_parts,
+)
 
-USERS_AT_ONCE = ROWS_AT_ONCE
-"""Users that are read, ranked and written together, so that memory does not grow with the file. Their lists are what a
-kill may cost."""
-
-
-def recommend(config: RecommendConfig, recommender: Recommends, popular: Baseline | None = None) -> None:
-    """Print recommendations for one history, or write those for a file of histories.
-
-    `popular` answers for histories of which the model reads no event.
-    """
-    if config.history:
-        _show(config, recommender)
-    else:
-        _answer_file(config, recommender, popular)
+MakeParts = Callable[[Path, Job, Sequence[int]], None]
+"""Writes parts of a job in a folder, by `parts.write_part`: in this process or in others, here or elsewhere."""
 
 
-def _show(config: RecommendConfig, recommender: Recommends) -> None:
+def recommend_one(config: RecommendConfig, recommender: Recommends) -> None:
+    """Print recommendations for one history."""
     try:
         found = recommender.recommend(config.history, config.k, domain=config.domain, exclude_seen=config.exclude_seen)
     except ValueError as error:
@@ -44,38 +47,100 @@ def _show(config: RecommendConfig, recommender: Recommends) -> None:
     Console().print(table)
 
 
-def _answer_file(config: RecommendConfig, recommender: Recommends, popular: Baseline | None) -> None:
+def recommend_file(config: RecommendConfig, make_parts: MakeParts) -> None:
+    """Write recommendations for a file of histories: in parts, of which those that are there are not made again.
+
+    With `partition` only a share of the parts is made; the last to finish puts all of them together.
+    """
     assert config.input and config.output
-    source, output = Path(config.input), Path(config.output)
-    domain = config.domain or recommender.domain
-    if domain is None or domain not in recommender.catalogue.domains:
-        raise ConfigError(f"domain={domain!r}: name one of {', '.join(recommender.catalogue.domains)}")
-    num_rows = count_rows(source)
-    if (old := _beside(output, ".parts")).is_dir():
-        say(f"{old} is of an earlier version, and is not read: remove it")
+    output = Path(config.output)
+    folder = _beside(output, ".lists")
+    if folder.is_file():
+        raise DataError(f"{folder} is of an earlier version, and is not read: remove it")
     output.parent.mkdir(parents=True, exist_ok=True)
-    key = made_of(config.model, domain, config.k, config.exclude_seen)
-    with (
-        ListStore(_beside(output, ".lists"), key) as lists,
-        Rejected(_beside(output, ".rejected.csv"), source, config.strict) as rejected,
-    ):
-        answers = Answers(
-            recommender, popular, lists, rejected, domain=domain, k=config.k, exclude_seen=config.exclude_seen
-        )
-        with list_writer(output) as write, track(num_rows, "recommending", unit="users") as progress:
-            histories = read_histories(source)
-            while rows := list(itertools.islice(histories, USERS_AT_ONCE)):
-                write(answers.of(rows))
-                progress.advance(len(rows))
-            answers.require_some()
-            rejected.finish()
-        lists.is_kept = bool(rejected.counts)
-    say(f"{output}: {answers.summary()}")
-    if rejected.counts:
-        what = "; ".join(f"{reason}: {count:,}" for reason, count in sorted(rejected.counts.items()))
-        say(f"{rejected.path} lists what was left out ({what})")
-    if lists.path.exists():
-        say(f"{lists.path} keeps the lists: once {source} is mended, only changed users are ranked. Or remove it")
+    if config.partition is None:
+        with _locked(output, wait=False):
+            job = begin(config, folder)
+            make_parts(folder, job, _missing(folder, job, range(job.num_parts)))
+            _put_together(config, job, folder)
+        return
+    number, count = share_of(config.partition)
+    with _locked(output):
+        job = begin(config, folder)
+    # Neighbours, so that each job of a scheduler reads one stretch of a large file.
+    share = range(number * job.num_parts // count, (number + 1) * job.num_parts // count)
+    make_parts(folder, job, _missing(folder, job, share))
+    with _locked(output):
+        now = read_job(folder)
+        if now is None or (now.finished and now.sha256 == job.sha256):
+            return  # another process put the parts together
+        if now.sha256 != job.sha256:
+            raise DataError(f"{folder} was begun anew by another command; run this one again if its output is wanted")
+        if missing := unwritten_parts(folder, job):
+            say(f"partition {config.partition} is written; {len(missing):,} parts are left to the others")
+            return
+        _put_together(config, job, folder)
+
+
+@contextmanager
+def _locked(output: Path, *, wait: bool = True) -> Iterator[None]:
+    """Let no other command write the same output. Where one does, wait, or raise DataError."""
+    path = output.with_name(f".{output.name}.lock")
+    try:
+        with FileLock(path, timeout=-1 if wait else 0):
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+    except Timeout:
+        raise DataError(f"{output}: another command writes it; wait until it has ended") from None
+
+
+def _missing(folder: Path, job: Job, share: Sequence[int]) -> list[int]:
+    missing = unwritten_parts(folder, job, share)
+    if len(missing) < len(share):
+        say(f"{folder}: {len(share) - len(missing):,} of {len(share):,} parts are there already")
+    return missing
+
+
+def _put_together(config: RecommendConfig, job: Job, folder: Path) -> None:
+    """Write the output from all parts, in the order of the input, and what was left out beside it."""
+    require_unchanged(job, config, folder)
+    output, source = Path(config.output or ""), config.input
+    counts, reasons, users = Counter[str](), Counter[str](), UserCount()
+    first_unknown = ""
+    path = _beside(output, ".rejected.csv")
+    with list_writer(output) as write, rejected_writer(path) as reject:
+        for answered, table in read_parts(folder, job):
+            write(table)
+            reject([[source, *row] for row in answered.rejected])
+            reasons.update(reason for *_, reason in answered.rejected)
+            counts += answered.counts
+            counts["repeats"] += users.count_repeats(table.filter(pc.equal(table["rank"], 1))["user_id"].to_pylist())
+            first_unknown = first_unknown or answered.first_unknown
+        if counts["unknown"] and not counts["known"]:
+            finish(folder, job, keep=False)
+            raise DataError(
+                f"{source}: none of its {counts['unknown']:,} events is an item of this model's catalogue, as "
+                f"{first_unknown}. Is it the right file, and do its histories hold ids or titles of that catalogue?"
+            )
+    finish(folder, job, keep=bool(reasons))
+    say(f"{output}: {_summary(counts, config.k)}")
+    if reasons:
+        what = "; ".join(f"{reason}: {count:,}" for reason, count in sorted(reasons.items()))
+        say(f"{path} lists what was left out ({what})")
+        say(f"{folder} keeps the lists: once {source} is mended, only changed users are ranked. Or remove it")
+
+
+def _summary(counts: Counter[str], k: int) -> str:
+    told = f"up to {k} recommendations for each of {counts[MODEL] + counts[POPULARITY]:,} users"
+    if counts[POPULARITY]:
+        told += f", {counts[POPULARITY]:,} of them popular items, for want of a history"
+    if counts["shorter"]:
+        told += f"; shorter lists, since fewer items are left: {counts['shorter']:,}"
+    if counts["repeats"]:
+        told += f"; rows with the {USER} of a row before, and a list of their own: {counts['repeats']:,}"
+    return told
 
 
 def _beside(output: Path, ending: str) -> Path:

@@ -29,7 +29,7 @@ from cprec.text.documents import QUERY_COLUMNS, ROW_GROUPS, WHOLE, query_names, 
 from cprec.text.encoding import PromptEncoder
 from cprec.text.shards import DOCUMENTS, DTYPES, INDEX, TOKENS, manifest_sha256, read_shard_manifest
 from cprec.text.tokenizer import beginning_of, load_tokenizer, train_on_titles
-from cprec.text.workers import num_workers, run_parts
+from cprec.workers import num_workers, run_parts
 
 CERTIFICATE = "certificate.json"
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from cprec.data.config import Rules, Sources, SplitSpec
 from cprec.errors import ConfigError
+from cprec.partition import share_of
 from cprec.schema import TITLE
 from cprec.text.prompts import Template
 
@@ -143,7 +144,7 @@ class PrepareConfig(DocumentRules, Rules, Sources):
         if self.workers is not None:
             _check_positive(self, "workers")
         self.template()
-        self.share()
+        share_of(self.partition)
 
     def document_rules(self) -> DocumentRules:
         """How events become documents, as a record of its own."""
@@ -152,13 +153,6 @@ class PrepareConfig(DocumentRules, Rules, Sources):
     def template(self) -> Template:
         """The template with the item fields that are asked for. Raises ConfigError for others than there are."""
         return Template(item_fields=self.item_fields)
-
-    def share(self) -> tuple[int, int]:
-        """`partition` as numbers: (0, 1) where there is none."""
-        number, slash, count = (self.partition or "0/1").partition("/")
-        if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-            raise ConfigError(f"partition={self.partition!r}: write i/n with i from 0 to n-1, as 0/4")
-        return int(number), int(count)
 
 
 def _check_positive(settings: object, *names: str) -> None:

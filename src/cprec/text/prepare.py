@@ -18,6 +18,7 @@ from cprec.data.sources.synthetic import SyntheticWorld
 from cprec.data.splits import cut_times, in_seconds
 from cprec.errors import ConfigError, DataError, InputChanged, LeakageError
 from cprec.files import aside, publish
+from cprec.partition import share_of
 from cprec.progress import say
 from cprec.provenance import CONFIG_FILE, file_sha256, read_resolved, save_resolved, shortened, to_dict
 from cprec.schema import KINDS, MIXED, SPECIFIC, TEST, VALIDATION
@@ -30,7 +31,7 @@ from cprec.text.shards import read_shard_manifest
 from cprec.text.shared_texts import notes, shared_texts
 from cprec.text.text_data import write_text_data
 from cprec.text.tokenizer import beginning_of, load_tokenizer, train_on_titles
-from cprec.text.workers import num_workers, run_parts
+from cprec.workers import num_workers, run_parts
 
 if TYPE_CHECKING:
     from cprec.data.build import Source  # with Ibis, which machines that train may lack
@@ -62,7 +63,7 @@ def prepare(config: PrepareConfig) -> Path:
             return output_dir
         if not _has_tables(config, folder):
             _write_tables(config, folder)
-    number, count = config.share()
+    number, count = share_of(config.partition)
     parts = [part for part in unwritten_parts(folder) if part % count == number]
     run_parts("cprec.text.documents:write_part", folder, parts, num_workers(config.workers), "writing documents")
     with _locked(output_dir):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ import pytest
 
 from cprec.data.build import build_dataset
 from cprec.data.config import Rules, TableSource
+from cprec.data.engine import SparkEngine, connect
 from cprec.errors import ConfigError, DataError
 from cprec.text.config import PrepareConfig
 from cprec.text.prepare import prepare
@@ -106,6 +108,44 @@ def test_errors_of_spark_are_data_errors(tmp_path: Path) -> None:
         build_dataset([source], tmp_path / "data", Rules(), engine=SPARK)
     with pytest.raises(ConfigError, match="expected duckdb, spark or spark://MASTER"):
         build_dataset([source], tmp_path / "data", Rules(), engine="sparks://x")
+
+
+PARTS = """
+import os, signal
+from cprec.errors import ConfigError
+
+def written(folder, part):
+    (folder / f"part-{part}").touch()
+
+def killed_once(folder, part):
+    if part == 6 and not (folder / "died").exists():
+        (folder / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    written(folder, part)
+
+def refused(folder, part):
+    raise ConfigError("domain='garden': name one of home")
+"""
+
+
+def test_parts_are_called_on_executors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "on_executors.py").write_text(PARTS)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    folder = tmp_path / "parts"
+    folder.mkdir()
+
+    def run(name: str, parts: list[int]) -> set[str]:
+        with connect(SPARK) as spark:
+            assert isinstance(spark, SparkEngine)
+            spark.run_parts(f"on_executors:{name}", folder, parts, "counting")
+        return {path.name for path in folder.glob("part-*")}
+
+    assert run("written", [3, 1, 8]) == {"part-3", "part-1", "part-8"}
+    with pytest.raises(ConfigError, match="^domain='garden': name one of home$"):
+        run("refused", [0, 1])
+    with pytest.raises(DataError, match="^Spark: "):
+        run("killed_once", list(range(10)))  # in a local session Spark tries nothing twice
+    assert run("killed_once", list(range(10))) == {f"part-{part}" for part in range(10)}
 
 
 def test_whole_preparations_of_real_domains_are_equal(real_data: Path, tmp_path: Path) -> None:

@@ -12,17 +12,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 from huggingface_hub import constants
 
 from cprec import provenance
 from cprec.data.catalogue import Catalogue
-from cprec.errors import ConfigError, DataError
+from cprec.errors import ConfigError, DataError, InputChanged
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import Item
-from cprec.serve import lists
-from cprec.serve import recommend as stage
+from cprec.serve import histories, lists, parts
 from cprec.serve.config import RecommendConfig
-from cprec.serve.recommend import recommend
+from cprec.serve.parts import write_part
+from cprec.serve.recommend import recommend_file
 
 USERS = [f"user, {number}" for number in range(23)]
 ITEMS = [f"i{number}" for number in range(6)] + ["7", "9", "None", " spaced "]
@@ -76,7 +77,7 @@ class Popular(Ascending):
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "USERS_AT_ONCE", 4)
+    monkeypatch.setattr(parts, "USERS_AT_ONCE", 4)
     monkeypatch.setattr(lists, "ROW_GROUP", 8)
 
 
@@ -117,6 +118,15 @@ def rejected(output: Path) -> list[tuple[str, ...]]:
         header, *rows = csv.reader(file)
     assert header == ["file", "line", "user_id", "item_id", "reason"]
     return [tuple(row[1:]) for row in rows]
+
+
+def recommend(config: RecommendConfig, recommender: Any, popular: Any = None) -> None:
+    """Answer a file in this process."""
+
+    def open_model(_: str) -> Any:
+        return recommender, popular
+
+    recommend_file(config, lambda folder, _, missing: [write_part(folder, part, open_model) for part in missing])
 
 
 def config(source: Path, output: Path, **settings: Any) -> RecommendConfig:
@@ -169,11 +179,11 @@ def test_a_mended_file_asks_for_changed_users_only(tmp_path: Path, capsys: pytes
     assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
-def test_equal_histories_are_ranked_once_and_answered_each(tmp_path: Path) -> None:
+def test_equal_histories_of_a_part_are_ranked_once_and_answered_each(tmp_path: Path) -> None:
     source = write(tmp_path / "in.csv", [(f"u{number}", ["i0"]) for number in range(10)])
     recommender = Ascending()
     recommend(config(source, tmp_path / "out.csv"), recommender)
-    assert len(recommender.asked) == 1
+    assert len(recommender.asked) == 3
     assert lists_of(tmp_path / "out.csv") == {f"u{number}": ("model", [" spaced ", "7"]) for number in range(10)}
 
 
@@ -192,15 +202,13 @@ def test_lists_of_another_model_or_other_settings_are_made_anew(tmp_path: Path) 
     assert [num_asked(), num_asked(), num_asked(k=3), num_asked(k=3, exclude_seen=False)] == [2, 0, 2, 2]
     (model / "model.safetensors").write_bytes(b"2")
     assert num_asked() == 2
-    Path(f"{output}.lists").write_bytes(b"no database" * 99)
-    with pytest.raises(DataError, match=r"out.csv.lists cannot be used .*remove it to rank all users anew"):
+    (part,) = Path(f"{output}.lists").glob("part-*")
+    part.write_bytes(b"no table" * 99)
+    with pytest.raises(DataError, match=r"part-0000000.parquet cannot be used .*remove it, and run the command again"):
         num_asked()
-    Path(f"{output}.lists").unlink()
+    part.unlink()
     assert [num_asked(), num_asked()] == [2, 0]
-    with (
-        lists.ListStore(Path(f"{output}.lists"), lists.made_of(str(model), "shop", 10, True)),
-        pytest.raises(DataError, match=r"is locked\): wait if another command writes the same output"),
-    ):
+    with FileLock(tmp_path / ".out.csv.lock"), pytest.raises(DataError, match="out.csv: another command writes it"):
         num_asked()
 
 
@@ -212,7 +220,7 @@ def test_lists_are_of_the_files_that_decide_them(tmp_path: Path, monkeypatch: py
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-        return lists.made_of(str(model), "shop", 10, True)
+        return parts.model_sha256(str(model))
 
     commits = ["c" * 40, "d" * 40]
     for commit in commits:
@@ -242,7 +250,7 @@ def test_weights_that_were_not_touched_are_read_once(tmp_path: Path, monkeypatch
     monkeypatch.setattr(provenance, "_COARSE_CLOCK", -(10**12))
     monkeypatch.setattr(provenance, "file_sha256", lambda path: read.append(path) or "hash")
     for _ in range(2):
-        lists.made_of(str(tmp_path), "shop", 10, True)
+        parts.model_sha256(str(tmp_path))
     assert read == [weights]
 
 
@@ -298,7 +306,7 @@ def test_without_popularity_a_history_that_says_nothing_has_no_list(tmp_path: Pa
 
 def test_a_file_of_which_nothing_is_known_is_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "in.csv", [("a", ["x"]), ("b", ["y", "z"])])
-    with pytest.raises(DataError, match=r"none of its 3 events is an item of other, shop, as 'x' in line 2"):
+    with pytest.raises(DataError, match=r"none of its 3 events is an item of this model's catalogue, as 'x' in line 2"):
         recommend(config(source, tmp_path / "out.csv"), Ascending(), Popular())
     assert {path.name for path in tmp_path.iterdir()} == {"in.csv"}
 
@@ -464,3 +472,199 @@ def test_a_file_without_rows_gives_one_without_rows(tmp_path: Path) -> None:
         output = tmp_path / f"out{suffix}"
         recommend(config(tmp_path / "in.jsonl", output), Ascending())
         assert read(output) == []
+
+
+# ---- parts and partitions --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("numbers", ["1 0", "4 0 2 1 3", "0 1 2 3 4 5 6 7 8"])
+def test_partitions_in_any_order_give_what_one_run_gives(source: Path, numbers: str, tmp_path: Path) -> None:
+    order = numbers.split()
+    whole, output = tmp_path / "whole.parquet", tmp_path / "recs.parquet"
+    one = Ascending()
+    recommend(config(source, whole), one)
+    asked = []
+    for number in order:
+        assert not output.exists(), "nothing looks complete before the last partition"
+        recommender = Ascending()
+        recommend(config(source, output, partition=f"{number}/{len(order)}"), recommender)
+        asked += recommender.asked
+    assert output.read_bytes() == whole.read_bytes()
+    assert sorted(asked, key=len) == sorted(one.asked, key=len), "every user is ranked once"
+    assert {path.name for path in tmp_path.iterdir()} == {source.name, whole.name, output.name}
+
+
+def test_a_partition_says_what_is_left_to_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CPREC_PROGRESS", "plain")
+    source, output = write(tmp_path / "in.csv", list(zip(USERS, HISTORIES, strict=True))), tmp_path / "out.csv"
+    with pytest.raises(Killed):
+        recommend(config(source, output, partition="1/2"), Ascending(killed_at=4))
+    recommend(config(source, output, partition="1/2"), Ascending())
+    told = capsys.readouterr().err
+    assert "1 of 3 parts are there already" in told
+    assert "partition 1/2 is written; 3 parts are left to the others" in told and not output.exists()
+    recommend(config(source, output), Ascending())  # one without a partition makes what is missing
+    assert [row["user_id"] for row in read(output)] == [user for user in USERS for _ in range(2)]
+
+
+def test_partitions_of_other_settings_model_or_input_are_refused(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"1")
+    rows = list(zip(USERS, HISTORIES, strict=True))
+    source, output = write(tmp_path / "in.csv", rows), tmp_path / "out.csv"
+
+    def run(partition: str | None, **settings: Any) -> int:
+        recommender = Ascending()
+        recommend(config(source, output, model=str(model), partition=partition, **settings), recommender)
+        return len(recommender.asked)
+
+    assert run("0/2") == 12
+    with pytest.raises(ConfigError, match=r"out.csv.lists was begun with k=2: give every partition the same settings"):
+        run("1/2", k=3)
+    (model / "model.safetensors").write_bytes(b"2")
+    with pytest.raises(InputChanged, match=r"another model than .*/model as it is now: every partition must read the"):
+        run("1/2")
+    (model / "model.safetensors").write_bytes(b"1")
+    write(source, rows[::-1])
+    with pytest.raises(InputChanged, match=r"another input than .*in.csv as it is now.*Remove it to begin anew"):
+        run("1/2")
+    write(source, rows)
+    assert run("1/2") == 11
+    assert len(read(output)) == 2 * len(USERS)
+
+
+def test_a_finished_job_may_be_followed_by_another_one_in_partitions(tmp_path: Path) -> None:
+    rows = [*zip(USERS, HISTORIES, strict=True), ("x", ["gone", "i5"])]
+    source, output = write(tmp_path / "in.csv", rows), tmp_path / "out.csv"
+    recommend(config(source, output), Ascending())
+    assert rejected(output) == [("25", "x", "gone", "item is not in the catalogue")]
+    write(source, [*rows[:-1], ("x", ["i4", "i5"])])
+    asked = []
+    for partition in ("0/2", "1/2"):
+        recommender = Ascending()
+        recommend(config(source, output, partition=partition), recommender)
+        asked += recommender.asked
+    assert [[item.item_id for item in history] for history in asked] == [["i4", "i5"]]
+    assert {path.name for path in tmp_path.iterdir()} == {"in.csv", "out.csv"}
+
+
+class Meddling(Ascending):
+    """Something happens while it ranks."""
+
+    def __init__(self, happens: Callable[[], Any]) -> None:
+        super().__init__()
+        self._happens = happens
+
+    def rank(self, queries: Sequence[RankingQuery], k: int, mode: Any = None, stop: Any = None) -> list[Ranking]:
+        self._happens()
+        return super().rank(queries, k)
+
+
+def test_an_input_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
+    source, output = write(tmp_path / "in.csv", [("a", ["i0"])]), tmp_path / "out.csv"
+    with pytest.raises(InputChanged, match=r"in.csv changed while lists were made of it: run the command again"):
+        recommend(config(source, output), Meddling(lambda: write(source, [("b", ["i0"])])))
+    assert not output.exists()
+    recommend(config(source, output), Ascending())
+    assert list(lists_of(output)) == ["b"]
+
+
+def test_a_part_that_is_made_twice_at_once_is_there_once(tmp_path: Path) -> None:
+    source, output = write(tmp_path / "in.csv", list(zip(USERS, HISTORIES, strict=True))), tmp_path / "out.csv"
+
+    def another() -> None:
+        parts._opened.cache_clear()
+        write_part(Path(f"{output}.lists"), 0, lambda _: (Ascending(), None))
+        parts._opened.cache_clear()
+
+    recommend(config(source, output), Meddling(another))
+    assert [(row["user_id"], row["rank"], row["item_id"]) for row in read(output)] == EXPECTED
+
+
+def test_a_job_that_was_replaced_meanwhile_is_not_put_together(tmp_path: Path) -> None:
+    source, output = write(tmp_path / "in.csv", [("a", ["i0"])]), tmp_path / "out.csv"
+    folder = Path(f"{output}.lists")
+
+    def replace_job() -> None:
+        job = json.loads((folder / "job.json").read_text())
+        (folder / "job.json").write_text(json.dumps(job | {"k": 5}))
+
+    with pytest.raises(DataError, match="was begun anew by another command"):
+        recommend(config(source, output, partition="0/1"), Meddling(replace_job))
+    (folder / "job.json").write_text("{")
+    with pytest.raises(DataError, match=r"job.json cannot be used .*remove it, and run the command again"):
+        recommend(config(source, output), Ascending())
+    (folder / "job.json").unlink()
+    recommend(config(source, output), Ascending())
+    assert list(lists_of(output)) == ["a"]
+
+
+def test_a_part_of_another_job_is_made_anew(tmp_path: Path) -> None:
+    """As a worker may leave it that still ran when the job was replaced."""
+    source, output = write(tmp_path / "in.csv", [("a", ["i0"])]), tmp_path / "out.csv"
+    part = Path(f"{output}.lists") / "part-0000000.parquet"
+    with pytest.raises(InputChanged):
+        recommend(config(source, output), Meddling(lambda: write(source, [("b", ["i1"])])))
+    stale = part.read_bytes()
+    with pytest.raises(Killed):
+        recommend(config(source, output), Ascending(killed_at=0))
+    part.write_bytes(stale)
+    recommend(config(source, output), Ascending())
+    assert lists_of(output) == {"b": ("model", [" spaced ", "7"])}
+
+
+def test_lists_of_which_no_job_is_known_are_not_used(tmp_path: Path) -> None:
+    rows = [("a", ["i0", "gone"])]
+    source, output = write(tmp_path / "in.csv", rows), tmp_path / "out.csv"
+    recommend(config(source, output), Ascending())
+    recommend(config(write(source, [*rows, ("b", ["i1"])]), output), Ascending())
+    folder = Path(f"{output}.lists")
+    assert (folder / "earlier.sqlite").exists()
+    (folder / "job.json").unlink()
+    recommender = Ascending()
+    recommend(config(source, output), recommender)
+    assert len(recommender.asked) == 2
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_parts_are_read_in_any_order(suffix: str, tmp_path: Path) -> None:
+    source = write(tmp_path / f"in{suffix}", list(zip(USERS, HISTORIES, strict=True)))
+    whole = histories.PartReader(source, len(USERS)).part(0)
+    assert [row.user for row in whole] == USERS and len({row.line for row in whole}) == len(USERS)
+    for order in ([0, 1, 2, 3, 4, 5], [5, 0, 3, 2, 4, 1], [1, 3, 5, 0, 2, 4]):
+        reader = histories.PartReader(source, 4)
+        found = {number: reader.part(number) for number in order}
+        assert [row for number in range(6) for row in found[number]] == whole
+    assert histories.PartReader(source, 23).part(1) == []
+
+
+def test_row_groups_before_a_part_are_not_read(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.parquet", list(zip(USERS, HISTORIES, strict=True)))
+    file = pq.ParquetFile(source)
+    start = file.metadata.row_group(1).column(1).dictionary_page_offset or 4
+    damaged = bytearray(source.read_bytes())
+    damaged[4:start] = bytes(start - 4)  # row groups hold three users each
+    source.write_bytes(damaged)
+    rows = histories.PartReader(source, 3).part(2)
+    assert [(row.line, row.user) for row in rows] == [(7, "user, 6"), (8, "user, 7"), (9, "user, 8")]
+    with pytest.raises(OSError):
+        histories.PartReader(source, 3).part(0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"partition": "2/2"}, r"partition='2/2': write i/n with i from 0 to n-1, as 0/4"),
+        ({"num_processes": 0}, "num_processes=0 must be at least 1, or auto"),
+        ({"engine": "dask"}, "engine='dask': only spark and spark://MASTER are known"),
+        ({"engine": "spark", "partition": "0/2"}, "leave num_processes and partition away"),
+        ({"engine": "spark", "num_processes": 2}, "leave num_processes and partition away"),
+        ({"input": None, "history": ("a",), "partition": "0/2"}, "are for --input FILE with many histories"),
+    ],
+)
+def test_settings_that_go_together(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(Path("in.csv"), Path("out.csv"), **settings)

@@ -1,6 +1,6 @@
-"""Runs a function on every part of a data folder, in several processes.
+"""Runs a function on every part of a folder, in several processes.
 
-A worker is this module started afresh (`python -m cprec.text.workers`), not a copy of the caller: it holds none of the
+A worker is this module started afresh (`python -m cprec.workers`), not a copy of the caller: it holds none of the
 caller's memory, and a script needs no `if __name__ == "__main__"`.
 """
 
@@ -11,10 +11,11 @@ import importlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,18 +30,29 @@ def num_workers(wanted: int | None) -> int:
     return wanted or num_cores()
 
 
-def run_parts(function: str, folder: Path, parts: Sequence[int], workers: int, description: str) -> list[Any]:
+def run_parts(
+    function: str,
+    folder: Path,
+    parts: Sequence[int],
+    workers: int,
+    description: str,
+    *,
+    unit: str = "parts",
+    sizes: Mapping[int, int] | None = None,
+) -> list[Any]:
     """Call `function` ("module:name") with the folder and each part; returns its results in the order of the parts.
 
-    Results must be plain JSON. With one worker, or one part, it runs in this process. An error in a part (those of
-    `cprec.errors` keep their type) stops all others; so does an interruption.
+    Results must be plain JSON. With one worker, or one part, it runs in this process. Of several, each has one thread,
+    and its number as LOCAL_RANK, by which it finds its GPU. An error in a part (those of `cprec.errors` keep their
+    type) stops all others; so does an interruption. Progress is shown in `unit`, of which each part has `sizes[part]`.
     """
-    with track(len(parts), description, "parts") as progress:
+    sizes = sizes or dict.fromkeys(parts, 1)
+    with track(sum(sizes[part] for part in parts), description, unit) as progress:
         if min(workers, len(parts)) <= 1:
             results = []
             for part in parts:
-                results.append(_function(function)(folder, part))
-                progress.advance()
+                results.append(function_of(function)(folder, part))
+                progress.advance(sizes[part])
             return results
         messages: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
         shares = [list(parts[start::workers]) for start in range(min(workers, len(parts)))]
@@ -53,13 +65,13 @@ def run_parts(function: str, folder: Path, parts: Sequence[int], workers: int, d
                 if message is None:
                     running -= 1
                     if code := processes[number].wait():
-                        raise CPRecError(f"a worker process ended with exit code {code} while {description}")
+                        raise CPRecError(_ended(code, description))
                 elif "error" in message:
                     kind = getattr(errors, message["kind"], CPRecError)
                     raise kind(message["error"])
                 else:
                     found[message["part"]] = message["result"]
-                    progress.advance()
+                    progress.advance(sizes[message["part"]])
         finally:
             for process in processes:
                 process.kill()
@@ -69,12 +81,19 @@ def run_parts(function: str, folder: Path, parts: Sequence[int], workers: int, d
         return [found[part] for part in parts]
 
 
+def _ended(code: int, description: str) -> str:
+    told = f"a worker process ended with exit code {code} while {description}"
+    if code == -signal.SIGKILL:
+        told += " (it was killed; for want of memory, perhaps, of which fewer processes take less)"
+    return f"{told}: the same command goes on from what is written"
+
+
 def _start(
     function: str, folder: Path, parts: Sequence[int], number: int, messages: queue.Queue[Any]
 ) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", __name__, function, str(folder), ",".join(map(str, parts))]
     # One thread each, because the parts run side by side.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CPREC_PROGRESS": "off"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CPREC_PROGRESS": "off", "LOCAL_RANK": str(number)}
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment
     )
@@ -89,7 +108,8 @@ def _listen(lines: IO[str], number: int, messages: queue.Queue[Any]) -> None:
     messages.put((number, None))
 
 
-def _function(name: str) -> Any:
+def function_of(name: str) -> Any:
+    """The function of "module:name"."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
@@ -107,7 +127,7 @@ def main() -> int:
     os.dup2(2, 1)  # so that nothing that libraries print, those in C too, mixes with the messages
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        function = _function(name)
+        function = function_of(name)
         for part in map(int, parts.split(",")):
             print(json.dumps({"part": part, "result": function(Path(folder), part)}), file=output, flush=True)
     except CPRecError as error:

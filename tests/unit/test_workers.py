@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cprec.errors import CheckpointError, CPRecError, DataError
-from cprec.text.workers import num_workers, run_parts
+from cprec.workers import num_workers, run_parts
 
 PIPE_TIMEOUT_SECONDS = 60
 """After this a worker that should have ended counts as alive; no test waits for it otherwise."""
@@ -110,7 +110,7 @@ def test_workers_end_with_their_parent_however_it_ends(
     module = functions(WAITING)
     code = f"""
 from pathlib import Path
-from cprec.text.workers import run_parts
+from cprec.workers import run_parts
 run_parts("{module}waits", Path({str(tmp_path)!r}), range(2), 2, "x")
 """
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
@@ -124,5 +124,5 @@ run_parts("{module}waits", Path({str(tmp_path)!r}), range(2), 2, "x")
 
 def test_as_many_processes_as_asked_for_or_as_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert num_workers(5) == 5
-    monkeypatch.setattr("cprec.text.workers.num_cores", lambda: 3)
+    monkeypatch.setattr("cprec.workers.num_cores", lambda: 3)
     assert num_workers(None) == 3
