@@ -335,10 +335,12 @@ def choose(
             found["model_alone"] = Setting(1.0, none, 0.0)
         if has_head:
             found["head_alone"] = Setting(0.0, none, 0.0, item_head=1.0)
+        recommenders: dict[str, Recommender] = {}
         for name, setting in found.items():
             blended = Blend.of(setting, domain, parts, model.catalogue)
-            recommender = BlendedParts(blended) if name == "without_model" else _blended(model, blended)
-            found[name] = replace(setting, ndcg=reached(recommender, questions, progress))
+            recommenders[name] = BlendedParts(blended) if name == "without_model" else _blended(model, blended)
+        for name, value in reached(recommenders, questions, progress).items():
+            found[name] = replace(found[name], ndcg=value)
     return found if log_p else found | {"blend": found["vectors"]}
 
 
@@ -403,10 +405,12 @@ def climb(value: Callable[[Point], float], grids: Sequence[Sequence[float]], sta
             return point
 
 
-def reached(recommender: Recommender, questions: Questions, progress: Progress) -> float:
-    """Mean NDCG@10 of a recommender's lists over the full catalogue."""
-    found = []
+def reached(recommenders: Mapping[str, Recommender], questions: Questions, progress: Progress) -> dict[str, float]:
+    """Mean NDCG@10 of the lists of recommenders over the full catalogue, by name. All are asked for a batch before the
+    next, since those that share parts score it once."""
+    found: dict[str, list[np.ndarray]] = {name: [] for name in recommenders}
     for queries, targets in batches_of(questions):
-        found.append(ndcg(*count_rankings(recommender.rank(queries, K), targets), K))
-        progress.advance(len(queries))
-    return float(np.concatenate(found).mean())
+        for name, recommender in recommenders.items():
+            found[name].append(ndcg(*count_rankings(recommender.rank(queries, K), targets), K))
+            progress.advance(len(queries))
+    return {name: float(np.concatenate(values).mean()) for name, values in found.items()}

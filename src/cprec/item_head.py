@@ -254,7 +254,7 @@ class ItemHead:
         The shares of the items in stock sum to one; that of a withdrawn item is measured by theirs. Raises ModelError
         where a score is not finite.
         """
-        scores_QN = self.recommender.scores(self.recommender.domain, queries).astype(np.float64)
+        scores_QN = self.recommender.scores_once(self.recommender.domain, queries).astype(np.float64)
         best_Q1 = scores_QN[:, in_stock_N].max(1, keepdims=True)
         scores_QN -= best_Q1
         log_QN: np.ndarray = scores_QN - np.log(np.exp(scores_QN[:, in_stock_N]).sum(1, keepdims=True))

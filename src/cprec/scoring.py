@@ -57,13 +57,13 @@ class ScoringRecommender(ABC):
             for start in range(0, len(members), BATCH):
                 chosen = members[start : start + BATCH]
                 asked = [queries[number] for number in chosen]
-                rows_QN = self._scores_once(domain, asked)
+                rows_QN = self.scores_once(domain, asked)
                 made = rankings_of(self.catalogue, asked, rows_QN, k, self.floor)
                 for number, ranking in zip(chosen, made, strict=True):
                     out[number] = ranking
         return [ranking for ranking in out if ranking is not None]
 
-    def _scores_once(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
+    def scores_once(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
         """`scores`, or the latest ones where that batch had all of these queries, whatever they leave out or allow."""
         # A history is compared, not hashed: protocols share one tuple, and to compare it with itself costs nothing.
         keys = [(domain, query.query_id, query.user) for query in queries]
@@ -174,7 +174,7 @@ def _permitted(
             rows_of.setdefault(query.allow, []).append(row)
     for allow, rows in rows_of.items():
         permitted_QN[rows] = False
-        permitted_QN[np.ix_(rows, positions_of(catalogue, domain, [allow]).values)] = True
+        permitted_QN[np.ix_(np.array(rows), positions_of(catalogue, domain, [allow]).values)] = True
     excluded = positions_of(catalogue, domain, [query.exclude for query in queries])
     permitted_QN[excluded.row_of, excluded.values] = False
     return permitted_QN

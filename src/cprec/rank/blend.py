@@ -185,7 +185,7 @@ def shares(recommender: ScoringRecommender, domain: str, queries: Sequence[Ranki
 
     Raises ModelError for scores that are not finite.
     """
-    scores_QN = recommender.scores(domain, queries).astype(float)
+    scores_QN = recommender.scores_once(domain, queries).astype(float)
     if not np.isfinite(scores_QN).all():
         raise ModelError(f"{recommender.name} has scores that are not finite: its files are broken, blend again")
     best_Q1 = scores_QN.max(axis=1, keepdims=True)
