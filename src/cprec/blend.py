@@ -320,27 +320,28 @@ def choose(
     """
     has_head, none = model.has_item_head(domain), dict.fromkeys(parts, (0.0, 1.0))
     free = {name: part for name, part in parts.items() if name not in fixed}
-    num_lists = 1 + 2 * log_p + 2 * has_head + bool(fixed)
-    with track((1 + num_lists) * len(questions[0]), f"{domain}: blending", unit="queries") as progress:
+    with track(len(questions[0]), f"{domain}: what the parts say", unit="queries") as progress:
         entries = entries_of(model, domain, free, questions, pool, progress, log_p=log_p)
-        of_head = WEIGHTS if has_head else (0.0,)
-        found = {"without_model": best_setting(entries.without_model(), (0.0,), (0.0,))}
-        if has_head:
-            found["vectors"] = best_setting(entries, (0.0,), of_head, found.values())
-        if log_p:
-            found["blend"] = best_setting(entries, WEIGHTS, of_head, found.values())
-        if fixed:
-            found = _with_fixed(found, fixed, "blend" if log_p else "vectors")
-        if log_p:
-            found["model_alone"] = Setting(1.0, none, 0.0)
-        if has_head:
-            found["head_alone"] = Setting(0.0, none, 0.0, item_head=1.0)
-        recommenders: dict[str, Recommender] = {}
-        for name, setting in found.items():
-            blended = Blend.of(setting, domain, parts, model.catalogue)
-            recommenders[name] = BlendedParts(blended) if name == "without_model" else _blended(model, blended)
-        for name, value in reached(recommenders, questions, progress).items():
-            found[name] = replace(found[name], ndcg=value)
+    say(f"{domain}: choosing the weights of {len(free)} parts and the model")
+    of_head = WEIGHTS if has_head else (0.0,)
+    found = {"without_model": best_setting(entries.without_model(), (0.0,), (0.0,))}
+    if has_head:
+        found["vectors"] = best_setting(entries, (0.0,), of_head, found.values())
+    if log_p:
+        found["blend"] = best_setting(entries, WEIGHTS, of_head, found.values())
+    if fixed:
+        found = _with_fixed(found, fixed, "blend" if log_p else "vectors")
+    if log_p:
+        found["model_alone"] = Setting(1.0, none, 0.0)
+    if has_head:
+        found["head_alone"] = Setting(0.0, none, 0.0, item_head=1.0)
+    recommenders: dict[str, Recommender] = {}
+    for name, setting in found.items():
+        blended = Blend.of(setting, domain, parts, model.catalogue)
+        recommenders[name] = BlendedParts(blended) if name == "without_model" else _blended(model, blended)
+    with track(len(found) * len(questions[0]), f"{domain}: ranking by the weights", unit="queries") as progress:
+        reached_by = reached(recommenders, questions, progress)
+    found = {name: replace(setting, ndcg=reached_by[name]) for name, setting in found.items()}
     return found if log_p else found | {"blend": found["vectors"]}
 
 
