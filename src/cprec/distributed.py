@@ -242,7 +242,9 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
 
 def describe(device: torch.device) -> str:
     """One line for people: the device, the number of processes, and the threads on a CPU."""
-    one = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    cpu = f"CPU, {threads} thread{'s' * (threads > 1)}"
+    one = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     return one if num_ranks() == 1 else f"{num_ranks()} processes, each on {one}"
 
 

@@ -96,7 +96,7 @@ def refit(config: RefitConfig) -> Path:
         fill_in(made, _in_card(model, learnt), [])
         write_whole(made / REFIT, json.dumps({"held_out": learnt, "made_from": asked}, indent=1) + "\n")
     shutil.rmtree(networks, ignore_errors=True)
-    say(f"{folder}: written; it has learnt the {' and '.join(learnt)} events, too")
+    say(f"{folder}: written; it has learnt the {_in_words(learnt)} events, too")
     return folder
 
 
@@ -108,7 +108,7 @@ def _training_of(model: Path) -> FinetuneConfig:
     if record["stage"] != FinetuneConfig.__name__:
         raise ConfigError(f"{model} was fine-tuned for no domain, so no events are its own: fine-tune it first")
     if learnt := refitted_on(model):
-        raise ConfigError(f"{model} has learnt the {' and '.join(learnt)} events already: give the model it came from")
+        raise ConfigError(f"{model} has learnt the {_in_words(learnt)} events already: give the model it came from")
     return from_mapping(FinetuneConfig, under_current_names(record["config"]))
 
 
@@ -154,7 +154,7 @@ def _refit_blend(model: Path, about: Mapping[str, Any], made: Path, split: Split
 def _in_card(model: Path, learnt: Sequence[str]) -> str:
     """What the card of a refitted model says in place of results."""
     return (
-        f"None of its own: the item head and the parts of the blend have learnt the {' and '.join(learnt)} events, "
+        f"None of its own: the item head and the parts of the blend have learnt the {_in_words(learnt)} events, "
         f"too, after everything was chosen without them. Results of `{model.name}`, which it was made from, are those "
         "of the same recommender with less to learn from."
     )
@@ -168,3 +168,12 @@ def _link(source: str, target: str) -> None:
         os.link(os.path.realpath(source), target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def _in_words(parts: Sequence[str]) -> str:
+    """
+    >>> _in_words(["validation", "test", "context"]), _in_words(["validation"])
+    ('validation, test and context', 'validation')
+    """
+    *others, last = parts
+    return f"{', '.join(others)} and {last}" if others else last

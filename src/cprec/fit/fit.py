@@ -169,8 +169,9 @@ def _training(config: FitConfig, left: Callable[[], float]) -> FinetuneConfig:
     passes = f"{choice.passes:g} passes over the log" if choice.passes else "as it is, without training"
     say(
         f"{left() / 60:.1f} minutes are left on {num_cores()} cores. Chosen: {size if is_tiny else config.base}, "
-        f"{passes}: at {choice.tokens_per_second:,.0f} tokens a second about {choice.seconds / 60:.1f} minutes; then "
-        f"an item head of {plan.head_networks} network{'s' * (plan.head_networks > 1)}, about {head_seconds / 60:.1f}"
+        f"{passes}: about {choice.seconds / 60:.1f} minutes at {choice.tokens_per_second:,.0f} tokens a second, the "
+        f"reading of titles included; then an item head of {plan.head_networks} network"
+        f"{'s' * (plan.head_networks > 1)}, about {head_seconds / 60:.1f} minutes"
     )
     lora_rank = plan.lora_rank if choice.passes else 0
     return replace(plan, tiny=choice.size, num_train_epochs=choice.passes, lora_rank=lora_rank)
