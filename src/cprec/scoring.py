@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
-from typing import ClassVar, Literal, Self
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from itertools import chain, pairwise
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 
 from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged, offsets_of
-from cprec.errors import ConfigError
+from cprec.errors import ConfigError, CPRecError
 from cprec.recommender import Ranking, RankingQuery
+from cprec.schema import Item
 
 BATCH = 256
 """Queries whose scores exist at once."""
+CELLS = 1_000_000
+"""Scores that are searched at once: this bounds the memory that lists need."""
 
 
 class ScoringRecommender(ABC):
@@ -34,8 +38,9 @@ class ScoringRecommender(ABC):
     least_share: ClassVar[float] = 0.0
     """The least that an item's share of the best score can be."""
 
-    _latest: tuple[Mapping[Hashable, int], np.ndarray] = ({}, np.empty((0, 0)))
-    """The latest batch of queries by row, and their scores: other protocols ask the same queries again."""
+    _latest: tuple[Mapping[Hashable, tuple[int, tuple[Item, ...]]], np.ndarray] = ({}, np.empty((0, 0)))
+    """The latest batch of queries by row, with their histories, and their scores: other protocols ask the same queries
+    again."""
 
     @abstractmethod
     def scores(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
@@ -53,20 +58,25 @@ class ScoringRecommender(ABC):
                 chosen = members[start : start + BATCH]
                 asked = [queries[number] for number in chosen]
                 rows_QN = self._scores_once(domain, asked)
-                for number, query, row_N in zip(chosen, asked, rows_QN, strict=True):
-                    out[number] = ranking_of(self.catalogue, query, row_N, k, self.floor)
+                made = rankings_of(self.catalogue, asked, rows_QN, k, self.floor)
+                for number, ranking in zip(chosen, made, strict=True):
+                    out[number] = ranking
         return [ranking for ranking in out if ranking is not None]
 
     def _scores_once(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
         """`scores`, or the latest ones where that batch had all of these queries, whatever they leave out or allow."""
-        keys = [(domain, query.query_id, query.user, query.history) for query in queries]
-        row_of, rows_QN = self._latest
-        if not all(key in row_of for key in keys):
-            rows_QN = self.scores(domain, queries)
-            rows_QN = rows_QN if rows_QN.dtype.kind == "f" else rows_QN.astype(float)
-            self._latest = {key: row for row, key in enumerate(keys)}, rows_QN
-            return rows_QN
-        return rows_QN[[row_of[key] for key in keys]]
+        # A history is compared, not hashed: protocols share one tuple, and to compare it with itself costs nothing.
+        keys = [(domain, query.query_id, query.user) for query in queries]
+        known, rows_QN = self._latest
+        found = [known.get(key, (-1, ())) for key in keys]
+        if all(row >= 0 and past == query.history for (row, past), query in zip(found, queries, strict=True)):
+            rows = [row for row, _ in found]
+            return rows_QN if rows == list(range(len(rows_QN))) else rows_QN[rows]
+        rows_QN = self.scores(domain, queries)
+        rows_QN = rows_QN if rows_QN.dtype.kind == "f" else rows_QN.astype(float)
+        histories = [query.history for query in queries]
+        self._latest = dict(zip(keys, enumerate(histories), strict=True)), rows_QN
+        return rows_QN
 
     def histories(self, domain: str, queries: Sequence[RankingQuery]) -> Ragged:
         """See `histories_of`."""
@@ -93,37 +103,148 @@ class StoredRecommender(ScoringRecommender):
         return made
 
 
-def ranking_of(
-    catalogue: Catalogue, query: RankingQuery, score_N: np.ndarray, k: int, floor: float = -np.inf
-) -> Ranking:
-    """A query's ranking by the scores of all items of its domain, in the order of the catalogue.
+# ---- from scores to rankings -----------------------------------------------------------------------------------------
 
-    Ties with the K-th item are kept; equal scores stand by item id. For `floor` see `ScoringRecommender`.
+
+def rankings_of(
+    catalogue: Catalogue, queries: Sequence[RankingQuery], scores_QN: np.ndarray, k: int, floor: float = -np.inf
+) -> list[Ranking]:
+    """Rankings of queries of one domain by the scores of all its items, float[Q, N] in the order of the catalogue.
+
+    Ties with the K-th item are kept; equal scores stand by item id; what scored minus infinity is never returned. For
+    `floor` see `ScoringRecommender`. Raises CPRecError where an item to choose from, or to leave uncounted, scored NaN.
     """
-    first = int(catalogue.rows_of(query.domain)[0])
+    step = max(1, CELLS // scores_QN.shape[1])
+    return [
+        ranking
+        for start in range(0, len(queries), step)
+        for ranking in _rankings_of(catalogue, queries[start : start + step], scores_QN[start : start + step], k, floor)
+    ]
 
-    def positions(items: frozenset[str]) -> np.ndarray:
-        found: np.ndarray = catalogue.find(query.domain, items) - first
-        return found
 
-    permitted_N = np.full(len(score_N), query.allow is None)
-    permitted_N[positions(query.allow or frozenset())] = True
-    permitted_N[positions(query.exclude)] = False
-    if query.candidates is not None:
-        order = catalogue.find(query.domain, query.candidates) - first
-        score = np.maximum(score_N[order], floor)
-    else:
-        counted_N = score_N.copy()
-        counted_N[~permitted_N] = -np.inf
-        counted_N[positions(query.uncounted)] = -np.inf
-        bound = kth_largest(counted_N, min(k, len(counted_N)))
-        order = np.flatnonzero((score_N >= bound) & (score_N > floor))
-        score = score_N[order]
-    kept = permitted_N[order] & (score > -np.inf)
-    order, score = order[kept], score[kept].astype(float)
-    best = np.lexsort((order, -score))
-    ids = catalogue.item_id[first + order[best]].tolist()
-    return Ranking(query.query_id, tuple(ids), tuple(score[best].tolist()))
+def _rankings_of(
+    catalogue: Catalogue, queries: Sequence[RankingQuery], scores_QN: np.ndarray, k: int, floor: float
+) -> list[Ranking]:
+    domain = queries[0].domain
+    permitted_QN = _permitted(catalogue, domain, queries, scores_QN.shape)
+    offered = positions_of(catalogue, domain, [query.candidates or () for query in queries])
+    listed = _of_candidates(scores_QN, permitted_QN, offered, floor)
+    offers_Q = np.array([query.candidates is not None for query in queries])
+    if not offers_Q.all():
+        counted_QN = scores_QN.copy()
+        counted_QN[offers_Q] = -np.inf
+        if permitted_QN is not None:
+            np.copyto(counted_QN, -np.inf, where=~permitted_QN)
+        uncounted = positions_of(catalogue, domain, [query.uncounted for query in queries])
+        best = _best(counted_QN, uncounted, k, floor)
+        if np.isnan(best.score).any():
+            broken = queries[best.row[np.isnan(best.score)][0]]
+            raise CPRecError(f"query {broken.query_id!r} got a score that is NaN: its model is broken")
+        listed = listed.joined(best)
+    order = np.lexsort((listed.column, -listed.score, listed.row))
+    ids = catalogue.item_id[catalogue.rows_of(domain)[0] + listed.column[order]].tolist()
+    scores = listed.score[order].astype(float).tolist()
+    bounds = offsets_of(np.bincount(listed.row, minlength=len(queries))).tolist()
+    return [
+        Ranking(query.query_id, tuple(ids[start:stop]), tuple(scores[start:stop]))
+        for query, (start, stop) in zip(queries, pairwise(bounds), strict=True)
+    ]
+
+
+class Listed(NamedTuple):
+    """Items of lists, in any order."""
+
+    row: np.ndarray
+    """The query of each: int64[E]."""
+    column: np.ndarray
+    """Its place among the domain's items: int64[E]."""
+    score: np.ndarray
+    """float[E]."""
+
+    def where(self, kept_E: np.ndarray) -> Listed:
+        return Listed(*(values[kept_E] for values in self))
+
+    def joined(self, others: Listed) -> Listed:
+        return Listed(*(np.concatenate(pair) for pair in zip(self, others, strict=True)))
+
+
+def _permitted(
+    catalogue: Catalogue, domain: str, queries: Sequence[RankingQuery], shape: tuple[int, ...]
+) -> np.ndarray | None:
+    """Whether a query may return an item: bool[Q, N]; None where each may return all."""
+    if not any(query.exclude or query.allow is not None for query in queries):
+        return None
+    permitted_QN = np.ones(shape, dtype=bool)
+    rows_of: dict[frozenset[str], list[int]] = {}  # many queries allow the same items: these are found once
+    for row, query in enumerate(queries):
+        if query.allow is not None:
+            rows_of.setdefault(query.allow, []).append(row)
+    for allow, rows in rows_of.items():
+        permitted_QN[rows] = False
+        permitted_QN[np.ix_(np.array(rows), positions_of(catalogue, domain, [allow]).values)] = True
+    excluded = positions_of(catalogue, domain, [query.exclude for query in queries])
+    permitted_QN[excluded.row_of, excluded.values] = False
+    return permitted_QN
+
+
+def _of_candidates(scores_QN: np.ndarray, permitted_QN: np.ndarray | None, offered: Ragged, floor: float) -> Listed:
+    """All candidates that are permitted and have a score; one scored less than the floor has that."""
+    row, column = offered.row_of, offered.values
+    found = Listed(row, column, np.maximum(scores_QN[row, column], floor))
+    kept_E = found.score > -np.inf
+    return found.where(kept_E if permitted_QN is None else kept_E & permitted_QN[row, column])
+
+
+def _best(counted_QN: np.ndarray, uncounted: Ragged, k: int, floor: float) -> Listed:
+    """The K best items above the floor, those tied with the K-th, and uncounted ones as good; or items of score NaN.
+
+    `counted_QN` are the scores, minus infinity for items that a query may not return; it is written to.
+    """
+    row, column = uncounted.row_of, uncounted.values
+    aside = Listed(row, column, counted_QN[row, column])
+    counted_QN[row, column] = -np.inf
+    # What reaches a bound below the K-th is sorted, and nothing else.
+    bound_Q = below_kth(counted_QN, k)
+    reached_QN = counted_QN >= bound_Q[:, None]
+    low_Q = ~(bound_Q > floor)
+    reached_QN[low_Q] = ~(counted_QN[low_Q] <= floor)
+    row, column = np.divmod(np.flatnonzero(reached_QN), counted_QN.shape[1])
+    counted = Listed(row, column, counted_QN[row, column])
+    found = counted.joined(aside)
+    if (wrong_E := np.isnan(found.score)).any():
+        return found.where(wrong_E)
+    kth_Q = _kth(counted, k, len(counted_QN))
+    return found.where((found.score > floor) & (found.score >= kth_Q[found.row]))
+
+
+def below_kth(values_QN: np.ndarray, k: int) -> np.ndarray:
+    """A number for each row that is not above the K-th largest of it, of which equal ones count apart: float[Q].
+
+    It is the K-th largest of the maxima of blocks, so that hardly more than K numbers reach it. A partition of the row
+    takes several times as long, and many times where most numbers are equal, as scores of sparse graphs are. NaN where
+    the row has NaN, and minus infinity where it has fewer than K.
+
+    >>> below_kth(np.array([[0.0, 3.0, 1.0, 3.0]]), 2).tolist(), below_kth(np.array([[0.0, 3.0]]), 3).tolist()
+    ([3.0], [-inf])
+    """
+    num_values = values_QN.shape[1]
+    starts = np.arange(0, num_values, max(1, num_values // (8 * k)))
+    sorted_QB = np.sort(np.maximum.reduceat(values_QN, starts, axis=1), axis=1)  # NaN comes last
+    bound_Q = sorted_QB[:, -k] if len(starts) >= k else np.full(len(values_QN), -np.inf)
+    return np.where(np.isnan(sorted_QB[:, -1]), np.nan, bound_Q)
+
+
+def _kth(listed: Listed, k: int, num_rows: int) -> np.ndarray:
+    """The K-th largest score of each row, minus infinity where it has fewer: float[Q]."""
+    size_Q = np.bincount(listed.row, minlength=num_rows)
+    enough_Q = size_Q >= k
+    sorted_E = listed.score[np.lexsort((-listed.score, listed.row))]
+    kth_Q = np.full(num_rows, -np.inf)
+    kth_Q[enough_Q] = sorted_E[(np.cumsum(size_Q) - size_Q)[enough_Q] + k - 1]
+    return kth_Q
+
+
+# ---- items as positions ----------------------------------------------------------------------------------------------
 
 
 def histories_of(catalogue: Catalogue, domain: str, queries: Sequence[RankingQuery]) -> Ragged:
@@ -132,24 +253,16 @@ def histories_of(catalogue: Catalogue, domain: str, queries: Sequence[RankingQue
     Raises UnknownItemError for items that the catalogue does not have.
     """
     items = [[item.item_id for item in query.history if item.domain == domain] for query in queries]
-    first = int(catalogue.rows_of(domain)[0])
-    found = catalogue.find(domain, [item for of_query in items for item in of_query]) - first
-    return Ragged(found, offsets_of(np.array([len(of_query) for of_query in items], dtype=np.int64)))
+    return positions_of(catalogue, domain, items)
 
 
-def kth_largest(values: np.ndarray, k: int) -> float:
-    """The K-th largest of some numbers, of which equal ones count apart.
+def positions_of(catalogue: Catalogue, domain: str, items_Q: Sequence[Collection[str]]) -> Ragged:
+    """Items of each query as positions among the domain's items, in the order given.
 
-    The K-th largest of the maxima of blocks is no larger than it, so only what reaches that is sorted: much quicker
-    than a partition where most numbers are equal, as scores of sparse graphs are.
-
-    >>> kth_largest(np.array([0.0, 3.0, 1.0, 3.0]), 2), kth_largest(np.array([0.0, 3.0, 1.0, 3.0]), 3)
-    (3.0, 1.0)
+    Raises UnknownItemError for items that the catalogue does not have.
     """
-    starts = np.arange(0, len(values), max(1, len(values) // (8 * k)))
-    bound = np.sort(np.maximum.reduceat(values, starts))[-k]
-    reached = values[values >= bound]
-    return float(np.sort(reached)[len(reached) - k])
+    found = catalogue.find(domain, chain.from_iterable(items_Q)) - int(catalogue.rows_of(domain)[0])
+    return Ragged(found, offsets_of(np.array([len(items) for items in items_Q], dtype=np.int64)))
 
 
 def check_domain(name: str, made_for: Sequence[str], asked: str) -> None:

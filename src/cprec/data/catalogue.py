@@ -138,8 +138,9 @@ class Catalogue:
         self, domain: str, asked: list[str], keys: list[str], known: dict[str, int], what: str, near: _Near
     ) -> np.ndarray:
         """The rows of `keys` in `known`; `asked` has the same texts as the caller wrote them, for the message."""
-        found = [known.get(key) for key in keys]
-        if None in found:
+        try:
+            return np.fromiter(map(known.__getitem__, keys), np.int64, len(keys))
+        except KeyError:
             missing = {text: key for text, key in zip(asked, keys, strict=True) if key not in known}
             lines = []
             for text, key in list(missing.items())[:MAX_UNKNOWN_SHOWN]:
@@ -150,8 +151,7 @@ class Catalogue:
                 f"{len(missing)} item{'s are' if len(missing) > 1 else ' is'} not among the "
                 f"{len(self.rows_of(domain)):,} of domain {domain!r}, by {what}: {'; '.join(lines)}"
                 f"{f'; and {more} more' if more else ''}"
-            )
-        return np.array(found, dtype=np.int64)
+            ) from None
 
     def _near_titles(self, key: str, known: dict[str, int]) -> list[str]:
         """Titles that share most words with the one asked for, then those spelt alike."""

@@ -25,7 +25,7 @@ from cprec.rank.recommending import Recommending
 from cprec.rank.why import THE_MODEL, effects_of
 from cprec.recommender import Proof, Ranking, RankingQuery
 from cprec.schema import SPECIFIC, Item
-from cprec.scoring import ranking_of
+from cprec.scoring import rankings_of
 from cprec.search.cache import PrefixCache
 from cprec.search.normaliser import Over
 from cprec.search.priors import Priors, PriorSource
@@ -306,12 +306,10 @@ class LLMRecommender(Recommending):
     def _by_values(self, queries: Sequence[RankingQuery], priors: Priors, k: int) -> list[Ranking]:
         """Rankings by priors alone: every item is scored, so nothing is searched."""
         priors.check(len(queries), len(self.catalogue.rows_of(queries[0].domain)))
-        out = []
-        for query, values_N in zip(queries, priors.values_UN, strict=True):
-            gone = self.withdrawn.get(query.domain, frozenset()) if query.candidates is None else frozenset()
-            ranking = ranking_of(self.catalogue, replace(query, exclude=query.exclude | gone), values_N, k)
-            out.append(ranking if query.candidates is not None else replace(ranking, proof=Proof(0.0, expanded=0)))
-        return out
+        gone = self.withdrawn.get(queries[0].domain, frozenset())
+        asked = [replace(q, exclude=q.exclude | gone) if gone and q.candidates is None else q for q in queries]
+        found, proof = rankings_of(self.catalogue, asked, priors.values_UN, k), Proof(0.0, expanded=0)
+        return [r if q.candidates is not None else replace(r, proof=proof) for q, r in zip(queries, found, strict=True)]
 
     def trie(self, domain: str) -> Trie:
         """The titles of a domain's items, in the order of the catalogue; built when first asked for.
