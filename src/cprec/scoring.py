@@ -17,8 +17,8 @@ from cprec.schema import Item
 
 BATCH = 256
 """Queries whose scores exist at once."""
-CELLS = 250_000
-"""Scores that are searched at once: few enough for a processor's cache, so that memory hardly grows."""
+CELLS = 1_000_000
+"""Scores that are searched at once: this bounds the memory that lists need."""
 
 
 class ScoringRecommender(ABC):
@@ -125,20 +125,22 @@ def rankings_of(
 def _rankings_of(
     catalogue: Catalogue, queries: Sequence[RankingQuery], scores_QN: np.ndarray, k: int, floor: float
 ) -> list[Ranking]:
-    domain, everything = queries[0].domain, [query.candidates is None for query in queries]
+    domain = queries[0].domain
     permitted_QN = _permitted(catalogue, domain, queries, scores_QN.shape)
     offered = positions_of(catalogue, domain, [query.candidates or () for query in queries])
     listed = _of_candidates(scores_QN, permitted_QN, offered, floor)
-    if any(everything):
-        permitted_QN &= np.array(everything)[:, None]
-        chosen_QN = scores_QN.copy()
-        np.copyto(chosen_QN, -np.inf, where=~permitted_QN)
-        if np.isnan(chosen_QN.max()):
-            broken = queries[int(np.isnan(chosen_QN).any(axis=1).argmax())]
-            raise CPRecError(f"query {broken.query_id!r} got a score that is NaN: its model is broken")
+    offers_Q = np.array([query.candidates is not None for query in queries])
+    if not offers_Q.all():
+        counted_QN = scores_QN.copy()
+        counted_QN[offers_Q] = -np.inf
+        if permitted_QN is not None:
+            np.copyto(counted_QN, -np.inf, where=~permitted_QN)
         uncounted = positions_of(catalogue, domain, [query.uncounted for query in queries])
-        best = _best(chosen_QN, uncounted, k, floor)
-        listed = Listed(*(np.concatenate(pair) for pair in zip(listed, best, strict=True)))
+        best = _best(counted_QN, uncounted, k, floor)
+        if np.isnan(best.score).any():
+            broken = queries[best.row[np.isnan(best.score)][0]]
+            raise CPRecError(f"query {broken.query_id!r} got a score that is NaN: its model is broken")
+        listed = listed.joined(best)
     order = np.lexsort((listed.column, -listed.score, listed.row))
     ids = catalogue.item_id[catalogue.rows_of(domain)[0] + listed.column[order]].tolist()
     scores = listed.score[order].astype(float).tolist()
@@ -162,11 +164,16 @@ class Listed(NamedTuple):
     def where(self, kept_E: np.ndarray) -> Listed:
         return Listed(*(values[kept_E] for values in self))
 
+    def joined(self, others: Listed) -> Listed:
+        return Listed(*(np.concatenate(pair) for pair in zip(self, others, strict=True)))
+
 
 def _permitted(
     catalogue: Catalogue, domain: str, queries: Sequence[RankingQuery], shape: tuple[int, ...]
-) -> np.ndarray:
-    """Whether a query may return an item: bool[Q, N]."""
+) -> np.ndarray | None:
+    """Whether a query may return an item: bool[Q, N]; None where each may return all."""
+    if not any(query.exclude or query.allow is not None for query in queries):
+        return None
     permitted_QN = np.ones(shape, dtype=bool)
     rows_of: dict[frozenset[str], list[int]] = {}  # many queries allow the same items: these are found once
     for row, query in enumerate(queries):
@@ -180,15 +187,16 @@ def _permitted(
     return permitted_QN
 
 
-def _of_candidates(scores_QN: np.ndarray, permitted_QN: np.ndarray, offered: Ragged, floor: float) -> Listed:
+def _of_candidates(scores_QN: np.ndarray, permitted_QN: np.ndarray | None, offered: Ragged, floor: float) -> Listed:
     """All candidates that are permitted and have a score; one scored less than the floor has that."""
     row, column = offered.row_of, offered.values
     found = Listed(row, column, np.maximum(scores_QN[row, column], floor))
-    return found.where(permitted_QN[row, column] & (found.score > -np.inf))
+    kept_E = found.score > -np.inf
+    return found.where(kept_E if permitted_QN is None else kept_E & permitted_QN[row, column])
 
 
 def _best(counted_QN: np.ndarray, uncounted: Ragged, k: int, floor: float) -> Listed:
-    """The K best items above the floor, those tied with the K-th, and uncounted ones as good.
+    """The K best items above the floor, those tied with the K-th, and uncounted ones as good; or items of score NaN.
 
     `counted_QN` are the scores, minus infinity for items that a query may not return; it is written to.
     """
@@ -196,11 +204,15 @@ def _best(counted_QN: np.ndarray, uncounted: Ragged, k: int, floor: float) -> Li
     aside = Listed(row, column, counted_QN[row, column])
     counted_QN[row, column] = -np.inf
     # What reaches a bound below the K-th is sorted, and nothing else.
-    reached_QN = counted_QN >= below_kth(counted_QN, k)[:, None]
-    reached_QN &= counted_QN > floor
+    bound_Q = below_kth(counted_QN, k)
+    reached_QN = counted_QN >= bound_Q[:, None]
+    low_Q = ~(bound_Q > floor)
+    reached_QN[low_Q] = ~(counted_QN[low_Q] <= floor)
     row, column = np.divmod(np.flatnonzero(reached_QN), counted_QN.shape[1])
     counted = Listed(row, column, counted_QN[row, column])
-    found = Listed(*(np.concatenate(pair) for pair in zip(counted, aside, strict=True)))
+    found = counted.joined(aside)
+    if (wrong_E := np.isnan(found.score)).any():
+        return found.where(wrong_E)
     kth_Q = _kth(counted, k, len(counted_QN))
     return found.where((found.score > floor) & (found.score >= kth_Q[found.row]))
 
@@ -209,17 +221,17 @@ def below_kth(values_QN: np.ndarray, k: int) -> np.ndarray:
     """A number for each row that is not above the K-th largest of it, of which equal ones count apart: float[Q].
 
     It is the K-th largest of the maxima of blocks, so that hardly more than K numbers reach it. A partition of the row
-    takes several times as long, and many times where most numbers are equal, as scores of sparse graphs are.
+    takes several times as long, and many times where most numbers are equal, as scores of sparse graphs are. NaN where
+    the row has NaN, and minus infinity where it has fewer than K.
 
     >>> below_kth(np.array([[0.0, 3.0, 1.0, 3.0]]), 2).tolist(), below_kth(np.array([[0.0, 3.0]]), 3).tolist()
     ([3.0], [-inf])
     """
     num_values = values_QN.shape[1]
-    if num_values < k:
-        return np.full(len(values_QN), -np.inf)
     starts = np.arange(0, num_values, max(1, num_values // (8 * k)))
-    bound_Q: np.ndarray = np.sort(np.maximum.reduceat(values_QN, starts, axis=1), axis=1)[:, -k]
-    return bound_Q
+    sorted_QB = np.sort(np.maximum.reduceat(values_QN, starts, axis=1), axis=1)  # NaN comes last
+    bound_Q = sorted_QB[:, -k] if len(starts) >= k else np.full(len(values_QN), -np.inf)
+    return np.where(np.isnan(sorted_QB[:, -1]), np.nan, bound_Q)
 
 
 def _kth(listed: Listed, k: int, num_rows: int) -> np.ndarray:

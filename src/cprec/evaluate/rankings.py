@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,9 @@ def table_of(rankings: Sequence[Ranking], protocol: Protocol, domain: str) -> pa
         "query_id": repeated([ranking.query_id for ranking in rankings], pa.string()),
         "user_id": repeated(protocol.user, pa.string()),
         "domain": repeated([domain] * len(rankings), pa.string()),
-        "rank": pa.array([rank for n in lengths.tolist() for rank in range(1, n + 1)], pa.int32()),
-        "item_id": pa.array([item for ranking in rankings for item in ranking.item_ids], pa.string()),
-        "score": pa.array([score for ranking in rankings for score in ranking.scores], pa.float64()),
+        "rank": pa.array(np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths) + 1, pa.int32()),
+        "item_id": pa.array(list(chain.from_iterable(ranking.item_ids for ranking in rankings)), pa.string()),
+        "score": pa.array(np.fromiter(chain.from_iterable(ranking.scores for ranking in rankings), float)),
     }
     if protocol.name == FULL:
         pairs = zip(rankings, protocol.queries, strict=True)

@@ -51,13 +51,12 @@ def metrics_of(rankings: pa.Table, protocol: Protocol, k: int, pool: str) -> dic
     """Metrics of each query of a protocol from its saved rankings; the pool `full` leaves out items marked as seen."""
     if pool == FULL:
         rankings = rankings.filter(pc.invert(rankings["seen"]))
-    row_of = {query.query_id: row for row, query in enumerate(protocol.queries)}
-    query = np.array([row_of[name] for name in rankings["query_id"].to_pylist()], dtype=np.int64)
-    item, target_Q = rankings["item_id"].to_numpy(zero_copy_only=False), np.array(protocol.target, dtype=object)
-    is_target = item == target_Q[query]
-    better, tied = ranks.count(query, rankings["score"].to_numpy(), is_target, len(target_Q))
+    query = pc.index_in(rankings["query_id"], pa.array([query.query_id for query in protocol.queries], pa.string()))
+    is_target = pc.equal(rankings["item_id"], pa.array(protocol.target, pa.string()).take(query))
+    row, num_queries = query.to_numpy(), len(protocol.queries)
+    better, tied = ranks.count(row, rankings["score"].to_numpy(), is_target.to_numpy(), num_queries)
     columns: dict[str, np.ndarray] = {"num_better": better, "num_tied": tied}
-    columns["num_valid"] = np.bincount(query, minlength=len(target_Q))
+    columns["num_valid"] = np.bincount(row, minlength=num_queries)
     for cut in sorted({1, 5, k}):
         columns[f"recall@{cut}"] = ranks.recall(better, tied, cut)
     for cut in sorted({5, k}):
@@ -200,7 +199,7 @@ def _generated(columns: Columns, seconds: float) -> Generated:
 class Lists:
     """What is known of a domain's items to judge lists of them by."""
 
-    row_of: Mapping[str, int]
+    item_id: pa.Array
     count_N: np.ndarray
     """Training users of each item."""
     num_users: int
@@ -212,7 +211,7 @@ class Lists:
         mine = split.catalogue.rows_of(domain)
         pairs = np.unique(np.stack(training_events(split, domain)), axis=1)
         return cls(
-            row_of={str(item): row for row, item in enumerate(split.catalogue.item_id[mine])},
+            item_id=split.catalogue.arrow_ids(domain),
             count_N=np.bincount(pairs[1], minlength=len(mine)),
             num_users=max(1, len(np.unique(pairs[0]))),
             titles=title_vectors([str(title) for title in split.catalogue.title[mine]]),
@@ -223,12 +222,11 @@ class Lists:
         lists that have a value; what no list has (diversity, where all hold one item) is left out."""
         if pool == FULL:
             rankings = rankings.filter(pc.invert(rankings["seen"]))
-        query_ids = rankings["query_id"].to_pylist()
-        number = {name: row for row, name in enumerate(dict.fromkeys(query_ids))}
-        list_of = np.array([number[name] for name in query_ids], dtype=np.int64)
-        item = np.array([self.row_of.get(name, -1) for name in rankings["item_id"].to_pylist()], dtype=np.int64)
+        query_ids = rankings["query_id"].unique()
+        list_of = pc.index_in(rankings["query_id"], query_ids).to_numpy().astype(np.int64)
+        item = pc.fill_null(pc.index_in(rankings["item_id"], self.item_id), -1).to_numpy().astype(np.int64)
         kept = metrics.first_k(list_of, k) & (item >= 0)  # an oracle may name what the data left out
-        list_of, item, size = list_of[kept], item[kept], len(number)
+        list_of, item, size = list_of[kept], item[kept], len(query_ids)
         if not size:
             return {}
         means = {

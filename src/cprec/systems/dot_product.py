@@ -26,6 +26,8 @@ from cprec.systems.signals import TrainingSequences, padded, recent
 
 ENCODE_BATCH = 512
 """Histories encoded at once."""
+ALIKE = 64
+"""Histories of like length that are encoded at once where the scores of a batch are kept: there is less padding."""
 SCORES = 1 << 20
 """Scores counted at once: as many as stay in the cache."""
 ITEM_BLOCK = 1024
@@ -242,7 +244,12 @@ class DotProductRecommender(ScoringRecommender):
     @torch.inference_mode()
     def score_histories(self, histories: Ragged, users: Sequence[str]) -> torch.Tensor:
         """Scores of all items after histories of item numbers, of users by name: float32[Q, V]."""
-        return self._products(self._encoded(histories, users))
+        order = np.argsort(np.minimum(histories.lengths, self._max_length), kind="stable")
+        size = ALIKE if self._vectors.items_VD.device.type == "cpu" else len(order)
+        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        hidden_QD = torch.cat([self._encoded(histories.take(part), [users[row] for row in part]) for part in parts])
+        back = torch.from_numpy(np.argsort(order)).to(hidden_QD.device)
+        return self._products(hidden_QD[back])
 
     def target_ranks(
         self, histories: Ragged, targets: np.ndarray, *, users: Sequence[str], exclude_seen: bool
