@@ -39,8 +39,6 @@ MOST = 50
 """Items that may be drawn after a history: the best by all teachers together."""
 FLOOR = 0.01
 """The least share of a query's best score that counts."""
-
-
 SEEN = 1_000.0
 """What an item of the history loses of its logarithmic score: it is drawn only where there is no other."""
 
