@@ -108,6 +108,8 @@ class SystemSettings(ABC):
     patience: int = 0
     """Validations (of `VALIDATIONS`) without a better one after which a stage ends; 0: it goes to the end."""
 
+    LABEL: ClassVar[str] = ""
+    """What it is called while it trains; nothing: as its settings are."""
     VALIDATION_QUERIES: ClassVar[int] = 4000
     """Validation queries, a seeded sample at most, that decide which weights are kept."""
     SEARCH: ClassVar[Mapping[str, Choice]] = {
@@ -312,7 +314,8 @@ def fit(settings: SystemSettings, split: Split, domain: str, seed: int, folder: 
     finished = []
     for number, stage in enumerate(stages, 1):
         stage.trainable.module.to(device)
-        title = f"{domain}: training {name}" + (f", stage {number} of {len(stages)}" if len(stages) > 1 else "")
+        stage_in_words = f", stage {number} of {len(stages)}" if len(stages) > 1 else ""
+        title = f"{domain}: training {settings.LABEL or name}{stage_in_words}"
         finished.append(_fit_stage(settings, stage, validation, seed, folder / f"stage-{number}", title))
     seconds = round(sum(done["seconds"] for done in finished), 3)
     record = {"made_from": made_from, "stages": finished, "seconds": seconds}

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from safetensors.torch import load_file
@@ -21,6 +21,7 @@ from torch import nn
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import ConfigError
+from cprec.progress import say
 from cprec.provenance import file_sha256
 from cprec.systems.dot_product import DotProductModel, MeanOfNetworks, SequenceModel, mean_of
 from cprec.systems.fit import TextSettings
@@ -52,6 +53,8 @@ class TitleSASRec(TextSettings, CausalSettings):
     num_networks: int = 1
     """Networks that are trained apart, each with a seed of its own; their scores are averaged."""
 
+    LABEL: ClassVar[str] = "a network over titles"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive("num_networks")
@@ -64,7 +67,9 @@ class TitleSASRec(TextSettings, CausalSettings):
         """See `SystemSettings.make`. No two networks have one seed, nor have those of two seeds."""
         one, first = replace(self, num_networks=1), seed * self.num_networks
         networks, seconds = [], 0.0
-        for own_seed in range(first, first + self.num_networks):
+        for number, own_seed in enumerate(range(first, first + self.num_networks), 1):
+            if self.num_networks > 1:
+                say(f"{domain}: network {number} of {self.num_networks}")
             made = super(TitleSASRec, one).make(split, domain, seed=own_seed, folder=folder)
             assert isinstance(made, TitleSASRecRecommender) and isinstance(made.model, SequenceModel)
             networks.append(made.model)
