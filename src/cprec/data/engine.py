@@ -363,7 +363,7 @@ def _of_executor(error: Exception) -> CPRecError:
         if isinstance(found := getattr(errors, kind, None), type) and issubclass(found, CPRecError):
             return found(message)
     lines = [line.strip(" :") for line in str(error).splitlines()]
-    told = next((line for line in lines if "Exception: " in line), lines[0])
+    told = next((line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)), lines[0])
     return DataError(f"Spark: {told}: the same command goes on from what is written")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from importlib.util import find_spec
@@ -128,22 +127,27 @@ def refused(folder, part):
 """
 
 
-def test_parts_are_called_on_executors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_are_called_on_executors(tmp_path: Path) -> None:
     (tmp_path / "on_executors.py").write_text(PARTS)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     folder = tmp_path / "parts"
     folder.mkdir()
 
     def run(name: str, parts: list[int]) -> set[str]:
+        return run_in(f"on_executors:{name}", parts)
+
+    def run_in(function: str, parts: list[int]) -> set[str]:
         with connect(SPARK) as spark:
             assert isinstance(spark, SparkEngine)
-            spark.run_parts(f"on_executors:{name}", folder, parts, "counting")
+            spark.session.sparkContext.addPyFile(str(tmp_path / "on_executors.py"))
+            spark.run_parts(function, folder, parts, "counting")
         return {path.name for path in folder.glob("part-*")}
 
     assert run("written", [3, 1, 8]) == {"part-3", "part-1", "part-8"}
     with pytest.raises(ConfigError, match="^domain='garden': name one of home$"):
         run("refused", [0, 1])
-    with pytest.raises(DataError, match="^Spark: "):
+    with pytest.raises(DataError, match="^Spark: .*No module named 'nowhere'.*: the same command goes on from what is"):
+        run_in("nowhere:written", [0])
+    with pytest.raises(DataError, match="^Spark: .*Python worker exited unexpectedly"):
         run("killed_once", list(range(10)))  # in a local session Spark tries nothing twice
     assert run("killed_once", list(range(10))) == {f"part-{part}" for part in range(10)}
 

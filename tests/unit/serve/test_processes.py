@@ -20,6 +20,7 @@ import torch
 
 from cprec import distributed, serving
 from cprec.data.catalogue import Catalogue
+from cprec.data.engine import SparkEngine, connect
 from cprec.errors import CPRecError, DataError
 from cprec.models import tiny_model
 from cprec.serve import parts
@@ -33,7 +34,7 @@ KILLED = """
 import os, signal
 from cprec.serving import answer_part
 
-def killed_at_its_second(folder, part):
+def killed_once(folder, part):
     if part == {part} and not os.path.exists({died!r}):
         open({died!r}, "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -92,16 +93,17 @@ def written(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def dies_once(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Has the process that makes this part killed, once."""
+def dies_once(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Path]:
+    """Has the process that makes this part killed, once; returns the module that does so."""
 
-    def prepare(part: int) -> None:
+    def prepare(part: int) -> Path:
         folder = tmp_path_factory.mktemp("killed")
         (folder / "kills.py").write_text(KILLED.format(part=part, died=str(folder / "died")))
         monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
         monkeypatch.syspath_prepend(str(folder))
         monkeypatch.delitem(sys.modules, "kills", raising=False)
-        monkeypatch.setattr(serving, "ANSWER_PART", "kills:killed_at_its_second")
+        monkeypatch.setattr(serving, "ANSWER_PART", "kills:killed_once")
+        return folder / "kills.py"
 
     return prepare
 
@@ -128,7 +130,7 @@ def test_partitions_of_several_processes_give_what_one_gives(
 
 @pytest.mark.slow
 def test_a_killed_worker_loses_nothing_and_doubles_nothing(
-    model: Path, histories: Path, whole: dict[str, bytes], tmp_path: Path, dies_once: Callable[[int], None]
+    model: Path, histories: Path, whole: dict[str, bytes], tmp_path: Path, dies_once: Callable[[int], Path]
 ) -> None:
     dies_once(6)
     config = settings(model, histories, tmp_path, num_processes=2)
@@ -174,12 +176,15 @@ class TestSpark:
         histories: Path,
         whole: dict[str, bytes],
         tmp_path: Path,
-        dies_once: Callable[[int], None],
+        dies_once: Callable[[int], Path],
     ) -> None:
-        dies_once(6)
+        module = dies_once(6)
         config = settings(model, histories, tmp_path, engine=SPARK)
-        with pytest.raises(DataError, match="Spark: "):
-            serving.open_and_recommend(config)  # Spark in one machine tries nothing twice
-        assert 0 < len(list((tmp_path / "recs.csv.lists").glob("part-*.parquet"))) < 10
-        serving.open_and_recommend(config)
+        with connect(SPARK) as spark:  # the active session, which is used
+            assert isinstance(spark, SparkEngine)
+            spark.session.sparkContext.addPyFile(str(module))
+            with pytest.raises(DataError, match="Spark: .*Python worker exited unexpectedly"):
+                serving.open_and_recommend(config)  # Spark in one machine tries nothing twice
+            assert 0 < len(list((tmp_path / "recs.csv.lists").glob("part-*.parquet"))) < 10
+            serving.open_and_recommend(config)
         assert written(tmp_path) == whole
