@@ -26,6 +26,7 @@ from cprec.text.config import PrepareConfig
 from cprec.text.prepare import prepare
 from cprec.text.shards import open_shards
 from cprec.text.tokenizer import load_tokenizer
+from cprec.train import finetune as language_model
 from cprec.train.config import FinetuneConfig, TinyModel
 from cprec.train.finetune import tokens_of_pass
 from cprec.train.folder import read_done
@@ -219,6 +220,7 @@ def test_changed_events_are_other_input_of_the_teachers(
         ({"teachers": ("SASRec",)}, "'SASRec' cannot teach"),
         ({"teachers": ("EASE",), "documents": "users"}, "set documents=examples"),
         ({"teachers": ("EASE",), "max_documents": 5}, "max_documents=0"),
+        ({"teachers": ("EASE",), "num_train_epochs": 0}, "nobody to teach"),
         ({"taught_targets": 0}, "taught_targets=0 must be at least 1"),
     ],
 )
@@ -226,6 +228,11 @@ def test_what_cannot_be_taught_is_refused(config: FinetuneConfig, changes: dict[
     with pytest.raises(ConfigError, match=message):
         finetune(replace(config, **changes))
     assert not Path(config.output_dir).exists()
+
+
+def test_teachers_are_not_forgotten_by_who_cannot_make_them(config: FinetuneConfig) -> None:
+    with pytest.raises(ConfigError, match="call cprec.finetune.finetune"):
+        language_model.finetune(config)
 
 
 def test_a_teacher_that_the_data_do_not_suit_is_named(config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -285,6 +285,8 @@ class FinetuneConfig(TrainingConfig):
                 "teachers choose the targets of examples, and learn from all events: set documents=examples and "
                 "max_documents=0"
             )
+        if self.teachers and not self.num_train_epochs:
+            raise ConfigError("teachers have nobody to teach where num_train_epochs=0: raise it, or leave them out")
         if self.taught_targets < 1:
             raise ConfigError(f"taught_targets={self.taught_targets} must be at least 1")
         if self.head_networks < 1:

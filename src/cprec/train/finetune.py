@@ -37,7 +37,12 @@ class Taught:
 
 
 def finetune(config: FinetuneConfig, taught: Taught | None = None) -> Path:
-    """Fine-tune a model on the next-item examples of a domain, or on its users' documents; returns the model folder."""
+    """Fine-tune a model on the next-item examples of a domain, or on its users' documents; returns the model folder.
+
+    `taught` is what the teachers of the configuration add (`cprec.finetune` makes it). Raises ConfigError without it.
+    """
+    if config.teachers and taught is None:
+        raise ConfigError("this function makes no teachers: call cprec.finetune.finetune, which does")
     return run_training(_run(config, taught))
 
 
