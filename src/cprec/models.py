@@ -18,6 +18,8 @@ from cprec.gguf import model_source
 from cprec.progress import hide_progress_bars
 
 TINY = "tiny"
+DOCUMENTS = "documents"
+"""The name under which transformers knows `train.attention`."""
 
 
 def tiny_model(
@@ -203,18 +205,44 @@ def blocks_of(model: Any) -> Any:
     return blocks
 
 
-def packed_hidden(model: Any, input_ids_RT: torch.Tensor, position_ids_RT: torch.Tensor) -> torch.Tensor:
+def packed_hidden(
+    model: Any, input_ids_RT: torch.Tensor, position_ids_RT: torch.Tensor, until_RT: torch.Tensor | None = None
+) -> torch.Tensor:
     """Last hidden states [R, T, D] of rows in which position ids restart at each document.
 
-    No cache and no mask: with either, transformers lets documents see each other. Flash attention tells documents apart
-    in a batch of one row only, so there all rows are laid end to end.
+    Where documents may be trees, `until` is the place in the row before which the tokens that read each token end; then
+    a mask says what sees what, except to an attention of our own, which gets `until` itself.
+
+    Otherwise no cache and no mask: with either, transformers lets documents see each other. Flash attention tells
+    documents apart in a batch of one row only, so there all rows are laid end to end.
     """
     trunk, _ = trunk_and_head(model)
-    shape = input_ids_RT.shape
-    if "flash" in str(getattr(model.config, "_attn_implementation", "")):
+    shape, attention = input_ids_RT.shape, str(getattr(model.config, "_attn_implementation", ""))
+    more: dict[str, Any] = {}
+    if until_RT is not None:
+        own = attention == DOCUMENTS
+        more = {"until": until_RT} if own else {"attention_mask": _tree_mask(model, until_RT, attention)}
+    elif "flash" in attention:
         input_ids_RT, position_ids_RT = input_ids_RT.reshape(1, -1), position_ids_RT.reshape(1, -1)
-    hidden = trunk(input_ids=input_ids_RT, position_ids=position_ids_RT, use_cache=False).last_hidden_state
+    hidden = trunk(input_ids=input_ids_RT, position_ids=position_ids_RT, use_cache=False, **more).last_hidden_state
     return hidden.reshape(*shape, -1)
+
+
+def _tree_mask(model: Any, until_RT: torch.Tensor, attention: str) -> torch.Tensor:
+    """What sees what, [R, 1, T, T]: what stands before it in the row, and is read up to there or further."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None) or until_RT.shape[1]
+    if attention not in ("sdpa", "eager") or window < until_RT.shape[1]:
+        seen_by = f"a sliding window of {window}" if window < until_RT.shape[1] else f"attn_implementation={attention}"
+        raise ConfigError(
+            f"documents=trees cannot be read with {seen_by} here: set attn_implementation=sdpa with a max_length that "
+            "the window has room for, or documents=examples"
+        )
+    place = torch.arange(until_RT.shape[1], device=until_RT.device)
+    seen_RTT = (place[None, :] <= place[:, None]) & (place[:, None] < until_RT[:, None, :])
+    if attention == "sdpa":
+        return seen_RTT[:, None]
+    hidden = torch.finfo(torch.float32).min
+    return torch.zeros(seen_RTT.shape, device=until_RT.device).masked_fill_(~seen_RTT, hidden)[:, None]
 
 
 ONE_FORWARD = threading.RLock()

@@ -20,11 +20,10 @@ from cprec.data.splits import Split
 from cprec.errors import ConfigError, InputChanged
 from cprec.finetune import finetune
 from cprec.recommender import RankingQuery
-from cprec.schema import TRAIN
 from cprec.scoring import ScoringRecommender
+from cprec.teaching import taught_by
 from cprec.text.config import PrepareConfig
 from cprec.text.prepare import prepare
-from cprec.text.shards import open_shards
 from cprec.text.tokenizer import load_tokenizer
 from cprec.train import finetune as language_model
 from cprec.train.config import FinetuneConfig, TinyModel
@@ -32,7 +31,6 @@ from cprec.train.finetune import tokens_of_pass
 from cprec.train.folder import read_done
 
 NUM_ITEMS = 12
-TOKENS = "max_document_tokens"
 
 
 class Fixed(ScoringRecommender):
@@ -47,12 +45,18 @@ class Fixed(ScoringRecommender):
         return np.tile(self._scores, (len(queries), 1))
 
 
+def draw(
+    split: Split, teachers: Sequence[Sequence[float]], histories: Sequence[Sequence[int]], number: int = 1, **more: Any
+) -> np.ndarray:
+    """Items drawn after histories by teachers with these scores; nothing came next."""
+    made = [Fixed(split, scores) for scores in teachers]
+    settings = {"came_next": np.full(len(histories), -1), "seed": 0} | more
+    return teaching.drawn(made, split, "ring", Ragged.of(histories), number=number, **settings)
+
+
 def shares_drawn(split: Split, teachers: Sequence[Sequence[float]], history: Sequence[int]) -> np.ndarray:
     """How often each item is drawn after a history, of 4,000 times."""
-    histories = Ragged.of([list(history)])
-    made = [Fixed(split, scores) for scores in teachers]
-    items = teaching.drawn(made, split, "ring", histories, 4_000, seed=0)
-    return np.bincount(items[0], minlength=NUM_ITEMS) / 4_000
+    return np.bincount(draw(split, teachers, [history] * 4_000)[:, 0], minlength=NUM_ITEMS) / 4_000
 
 
 # ---- what is drawn ---------------------------------------------------------------------------------------------------
@@ -67,6 +71,19 @@ def test_chances_are_products_of_shares_of_the_best_score(ring: Split, monkeypat
     assert found.sum() == pytest.approx(found[1:5].sum()), "others are not among the best four"
 
 
+def test_items_drawn_after_one_history_differ_and_each_is_drawn_from_those_left(ring: Split) -> None:
+    scores = [0.0] * NUM_ITEMS
+    scores[1:4] = [4.0, 2.0, 2.0]
+    found = draw(ring, [scores], [[7]] * 4_000, number=3)
+    assert all(len(set(row)) == 3 for row in found)
+    pairs = {pair: np.mean((found[:, :2] == pair).all(1)) for pair in [(1, 2), (2, 1), (2, 3)]}
+    # Ten others have the floor of one in a hundred: 4, 2, 2 of 8.36 first; 2 of 4.36 or 4 of 6.36 of what is left.
+    total = 1 + 0.5 + 0.5 + 8 * teaching.FLOOR
+    assert pairs[1, 2] == pytest.approx(1 / total * 0.5 / (total - 1), abs=0.02)
+    assert pairs[2, 1] == pytest.approx(0.5 / total / (total - 0.5), abs=0.02)
+    assert pairs[2, 3] == pytest.approx(0.5 / total * 0.5 / (total - 0.5), abs=0.02)
+
+
 def test_an_item_that_a_teacher_knows_nothing_of_has_the_floor(ring: Split) -> None:
     scores = [0.0] * NUM_ITEMS
     scores[3] = 5.0
@@ -76,26 +93,25 @@ def test_an_item_that_a_teacher_knows_nothing_of_has_the_floor(ring: Split) -> N
     assert others == pytest.approx(teaching.FLOOR / (1 + 10 * teaching.FLOOR), abs=0.01) and found[7] == 0
 
 
-def test_an_item_of_the_history_is_drawn_only_where_there_is_no_other(ring: Split) -> None:
+def test_what_is_known_is_drawn_only_where_there_is_no_other(ring: Split) -> None:
+    """The items of the history, and the one that came next."""
     scores = np.arange(NUM_ITEMS) + 1.0
-    assert shares_drawn(ring, [scores], [11, 2])[[11, 2]].tolist() == [0, 0]
+    found = draw(ring, [scores], [[11, 2]] * 500, came_next=np.full(500, 9), number=3)
+    assert not np.isin(found, [11, 2, 9]).any() and len(np.unique(found)) == NUM_ITEMS - 3
     everything = shares_drawn(ring, [scores], range(NUM_ITEMS))
     assert everything == pytest.approx(scores / scores.sum(), abs=0.02)
+    assert sorted(draw(ring, [scores], [[1]], number=50)[0]) == list(range(NUM_ITEMS)), "as many as there are"
 
 
 def test_draws_are_those_of_the_seed_whatever_the_batches(ring: Split, monkeypatch: pytest.MonkeyPatch) -> None:
-    histories = Ragged.of([[row % NUM_ITEMS] for row in range(50)])
-    fixed = [Fixed(ring, np.arange(NUM_ITEMS))]
-
-    def draw(seed: int) -> np.ndarray:
-        return teaching.drawn(fixed, ring, "ring", histories, 3, seed)
-
-    whole = draw(0)
+    histories, scores = [[row % NUM_ITEMS] for row in range(50)], [np.arange(NUM_ITEMS)]
+    whole = draw(ring, scores, histories, number=3)
     monkeypatch.setattr(teaching, "BATCH", 7)
-    assert np.array_equal(draw(0), whole) and not np.array_equal(draw(1), whole)
+    assert np.array_equal(draw(ring, scores, histories, number=3), whole)
+    assert not np.array_equal(draw(ring, scores, histories, number=3, seed=1), whole)
 
 
-# ---- what becomes an example -----------------------------------------------------------------------------------------
+# ---- what becomes a branch -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +145,7 @@ def config(data: Path, tmp_path: Path) -> FinetuneConfig:
         output_dir=str(tmp_path / "tuned"),
         domain="ring",
         tiny=TinyModel(hidden_size=16, num_hidden_layers=1, num_attention_heads=2),
+        documents="trees",
         teachers=("transition graph", "popularity"),
         num_train_epochs=0.5,
         max_length=128,
@@ -138,51 +155,60 @@ def config(data: Path, tmp_path: Path) -> FinetuneConfig:
     )
 
 
-def texts(config: FinetuneConfig) -> list[tuple[list[int], int]]:
-    """The examples that are taught: the items of the history, and the target."""
-    found, tokenizer = teaching._examples(config), load_tokenizer(str(Path(config.data, "tokenizer")))
+def branches(config: FinetuneConfig) -> list[tuple[list[int], int]]:
+    """The branches of all trees: the items of the history, and the target."""
+    shards, tokenizer = language_model._trees(config, taught_by(config)), load_tokenizer(f"{config.data}/tokenizer")
+    assert shards.branches is not None
     out = []
-    for row in range(len(found)):
-        text = tokenizer.decode(found.take(np.array([row])).values.tolist())
-        *history, target = [int(line.split("thing ")[1].removesuffix("<eos>")) for line in text.splitlines()[2:]]
-        start = int(found.column("target_start")[row])
-        assert tokenizer.decode(found.take(np.array([row])).values[start:].tolist()).strip() == f"thing {target}<eos>"
-        out.append((history, target))
+    for first, size in zip(shards.column("offset"), shards.column("length"), strict=True):
+        tokens, until = shards.tokens[first : first + size], shards.branches.until[first : first + size]
+        for end in np.flatnonzero(tokens == tokenizer.eos_token_id):
+            path = [place for place in range(end + 1) if until[place] > end]
+            *history, target = tokenizer.decode(tokens[path].tolist()).splitlines()[2:]
+            assert target.startswith("Next: thing ") and target.endswith("<eos>")
+            items = [int(line.split("thing ")[1].removesuffix("<eos>")) for line in (*history, target)]
+            out.append((items[:-1], items[-1]))
     return out
 
 
-def test_every_prefix_of_the_training_events_gets_its_targets(config: FinetuneConfig) -> None:
+def of_users(config: FinetuneConfig) -> list[list[int]]:
+    """Each user's training events."""
     split = read_split(config.data)
     train, rows = split.train, split.catalogue.rows_of("ring")
     assert rows[0] > 0
-    of_users = [train.item[(train.user == user) & (train.item >= rows[0])] - rows[0] for user in np.unique(train.user)]
-    prefixes = [items[: n + 1].tolist() for items in of_users for n in range(len(items))]
-    found = texts(replace(config, taught_targets=3))
-    assert sorted(history for history, _ in found) == sorted(prefixes * 3), "and of no held-out event"
-    follows = np.mean([target == (history[-1] + 1) % NUM_ITEMS for history, target in found])
-    assert follows > 0.3, "chance has less than a tenth"
-    assert all(target not in history for history, target in found if len(set(history)) < NUM_ITEMS)
+    return [(train.item[(train.user == user) & (train.item >= rows[0])] - rows[0]).tolist() for user in range(60)]
 
 
-@pytest.mark.parametrize("most", range(24, 36))
-def test_examples_have_no_more_tokens_than_documents_may(
-    config: FinetuneConfig, most: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Some just fit, whatever the number."""
-    read = teaching.read_resolved
-    monkeypatch.setattr(teaching, "read_resolved", lambda folder: {"config": read(folder)["config"] | {TOKENS: most}})
-    found = teaching._examples(config)
-    assert most - 4 <= found.column("length").max() <= most
+def test_after_every_training_event_hang_what_came_and_what_is_taught(config: FinetuneConfig) -> None:
+    found = branches(replace(config, taught_targets=3))
+    prefixes = [items[: n + 1] for items in of_users(config) for n in range(len(items))]
+    came = [(items[:n], items[n]) for items in of_users(config) for n in range(1, len(items))]
+    assert sorted(history for history, _ in found) == sorted([*prefixes * 3, *(history for history, _ in came)])
+    assert all(each in found for each in came)
+    taught = list(found)
+    for each in came:
+        taught.remove(each)
+    assert not any(each in came for each in taught), "what came next is not taught as well"
+    last = [(history, target) for history, target in taught if history in of_users(config)]
+    follows = np.mean([target == (history[-1] + 1) % NUM_ITEMS for history, target in last])
+    assert len(last) >= 180 and follows > 0.25, "chance has a twelfth"
+    assert all(target not in history for history, target in taught)
 
 
-def test_a_run_reads_the_examples_of_its_teachers_once_a_pass(config: FinetuneConfig) -> None:
-    own = open_shards(Path(config.data, "examples", "ring", TRAIN)).manifest["num_tokens"]
-    taught = int(teaching._examples(config).column("length").sum())
+def test_without_teachers_a_tree_has_the_examples_of_its_user(config: FinetuneConfig) -> None:
+    came = [(items[:n], items[n]) for items in of_users(config) for n in range(1, len(items))]
+    assert sorted(branches(replace(config, teachers=()))) == sorted(came)
+
+
+def test_a_run_reads_its_trees_once_a_pass(config: FinetuneConfig) -> None:
+    trees = language_model._trees(config, taught_by(config))
+    assert int(trees.column("length").max()) <= config.max_length
     about = read_done(finetune(config))
     assert about is not None
-    assert about["tokens"] == pytest.approx(0.5 * (own + taught), rel=0.02)
+    assert about["tokens"] == pytest.approx(0.5 * len(trees.tokens), rel=0.02)
     assert len(about["trained_on"]) == 1, "the events that they learnt are those of the certified data"
-    assert tokens_of_pass(config) == 3 * own and tokens_of_pass(replace(config, teachers=())) == own
+    assert tokens_of_pass(config) == pytest.approx(len(trees.tokens), rel=0.3)
+    assert tokens_of_pass(replace(config, teachers=())) < 0.7 * tokens_of_pass(config)
 
 
 def test_a_run_with_teachers_is_another_run(config: FinetuneConfig) -> None:
@@ -218,7 +244,7 @@ def test_changed_events_are_other_input_of_the_teachers(
     [
         ({"teachers": ("the graph",)}, "'the graph' cannot teach; these can: popularity"),
         ({"teachers": ("SASRec",)}, "'SASRec' cannot teach"),
-        ({"teachers": ("EASE",), "documents": "users"}, "set documents=examples"),
+        ({"teachers": ("EASE",), "documents": "users"}, "set documents=trees"),
         ({"teachers": ("EASE",), "max_documents": 5}, "max_documents=0"),
         ({"teachers": ("EASE",), "num_train_epochs": 0}, "nobody to teach"),
         ({"taught_targets": 0}, "taught_targets=0 must be at least 1"),

@@ -50,6 +50,14 @@ class Ragged:
         """
         return gather(self.values, self.offsets[rows], self.lengths[rows])
 
+    def kept(self, mask: np.ndarray) -> Ragged:
+        """The values that a mask over all of them keeps, in their rows.
+
+        >>> Ragged.of([[1, 2], [3]]).kept(np.array([False, True, False])).offsets.tolist()
+        [0, 1, 1]
+        """
+        return Ragged(self.values[mask], offsets_of(mask)[self.offsets])
+
     def numbers(self) -> np.ndarray:
         """A number for each row, which equal rows share: from 0, in the order in which they first occur.
 

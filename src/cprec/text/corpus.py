@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from cprec.data.ragged import Ragged, offsets_of
+from cprec.data.ragged import Ragged, gather, offsets_of
 from cprec.schema import MIXED, SPECIFIC
 from cprec.text.shards import Shards
 
@@ -67,6 +67,30 @@ def groups_of(shards: Shards) -> list[Group]:
     ]
 
 
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """Documents as they are read, one after the other; arrays along their tokens."""
+
+    tokens: Ragged
+    """int64"""
+    first_target: np.ndarray
+    """The place of each document's first token that is a target: int64[len(tokens)]."""
+    is_target: np.ndarray
+    """Whether the loss covers each token: bool."""
+    until: np.ndarray | None
+    """The place in its document before which the tokens that read each token end: int64. None where no document of the
+    corpus is a tree: then it is the end."""
+
+    @property
+    def depth(self) -> np.ndarray:
+        """How many tokens each token goes on from: its place in a document that is no tree: int64."""
+        if self.until is None:
+            return self.tokens.place_of
+        # All tokens before it, less those whose readers end before it.
+        closed = np.bincount(self.until + np.repeat(self.tokens.offsets[:-1], self.tokens.lengths))
+        return np.arange(len(self.until)) - np.cumsum(closed)[:-1]
+
+
 class Corpus:
     """The documents of several groups as one list, group after group; D is the number of documents in all."""
 
@@ -90,18 +114,35 @@ class Corpus:
     def names(self) -> list[str]:
         return [group.name for group in self.groups]
 
-    def take(self, documents: np.ndarray) -> tuple[Ragged, np.ndarray]:
-        """Tokens of some documents, int64, and the place of each one's first token that is a target: int64[len]."""
+    @property
+    def has_trees(self) -> bool:
+        """Whether any document may be a tree."""
+        return any(group.shards.branches is not None for group in self.groups)
+
+    def take(self, documents: np.ndarray) -> Documents:
+        """Some documents, given by their places."""
         offsets = offsets_of(self.lengths[documents])
         tokens = np.empty(offsets[-1], dtype=np.int64)
         first_target = np.ones(len(documents), dtype=np.int64)
+        until = np.repeat(np.diff(offsets), np.diff(offsets)) if self.has_trees else None
+        of_trees = np.zeros(len(tokens) if self.has_trees else 0, dtype=bool)
+        asked = of_trees.copy()
         group_of = self.group[documents]
         for number in np.unique(group_of):
             group, mine = self.groups[number], np.flatnonzero(group_of == number)
             rows = group.documents[documents[mine] - self._starts[number]]
             found = group.shards.take(rows)
             # The tokens of the i-th document found go where the documents asked for have their mine[i]-th.
-            tokens[np.repeat(offsets[mine], found.lengths) + found.place_of] = found.values
+            place = np.repeat(offsets[mine], found.lengths) + found.place_of
+            tokens[place] = found.values
+            if (branches := group.shards.branches) is not None:
+                at = gather(np.arange(len(branches.until)), group.shards.column("offset")[rows], found.lengths).values
+                assert until is not None
+                until[place], asked[place], of_trees[place] = branches.until[at], branches.is_target[at], True
             if group.targets_only:
                 first_target[mine] = group.shards.column("target_start")[rows]
-        return Ragged(tokens, offsets), first_target
+        read = Ragged(tokens, offsets)
+        is_target = read.place_of >= np.repeat(first_target, read.lengths)
+        if until is not None:
+            is_target = np.where(of_trees, asked, is_target)
+        return Documents(read, first_target, is_target, until)

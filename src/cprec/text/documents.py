@@ -267,18 +267,24 @@ class _PartWriter:
 def stretches(split: Split, domain: int, history: str, longest: int) -> tuple[Ragged, np.ndarray, np.ndarray]:
     """The training events that lead to each training event of a domain: at most `longest` of those that histories of
     this kind show, the event itself the last. With each one's user, and how many events it has before it in all."""
+    shown, user = histories(split, domain, history)
+    # What leads to an event is the stretch of its user's events that ends with it.
+    num_before = shown.place_of
+    last = np.flatnonzero(split.catalogue.domain[shown.values] == domain)
+    lengths = np.minimum(num_before[last] + 1, longest)
+    return gather(shown.values, last - lengths + 1, lengths), user[shown.row_of[last]], num_before[last]
+
+
+def histories(split: Split, domain: int, history: str) -> tuple[Ragged, np.ndarray]:
+    """Each user's training events, of those that histories of this kind show, oldest first; and the users."""
     catalogue, train = split.catalogue, split.train
     is_shown = np.arange(len(catalogue.domains)) == domain
     if history != SPECIFIC:
         is_shown = comparable_domains(catalogue, split.domains)
     events = np.flatnonzero(is_shown[catalogue.domain[train.item]])
-    user, item = train.user[events], train.item[events]
-    # Events stand user by user in order, so an event's place in its user's run is the number of events before it, and
-    # what leads to it is the stretch of `item` that ends with it.
-    num_before, _, _ = runs(user)
-    last = np.flatnonzero(catalogue.domain[item] == domain)
-    lengths = np.minimum(num_before[last] + 1, longest)
-    return gather(item, last - lengths + 1, lengths), user[last], num_before[last]
+    # Events stand user by user, in order.
+    place, length, _ = runs(train.user[events])
+    return Ragged(train.item[events], offsets_of(length[place == 0])), train.user[events[place == 0]]
 
 
 def _split_long(

@@ -38,6 +38,19 @@ INDEX = {
 
 
 @dataclass(frozen=True)
+class Branches:
+    """How the tokens of documents that are trees hang together: arrays along the tokens.
+
+    A document's tokens stand in preorder: each before all that go on from it, and one way to go on before the next.
+    """
+
+    until: np.ndarray
+    """The place in its document before which the tokens that read a token, itself included, end: int32."""
+    is_target: np.ndarray
+    """Whether the loss covers the token, which then stands right behind the one that it goes on from: bool."""
+
+
+@dataclass(frozen=True)
 class Shards:
     """Documents of token ids, read in place, one after the other.
 
@@ -48,6 +61,8 @@ class Shards:
     tokens: np.ndarray
     documents: pa.Table
     manifest: dict[str, Any]
+    branches: Branches | None = None
+    """Of documents that are trees; None: each token is read by all that follow in its document."""
 
     def __len__(self) -> int:
         return self.documents.num_rows

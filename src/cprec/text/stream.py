@@ -201,12 +201,14 @@ class TokenStream:
 
         Position ids restart at 0 at each document, which is how attention knows where documents begin. A target is the
         token that follows, or IGNORE: at the end of a document, in padding and where the loss is masked. With nodes
-        also `nodes`: the node to which the token that follows leads, or IGNORE.
+        also `nodes`: the node to which the token that follows leads, or IGNORE. Where documents may be trees also
+        `until`: the place in the row before which the tokens that read a token end.
         """
         rows = np.arange(self._first_row[step], self._first_row[step + 1])
         taken = self._rows.take(rows)
         documents, rows_of = taken.values, np.repeat(np.arange(len(rows)), taken.lengths)
-        tokens, first_target = self.corpus.take(documents)
+        read = self.corpus.take(documents)
+        tokens = read.tokens
         lengths = tokens.lengths
         start = tokens.offsets[:-1]
         row_start = start[taken.offsets[:-1]]  # tokens before each row's first document
@@ -218,17 +220,22 @@ class TokenStream:
         input_ids = np.full(size, self.pad_id, dtype=np.int64)
         input_ids[flat] = tokens.values
         positions = np.zeros(size, dtype=np.int64)
-        positions[flat] = position
+        positions[flat] = read.depth
         self._number_padding(positions, rows_of, lengths, len(rows))
         targets = np.full(size, IGNORE, dtype=np.int64)
-        predicted = position >= np.maximum(1, np.repeat(first_target, lengths))
+        predicted = read.is_target & (position > 0)
         if self._is_target is not None:
             predicted &= self._is_target(documents, tokens)
         targets[flat[predicted] - 1] = tokens.values[predicted]
         arrays = {"input_ids": input_ids, "position_ids": positions, "targets": targets}
+        if read.until is not None:
+            # From the document's start to the row's.
+            column = np.repeat(start - row_start[rows_of], lengths)
+            arrays["until"] = np.full(size, self.row_tokens, dtype=np.int64)
+            arrays["until"][flat] = column + read.until
         counts = {NEXT_TOKEN: int(predicted.sum())}
         if self._nodes_of is not None:
-            node = self._nodes_of(tokens, first_target)
+            node = self._nodes_of(tokens, read.first_target)
             arrays["nodes"] = np.full(size, IGNORE, dtype=np.int64)
             arrays["nodes"][flat[node != IGNORE] - 1] = node[node != IGNORE]
             # As many as tokens, since where titles go on in one way only the loss is 0.

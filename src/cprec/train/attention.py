@@ -13,8 +13,8 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-DOCUMENTS = "documents"
-"""The name under which transformers knows it."""
+from cprec.models import DOCUMENTS
+
 SHORT = 512
 """Longest documents whose attention weights are written out."""
 ROUND = 32
@@ -45,12 +45,14 @@ def document_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    until: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within the documents of packed rows, where `position_ids` [R or 1, T] restart at 0.
 
     The signature is that of transformers: heads H in G groups of keys and values; returns [R, T, H, D] and no weights.
-    A `sliding_window` limits how far back a position sees.
+    A `sliding_window` limits how far back a position sees. `until` [R, T], where documents may be trees, is the place
+    in the row before which the tokens that read each token end.
     """
     rows, heads, tokens, width = query_RHTD.shape
     device = query_RHTD.device
@@ -60,10 +62,10 @@ def document_attention(
     flat = [
         states.transpose(1, 2).reshape(rows * tokens, -1).to(dtype) for states in (query_RHTD, key_RGTD, value_RGTD)
     ]
-    buckets, standing = _buckets(position_ids, rows)
+    buckets, standing = _buckets(position_ids, until, rows)
     out = []
     # Documents of about one length at a time, as a batch without gaps: N documents of L tokens.
-    for place_NL in buckets:
+    for place_NL, seen in buckets:
         num, longest = place_NL.shape
         query, key, value = (
             states.index_select(0, place_NL.flatten()).view(num, longest, -1, width).transpose(1, 2) for states in flat
@@ -71,9 +73,9 @@ def document_attention(
         groups = heads // key.shape[1]
         if groups > 1:
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        seen = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
         if sliding_window is not None:
-            seen = seen.triu(1 - sliding_window)
+            position_NL = position_ids.expand(rows, -1).flatten()[place_NL]
+            seen = seen & (position_NL[:, None, :, None] - position_NL[:, None, None, :] < sliding_window)
         if longest <= SHORT and not dropout:
             found = _PlainAttention.apply(query, key, value, ~seen, scale)
         else:
@@ -114,14 +116,19 @@ class _PlainAttention(torch.autograd.Function):
         return torch.matmul(of_scores, key), torch.matmul(of_scores.transpose(-1, -2), query), of_value, None, None
 
 
-def _buckets(position_ids: torch.Tensor, rows: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Places of the documents' tokens, [documents, length], by bucket of length; and for each token of the rows, its
-    place in the buckets one after the other.
+Buckets = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def _buckets(position_ids: torch.Tensor, until: torch.Tensor | None, rows: int) -> tuple[Buckets, torch.Tensor]:
+    """Places of the documents' tokens, [documents, length], by bucket of length, each with what sees what; and for each
+    token of the rows, its place in the buckets one after the other.
+
+    The former is bool [length, length], of trees [documents, 1, length, length]: whether the first sees the second.
 
     Computed once for all layers of a step, and kept on the position ids. A shorter document is filled up with its last
     token, which no earlier token sees.
     """
-    known: tuple[list[torch.Tensor], torch.Tensor] | None = getattr(position_ids, "_buckets", None)
+    known: tuple[Buckets, torch.Tensor] | None = getattr(position_ids, "_buckets", None)
     if known is not None:
         return known
     # A document begins wherever a position is 0, and ends where the next one begins.
@@ -137,7 +144,12 @@ def _buckets(position_ids: torch.Tensor, rows: int) -> tuple[list[torch.Tensor],
         place = starts[mine, None] + torch.minimum(within, lengths[mine, None] - 1)
         real = within < lengths[mine, None]
         standing[place[real]] = first + real.flatten().nonzero().squeeze(1)
-        buckets.append(place)
+        seen = torch.ones(longest, longest, dtype=torch.bool, device=positions.device).tril()
+        if until is not None:
+            # From the row's start to the document's. What fills a document up sees itself, lest it see nothing.
+            ends = until.flatten()[place] - (starts[mine, None] % position_ids.shape[-1])
+            seen = seen & (within[:, None] < ends[:, None, None, :]) | torch.eye(longest, dtype=torch.bool).to(seen)
+        buckets.append((place, seen))
         first += place.numel()
     position_ids._buckets = buckets, standing  # type: ignore[attr-defined]
     return buckets, standing

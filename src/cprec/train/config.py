@@ -243,16 +243,17 @@ class FinetuneConfig(TrainingConfig):
 
     domain: str
     """The target domain: one that `cprec prepare` wrote examples for."""
-    documents: Literal["examples", "users"] = "examples"
-    """What is read: an example for each event, with the loss on its title alone, or each user's events once, in one
-    document, with the loss on all tokens."""
+    documents: Literal["examples", "users", "trees"] = "examples"
+    """What is read: an example for each event, with the loss on its title alone; each user's events once, in one
+    document, with the loss on all tokens; or such documents with branches: after each event hangs what came next, as a
+    prompt asks for it, and what teachers choose."""
     max_documents: int = 0
     """Few-shot: examples (or documents of users) that are read at most, a sample by the seed; 0 reads all."""
     teachers: tuple[str, ...] = ()
     """Baselines that choose further targets, as `transition graph (titles),EASE`: after every training event, items
-    drawn by what all of them say of each are targets of further examples (docs/pretraining.md)."""
+    drawn by what all of them say of each are targets, too (docs/pretraining.md). Needs documents=trees."""
     taught_targets: int = 2
-    """Items that teachers choose after each event; a pass reads the examples of all of them."""
+    """Items that teachers choose after each event."""
     softmax: Literal["vocabulary", "catalogue", "both"] = "vocabulary"
     """What the probabilities of a title's next token sum to one over in the loss: the vocabulary; the tokens with which
     titles of the catalogue go on there, which teaches nothing where there is one; or a sum of both losses. Rankings use
@@ -280,9 +281,9 @@ class FinetuneConfig(TrainingConfig):
                 f"max_documents={self.max_documents} is of the language model alone, and an item head learns from all "
                 "events: set item_head=false"
             )
-        if self.teachers and (self.documents != "examples" or self.max_documents):
+        if self.teachers and (self.documents != "trees" or self.max_documents):
             raise ConfigError(
-                "teachers choose the targets of examples, and learn from all events: set documents=examples and "
+                "teachers choose targets that hang in trees, and learn from all events: set documents=trees and "
                 "max_documents=0"
             )
         if self.teachers and not self.num_train_epochs:

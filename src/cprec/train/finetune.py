@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cprec import distributed
+from cprec.data.dataset import read_split
 from cprec.data.queries import sampled_rows
+from cprec.data.ragged import Ragged, offsets_of
+from cprec.data.splits import Split
 from cprec.errors import ConfigError
+from cprec.provenance import read_resolved
 from cprec.schema import SPECIFIC
 from cprec.search.trie import Trie
 from cprec.text.corpus import Corpus, Group
-from cprec.text.documents import WHOLE
-from cprec.text.shards import Shards, open_shards
+from cprec.text.documents import WHOLE, histories, stretches
+from cprec.text.shards import TRAINING, Shards, open_shards, read_shard_manifest
 from cprec.text.stream import TokenStream, one_phase
 from cprec.text.tokenizer import load_tokenizer
+from cprec.text.trees import grow
 from cprec.train.catalogue_loss import TitleNodes
 from cprec.train.config import FinetuneConfig
 from cprec.train.estimate import Estimate
@@ -25,21 +31,25 @@ from cprec.train.plan import Plan, plan_of
 from cprec.train.run import Run
 from cprec.train.training import encoder_of, run_training, time_training
 
+BRANCH_ENDING = 2
+"""Tokens of a branch before its title, about."""
+
 
 @dataclass(frozen=True)
 class Taught:
-    """Examples whose targets other recommenders chose: they are read beside those of the domain, once a pass."""
+    """Targets that other recommenders choose, to be read beside those of the log."""
 
     made_from: Mapping[str, str]
     """Hashes of all that they depend on, beside the settings."""
-    examples: Callable[[], Shards]
-    """Makes them, in memory: the same each time."""
+    choose: Callable[[Split, Ragged, np.ndarray], np.ndarray]
+    """The items that they choose after histories where some item came next, -1 for none: catalogue rows, int64[Q, D],
+    the same each time."""
 
 
 def finetune(config: FinetuneConfig, taught: Taught | None = None) -> Path:
     """Fine-tune a model on the next-item examples of a domain, or on its users' documents; returns the model folder.
 
-    `taught` is what the teachers of the configuration add (`cprec.finetune` makes it). Raises ConfigError without it.
+    `taught` is what the teachers of the configuration choose (`cprec.finetune` has them). Raises ConfigError without.
     """
     if config.teachers and taught is None:
         raise ConfigError("this function makes no teachers: call cprec.finetune.finetune, which does")
@@ -52,43 +62,70 @@ def timed(config: FinetuneConfig) -> Estimate:
 
 
 def tokens_of_pass(config: FinetuneConfig) -> int:
-    """The tokens that fine-tuning reads in a pass, about: examples that teachers add count as long as the others."""
-    return _read(config).num_tokens * (1 + config.taught_targets * bool(config.teachers))
+    """The tokens that fine-tuning reads in a pass, about."""
+    if config.documents != "trees":
+        return _sample(config, _documents(config)).num_tokens
+    examples = open_shards(_examples_of(Path(config.data), config.domain) / "train", columns=TRAINING)
+    # Each event is read once; a branch is about as long as a line of the history, and each event has some.
+    branches = (examples.column("length") - examples.column("target_start") + BRANCH_ENDING).sum()
+    return int(branches * (2 + config.taught_targets * bool(config.teachers)))
 
 
-def _read(config: FinetuneConfig) -> Group:
-    """What fine-tuning reads: the examples or documents of a domain, or a sample of them."""
-    shards = _documents(_examples_of(Path(config.data), config.domain), config.documents)
+def _sample(config: FinetuneConfig, shards: Shards) -> Group:
+    """What fine-tuning reads of documents: all, or a sample."""
     rows = sampled_rows(len(shards), config.max_documents, config.seed)
     return Group("", "", shards, rows, targets_only=config.documents == "examples")
 
 
+def _trees(config: FinetuneConfig, taught: Taught | None) -> Shards:
+    """Each user's events once, and after each of them the log's next item and those that are taught."""
+    data = Path(config.data)
+    about = read_shard_manifest(_examples_of(data, config.domain) / "train")["about"]
+    least = read_resolved(data)["config"]["min_history"]
+    split = read_split(data)
+    encoder = encoder_of(data, about, load_tokenizer(str(data / "tokenizer")))
+    domain, kind = split.catalogue.domain_index(config.domain), about["history"]
+    history, _ = histories(split, domain, kind)
+    of_domain = split.catalogue.domain[history.values] == domain
+    # What came next, of the domain and of the same user; -1 for nothing.
+    next_E = np.append(history.values[1:], -1)
+    next_E[(history.place_of == history.lengths[history.row_of] - 1) | ~np.append(of_domain[1:], False)] = -1
+    next_E[history.place_of + 1 < least] = -1
+    branches = Ragged(next_E, np.arange(len(next_E) + 1)).kept(next_E >= 0)
+    if taught is not None:
+        before, _, _ = stretches(split, domain, kind, about["max_history"])
+        chosen_QD = taught.choose(split, before, next_E[of_domain])
+        number = chosen_QD.shape[1] * of_domain
+        chosen = Ragged(chosen_QD.ravel(), offsets_of(number))
+        # A stable sort by event puts what is chosen behind what came.
+        event = np.concatenate([branches.row_of, chosen.row_of])
+        items = np.concatenate([branches.values, chosen.values])[np.argsort(event, kind="stable")]
+        branches = Ragged(items, offsets_of(branches.lengths + number))
+    return grow(encoder, kind, domain, history, branches, config.max_length)
+
+
 def _run(config: FinetuneConfig, taught: Taught | None = None) -> Run:
-    group = _read(config)
-    train, validation = group.shards, open_shards(_examples_of(Path(config.data), config.domain) / "validation")
+    folder = _examples_of(Path(config.data), config.domain)
+    documents, validation = _documents(config), open_shards(folder / "validation")
 
     def stream(corpus: Corpus, num_tokens: float, rows: int, **more: Any) -> TokenStream:
-        sizes = np.array([of.num_tokens for of in corpus.groups])
         return TokenStream(
             corpus,
-            one_phase(num_tokens, sizes / max(1, sizes.sum())),
+            one_phase(num_tokens),
             rows_per_step=rows,
             row_tokens=config.max_length,
             seed=config.seed,
             **more,
         )
 
-    trie = _titles_of(config, train.manifest["about"]) if config.weight_of_catalogue else None
+    trie = _titles_of(config, documents.manifest["about"]) if config.weight_of_catalogue else None
 
     def plan() -> Plan:
-        groups = [group]
-        if taught:
-            more = taught.examples()
-            of_teachers = Group("of teachers", "", more, np.arange(len(more)), targets_only=True)
-            groups = [replace(group, name="of the log"), of_teachers]
-        num_tokens = round(config.num_train_epochs * sum(of.num_tokens for of in groups))
+        trees = config.documents == "trees"
+        group = _sample(config, distributed.by_first(lambda: _trees(config, taught)) if trees else documents)
+        num_tokens = round(config.num_train_epochs * group.num_tokens)
         nodes_of = TitleNodes(trie) if trie else None
-        return plan_of(config, stream(Corpus(groups), num_tokens, config.train_batch_size, nodes_of=nodes_of))
+        return plan_of(config, stream(Corpus([group]), num_tokens, config.train_batch_size, nodes_of=nodes_of))
 
     held_out = min(config.eval_tokens, validation.manifest["num_tokens"])
     asked = Corpus.of(validation, targets_only=True)
@@ -96,11 +133,11 @@ def _run(config: FinetuneConfig, taught: Taught | None = None) -> Run:
     return Run(
         config=config,
         make_plan=plan,
-        trained_on=[train.sha256],
+        trained_on=[documents.sha256],
         inputs={"heldout": validation.sha256, **(taught.made_from if taught else {})},
         validation={f"{config.domain} (next item)": heldout} if heldout else {},
         stage="finetune",
-        about={"domain": config.domain, **train.manifest["about"], "softmax": config.softmax},
+        about={"domain": config.domain, **documents.manifest["about"], "softmax": config.softmax},
         probe_domains=(config.domain,) if config.probe_queries else (),
         titles_trie=trie,
         weight_of_catalogue=config.weight_of_catalogue,
@@ -114,9 +151,11 @@ def _titles_of(config: FinetuneConfig, about: Mapping[str, Any]) -> Trie:
     return Trie.build(encoder.titles(encoder.catalogue.rows_of(config.domain), end=True))
 
 
-def _documents(folder: Path, documents: str) -> Shards:
-    """What is trained on. Raises ConfigError where the data have no documents of users, or documents unlike prompts."""
-    if documents == "examples":
+def _documents(config: FinetuneConfig) -> Shards:
+    """What is trained on, or the examples that trees are made of the events of. Raises ConfigError where the data have
+    no documents of users, or documents unlike prompts."""
+    folder = _examples_of(Path(config.data), config.domain)
+    if config.documents != "users":
         return open_shards(folder / "train")
     if not (folder / WHOLE).is_dir():
         raise ConfigError(
@@ -127,7 +166,7 @@ def _documents(folder: Path, documents: str) -> Shards:
     if shards.manifest["about"]["history"] != SPECIFIC:
         raise ConfigError(
             "documents=users has the events of one domain, but prompts have those of all (history=mixed): prepare the "
-            "data with history=specific, or set documents=examples"
+            "data with history=specific, or set documents=trees"
         )
     return shards
 

@@ -129,14 +129,20 @@ class PackedLoss(nn.Module):
         self.bf16 = bf16
 
     def forward(
-        self, input_ids_RT: torch.Tensor, position_ids_RT: torch.Tensor, targets_RT: torch.Tensor
+        self,
+        input_ids_RT: torch.Tensor,
+        position_ids_RT: torch.Tensor,
+        targets_RT: torch.Tensor,
+        until_RT: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Cross-entropy summed over the targets that are not IGNORE, in nats: float32, no dimensions."""
-        return self._of_tokens(self._hidden(input_ids_RT, position_ids_RT), targets_RT)
+        return self._of_tokens(self._hidden(input_ids_RT, position_ids_RT, until_RT), targets_RT)
 
-    def _hidden(self, input_ids_RT: torch.Tensor, position_ids_RT: torch.Tensor) -> torch.Tensor:
+    def _hidden(
+        self, input_ids_RT: torch.Tensor, position_ids_RT: torch.Tensor, until_RT: torch.Tensor | None = None
+    ) -> torch.Tensor:
         with distributed.autocast(input_ids_RT.device, self.bf16):
-            return packed_hidden(self.module, input_ids_RT, position_ids_RT)
+            return packed_hidden(self.module, input_ids_RT, position_ids_RT, until_RT)
 
     def _of_tokens(self, hidden_RTD: torch.Tensor, targets_RT: torch.Tensor) -> torch.Tensor:
         _, head = trunk_and_head(self.module)
@@ -151,7 +157,7 @@ class PackedLoss(nn.Module):
 
     def losses(self, rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `Trainable.losses`."""
-        return {NEXT_TOKEN: self(rows["input_ids"], rows["position_ids"], rows["targets"])}
+        return {NEXT_TOKEN: self(rows["input_ids"], rows["position_ids"], rows["targets"], rows.get("until"))}
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """See `Trainable.parameter_groups`."""

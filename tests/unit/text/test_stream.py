@@ -253,10 +253,11 @@ def test_a_group_without_weight_does_not_occur(make_shards: MakeShards) -> None:
 def test_documents_of_several_folders_are_one_list(make_shards: MakeShards) -> None:
     first, second = make_shards(["books", ""], seed=1), make_shards(["games"] * 3, seed=2)
     corpus = Corpus([*groups_of(first), *groups_of(second)])
-    tokens, first_target = corpus.take(np.array([4, 0, 1, 2]))
+    read = corpus.take(np.array([4, 0, 1, 2]))
     expected = [second.rows[2], first.rows[0], first.rows[1], second.rows[0]]
-    assert [tokens[row].tolist() for row in range(4)] == [row.tolist() for row in expected]
-    assert first_target.tolist() == [1] * 4
+    assert [read.tokens[row].tolist() for row in range(4)] == [row.tolist() for row in expected]
+    assert read.first_target.tolist() == [1] * 4 and read.until is None
+    assert np.flatnonzero(~read.is_target).tolist() == read.tokens.offsets[:-1].tolist()
 
 
 def test_tokens_after_each_step_are_what_the_batches_hold(make_shards: MakeShards) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from cprec.errors import ConfigError
 from cprec.inspection import check_isolation
 from cprec.models import load_model, packed_hidden
 from cprec.train import attention
@@ -58,6 +59,56 @@ def test_it_equals_attention_with_masks(family: str, short: int, monkeypatch: py
             torch.testing.assert_close(
                 found.grad, expected.grad, rtol=1e-3, atol=1e-4 * expected.grad.abs().max(), msg=name
             )  # type: ignore[arg-type]
+
+
+TREE = [
+    # Three branches behind 2, two behind 1; a document behind the tree, and padding.
+    *[(0, 12), (1, 12), (2, 8), (3, 5), (4, 5), (3, 8), (4, 7), (4, 8), (2, 10), (3, 10), (2, 12), (3, 12)],
+    *[(0, 15), (1, 15), (2, 15), (0, 16)],
+]
+"""Position ids and the places where readers end, of a row of 16 tokens."""
+
+
+@pytest.mark.parametrize("attend", ["documents", "sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_token_of_a_tree_sees_what_it_goes_on_from_and_nothing_else(family: str, attend: str) -> None:
+    """Its state, and the gradients that it leaves, are those of its path read alone."""
+    changes = FAMILIES[family] if attend == "documents" else FAMILIES[family] | {"sliding_window": 64}
+    model = make(family, attn_implementation="eager" if attend == "eager" else "sdpa", **changes)
+    alone = copy.deepcopy(model)
+    if attend == "documents":
+        use_document_attention(model)
+    ids = torch.randint(0, 50, (2, len(TREE)), generator=torch.Generator().manual_seed(2))
+    positions, until = (torch.tensor([column, column]) for column in zip(*TREE, strict=True))
+    found = packed_hidden(model, ids, positions, until)
+    expected = torch.zeros_like(found)
+    for row in range(2):
+        for at in range(len(TREE)):
+            path = [place for place in range(at + 1) if TREE[place][1] > at]
+            assert [TREE[place][0] for place in path] == list(range(len(path)))
+            states = packed_hidden(alone, ids[row, path][None], torch.arange(len(path))[None])
+            expected = expected.index_put((torch.tensor(row), torch.tensor(at)), states[0, -1])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    weight = torch.randn(32, generator=torch.Generator().manual_seed(3))
+    for states in (found, expected):
+        (states @ weight).square().sum().backward()
+    for (name, other), mine in zip(alone.named_parameters(), model.parameters(), strict=True):
+        if other.grad is not None:
+            torch.testing.assert_close(
+                mine.grad, other.grad, rtol=1e-3, atol=1e-4 * float(other.grad.abs().max()), msg=name
+            )
+
+
+@pytest.mark.parametrize(
+    ("family", "attend", "message"),
+    [("mistral", "sdpa", "a sliding window of 3"), ("llama", "flex_attention", "attn_implementation=flex_attention")],
+)
+def test_trees_are_refused_by_attention_that_would_see_something_else(family: str, attend: str, message: str) -> None:
+    model = make(family, **FAMILIES[family])
+    model.config._attn_implementation = attend
+    positions, until = (torch.tensor([column]) for column in zip(*TREE, strict=True))
+    with pytest.raises(ConfigError, match=f"documents=trees cannot be read with {message} here"):
+        packed_hidden(model, positions, positions, until)
 
 
 def test_the_plain_attention_has_the_right_gradients() -> None:

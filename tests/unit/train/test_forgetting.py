@@ -95,6 +95,6 @@ def test_what_cannot_be_read_is_named(tokenizer: Any, tmp_path: Path) -> None:
 
 def test_each_document_of_the_text_begins_as_those_it_stands_beside(tokenizer: Any) -> None:
     plain, begun = general_text_batches(tokenizer, 64), general_text_batches(tokenizer, 64, begin=[3])
-    documents = [begun.corpus.take(np.array([row]))[0].values.tolist() for row in range(len(begun.corpus))]
+    documents = [begun.corpus.take(np.array([row])).tokens.values.tolist() for row in range(len(begun.corpus))]
     assert all(document[0] == 3 and len(document) <= 64 for document in documents)
     assert sum(len(document) - 1 for document in documents) == plain.num_tokens

@@ -486,7 +486,7 @@ def test_items_only_covers_titles_and_the_end(config: Callable[..., PretrainConf
     for step in range(3):
         whole, masked = everything.stream.batch(step), titles.stream.batch(step)
         assert (whole.rows["input_ids"] == masked.rows["input_ids"]).all()
-        documents = titles.stream.corpus.take(masked.examples)[0]
+        documents = titles.stream.corpus.take(masked.examples).tokens
         marks = titles.stream._is_target(masked.examples, documents)
         for row in range(len(documents)):
             inside = marks[documents.offsets[row] : documents.offsets[row + 1]]
