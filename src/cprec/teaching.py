@@ -12,23 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
 from cprec import lineup
-from cprec.data.dataset import event_files
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import ConfigError, Unsuitable
 from cprec.progress import say, track
-from cprec.provenance import code_sha256, file_sha256
+from cprec.provenance import code_sha256
 from cprec.rank.blend import KINDS, shares
 from cprec.recommender import RankingQuery
 from cprec.schema import Item
 from cprec.scoring import BATCH, ScoringRecommender
 from cprec.train.config import FinetuneConfig
-from cprec.train.finetune import Taught
+from cprec.train.finetune import Chosen, Taught
 
 MOST = 50
 """Items that may be drawn after a history: the best by all teachers together."""
@@ -49,15 +47,13 @@ def taught_by(config: FinetuneConfig) -> Taught | None:
     can_teach = [name for name in KINDS if not lineup.is_trained(name)]
     if unknown := [name for name in config.teachers if name not in can_teach]:
         raise ConfigError(f"teachers: {unknown[0]!r} cannot teach; these can: {', '.join(can_teach)}")
-    made_from = {f"taught/{name}": file_sha256(Path(config.data, name)) for name in event_files(config.data)}
-    made_from["taught"] = code_sha256("cprec.teaching")
-    return Taught(made_from, partial(_chosen, config))
+    return Taught({"taught": code_sha256("cprec.teaching")}, partial(_chosen, config))
 
 
-def _chosen(config: FinetuneConfig, split: Split, history: Ragged, came_next: np.ndarray) -> np.ndarray:
+def _chosen(config: FinetuneConfig, split: Split, history: Ragged, came_next: np.ndarray) -> Chosen:
     teachers, number = _teachers(config, split), config.taught_targets
     chosen = drawn(teachers, split, config.domain, history, came_next, number, config.seed)
-    say(f"{config.domain}: {', '.join(config.teachers)} chose {chosen.size:,} more targets")
+    say(f"{config.domain}: {', '.join(config.teachers)} chose {chosen.items.size:,} more targets")
     return chosen
 
 
@@ -81,8 +77,8 @@ def drawn(
     came_next: np.ndarray,
     number: int,
     seed: int,
-) -> np.ndarray:
-    """Items drawn after each history, all different: catalogue rows, int64[Q, D]; D is `number`, or all of the domain.
+) -> Chosen:
+    """Items drawn after each history, all different, D of them: `number`, or all of the domain.
 
     One after the other is drawn, each with a chance in proportion to the product over the teachers of its share of the
     best score (`rank.blend.shares`), at least `FLOOR`, among the `MOST` items where that is highest. Items of the
@@ -91,7 +87,9 @@ def drawn(
     """
     rows, rng = split.catalogue.rows_of(domain), np.random.default_rng(seed)
     first, number = int(rows[0]), min(number, len(rows))
-    out = np.empty((len(history), number), dtype=np.int64)
+    most = min(max(MOST, number), len(rows))
+    items = np.empty((len(history), number), dtype=np.int64)
+    among, chance = np.empty((len(history), most), dtype=np.int64), np.empty((len(history), most), dtype=np.float32)
     with track(len(history), f"{domain}: drawing targets", unit="histories") as progress:
         for start in range(0, len(history), BATCH):
             asked = np.arange(start, min(start + BATCH, len(history)))
@@ -101,14 +99,15 @@ def drawn(
             own = split.catalogue.domain[part.values] == split.catalogue.domain_index(domain)
             log_QN[part.row_of[own], part.values[own] - first] -= KNOWN
             log_QN[next_Q >= 0, next_Q[next_Q >= 0] - first] -= KNOWN
-            most = min(max(MOST, number), log_QN.shape[1])
             best_QM = np.argpartition(-log_QN, most - 1)[:, :most]
             # The greatest of logarithmic chances with Gumbel noise are a draw one after the other (Yellott 1977).
-            noisy_QM = np.take_along_axis(log_QN, best_QM, 1) + rng.gumbel(size=best_QM.shape)
-            place_QD = np.argsort(-noisy_QM, axis=1)[:, :number]
-            out[asked] = first + np.take_along_axis(best_QM, place_QD, 1)
+            log_QM = np.take_along_axis(log_QN, best_QM, 1)
+            place_QD = np.argsort(-(log_QM + rng.gumbel(size=log_QM.shape)), axis=1)[:, :number]
+            chance_QM = np.exp(log_QM - log_QM.max(1, keepdims=True))
+            items[asked] = first + np.take_along_axis(best_QM, place_QD, 1)
+            among[asked], chance[asked] = first + best_QM, chance_QM / chance_QM.sum(1, keepdims=True)
             progress.advance(len(part))
-    return out
+    return Chosen(items, among, chance)
 
 
 def _query(split: Split, domain: str, rows: np.ndarray) -> RankingQuery:

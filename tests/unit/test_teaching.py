@@ -51,7 +51,7 @@ def draw(
     """Items drawn after histories by teachers with these scores; nothing came next."""
     made = [Fixed(split, scores) for scores in teachers]
     settings = {"came_next": np.full(len(histories), -1), "seed": 0} | more
-    return teaching.drawn(made, split, "ring", Ragged.of(histories), number=number, **settings)
+    return teaching.drawn(made, split, "ring", Ragged.of(histories), number=number, **settings).items
 
 
 def shares_drawn(split: Split, teachers: Sequence[Sequence[float]], history: Sequence[int]) -> np.ndarray:
@@ -231,7 +231,7 @@ def test_changed_events_are_other_input_of_the_teachers(
     finally:
         path.write_bytes(before)
     monkeypatch.setattr(teaching, "code_sha256", lambda name: "another")
-    with pytest.raises(InputChanged, match="the events or the code of the teachers"):
+    with pytest.raises(InputChanged, match="the code of the teachers"):
         finetune(config)
     assert json.loads(Path(config.output_dir, "run.json").read_text())["inputs"]["taught"] != "another"
 

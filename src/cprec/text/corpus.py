@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
 
 from cprec.data.ragged import Ragged, gather, offsets_of
 from cprec.schema import MIXED, SPECIFIC
-from cprec.text.shards import Shards
+from cprec.text.shards import Choices, Shards
 
 TEXT, EXAMPLES = "general text", "examples"
 """Kinds of documents beside behaviour sequences."""
@@ -80,6 +80,8 @@ class Documents:
     until: np.ndarray | None
     """The place in its document before which the tokens that read each token end: int64. None where no document of the
     corpus is a tree: then it is the end."""
+    choices: Choices | None
+    """What the loss asks in the place of some tokens. None where the corpus has none."""
 
     @property
     def depth(self) -> np.ndarray:
@@ -119,6 +121,10 @@ class Corpus:
         """Whether any document may be a tree."""
         return any(group.shards.branches is not None for group in self.groups)
 
+    @property
+    def has_choices(self) -> bool:
+        return any(group.shards.branches is not None and group.shards.branches.choices for group in self.groups)
+
     def take(self, documents: np.ndarray) -> Documents:
         """Some documents, given by their places."""
         offsets = offsets_of(self.lengths[documents])
@@ -126,7 +132,7 @@ class Corpus:
         first_target = np.ones(len(documents), dtype=np.int64)
         until = np.repeat(np.diff(offsets), np.diff(offsets)) if self.has_trees else None
         of_trees = np.zeros(len(tokens) if self.has_trees else 0, dtype=bool)
-        asked = of_trees.copy()
+        asked, choices = of_trees.copy(), []
         group_of = self.group[documents]
         for number in np.unique(group_of):
             group, mine = self.groups[number], np.flatnonzero(group_of == number)
@@ -139,10 +145,17 @@ class Corpus:
                 at = gather(np.arange(len(branches.until)), group.shards.column("offset")[rows], found.lengths).values
                 assert until is not None
                 until[place], asked[place], of_trees[place] = branches.until[at], branches.is_target[at], True
+                if (every := branches.choices) is not None:
+                    first = np.searchsorted(every.of, at)
+                    number = np.searchsorted(every.of, at, side="right") - first
+                    of = gather(np.arange(len(every.of)), first, number).values
+                    choices.append(Choices(np.repeat(place, number), every.token[of], every.chance[of]))
             if group.targets_only:
                 first_target[mine] = group.shards.column("target_start")[rows]
         read = Ragged(tokens, offsets)
         is_target = read.place_of >= np.repeat(first_target, read.lengths)
         if until is not None:
             is_target = np.where(of_trees, asked, is_target)
-        return Documents(read, first_target, is_target, until)
+        parts = [[getattr(each, field.name) for each in choices] for field in fields(Choices)]
+        joined = Choices(*map(np.concatenate, parts)) if choices else None
+        return Documents(read, first_target, is_target, until, joined)

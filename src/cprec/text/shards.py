@@ -38,6 +38,17 @@ INDEX = {
 
 
 @dataclass(frozen=True)
+class Choices:
+    """Tokens that might stand in the place of others, the others among them: arrays along these tokens."""
+
+    of: np.ndarray
+    """The place of the token in whose place each might stand, ascending: int64."""
+    token: np.ndarray
+    chance: np.ndarray
+    """float32; all that might stand in one place sum to one."""
+
+
+@dataclass(frozen=True)
 class Branches:
     """How the tokens of documents that are trees hang together: arrays along the tokens.
 
@@ -48,6 +59,8 @@ class Branches:
     """The place in its document before which the tokens that read a token, itself included, end: int32."""
     is_target: np.ndarray
     """Whether the loss covers the token, which then stands right behind the one that it goes on from: bool."""
+    choices: Choices | None = None
+    """What the loss asks in the place of some of these tokens, counted over all documents. None: the tokens."""
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,11 @@ import numpy as np
 
 from cprec.batch import IGNORE, Batch
 from cprec.data.ragged import Ragged, offsets_of
+from cprec.data.splits import runs
 from cprec.errors import ConfigError
 from cprec.text.corpus import Corpus
 from cprec.text.packing import pack
+from cprec.text.shards import Choices
 
 NEXT_TOKEN = "next_token"
 """The name of the loss term of every stream: the token that follows."""
@@ -202,7 +204,8 @@ class TokenStream:
         Position ids restart at 0 at each document, which is how attention knows where documents begin. A target is the
         token that follows, or IGNORE: at the end of a document, in padding and where the loss is masked. With nodes
         also `nodes`: the node to which the token that follows leads, or IGNORE. Where documents may be trees also
-        `until`: the place in the row before which the tokens that read a token end.
+        `until`: the place in the row before which the tokens that read a token end. Where they have choices, a position
+        has K targets, [R, T, K], the last of them IGNORE where it has fewer, and `weights`, float32, that sum to one.
         """
         rows = np.arange(self._first_row[step], self._first_row[step + 1])
         taken = self._rows.take(rows)
@@ -233,6 +236,8 @@ class TokenStream:
             column = np.repeat(start - row_start[rows_of], lengths)
             arrays["until"] = np.full(size, self.row_tokens, dtype=np.int64)
             arrays["until"][flat] = column + read.until
+        if read.choices is not None:
+            arrays |= self._with_choices(targets, read.choices, flat)
         counts = {NEXT_TOKEN: int(predicted.sum())}
         if self._nodes_of is not None:
             node = self._nodes_of(tokens, read.first_target)
@@ -241,12 +246,22 @@ class TokenStream:
             # As many as tokens, since where titles go on in one way only the loss is 0.
             counts[NEXT_CHILD] = counts[NEXT_TOKEN]
         return Batch(
-            rows={name: array.reshape(len(rows), self.row_tokens) for name, array in arrays.items()},
+            rows={name: array.reshape(len(rows), self.row_tokens, *array.shape[1:]) for name, array in arrays.items()},
             counts=counts,
             num_tokens=len(tokens.values),
             examples=documents,
             blank={name: IGNORE for name in ("targets", "nodes") if name in arrays},
         )
+
+    def _with_choices(self, targets: np.ndarray, choices: Choices, flat: np.ndarray) -> dict[str, np.ndarray]:
+        """Targets and their weights where some positions have K: int64 and float32, [positions, K]."""
+        place, of_one, _ = runs(choices.of)
+        width = int(of_one.max(initial=1))
+        several, weights = np.full((len(targets), width), IGNORE), np.zeros((len(targets), width), dtype=np.float32)
+        several[:, 0], weights[:, 0] = targets, targets != IGNORE
+        at = flat[choices.of] - 1
+        several[at, place], weights[at, place] = choices.token, choices.chance
+        return {"targets": several, "weights": weights}
 
     def __iter__(self) -> Iterator[Batch]:
         return (self.batch(step) for step in range(self.num_steps))

@@ -13,20 +13,40 @@ Suffixes: T trees, E events of all trees, B branches of all events.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 import pyarrow as pa
 
 from cprec.data.ragged import Ragged, gather, offsets_of
 from cprec.schema import MIXED
 from cprec.text.encoding import PromptEncoder
-from cprec.text.shards import Branches, Shards
+from cprec.text.shards import Branches, Choices, Shards
 
 CONTEXT = 5
 """Events before its first branch that a tree repeats, where a user's events are too many for one tree."""
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What next items were drawn from. Q draws, each from M items."""
+
+    row: np.ndarray
+    """Of each next item the row of its draw, -1 where it was not drawn: int64."""
+    among: np.ndarray
+    """The items that might have been drawn, itself among them: catalogue rows, int64[Q, M]."""
+    chance: np.ndarray
+    """float32[Q, M]"""
+
+
 def grow(
-    encoder: PromptEncoder, kind: str, domain: int, history: Ragged, next_items: Ragged, most_tokens: int
+    encoder: PromptEncoder,
+    kind: str,
+    domain: int,
+    history: Ragged,
+    next_items: Ragged,
+    most_tokens: int,
+    drawn: Drawn | None = None,
 ) -> Shards:
     """The trees of users' events, in memory; a tree has at most `most_tokens` tokens, or a single event with branches.
 
@@ -34,7 +54,9 @@ def grow(
     one row for each value of `history`, empty for none. Where a user's events are too many they are divided, and all
     trees but the first begin with up to `CONTEXT` events of the one before.
 
-    The loss covers the history, without what is repeated, and the titles of the branches.
+    The loss covers the history, without what is repeated, and the titles of the branches. Of a title that was drawn it
+    asks each token with the chance that it goes on from those before it: the chance of all items that might have been
+    drawn and go on so, among all whose titles begin as this one.
     """
     title_tokens = encoder.titles(next_items.values, end=True).lengths
     ending = _ending(encoder, kind, domain)
@@ -47,9 +69,12 @@ def grow(
     event = gather(np.arange(len(history.values)), start_T, stop_T - start_T).values
     of_trees = Ragged(history.values[event], offsets_of(stop_T - start_T))
     repeated_E = event < np.repeat(first_T, of_trees.lengths)
-    branches = next_items.take(event)
-    branches = branches.kept(~np.repeat(repeated_E, branches.lengths))
-    return _grown(encoder, kind, domain, of_trees, branches, repeated_E)
+    number = Ragged(np.arange(len(next_items.values)), next_items.offsets).take(event)
+    number = number.kept(~np.repeat(repeated_E, number.lengths))
+    branches = Ragged(next_items.values[number.values], number.offsets)
+    if drawn is not None:
+        drawn = replace(drawn, row=drawn.row[number.values])
+    return _grown(encoder, kind, domain, of_trees, branches, repeated_E, drawn)
 
 
 def _ending(encoder: PromptEncoder, kind: str, domain: int) -> np.ndarray:
@@ -86,60 +111,106 @@ def _cut(
 
 
 def _grown(
-    encoder: PromptEncoder, kind: str, domain: int, history: Ragged, next_items: Ragged, repeated_E: np.ndarray
+    encoder: PromptEncoder,
+    kind: str,
+    domain: int,
+    history: Ragged,
+    next_items: Ragged,
+    repeated_E: np.ndarray,
+    drawn: Drawn | None,
 ) -> Shards:
-    num_trees, ending = len(history), _ending(encoder, kind, domain)
-    prompts = encoder.prompts(kind, np.full(num_trees, domain), history)
+    """See `grow`; `history` and `next_items` are those of each tree."""
+    # The runs of each tree's history: its head, then its events.
+    ending = _ending(encoder, kind, domain)
+    prompts = encoder.prompts(kind, np.full(len(history), domain), history)
     trunk = prompts.kept(prompts.place_of < np.repeat(prompts.lengths - len(ending), prompts.lengths))
+    lines = encoder.event_tokens(kind, history.values)
+    heads = trunk.lengths - np.add.reduceat(np.r_[lines, 0], history.offsets[:-1])
+    runs = Ragged(trunk.values, offsets_of(np.insert(lines, history.offsets[:-1], heads)))
 
-    # The pieces behind each event, last event first: what the branches share, and for each the last token and a title.
+    # Behind them the pieces of each event, last event first: what its branches share, and for each branch the last
+    # token of the ending and a title.
     backwards = np.repeat(history.offsets[:-1] + history.offsets[1:] - 1, history.lengths)
     backwards -= np.arange(len(backwards))
-    asked = next_items.take(backwards)
-    titles = encoder.titles(asked.values, end=True)
-    shared, last = 0, 1
-    pieces_of_event = np.where(asked.lengths > 0, 1 + 2 * asked.lengths, 0)
-    piece_start = offsets_of(pieces_of_event)
-    piece = np.full(piece_start[-1], shared)
-    at = np.repeat(piece_start[:-1], asked.lengths) + 1 + 2 * asked.place_of
-    piece[at], piece[at + 1] = last, 2 + np.arange(len(titles))
-    tokens = Ragged.concatenate([Ragged.of([ending[:-1], ending[-1:]]), titles]).take(piece)
-    # Where each piece's readers end, counted over all pieces: what is shared at the end of its event, the rest at the
-    # end of their branch.
-    end = np.empty(len(piece), dtype=np.int64)
-    end[piece_start[:-1][asked.lengths > 0]] = tokens.offsets[piece_start[1:]][asked.lengths > 0]
-    end[at] = end[at + 1] = tokens.offsets[at + 2]
-    event_start = tokens.offsets[piece_start]  # of each event, last event first
-    tree_start = event_start[history.offsets]
+    number = Ragged(np.arange(len(next_items.values)), next_items.offsets).take(backwards)
+    titles = encoder.titles(next_items.values[number.values], end=True)
+    has_any = number.lengths > 0
+    first_piece = offsets_of(np.where(has_any, 1 + 2 * number.lengths, 0))  # of each event
+    last_token = np.repeat(first_piece[:-1], number.lengths) + 1 + 2 * number.place_of  # of each branch
+    title = last_token + 1
+    which = np.zeros(first_piece[-1], dtype=np.int64)
+    which[last_token], which[title] = 1, 2 + np.arange(len(titles))
+    pieces = Ragged.concatenate([Ragged.of([ending[:-1], ending[-1:]]), titles]).take(which)
 
-    # A trunk's token is read by all later ones of the trunk and by the branches of its own event and the later ones.
-    trunk_tokens = trunk.lengths
-    length = trunk_tokens + np.diff(tree_start)
-    behind = event_start[1:][backwards] - np.repeat(tree_start[:-1], history.lengths)
-    lines = encoder.event_tokens(kind, history.values)
-    heads = trunk_tokens - np.add.reduceat(np.r_[lines, 0], history.offsets[:-1])
-    # Runs of the trunk: the head of a tree, then its events.
-    run_tokens = np.insert(lines, history.offsets[:-1], heads)
-    run_until = np.insert(behind, history.offsets[:-1], np.diff(tree_start))
-    run_target = np.insert(~repeated_E, history.offsets[:-1], True)
-    trunk_until = run_until.repeat(run_tokens) + trunk_tokens.repeat(trunk_tokens)
-    branch_until = end.repeat(tokens.lengths) + np.repeat(trunk_tokens - tree_start[:-1], np.diff(tree_start))
+    # Where the readers of each end, counted over the tokens of all pieces: of what is shared with its event, of a
+    # branch with itself, of an event of the history with its own branches, since those of earlier ones stand behind.
+    event_end, tree_start = pieces.offsets[first_piece[1:]], pieces.offsets[first_piece[history.offsets]]
+    end = np.empty(len(pieces), dtype=np.int64)
+    end[first_piece[:-1][has_any]] = event_end[has_any]
+    end[last_token] = end[title] = pieces.offsets[title + 1]
+    end_of_run = np.insert(event_end[backwards], history.offsets[:-1], tree_start[1:])
 
-    def joined(of_trunk: np.ndarray, of_branches: np.ndarray) -> np.ndarray:
-        """Values along the tokens of trunks and of branches, tree by tree."""
-        both = np.concatenate([of_trunk, of_branches])
-        starts = np.stack([trunk.offsets[:-1], len(of_trunk) + tree_start[:-1]], 1).ravel()
-        lengths = np.stack([trunk_tokens, np.diff(tree_start)], 1).ravel()
-        return both[np.repeat(starts - offsets_of(lengths)[:-1], lengths) + np.arange(len(both))]
-
-    is_target = joined(run_target.repeat(run_tokens), (piece > last).repeat(tokens.lengths))
-    offsets = offsets_of(length)
+    # Tree by tree, its runs and then its pieces, which are numbered behind all runs.
+    num_runs, num_pieces = 1 + history.lengths, np.diff(first_piece[history.offsets])
+    starts = np.stack([offsets_of(num_runs)[:-1], len(runs) + first_piece[history.offsets[:-1]]], 1).ravel()
+    order = gather(np.arange(len(runs) + len(pieces)), starts, np.stack([num_runs, num_pieces], 1).ravel()).values
+    parts = Ragged.concatenate([runs, pieces]).take(order)
+    offsets = parts.offsets[offsets_of(num_runs + num_pieces)]
+    # From the tokens of all pieces to those of a tree, which has its history before them.
+    until = np.concatenate([end_of_run, end])[order] + np.repeat(trunk.lengths - tree_start[:-1], num_runs + num_pieces)
+    learnt = np.concatenate([np.insert(~repeated_E, history.offsets[:-1], True), which > 1])[order]
+    is_target = learnt.repeat(parts.lengths)
     is_target[offsets[:-1]] = False  # nothing stands before the first token
+    choices = None
+    if drawn is not None:
+        place_of_part = np.empty(len(order), dtype=np.int64)
+        place_of_part[order] = parts.offsets[:-1]
+        begin = place_of_part[len(runs) + title]
+        choices = _choices(encoder, next_items.values[number.values], begin, drawn.row[number.values], drawn)
     index = {
         "offset": offsets[:-1],
-        "length": length,
+        "length": np.diff(offsets),
         "num_events": history.lengths,
-        "target_start": np.ones(num_trees, dtype=np.int64),
+        "target_start": np.ones(len(history), dtype=np.int64),
     }
-    until = joined(trunk_until, branch_until).astype(np.int32)
-    return Shards(joined(trunk.values, tokens.values), pa.table(index), {}, Branches(until, is_target))
+    branches = Branches(until.astype(np.int32).repeat(parts.lengths), is_target, choices)
+    return Shards(parts.values, pa.table(index), {}, branches)
+
+
+AT_ONCE = 1 << 12
+"""Branches whose choices are found at once."""
+
+
+def _choices(
+    encoder: PromptEncoder, items_B: np.ndarray, begin_B: np.ndarray, row_B: np.ndarray, drawn: Drawn
+) -> Choices:
+    """What might stand in the place of the tokens of titles that were drawn; `begin` is where these titles begin, `row`
+    the row of their draws.
+
+    L tokens of the longest title, M items that might have been drawn.
+    """
+    found = [Choices(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32), np.empty(0, dtype=np.float32))]
+    of_catalogue = encoder.titles(np.arange(len(encoder.catalogue)), end=True)
+    table_IL = np.full((len(of_catalogue), of_catalogue.lengths.max(initial=1)), -1, dtype=np.int32)
+    table_IL[of_catalogue.row_of, of_catalogue.place_of] = of_catalogue.values
+    branches = np.flatnonzero(row_B >= 0)
+    for start in range(0, len(branches), AT_ONCE):
+        some = branches[start : start + AT_ONCE]
+        among_BM, chance_BM = drawn.among[row_B[some]], drawn.chance[row_B[some]]
+        same_BML = table_IL[among_BM] == table_IL[items_B[some], None]
+        # Whether an item's title begins with the tokens before each of the branch's.
+        begins_BLM = np.ones((len(some), table_IL.shape[1], among_BM.shape[1]), dtype=bool)
+        begins_BLM[:, 1:] = np.logical_and.accumulate(same_BML, 2).transpose(0, 2, 1)[:, :-1]
+        # Where all of them go on alike there is no choice; behind a title's end there is nothing.
+        varied_BL = (begins_BLM & ~same_BML.transpose(0, 2, 1)).any(2) & (table_IL[items_B[some]] >= 0)
+        branch, place, item = (begins_BLM & varied_BL[:, :, None]).nonzero()
+        total_BL = (begins_BLM * chance_BM[:, None]).sum(2)
+        of, token = begin_B[some][branch] + place, table_IL[among_BM[branch, item], place].astype(np.int64)
+        # Items that go on with the same token count together.
+        both, which = np.unique(of * encoder.vocabulary_size + token, return_inverse=True)
+        chance = np.bincount(which, chance_BM[branch, item] / total_BL[branch, place], len(both))
+        of, token = np.divmod(both, encoder.vocabulary_size)
+        found.append(Choices(of, token.astype(np.int32), chance.astype(np.float32)))
+    order = np.argsort(np.concatenate([each.of for each in found]), kind="stable")
+    joined = (np.concatenate([getattr(each, name) for each in found])[order] for name in ("of", "token", "chance"))
+    return Choices(*joined)

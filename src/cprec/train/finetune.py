@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from cprec import distributed
-from cprec.data.dataset import read_split
+from cprec.data.dataset import event_files, read_split
 from cprec.data.queries import sampled_rows
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.data.splits import Split
 from cprec.errors import ConfigError
-from cprec.provenance import read_resolved
+from cprec.provenance import code_sha256, file_sha256, read_resolved
 from cprec.schema import SPECIFIC
 from cprec.search.trie import Trie
 from cprec.text.corpus import Corpus, Group
@@ -23,7 +23,7 @@ from cprec.text.documents import WHOLE, histories, stretches
 from cprec.text.shards import TRAINING, Shards, open_shards, read_shard_manifest
 from cprec.text.stream import TokenStream, one_phase
 from cprec.text.tokenizer import load_tokenizer
-from cprec.text.trees import grow
+from cprec.text.trees import Drawn, grow
 from cprec.train.catalogue_loss import TitleNodes
 from cprec.train.config import FinetuneConfig
 from cprec.train.estimate import Estimate
@@ -36,14 +36,25 @@ BRANCH_ENDING = 2
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """Items drawn after each of Q histories; all are catalogue rows."""
+
+    items: np.ndarray
+    """int64[Q, D]"""
+    among: np.ndarray
+    """What they were drawn from: int64[Q, M]."""
+    chance: np.ndarray
+    """Of each of these, float32[Q, M]."""
+
+
+@dataclass(frozen=True)
 class Taught:
     """Targets that other recommenders choose, to be read beside those of the log."""
 
     made_from: Mapping[str, str]
-    """Hashes of all that they depend on, beside the settings."""
-    choose: Callable[[Split, Ragged, np.ndarray], np.ndarray]
-    """The items that they choose after histories where some item came next, -1 for none: catalogue rows, int64[Q, D],
-    the same each time."""
+    """Hashes of what they depend on, beside the settings and the events."""
+    choose: Callable[[Split, Ragged, np.ndarray], Chosen]
+    """What they choose after histories where some item came next, -1 for none: the same each time."""
 
 
 def finetune(config: FinetuneConfig, taught: Taught | None = None) -> Path:
@@ -91,17 +102,18 @@ def _trees(config: FinetuneConfig, taught: Taught | None) -> Shards:
     next_E = np.append(history.values[1:], -1)
     next_E[(history.place_of == history.lengths[history.row_of] - 1) | ~np.append(of_domain[1:], False)] = -1
     next_E[history.place_of + 1 < least] = -1
-    branches = Ragged(next_E, np.arange(len(next_E) + 1)).kept(next_E >= 0)
+    branches, drawn = Ragged(next_E, np.arange(len(next_E) + 1)).kept(next_E >= 0), None
     if taught is not None:
         before, _, _ = stretches(split, domain, kind, about["max_history"])
-        chosen_QD = taught.choose(split, before, next_E[of_domain])
-        number = chosen_QD.shape[1] * of_domain
-        chosen = Ragged(chosen_QD.ravel(), offsets_of(number))
+        found = taught.choose(split, before, next_E[of_domain])
+        chosen = Ragged(found.items.ravel(), offsets_of(found.items.shape[1] * of_domain))
         # A stable sort by event puts what is chosen behind what came.
-        event = np.concatenate([branches.row_of, chosen.row_of])
-        items = np.concatenate([branches.values, chosen.values])[np.argsort(event, kind="stable")]
-        branches = Ragged(items, offsets_of(branches.lengths + number))
-    return grow(encoder, kind, domain, history, branches, config.max_length)
+        order = np.argsort(np.concatenate([branches.row_of, chosen.row_of]), kind="stable")
+        row = np.concatenate([np.full(len(branches.values), -1), np.arange(found.items.size) // found.items.shape[1]])
+        drawn = Drawn(row[order], found.among, found.chance)
+        items = np.concatenate([branches.values, chosen.values])[order]
+        branches = Ragged(items, offsets_of(branches.lengths + chosen.lengths))
+    return grow(encoder, kind, domain, history, branches, config.max_length, drawn)
 
 
 def _run(config: FinetuneConfig, taught: Taught | None = None) -> Run:
@@ -134,7 +146,7 @@ def _run(config: FinetuneConfig, taught: Taught | None = None) -> Run:
         config=config,
         make_plan=plan,
         trained_on=[documents.sha256],
-        inputs={"heldout": validation.sha256, **(taught.made_from if taught else {})},
+        inputs={"heldout": validation.sha256, **_trees_made_from(config), **(taught.made_from if taught else {})},
         validation={f"{config.domain} (next item)": heldout} if heldout else {},
         stage="finetune",
         about={"domain": config.domain, **documents.manifest["about"], "softmax": config.softmax},
@@ -142,6 +154,14 @@ def _run(config: FinetuneConfig, taught: Taught | None = None) -> Run:
         titles_trie=trie,
         weight_of_catalogue=config.weight_of_catalogue,
     )
+
+
+def _trees_made_from(config: FinetuneConfig) -> dict[str, str]:
+    """Hashes of what trees depend on, beside the settings."""
+    if config.documents != "trees":
+        return {}
+    events = {f"trees/{name}": file_sha256(Path(config.data, name)) for name in event_files(config.data)}
+    return {"trees": code_sha256("cprec.text.trees"), **events}
 
 
 def _titles_of(config: FinetuneConfig, about: Mapping[str, Any]) -> Trie:

@@ -40,7 +40,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         bias_V: torch.Tensor | None,
         left_out_NX: torch.Tensor | None,
+        chance_NK: torch.Tensor | None,
     ) -> torch.Tensor:
+        target_NK = target_N if target_N.ndim == 2 else target_N[:, None]
+        if chance_NK is None:
+            chance_NK = torch.ones(1, 1, device=hidden_ND.device).expand(target_NK.shape)
         hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -54,23 +58,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_room = share_room if dtype == torch.float32 else logits_room
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
-            hidden_CD, target_C1 = hidden[rows], target_N[rows, None]
+            hidden_CD, target_CK, chance_CK = hidden[rows], target_NK[rows], chance_NK[rows]
             logits_CV, share_CV, grad_CV = (room[: len(hidden_CD)] for room in (logits_room, share_room, grad_room))
             for block in blocks:
                 torch.matmul(hidden_CD, weight[block].T, out=logits_CV[:, block])
             if bias_V is not None:
                 logits_CV += bias_V
             if left_out_NX is not None:
-                of_target_C1 = logits_CV.gather(1, target_C1)
-                logits_CV.scatter_(1, left_out_NX[rows], -torch.inf).scatter_(1, target_C1, of_target_C1)
-            # The loss of a target is log(sum(exp(logits))) minus its own logit.
-            correct = logits_CV.gather(1, target_C1).float()
+                of_target_CK = logits_CV.gather(1, target_CK)
+                logits_CV.scatter_(1, left_out_NX[rows], -torch.inf).scatter_(1, target_CK, of_target_CK)
+            # The loss of a target is log(sum(exp(logits))) minus its own logit, of several by their chances.
+            correct = (logits_CV.gather(1, target_CK).float() * chance_CK).sum(1, keepdim=True)
             largest = logits_CV.amax(1, keepdim=True).float()
             torch.softmax(logits_CV, 1, dtype=torch.float32, out=share_CV)
             # The largest share is 1 / sum(exp(logits - largest)), at least 1 / V.
             loss += (largest - correct - share_CV.amax(1, keepdim=True).log()).sum()
-            # The gradient of the logits is the softmax, less 1 at the target.
-            share_CV.scatter_add_(1, target_C1, correct.new_full(correct.shape, -1.0))
+            # The gradient of the logits is the softmax, less each target's chance at the target.
+            share_CV.scatter_add_(1, target_CK, -chance_CK)
             grad_CV.copy_(share_CV)
             if grad_hidden is not None:
                 torch.mm(grad_CV, weight, out=grad_hidden[rows])
@@ -89,10 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if grad_hidden is None else (grad_hidden * grads[0]).to(ctx.dtypes[0]),
             None if grad_weight is None else (grad_weight * grads[0]).to(ctx.dtypes[1]),
-            None,
-            None,
-            None,
-            None,
+            *[None] * 5,
         )
 
 
@@ -103,16 +104,18 @@ def linear_cross_entropy(
     dtype: torch.dtype,
     bias_V: torch.Tensor | None = None,
     left_out_NX: torch.Tensor | None = None,
+    chance_NK: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Summed cross-entropy of `hidden @ weight.T + bias` against the targets, in nats; products in `dtype`, sums in
     fp32. The bias gets no gradient. At each position the entries in `left_out`, any number of columns, have no share,
-    but for the target.
+    but for the target. With chances, which sum to one at each position, it has K targets in place of one, [N, K]; equal
+    targets add up.
 
     Equals torch's cross_entropy(reduction="sum") on the full logits, values and gradients, up to rounding.
     """
     if not torch.is_grad_enabled():  # otherwise the Function would make gradients, since parameters require them
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, target_N, dtype, bias_V, left_out_NX)
+    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, target_N, dtype, bias_V, left_out_NX, chance_NK)
 
 
 class PackedLoss(nn.Module):
@@ -134,9 +137,10 @@ class PackedLoss(nn.Module):
         position_ids_RT: torch.Tensor,
         targets_RT: torch.Tensor,
         until_RT: torch.Tensor | None = None,
+        weights_RTK: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Cross-entropy summed over the targets that are not IGNORE, in nats: float32, no dimensions."""
-        return self._of_tokens(self._hidden(input_ids_RT, position_ids_RT, until_RT), targets_RT)
+        return self._of_tokens(self._hidden(input_ids_RT, position_ids_RT, until_RT), targets_RT, weights_RTK)
 
     def _hidden(
         self, input_ids_RT: torch.Tensor, position_ids_RT: torch.Tensor, until_RT: torch.Tensor | None = None
@@ -144,12 +148,19 @@ class PackedLoss(nn.Module):
         with distributed.autocast(input_ids_RT.device, self.bf16):
             return packed_hidden(self.module, input_ids_RT, position_ids_RT, until_RT)
 
-    def _of_tokens(self, hidden_RTD: torch.Tensor, targets_RT: torch.Tensor) -> torch.Tensor:
+    def _of_tokens(
+        self, hidden_RTD: torch.Tensor, targets_RT: torch.Tensor, weights_RTK: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """With weights a position has K targets."""
         _, head = trunk_and_head(self.module)
-        hidden_ND, target_N = _where_targets_are(hidden_RTD, targets_RT)
+        targets_PK = (targets_RT[..., None] if weights_RTK is None else targets_RT).flatten(0, 1)
+        at_N = (targets_PK[:, 0] != IGNORE).nonzero().squeeze(1)
+        hidden_ND, target_NK = hidden_RTD.flatten(0, 1)[at_N], targets_PK[at_N].clamp(min=0)
         if self.scale != 1:
             hidden_ND = hidden_ND * self.scale
-        return linear_cross_entropy(hidden_ND, head.weight, target_N, self._dtype)
+        # Sharding hands on what it is given in the number format of its products.
+        chance_NK = None if weights_RTK is None else weights_RTK.flatten(0, 1)[at_N].float()
+        return linear_cross_entropy(hidden_ND, head.weight, target_NK, self._dtype, chance_NK=chance_NK)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -157,7 +168,8 @@ class PackedLoss(nn.Module):
 
     def losses(self, rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `Trainable.losses`."""
-        return {NEXT_TOKEN: self(rows["input_ids"], rows["position_ids"], rows["targets"], rows.get("until"))}
+        more = rows.get("until"), rows.get("weights")
+        return {NEXT_TOKEN: self(rows["input_ids"], rows["position_ids"], rows["targets"], *more)}
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """See `Trainable.parameter_groups`."""
@@ -166,13 +178,6 @@ class PackedLoss(nn.Module):
     def save(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         """Write a Hugging Face model folder."""
         self.module.save_pretrained(folder, state_dict=dict(weights))
-
-
-def _where_targets_are(hidden_RTD: torch.Tensor, targets_RT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The states of positions with a target, and the targets: [N, D] and N."""
-    targets = targets_RT.flatten()
-    at_N = (targets != IGNORE).nonzero().squeeze(1)
-    return hidden_RTD.flatten(0, 1)[at_N], targets[at_N]
 
 
 def prepare_loss(

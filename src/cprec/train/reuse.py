@@ -38,7 +38,8 @@ place are the same input."""
 GROUPS_IN_WORDS = {
     "trained_on": "the documents to train on",
     "heldout": "the held-out documents",
-    "taught": "the events or the code of the teachers",
+    "trees": "the events of the trees, or the code that makes them",
+    "taught": "the code of the teachers",
     "queries": "the validation queries that are ranked",
     "text": "the general text to replay",
     "general_text": "the text of general_text",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cprec.batch import IGNORE
 from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
 from cprec.text import trees
 from cprec.text.corpus import Corpus, Documents, Group
 from cprec.text.encoding import PromptEncoder
 from cprec.text.shards import Shards
-from cprec.text.trees import CONTEXT, grow
+from cprec.text.stream import TokenStream, one_phase
+from cprec.text.trees import CONTEXT, Drawn, grow
 
 BOOKS = 0
 EMPTY: list[int] = []
@@ -148,6 +151,72 @@ def test_a_divided_history_begins_with_the_events_before_it(encoder: PromptEncod
         items = history.values[seen - events : seen].tolist()
         assert found[0] == example(encoder, "specific", items, 2)
     assert seen == 20 and len(shards) > 2
+
+
+def conditional(encoder: PromptEncoder, drawn: Drawn, item: int, row: int) -> list[dict[int, float]]:
+    """For each token of an item's title: the chance of each token to go on there, among items that begin alike."""
+    titles = [title.tolist() for title in map(encoder.titles(np.arange(5), end=True).__getitem__, range(5))]
+    out = []
+    for place in range(len(titles[item])):
+        chances: dict[int, float] = {}
+        for other, chance in zip(drawn.among[row], drawn.chance[row], strict=True):
+            if titles[other][:place] == titles[item][:place]:
+                chances[titles[other][place]] = chances.get(titles[other][place], 0) + float(chance)
+        out.append({token: chance / sum(chances.values()) for token, chance in chances.items()})
+    return out
+
+
+@pytest.mark.parametrize("at_once", [1, 100])
+def test_a_drawn_title_is_asked_by_the_chances_of_all_that_begin_as_it(
+    tokenizer: Any, make_catalogue: Any, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trees, "AT_ONCE", at_once)
+    names = ["Dune", "Dune 2", "Emma", "Dune 2 (wood)", "Go 19x19"]
+    encoder = PromptEncoder(tokenizer, make_catalogue(books=names), max_title_tokens=8)
+    among, chance = np.array([[0, 1, 3, 2], [4, 3, 2, 1]]), np.array([[0.4, 0.3, 0.2, 0.1], [0.25] * 4], np.float32)
+    # After the first event what came, and two draws; after the second one, in another tree, a draw; the third is alone.
+    after = Ragged.of([[2, 1, 3], [4], [1]])
+    drawn = Drawn(np.array([-1, 0, 0, 1, -1]), among, chance)
+    shards = grow(encoder, "specific", BOOKS, Ragged.of([[0], [2, 4]]), after, 1000, drawn)
+    documents = read(shards)
+    assert documents.choices is not None
+    asked: dict[int, dict[int, float]] = {}
+    for place, token, weight in zip(
+        documents.choices.of, documents.choices.token, documents.choices.chance, strict=True
+    ):
+        here = asked.setdefault(int(place), {})
+        here[int(token)] = here.get(int(token), 0) + float(weight)
+    # The titles of the branches in order: of the first tree 2, 1, 3; of the second, last event first, 1, then 4.
+    order, found = [(2, -1), (1, 0), (3, 0), (1, -1), (4, 1)], []
+    ends = np.flatnonzero(documents.tokens.values == encoder.eos_id)
+    for (item, row), end in zip(order, ends, strict=True):
+        title = encoder.titles(np.array([item]), end=True)[0]
+        assert documents.tokens.values[end + 1 - len(title) : end + 1].tolist() == title.tolist()
+        for place, token in enumerate(title.tolist()):
+            at = int(end) + 1 - len(title) + place
+            expected = conditional(encoder, drawn, item, row)[place] if row >= 0 else {token: 1.0}
+            assert asked.get(at, {token: 1.0}) == pytest.approx(expected, abs=1e-6)
+            found.append(at)
+    assert set(asked) < set(found)
+    assert len(asked) >= 4, "where all go on alike, nothing is noted"
+
+
+def test_a_batch_has_the_choices_of_its_tokens(encoder: PromptEncoder) -> None:
+    drawn = Drawn(np.array([0, -1]), np.array([[0, 1, 2]]), np.array([[0.5, 0.3, 0.2]], np.float32))
+    shards = grow(encoder, "specific", BOOKS, Ragged.of([[0], [1]]), Ragged.of([[2], [0]]), 1000, drawn)
+    stream = TokenStream(Corpus.of(shards), one_phase(1e6), rows_per_step=1, row_tokens=128, seed=0)
+    plain = replace(shards, branches=replace(shards.branches, choices=None))
+    batch = stream.batch(0)
+    expected = TokenStream(Corpus.of(plain), one_phase(1e6), rows_per_step=1, row_tokens=128, seed=0).batch(0)
+    targets, weights = batch.rows["targets"], batch.rows["weights"]
+    assert targets.shape == weights.shape == (1, 128, 3) and batch.counts == expected.counts
+    some = np.flatnonzero(weights[0, :, 1])
+    first = encoder.titles(np.arange(3)).values[encoder.titles(np.arange(3)).offsets[:-1]].tolist()
+    asked = dict(zip(targets[0, some[0]].tolist(), weights[0, some[0]].tolist(), strict=True))
+    assert asked == pytest.approx(dict(zip(first, [0.5, 0.3, 0.2], strict=True)))
+    rest = np.delete(np.arange(128), some)
+    assert targets[0, rest, 0].tolist() == expected.rows["targets"][0, rest].tolist()
+    assert weights.sum(2)[0].tolist() == pytest.approx((expected.rows["targets"][0] != IGNORE).astype(float).tolist())
 
 
 def test_trees_and_other_documents_are_read_side_by_side(encoder: PromptEncoder) -> None:

@@ -39,6 +39,39 @@ def test_values_and_gradients_are_those_of_torch(num: int, block: int, monkeypat
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("num", [1, CHUNK + 5])
+def test_several_targets_count_by_their_chances(num: int) -> None:
+    hidden, weight, _ = problem(num)
+    random = torch.Generator().manual_seed(1)
+    target = torch.randint(VOCABULARY, (num, 4), generator=random)
+    target[:, 3] = target[:, 0]  # equal ones add up
+    chance = torch.rand(num, 4, generator=random)
+    chance /= chance.sum(1, keepdim=True)
+    loss = linear_cross_entropy(hidden, weight, target, torch.float32, chance_NK=chance)
+    mine = torch.autograd.grad(0.25 * loss, [hidden, weight])
+    of_all = torch.zeros(num, VOCABULARY).scatter_add_(1, target, chance)
+    full = cross_entropy(hidden @ weight.T, of_all, reduction="sum")
+    torch.testing.assert_close(loss, full, rtol=1e-5, atol=0)
+    for got, expected in zip(mine, torch.autograd.grad(0.25 * full, [hidden, weight]), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_with_one_target_and_with_several_have_the_same_loss() -> None:
+    """Where the weight is all on the first of them."""
+    random = torch.Generator().manual_seed(0)
+    loss = PackedLoss(tiny_model(VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    ids = torch.randint(VOCABULARY, (3, 8), generator=random)
+    positions, targets = torch.arange(8).expand(3, -1), torch.roll(ids, -1, 1)
+    targets[:, -1], targets[1] = IGNORE, IGNORE
+    several = torch.stack([targets, torch.full_like(targets, IGNORE)], 2)
+    weights = torch.stack([(targets != IGNORE).float(), torch.zeros(3, 8)], 2)
+    rows = {"input_ids": ids, "position_ids": positions}
+    one = loss.losses(rows | {"targets": targets})[NEXT_TOKEN]
+    assert loss.losses(rows | {"targets": several, "weights": weights})[NEXT_TOKEN].item() == one.item() > 0
+    half = loss.losses(rows | {"targets": several.clamp(min=0), "weights": weights / 2 + weights.flip(2) / 2})
+    assert half[NEXT_TOKEN].item() != pytest.approx(one.item())
+
+
 def test_a_hand_worked_loss() -> None:
     # logits (0, ln 3): probabilities 1/4 and 3/4
     hidden, weight = torch.tensor([[1.0]]), torch.tensor([[0.0], [torch.log(torch.tensor(3.0))]])
