@@ -228,15 +228,23 @@ def packed_hidden(
     return hidden.reshape(*shape, -1)
 
 
+def require_trees(model: Any, num_tokens: int) -> None:
+    """Raise ConfigError where the model, as it attends, cannot read trees in rows of so many tokens."""
+    attention = str(getattr(model.config, "_attn_implementation", ""))
+    window = getattr(model.config.get_text_config(), "sliding_window", None) or num_tokens
+    if attention == DOCUMENTS or (attention in ("sdpa", "eager") and window >= num_tokens):
+        return
+    name = type(inner_model(model)).__name__
+    if attention in ("sdpa", "eager"):
+        raise ConfigError(
+            f"documents=trees: {name} sees {window} tokens back, and rows have {num_tokens}: lower max_length to that"
+        )
+    raise ConfigError(f"documents=trees cannot be read by {name} with {attention}: set attn_implementation=sdpa")
+
+
 def _tree_mask(model: Any, until_RT: torch.Tensor, attention: str) -> torch.Tensor:
     """What sees what, [R, 1, T, T]: what stands before it in the row, and is read up to there or further."""
-    window = getattr(model.config.get_text_config(), "sliding_window", None) or until_RT.shape[1]
-    if attention not in ("sdpa", "eager") or window < until_RT.shape[1]:
-        seen_by = f"a sliding window of {window}" if window < until_RT.shape[1] else f"attn_implementation={attention}"
-        raise ConfigError(
-            f"documents=trees cannot be read with {seen_by} here: set attn_implementation=sdpa with a max_length that "
-            "the window has room for, or documents=examples"
-        )
+    require_trees(model, until_RT.shape[1])
     place = torch.arange(until_RT.shape[1], device=until_RT.device)
     seen_RTT = (place[None, :] <= place[:, None]) & (place[:, None] < until_RT[:, None, :])
     if attention == "sdpa":

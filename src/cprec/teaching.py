@@ -26,15 +26,16 @@ from cprec.recommender import RankingQuery
 from cprec.schema import Item
 from cprec.scoring import BATCH, ScoringRecommender
 from cprec.train.config import FinetuneConfig
-from cprec.train.finetune import Chosen, Taught
+from cprec.train.trees import Chosen, Taught
 
 MOST = 50
 """Items that may be drawn after a history: the best by all teachers together."""
 FLOOR = 0.01
 """The least share of a query's best score that counts."""
 KNOWN = 1_000.0
-"""What an item of the history, and the one that came next, lose of their logarithmic score: they are drawn only where
-there is no other."""
+"""What an item of the history, and the one that came next, lose of their logarithmic score: they are not drawn."""
+TIE = 1e-12
+"""What an item's logarithmic score loses for its place in the domain, so that equal ones have an order."""
 
 
 def taught_by(config: FinetuneConfig) -> Taught | None:
@@ -78,11 +79,11 @@ def drawn(
     number: int,
     seed: int,
 ) -> Chosen:
-    """Items drawn after each history, all different, D of them: `number`, or all of the domain.
+    """Items drawn after each history, all different, D of them: `number`, or all of the domain; -1 where none is left.
 
     One after the other is drawn, each with a chance in proportion to the product over the teachers of its share of the
     best score (`rank.blend.shares`), at least `FLOOR`, among the `MOST` items where that is highest. Items of the
-    history, and the one that came next in the log, which is a target anyway, are not drawn unless there are no others.
+    history, and the one that came next in the log, are not drawn.
     `history` and `came_next` hold catalogue rows, the latter -1 where nothing came.
     """
     rows, rng = split.catalogue.rows_of(domain), np.random.default_rng(seed)
@@ -94,18 +95,22 @@ def drawn(
         for start in range(0, len(history), BATCH):
             asked = np.arange(start, min(start + BATCH, len(history)))
             part, next_Q = history.take(asked), came_next[asked]
-            queries = [_query(split, domain, rows) for rows in map(part.__getitem__, range(len(part)))]
+            queries = [_query(split, domain, events) for events in map(part.__getitem__, range(len(part)))]
             log_QN = sum(np.log(np.maximum(shares(teacher, domain, queries), FLOOR)) for teacher in teachers)
             own = split.catalogue.domain[part.values] == split.catalogue.domain_index(domain)
             log_QN[part.row_of[own], part.values[own] - first] -= KNOWN
             log_QN[next_Q >= 0, next_Q[next_Q >= 0] - first] -= KNOWN
-            best_QM = np.argpartition(-log_QN, most - 1)[:, :most]
+            log_QN -= TIE * np.arange(len(rows))
+            best_QM = np.sort(np.argpartition(-log_QN, most - 1)[:, :most], axis=1)
             # The greatest of logarithmic chances with Gumbel noise are a draw one after the other (Yellott 1977).
             log_QM = np.take_along_axis(log_QN, best_QM, 1)
             place_QD = np.argsort(-(log_QM + rng.gumbel(size=log_QM.shape)), axis=1)[:, :number]
-            chance_QM = np.exp(log_QM - log_QM.max(1, keepdims=True))
-            items[asked] = first + np.take_along_axis(best_QM, place_QD, 1)
-            among[asked], chance[asked] = first + best_QM, chance_QM / chance_QM.sum(1, keepdims=True)
+            may_QM = log_QM > -KNOWN / 2
+            chance_QM = np.exp(log_QM - log_QM.max(1, keepdims=True)) * may_QM
+            drawn_QD = np.where(np.take_along_axis(may_QM, place_QD, 1), np.take_along_axis(best_QM, place_QD, 1), -1)
+            items[asked] = np.where(drawn_QD >= 0, first + drawn_QD, -1)
+            among[asked] = first + best_QM
+            chance[asked] = chance_QM / np.maximum(chance_QM.sum(1, keepdims=True), np.finfo(float).tiny)
             progress.advance(len(part))
     return Chosen(items, among, chance)
 

@@ -15,6 +15,7 @@ import pytest
 from cprec import teaching
 from cprec.data.config import TableSource
 from cprec.data.dataset import read_split
+from cprec.data.queries import sampled_rows
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import ConfigError, InputChanged
@@ -24,11 +25,14 @@ from cprec.scoring import ScoringRecommender
 from cprec.teaching import taught_by
 from cprec.text.config import PrepareConfig
 from cprec.text.prepare import prepare
+from cprec.text.shards import read_shard_manifest
 from cprec.text.tokenizer import load_tokenizer
 from cprec.train import finetune as language_model
+from cprec.train import trees
 from cprec.train.config import FinetuneConfig, TinyModel
 from cprec.train.finetune import tokens_of_pass
 from cprec.train.folder import read_done
+from cprec.train.trees import trees_of
 
 NUM_ITEMS = 12
 
@@ -93,14 +97,14 @@ def test_an_item_that_a_teacher_knows_nothing_of_has_the_floor(ring: Split) -> N
     assert others == pytest.approx(teaching.FLOOR / (1 + 10 * teaching.FLOOR), abs=0.01) and found[7] == 0
 
 
-def test_what_is_known_is_drawn_only_where_there_is_no_other(ring: Split) -> None:
-    """The items of the history, and the one that came next."""
+def test_what_is_known_is_not_drawn(ring: Split) -> None:
+    """The items of the history, and the one that came next; where nothing else is left, nothing."""
     scores = np.arange(NUM_ITEMS) + 1.0
     found = draw(ring, [scores], [[11, 2]] * 500, came_next=np.full(500, 9), number=3)
     assert not np.isin(found, [11, 2, 9]).any() and len(np.unique(found)) == NUM_ITEMS - 3
-    everything = shares_drawn(ring, [scores], range(NUM_ITEMS))
-    assert everything == pytest.approx(scores / scores.sum(), abs=0.02)
-    assert sorted(draw(ring, [scores], [[1]], number=50)[0]) == list(range(NUM_ITEMS)), "as many as there are"
+    assert (draw(ring, [scores], [range(NUM_ITEMS)], number=2) == -1).all()
+    few = draw(ring, [scores], [range(2, NUM_ITEMS)], number=50)[0]
+    assert few.tolist()[:2] in ([0, 1], [1, 0]) and (few[2:] == -1).all() and len(few) == NUM_ITEMS
 
 
 def test_draws_are_those_of_the_seed_whatever_the_batches(ring: Split, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +161,7 @@ def config(data: Path, tmp_path: Path) -> FinetuneConfig:
 
 def branches(config: FinetuneConfig) -> list[tuple[list[int], int]]:
     """The branches of all trees: the items of the history, and the target."""
-    shards, tokenizer = language_model._trees(config, taught_by(config)), load_tokenizer(f"{config.data}/tokenizer")
+    shards, tokenizer = trees_of(config, taught_by(config)), load_tokenizer(f"{config.data}/tokenizer")
     assert shards.branches is not None
     out = []
     for first, size in zip(shards.column("offset"), shards.column("length"), strict=True):
@@ -195,20 +199,50 @@ def test_after_every_training_event_hang_what_came_and_what_is_taught(config: Fi
     assert all(target not in history for history, target in taught)
 
 
+def test_a_user_who_knows_nearly_all_has_what_is_left(config: FinetuneConfig) -> None:
+    """No branch, and no chance, of an item that is known."""
+    all_of_them = replace(config, taught_targets=NUM_ITEMS)
+    shards, found = trees_of(all_of_them, taught_by(all_of_them)), branches(all_of_them)
+    assert shards.branches is not None and shards.branches.choices is not None
+    assert np.isfinite(shards.branches.choices.chance).all()
+    assert all(target not in history for history, target in found)
+    longest = max(of_users(config), key=len)
+    expected = sorted(set(range(NUM_ITEMS)) - set(longest))
+    same = of_users(config).count(longest)
+    assert sorted(target for history, target in found if history == longest) == sorted(expected * same)
+
+
 def test_without_teachers_a_tree_has_the_examples_of_its_user(config: FinetuneConfig) -> None:
     came = [(items[:n], items[n]) for items in of_users(config) for n in range(1, len(items))]
     assert sorted(branches(replace(config, teachers=()))) == sorted(came)
 
 
 def test_a_run_reads_its_trees_once_a_pass(config: FinetuneConfig) -> None:
-    trees = language_model._trees(config, taught_by(config))
-    assert int(trees.column("length").max()) <= config.max_length
+    read = trees_of(config, taught_by(config))
+    assert int(read.column("length").max()) <= config.max_length
     about = read_done(finetune(config))
     assert about is not None
-    assert about["tokens"] == pytest.approx(0.5 * len(trees.tokens), rel=0.02)
+    assert about["tokens"] == pytest.approx(0.5 * len(read.tokens), rel=0.02)
     assert len(about["trained_on"]) == 1, "the events that they learnt are those of the certified data"
-    assert tokens_of_pass(config) == pytest.approx(len(trees.tokens), rel=0.3)
-    assert tokens_of_pass(replace(config, teachers=())) < 0.7 * tokens_of_pass(config)
+    assert tokens_of_pass(config) == pytest.approx(len(read.tokens), rel=0.3)
+    for few in (0, 5):
+        plain = replace(config, teachers=(), max_documents=few)
+        rows = sampled_rows(len(trees_of(plain, None)), few, config.seed)
+        assert tokens_of_pass(plain) == trees_of(plain, None).column("length")[rows].sum()
+
+
+def test_a_branch_reads_no_more_events_than_a_prompt(config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here three."""
+
+    def shown(folder: Path) -> dict[str, Any]:
+        manifest = read_shard_manifest(folder)
+        return manifest | {"about": manifest["about"] | {"max_history": 3}}
+
+    number = len(branches(config))
+    monkeypatch.setattr(trees, "read_shard_manifest", shown)
+    found = branches(config)
+    assert max(len(history) for history, _ in found) == 3 and len(found) == number
+    assert all(target not in history for history, target in found)
 
 
 def test_a_run_with_teachers_is_another_run(config: FinetuneConfig) -> None:
@@ -247,6 +281,8 @@ def test_changed_events_are_other_input_of_the_teachers(
         ({"teachers": ("EASE",), "documents": "users"}, "set documents=trees"),
         ({"teachers": ("EASE",), "max_documents": 5}, "max_documents=0"),
         ({"teachers": ("EASE",), "num_train_epochs": 0}, "nobody to teach"),
+        ({"attn_implementation": "flash_attention_2"}, "flash_attention_2 cannot read documents=trees"),
+        ({"max_length": 20}, "max_length=20 has no room for an event with its branches"),
         ({"taught_targets": 0}, "taught_targets=0 must be at least 1"),
     ],
 )

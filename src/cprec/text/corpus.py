@@ -81,7 +81,7 @@ class Documents:
     """The place in its document before which the tokens that read each token end: int64. None where no document of the
     corpus is a tree: then it is the end."""
     choices: Choices | None
-    """What the loss asks in the place of some tokens. None where the corpus has none."""
+    """What the loss asks in the place of some tokens. None where no group of these documents has any."""
 
     @property
     def depth(self) -> np.ndarray:
@@ -121,10 +121,6 @@ class Corpus:
         """Whether any document may be a tree."""
         return any(group.shards.branches is not None for group in self.groups)
 
-    @property
-    def has_choices(self) -> bool:
-        return any(group.shards.branches is not None and group.shards.branches.choices for group in self.groups)
-
     def take(self, documents: np.ndarray) -> Documents:
         """Some documents, given by their places."""
         offsets = offsets_of(self.lengths[documents])
@@ -147,9 +143,9 @@ class Corpus:
                 until[place], asked[place], of_trees[place] = branches.until[at], branches.is_target[at], True
                 if (every := branches.choices) is not None:
                     first = np.searchsorted(every.of, at)
-                    number = np.searchsorted(every.of, at, side="right") - first
-                    of = gather(np.arange(len(every.of)), first, number).values
-                    choices.append(Choices(np.repeat(place, number), every.token[of], every.chance[of]))
+                    several = np.searchsorted(every.of, at, side="right") - first
+                    of = gather(np.arange(len(every.of)), first, several).values
+                    choices.append(Choices(np.repeat(place, several), every.token[of], every.chance[of]))
             if group.targets_only:
                 first_target[mine] = group.shards.column("target_start")[rows]
         read = Ragged(tokens, offsets)

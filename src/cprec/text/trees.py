@@ -23,9 +23,6 @@ from cprec.schema import MIXED
 from cprec.text.encoding import PromptEncoder
 from cprec.text.shards import Branches, Choices, Shards
 
-CONTEXT = 5
-"""Events before its first branch that a tree repeats, where a user's events are too many for one tree."""
-
 
 @dataclass(frozen=True)
 class Drawn:
@@ -46,13 +43,15 @@ def grow(
     history: Ragged,
     next_items: Ragged,
     most_tokens: int,
+    most_events: int,
     drawn: Drawn | None = None,
 ) -> Shards:
-    """The trees of users' events, in memory; a tree has at most `most_tokens` tokens, or a single event with branches.
+    """The trees of users' events, in memory; a tree has at most `most_events` events, as prompts do, and at most
+    `most_tokens` tokens, or a single event with branches.
 
     `history` has each user's events, catalogue rows, oldest first; `next_items` what may follow each of these events,
     one row for each value of `history`, empty for none. Where a user's events are too many they are divided, and all
-    trees but the first begin with up to `CONTEXT` events of the one before.
+    trees but the first begin with events of the one before, up to half of `most_events`.
 
     The loss covers the history, without what is repeated, and the titles of the branches. Of a title that was drawn it
     asks each token with the chance that it goes on from those before it: the chance of all items that might have been
@@ -65,7 +64,7 @@ def grow(
     branch_tokens_E = of_branches + (len(ending) - 1) * (next_items.lengths > 0)
     line_tokens_E = encoder.event_tokens(kind, history.values)
     head_tokens = int(encoder.frame_tokens(kind, np.array([domain]))[0]) - len(ending)
-    start_T, first_T, stop_T = _cut(history, line_tokens_E, branch_tokens_E, most_tokens - head_tokens)
+    start_T, first_T, stop_T = _cut(history, line_tokens_E, branch_tokens_E, most_tokens - head_tokens, most_events)
     event = gather(np.arange(len(history.values)), start_T, stop_T - start_T).values
     of_trees = Ragged(history.values[event], offsets_of(stop_T - start_T))
     repeated_E = event < np.repeat(first_T, of_trees.lengths)
@@ -85,7 +84,7 @@ def _ending(encoder: PromptEncoder, kind: str, domain: int) -> np.ndarray:
 
 
 def _cut(
-    history: Ragged, line_tokens_E: np.ndarray, branch_tokens_E: np.ndarray, room: int
+    history: Ragged, line_tokens_E: np.ndarray, branch_tokens_E: np.ndarray, room: int, most_events: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where each tree's history starts, where its branches start, and where both stop: places in the events.
 
@@ -95,8 +94,9 @@ def _cut(
     first, stop = history.offsets[:-1][history.lengths > 0], history.offsets[1:][history.lengths > 0]
     begin = first
     while True:
-        start = np.maximum(begin, first - CONTEXT)
-        long = (lines[stop] - lines[start] + branches[stop] - branches[first] > room) & (stop - first > 1)
+        start = np.maximum(begin, first - most_events // 2)
+        long = (lines[stop] - lines[start] + branches[stop] - branches[first] > room) | (stop - start > most_events)
+        long &= stop - first > 1
         if not long.any():
             break
         # Each long stretch becomes two; the second one, at `second`, gets the events that the first leaves.

@@ -17,6 +17,7 @@ from cprec.models import (
     has_learned_positions,
     load_model,
     num_parameters,
+    require_trees,
     tiny_model,
 )
 from cprec.progress import say
@@ -41,6 +42,8 @@ def build(run: Run, plan: Plan, tokenizer: Any) -> PackedLoss:
     if config.attn_implementation == "auto" and device.type == "cpu" and not recompiled and positions_given:
         use_document_attention(model, compiled=config.torch_compile)
     check_isolation(model)
+    if plan.stream.corpus.has_trees:
+        require_trees(model, config.max_length)
     bf16 = distributed.use_bf16(config.bf16, device)
     loss = prepare_loss(
         model,

@@ -286,6 +286,11 @@ class FinetuneConfig(TrainingConfig):
                 "teachers choose targets that hang in trees, and learn from all events: set documents=trees and "
                 "max_documents=0"
             )
+        if self.documents == "trees" and self.attn_implementation not in ("auto", "sdpa", "eager"):
+            raise ConfigError(
+                f"attn_implementation={self.attn_implementation} cannot read documents=trees: set "
+                "attn_implementation=auto or sdpa"
+            )
         if self.teachers and not self.num_train_epochs:
             raise ConfigError("teachers have nobody to teach where num_train_epochs=0: raise it, or leave them out")
         if self.taught_targets < 1:

@@ -139,7 +139,10 @@ class PackedLoss(nn.Module):
         until_RT: torch.Tensor | None = None,
         weights_RTK: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Cross-entropy summed over the targets that are not IGNORE, in nats: float32, no dimensions."""
+        """Cross-entropy summed over the targets that are not IGNORE, in nats: float32, no dimensions.
+
+        With weights, which sum to one, a position has K targets: [R, T, K].
+        """
         return self._of_tokens(self._hidden(input_ids_RT, position_ids_RT, until_RT), targets_RT, weights_RTK)
 
     def _hidden(

@@ -18,7 +18,7 @@ from cprec.text.corpus import Corpus, Documents, Group
 from cprec.text.encoding import PromptEncoder
 from cprec.text.shards import Shards
 from cprec.text.stream import TokenStream, one_phase
-from cprec.text.trees import CONTEXT, Drawn, grow
+from cprec.text.trees import Drawn, grow
 
 BOOKS = 0
 EMPTY: list[int] = []
@@ -63,7 +63,7 @@ def example(encoder: PromptEncoder, kind: str, history: list[int], target: int) 
 
 @pytest.mark.parametrize(("kind", "history"), [("specific", [0, 1, 2]), ("mixed", [0, 4, 2])])
 def test_branches_are_examples(encoder: PromptEncoder, kind: str, history: list[int]) -> None:
-    shards = grow(encoder, kind, BOOKS, Ragged.of([history, [1]]), Ragged.of([[1], EMPTY, [0, 1], [2]]), 1000)
+    shards = grow(encoder, kind, BOOKS, Ragged.of([history, [1]]), Ragged.of([[1], EMPTY, [0, 1], [2]]), 1000, 20)
     documents = read(shards)
     # The branches of the last event stand first.
     expected = [example(encoder, kind, history, item) for item in (0, 1)]
@@ -74,7 +74,7 @@ def test_branches_are_examples(encoder: PromptEncoder, kind: str, history: list[
 
 
 def test_the_history_and_titles_are_learnt_and_how_a_prompt_ends_is_not(encoder: PromptEncoder) -> None:
-    shards = grow(encoder, "specific", BOOKS, Ragged.of([[0, 1]]), Ragged.of([[1], [2, 0]]), 1000)
+    shards = grow(encoder, "specific", BOOKS, Ragged.of([[0, 1]]), Ragged.of([[1], [2, 0]]), 1000, 20)
     ending = len(trees._ending(encoder, "specific", BOOKS))
     history = len(encoder.prompts("specific", np.array([BOOKS]), Ragged.of([[0, 1]]))[0]) - ending
     of_one, of_two, of_zero = (
@@ -90,11 +90,12 @@ def test_the_history_and_titles_are_learnt_and_how_a_prompt_ends_is_not(encoder:
 @given(
     events=st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 2), max_size=3)), min_size=1, max_size=20),
     most=st.integers(1, 700),
+    most_events=st.integers(1, 25),
     kind=st.sampled_from(["specific", "mixed"]),
 )
 @settings(max_examples=60, deadline=None)
 def test_a_history_is_halved_until_its_trees_have_room(
-    encoder: PromptEncoder, events: list[tuple[int, list[int]]], most: int, kind: str
+    encoder: PromptEncoder, events: list[tuple[int, list[int]]], most: int, most_events: int, kind: str
 ) -> None:
     items, branches = [item for item, _ in events], [after for _, after in events]
     lines = encoder.event_tokens(kind, np.array(items))
@@ -107,15 +108,15 @@ def test_a_history_is_halved_until_its_trees_have_room(
         return head + int(sum(lines[start:stop])) + sum(blocks)
 
     def cut(first: int, stop: int) -> list[tuple[int, int, int]]:
-        start = max(0, first - CONTEXT)
-        if size(start, first, stop) > most and stop - first > 1:
+        start = max(0, first - most_events // 2)
+        if (size(start, first, stop) > most or stop - start > most_events) and stop - first > 1:
             middle = (first + stop + 1) // 2
             return [*cut(first, middle), *cut(middle, stop)]
         while size(start, first, stop) > most and start < first:
             start += 1
         return [(start, first, stop)]
 
-    shards = grow(encoder, kind, BOOKS, Ragged.of([items]), Ragged.of(branches), most)
+    shards = grow(encoder, kind, BOOKS, Ragged.of([items]), Ragged.of(branches), most, most_events)
     documents, expected = read(shards), cut(0, len(items))
     assert shards.column("length").tolist() == [size(*each) for each in expected]
     for row, (start, first, stop) in enumerate(expected):
@@ -134,19 +135,19 @@ def test_a_history_is_halved_until_its_trees_have_room(
 def test_a_tree_has_no_more_tokens_than_it_may(encoder: PromptEncoder) -> None:
     history, branches = Ragged.of([[0, 1, 2] * 10]), Ragged.of([[1, 2]] * 30)
     for most in range(60, 400, 7):
-        shards = grow(encoder, "specific", BOOKS, history, branches, most)
+        shards = grow(encoder, "specific", BOOKS, history, branches, most, 100)
         assert shards.column("length").max() <= most
-    assert len(grow(encoder, "specific", BOOKS, history, branches, 10_000)) == 1
+    assert len(grow(encoder, "specific", BOOKS, history, branches, 10_000, 100)) == 1
 
 
 def test_a_divided_history_begins_with_the_events_before_it(encoder: PromptEncoder) -> None:
     history, branches = Ragged.of([[0, 1, 2, 1] * 5]), Ragged.of([[2]] * 20)
-    shards = grow(encoder, "specific", BOOKS, history, branches, 150)
+    shards = grow(encoder, "specific", BOOKS, history, branches, 150, 10)
     documents, seen = read(shards), 0
     for row, events in enumerate(shards.column("num_events").tolist()):
         found = examples_in(encoder, documents, row)
         repeated = events - len(found)
-        assert repeated == (CONTEXT if row else 0)
+        assert repeated == (5 if row else 0) and events <= 10
         seen += len(found)
         items = history.values[seen - events : seen].tolist()
         assert found[0] == example(encoder, "specific", items, 2)
@@ -177,9 +178,9 @@ def test_a_drawn_title_is_asked_by_the_chances_of_all_that_begin_as_it(
     # After the first event what came, and two draws; after the second one, in another tree, a draw; the third is alone.
     after = Ragged.of([[2, 1, 3], [4], [1]])
     drawn = Drawn(np.array([-1, 0, 0, 1, -1]), among, chance)
-    shards = grow(encoder, "specific", BOOKS, Ragged.of([[0], [2, 4]]), after, 1000, drawn)
+    shards = grow(encoder, "specific", BOOKS, Ragged.of([[0], [2, 4]]), after, 1000, 20, drawn)
     documents = read(shards)
-    assert documents.choices is not None
+    assert documents.choices is not None and np.isfinite(documents.choices.chance).all()
     asked: dict[int, dict[int, float]] = {}
     for place, token, weight in zip(
         documents.choices.of, documents.choices.token, documents.choices.chance, strict=True
@@ -203,7 +204,7 @@ def test_a_drawn_title_is_asked_by_the_chances_of_all_that_begin_as_it(
 
 def test_a_batch_has_the_choices_of_its_tokens(encoder: PromptEncoder) -> None:
     drawn = Drawn(np.array([0, -1]), np.array([[0, 1, 2]]), np.array([[0.5, 0.3, 0.2]], np.float32))
-    shards = grow(encoder, "specific", BOOKS, Ragged.of([[0], [1]]), Ragged.of([[2], [0]]), 1000, drawn)
+    shards = grow(encoder, "specific", BOOKS, Ragged.of([[0], [1]]), Ragged.of([[2], [0]]), 1000, 20, drawn)
     stream = TokenStream(Corpus.of(shards), one_phase(1e6), rows_per_step=1, row_tokens=128, seed=0)
     plain = replace(shards, branches=replace(shards.branches, choices=None))
     batch = stream.batch(0)
@@ -220,7 +221,7 @@ def test_a_batch_has_the_choices_of_its_tokens(encoder: PromptEncoder) -> None:
 
 
 def test_trees_and_other_documents_are_read_side_by_side(encoder: PromptEncoder) -> None:
-    tree = grow(encoder, "specific", BOOKS, Ragged.of([[0, 1]]), Ragged.of([[1], [2]]), 1000)
+    tree = grow(encoder, "specific", BOOKS, Ragged.of([[0, 1]]), Ragged.of([[1], [2]]), 1000, 20)
     tokens, start = encoder.documents("specific", np.array([BOOKS]), Ragged.of([[0, 1]]))
     columns = tree.documents.set_column(1, "length", [tokens.lengths.tolist()])
     columns = columns.set_column(3, "target_start", [start.tolist()])
