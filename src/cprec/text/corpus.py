@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from cprec.data.ragged import Ragged, gather, offsets_of
+from cprec.data.ragged import Ragged, offsets_of, places
 from cprec.schema import MIXED, SPECIFIC
 from cprec.text.shards import Choices, Shards
 
@@ -138,13 +138,13 @@ class Corpus:
             place = np.repeat(offsets[mine], found.lengths) + found.place_of
             tokens[place] = found.values
             if (branches := group.shards.branches) is not None:
-                at = gather(np.arange(len(branches.until)), group.shards.column("offset")[rows], found.lengths).values
+                at = places(group.shards.column("offset")[rows], found.lengths)
                 assert until is not None
                 until[place], asked[place], of_trees[place] = branches.until[at], branches.is_target[at], True
                 if (every := branches.choices) is not None:
                     first = np.searchsorted(every.of, at)
                     several = np.searchsorted(every.of, at, side="right") - first
-                    of = gather(np.arange(len(every.of)), first, several).values
+                    of = places(first, several)
                     choices.append(Choices(np.repeat(place, several), every.token[of], every.chance[of]))
             if group.targets_only:
                 first_target[mine] = group.shards.column("target_start")[rows]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from cprec.data.ragged import Ragged, gather, offsets_of
+from cprec.data.ragged import Ragged, offsets_of, places
 from cprec.schema import MIXED
 from cprec.text.encoding import PromptEncoder
 from cprec.text.shards import Branches, Choices, Shards
@@ -65,7 +65,7 @@ def grow(
     line_tokens_E = encoder.event_tokens(kind, history.values)
     head_tokens = int(encoder.frame_tokens(kind, np.array([domain]))[0]) - len(ending)
     start_T, first_T, stop_T = _cut(history, line_tokens_E, branch_tokens_E, most_tokens - head_tokens, most_events)
-    event = gather(np.arange(len(history.values)), start_T, stop_T - start_T).values
+    event = places(start_T, stop_T - start_T)
     of_trees = Ragged(history.values[event], offsets_of(stop_T - start_T))
     repeated_E = event < np.repeat(first_T, of_trees.lengths)
     number = Ragged(np.arange(len(next_items.values)), next_items.offsets).take(event)
@@ -153,7 +153,7 @@ def _grown(
     # Tree by tree, its runs and then its pieces, which are numbered behind all runs.
     num_runs, num_pieces = 1 + history.lengths, np.diff(first_piece[history.offsets])
     starts = np.stack([offsets_of(num_runs)[:-1], len(runs) + first_piece[history.offsets[:-1]]], 1).ravel()
-    order = gather(np.arange(len(runs) + len(pieces)), starts, np.stack([num_runs, num_pieces], 1).ravel()).values
+    order = places(starts, np.stack([num_runs, num_pieces], 1).ravel())
     parts = Ragged.concatenate([runs, pieces]).take(order)
     offsets = parts.offsets[offsets_of(num_runs + num_pieces)]
     # From the tokens of all pieces to those of a tree, which has its history before them.
