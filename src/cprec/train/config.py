@@ -248,7 +248,7 @@ class FinetuneConfig(TrainingConfig):
     document, with the loss on all tokens; or such documents with branches: after each event hangs what came next, as a
     prompt asks for it, and what teachers choose."""
     max_documents: int = 0
-    """Few-shot: examples (or documents of users) that are read at most, a sample by the seed; 0 reads all."""
+    """Few-shot: examples (or documents or trees of users) that are read at most, a sample by the seed; 0 reads all."""
     teachers: tuple[str, ...] = ()
     """Baselines that choose further targets, as `transition graph (titles),EASE`: after every training event, items
     drawn by what all of them say of each are targets, too (docs/pretraining.md). Needs documents=trees."""
