@@ -199,6 +199,13 @@ def test_after_every_training_event_hang_what_came_and_what_is_taught(config: Fi
     assert all(target not in history for history, target in taught)
 
 
+def test_what_is_known_has_no_chance(ring: Split) -> None:
+    made = [Fixed(ring, np.arange(NUM_ITEMS) + 1.0)]
+    chosen = teaching.drawn(made, ring, "ring", Ragged.of([[11, 2], range(12)]), np.array([9, -1]), number=1, seed=0)
+    assert set(chosen.among[0][chosen.chance[0] == 0]) == {11, 2, 9}
+    assert chosen.chance.sum(1) == pytest.approx(np.array([1, 0])), "where all is known, nothing has one"
+
+
 def test_a_user_who_knows_nearly_all_has_what_is_left(config: FinetuneConfig) -> None:
     """No branch, and no chance, of an item that is known."""
     all_of_them = replace(config, taught_targets=NUM_ITEMS)

@@ -220,6 +220,29 @@ def test_a_batch_has_the_choices_of_its_tokens(encoder: PromptEncoder) -> None:
     assert weights.sum(2)[0].tolist() == pytest.approx((expected.rows["targets"][0] != IGNORE).astype(float).tolist())
 
 
+def test_each_tree_of_a_row_has_its_own_positions_and_ends(encoder: PromptEncoder) -> None:
+    """From the row's start, behind other trees too; padding is a document of its own."""
+    history, after = Ragged.of([[0, 1], [2], [1, 0, 2]]), Ragged.of([[1], [2, 0], [1], EMPTY, [2], [0]])
+    shards = grow(encoder, "specific", BOOKS, history, after, 1000, 20)
+    stream = TokenStream(Corpus.of(shards), one_phase(1e6), rows_per_step=2, row_tokens=400, seed=0)
+    batch = stream.batch(0)
+    rows, trees_in_row, number = batch.rows, [0] * batch.num_rows, 0
+    for row in range(batch.num_rows):
+        at = 0
+        while at < 400 and number < len(batch.examples) and rows["until"][row, at] <= 400 - 1:
+            documents = Corpus.of(shards).take(batch.examples[number : number + 1])
+            assert documents.until is not None
+            stop = at + len(documents.until)
+            assert rows["input_ids"][row, at:stop].tolist() == documents.tokens.values.tolist()
+            assert rows["position_ids"][row, at:stop].tolist() == documents.depth.tolist()
+            assert rows["until"][row, at:stop].tolist() == (documents.until + at).tolist()
+            at, number, trees_in_row[row] = stop, number + 1, trees_in_row[row] + 1
+        assert rows["position_ids"][row, at:].tolist() == list(range(400 - at))
+        assert (rows["until"][row, at:] == 400).all()
+    assert number == len(batch.examples) and max(trees_in_row) > 1
+    assert any((read(shards).depth != read(shards).tokens.place_of).tolist())
+
+
 def test_trees_and_other_documents_are_read_side_by_side(encoder: PromptEncoder) -> None:
     tree = grow(encoder, "specific", BOOKS, Ragged.of([[0, 1]]), Ragged.of([[1], [2]]), 1000, 20)
     tokens, start = encoder.documents("specific", np.array([BOOKS]), Ragged.of([[0, 1]]))
