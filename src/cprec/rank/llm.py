@@ -101,13 +101,14 @@ class LLMRecommender(Recommending):
         trained_over: Over = "vocabulary",
         batch_size: int = 64,
         cache_bytes: int = 0,
-        bf16: bool = False,
+        bf16: bool | None = False,
         item_heads: Mapping[str, ItemHead] | None = None,
     ) -> None:
         """`model` is a causal language model of transformers, or a `Reader`, which has its own cache and precision.
         Prompts start with the tokens `begin`, as the model was trained (`cprec.json` has them). `normaliser` auto is
         `trained_over`. `seconds` limits how long a batch of `batch_size` queries searches for more than a beam has
-        found. `item_heads` are by domain, over its items in the order of the catalogue."""
+        found. `bf16` None leaves it to the model's size and the machine (`ModelReader`). `item_heads` are by domain,
+        over its items in the order of the catalogue."""
         self.ranking = RankConfig(
             mode=mode, beam_width=beam_width, max_nodes=max_nodes, score=score, normaliser=normaliser
         )

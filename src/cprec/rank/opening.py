@@ -39,7 +39,6 @@ def settings_of(folder: Path) -> dict[str, Any]:
             f"{folder} is a base model that was trained on text: train it on a log first, by `cprec fit`, `cprec "
             "pretrain` or `cprec finetune` with model_name_or_path"
         )
-    device = distributed.pick_device()
     return {
         "domain": about.get("domain"),
         "template": Template(**about["template"]),
@@ -49,18 +48,19 @@ def settings_of(folder: Path) -> dict[str, Any]:
         "history": about["history"],
         "max_history": about["max_history"],
         "trained_over": "vocabulary" if about.get("softmax", "vocabulary") == "vocabulary" else "catalogue",
-        "bf16": distributed.use_bf16("auto", device) if device.type == "cuda" else False,
+        "bf16": None,
         "name": folder.name,
     }
 
 
-def open_model(folder: Path, engine: Engine, options: Mapping[str, Any], *, bf16: bool) -> Any:
-    """The model of a folder, or a `Reader` that has it; `options` are those of `vllm.LLM`. Raises ConfigError if the
-    engine is not there."""
+def open_model(folder: Path, engine: Engine, options: Mapping[str, Any], *, bf16: bool | None) -> Any:
+    """The model of a folder, or a `Reader` that has it; `options` are those of `vllm.LLM`, which computes in bf16 if
+    told to, or with None where a GPU can. Raises ConfigError if the engine is not there."""
+    device = distributed.pick_device()
     if engine == "vllm":
-        dtype = "bfloat16" if bf16 else "float32"
-        return VLLMReader.open(folder, **{"dtype": dtype, **options})
-    return load_model(folder, device=distributed.pick_device())
+        in_bf16 = device.type == "cuda" and distributed.use_bf16("auto", device) if bf16 is None else bf16
+        return VLLMReader.open(folder, **{"dtype": "bfloat16" if in_bf16 else "float32", **options})
+    return load_model(folder, device=device)
 
 
 def open_blend(folder: Path, catalogue: Catalogue, ranking: RankConfig) -> Blend:

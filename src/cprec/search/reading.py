@@ -8,10 +8,15 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from cprec import distributed
 from cprec.inspection import check_attention, output_scale
 from cprec.models import context_of
 from cprec.search.attention import PromptTree
 from cprec.search.cache import PrefixCache
+
+WIDE = 512
+"""Width from which models read in bf16 on a CPU with instructions for it, in half the time (docs/ranking.md). Narrower
+ones are quick enough, and keep the scores of fp32."""
 
 
 class Tree(Protocol):
@@ -73,8 +78,9 @@ class Reader(Protocol):
 class ModelReader:
     """A causal language model of transformers in this process."""
 
-    def __init__(self, model: Any, *, bf16: bool = False, pad_id: int = 0, cache_bytes: int = 0) -> None:
-        """`cache_bytes` of memory keep prompts that were read.
+    def __init__(self, model: Any, *, bf16: bool | None = False, pad_id: int = 0, cache_bytes: int = 0) -> None:
+        """`cache_bytes` of memory keep prompts that were read. `bf16` None: where the machine is fast at it, on a CPU
+        for models of `WIDE` states and more.
 
         Raises ConfigError for architectures whose attention a `PromptTree` cannot stand in for.
         """
@@ -83,8 +89,15 @@ class ModelReader:
         self.model = model.eval()
         self.context = int(context_of(model) or 1 << 30)
         self.cache = PrefixCache(cache_bytes) if cache_bytes else None
-        self._bf16, self._pad_id = bf16, pad_id
+        self.bf16 = _is_fast_in_bf16(model) if bf16 is None else bf16
+        self._pad_id = pad_id
 
     def read(self, prompts: Sequence[np.ndarray]) -> PromptTree:
         """See `Reader.read`."""
-        return PromptTree(self.model, prompts, bf16=self._bf16, pad_id=self._pad_id, cache=self.cache)
+        return PromptTree(self.model, prompts, bf16=self.bf16, pad_id=self._pad_id, cache=self.cache)
+
+
+def _is_fast_in_bf16(model: Any) -> bool:
+    device = next(model.parameters()).device
+    is_wide = getattr(model.config.get_text_config(), "hidden_size", 0) >= WIDE
+    return (is_wide or device.type == "cuda") and distributed.use_bf16("auto", device)
