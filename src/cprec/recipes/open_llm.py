@@ -21,6 +21,10 @@ FROZEN = 0.4
 REPLAYED = 0.05
 """Share of general text among the tokens of pre-training, where there is some: against forgetting."""
 
+TEACHERS = ("transition graph (titles)", "EASE")
+"""What chooses a second title after each event in fine-tuning: from the log's next titles alone a language model learns
+more slowly (docs/experiments.md, "With trees and teachers")."""
+
 EVALUATED = 5_000
 """Held-out tokens of a domain that are read to measure perplexity: more would take much of the hours."""
 
@@ -84,14 +88,16 @@ def _trained(recipe: Recipe, model: str, hours: float, text: tuple[str, ...]) ->
     )
     finetune = replace(
         recipe.finetune,
-        documents="users",
+        documents="trees",
+        teachers=TEACHERS,
+        taught_targets=1,
         model_name_or_path=smaller,
         tiny=SIZE,
         frozen_layers=pretrain.frozen_layers,
-        learning_rate=2e-3 if is_tiny else 2e-4,
+        learning_rate=2e-3 if is_tiny else 4e-4,
         num_train_epochs=1,
-        max_length=256,
-        train_batch_size=pretrain.train_batch_size,
+        max_length=512,
+        train_batch_size=8 if is_tiny else 4,
         save_steps=100,
         eval_tokens=EVALUATED,
     )
@@ -99,7 +105,7 @@ def _trained(recipe: Recipe, model: str, hours: float, text: tuple[str, ...]) ->
     return replace(
         recipe,
         shrink=None if is_tiny else ShrinkConfig(model=model, output_dir=smaller, data=whole, text=text),
-        prepare=replace(recipe.prepare, tokenizer=smaller),
+        prepare=replace(recipe.prepare, tokenizer=smaller, title_cut="distinct"),
         pretrain=pretrain if text or len(recipe.prepare.target_domains) > 1 else None,
         finetune=finetune,
         blend=BlendConfig(max_queries=500),
