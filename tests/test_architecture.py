@@ -403,6 +403,14 @@ COMMANDS = {
     "run no_such_recipe": 2,
     "run no_such_file.yaml": 2,
     "prepare": 2,
+    "recommend nowhere --history tea": 2,
+    "serve nowhere port=8080": 2,
+    "blend nowhere": 2,
+    "refit nowhere out": 2,
+    "anneal nowhere": 2,
+    "tune nowhere output=tuned.json": 2,
+    "evaluate demo data=nowhere": 2,
+    "finetune demo data=nowhere domain=books": 2,
     **{f"{verb.name} --help": 0 for verb in VERBS},
 }
 """Command lines that end before a stage runs, and their exit codes."""
@@ -443,6 +451,8 @@ def test_the_command_line_is_light_until_a_stage_runs(
     assert code == COMMANDS[command], text
     assert not loaded & HEAVY
     assert "Traceback" not in text
+    if "nowhere" in command:
+        assert "nowhere does not exist: give the " in text
     if command == "--help":  # the first
         assert "cprec.config" not in loaded
 

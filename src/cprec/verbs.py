@@ -20,6 +20,8 @@ from cprec.errors import ConfigError, LeakageError
 RECIPE_ARGUMENT: Mapping[str, Mapping[str, Any]] = {"source": {"metavar": "RECIPE_OR_YAML"}}
 FLAG = {"action": "store_true"}
 SEVERAL = {"nargs": "+", "action": "extend"}
+DATA_FOLDER = {"data": "the folder that `cprec prepare` wrote"}
+MODEL_FOLDER = {"model": "the output_dir of `cprec pretrain` or `cprec finetune`"}
 
 
 def load(path: str) -> Any:
@@ -67,6 +69,7 @@ def with_recipe(verb: Verb, options: argparse.Namespace) -> None:
     from cprec.config import find_config
 
     config = find_config(options.source, options.settings, stage=verb.stage)
+    verb.require_folders(config)
     load(verb.function)(config)
 
 
@@ -77,6 +80,7 @@ def with_settings(verb: Verb, options: argparse.Namespace) -> None:
     assert verb.stage is not None
     chosen = given(options, *(name.lstrip("-").replace("-", "_") for name in verb.arguments))
     config = stage_config(verb.stage, options.settings, **chosen)
+    verb.require_folders(config)
     load(verb.function)(config)
 
 
@@ -109,6 +113,7 @@ def serve(verb: Verb, options: argparse.Namespace) -> None:
 
     models = [word for word in options.words if "=" not in word]
     config = stage_config("serve", [word for word in options.words if "=" in word], models=models)
+    verb.require_folders(config)
     config.check()
     load(verb.function)(config)
 
@@ -169,6 +174,8 @@ class Verb:
     """The help on the arguments."""
     leave_out: str = ""
     """The settings of the stage that are given as arguments, with spaces between them."""
+    folders: Mapping[str, str] = field(default_factory=dict)
+    """Settings that name folders which must be there, and what each is."""
     settings_help: Callable[[], str] | None = None
     """The help on the settings, where a list of those of the stage is not right."""
     run: Callable[[Verb, argparse.Namespace], None] = with_recipe
@@ -180,6 +187,14 @@ class Verb:
             command.add_argument(name, **options)
         if self.takes_settings:
             command.add_argument("settings", nargs="*", default=[], metavar="key=value")
+
+    def require_folders(self, config: Any) -> None:
+        """Raise ConfigError for a folder that is not there, before all that the stage imports, which takes seconds."""
+        for name, what in self.folders.items():
+            value = getattr(config, name)
+            for folder in (value,) if isinstance(value, str) else value:
+                if not Path(folder).exists():
+                    raise ConfigError(f"{name}={folder} does not exist: give {what}")
 
     def call(self, options: argparse.Namespace) -> None:
         """Make the configuration and call the stage."""
@@ -290,6 +305,7 @@ VERBS: tuple[Verb, ...] = (
         example="cprec pretrain my_recipe.yaml learning_rate=3e-4",
         function="cprec.pretrain:pretrain",
         stage="pretrain",
+        folders=DATA_FOLDER,
     ),
     Verb(
         name="schedule",
@@ -299,6 +315,7 @@ VERBS: tuple[Verb, ...] = (
         example="cprec schedule my_recipe.yaml anneal_steps=0.2",
         function="cprec.train.pretrain:show_schedule",
         stage="pretrain",
+        folders=DATA_FOLDER,
         settings_help=lambda: "Settings are those of cprec pretrain; cprec pretrain --help lists them.",
     ),
     Verb(
@@ -311,6 +328,7 @@ VERBS: tuple[Verb, ...] = (
         example="cprec anneal runs/demo/pretrain domain=books lengths=5%,10%,20% data=same,mixed_late",
         function="cprec.anneal:anneal",
         stage="anneal",
+        folders={"run": "the output_dir of `cprec pretrain`"},
         usage="RUN [key=value ...]",
         arguments={"run": {}},
         about="RUN  the folder of a pre-training run",
@@ -325,6 +343,7 @@ VERBS: tuple[Verb, ...] = (
         example="cprec finetune my_recipe.yaml seed=1",
         function="cprec.finetune:finetune",
         stage="finetune",
+        folders=DATA_FOLDER,
     ),
     Verb(
         name="blend",
@@ -336,6 +355,7 @@ VERBS: tuple[Verb, ...] = (
         example='cprec blend runs/demo/finetune/books/cprec-style with="transition graph (titles), EASE"',
         function="cprec.blend:blend",
         stage="blend",
+        folders=MODEL_FOLDER,
         usage='MODEL [with="NAME, NAME"] [key=value ...]',
         arguments={"model": {}},
         about="""
@@ -355,6 +375,7 @@ VERBS: tuple[Verb, ...] = (
         example="cprec refit runs/shop/model runs/shop/recommender",
         function="cprec.refit:refit",
         stage="refit",
+        folders=MODEL_FOLDER,
         usage="MODEL OUT [key=value ...]",
         arguments={"model": {}, "output_dir": {}},
         about="""
@@ -387,6 +408,7 @@ VERBS: tuple[Verb, ...] = (
         example="cprec evaluate my_recipe.yaml",
         function="cprec.run:evaluate_models",
         stage="evaluate",
+        folders=DATA_FOLDER,
     ),
     Verb(
         name="tune",
@@ -398,6 +420,7 @@ VERBS: tuple[Verb, ...] = (
         example="cprec tune runs/demo/data output=runs/demo/tuned.json domains=books trials=10",
         function="cprec.tune:tune",
         stage="tune",
+        folders=DATA_FOLDER,
         usage="DATA output=FILE [key=value ...]",
         arguments={"data": {}},
         about="DATA  a data folder that `cprec prepare` wrote",
@@ -445,6 +468,7 @@ VERBS: tuple[Verb, ...] = (
         example='cprec recommend runs/demo/finetune/books/cprec-style --history "a title" "the next" --k 5',
         function="cprec.serving:open_and_recommend",
         stage="recommend",
+        folders=MODEL_FOLDER,
         usage=(
             'MODEL --history "TITLE OR ID" ... [--domain DOMAIN] [--k K]\n'
             "       cprec recommend MODEL --input FILE --output FILE [--domain DOMAIN] [--k K]\n"
@@ -472,6 +496,7 @@ VERBS: tuple[Verb, ...] = (
         example="cprec serve runs/demo/finetune/books/cprec-style port=8080",
         function="cprec.serving:open_and_serve",
         stage="serve",
+        folders={"models": MODEL_FOLDER["model"]},
         usage="MODEL ... [key=value ...]",
         arguments={"words": {"nargs": "+", "metavar": "MODEL"}},
         takes_settings=False,

@@ -102,6 +102,7 @@ def fake_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "STAGE_CONFIGS", stages)
     monkeypatch.setattr(config, "RECIPES", {"fake": fake, "demo": demo})
     monkeypatch.setattr(verbs, "load", lambda path: functools.partial(stage, path))
+    monkeypatch.setattr(verbs.Verb, "require_folders", lambda *_: None)
     monkeypatch.setenv("COLUMNS", "100")
 
 
