@@ -7,6 +7,7 @@ positions of each are filled.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 from torch import nn
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 
 ENCODE_POSITIONS = 4096
 """Positions that are read at once where only a row's last state is asked for: as many as stay in a CPU's cache."""
+
+BlockKind = Literal["pre_norm", "query_norm"]
 
 
 class Encoder(nn.Module, ABC):
@@ -48,12 +51,22 @@ class SelfAttention(Encoder):
     """
 
     def __init__(
-        self, size: int, *, max_length: int, num_blocks: int, num_heads: int, dropout: float, causal: bool
+        self,
+        size: int,
+        *,
+        max_length: int,
+        num_blocks: int,
+        num_heads: int,
+        dropout: float,
+        causal: bool,
+        attention_dropout: float = 0.0,
+        block: BlockKind = "pre_norm",
     ) -> None:
         super().__init__()
         self.causal = causal
         self.position = nn.Embedding(max_length + 1, size)
-        self.blocks = nn.ModuleList([Block(size, num_heads, dropout, causal) for _ in range(num_blocks)])
+        drops = {"dropout": dropout, "attention_dropout": attention_dropout}
+        self.blocks = nn.ModuleList([Block(size, num_heads, causal, block, **drops) for _ in range(num_blocks)])
         self.norm = nn.LayerNorm(size)
         self.dropout = nn.Dropout(dropout)
 
@@ -103,11 +116,23 @@ class SelfAttention(Encoder):
 
 
 class Block(nn.Module):
-    """Attention, then two linear layers with a GELU between them; each reads a norm of its input and is added to it."""
+    """Attention, then two linear layers as wide as the states; each is added to what it reads.
 
-    def __init__(self, size: int, num_heads: int, dropout: float, causal: bool) -> None:
+    - `pre_norm`: both read a norm of their input and are added to the input itself. Their outputs are dropped out, and
+      a GELU is between the linear layers.
+    - `query_norm`: queries alone read a norm; keys and values read the input. The linear layers read a norm of the sum
+      and are added to that norm. Dropped out are the linear layers' output and that of the ReLU between them. So is the
+      code of Kang and McAuley (2018), with attention weights dropped out too; there attention has no output layer, and
+      is added to the norm that queries read.
+    """
+
+    def __init__(
+        self, size: int, num_heads: int, causal: bool, kind: BlockKind, *, dropout: float, attention_dropout: float
+    ) -> None:
+        """`attention_dropout` is the share of attention weights that is left out in training."""
         super().__init__()
-        self.num_heads, self.causal = num_heads, causal
+        self.num_heads, self.causal, self.attention_dropout = num_heads, causal, attention_dropout
+        self.only_queries = kind == "query_norm"
         self.norm_attention, self.norm_linear = nn.LayerNorm(size), nn.LayerNorm(size)
         self.query_key_value, self.output = nn.Linear(size, 3 * size), nn.Linear(size, size)
         self.first, self.second = nn.Linear(size, size), nn.Linear(size, size)
@@ -115,10 +140,22 @@ class Block(nn.Module):
 
     def forward(self, hidden_RTD: torch.Tensor, mask_R11T: torch.Tensor | None) -> torch.Tensor:
         rows, length, size = hidden_RTD.shape
-        parts = self.query_key_value(self.norm_attention(hidden_RTD)).view(rows, length, 3, self.num_heads, -1)
+        normed_RTD = self.norm_attention(hidden_RTD)
+        if self.only_queries:
+            weight, bias = self.query_key_value.weight, self.query_key_value.bias
+            query_RTD = F.linear(normed_RTD, weight[:size], bias[:size])
+            projected = torch.cat([query_RTD, F.linear(hidden_RTD, weight[size:], bias[size:])], dim=2)
+        else:
+            projected = self.query_key_value(normed_RTD)
+        parts = projected.view(rows, length, 3, self.num_heads, -1)
         query_RHTD, key_RHTD, value_RHTD = parts.permute(2, 0, 3, 1, 4)
         read = F.scaled_dot_product_attention(
-            query_RHTD, key_RHTD, value_RHTD, attn_mask=mask_R11T, is_causal=self.causal
+            query_RHTD,
+            key_RHTD,
+            value_RHTD,
+            attn_mask=mask_R11T,
+            dropout_p=self.attention_dropout if self.training else 0.0,
+            is_causal=self.causal,
         )
         return self._rest(hidden_RTD, read.transpose(1, 2).reshape(rows, length, size))
 
@@ -131,17 +168,24 @@ class Block(nn.Module):
         query_RHD1 = F.linear(normed_RTD[every_R, place_R], weight[:size], bias[:size]).view(
             rows, self.num_heads, -1, 1
         )
-        parts = F.linear(normed_RTD, weight[size:], bias[size:]).view(rows, length, 2, self.num_heads, -1)
+        read_RTD = hidden_RTD if self.only_queries else normed_RTD
+        parts = F.linear(read_RTD, weight[size:], bias[size:]).view(rows, length, 2, self.num_heads, -1)
         key_RHTD, value_RHTD = parts.permute(2, 0, 3, 1, 4)
         # Attention by hand: for a single query it is quicker than the fused function.
         score_RH1T = (key_RHTD @ query_RHD1).transpose(2, 3) * query_RHD1.shape[2] ** -0.5
-        read_RH1D = score_RH1T.masked_fill(~mask_R11T, -torch.inf).softmax(-1) @ value_RHTD
-        return self._rest(hidden_RTD[every_R, place_R], read_RH1D.reshape(rows, size))
+        share_RH1T = score_RH1T.masked_fill(~mask_R11T, -torch.inf).softmax(-1)
+        share_RH1T = F.dropout(share_RH1T, self.attention_dropout, self.training)
+        return self._rest(hidden_RTD[every_R, place_R], (share_RH1T @ value_RHTD).reshape(rows, size))
 
     def _rest(self, hidden: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
         """The block after its attention, at any positions."""
-        hidden = hidden + self.dropout(self.output(read))
-        out: torch.Tensor = hidden + self.dropout(self.second(F.gelu(self.first(self.norm_linear(hidden)))))
+        if self.only_queries:
+            hidden = self.norm_linear(hidden + self.output(read))
+            between = self.dropout(F.relu(self.first(hidden)))
+        else:
+            hidden = hidden + self.dropout(self.output(read))
+            between = F.gelu(self.first(self.norm_linear(hidden)))
+        out: torch.Tensor = hidden + self.dropout(self.second(between))
         return out
 
 

@@ -32,7 +32,7 @@ from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import VALIDATION
 from cprec.systems.dot_product import DotProductModel, DotProductRecommender
 from cprec.systems.items import read_vectors
-from cprec.systems.signals import Passes, TrainingSequences, user_names
+from cprec.systems.signals import POOL, Passes, TrainingSequences, user_names
 from cprec.systems.terms import Objective, Term, check_objective, next_item
 from cprec.systems.vectors import text_vectors
 from cprec.train.checkpoint import newest_intact, remove_checkpoints
@@ -96,11 +96,18 @@ class SystemSettings(ABC):
     dropout: float = 0.5
     """Share of activations left out in training."""
     learning_rate: float = 3e-3
-    """Peak learning rate of AdamW (0.9, 0.95)."""
+    """Peak learning rate of AdamW (0.9, `beta2`)."""
+    beta2: float = 0.95
+    """AdamW remembers squared gradients for about 1 / (1 - beta2) steps. Where an item has no event for longer, the
+    small gradients in between, which push its scores down, count for too much."""
     weight_decay: float = 0.0
     """AdamW's decay of matrices."""
     batch_size: int = 128
     """Rows of an optimizer step."""
+    sorted_batches: int = POOL
+    """Batches among which rows are sorted by length, so that there is little padding. As a step's loss is the mean over
+    its targets, those of long rows count less than those of short ones. 1: a step's rows are a random sample, and all
+    targets count alike."""
     num_epochs: float = 20
     """Passes over the training rows."""
     anneal: float = 0.4
@@ -121,8 +128,10 @@ class SystemSettings(ABC):
     }
 
     def __post_init__(self) -> None:
-        self.require_positive("max_length", "hidden_size", "learning_rate", "batch_size", "num_epochs")
-        for name in ("dropout", "anneal"):
+        self.require_positive(
+            "max_length", "hidden_size", "learning_rate", "batch_size", "sorted_batches", "num_epochs"
+        )
+        for name in ("dropout", "beta2", "anneal"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must lie in 0..1, 1 left out")
 
@@ -158,7 +167,7 @@ class SystemSettings(ABC):
 
     def passes(self, seed: int) -> Passes:
         """The passes of a `RowStream` over its rows."""
-        return Passes(batch_size=self.batch_size, num_epochs=self.num_epochs, seed=seed)
+        return Passes(batch_size=self.batch_size, num_epochs=self.num_epochs, seed=seed, pool=self.sorted_batches)
 
     def stage(
         self,
@@ -375,7 +384,9 @@ def _fit_stage(
                 stage.stream,
                 stage.schedule,
                 output_dir=folder,
-                optimisation=Optimisation(weight_decay=settings.weight_decay, max_grad_norm=5.0, seed=seed),
+                optimisation=Optimisation(
+                    weight_decay=settings.weight_decay, max_grad_norm=5.0, beta2=settings.beta2, seed=seed
+                ),
                 cadence=Cadence(
                     logging_steps=max(1, num_steps // 100),
                     eval_steps=max(1, num_steps // VALIDATIONS),

@@ -24,7 +24,7 @@ from cprec.errors import Unsuitable
 from cprec.systems.items import MASK
 
 POOL = 32
-"""Batches among which rows are sorted by length: enough that a batch holds hardly any padding."""
+"""Batches among which rows are sorted by length by default: enough that a batch holds hardly any padding."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,14 @@ class Passes:
     batch_size: int
     num_epochs: float
     seed: int
+    pool: int = POOL
+    """Batches among which rows are sorted by length; 1: a batch is a random sample of all rows."""
 
 
 class RowStream(ABC):
     """Batches of rows in a seeded order that is a pure function of the step: a `cprec.train.trainable.Stream`.
 
-    An epoch holds each row once; a batch holds rows of nearly one length.
+    An epoch holds each row once; a batch holds rows of nearly one length unless `Passes.pool` is 1.
     """
 
     num_steps: int
@@ -98,6 +100,7 @@ class RowStream(ABC):
     def __init__(self, lengths: np.ndarray, terms: Sequence[str], passes: Passes) -> None:
         """`terms` names the loss terms; each is divided by the number of targets."""
         self._lengths, self._terms, self._size, self._seed = lengths, tuple(terms), passes.batch_size, passes.seed
+        self._pool = passes.pool * passes.batch_size
         self._per_epoch = -(-len(lengths) // self._size)
         self.num_steps = max(1, round(self._per_epoch * passes.num_epochs))
         self.num_tokens = round(self.num_steps / self._per_epoch * int(lengths.sum()))
@@ -117,8 +120,8 @@ class RowStream(ABC):
         generator = np.random.default_rng([self._seed, epoch])
         order = generator.permutation(len(self._lengths))
         batches = []
-        for start in range(0, len(order), POOL * self._size):
-            pool = order[start : start + POOL * self._size]
+        for start in range(0, len(order), self._pool):
+            pool = order[start : start + self._pool]
             pool = pool[np.argsort(self._lengths[pool], kind="stable")]
             batches += [pool[first : first + self._size] for first in range(0, len(pool), self._size)]
         return [batches[number] for number in generator.permutation(len(batches))]

@@ -36,6 +36,8 @@ class Optimisation:
     """AdamW's decay, of the parameters that decay."""
     max_grad_norm: float
     """Gradients are scaled down to this norm."""
+    beta2: float = 0.95
+    """AdamW's memory of squared gradients: about 1 / (1 - beta2) steps."""
     micro_batch_size: int = 0
     """Rows of a micro-batch in one process, at most; 0: all that the process has."""
     seed: int = 0
@@ -99,7 +101,7 @@ def train(
     it), another process is lost or the log cannot be written, and CheckpointError if a checkpoint cannot be written.
     All leave the last checkpoint as it was.
     """
-    optimizer = make_optimizer(trainable, weight_decay=optimisation.weight_decay)
+    optimizer = make_optimizer(trainable, weight_decay=optimisation.weight_decay, beta2=optimisation.beta2)
     restore_from, state = resume_from or start_from, TrainState()
     if restore_from:
         found = load_checkpoint(restore_from, trainable.module, optimizer)

@@ -68,8 +68,8 @@ def decay_matrices(module: nn.Module, weight_decay: float) -> list[dict[str, Any
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(trainable: Trainable, *, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (0.9, 0.95) over all trainable parameters. The learning rate is set at each step.
+def make_optimizer(trainable: Trainable, *, weight_decay: float, beta2: float = 0.95) -> torch.optim.AdamW:
+    """AdamW (0.9, `beta2`) over all trainable parameters. The learning rate is set at each step.
 
     Raises ValueError if the groups leave out or add parameters: what is optimised is what is clipped and saved.
     """
@@ -84,4 +84,4 @@ def make_optimizer(trainable: Trainable, *, weight_decay: float) -> torch.optim.
             f"parameter_groups of {type(trainable).__name__} must hold each trainable parameter of its module once: "
             f"left out {left_out or 'none'}, {len(grouped)} given, {len(trained)} there"
         )
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, beta2), fused=True)

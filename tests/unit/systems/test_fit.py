@@ -18,7 +18,7 @@ from cprec.errors import ConfigError, Unsuitable
 from cprec.schema import SPLITS, TEST, TRAIN
 from cprec.systems import fit as fitting
 from cprec.systems.dot_product import DotProductRecommender, GraphModel
-from cprec.systems.encoders import Encoder, LatentSteps, Recurrent, SelfAttention
+from cprec.systems.encoders import Block, BlockKind, Encoder, LatentSteps, Recurrent, SelfAttention
 from cprec.systems.fit import SystemSettings
 from cprec.systems.graph import UserItemGraph
 from cprec.systems.items import FrozenTable, IdTable, read_vectors
@@ -30,6 +30,7 @@ from cprec.systems.recipes.lightgcn import LightGCN
 from cprec.systems.recipes.rearec import ReaRec
 from cprec.systems.recipes.sasrec import SASRec
 from cprec.systems.signals import RowStream, TrainingSequences
+from cprec.train.loop import Optimisation
 
 NUM_ITEMS = 12
 SMALL: dict[str, Any] = {"hidden_size": 16, "dropout": 0.0, "learning_rate": 1e-2, "batch_size": 16, "anneal": 0.3}
@@ -160,19 +161,84 @@ def encoder_of(kind: str) -> Encoder:
     torch.manual_seed(0)
     if kind == "recurrent":
         return Recurrent(16, num_layers=2, dropout=0.5).eval()
-    sizes = {"max_length": 9, "num_blocks": 2, "num_heads": 2}
-    return SelfAttention(16, **sizes, dropout=0.5, causal=kind == "causal").eval()
+    block: BlockKind = "query_norm" if kind.endswith("query norm") else "pre_norm"
+    sizes: dict[str, Any] = {"max_length": 9, "num_blocks": 2, "num_heads": 2, "block": block}
+    return SelfAttention(16, **sizes, dropout=0.5, attention_dropout=0.5, causal=kind.startswith("causal")).eval()
 
 
-@pytest.mark.parametrize("kind", ["causal", "cloze", "recurrent"])
+@pytest.mark.parametrize("kind", ["causal", "cloze", "causal, query norm", "cloze, query norm", "recurrent"])
 def test_the_last_state_is_that_of_the_last_position(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = encoder_of(kind)
-    lengths = torch.tensor([1, 1, 4, 9, 9] if kind == "cloze" else [0, 1, 4, 9, 9])
+    lengths = torch.tensor([1, 1, 4, 9, 9] if kind.startswith("cloze") else [0, 1, 4, 9, 9])
     inputs = torch.randn(5, 9, 16)
     expected = encoder(inputs, lengths)[torch.arange(5), (lengths - 1).clamp(min=0)]
     for positions in (1, 20, 4096):
         monkeypatch.setattr("cprec.systems.encoders.ENCODE_POSITIONS", positions)
         torch.testing.assert_close(encoder.last(inputs, lengths), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_with_a_norm_for_queries_alone_is_that_of_the_public_code() -> None:
+    torch.manual_seed(0)
+    block = Block(16, 2, True, "query_norm", dropout=0.5, attention_dropout=0.5).eval()
+    attention = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+    attention.in_proj_weight.data, attention.in_proj_bias.data = (
+        block.query_key_value.weight,
+        block.query_key_value.bias,
+    )
+    attention.out_proj.load_state_dict(block.output.state_dict())
+    inputs = torch.randn(3, 5, 16)
+    later = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    read, _ = attention(block.norm_attention(inputs), inputs, inputs, attn_mask=later)
+    normed = block.norm_linear(inputs + read)
+    expected = normed + block.second(block.first(normed).relu())
+    torch.testing.assert_close(block(inputs, None), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_weights_are_dropped_out_in_training_alone() -> None:
+    """One item has all the weight: it is read twice as strongly, or not at all."""
+    torch.manual_seed(0)
+    block = Block(8, 1, True, "pre_norm", dropout=0.0, attention_dropout=0.5)
+    one, place, mask = torch.randn(1, 1, 8), torch.tensor([0]), torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    value = torch.nn.functional.linear(block.norm_attention(one), *(p[16:] for p in block.query_key_value.parameters()))
+    possible = [block._rest(one, scale * value) for scale in (0, 2)]
+    for run in (lambda: block(one, None), lambda: block.at(one, place, mask)[:, None]):
+        seen = {
+            [torch.allclose(out, each, atol=1e-6) for each in possible].index(True)
+            for out in (run() for _ in "12345678")
+        }
+        assert seen == {0, 1}
+    block.eval()
+    torch.testing.assert_close(block(one, None), block._rest(one, value))
+
+
+def test_settings_reach_blocks_batches_and_the_optimizer(
+    split: Split, data: TrainingSequences, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SASREC, block="query_norm", attention_dropout=0.25, beta2=0.99, sorted_batches=3)
+    (block,) = settings.encoder().blocks
+    assert isinstance(block, Block) and block.only_queries and block.attention_dropout == 0.25
+    assert settings.passes(0).pool == 3
+
+    def stop(*arguments: Any, optimisation: Optimisation, **others: Any) -> None:
+        raise Unsuitable(f"beta2={optimisation.beta2}")
+
+    monkeypatch.setattr(fitting, "train", stop)
+    with pytest.raises(Unsuitable, match=r"beta2=0\.99$"):
+        settings.make(split, "ring")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"block": "post_norm"}, "block='post_norm': expected pre_norm or query_norm"),
+        ({"attention_dropout": 1.0}, "attention_dropout=1.0 must lie in 0..1"),
+        ({"beta2": 1.0}, "beta2=1.0 must lie in 0..1"),
+        ({"sorted_batches": 0}, "sorted_batches=0 must be above 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SASRec(**wrong)
 
 
 @pytest.mark.parametrize("kind", ["causal", "recurrent"])

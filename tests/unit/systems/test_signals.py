@@ -61,6 +61,13 @@ def test_an_epoch_reads_every_row_once_and_any_step_can_be_had_alone(data: Train
     assert first.batch(0).counts == dict.fromkeys("ab", first.batch(0).num_tokens)
 
 
+def test_batches_that_are_not_sorted_are_random_samples(data: TrainingSequences) -> None:
+    stream = WindowStream(data, ["a"], 50, Passes(batch_size=7, num_epochs=1, seed=3, pool=1))
+    order = np.random.default_rng([3, 0]).permutation(90)
+    samples = {frozenset(order[start : start + 7].tolist()) for start in range(0, 90, 7)}
+    assert {frozenset(batch.examples.tolist()) for batch in stream} == samples
+
+
 def test_targets_follow_their_inputs_and_padding_has_none(data: TrainingSequences) -> None:
     batch = WindowStream(data, ["a"], 50, ONCE).batch(1)
     real = batch.rows["targets"] != IGNORE

@@ -96,6 +96,12 @@ def test_matrices_decay_and_vectors_do_not(make_model: MakeModel) -> None:
     assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
 
 
+def test_the_memory_of_squared_gradients_can_be_chosen(make_model: MakeModel) -> None:
+    loss = PackedLoss(make_model())
+    assert make_optimizer(loss, weight_decay=0.0).defaults["betas"] == (0.9, 0.95)
+    assert make_optimizer(loss, weight_decay=0.0, beta2=0.999).defaults["betas"] == (0.9, 0.999)
+
+
 def test_micro_batches_are_the_rows_of_the_step(make_stream: MakeStream) -> None:
     batch = make_stream(rows_per_step=5).batch(0)
     for max_rows, num_parts in ((0, 1), (9, 1), (3, 2), (1, 5)):

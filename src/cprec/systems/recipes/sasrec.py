@@ -1,8 +1,9 @@
 """SASRec: self-attention over the latest items of a history (Kang and McAuley 2018).
 
 Each position of a sequence predicts the next item by the product of its state with the items' vectors (their equation
-6). Deviations of all settings from the paper and its code: blocks normalise before their layers, not after, and nothing
-is dropped out inside attention; positions are counted from the end of a history; the feed-forward layers have a GELU.
+6). Deviations from the paper and its code: positions are counted from the end of a history, and unless `block` and
+`attention_dropout` say otherwise blocks normalise before their layers, nothing is dropped out inside attention, and the
+feed-forward layers have a GELU.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from cprec.data.ragged import Ragged
 from cprec.errors import ConfigError
 from cprec.scoring import StoredRecommender
 from cprec.systems.dot_product import DotProductModel, DotProductRecommender, MeanOfNetworks, SequenceModel
-from cprec.systems.encoders import SelfAttention
+from cprec.systems.encoders import BlockKind, SelfAttention
 from cprec.systems.fit import NEXT_ITEM, NextItemSettings, Stage, SystemSettings
 from cprec.systems.items import IdTable
 from cprec.systems.sampled import SampledItemsLoss
@@ -43,6 +44,10 @@ class SelfAttentionSettings(SystemSettings):
     """Transformer blocks."""
     num_heads: int = 4
     """Heads; must divide hidden_size."""
+    attention_dropout: float = 0.0
+    """Share of attention weights left out in training."""
+    block: BlockKind = "pre_norm"
+    """What blocks normalise and where they drop out; see `encoders.Block`."""
 
     SEARCH: ClassVar[Mapping[str, Choice]] = {**SystemSettings.SEARCH, "num_blocks": Whole(low=1, high=3)}
 
@@ -51,6 +56,10 @@ class SelfAttentionSettings(SystemSettings):
         self.require_positive("num_blocks", "num_heads")
         if self.hidden_size % self.num_heads:
             raise ConfigError(f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}")
+        if not 0 <= self.attention_dropout < 1:
+            raise ConfigError(f"attention_dropout={self.attention_dropout} must lie in 0..1, 1 left out")
+        if self.block not in get_args(BlockKind):
+            raise ConfigError(f"block={self.block!r}: expected {' or '.join(get_args(BlockKind))}")
 
     def parts(self, num_items: int, *, causal: bool = True) -> tuple[IdTable, SelfAttention]:
         """Item vectors and an encoder before training."""
@@ -62,7 +71,14 @@ class SelfAttentionSettings(SystemSettings):
     def encoder(self, *, causal: bool = True) -> SelfAttention:
         """An encoder before training."""
         sizes = {"max_length": self.max_length, "num_blocks": self.num_blocks, "num_heads": self.num_heads}
-        return SelfAttention(self.hidden_size, **sizes, dropout=self.dropout, causal=causal)
+        return SelfAttention(
+            self.hidden_size,
+            **sizes,
+            dropout=self.dropout,
+            attention_dropout=self.attention_dropout,
+            causal=causal,
+            block=self.block,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
