@@ -36,8 +36,8 @@ GRACE_SECONDS = 30
 def serve(config: ServeConfig, engines: Sequence[Engine], baselines: Sequence[Baseline]) -> None:
     """Answer requests until SIGINT or SIGTERM; requests under way are finished.
 
-    Raises ConfigError if the address is taken or the state folder belongs to another process, DataError if the items
-    stored there are damaged.
+    Raises ConfigError if the address is taken or an older process keeps the state folder for itself, DataError if the
+    items stored there are damaged.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
