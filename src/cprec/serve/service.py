@@ -101,6 +101,8 @@ class Service:
         gauge = self.metrics.gauge
         gauge("cprec_queue_queries", "Queries that wait for an engine", lambda: self._batcher.waiting)
         gauge("cprec_batch_limit", "Queries that a batch, and the queue, may have now", lambda: self._batcher.limit)
+        about_behind = "1 while changes of items by other processes cannot be taken in"
+        gauge("cprec_items_behind", about_behind, lambda: self.stock.is_behind)
         gauge("cprec_cache_bytes", "Memory of kept prompts", lambda: sum(cache.num_bytes for cache in caches))
         max_bytes = sum(cache.max_bytes for cache in caches)
         gauge("cprec_cache_max_bytes", "Memory that kept prompts may take", lambda: max_bytes)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 
+from cprec.data.catalogue import Catalogue
 from cprec.data.cleaning import clean_title, has_word
 from cprec.errors import CPRecError
 from cprec.serve import messages as m
@@ -16,35 +19,71 @@ from cprec.serve.lookup import TitleSearch, check_ids
 
 log = logging.getLogger("cprec.serve")
 
+Items = Mapping[tuple[str, str], StoredItem]
+"""By domain and item id."""
+
+FOLLOW_SECONDS = 0.2
+"""How often the store is looked at for changes that other processes have made."""
+
+
+@dataclass(frozen=True)
+class _Served:
+    """What is served at one moment."""
+
+    engines: Mapping[str, Engine]
+    titles: TitleSearch
+    items: Items
+    """What the engines have of the store."""
+
+    def with_items(self, changes: Items) -> _Served:
+        """With changes besides. Raises CPRecError for items that the engines cannot take."""
+        items = {**self.items, **changes}
+        catalogue = with_items(self.titles.catalogue, tuple(changes.values()))
+        withdrawn = withdrawn_of(items.values())
+        engines = {name: engine.with_items(catalogue, withdrawn) for name, engine in self.engines.items()}
+        for engine in engines.values():
+            engine.catalogue.index(engine.item_fields)
+        return _Served(engines, TitleSearch(catalogue), items)
+
 
 class Stock:
     """Engines of one catalogue by name, the store of changed items, and a search of titles.
 
-    Its methods are called from one event loop. A request keeps the engine that it got: a change makes new engines.
+    A request keeps the engine that it got: a change makes new engines. A thread takes in what other processes with the
+    same store have changed. Coroutines are called from one event loop, the other methods from any thread.
     """
 
     def __init__(self, engines: Sequence[Engine], store: ItemStore | None = None) -> None:
         """Raises DataError if the items in the store cannot be put into the catalogue."""
-        self._engines = {engine.name: engine for engine in engines}
-        assert len(self._engines) == len(engines) > 0, "engines need names of their own"
+        found = {engine.name: engine for engine in engines}
+        assert len(found) == len(engines) > 0, "engines need names of their own"
         self._default = engines[0].name
         self._store = store or ItemStore(None)
-        self._one_change = asyncio.Lock()
+        self._now = _Served(found, TitleSearch(engines[0].catalogue), {})
         if self._store.items:
-            self._engines = self._with(tuple(self._store.items.values()))
-        self._titles = TitleSearch(self.engine().catalogue)
+            self._now = self._now.with_items(self._store.items)
+        self._one_change = asyncio.Lock()
+        self._alone = threading.Lock()
+        """Is held by the thread that uses the store, or makes what is served next."""
+        self.is_behind = False
+        """Changes of other processes could not be taken in; the log says why."""
+        self._closing = threading.Event()
+        self._follower = threading.Thread(target=self._follow, name="items", daemon=True)
+        if self._store.is_open:
+            self._follower.start()
 
     @property
     def names(self) -> list[str]:
         """The names of the engines; the first answers where a request names none."""
-        return list(self._engines)
+        return list(self._now.engines)
 
     def engine(self, name: str | None = None) -> Engine:
         """An engine as it is now, with all changes of items. Raises Refused for an unknown name."""
+        engines = self._now.engines
         try:
-            return self._engines[name or self._default]
+            return engines[name or self._default]
         except KeyError:
-            raise m.Refused(422, f"model={name!r}: the models here are {', '.join(self._engines)}") from None
+            raise m.Refused(422, f"model={name!r}: the models here are {', '.join(engines)}") from None
 
     def domain(self, engine: Engine, name: str | None) -> str:
         """The domain of a request, by default that of the engine. Raises Refused for one that it does not have."""
@@ -63,12 +102,17 @@ class Stock:
         }
 
     def close(self) -> None:
-        """Let another process have the store; changes are on disk already."""
-        self._store.close()
+        """Take no more changes; those made are on disk already."""
+        self._closing.set()
+        if self._follower.is_alive():
+            self._follower.join()
+        with self._alone:
+            self._store.close()
 
     async def find(self, query: str, domain: str | None, limit: int) -> m.FoundItems:
         """Items in stock whose title has all words of a query, or whose id it is; by id, then in catalogue order."""
-        engine, titles = self.engine(), self._titles
+        now = self._now
+        engine, titles = now.engines[self._default], now.titles
         catalogue = titles.catalogue
         if domain is not None:
             self.domain(engine, domain)
@@ -84,7 +128,7 @@ class Stock:
     async def put(self, items: Sequence[m.NewItem]) -> m.Changed:
         """Add items, or change the text of those there are, in every engine: all or none, on disk on return."""
         stored = [self._checked(item) for item in items]
-        return await self._change(lambda: stored)
+        return await self._change(lambda _: stored)
 
     def _checked(self, item: m.NewItem) -> StoredItem:
         self.domain(self.engine(), item.domain)
@@ -102,8 +146,7 @@ class Stock:
         """Stop recommending items until they are put again: all or none. Histories may still name them."""
         domain = self.domain(self.engine(), domain)
 
-        def changes() -> list[StoredItem]:
-            catalogue = self.engine().catalogue
+        def changes(catalogue: Catalogue) -> list[StoredItem]:
             check_ids(catalogue, domain, item_ids)
             out = []
             for item_id in dict.fromkeys(item_ids):
@@ -114,37 +157,61 @@ class Stock:
 
         return await self._change(changes)
 
-    async def _change(self, changes: Callable[[], Sequence[StoredItem]]) -> m.Changed:
-        """Make changes one after the other; `changes` is called when those before are in effect."""
+    async def _change(self, changes: Callable[[Catalogue], Sequence[StoredItem]]) -> m.Changed:
+        """Make changes one after the other; `changes` gets the catalogue with those before, of all processes."""
         if not self._store.is_open:
             raise m.Refused(
                 409, "items cannot be changed here: start the service with state=FOLDER, where changes last"
             )
-        async with self._one_change:
-            items = changes()
+        async with self._one_change:  # those that wait need no thread
             try:
-                engines, titles = await asyncio.to_thread(self._build_and_store, items)
-            except CPRecError as error:
-                raise m.Refused(422, str(error)) from None
-            except OSError as error:
+                items = await asyncio.to_thread(self._make, changes)
+            except TimeoutError:
+                raise m.Refused(503, "another process is changing items: try again", retry_after=1) from None
+            except (CPRecError, OSError) as error:
                 log.error("changes of items cannot be stored: %s", error)
-                raise m.Refused(507, f"the change cannot be stored, and was not made: {error.strerror}") from None
-            self._engines, self._titles = engines, titles
+                why = error.strerror if isinstance(error, OSError) else error
+                raise m.Refused(507, f"the change cannot be stored, and was not made: {why}") from None
         sizes = self.sizes()
         domains = sorted({item.domain for item in items})
         return m.Changed(changed=len(items), in_stock={name: sizes[name] for name in domains})
 
-    def _build_and_store(self, items: Sequence[StoredItem]) -> tuple[dict[str, Engine], TitleSearch]:
-        """The engines with changed items. Items that the engines cannot take are not stored."""
-        engines = self._with(items)
-        for engine in engines.values():
-            engine.catalogue.index(engine.item_fields)
-        titles = TitleSearch(next(iter(engines.values())).catalogue)
-        self._store.append(items)
-        return engines, titles
+    def _make(self, changes: Callable[[Catalogue], Sequence[StoredItem]]) -> Sequence[StoredItem]:
+        """Make a change behind all others, and return its items. Items that the engines cannot take are not stored."""
+        with self._store.changing(), self._alone:
+            self._store.read()
+            before, catalogue = self._news(), self._now.titles.catalogue
+            items = changes(with_items(catalogue, tuple(before.values())) if before else catalogue)
+            try:
+                made = self._now.with_items({**before, **{(item.domain, item.item_id): item for item in items}})
+            except CPRecError as error:
+                raise m.Refused(422, str(error)) from None
+            self._store.append(items)
+            self._now = made
+        return items
 
-    def _with(self, items: Sequence[StoredItem]) -> dict[str, Engine]:
-        catalogue = with_items(self.engine().catalogue, items)
-        changed = {(item.domain, item.item_id): item for item in items}
-        withdrawn = withdrawn_of((self._store.items | changed).values())
-        return {name: engine.with_items(catalogue, withdrawn) for name, engine in self._engines.items()}
+    def catch_up(self) -> None:
+        """Take in what other processes have changed, if anything.
+
+        What cannot be taken in is logged once, and tried again at the next call.
+        """
+        with self._alone:
+            try:
+                if not (self.is_behind or self._store.has_news or self._store.items is not self._now.items):
+                    return
+                self._store.read()
+                news = self._news()
+                self._now = replace(self._now.with_items(news) if news else self._now, items=self._store.items)
+                self.is_behind = False
+            except Exception as error:  # any that ended the thread would leave old items for ever
+                if not self.is_behind:
+                    log.error("changes of items by other processes cannot be taken in: %s", error, exc_info=error)
+                self.is_behind = True
+
+    def _news(self) -> Items:
+        """What was read from the store and is not served yet."""
+        return {key: item for key, item in self._store.items.items() if self._now.items.get(key) != item}
+
+    def _follow(self) -> None:
+        while not self._closing.wait(FOLLOW_SECONDS):
+            self.catch_up()
