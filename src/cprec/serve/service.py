@@ -157,22 +157,37 @@ class Service:
         return await self._unless(hung_up, asyncio.gather(*lists))
 
     async def _question(self, request: m.RecommendRequest, began: float) -> _Question:
-        engine, domain, history = await self._looked_up(request)
-        check_ids(engine.catalogue, domain, [*(request.allow or ()), *request.deny])
+        engine, domain, history = await self._looked_up(request, [*(request.allow or ()), *request.deny])
         query = list_query(
             engine, domain, history, exclude_seen=request.exclude_seen, allow=request.allow, deny=request.deny
         )
         return _Question(engine, query, request.k, request.mode, request.deadline_ms or self._deadline_ms, began)
 
     async def _looked_up(
-        self, request: m.RecommendRequest | m.ScoreRequest | m.ExplainRequest
+        self, request: m.RecommendRequest | m.ScoreRequest | m.ExplainRequest, ids: Sequence[str]
     ) -> tuple[Engine, str, tuple[Item, ...]]:
-        """The engine, the domain and the history of a request."""
+        """The engine, the domain and the history of a request, in which the domain has these ids.
+
+        Where something is unknown, another process may have just added it: what it changed is taken in, and looked at.
+        """
+        before = self.stock.engine()
+        try:
+            return await self._look_up(request, ids)
+        except m.Refused:
+            await asyncio.to_thread(self.stock.catch_up)
+            if self.stock.engine() is before:
+                raise
+        return await self._look_up(request, ids)
+
+    async def _look_up(
+        self, request: m.RecommendRequest | m.ScoreRequest | m.ExplainRequest, ids: Sequence[str]
+    ) -> tuple[Engine, str, tuple[Item, ...]]:
         engine = self.stock.engine(request.model)
         domain = self.stock.domain(engine, request.domain)
         if domain not in engine.domains:
             can = ", ".join(engine.domains)
             raise m.Refused(422, f"domain={domain!r}: {engine.name} was blended for {can}, and recommends from there")
+        check_ids(engine.catalogue, domain, ids)
         if len(request.history) < LONG_HISTORY:
             return engine, domain, look_up_history(engine.catalogue, domain, request.history)
         return engine, domain, await asyncio.to_thread(look_up_history, engine.catalogue, domain, request.history)
@@ -268,8 +283,7 @@ class Service:
     async def score(self, request: m.ScoreRequest, hung_up: HungUp = never) -> m.ScoreResponse:
         """The score of each candidate. Raises Refused as `recommend` does."""
         began = self._clock()
-        engine, domain, history = await self._looked_up(request)
-        check_ids(engine.catalogue, domain, request.candidates)
+        engine, domain, history = await self._looked_up(request, request.candidates)
         query = score_query(domain, history, request.candidates)
         (ranking,) = await self._scores(engine, [query], began, request.deadline_ms, hung_up)
         score_of = dict(zip(ranking.item_ids, ranking.scores, strict=True))
@@ -281,8 +295,7 @@ class Service:
         """What each part of the score, each of the latest events, and all events of each domain add to the score of an
         item, compared with an average one. The score is computed again without the events."""
         began = self._clock()
-        engine, domain, history = await self._looked_up(request)
-        check_ids(engine.catalogue, domain, [request.item_id])
+        engine, domain, history = await self._looked_up(request, [request.item_id])
         whole = score_query(domain, history, [request.item_id])
         whole = replace(whole, history=engine.shown(whole))
         read = whole.history

@@ -1,4 +1,4 @@
-"""Several workers with one state folder: each shows what the others change, and no change is lost."""
+"""Several workers with one state folder: each shows what the others change, no change is lost, no request fails."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from cprec.errors import DataError
 from cprec.serve import messages as m
 from cprec.serve.items import FILE, ItemStore
+from cprec.serve.service import Service
 from cprec.serve.stock import Stock
 
 WAIT = 60
@@ -211,3 +213,56 @@ def test_a_worker_looks_by_itself(worker: Callable[[], Stock], engine: Any, monk
     assert looked.wait(WAIT) and titles(other) == titles(one)
     other.close()
     assert "items" not in {thread.name for thread in threading.enumerate() if thread is other._follower}
+
+
+# ---- requests --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clients(engine: Any, last_first: Any, served: Callable[..., Any], tmp_path: Path) -> Iterator[list[httpx.Client]]:
+    """Of two workers with one folder."""
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                served(Service([type(engine)(engine.catalogue)], [last_first], ItemStore(tmp_path), deadline_ms=60_000))
+            )
+            for _ in range(2)
+        ]
+
+
+NEW = {"items": [{"item_id": "a0", "domain": "books", "title": "Aurora"}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("recommend", {"history": ["a0"]}),
+        ("recommend", {"history": ["aurora"]}),
+        ("recommend", {"history": [], "allow": ["a0", "b1"]}),
+        ("recommend", {"requests": [{"history": []}, {"history": ["b0"], "deny": ["a0"]}]}),
+        ("baselines", {"history": [{"item_id": "a0"}]}),
+        ("score", {"history": [], "candidates": ["b0", "a0"]}),
+        ("explain", {"history": ["b1"], "item_id": "a0"}),
+    ],
+)
+def test_what_one_worker_has_confirmed_no_other_calls_unknown(
+    path: str, body: Any, clients: list[httpx.Client]
+) -> None:
+    one, other = clients
+    assert other.post(f"/v1/{path}", json=body).status_code == 422
+    assert one.put("/v1/items", json=NEW).status_code == 200
+    answer = other.post(f"/v1/{path}", json=body)
+    assert answer.status_code == 200, answer.text
+
+
+def test_what_is_unknown_to_all_stays_unknown(clients: list[httpx.Client], tmp_path: Path) -> None:
+    one, other = clients
+    assert one.put("/v1/items", json=NEW).status_code == 200
+    refused = other.post("/v1/recommend", json={"history": ["b99", "a0"]})
+    assert refused.status_code == 422 and refused.json()["unknown"] == ["b99"]
+    (tmp_path / FILE).unlink()  # nothing can be taken in any more: what is asked is answered all the same
+    refused = other.post("/v1/recommend", json={"history": ["b98"]})
+    assert refused.status_code == 422 and refused.json()["unknown"] == ["b98"]
+    assert other.post("/v1/recommend", json={"history": ["a0"]}).status_code == 200
+    assert "\ncprec_items_behind 1.0\n" in other.get("/metrics").text
+    assert "\ncprec_items_behind 0.0\n" in one.get("/metrics").text
