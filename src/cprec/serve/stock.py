@@ -22,7 +22,7 @@ log = logging.getLogger("cprec.serve")
 Items = Mapping[tuple[str, str], StoredItem]
 """By domain and item id."""
 
-FOLLOW_SECONDS = 0.2
+FOLLOW_SECONDS = 0.1
 """How often the store is looked at for changes that other processes have made."""
 
 
