@@ -104,6 +104,34 @@ def test_it_answers_as_the_recommender_does_and_keeps_items_over_a_kill(
     assert found == {"b0", "b2", "b3", "b4", "b5", "b6", "new0", "new1", "new2"}
 
 
+def test_workers_share_a_folder_and_one_is_killed(serve: Callable[..., Served], tmp_path: Path) -> None:
+    def in_stock(client: httpx.Client) -> set[str]:
+        found = client.get("/v1/items", params={"domain": "books", "limit": 100}).json()["items"]
+        return {item["item_id"] for item in found}
+
+    state = f"state={tmp_path}"
+    (killed, one), (_, other) = serve(state), serve(state)
+    with ThreadPoolExecutor(2) as pool:  # both receive changes at once
+        changes = [
+            pool.submit(client.put, "/v1/items", json={"items": [{"item_id": name, "domain": "books", "title": name}]})
+            for place in range(4)
+            for name, client in ((f"new{place}", one), (f"more{place}", other))
+        ]
+        assert [each.result().status_code for each in changes] == [200] * 8
+    assert ask(one, "more3", k=1)["items"] and ask(other, "new3", k=1)["items"], "what is confirmed is known to both"
+    assert one.delete("/v1/items?item_id=b1").status_code == 200
+    killed.kill()  # -9
+    killed.wait()
+    expected = {"b0", *(f"b{place}" for place in range(2, 7)), *(f"new{n}" for n in range(4))}
+    expected |= {f"more{place}" for place in range(4)}
+    while "b1" in in_stock(other):  # it looks by itself
+        pass
+    assert in_stock(other) == expected
+    assert other.put("/v1/items", json={"items": [{"item_id": "b1", "domain": "books", "title": "Back"}]}).is_success
+    _, again = serve(state)
+    assert in_stock(again) == in_stock(other) == expected | {"b1"}
+
+
 def test_a_damaged_item_file_stops_the_start(serve: Callable[..., Served], folder: Path, tmp_path: Path) -> None:
     (tmp_path / FILE).write_text('0123456789abcdef {"domain":"books"}\n')
     command = [sys.executable, "-m", "cprec", "serve", str(folder), "port=0", f"state={tmp_path}"]
