@@ -35,7 +35,8 @@ class ServeConfig:
     """Data folder that the models were made from, for the baselines that answer when the model has no time; where it is
     none, the one that the first model folder names, if it is there."""
     state: str | None = None
-    """Folder for new and withdrawn items, which one process has to itself; none refuses such changes."""
+    """Folder for new and withdrawn items, which several processes of one machine may share; none refuses such
+    changes."""
     host: str = "127.0.0.1"
     """Address to listen on. Any but the loopback ones needs a token in the environment variable CPREC_TOKEN."""
     port: int = 8080
