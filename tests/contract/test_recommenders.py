@@ -74,6 +74,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "LightGCN": ON_GRAPH,
     "AlphaRec": {**ON_GRAPH, "text_size": 8, "adapter_size": 8},
     "GRU4Rec": {},
+    "Mamba4Rec": {},
     "BERT4Rec": {"num_negatives": 8},
     "SASRec": {},
     "ICSRec": {"num_intentions": 4},

@@ -43,6 +43,12 @@ class Encoder(nn.Module, ABC):
         return self.read_last(self.embed(inputs_RTD, lengths_R), lengths_R)
 
 
+def at_last(hidden_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+    """What stands at each row's last filled position (at the first of an empty row): RD."""
+    every_R = torch.arange(len(lengths_R), device=lengths_R.device)
+    return hidden_RTD[every_R, (lengths_R - 1).clamp(min=0)]
+
+
 class SelfAttention(Encoder):
     """Transformer blocks over item and position vectors.
 
@@ -208,8 +214,7 @@ class Recurrent(Encoder):
         return hidden_RTD
 
     def read_last(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
-        every_R = torch.arange(len(lengths_R), device=lengths_R.device)
-        return self.read(embedded_RTD, lengths_R)[every_R, (lengths_R - 1).clamp(min=0)]
+        return at_last(self.read(embedded_RTD, lengths_R), lengths_R)
 
 
 class LatentSteps(nn.Module):

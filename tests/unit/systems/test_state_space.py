@@ -1,0 +1,160 @@
+"""State-space layers: both forms of the scan, what a position may read, and the recipes over them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from cprec.errors import ConfigError
+from cprec.systems.fit import Stage, SystemSettings
+from cprec.systems.recipes.mamba4rec import Mamba4Rec
+from cprec.systems.signals import TrainingSequences
+from cprec.systems.state_space import StateSpace, StateSpaceBlock, quadratic, scan
+
+SIZE = 8
+SMALL: dict[str, Any] = {"hidden_size": 16, "dropout": 0.2, "batch_size": 16, "num_heads": 2, "state_size": 4}
+
+
+def block() -> StateSpaceBlock:
+    return StateSpaceBlock(SIZE, num_heads=2, state_size=3)
+
+
+MIXERS: dict[str, Callable[[], nn.Module]] = {"block": block}
+
+
+def losses(stage: Stage, stream: Any = None) -> list[float]:
+    """Of the first three steps of a stage, on its own stream or another."""
+    optimizer = torch.optim.AdamW(stage.trainable.module.parameters(), lr=1e-2)
+    stage.trainable.module.train()
+    torch.manual_seed(1)
+    found = []
+    for step in range(3):
+        rows = {name: torch.from_numpy(array) for name, array in (stream or stage.stream).batch(step).rows.items()}
+        (loss,) = stage.trainable.losses(rows).values()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+def stage_of(settings: SystemSettings, data: TrainingSequences) -> Stage:
+    torch.manual_seed(0)
+    (stage,) = settings.stages(data, 0)
+    return stage
+
+
+# ---- the scan --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [scan, quadratic])
+def test_a_scan_of_three_steps_by_hand(form: Any) -> None:
+    """The state halves at each step: 1, then 1/2 + 2, then 5/4 + 4 * 2, which is read three times as much."""
+    log_decay = torch.full((1, 3, 1), math.log(0.5))
+    value = torch.tensor([1.0, 2.0, 4.0]).view(1, 3, 1, 1)
+    write, read = torch.tensor([1.0, 1.0, 2.0]).view(1, 3, 1), torch.tensor([1.0, 1.0, 3.0]).view(1, 3, 1)
+    assert form(log_decay, value, write, read).flatten().tolist() == pytest.approx([1, 2.5, 27.75])
+
+
+@given(
+    st.integers(1, 3), st.integers(1, 50), st.integers(1, 3), st.integers(1, 5), st.integers(1, 4), st.integers(0, 99)
+)
+@settings(max_examples=25, deadline=None)
+def test_both_forms_of_the_scan_are_equal(
+    rows: int, length: int, heads: int, width: int, state: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
+
+    made = -drawn(rows, length, heads).abs(), drawn(rows, length, heads, width)
+    inputs = [each.requires_grad_() for each in (*made, drawn(rows, length, state), drawn(rows, length, state))]
+    outs = [form(*inputs) for form in (scan, quadratic)]
+    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
+    weight = drawn(*outs[0].shape)
+    one, other = (torch.autograd.grad((out * weight).sum(), inputs, allow_unused=True) for out in outs)
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_is_the_scan_of_what_it_makes_of_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    made, inputs, lengths = block(), torch.randn(3, 50, SIZE), torch.tensor([50, 7, 1])
+    by_matrix = made(inputs, lengths)
+    monkeypatch.setattr("cprec.systems.state_space.quadratic", scan)
+    torch.testing.assert_close(made(inputs, lengths), by_matrix, rtol=1e-5, atol=1e-5)
+
+
+def test_states_begin_with_the_published_steps_and_rates() -> None:
+    made = StateSpaceBlock(64, num_heads=64, state_size=4)
+    steps, rates = nn.functional.softplus(made.step.bias), made.log_rate.exp()
+    assert 1e-3 <= steps.min() < 3e-3 and 3e-2 < steps.max() <= 0.1
+    assert 1 <= rates.min() < 3 and 12 < rates.max() <= 16
+
+
+# ---- what a position reads -------------------------------------------------------------------------------------------
+
+
+def test_a_block_reads_no_later_position() -> None:
+    torch.manual_seed(0)
+    made, inputs, lengths = block(), torch.randn(2, 9, SIZE), torch.tensor([9, 9])
+    changed = inputs.clone()
+    changed[:, 5:] = torch.randn(2, 4, SIZE)
+    before, after = made(inputs, lengths), made(changed, lengths)
+    torch.testing.assert_close(before[:, :5], after[:, :5], rtol=0, atol=0)
+    assert (before[:, 5:] != after[:, 5:]).any(2).all()
+
+
+def test_a_block_writes_one_input_and_reads_by_another() -> None:
+    """What is written decides values and decays: where it is zero but for biases, so are they at all positions."""
+    torch.manual_seed(0)
+    made, lengths = block(), torch.tensor([4])
+    asks, source = torch.randn(1, 4, SIZE), torch.randn(1, 4, SIZE)
+    torch.testing.assert_close(made(asks, lengths, asks), made(asks, lengths))
+    assert (made(asks, lengths, source) != made(asks, lengths)).any()
+    other = source.clone()
+    other[:, 2] += 1
+    changed = (made(asks, lengths, other) != made(asks, lengths, source)).any(2)
+    assert changed.tolist() == [[False, False, True, True]]
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_padding_and_other_rows_change_nothing(name: str, num_layers: int) -> None:
+    torch.manual_seed(0)
+    encoder = StateSpace(SIZE, [MIXERS[name]() for _ in range(num_layers)], 0.5).eval()
+    lengths = [1, 2, 4, 7, 12]
+    inputs = torch.randn(len(lengths), 12, SIZE)
+    together = encoder.last(inputs, torch.tensor(lengths))
+    for row, length in enumerate(lengths):
+        alone = encoder.last(inputs[row : row + 1, :length], torch.tensor([length]))
+        torch.testing.assert_close(alone[0], together[row], rtol=1e-5, atol=1e-5)
+    assert encoder.last(inputs, torch.zeros(5, dtype=torch.int64)).isfinite().all(), "an empty row has a state too"
+
+
+def test_layers_are_added_to_their_inputs_where_there_are_several() -> None:
+    class Nothing(nn.Module):
+        def forward(self, hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(hidden)
+
+    inputs, lengths = torch.randn(2, 3, SIZE), torch.tensor([3, 3])
+    for num_layers in (1, 2):
+        encoder = StateSpace(SIZE, [Nothing()] * num_layers, 0.0)
+        out = encoder(inputs, lengths)
+        reads_items = (out[0] - out[1]).abs().max() > 1e-3
+        assert reads_items == (num_layers > 1)
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def test_heads_must_divide_the_inner_width() -> None:
+    with pytest.raises(ConfigError, match=r"num_heads=3 must divide 2 \* hidden_size=16"):
+        Mamba4Rec(hidden_size=8, num_heads=3)
