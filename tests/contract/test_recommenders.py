@@ -75,6 +75,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "AlphaRec": {**ON_GRAPH, "text_size": 8, "adapter_size": 8},
     "GRU4Rec": {},
     "Mamba4Rec": {},
+    "HMamba": {},
     "BERT4Rec": {"num_negatives": 8},
     "SASRec": {},
     "ICSRec": {"num_intentions": 4},

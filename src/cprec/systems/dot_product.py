@@ -65,6 +65,10 @@ class DotProductModel(nn.Module, ABC):
     def encode(self, vectors: Vectors, rows: Rows) -> torch.Tensor:
         """Representations of whole histories, `items` and `users`: RD."""
 
+    def scores(self, products: torch.Tensor) -> torch.Tensor:
+        """What products mean as scores, one by one; the order of products is that of scores."""
+        return products
+
 
 class SequenceModel(DotProductModel):
     """Reads histories with an encoder; the same vectors stand for an item at both ends."""
@@ -249,7 +253,7 @@ class DotProductRecommender(ScoringRecommender):
         parts = [order[start : start + size] for start in range(0, len(order), size)]
         hidden_QD = torch.cat([self._encoded(histories.take(part), [users[row] for row in part]) for part in parts])
         back = torch.from_numpy(np.argsort(order)).to(hidden_QD.device)
-        return self._products(hidden_QD[back])
+        return self.model.scores(self._products(hidden_QD[back]))
 
     def target_ranks(
         self, histories: Ragged, targets: np.ndarray, *, users: Sequence[str], exclude_seen: bool

@@ -25,6 +25,7 @@ from cprec.systems.items import FrozenTable, IdTable, read_vectors
 from cprec.systems.recipes.alpharec import AlphaRec
 from cprec.systems.recipes.bert4rec import BERT4Rec
 from cprec.systems.recipes.gru4rec import GRU4Rec
+from cprec.systems.recipes.hmamba import HMamba
 from cprec.systems.recipes.icsrec import ICSRec
 from cprec.systems.recipes.lightgcn import LightGCN
 from cprec.systems.recipes.mamba4rec import Mamba4Rec
@@ -40,6 +41,7 @@ SEQUENTIAL: list[SystemSettings] = [
     SASREC,
     GRU4Rec(**SMALL, num_epochs=5),
     Mamba4Rec(**SMALL, num_epochs=5),
+    HMamba(**SMALL, num_epochs=5),
     BERT4Rec(**SMALL, num_epochs=15, num_blocks=1, objective="softmax", num_negatives=0),
     ICSRec(**SMALL, num_epochs=1, num_blocks=1, num_intentions=4),
     ReaRec(**SMALL, num_epochs=1, first_epochs=2, num_blocks=1),

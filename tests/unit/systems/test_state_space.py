@@ -12,8 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from cprec.data.ragged import Ragged
 from cprec.errors import ConfigError
+from cprec.systems.encoders import Encoder
 from cprec.systems.fit import Stage, SystemSettings
+from cprec.systems.hyperbolic import OnHyperboloid, ToHyperboloid, distance_scores, nearest_item
+from cprec.systems.items import IdTable
+from cprec.systems.recipes.hmamba import HMamba
 from cprec.systems.recipes.mamba4rec import Mamba4Rec
 from cprec.systems.signals import TrainingSequences
 from cprec.systems.state_space import StateSpace, StateSpaceBlock, quadratic, scan
@@ -152,9 +157,85 @@ def test_layers_are_added_to_their_inputs_where_there_are_several() -> None:
         assert reads_items == (num_layers > 1)
 
 
+# ---- distances -------------------------------------------------------------------------------------------------------
+
+
+class Still(Encoder):
+    """Gives what it reads."""
+
+    def embed(self, inputs_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        return inputs_RTD
+
+    def read(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        return embedded_RTD
+
+    def read_last(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        return embedded_RTD[:, 0]
+
+
+def test_a_distance_score_by_hand() -> None:
+    """On a line, vectors are mapped to points as far from the origin as they are long, and distances add up: the item
+    of vector 1 is 1 from the origin, 0 from itself, and 3 from the point of -2."""
+    table = IdTable(1, 1, num_special=0)
+    table.table.weight.data.fill_(1.0)
+    item = OnHyperboloid(table).vectors()
+    assert item[0].tolist() == pytest.approx([math.cosh(1), math.sinh(1)])
+    states = torch.tensor([[[math.nan, 0.0]], [[math.nan, math.sinh(1)]], [[math.nan, math.sinh(-2)]]])
+    points = ToHyperboloid(Still()).last(states, torch.ones(3, dtype=torch.int64))
+    assert distance_scores(points @ item.T).flatten().tolist() == pytest.approx([-4, -2, -20], abs=1e-3)
+
+
+def test_the_softmax_of_distances_and_its_gradients_are_those_of_plain_formulas() -> None:
+    torch.manual_seed(0)
+    table = IdTable(7, 3, num_special=0).double()
+    states = torch.randn(5, 1, 3, dtype=torch.float64, requires_grad=True)
+    targets, lengths = torch.tensor([0, 6, 2, 2, 4]), torch.ones(5, dtype=torch.int64)
+    points = ToHyperboloid(Still()).last(nn.functional.pad(states, (1, 0)), lengths)
+    parameters = [states, table.table.weight]
+    loss = nearest_item(points, targets, OnHyperboloid(table).vectors())
+    found = torch.autograd.grad(loss, parameters)
+    # By a distance formula of its own: 2 asinh(|difference| / 2), the length of the difference being a Lorentz one.
+    space = states[:, 0]
+    vectors = table.table.weight
+    mapped = vectors.norm(dim=1, keepdim=True).sinh() * vectors / vectors.norm(dim=1, keepdim=True)
+    time = [(1 + each.square().sum(1)).sqrt() for each in (space, mapped)]
+    squared = (space[:, None] - mapped).square().sum(2) - (time[0][:, None] - time[1]).square()
+    expected = nn.functional.cross_entropy(
+        -2 * (2 * torch.asinh(squared.sqrt() / 2)).square(), targets, reduction="sum"
+    )
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, parameters))
+
+
+def test_an_item_at_the_place_of_the_state_has_a_gradient() -> None:
+    table = IdTable(2, 2, num_special=0)
+    table.table.weight.data = torch.tensor([[0.5, 0.0], [0.0, 3.0]])
+    items = OnHyperboloid(table).vectors()
+    states = (items[:1].detach() * torch.tensor([-1.0, 1.0, 1.0])).requires_grad_()
+    nearest_item(states, torch.tensor([0]), items).backward()
+    assert table.table.weight.grad is not None and states.grad is not None
+    assert table.table.weight.grad.isfinite().all() and states.grad.isfinite().all()
+
+
 # ---- recipes ---------------------------------------------------------------------------------------------------------
 
 
 def test_heads_must_divide_the_inner_width() -> None:
     with pytest.raises(ConfigError, match=r"num_heads=3 must divide 2 \* hidden_size=16"):
         Mamba4Rec(hidden_size=8, num_heads=3)
+
+
+def test_without_distances_it_learns_as_its_backbone_does(data: TrainingSequences) -> None:
+    backbone = losses(stage_of(Mamba4Rec(**SMALL), data))
+    assert losses(stage_of(HMamba(**SMALL, distance=False), data)) == backbone
+    assert losses(stage_of(HMamba(**SMALL), data)) != backbone
+
+
+def test_rankings_have_distances_as_scores(data: TrainingSequences) -> None:
+    stage = stage_of(HMamba(**SMALL), data)
+    scores = stage.recommender().score_histories(Ragged.of([[1, 2, 3], [4]]), ["", ""])
+    model = stage.trainable.module.eval()
+    vectors = model.vectors()
+    state = model.encode(vectors, {"items": torch.tensor([[1, 2, 3]])})
+    torch.testing.assert_close(scores[0], distance_scores(state @ vectors.items_VD.T)[0], rtol=1e-4, atol=1e-4)
+    assert (scores <= -2).all()
