@@ -76,6 +76,8 @@ LINEUP: Mapping[str, Listed] = {
     "Mamba4Rec (published)": Listed("systems.recipes.mamba4rec:PUBLISHED", "Liu et al. 2024"),
     "HMamba": Listed("systems.recipes.hmamba:HMamba", "and scores by hyperbolic distance"),
     "HMamba (published)": Listed("systems.recipes.hmamba:PUBLISHED", "Zhang et al. 2025"),
+    "SIGMA": Listed("systems.recipes.sigma:SIGMA", "and reads partly backwards, with gates and a GRU"),
+    "SIGMA (published)": Listed("systems.recipes.sigma:PUBLISHED", "Liu et al. 2025"),
     "BERT4Rec": Listed("systems.recipes.bert4rec:BERT4Rec", "fills in masked items"),
     "BERT4Rec (published)": Listed("systems.recipes.bert4rec:PUBLISHED", "Sun et al. 2019"),
     "SASRec": Listed("systems.recipes.sasrec:SASRec", "causal self-attention, softmax over all items"),

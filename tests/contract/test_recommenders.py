@@ -76,6 +76,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "GRU4Rec": {},
     "Mamba4Rec": {},
     "HMamba": {},
+    "SIGMA": {"kept": 2},
     "BERT4Rec": {"num_negatives": 8},
     "SASRec": {},
     "ICSRec": {"num_intentions": 4},

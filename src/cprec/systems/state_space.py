@@ -109,6 +109,34 @@ class _Convolution(nn.Module):
         return F.silu(self.layer(F.pad(inputs_RTD.mT, (KERNEL - 1, 0))).mT)
 
 
+class PartlyBackwards(nn.Module):
+    """A reading of rows whose events, but for the latest `kept`, stand in reverse order; padding stays where it is."""
+
+    def __init__(self, reading: nn.Module, kept: int) -> None:
+        super().__init__()
+        self.reading, self.kept = reading, kept
+
+    def forward(self, hidden_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        place_T = torch.arange(hidden_RTD.shape[1], device=lengths_R.device)
+        last_R1 = (lengths_R - self.kept)[:, None] - 1  # of the events that are reversed
+        from_RT = torch.where(place_T <= last_R1, last_R1 - place_T, place_T)
+        read: torch.Tensor = self.reading(hidden_RTD.gather(1, from_RT[:, :, None].expand_as(hidden_RTD)), lengths_R)
+        return read
+
+
+class ConvolvedGRU(nn.Module):
+    """A GRU over a convolution of each event with its two neighbours in the row."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.near, self.gru = nn.Conv1d(size, size, 3, padding=1), nn.GRU(size, size, bias=False, batch_first=True)
+
+    def forward(self, hidden_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        is_event_RT = torch.arange(hidden_RTD.shape[1], device=lengths_R.device) < lengths_R[:, None]
+        read_RTD: torch.Tensor = self.gru(self.near((hidden_RTD * is_event_RT[:, :, None]).mT).mT)[0]
+        return read_RTD
+
+
 class AfterMixing(nn.Module):
     """What follows a mixer of positions: a norm, then two linear layers with a GELU between them and another norm."""
 

@@ -20,8 +20,9 @@ from cprec.systems.hyperbolic import OnHyperboloid, ToHyperboloid, distance_scor
 from cprec.systems.items import IdTable
 from cprec.systems.recipes.hmamba import HMamba
 from cprec.systems.recipes.mamba4rec import Mamba4Rec
+from cprec.systems.recipes.sigma import SIGMA, Gated, Mixture
 from cprec.systems.signals import TrainingSequences
-from cprec.systems.state_space import StateSpace, StateSpaceBlock, quadratic, scan
+from cprec.systems.state_space import ConvolvedGRU, PartlyBackwards, StateSpace, StateSpaceBlock, quadratic, scan
 
 SIZE = 8
 SMALL: dict[str, Any] = {"hidden_size": 16, "dropout": 0.2, "batch_size": 16, "num_heads": 2, "state_size": 4}
@@ -31,7 +32,12 @@ def block() -> StateSpaceBlock:
     return StateSpaceBlock(SIZE, num_heads=2, state_size=3)
 
 
-MIXERS: dict[str, Callable[[], nn.Module]] = {"block": block}
+MIXERS: dict[str, Callable[[], nn.Module]] = {
+    "block": block,
+    "backwards": lambda: PartlyBackwards(block(), 2),
+    "recurrent": lambda: ConvolvedGRU(SIZE),
+    "all readings": SIGMA(hidden_size=SIZE, num_heads=2, state_size=3, kept=2).mixer,
+}
 
 
 def losses(stage: Stage, stream: Any = None) -> list[float]:
@@ -145,16 +151,70 @@ def test_padding_and_other_rows_change_nothing(name: str, num_layers: int) -> No
 
 
 def test_layers_are_added_to_their_inputs_where_there_are_several() -> None:
-    class Nothing(nn.Module):
-        def forward(self, hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-            return torch.zeros_like(hidden)
-
     inputs, lengths = torch.randn(2, 3, SIZE), torch.tensor([3, 3])
     for num_layers in (1, 2):
-        encoder = StateSpace(SIZE, [Nothing()] * num_layers, 0.0)
+        encoder = StateSpace(SIZE, [Times(0)] * num_layers, 0.0)
         out = encoder(inputs, lengths)
         reads_items = (out[0] - out[1]).abs().max() > 1e-3
         assert reads_items == (num_layers > 1)
+
+
+# ---- readings of SIGMA -----------------------------------------------------------------------------------------------
+
+
+class Times(nn.Module):
+    """Gives its input a number of times."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return self.number * hidden
+
+
+def test_all_but_the_latest_events_stand_in_reverse_order_and_padding_stays() -> None:
+    places = torch.arange(1.0, 7).expand(5, 6)[:, :, None]
+    read = PartlyBackwards(Times(1), kept=2)(places, torch.tensor([6, 4, 3, 1, 0]))
+    assert read[:, :, 0].tolist() == [
+        [4, 3, 2, 1, 5, 6],
+        [2, 1, 3, 4, 5, 6],
+        [1, 2, 3, 4, 5, 6],
+        [1, 2, 3, 4, 5, 6],
+        [1, 2, 3, 4, 5, 6],
+    ]
+
+
+def test_a_gate_by_hand() -> None:
+    """With x = log 3, sigmoid(x) = 3/4: the gate is silu(x) + 2 sigmoid(x) = 3/4 log 3 + 3/2, and the block gives x."""
+    gated = Gated(Times(1), 1, 0.0)
+    for layer, weight in ((gated.dense, 0.0), (gated.of_silu, 1.0), (gated.of_sigmoid, 2.0)):
+        layer.weight.data.fill_(weight)
+        layer.bias.data.zero_()
+    out = gated(torch.tensor([[[math.log(3)]]]), torch.tensor([1]))
+    assert out.item() == pytest.approx(math.log(3) * (1 + 0.75 * math.log(3) + 1.5))
+
+
+def test_readings_count_as_much_as_their_shares() -> None:
+    """0.8 times 1 and 0.1 times 5 of 0.9 in all: 13 / 9."""
+    mixture = Mixture({"forwards": Times(1), "recurrent": Times(5)}, 1)
+    mixture.output.weight.data.fill_(1.0)
+    mixture.output.bias.data.zero_()
+    out = mixture(torch.ones(1, 1, 1), torch.tensor([1]))
+    assert out.item() == pytest.approx(13 / 9)
+    out.backward()
+    assert mixture.log_share.grad is not None and mixture.log_share.grad.abs().min() > 0.1, "shares are learnt"
+
+
+def test_a_convolved_event_reads_its_neighbours_of_the_row_alone() -> None:
+    reading, inputs = ConvolvedGRU(1), torch.tensor([1.0, 10.0, 100.0]).view(1, 3, 1)
+    reading.near.weight.data.fill_(1.0)
+    reading.near.bias.data.zero_()
+    seen: list[torch.Tensor] = []
+    reading.gru.register_forward_pre_hook(lambda module, given: seen.append(given[0].flatten()))
+    for length in (3, 2):
+        reading(inputs, torch.tensor([length]))
+    assert [each.tolist() for each in seen] == [[11, 111, 110], [11, 11, 10]]
 
 
 # ---- distances -------------------------------------------------------------------------------------------------------
@@ -229,6 +289,18 @@ def test_without_distances_it_learns_as_its_backbone_does(data: TrainingSequence
     backbone = losses(stage_of(Mamba4Rec(**SMALL), data))
     assert losses(stage_of(HMamba(**SMALL, distance=False), data)) == backbone
     assert losses(stage_of(HMamba(**SMALL), data)) != backbone
+
+
+def test_without_its_readings_and_gates_it_learns_as_its_backbone_does(data: TrainingSequences) -> None:
+    """On the same rows, as every prefix is one for SIGMA."""
+    off = {"backwards": False, "gates": False, "recurrent": False}
+    alone = stage_of(SIGMA(**SMALL, **off), data)
+    backbone = losses(stage_of(Mamba4Rec(**SMALL), data), alone.stream)
+    assert losses(alone) == backbone
+    for name in off:
+        assert losses(stage_of(SIGMA(**SMALL, **off | {name: True}, kept=1), data)) != backbone, name
+    with pytest.raises(ConfigError, match="kept=-1 must be 0 or more"):
+        SIGMA(kept=-1)
 
 
 def test_rankings_have_distances_as_scores(data: TrainingSequences) -> None:
