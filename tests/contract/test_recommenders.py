@@ -79,6 +79,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "SIGMA": {"kept": 2},
     "BERT4Rec": {"num_negatives": 8},
     "SASRec": {},
+    "MMM4Rec": {"text_size": 8},
     "ICSRec": {"num_intentions": 4},
     "ReaRec": {"first_epochs": 0.2},
     "TIGER": {"num_layers": 1, "num_codes": 8, "text_size": 8, "batch_size": 512, "beam_width": 4},

@@ -36,7 +36,7 @@ ITEM_BLOCK = 1024
 Rows = Mapping[str, torch.Tensor]
 """Arrays of a batch by name. `items`: int64[R, T], padded on the right with V. `targets`: int64[R, T], the item to
 predict at each position or IGNORE, or int64[R], one for the whole row. `users`: int64[R], rows of the training users;
--1 for others."""
+-1 for others. `gaps`: float32[R, T], for models that read them; see `signals.Gaps`."""
 
 
 class Vectors(NamedTuple):
@@ -100,22 +100,27 @@ class SequenceModel(DotProductModel):
         """
         items, targets = rows["items"], rows["targets"]
         if targets.ndim == 1:
-            return self._last(vectors, items.flatten(0, -2)).unflatten(0, items.shape[:-1]), targets
+            return self._last(vectors, rows).unflatten(0, items.shape[:-1]), targets
         assert isinstance(self.encoder, Encoder), "latent steps follow a whole history, not each of its positions"
         at_N = (targets.flatten() != IGNORE).nonzero().squeeze(1)
-        hidden_RTD = self.encoder(F.embedding(items, vectors.inputs), _lengths(items, vectors))
+        hidden_RTD = self.encoder(*_inputs(vectors, rows))
         return hidden_RTD.flatten(0, 1)[at_N], targets.flatten()[at_N]
 
     def encode(self, vectors: Vectors, rows: Rows) -> torch.Tensor:
-        return self._pool(self._last(vectors, rows["items"]))
+        return self._pool(self._last(vectors, rows))
 
-    def _last(self, vectors: Vectors, items_RT: torch.Tensor) -> torch.Tensor:
-        return self.encoder.last(F.embedding(items_RT, vectors.inputs), _lengths(items_RT, vectors))
+    def _last(self, vectors: Vectors, rows: Rows) -> torch.Tensor:
+        return self.encoder.last(*_inputs(vectors, rows))
 
 
-def _lengths(items_RT: torch.Tensor, vectors: Vectors) -> torch.Tensor:
-    """Filled positions of each row: R. The first special row, after the items, is padding."""
-    return (items_RT != len(vectors.items_VD)).sum(1)
+def _inputs(vectors: Vectors, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an encoder reads: the vectors of all rows' items, with their gaps as a last column where there are any, and
+    how many positions are filled: RTD, R. The first special row, after the items, is padding."""
+    items_RT = rows["items"].flatten(0, -2)
+    inputs_RTD = F.embedding(items_RT, vectors.inputs)
+    if "gaps" in rows:
+        inputs_RTD = torch.cat([inputs_RTD, rows["gaps"][:, :, None]], dim=2)
+    return inputs_RTD, (items_RT != len(vectors.items_VD)).sum(1)
 
 
 class MeanOfNetworks(DotProductModel):
@@ -228,12 +233,15 @@ class DotProductRecommender(ScoringRecommender):
         model: DotProductModel,
         max_length: int,
         history: Callable[[Ragged], np.ndarray] | None = None,
+        gaps: Callable[[Ragged, Sequence[str]], Ragged] | None = None,
     ) -> None:
         """The latest `max_length` events are read. `history` makes the model's rows of item numbers of them, int64[R,
-        T]; without it they are those events, padded."""
+        T]; without it they are those events, padded. `gaps` says how long after the event before each was, of histories
+        and their users, for a model that reads it."""
         self.name, self.catalogue, self.domain = name, data.catalogue, data.domain
         self._users = {user: row for row, user in enumerate(data.users)}
         self.model, self._history, self._max_length = model.eval(), history or self._read, max_length
+        self._gaps = gaps
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         with torch.inference_mode():
             vectors = model.vectors()
@@ -300,6 +308,8 @@ class DotProductRecommender(ScoringRecommender):
             "items": self._history(histories),
             "users": np.array([self._users.get(user, -1) for user in users], dtype=np.int64),
         }
+        if self._gaps is not None:
+            rows["gaps"] = padded(recent(self._gaps(histories, users), self._max_length), 0)[0]
         on_device = {name: torch.from_numpy(array).to(device) for name, array in rows.items()}
         return self.model.encode(self._vectors, on_device)
 

@@ -239,8 +239,16 @@ class TextSettings(SystemSettings):
         self.require_positive("text_size")
 
     def frozen(self, data: TrainingSequences) -> np.ndarray:
-        """The vectors of the domain's items: float32[V, F]."""
-        return read_vectors(self.vectors, data.item_ids) if self.vectors else text_vectors(data.titles, self.text_size)
+        """The vectors of the domain's items: float32[V, F]. Raises Unsuitable for titles that say nothing."""
+        if self.vectors:
+            return read_vectors(self.vectors, data.item_ids)
+        vectors_VF = text_vectors(data.titles, self.text_size)
+        if not vectors_VF.any():
+            raise Unsuitable(
+                f"{type(self).__name__} reads titles, and those of domain {data.domain!r} have no word that tells its "
+                "items apart: give vectors=FILE, or take a system that needs no text"
+            )
+        return vectors_VF
 
     def identity(self) -> dict[str, Any]:
         """See `SystemSettings.identity`: the content of a file counts, not its place."""

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,10 @@ from cprec.data.splits import Split
 from cprec.errors import Unsuitable
 from cprec.systems.items import MASK
 
+DAY = 86_400_000_000
+"""Microseconds."""
+EQUAL = 1e-6
+"""Deviations of logarithms that are no larger say that all are equal."""
 POOL = 32
 """Batches among which rows are sorted by length by default: enough that a batch holds hardly any padding."""
 
@@ -37,6 +42,8 @@ class TrainingSequences:
     """One row for each user with a training event, in time order."""
     users: tuple[str, ...]
     """platform/user_id of each row."""
+    times: np.ndarray | None = None
+    """When each event of `sequences` was, as in the interactions; None where they were not made of a split."""
 
     @property
     def num_items(self) -> int:
@@ -60,13 +67,14 @@ class TrainingSequences:
         if not len(counts) or counts.max() < 2:
             raise Unsuitable(f"domain {domain!r} has no user with two training events: there is nothing to train on")
         sequences = Ragged(log.item[chosen] - mine[0], offsets_of(counts))
-        return cls(split.catalogue, domain, sequences, tuple(user_names(log, user)))
+        return cls(split.catalogue, domain, sequences, tuple(user_names(log, user)), log.time[chosen])
 
     def digest(self) -> str:
         """SHA-256 of everything there is to learn from."""
         content = (
             *(self.sequences.values.tobytes(), self.sequences.offsets.tobytes(), "\n".join(self.users).encode()),
             *("\n".join(self.item_ids).encode(), "\n".join(self.titles).encode()),
+            b"" if self.times is None else self.times.tobytes(),
         )
         return hashlib.sha256(b"\0".join(content)).hexdigest()
 
@@ -74,6 +82,36 @@ class TrainingSequences:
 def user_names(log: Interactions, rows: np.ndarray) -> list[str]:
     """platform/user_id of users by row, as queries name them."""
     return [f"{log.platforms[log.user_platform[row]]}/{log.user_id[row]}" for row in rows]
+
+
+class Gaps:
+    """How long after the event before it each event of a history was: the logarithm of 1 + days, less its mean over the
+    training events, in their standard deviations. 0 stands for what is not known, like the gap of a first event."""
+
+    def __init__(self, data: TrainingSequences) -> None:
+        assert data.times is not None, "gaps are those of a split's events"
+        items, sequences = data.sequences.values, data.sequences
+        is_known = sequences.place_of > 0
+        logs = np.log1p(np.diff(data.times, prepend=data.times[0]) / DAY, where=is_known, out=np.zeros(len(items)))
+        deviation = logs[is_known].std()
+        # Where there are no real times, or all gaps are equal, they say nothing.
+        is_known &= deviation > EQUAL
+        gaps = np.where(is_known, (logs - logs[is_known].mean()) / deviation, 0) if is_known.any() else 0 * logs
+        self.training = Ragged(gaps.astype(np.float32), sequences.offsets)
+        """Of the training sequences: float32."""
+        keys = sequences.row_of * data.num_items + items
+        order = np.argsort(keys, kind="stable")
+        self._keys, self._gaps, self._num_items = keys[order], self.training.values[order], data.num_items
+        self._row_of = {user: row for row, user in enumerate(data.users)}
+
+    def of(self, histories: Ragged, users: Sequence[str]) -> Ragged:
+        """Of histories of item numbers, of users by name: float32. Known are those of training events; where a user had
+        an item several times, the last of them counts."""
+        rows = np.array([self._row_of.get(user, -1) for user in users], dtype=np.int64)[histories.row_of]
+        keys = rows * self._num_items + histories.values
+        places = np.searchsorted(self._keys, keys, side="right") - 1
+        is_known = (rows >= 0) & (self._keys[places] == keys)
+        return Ragged(np.where(is_known, self._gaps[places], np.float32(0)), histories.offsets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,10 +176,20 @@ class RowStream(ABC):
 
 
 class WindowStream(RowStream):
-    """Windows of training sequences; each position predicts the item after it."""
+    """Windows of training sequences; each position predicts the item after it. With `gaps` of all events, float32,
+    those of the items that are read stand beside them."""
 
-    def __init__(self, data: TrainingSequences, terms: Sequence[str], max_length: int, passes: Passes) -> None:
+    def __init__(
+        self,
+        data: TrainingSequences,
+        terms: Sequence[str],
+        max_length: int,
+        passes: Passes,
+        *,
+        gaps: Ragged | None = None,
+    ) -> None:
         self._windows, self._pad = windows(data.sequences, max_length), data.num_items
+        self._gaps = None if gaps is None else windows(gaps, max_length)
         super().__init__(self._windows.lengths - 1, terms, passes)
 
     def batch(self, step: int) -> Batch:
@@ -151,7 +199,8 @@ class WindowStream(RowStream):
         targets = np.where(has_next, rows[:, 1:], IGNORE)
         items = np.where(has_next, rows[:, :-1], self._pad)
         num_targets = int((lengths - 1).sum())
-        return self._batch(members, num_targets, num_targets, items=items, targets=targets)
+        beside: dict[str, Any] = {} if self._gaps is None else {"gaps": padded(self._gaps.take(members), 0)[0][:, :-1]}
+        return self._batch(members, num_targets, num_targets, items=items, targets=targets, **beside)
 
 
 class MaskedStream(RowStream):
@@ -281,7 +330,8 @@ def padded(rows: Ragged, fill: int) -> tuple[np.ndarray, np.ndarray]:
     [[1, 2], [9, 9], [3, 9]]
     """
     lengths = rows.lengths
-    out = np.full((len(rows), max(1, int(lengths.max(initial=0)))), fill, dtype=np.int64)
+    dtype = np.int64 if rows.values.dtype.kind == "i" else rows.values.dtype
+    out = np.full((len(rows), max(1, int(lengths.max(initial=0)))), fill, dtype=dtype)
     out[rows.row_of, np.arange(len(rows.values)) - np.repeat(rows.offsets[:-1], lengths)] = rows.values
     return out, lengths
 

@@ -65,10 +65,11 @@ def quadratic(
 class StateSpaceBlock(nn.Module):
     """Values, directions and step sizes of the input, a short convolution over them, the states, and a gate.
 
-    The input may be two: what `source` holds is written into the states, and what the other asks for is read.
+    The input may be two: what `source` holds is written into the states, and what the other asks for is read. With
+    `gaps` a position's time since the one before moves the size of its step, by a weight of each head that starts at 0.
     """
 
-    def __init__(self, size: int, *, num_heads: int, state_size: int) -> None:
+    def __init__(self, size: int, *, num_heads: int, state_size: int, gaps: bool = False) -> None:
         super().__init__()
         inner = EXPAND * size
         self.num_heads, self.sizes_of_written = num_heads, [inner, state_size]
@@ -77,19 +78,27 @@ class StateSpaceBlock(nn.Module):
         self.mix_written, self.mix_asked = _Convolution(inner + state_size), _Convolution(state_size)
         self.norm, self.output = nn.RMSNorm(inner), nn.Linear(inner, size)
         self.log_rate = nn.Parameter(torch.empty(num_heads).uniform_(*RATES).log())
+        self.by_gap = nn.Parameter(torch.zeros(num_heads)) if gaps else None
         self.skip = nn.Parameter(torch.ones(num_heads))
         step_H = torch.empty(num_heads).uniform_(*map(math.log, STEP_SIZES)).exp()
         with torch.no_grad():
             self.step.bias.copy_(step_H + torch.log(-torch.expm1(-step_H)))  # what softplus makes these step sizes of
 
     def forward(
-        self, hidden_RTD: torch.Tensor, lengths_R: torch.Tensor, source_RTD: torch.Tensor | None = None
+        self,
+        hidden_RTD: torch.Tensor,
+        lengths_R: torch.Tensor,
+        source_RTD: torch.Tensor | None = None,
+        gap_RT1: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """RTD. A position reads itself and those before it, whatever the lengths are."""
         source_RTD = hidden_RTD if source_RTD is None else source_RTD
         value_RTE, write_RTN = self.mix_written(self.written(source_RTD)).split(self.sizes_of_written, dim=2)
         read_RTN = self.mix_asked(self.asked(hidden_RTD))
-        step_RTH = F.softplus(self.step(source_RTD))
+        moved_RTH = self.step(source_RTD)
+        if self.by_gap is not None and gap_RT1 is not None:
+            moved_RTH = moved_RTH + self.by_gap * gap_RT1
+        step_RTH = F.softplus(moved_RTH)
         value_RTHP = value_RTE.unflatten(2, (self.num_heads, -1))
         log_decay_RTH = -self.log_rate.exp() * step_RTH
         out_RTHP = quadratic(log_decay_RTH, value_RTHP * step_RTH[..., None], write_RTN, read_RTN)

@@ -29,6 +29,7 @@ from cprec.systems.recipes.hmamba import HMamba
 from cprec.systems.recipes.icsrec import ICSRec
 from cprec.systems.recipes.lightgcn import LightGCN
 from cprec.systems.recipes.mamba4rec import Mamba4Rec
+from cprec.systems.recipes.mmm4rec import MMM4Rec
 from cprec.systems.recipes.rearec import ReaRec
 from cprec.systems.recipes.sasrec import SASRec
 from cprec.systems.recipes.sigma import SIGMA
@@ -43,6 +44,7 @@ SEQUENTIAL: list[SystemSettings] = [
     GRU4Rec(**SMALL, num_epochs=5),
     Mamba4Rec(**SMALL, num_epochs=5),
     HMamba(**SMALL, num_epochs=5),
+    MMM4Rec(**SMALL, num_epochs=5, text_size=8),
     SIGMA(**SMALL | {"batch_size": 64}, num_epochs=3, kept=2),
     BERT4Rec(**SMALL, num_epochs=15, num_blocks=1, objective="softmax", num_negatives=0),
     ICSRec(**SMALL, num_epochs=1, num_blocks=1, num_intentions=4),

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,16 +16,19 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cprec.data.ragged import Ragged
-from cprec.errors import ConfigError
+from cprec.errors import ConfigError, Unsuitable
+from cprec.systems.dot_product import SequenceModel
 from cprec.systems.encoders import Encoder
-from cprec.systems.fit import Stage, SystemSettings
+from cprec.systems.fit import NEXT_ITEM, Stage, SystemSettings
 from cprec.systems.hyperbolic import OnHyperboloid, ToHyperboloid, distance_scores, nearest_item
-from cprec.systems.items import IdTable
+from cprec.systems.items import FrozenTable, IdTable
 from cprec.systems.recipes.hmamba import HMamba
 from cprec.systems.recipes.mamba4rec import Mamba4Rec
+from cprec.systems.recipes.mmm4rec import MMM4Rec
 from cprec.systems.recipes.sigma import SIGMA, Gated, Mixture
-from cprec.systems.signals import TrainingSequences
+from cprec.systems.signals import DAY, Gaps, TrainingSequences, windows
 from cprec.systems.state_space import ConvolvedGRU, PartlyBackwards, StateSpace, StateSpaceBlock, quadratic, scan
+from cprec.systems.terms import next_item
 
 SIZE = 8
 SMALL: dict[str, Any] = {"hidden_size": 16, "dropout": 0.2, "batch_size": 16, "num_heads": 2, "state_size": 4}
@@ -157,6 +163,100 @@ def test_layers_are_added_to_their_inputs_where_there_are_several() -> None:
         out = encoder(inputs, lengths)
         reads_items = (out[0] - out[1]).abs().max() > 1e-3
         assert reads_items == (num_layers > 1)
+
+
+# ---- gaps and streams ------------------------------------------------------------------------------------------------
+
+
+def test_a_gap_moves_the_step_by_the_weight_of_its_head() -> None:
+    """No gap weighs anything before training; with a weight of 2 a gap of 0.5 is a step whose input is 1 higher."""
+    torch.manual_seed(0)
+    made, inputs, lengths = StateSpaceBlock(SIZE, num_heads=2, state_size=3, gaps=True), torch.randn(1, 3, SIZE), None
+    gaps = torch.full((1, 3, 1), 0.5)
+    plain = made(inputs, lengths)
+    torch.testing.assert_close(made(inputs, lengths, gap_RT1=gaps), plain, rtol=0, atol=0)
+    made.by_gap.data.fill_(2.0)
+    moved = made(inputs, lengths, gap_RT1=gaps)
+    assert (moved != plain).any()
+    made.step.bias.data.add_(1.0)
+    torch.testing.assert_close(made(inputs, lengths), moved)
+
+
+def timed(data: TrainingSequences, rows: list[list[int]], days: list[float]) -> TrainingSequences:
+    """Users u, v, ... with such items, at such days."""
+    times = (np.array(days) * DAY).astype(np.int64)
+    return replace(data, sequences=Ragged.of(rows), users=tuple("uvw"[: len(rows)]), times=times)
+
+
+def test_gaps_are_standardised_logarithms_of_days(data: TrainingSequences) -> None:
+    """Gaps of 0 and of e - 1 days have logarithms 0 and 1: a deviation of 1/2 from their mean."""
+    e = math.e
+    made = timed(data, [[3, 5, 3], [7], [2, 4]], [0, 0, e - 1, 90, 10, 10])
+    expected = [0.0, -(2**-0.5), 2**0.5, 0.0, 0.0, -(2**-0.5)]
+    gaps = Gaps(made)
+    assert gaps.training.values.tolist() == pytest.approx(expected, abs=1e-6)
+    histories = Ragged.of([[5, 3, 9], [3, 7], [2, 4], [5], []])
+    known = gaps.of(histories, ["u", "v", "w", "stranger", "u"])
+    assert known.values.tolist() == pytest.approx([-(2**-0.5), 2**0.5, 0, 0, 0, 0, -(2**-0.5), 0], abs=1e-6)
+    assert known.offsets.tolist() == histories.offsets.tolist()
+    equal = Gaps(timed(data, [[3, 5, 3], [2, 4]], [0, 1, 2, 0, 1]))
+    assert not equal.training.values.any(), "equal gaps say nothing"
+
+
+def test_gaps_stand_beside_the_items_that_are_read(data: TrainingSequences) -> None:
+    stage = stage_of(MMM4Rec(**SMALL, max_length=5), data)
+    gaps, batch = Gaps(data), stage.stream.batch(0)
+    assert batch.rows["gaps"].shape == batch.rows["items"].shape and batch.rows["gaps"].dtype == np.float32
+    kept, of_rows = windows(data.sequences, 5), windows(gaps.training, 5)
+    for row, window in enumerate(batch.examples):
+        length = len(kept[window]) - 1
+        assert batch.rows["items"][row, :length].tolist() == kept[window][:-1].tolist()
+        assert batch.rows["gaps"][row, :length].tolist() == of_rows[window][:-1].tolist()
+
+
+def with_images(folder: Path, data: TrainingSequences) -> str:
+    vectors = np.random.default_rng(0).standard_normal((data.num_items, 6))
+    np.savez(folder / "images.npz", item_id=np.array(data.item_ids), vectors=vectors)
+    return str(folder / "images.npz")
+
+
+@pytest.mark.parametrize("has_images", [False, True])
+def test_streams_read_no_later_position_and_no_padding(
+    has_images: bool, data: TrainingSequences, tmp_path: Path
+) -> None:
+    images = with_images(tmp_path, data) if has_images else ""
+    stage = stage_of(MMM4Rec(**SMALL, num_layers=2, images=images), data)
+    model = stage.trainable.module.eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("by_gap"):
+            parameter.data.fill_(1.0)
+    vectors = model.vectors()
+    items, gaps = torch.tensor([[1, 2, 3, 4], [5, 6, 12, 12]]), torch.randn(2, 4)
+    together = model.encode(vectors, {"items": items, "gaps": gaps})
+    for row, length in ((0, 4), (1, 2)):
+        alone = {"items": items[row : row + 1, :length], "gaps": gaps[row : row + 1, :length]}
+        torch.testing.assert_close(model.encode(vectors, alone)[0], together[row], rtol=1e-5, atol=1e-5)
+        other = alone | {"gaps": alone["gaps"] + 1}
+        assert (model.encode(vectors, other)[0] != together[row]).any(), "states fade by gaps"
+    rows = {"items": items[:1], "gaps": gaps[:1], "targets": torch.tensor([[9, 9, 9, 9]])}
+    before, _ = model.states(vectors, rows)
+    after, _ = model.states(vectors, rows | {"items": torch.tensor([[1, 2, 8, 8]])})
+    torch.testing.assert_close(before[:2], after[:2], rtol=0, atol=0)
+    assert (before[2:] != after[2:]).any(1).all()
+
+
+def test_an_item_is_scored_by_its_text_and_its_image(data: TrainingSequences, tmp_path: Path) -> None:
+    """Each scaled to length one: 3/5 + 4/5 of a state along the first and the second direction."""
+    model = stage_of(MMM4Rec(**SMALL, images=with_images(tmp_path, data)), data).trainable.module
+    for table, start in zip(model.items.tables, ([3.0, 4.0], [0.0, 7.0]), strict=True):
+        nn.init.zeros_(table.adapter.weight)
+        nn.init.zeros_(table.adapter.bias)
+        table.rows.data[0, :2] = torch.tensor(start)
+    vectors = model.vectors()
+    assert vectors.items_VD[0, :3].tolist() == pytest.approx([0.6, 1.8, 0])
+    assert vectors.inputs[0, [0, 1, 16, 17]].tolist() == [3, 4, 0, 7]
+    blocks = {id(layer.block) for layer in model.encoder.layers}
+    assert len(blocks) == 1 and len([name for name in model.state_dict() if name.endswith("log_rate")]) == 2
 
 
 # ---- readings of SIGMA -----------------------------------------------------------------------------------------------
@@ -301,6 +401,49 @@ def test_without_its_readings_and_gates_it_learns_as_its_backbone_does(data: Tra
         assert losses(stage_of(SIGMA(**SMALL, **off | {name: True}, kept=1), data)) != backbone, name
     with pytest.raises(ConfigError, match="kept=-1 must be 0 or more"):
         SIGMA(kept=-1)
+
+
+def test_without_rows_and_gaps_it_learns_as_a_plain_network_over_texts(data: TrainingSequences) -> None:
+    """That network, from shared parts: a linear layer of the texts, then layers of `StateSpace`, which adds the inputs
+    of layers where there are several."""
+    settings = MMM4Rec(**SMALL, num_layers=2, own_rows=False, gaps=False)
+    alone = stage_of(settings, data)
+    torch.manual_seed(0)
+    texts = settings.frozen(data)
+    table = FrozenTable(texts, nn.Linear(texts.shape[1], 16), num_special=1)
+    blocks = [settings.block(), settings.block()]
+    backbone = SequenceModel(table, StateSpace(16, blocks, settings.dropout))
+    backbone.load_state_dict(renamed(alone.trainable.module.state_dict()))
+
+    def scaled(hidden_ND: torch.Tensor, target_N: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+        return next_item("softmax", temperature=0.8)(hidden_ND, target_N, nn.functional.normalize(weight_VD, dim=1))
+
+    expected = losses(settings.stage(data, backbone, {NEXT_ITEM: (1.0, scaled)}, alone.stream))
+    assert losses(stage_of(settings, data)) == expected
+    with_rows = losses(stage_of(replace(settings, own_rows=True), data))
+    with_gaps = losses(stage_of(replace(settings, gaps=True), data))
+    assert with_rows[0] == expected[0] and with_rows != expected, "rows start at zero"
+    assert with_gaps != expected
+
+
+def renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of a network of one stream as those of `StateSpace` over one table."""
+    names = {"items.tables.0": "items", "encoder.norms.0": "encoder.norm"}
+    for layer in range(2):
+        names |= {f"encoder.layers.{layer}.{part}": f"encoder.{whole}.{layer}" for part, whole in PARTS.items()}
+    return {
+        next(new + name.removeprefix(old) for old, new in names.items() if name.startswith(old + ".")): weight
+        for name, weight in weights.items()
+    }
+
+
+PARTS = {"block": "mixers", "after": "after"}
+
+
+def test_titles_that_say_nothing_are_refused_before_training(data: TrainingSequences) -> None:
+    blank = replace(data, catalogue=replace(data.catalogue, title=np.full_like(data.catalogue.title, "")))
+    with pytest.raises(Unsuitable, match="MMM4Rec reads titles, and those of domain 'ring' have no word"):
+        MMM4Rec(**SMALL).stages(blank, 0)
 
 
 def test_rankings_have_distances_as_scores(data: TrainingSequences) -> None:

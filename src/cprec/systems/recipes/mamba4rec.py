@@ -52,9 +52,9 @@ class StateSpaceSettings(SystemSettings):
                 f"num_heads={self.num_heads} must divide {EXPAND} * hidden_size={EXPAND * self.hidden_size}"
             )
 
-    def block(self) -> StateSpaceBlock:
-        """A block before training."""
-        return StateSpaceBlock(self.hidden_size, num_heads=self.num_heads, state_size=self.state_size)
+    def block(self, *, gaps: bool = False) -> StateSpaceBlock:
+        """A block before training, which may read gaps."""
+        return StateSpaceBlock(self.hidden_size, num_heads=self.num_heads, state_size=self.state_size, gaps=gaps)
 
     def parts(self, num_items: int, mixers: Sequence[nn.Module]) -> tuple[IdTable, StateSpace]:
         """Item vectors and an encoder before training, with a layer for each mixer."""
