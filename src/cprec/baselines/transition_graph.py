@@ -14,6 +14,7 @@ from scipy import sparse
 from cprec.baselines.domain import ages, sparse_arrays, sparse_from
 from cprec.baselines.text import domain_titles, title_scores
 from cprec.choices import Choice, Real, Whole
+from cprec.data.links import links
 from cprec.data.splits import Split
 from cprec.errors import ConfigError
 from cprec.recommender import RankingQuery
@@ -154,12 +155,4 @@ def transitions(split: Split, domain: str, window: int, backward: float) -> spar
     """The links g of a domain's items in the training part: csr[N, N]; see `TransitionGraph`."""
     log, rows = split.train, split.catalogue.rows_of(domain)
     mine = split.catalogue.domain[log.item] == split.catalogue.domain_index(domain)
-    user, item, size = log.user[mine], log.item[mine] - rows[0], len(rows)
-    graph = sparse.csr_array((size, size))
-    for distance in range(1, window + 1):
-        linked = user[:-distance] == user[distance:]
-        start, end = item[:-distance][linked], item[distance:][linked]
-        forward = sparse.csr_array((np.full(len(start), 1 / distance), (start, end)), (size, size))
-        graph = graph + forward + backward * forward.T
-    scale = sparse.diags_array(1 / np.sqrt(np.maximum(np.bincount(item, minlength=size), 1)))
-    return sparse.csr_array(scale @ graph @ scale)
+    return links(log.user[mine], log.item[mine] - rows[0], len(rows), window=window, backward=backward)
