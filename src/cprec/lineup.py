@@ -90,6 +90,8 @@ LINEUP: Mapping[str, Listed] = {
     "ICSRec (published)": Listed("systems.recipes.icsrec:PUBLISHED", "Qin et al. 2024"),
     "ReaRec": Listed("systems.recipes.rearec:ReaRec", "and latent steps of reasoning"),
     "ReaRec (published)": Listed("systems.recipes.rearec:PUBLISHED", "Tang et al. 2025, ensemble"),
+    "ReaRec (progressive)": Listed("systems.recipes.rearec:PROGRESSIVE", "steps from flat to sharp predictions"),
+    "ReaRec (blocks, no steps)": Listed("systems.recipes.rearec:CONTROL", "as many operations, in more blocks"),
     "TIGER": Listed("systems.recipes.tiger:TIGER", "writes the codes of the next item one by one"),
 }
 """Name -> where its settings are, in the order of tables."""

@@ -77,9 +77,10 @@ class SequenceModel(DotProductModel):
         self,
         items: ItemTable,
         encoder: Encoder | LatentSteps,
-        pool: Callable[[torch.Tensor], torch.Tensor] = lambda hidden: hidden,
+        pool: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda hidden, items_VD: hidden,
     ) -> None:
-        """`pool` makes one state of those that an encoder with latent steps gives."""
+        """`pool` makes one state of those that an encoder with latent steps gives, with the items' vectors: RD of RWD
+        and VD."""
         super().__init__()
         self.items, self.encoder, self._pool = items, encoder, pool
 
@@ -107,7 +108,7 @@ class SequenceModel(DotProductModel):
         return hidden_RTD.flatten(0, 1)[at_N], targets.flatten()[at_N]
 
     def encode(self, vectors: Vectors, rows: Rows) -> torch.Tensor:
-        return self._pool(self._last(vectors, rows))
+        return self._pool(self._last(vectors, rows), vectors.items_VD)
 
     def _last(self, vectors: Vectors, rows: Rows) -> torch.Tensor:
         return self.encoder.last(*_inputs(vectors, rows))

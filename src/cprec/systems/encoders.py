@@ -224,20 +224,34 @@ class LatentSteps(nn.Module):
     more item. The encoder's own weights are all that reads it. Position vectors of items do not move.
     """
 
-    def __init__(self, encoder: Encoder, num_steps: int, size: int) -> None:
+    def __init__(self, encoder: Encoder, num_steps: int, size: int, *, noise: float = 0.0) -> None:
+        """`noise` is the standard deviation of Gaussian noise that a second row of the same history has in what stands
+        at its end, in training alone (their section 3.4)."""
         super().__init__()
-        self.encoder, self.num_steps = encoder, num_steps
-        self.step = nn.Embedding(num_steps, size)
+        self.encoder, self.num_steps, self.noise = encoder, num_steps, noise
+        self.step = nn.Embedding(num_steps, size).requires_grad_(num_steps > 0)
 
     def last(self, inputs_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
-        """The state before the first step and after each: [R, K + 1, D]."""
-        read_RTD = self.encoder.embed(inputs_RTD, lengths_R)
-        every_R = torch.arange(len(lengths_R), device=lengths_R.device)
+        """The state before the first step and after each: [R, K + 1, D]. In training with noise the states of the row
+        with noise after each step follow: [R, 2 K + 1, D]."""
+        read_RTD = noisy_RTD = self.encoder.embed(inputs_RTD, lengths_R)
         lengths_R = lengths_R.clamp(min=1)
-        states = [self.encoder.read_last(read_RTD, lengths_R)]
+        states, noisy_states = [self.encoder.read_last(read_RTD, lengths_R)], []
         for number in range(self.num_steps):
-            read_RTD = F.pad(read_RTD, (0, 0, 0, 1))
-            read_RTD = read_RTD.index_put((every_R, lengths_R), states[-1] + self.step.weight[number])
+            thought_RD = states[-1] + self.step.weight[number]
+            read_RTD = placed(read_RTD, lengths_R, thought_RD[:, None])
+            states.append(self.encoder.read_last(read_RTD, lengths_R + 1))
+            if self.training and self.noise:
+                thought_RD = thought_RD + self.noise * torch.randn_like(thought_RD)
+                noisy_RTD = placed(noisy_RTD, lengths_R, thought_RD[:, None])
+                noisy_states.append(self.encoder.read_last(noisy_RTD, lengths_R + 1))
             lengths_R = lengths_R + 1
-            states.append(self.encoder.read_last(read_RTD, lengths_R))
-        return torch.stack(states, 1)
+        return torch.stack(states + noisy_states, 1)
+
+
+def placed(read_RTD: torch.Tensor, start_R: torch.Tensor, added_RMD: torch.Tensor) -> torch.Tensor:
+    """Rows that are M positions longer, with some vectors from a place of each row's own on: [R, T + M, D]."""
+    num_added = added_RMD.shape[1]
+    place_RM = start_R[:, None] + torch.arange(num_added, device=start_R.device)
+    row_R1 = torch.arange(len(start_R), device=start_R.device)[:, None]
+    return F.pad(read_RTD, (0, 0, 0, num_added)).index_put((row_R1, place_RM), added_RMD)

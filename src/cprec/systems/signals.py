@@ -264,9 +264,11 @@ class PrefixStream(RowStream):
         passes: Passes,
         *,
         same_target: bool = False,
+        whole: bool = False,
     ) -> None:
+        """`whole`: a term compares the rows of a step (see `Batch.whole`)."""
         values, offsets = data.sequences.values, data.sequences.offsets
-        self._values, self._pad, self._same_target = values, data.num_items, same_target
+        self._values, self._pad, self._same_target, self._whole = values, data.num_items, same_target, whole
         is_first = np.zeros(len(values), dtype=bool)
         is_first[offsets[:-1]] = True
         self._place = np.flatnonzero(~is_first)  # of the target among all events
@@ -289,7 +291,7 @@ class PrefixStream(RowStream):
         targets, num_tokens = self.targets[members], int(self._lengths_of[members].sum())
         if not self._same_target:
             items, _ = padded(self.prefixes(members), self._pad)
-            return self._batch(members, len(members), num_tokens, items=items, targets=targets)
+            return self._batch(members, len(members), num_tokens, whole=self._whole, items=items, targets=targets)
         both = np.stack([members, self._others(members, targets, step)], 1)
         items, _ = padded(self.prefixes(both.flatten()), self._pad)
         items = items.reshape(*both.shape, -1)

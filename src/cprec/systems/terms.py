@@ -7,7 +7,7 @@ clusters. `hidden_ND @ weight_VD.T` are the scores of all items.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -147,6 +147,20 @@ def info_nce(
     return (torch.logaddexp(partner, others.logsumexp(1)) - partner).sum() / 2
 
 
+def same_history(num_pairs: int, temperature: float, *, cosine: bool = False) -> Term:
+    """Contrast of a history's last `num_pairs` states, [N, W, D], with as many before them: each is to be near its
+    partner and far from both states of that pair in all other rows. The mean over the pairs."""
+
+    def term(hidden_NWD: torch.Tensor, target_N: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+        states_NWD = F.normalize(hidden_NWD, dim=-1) if cosine else hidden_NWD
+        first, second = (part.unbind(1) for part in states_NWD[:, -2 * num_pairs :].chunk(2, dim=1))
+        row_N = torch.arange(len(hidden_NWD), device=hidden_NWD.device)
+        pairs = zip(first, second, strict=True)
+        return torch.stack([info_nce(one_ND, other_ND, row_N, temperature) for one_ND, other_ND in pairs]).mean()
+
+    return term
+
+
 def same_target(temperature: float) -> Term:
     """Contrast of two histories with one target, [N, 2, D], against those with other targets: coarse intentions (Qin et
     al. 2024, equation 8)."""
@@ -190,9 +204,18 @@ def of_mean(term: Term) -> Term:
     return lambda hidden_NWD, target_N, weight_VD: term(hidden_NWD.mean(1), target_N, weight_VD)
 
 
-def of_first(term: Term) -> Term:
-    """A term of the first of a target's states, [N, W, D]."""
-    return lambda hidden_NWD, target_N, weight_VD: term(hidden_NWD[:, 0], target_N, weight_VD)
+def of_state(term: Term, place: int) -> Term:
+    """A term of one of a target's states, [N, W, D]."""
+    return lambda hidden_NWD, target_N, weight_VD: term(hidden_NWD[:, place], target_N, weight_VD)
+
+
+def by_step(terms: Sequence[Term]) -> Term:
+    """The mean of terms of a target's states, [N, W, D]: the first term is of the first state, and so on."""
+
+    def term(hidden_NWD: torch.Tensor, target_N: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+        return torch.stack([each(hidden_NWD[:, k], target_N, weight_VD) for k, each in enumerate(terms)]).mean()
+
+    return term
 
 
 def likeness(temperature: float = 1.0) -> Term:

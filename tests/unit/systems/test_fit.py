@@ -30,7 +30,7 @@ from cprec.systems.recipes.icsrec import ICSRec
 from cprec.systems.recipes.lightgcn import LightGCN
 from cprec.systems.recipes.mamba4rec import Mamba4Rec
 from cprec.systems.recipes.mmm4rec import MMM4Rec
-from cprec.systems.recipes.rearec import ReaRec
+from cprec.systems.recipes.rearec import PROGRESSIVE, ReaRec
 from cprec.systems.recipes.sasrec import SASRec
 from cprec.systems.recipes.sigma import SIGMA
 from cprec.systems.signals import RowStream, TrainingSequences
@@ -49,6 +49,8 @@ SEQUENTIAL: list[SystemSettings] = [
     BERT4Rec(**SMALL, num_epochs=15, num_blocks=1, objective="softmax", num_negatives=0),
     ICSRec(**SMALL, num_epochs=1, num_blocks=1, num_intentions=4),
     ReaRec(**SMALL, num_epochs=1, first_epochs=2, num_blocks=1),
+    replace(PROGRESSIVE, **SMALL, num_epochs=1, first_epochs=2, num_blocks=1),
+    ReaRec(**SMALL, num_epochs=1, first_epochs=2, num_blocks=3, num_steps=0),
 ]
 
 

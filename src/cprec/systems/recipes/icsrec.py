@@ -23,7 +23,7 @@ from cprec.systems.dot_product import SequenceModel
 from cprec.systems.fit import NEXT_ITEM, NextItemSettings, Stage
 from cprec.systems.recipes.sasrec import SelfAttentionSettings
 from cprec.systems.signals import PrefixStream, TrainingSequences, padded
-from cprec.systems.terms import SameCluster, Term, of_first, same_target
+from cprec.systems.terms import SameCluster, Term, of_state, same_target
 
 CLUSTERED = 50_000
 """Prefixes whose states are clustered, at most."""
@@ -63,7 +63,7 @@ class ICSRec(NextItemSettings, SelfAttentionSettings):
         fine = SameCluster(self.num_intentions, self.hidden_size, self.temperature)
         (_, main), *_ = self.next_item().values()
         terms: dict[str, tuple[float, Term]] = {
-            NEXT_ITEM: (1.0, of_first(main)),
+            NEXT_ITEM: (1.0, of_state(main, 0)),
             "same_target": (self.coarse_weight, same_target(self.temperature)),
             "same_cluster": (self.fine_weight, fine),
         }
