@@ -92,6 +92,9 @@ LINEUP: Mapping[str, Listed] = {
     "ReaRec (published)": Listed("systems.recipes.rearec:PUBLISHED", "Tang et al. 2025, ensemble"),
     "ReaRec (progressive)": Listed("systems.recipes.rearec:PROGRESSIVE", "steps from flat to sharp predictions"),
     "ReaRec (blocks, no steps)": Listed("systems.recipes.rearec:CONTROL", "as many operations, in more blocks"),
+    "ManCAR": Listed("systems.recipes.mancar:ManCAR", "steps from a graph's neighbourhood to the target"),
+    "ManCAR (published)": Listed("systems.recipes.mancar:PUBLISHED", "Yang et al. 2026, for CDs"),
+    "ManCAR (blocks, no steps)": Listed("systems.recipes.mancar:CONTROL", "as many operations, in more blocks"),
     "TIGER": Listed("systems.recipes.tiger:TIGER", "writes the codes of the next item one by one"),
 }
 """Name -> where its settings are, in the order of tables."""

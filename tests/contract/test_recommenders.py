@@ -83,6 +83,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "ICSRec": {"num_intentions": 4},
     "ReaRec": {"first_epochs": 0.2},
     "ReaRec (progressive)": {"first_epochs": 0.2},
+    "ManCAR": {"first_epochs": 0.2},
     "TIGER": {"num_layers": 1, "num_codes": 8, "text_size": 8, "batch_size": 512, "beam_width": 4},
 }
 """Systems, trained for a few steps, with settings that make these cheap."""

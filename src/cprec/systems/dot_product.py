@@ -20,7 +20,7 @@ from cprec.data.ragged import Ragged
 from cprec.recommender import RankingQuery
 from cprec.scoring import ScoringRecommender, check_domain
 from cprec.systems.encoders import Encoder, LatentSteps
-from cprec.systems.graph import UserItemGraph
+from cprec.systems.graph import Prompts, UserItemGraph
 from cprec.systems.items import ItemTable
 from cprec.systems.signals import TrainingSequences, padded, recent
 
@@ -30,6 +30,8 @@ ALIKE = 64
 """Histories of like length that are encoded at once where the scores of a batch are kept: there is less padding."""
 SCORES = 1 << 20
 """Scores counted at once: as many as stay in the cache."""
+STATES_OF = 64
+"""Histories whose states' item distributions exist at once."""
 ITEM_BLOCK = 1024
 """Items of a product on a CPU: with all of a large catalogue it takes twice as long."""
 
@@ -78,11 +80,12 @@ class SequenceModel(DotProductModel):
         items: ItemTable,
         encoder: Encoder | LatentSteps,
         pool: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda hidden, items_VD: hidden,
+        prompts: Prompts | None = None,
     ) -> None:
         """`pool` makes one state of those that an encoder with latent steps gives, with the items' vectors: RD of RWD
-        and VD."""
+        and VD. `prompts` stand before whole histories."""
         super().__init__()
-        self.items, self.encoder, self._pool = items, encoder, pool
+        self.items, self.encoder, self._pool, self.prompts = items, encoder, pool, prompts
 
     def vectors(self, items_K: torch.Tensor | None = None) -> Vectors:
         """See `DotProductModel.vectors`. With the numbers of some items, those of them alone: in the rows that go with
@@ -111,6 +114,8 @@ class SequenceModel(DotProductModel):
         return self._pool(self._last(vectors, rows), vectors.items_VD)
 
     def _last(self, vectors: Vectors, rows: Rows) -> torch.Tensor:
+        if self.prompts is not None:
+            return self.encoder.last(*self.prompts(rows["items"].flatten(0, -2), vectors.inputs))
         return self.encoder.last(*_inputs(vectors, rows))
 
 
@@ -122,6 +127,21 @@ def _inputs(vectors: Vectors, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     if "gaps" in rows:
         inputs_RTD = torch.cat([inputs_RTD, rows["gaps"][:, :, None]], dim=2)
     return inputs_RTD, (items_RT != len(vectors.items_VD)).sum(1)
+
+
+def settled(hidden_RWD: torch.Tensor, items_VD: torch.Tensor, *, stop_below: float, temperature: float) -> torch.Tensor:
+    """The first state whose item distribution diverges from the one before by less than `stop_below`; the last where
+    there is none: RD."""
+    if not stop_below or hidden_RWD.shape[1] == 1:
+        return hidden_RWD[:, -1]
+    chosen = []
+    for part_CWD in hidden_RWD.split(STATES_OF):
+        log_CWV = (part_CWD @ items_VD.T / temperature).log_softmax(-1)
+        moved_CW = (log_CWV[:, :-1].exp() * (log_CWV[:, :-1] - log_CWV[:, 1:])).sum(-1)
+        is_settled_CW = moved_CW < stop_below
+        is_settled_CW[:, -1] = True
+        chosen.append(part_CWD[torch.arange(len(part_CWD)), 1 + is_settled_CW.byte().argmax(1)])
+    return torch.cat(chosen)
 
 
 class MeanOfNetworks(DotProductModel):

@@ -78,9 +78,9 @@ class SelfAttention(Encoder):
 
     def embed(self, inputs_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
         """See `Encoder.embed`. Positions are counted from a row's last item back, so that the latest items of long and
-        short histories have the same ones."""
+        short histories have the same ones. All that stand farther back than `max_length` have the last one."""
         place_T = torch.arange(inputs_RTD.shape[1], device=inputs_RTD.device)
-        position_RT = (lengths_R[:, None] - 1 - place_T).clamp(min=0)
+        position_RT = (lengths_R[:, None] - 1 - place_T).clamp(0, self.position.num_embeddings - 1)
         # Kang and McAuley (2018) scale the items' vectors, so that scores begin small and inputs do not.
         scale = inputs_RTD.shape[2] ** 0.5
         embedded: torch.Tensor = self.dropout(inputs_RTD * scale + self.position(position_RT))

@@ -33,7 +33,7 @@ from cprec.schema import VALIDATION
 from cprec.systems.dot_product import DotProductModel, DotProductRecommender
 from cprec.systems.items import read_vectors
 from cprec.systems.signals import POOL, Passes, TrainingSequences, user_names
-from cprec.systems.terms import Objective, Term, check_objective, next_item
+from cprec.systems.terms import Objective, Teacher, Term, check_objective, next_item
 from cprec.systems.vectors import text_vectors
 from cprec.train.checkpoint import newest_intact, remove_checkpoints
 from cprec.train.folder import LOG, read_log
@@ -176,13 +176,15 @@ class SystemSettings(ABC):
         terms: Mapping[str, tuple[float, Term]],
         stream: Stream,
         *,
+        teachers: Mapping[str, tuple[float, Teacher]] | None = None,
         history: Callable[[Ragged], np.ndarray] | None = None,
         refresh: Callable[[], None] = lambda: None,
     ) -> Stage:
-        """A stage of a dot-product model, with its loss terms by name: (weight, term). `history` makes rows of item
+        """A stage of a dot-product model, with its loss terms, and those that read whole rows (`teachers`), by name:
+        (weight, term). `history` makes rows of item
         numbers of histories; without it they are the latest `max_length` events."""
         return Stage(
-            trainable=WeightedTerms(model, terms),
+            trainable=WeightedTerms(model, terms, teachers),
             stream=stream,
             schedule=self.schedule(stream.num_steps),
             recommender=lambda: self.recommender(data, model, history),
@@ -258,8 +260,13 @@ class TextSettings(SystemSettings):
 class WeightedTerms:
     """A dot-product model with its loss terms, as a `Trainable`."""
 
-    def __init__(self, model: DotProductModel, terms: Mapping[str, tuple[float, Term]]) -> None:
-        self._model, self._terms = model, terms
+    def __init__(
+        self,
+        model: DotProductModel,
+        terms: Mapping[str, tuple[float, Term]],
+        teachers: Mapping[str, tuple[float, Teacher]] | None = None,
+    ) -> None:
+        self._model, self._terms, self._teachers = model, terms, teachers or {}
         learnt = {name.replace(" ", "_"): term for name, (_, term) in terms.items() if isinstance(term, nn.Module)}
         self.module: nn.Module = nn.ModuleDict({"model": model, **learnt}) if learnt else model
 
@@ -267,7 +274,10 @@ class WeightedTerms:
         """See `Trainable.losses`."""
         vectors = self._model.vectors()
         states, targets = self._model.states(vectors, rows)
-        return {name: weight * term(states, targets, vectors.items_VD) for name, (weight, term) in self._terms.items()}
+        found = {name: weight * term(states, targets, vectors.items_VD) for name, (weight, term) in self._terms.items()}
+        for name, (weight, teacher) in self._teachers.items():
+            found[name] = weight * teacher(states, rows, vectors.items_VD)
+        return found
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """See `Trainable.parameter_groups`."""

@@ -1,6 +1,7 @@
-"""The graph of who had what in training, and sums over neighbours in it.
+"""Graphs of training: who had what, with sums over neighbours, and which items stand near each other.
 
-Suffixes: U users, V items, D width, E edges, R rows of a sparse matrix.
+Suffixes: U users, V items, D width, E edges, R rows (of a sparse matrix, of a batch), T positions, N targets, K
+neighbours of an item, X positions of a row with prompts.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from scipy import sparse
 from torch import nn
 from torch.nn import functional as F
 
+from cprec.data.links import links
 from cprec.data.ragged import Ragged
 
 
@@ -82,3 +84,69 @@ class UserItemGraph(nn.Module):
         degree_V = self.get_buffer("degree_V")
         weight_RT = is_item_RT / (degree_V[items_RT] * lengths_R[:, None].clamp(min=1)).sqrt()
         return torch.einsum("rt,rtd->rd", weight_RT, vectors_VD[items_RT])
+
+
+class ItemGraph(nn.Module):
+    """The strongest links of each item to others in training: `links` within five events, backwards half as strong."""
+
+    def __init__(self, sequences: Ragged, num_items: int, num_neighbours: int) -> None:
+        super().__init__()
+        self.num_items = num_items
+        linked = links(sequences.row_of, sequences.values, num_items, window=5, backward=0.5).tocoo()
+        row, column = linked.coords
+        order = np.lexsort((column, -linked.data, row))
+        order = order[row[order] != column[order]]
+        ranked = Ragged(column[order], np.searchsorted(row[order], np.arange(num_items + 1)))
+        neighbour_VK = np.full((num_items + 1, num_neighbours), num_items)
+        kept = ranked.place_of < num_neighbours
+        neighbour_VK[ranked.row_of[kept], ranked.place_of[kept]] = ranked.values[kept]
+        self.register_buffer("neighbour_VK", torch.from_numpy(neighbour_VK), persistent=False)
+
+    def neighbours(self, items: torch.Tensor) -> torch.Tensor:
+        """The neighbours of items, by number, strongest first and then by number; V fills up: [..., K]. Special rows
+        have none."""
+        return self.get_buffer("neighbour_VK")[items.clamp(max=self.num_items)]
+
+    def soft_targets(
+        self, last_N: torch.Tensor, target_N: torch.Tensor, width: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each target and the neighbours of an item, and the chances of all: int64 and float32[N, 1 + K].
+
+        Chances are a softmax of -rank / width; the target has rank 0, the strongest other neighbour 1. Where there are
+        fewer neighbours, the target stands again, without a chance.
+        """
+        items_NK = torch.cat([target_N[:, None], self.neighbours(last_N)], 1)
+        is_other_NK = (items_NK != self.num_items) & (items_NK != target_N[:, None])
+        is_other_NK[:, 0] = True
+        rank_NK = is_other_NK.cumsum(1) - 1
+        chance_NK = (-rank_NK / width).masked_fill(~is_other_NK, -torch.inf).softmax(1)
+        return items_NK.where(is_other_NK, target_N[:, None]), chance_NK
+
+
+def latest(items_RT: torch.Tensor, most: int, pad: int) -> torch.Tensor:
+    """The last `most` items of rows that are padded on the right, with padding before them in shorter ones: [R, most].
+
+    >>> latest(torch.tensor([[3, 1, 2, 9], [4, 9, 9, 9]]), 2, 9).tolist()
+    [[1, 2], [9, 4]]
+    """
+    place = (items_RT != pad).sum(1, keepdim=True) - torch.arange(most, 0, -1, device=items_RT.device)
+    return items_RT.gather(1, place.clamp(min=0)).where(place >= 0, pad)
+
+
+class Prompts(nn.Module):
+    """Neighbours of a history's latest items, which stand before it. A vector that is trained tells them from items of
+    the history."""
+
+    def __init__(self, graph: ItemGraph, num_latest: int, num_each: int, size: int) -> None:
+        super().__init__()
+        self.graph, self._num_latest, self._num_each = graph, num_latest, num_each
+        self.kind_D = nn.Parameter(torch.zeros(size))
+
+    def forward(self, items_RT: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The vectors of prompts and items, without gaps, and the length of each row: RXD, R. Item number V pads."""
+        pad = self.graph.num_items
+        neighbours = self.graph.neighbours(latest(items_RT, self._num_latest, pad))[..., : self._num_each].flatten(1)
+        both_RX = torch.cat([neighbours, items_RT], 1)
+        order_RX = (both_RX == pad).byte().argsort(dim=1, stable=True)
+        both_RX, is_prompt_RX = both_RX.gather(1, order_RX), order_RX < neighbours.shape[1]
+        return F.embedding(both_RX, vectors) + is_prompt_RX[..., None] * self.kind_D, (both_RX != pad).sum(1)

@@ -7,7 +7,7 @@ clusters. `hidden_ND @ weight_VD.T` are the scores of all items.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,6 +24,10 @@ CHUNK = 256
 
 Term = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(states [N, ..., D], targets [N], vectors of all items [V, D]) -> summed loss."""
+
+Teacher = Callable[[torch.Tensor, Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
+"""(states [N, ..., D], arrays of the batch by name, vectors of all items [V, D]) -> summed loss: a term that reads more
+of a row than its target."""
 
 Objective = Literal["softmax", "sampled_softmax", "bce", "bpr", "bpr_max"]
 
@@ -131,6 +135,14 @@ def next_item(objective: Objective, num_negatives: int = 0, temperature: float =
         return objective_loss(objective, scaled_ND, weight_VD, target_N, num_negatives=num_negatives, dtype=dtype)
 
     return term
+
+
+def divergence(
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, items_NK: torch.Tensor, chance_NK: torch.Tensor
+) -> torch.Tensor:
+    """The summed Kullback-Leibler divergence of the item distributions of states from given ones, over K items each."""
+    cross_entropy = linear_cross_entropy(hidden_ND, weight_VD, items_NK, products(), chance_NK=chance_NK)
+    return cross_entropy + torch.special.xlogy(chance_NK, chance_NK).sum()
 
 
 def info_nce(

@@ -29,6 +29,7 @@ from cprec.systems.recipes.hmamba import HMamba
 from cprec.systems.recipes.icsrec import ICSRec
 from cprec.systems.recipes.lightgcn import LightGCN
 from cprec.systems.recipes.mamba4rec import Mamba4Rec
+from cprec.systems.recipes.mancar import ManCAR
 from cprec.systems.recipes.mmm4rec import MMM4Rec
 from cprec.systems.recipes.rearec import PROGRESSIVE, ReaRec
 from cprec.systems.recipes.sasrec import SASRec
@@ -51,6 +52,7 @@ SEQUENTIAL: list[SystemSettings] = [
     ReaRec(**SMALL, num_epochs=1, first_epochs=2, num_blocks=1),
     replace(PROGRESSIVE, **SMALL, num_epochs=1, first_epochs=2, num_blocks=1),
     ReaRec(**SMALL, num_epochs=1, first_epochs=2, num_blocks=3, num_steps=0),
+    ManCAR(**SMALL, num_epochs=1, first_epochs=2, num_blocks=1),
 ]
 
 

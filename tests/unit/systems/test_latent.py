@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from torch.nn import functional as F
@@ -13,12 +17,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cprec.choices import can_be
-from cprec.errors import ConfigError
-from cprec.systems.dot_product import SequenceModel
+from cprec.data.build import build_dataset
+from cprec.data.config import Rules, SplitSpec
+from cprec.data.dataset import read_dataset
+from cprec.data.ragged import Ragged
+from cprec.data.sources.memory import MemorySource
+from cprec.data.splits import Split, make_split
+from cprec.errors import ConfigError, Unsuitable
+from cprec.systems.dot_product import SequenceModel, settled
 from cprec.systems.encoders import LatentSteps, SelfAttention
 from cprec.systems.fit import NEXT_ITEM, Stage, WeightedTerms
-from cprec.systems.recipes import rearec
+from cprec.systems.graph import ItemGraph, Prompts
+from cprec.systems.recipes import mancar, rearec
 from cprec.systems.recipes.latent import LatentSettings
+from cprec.systems.recipes.mancar import ManCAR
 from cprec.systems.recipes.rearec import ReaRec
 from cprec.systems.recipes.sasrec import SASRec
 from cprec.systems.signals import PrefixStream, TrainingSequences
@@ -60,6 +72,7 @@ def losses(trainable: Any, rows: Mapping[str, torch.Tensor], seed: int = 1) -> d
 ABLATED: list[LatentSettings] = [
     ReaRec(num_steps=0),
     replace(rearec.PROGRESSIVE, num_steps=0),
+    ManCAR(num_steps=0, graph_weight=0.0, num_latest=0),
 ]
 
 
@@ -84,16 +97,19 @@ def test_without_steps_the_losses_are_those_of_the_backbone(settings: LatentSett
 
 def operations(settings: LatentSettings, data: TrainingSequences) -> int:
     """Floating-point operations of the encoder for one full history."""
-    model = stages_of(settings, data)[-1].trainable.module.eval()
+    model = stages_of(settings, data)[-1].trainable.module.eval().requires_grad_(False)
     assert isinstance(model, SequenceModel)
     items = torch.arange(settings.max_length)[None] % data.num_items
     vectors = model.vectors()
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.encode(vectors, {"items": items})
     return counter.get_total_flops()
 
 
-CONTROLS: list[tuple[LatentSettings, LatentSettings]] = [(ReaRec(), rearec.CONTROL)]
+CONTROLS: list[tuple[LatentSettings, LatentSettings]] = [
+    (ReaRec(), rearec.CONTROL),
+    (ManCAR(stop_below=0.0), replace(mancar.CONTROL, stop_below=0.0)),  # to stop needs products with all items
+]
 
 
 @pytest.mark.parametrize(("settings", "control"), CONTROLS)
@@ -110,6 +126,43 @@ def test_a_control_has_as_many_blocks_as_come_nearest_in_operations(
     assert replace(control, num_steps=settings.num_steps, num_blocks=settings.num_blocks) == settings
     for name in ("num_steps", "num_blocks"):
         assert not can_be(control.SEARCH[name], getattr(control, name)), "tuning would undo it"
+
+
+# ---- the smallest data -----------------------------------------------------------------------------------------------
+
+
+def split_of(histories: Sequence[Sequence[int]], num_items: int, folder: Path) -> Split:
+    """A split of a log whose users had these items."""
+    events = [(f"u{user}", f"i{item}", time) for user, row in enumerate(histories) for time, item in enumerate(row)]
+    log = pa.table(list(zip(*events, strict=True)), ["user_id", "item_id", "timestamp"])
+    items = pa.table(
+        [[f"i{n}" for n in range(num_items)], [f"thing {n}" for n in range(num_items)]], ["item_id", "title"]
+    )
+    build_dataset([MemorySource("tiny", "p", items, log)], folder, Rules(k_core=0, drop_consecutive_repeats=False))
+    return make_split(*read_dataset(folder), SplitSpec())
+
+
+@pytest.mark.parametrize(
+    "settings", [ReaRec(), rearec.PROGRESSIVE, ManCAR()], ids=["ensemble", "progressive", "ManCAR"]
+)
+@pytest.mark.parametrize(("histories", "num_items"), [([[0, 0, 0, 0, 0]], 1), ([[0, 1, 2, 3, 4]], 6)])
+def test_one_user_is_enough_and_so_is_one_item(
+    settings: LatentSettings, histories: list[list[int]], num_items: int, tmp_path: Path
+) -> None:
+    """Scores are finite, and of one item alone nothing can be wrong: it is the first."""
+    split = split_of(histories, num_items, tmp_path / "data")
+    settings = replace(settings, **SMALL, num_epochs=2, first_epochs=1)
+    recommender = settings.make(split, "tiny")
+    scores = recommender.score_histories(Ragged.of([[0], []]), ["p/u0", ""])
+    assert scores.shape == (2, num_items) and scores.isfinite().all()
+    better, tied = recommender.target_ranks(Ragged.of([[0]]), np.array([0]), users=["p/u0"], exclude_seen=False)
+    assert (better[0] == 0 and tied[0] == 1) or num_items > 1
+
+
+@pytest.mark.parametrize("settings", [ReaRec(), ManCAR()], ids=lambda settings: type(settings).__name__)
+def test_users_with_one_training_event_each_are_nothing_to_train_on(settings: LatentSettings, tmp_path: Path) -> None:
+    with pytest.raises(Unsuitable, match="nothing to train on"):
+        settings.make(split_of([[0, 1, 2], [1, 2, 0]], 3, tmp_path / "data"), "tiny")
 
 
 # ---- ReaRec ----------------------------------------------------------------------------------------------------------
@@ -178,3 +231,91 @@ def test_a_state_is_told_from_those_of_other_histories() -> None:
 def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ReaRec(**settings)
+
+
+# ---- ManCAR ----------------------------------------------------------------------------------------------------------
+
+TRIANGLE = Ragged.of([[0, 1, 2], [0, 1], [3, 3]])
+"""Item 1 comes after 0 twice, and 2 after 0 and 1 once; 3 comes after itself alone, and 4 never."""
+
+
+def test_neighbours_are_ranked_by_their_links_without_the_item_itself() -> None:
+    graph = ItemGraph(TRIANGLE, 5, 3)
+    # g(0, 1) = 2 / sqrt(2 * 2) and g(0, 2) = 0.5 / sqrt(2); g(1, 0) = 1 / sqrt(2 * 2) and g(1, 2) = 1 / sqrt(2);
+    # g(2, 0) = 0.25 / sqrt(2) and g(2, 1) = 0.5 / sqrt(2).
+    assert graph.neighbours(torch.arange(7)).tolist() == [[1, 2, 5], [2, 0, 5], [1, 0, 5], *[[5, 5, 5]] * 4]
+
+
+def test_a_soft_target_narrows_from_the_neighbours_to_the_target() -> None:
+    graph = ItemGraph(TRIANGLE, 5, 3)
+    last, target = torch.tensor([0, 0, 3]), torch.tensor([4, 1, 2])
+    e = math.e
+    # After 0: its neighbours 1 and 2. The target 1 is not its own neighbour. 3 has none.
+    for width, far in ((1.0, [1 / e, 1 / e**2]), (2.0, [1 / e**0.5, 1 / e])):
+        items, chances = graph.soft_targets(last, target, width)
+        assert items.tolist() == [[4, 1, 2, 4], [1, 1, 2, 1], [2, 2, 2, 2]]
+        first = [1 / (1 + sum(far)), far[0] / (1 + sum(far)), far[1] / (1 + sum(far)), 0]
+        second = [1 / (1 + far[0]), 0, far[0] / (1 + far[0]), 0]
+        torch.testing.assert_close(chances, torch.tensor([first, second, [1, 0, 0, 0]]))
+
+
+def test_a_graph_teaches_each_state_its_own_width(data: TrainingSequences) -> None:
+    settings = ManCAR(**SMALL, temperature=0.5, num_neighbours=4, graph_weight=0.3)
+    stage = stages_of(settings, data)[-1]
+    rows = rows_of(stage)
+    found = losses(stage.trainable, rows)
+    torch.manual_seed(1)
+    states, items = states_of(stage, rows)
+    logs, scores, target = (states @ items.T / 0.5).log_softmax(-1), states @ items.T, rows["targets"]
+    entropies, divergences = [], []
+    graph = ItemGraph(data.sequences, data.num_items, 4)
+    for place, width in enumerate((3, 2, 1)):
+        entropies.append(F.cross_entropy(scores[:, place] / (0.5 * (place + 1) ** 2), target, reduction="sum"))
+        for row in range(len(target)):
+            last = rows["items"][row][rows["items"][row] != data.num_items][-1]
+            others = [n for n in graph.neighbours(last).tolist() if n not in (data.num_items, target[row])]
+            chances = torch.tensor([math.exp(-rank / width) for rank in range(len(others) + 1)])
+            chances /= chances.sum()
+            chosen = logs[row, place, [int(target[row]), *others]]
+            divergences.append((chances * (chances.log() - chosen)).sum())
+    torch.testing.assert_close(found[NEXT_ITEM], torch.stack(entropies).mean())
+    torch.testing.assert_close(found["graph"], 0.3 * torch.stack(divergences).sum())
+
+
+def test_without_links_soft_targets_are_the_targets_and_no_prompt_is_read() -> None:
+    """Users with one event each link nothing: all that is left of the graph is the cross-entropy."""
+    graph = ItemGraph(Ragged.of([[0], [1], [2]]), 3, 2)
+    items, chances = graph.soft_targets(torch.tensor([0, 3]), torch.tensor([1, 2]), 2.0)
+    assert items[:, 0].tolist() == [1, 2] and chances.tolist() == [[1, 0, 0], [1, 0, 0]]
+    rows, vectors = torch.tensor([[0, 2], [1, 3]]), torch.randn(5, 4)
+    read, lengths = Prompts(graph, 2, 2, 4)(rows, vectors)
+    assert lengths.tolist() == [2, 1]
+    torch.testing.assert_close(read[0, :2], vectors[[0, 2]])
+    torch.testing.assert_close(read[1, :1], vectors[[1]])
+
+
+def test_prompts_stand_before_the_history_without_gaps() -> None:
+    prompts, vectors = Prompts(ItemGraph(TRIANGLE, 5, 3), 2, 2, 4), torch.randn(7, 4)
+    torch.nn.init.ones_(prompts.kind_D)
+    read, lengths = prompts(torch.tensor([[4, 3, 1], [0, 5, 5], [5, 5, 5]]), vectors)
+    assert lengths.tolist() == [5, 3, 0]
+    # The latest two of the first row are 3, which has no neighbour, and 1 with 2 and 0; the second row has 0 alone.
+    torch.testing.assert_close(read[0, :5], torch.cat([vectors[[2, 0]] + 1, vectors[[4, 3, 1]]]))
+    torch.testing.assert_close(read[1, :3], torch.cat([vectors[[1, 2]] + 1, vectors[[0]]]))
+
+
+def test_the_first_state_that_hardly_moves_the_distribution_answers() -> None:
+    """Over two items with scores (x, 0) the distributions are those of a coin with the chance sigmoid(x)."""
+    items = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+
+    def states(*scores: float) -> torch.Tensor:
+        return torch.tensor([[score, float(place)] for place, score in enumerate(scores)])
+
+    rows = torch.stack([states(0, 2, 2.1, 2.1), states(1, 1, 3, 3), states(0, 2, 0, 2), states(0, 1, 2, 0)])
+    # From 2 to 2.1 the chance goes from 0.8808 to 0.8909: a divergence of 0.0005.
+    found = settled(rows, items, stop_below=0.03, temperature=1.0)
+    assert found[:, 1].tolist() == [2, 1, 3, 3]
+    assert settled(rows, items, stop_below=0.0004, temperature=1.0)[:, 1].tolist() == [3, 1, 3, 3]
+    assert settled(rows, items, stop_below=0.03, temperature=50.0)[:, 1].tolist() == [1, 1, 1, 1], "all nearly even"
+    assert settled(rows, items, stop_below=0.0, temperature=1.0)[:, 1].tolist() == [3, 3, 3, 3]
+    assert settled(rows[:, :1], items, stop_below=0.03, temperature=1.0)[:, 1].tolist() == [0, 0, 0, 0]

@@ -23,7 +23,7 @@ from cprec.systems.fit import NEXT_ITEM, Stage
 from cprec.systems.items import IdTable
 from cprec.systems.recipes.sasrec import SelfAttentionSettings
 from cprec.systems.signals import PrefixStream, TrainingSequences, WindowStream
-from cprec.systems.terms import Term, next_item
+from cprec.systems.terms import Teacher, Term, next_item
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +82,11 @@ class LatentSettings(SelfAttentionSettings):
         terms: Mapping[str, tuple[float, Term]],
         seed: int,
         *,
+        teachers: Mapping[str, tuple[float, Teacher]] | None = None,
         whole: bool = False,
     ) -> Stage:
         """A stage on all prefixes; terms of weight 0 are left out. `whole` as for `PrefixStream`."""
         terms = {name: (weight, term) for name, (weight, term) in terms.items() if weight}
-        prefixes = PrefixStream(data, list(terms), self.max_length, self.passes(seed), whole=whole)
-        return self.stage(data, model, terms, prefixes)
+        teachers = {name: (weight, teacher) for name, (weight, teacher) in (teachers or {}).items() if weight}
+        prefixes = PrefixStream(data, [*terms, *teachers], self.max_length, self.passes(seed), whole=whole)
+        return self.stage(data, model, terms, prefixes, teachers=teachers)
