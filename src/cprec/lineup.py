@@ -95,6 +95,8 @@ LINEUP: Mapping[str, Listed] = {
     "ManCAR": Listed("systems.recipes.mancar:ManCAR", "steps from a graph's neighbourhood to the target"),
     "ManCAR (published)": Listed("systems.recipes.mancar:PUBLISHED", "Yang et al. 2026, for CDs"),
     "ManCAR (blocks, no steps)": Listed("systems.recipes.mancar:CONTROL", "as many operations, in more blocks"),
+    "IGR-SR": Listed("systems.recipes.igrsr:IGRSR", "steps anchored in intents; all settings ours"),
+    "IGR-SR (blocks, no steps)": Listed("systems.recipes.igrsr:CONTROL", "as many operations, in more blocks"),
     "TIGER": Listed("systems.recipes.tiger:TIGER", "writes the codes of the next item one by one"),
 }
 """Name -> where its settings are, in the order of tables."""

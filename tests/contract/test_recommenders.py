@@ -84,6 +84,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "ReaRec": {"first_epochs": 0.2},
     "ReaRec (progressive)": {"first_epochs": 0.2},
     "ManCAR": {"first_epochs": 0.2},
+    "IGR-SR": {"first_epochs": 0.2, "num_intents": 2},
     "TIGER": {"num_layers": 1, "num_codes": 8, "text_size": 8, "batch_size": 512, "beam_width": 4},
 }
 """Systems, trained for a few steps, with settings that make these cheap."""
@@ -94,7 +95,7 @@ SPARSE = frozenset(
 )
 """Those that return only items which something speaks for."""
 
-TOLERANCE = {"llm": 1e-4, "iALS": 1e-5, **dict.fromkeys(SYSTEMS, 1e-4)}
+TOLERANCE = {"llm": 1e-4, "iALS": 1e-5, "IGRSR": 1e-4, **dict.fromkeys(SYSTEMS, 1e-4)}
 """How far scores may differ where sums of another shape round otherwise."""
 
 

@@ -21,6 +21,7 @@ from cprec.recommender import RankingQuery
 from cprec.scoring import ScoringRecommender, check_domain
 from cprec.systems.encoders import Encoder, LatentSteps
 from cprec.systems.graph import Prompts, UserItemGraph
+from cprec.systems.intents import IntentSteps
 from cprec.systems.items import ItemTable
 from cprec.systems.signals import TrainingSequences, padded, recent
 
@@ -78,7 +79,7 @@ class SequenceModel(DotProductModel):
     def __init__(
         self,
         items: ItemTable,
-        encoder: Encoder | LatentSteps,
+        encoder: Encoder | LatentSteps | IntentSteps,
         pool: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda hidden, items_VD: hidden,
         prompts: Prompts | None = None,
     ) -> None:

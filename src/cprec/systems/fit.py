@@ -82,6 +82,8 @@ class Stage:
     """Makes a recommender of the current weights."""
     refresh: Callable[[], None] = lambda: None
     """Called before each validation, the first of which comes before the first step."""
+    begin: Callable[[], None] = lambda: None
+    """Called when the stages before this one are done, and before what this one has learnt so far is read back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +181,7 @@ class SystemSettings(ABC):
         teachers: Mapping[str, tuple[float, Teacher]] | None = None,
         history: Callable[[Ragged], np.ndarray] | None = None,
         refresh: Callable[[], None] = lambda: None,
+        begin: Callable[[], None] = lambda: None,
     ) -> Stage:
         """A stage of a dot-product model, with its loss terms, and those that read whole rows (`teachers`), by name:
         (weight, term). `history` makes rows of item
@@ -189,6 +192,7 @@ class SystemSettings(ABC):
             schedule=self.schedule(stream.num_steps),
             recommender=lambda: self.recommender(data, model, history),
             refresh=refresh,
+            begin=begin,
         )
 
     def recommender(
@@ -378,6 +382,7 @@ def _fit_stage(
     """Train a stage unless its folder says that it is done; then its module has the best weights by validation, or the
     last ones without it."""
     record, weights, module = folder / RECORD, folder / WEIGHTS, stage.trainable.module
+    stage.begin()
     if not record.is_file():
         folder.mkdir(parents=True, exist_ok=True)
 

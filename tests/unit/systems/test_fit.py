@@ -27,6 +27,7 @@ from cprec.systems.recipes.bert4rec import BERT4Rec
 from cprec.systems.recipes.gru4rec import GRU4Rec
 from cprec.systems.recipes.hmamba import HMamba
 from cprec.systems.recipes.icsrec import ICSRec
+from cprec.systems.recipes.igrsr import IGRSR
 from cprec.systems.recipes.lightgcn import LightGCN
 from cprec.systems.recipes.mamba4rec import Mamba4Rec
 from cprec.systems.recipes.mancar import ManCAR
@@ -53,6 +54,7 @@ SEQUENTIAL: list[SystemSettings] = [
     replace(PROGRESSIVE, **SMALL, num_epochs=1, first_epochs=2, num_blocks=1),
     ReaRec(**SMALL, num_epochs=1, first_epochs=2, num_blocks=3, num_steps=0),
     ManCAR(**SMALL, num_epochs=1, first_epochs=2, num_blocks=1),
+    IGRSR(**SMALL, num_epochs=1, first_epochs=2, num_blocks=1),
 ]
 
 

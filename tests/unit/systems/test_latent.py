@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,7 +29,9 @@ from cprec.systems.dot_product import SequenceModel, settled
 from cprec.systems.encoders import LatentSteps, SelfAttention
 from cprec.systems.fit import NEXT_ITEM, Stage, WeightedTerms
 from cprec.systems.graph import ItemGraph, Prompts
-from cprec.systems.recipes import mancar, rearec
+from cprec.systems.intents import Distiller, IntentSteps, Reading
+from cprec.systems.recipes import igrsr, mancar, rearec
+from cprec.systems.recipes.igrsr import IGRSR
 from cprec.systems.recipes.latent import LatentSettings
 from cprec.systems.recipes.mancar import ManCAR
 from cprec.systems.recipes.rearec import ReaRec
@@ -73,6 +76,7 @@ ABLATED: list[LatentSettings] = [
     ReaRec(num_steps=0),
     replace(rearec.PROGRESSIVE, num_steps=0),
     ManCAR(num_steps=0, graph_weight=0.0, num_latest=0),
+    IGRSR(num_steps=0),
 ]
 
 
@@ -109,6 +113,7 @@ def operations(settings: LatentSettings, data: TrainingSequences) -> int:
 CONTROLS: list[tuple[LatentSettings, LatentSettings]] = [
     (ReaRec(), rearec.CONTROL),
     (ManCAR(stop_below=0.0), replace(mancar.CONTROL, stop_below=0.0)),  # to stop needs products with all items
+    (IGRSR(), igrsr.CONTROL),
 ]
 
 
@@ -142,9 +147,10 @@ def split_of(histories: Sequence[Sequence[int]], num_items: int, folder: Path) -
     return make_split(*read_dataset(folder), SplitSpec())
 
 
-@pytest.mark.parametrize(
-    "settings", [ReaRec(), rearec.PROGRESSIVE, ManCAR()], ids=["ensemble", "progressive", "ManCAR"]
-)
+SMALLEST: list[LatentSettings] = [ReaRec(), rearec.PROGRESSIVE, ManCAR(), IGRSR()]
+
+
+@pytest.mark.parametrize("settings", SMALLEST, ids=["ensemble", "progressive", "ManCAR", "IGR-SR"])
 @pytest.mark.parametrize(("histories", "num_items"), [([[0, 0, 0, 0, 0]], 1), ([[0, 1, 2, 3, 4]], 6)])
 def test_one_user_is_enough_and_so_is_one_item(
     settings: LatentSettings, histories: list[list[int]], num_items: int, tmp_path: Path
@@ -159,7 +165,7 @@ def test_one_user_is_enough_and_so_is_one_item(
     assert (better[0] == 0 and tied[0] == 1) or num_items > 1
 
 
-@pytest.mark.parametrize("settings", [ReaRec(), ManCAR()], ids=lambda settings: type(settings).__name__)
+@pytest.mark.parametrize("settings", [ReaRec(), ManCAR(), IGRSR()], ids=lambda settings: type(settings).__name__)
 def test_users_with_one_training_event_each_are_nothing_to_train_on(settings: LatentSettings, tmp_path: Path) -> None:
     with pytest.raises(Unsuitable, match="nothing to train on"):
         settings.make(split_of([[0, 1, 2], [1, 2, 0]], 3, tmp_path / "data"), "tiny")
@@ -319,3 +325,87 @@ def test_the_first_state_that_hardly_moves_the_distribution_answers() -> None:
     assert settled(rows, items, stop_below=0.03, temperature=50.0)[:, 1].tolist() == [1, 1, 1, 1], "all nearly even"
     assert settled(rows, items, stop_below=0.0, temperature=1.0)[:, 1].tolist() == [3, 3, 3, 3]
     assert settled(rows[:, :1], items, stop_below=0.03, temperature=1.0)[:, 1].tolist() == [0, 0, 0, 0]
+
+
+# ---- IGR-SR ----------------------------------------------------------------------------------------------------------
+
+
+def intent_steps(num_steps: int, mask_share: float = 0.0) -> IntentSteps:
+    torch.manual_seed(0)
+    encoder = SelfAttention(8, max_length=5, num_blocks=2, num_heads=2, dropout=0.0, causal=True)
+    distiller = Distiller(encoder, 8, num_prefix=2, num_intents=3)
+    return IntentSteps(encoder, distiller, 8, num_steps=num_steps, num_heads=1, dropout=0.0, mask_share=mask_share)
+
+
+@torch.no_grad()
+def test_intents_are_the_states_of_slots_after_prefix_and_history() -> None:
+    steps, inputs, lengths = intent_steps(1), torch.randn(2, 4, 8), torch.tensor([4, 2])
+    found = steps.distiller(inputs, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        history = steps.encoder.embed(inputs[row : row + 1, :length], lengths[row : row + 1])[0]
+        read = torch.cat([steps.distiller.prefix_PD, history, steps.distiller.slot_MD])[None]
+        slots = steps.encoder.read(read, torch.tensor([length + 5]))[0, -3:]
+        torch.testing.assert_close(found[row], steps.distiller.project(slots))
+    for parameter in steps.encoder.parameters():
+        parameter.add_(1)
+    torch.testing.assert_close(steps.distiller(inputs, lengths), found, msg="a copy is read, not what goes on learning")
+
+
+@torch.no_grad()
+def test_a_step_reads_the_intents_then_the_history() -> None:
+    steps, inputs, lengths = intent_steps(1), torch.randn(1, 4, 8), torch.tensor([3])
+    plain = steps.encoder.last(inputs, lengths)
+    torch.testing.assert_close(steps.last(inputs, lengths)[:, 0], plain, msg="it begins at the encoder")
+    for layer in (steps.from_intents.output, steps.from_history.output, steps.second):
+        torch.nn.init.normal_(layer.weight)
+
+    def read(part: Reading, state: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        key, value = part.key_value(others).chunk(2, -1)
+        found: torch.Tensor = part.output((part.query(part.norm(state)) @ key.T / 8**0.5).softmax(-1) @ value)
+        return found
+
+    step, history = steps.step.weight[0], steps.encoder(inputs, lengths)[0, :3]
+    state = plain[0] + read(steps.from_intents, plain[0] + step, steps.distiller(inputs, lengths)[0])
+    state = state + read(steps.from_history, state + step, history)
+    state = state + steps.second(F.gelu(steps.first(steps.norm(state))))
+    torch.testing.assert_close(steps.last(inputs, lengths)[0, 0], state)
+
+
+def test_only_tokens_learn_where_intents_are_distilled() -> None:
+    steps, inputs = intent_steps(1, mask_share=0.5), torch.randn(2, 4, 8, requires_grad=True)
+    states = steps.train().last(inputs, torch.tensor([4, 2]))
+    assert states.shape == (2, 1 + 2 * 3, 8) and steps.eval().last(inputs, torch.tensor([4, 2])).shape == (2, 1, 8)
+    states[:, 1:].square().sum().backward()
+    learnt = {
+        name for name, parameter in steps.named_parameters() if parameter.grad is not None and parameter.grad.any()
+    }
+    projections = {f"distiller.project.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
+    assert learnt == {"mask_D", "distiller.prefix_PD", "distiller.slot_MD", *projections}
+    assert inputs.grad is None or not inputs.grad.any()
+
+
+@torch.no_grad()
+def test_copies_differ_in_their_masks_alone() -> None:
+    inputs, lengths = torch.randn(3, 4, 8), torch.tensor([4, 2, 3])
+    for share, alike in ((0.5, False), (1.0, True)):
+        steps = intent_steps(1, mask_share=share).train()
+        first, second = steps.last(inputs, lengths)[:, 1:].chunk(2, 1)
+        assert torch.allclose(first, second, atol=1e-6) == alike, "with all items masked nothing tells them apart"
+    steps.mask_D.copy_(inputs[0, 0])
+    of_one_item = steps.distiller(inputs[:1, :1].expand(1, 4, 8), lengths[:1])
+    torch.testing.assert_close(steps.last(inputs, lengths)[:1, 1:4], of_one_item)
+
+
+def test_the_frozen_encoder_is_that_of_the_first_stage(split: Split, tmp_path: Path) -> None:
+    settings = IGRSR(**SMALL, num_epochs=0.5, first_epochs=1)
+    recommender = settings.make(split, "ring", folder=tmp_path)
+    (weights,) = tmp_path.glob("*/stage-1/best.safetensors")
+    first, last = load_file(weights), recommender.model.state_dict()  # type: ignore[attr-defined]
+    names = [name.removeprefix("encoder.") for name in first if name.startswith("encoder.blocks")]
+    assert names
+    for name in names:
+        torch.testing.assert_close(last[f"encoder.distiller.encoder.{name}"], first[f"encoder.{name}"], rtol=0, atol=0)
+    assert any(not torch.equal(last[f"encoder.encoder.{name}"], first[f"encoder.{name}"]) for name in names)
+    again, histories = settings.make(split, "ring", folder=tmp_path), Ragged.of([[0, 1, 2], [5]])
+    scores = [made.score_histories(histories, ["", ""]) for made in (recommender, again)]  # type: ignore[attr-defined]
+    torch.testing.assert_close(*scores)

@@ -11,7 +11,7 @@ match it: the control is then SASRec itself.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -84,9 +84,10 @@ class LatentSettings(SelfAttentionSettings):
         *,
         teachers: Mapping[str, tuple[float, Teacher]] | None = None,
         whole: bool = False,
+        begin: Callable[[], None] = lambda: None,
     ) -> Stage:
-        """A stage on all prefixes; terms of weight 0 are left out. `whole` as for `PrefixStream`."""
+        """A stage on all prefixes; terms of weight 0 are left out. `whole` as in `PrefixStream`, `begin` in `Stage`."""
         terms = {name: (weight, term) for name, (weight, term) in terms.items() if weight}
         teachers = {name: (weight, teacher) for name, (weight, teacher) in (teachers or {}).items() if weight}
         prefixes = PrefixStream(data, [*terms, *teachers], self.max_length, self.passes(seed), whole=whole)
-        return self.stage(data, model, terms, prefixes, teachers=teachers)
+        return self.stage(data, model, terms, prefixes, teachers=teachers, begin=begin)
