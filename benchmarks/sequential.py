@@ -143,7 +143,7 @@ def ours(folder: Path, name: str, asked: dict[str, Any]) -> dict[str, Any]:
     from cprec import distributed
     from cprec.data.catalogue import Catalogue
     from cprec.data.ragged import Ragged, gather, offsets_of
-    from cprec.evaluate.evaluate import BATCH
+    from cprec.evaluate.asking import BATCH
     from cprec.evaluate.questions import Questions
     from cprec.evaluate.rankings import table_of
     from cprec.evaluate.results import FULL_WITH_SEEN

@@ -18,8 +18,8 @@ from cprec.data.dataset import event_files
 from cprec.data.sources.synthetic import OracleRecommender, SyntheticWorld
 from cprec.data.splits import Split
 from cprec.errors import ConfigError, LeakageError
+from cprec.evaluate.asking import EXACT, Entrant, Opened
 from cprec.evaluate.config import EvaluateConfig
-from cprec.evaluate.evaluate import EXACT, Entrant, Opened
 from cprec.evaluate.rankings import rankings_path, read_rankings, slug
 from cprec.evaluate.results import BLENDED, BY_HEAD, FULL, GENERATED, arm_of, model_of
 from cprec.progress import say

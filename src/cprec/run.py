@@ -22,9 +22,10 @@ from cprec.data.item_columns import existing
 from cprec.data.splits import Split
 from cprec.entrants import baseline_entrants, check_learnt, check_tuned, model_entrants, oracle, renamed
 from cprec.errors import ConfigError, InputChanged, Unsuitable
+from cprec.evaluate.asking import Entrant
 from cprec.evaluate.config import EvaluateConfig
 from cprec.evaluate.coverage import certificate_summary
-from cprec.evaluate.evaluate import Entrant, evaluate, protocol_of
+from cprec.evaluate.evaluate import evaluate, protocol_of
 from cprec.evaluate.examples import NUM_EXAMPLES, examples_of
 from cprec.evaluate.questions import read_queries
 from cprec.evaluate.rankings import rankings_path, read_rankings

@@ -27,9 +27,10 @@ from cprec.data.sources.synthetic import SyntheticWorld
 from cprec.data.splits import Split
 from cprec.entrants import SCORES, baseline_entrants, model_entrants
 from cprec.errors import ConfigError, CPRecError, DataError, InputChanged, LeakageError, Unsuitable
+from cprec.evaluate.asking import Entrant, Opened
 from cprec.evaluate.config import EvaluateConfig
 from cprec.evaluate.coverage import check_certificate
-from cprec.evaluate.evaluate import Entrant, Opened, evaluate, protocol_of
+from cprec.evaluate.evaluate import evaluate, protocol_of
 from cprec.evaluate.questions import SAMPLED, Protocol, Questions, read_questions
 from cprec.evaluate.rankings import rankings_path
 from cprec.evaluate.report_page import markdown_table
@@ -665,7 +666,7 @@ def test_what_an_arm_opened_is_let_go_before_the_next_is_opened(config: Evaluate
 def test_who_scores_once_is_asked_for_a_batch_under_every_protocol_before_the_next(
     config: EvaluateConfig, split: Split, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cprec.evaluate.evaluate.BATCH", 8)
+    monkeypatch.setattr("cprec.evaluate.asking.BATCH", 8)
     asked: list[tuple[str, bool]] = []
 
     class Noting(Counting):
@@ -687,7 +688,7 @@ def test_who_scores_once_scores_each_query_once_for_all_protocols(
     config: EvaluateConfig, split: Split, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those for new items too, which ask some of the queries; what writes freely is asked by itself, at the end."""
-    monkeypatch.setattr("cprec.evaluate.evaluate.BATCH", 8)
+    monkeypatch.setattr("cprec.evaluate.asking.BATCH", 8)
     scored: list[str] = []
     written: list[str] = []
 
