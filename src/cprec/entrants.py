@@ -155,35 +155,45 @@ def check_learnt(config: EvaluateConfig, models: Mapping[str, str]) -> None:
 
 
 def _model(
-    name: str, folder: str, about: Mapping[str, Any], rank: RankConfig, hashes: FileHashes, blend: str | None = None
+    name: str,
+    folder: str,
+    about: Mapping[str, Any],
+    rank: RankConfig,
+    hashes: FileHashes,
+    blend: str | None = None,
+    weight: float = 1.0,
 ) -> Entrant:
-    """A model alone, or with the blend beside it, whose hash is `blend`."""
-
-    def opened() -> Opened:
-        from cprec.rank.by_values import ByValues  # loads torch
-        from cprec.rank.llm import LLMRecommender
-
-        model = LLMRecommender.from_pretrained(folder, name=name, blend=blend is not None, **asdict(rank))
-        modes = {GENERATED: partial(model.rank, mode="generate")}
-        if rank.mode == "beam":
-            modes[EXACT] = partial(model.rank, mode="exact")
-        return Opened(
-            recommender=model if model.reads_titles else ByValues(model),
-            modes=modes,
-            cost={shown: about[key] for key, shown in COSTS.items()},
-            scores_once=not model.reads_titles,
-        )
-
+    """A model alone, or with the blend beside it, whose hash is `blend`, and which gives log P a `weight`."""
+    cost = {shown: about[key] for key, shown in COSTS.items()}
+    reads_titles = rank.mode != "vectors" and weight > 0
     return Entrant(
         name=name,
         kind="model",
-        open=opened,
+        open=partial(_open_model, folder, name, rank, cost, blend=blend is not None),
         identity={"model": model_identity(folder, hashes), "code": code_sha256(CODE), **_rule(rank)}
         | ({"blend": blend} if blend else {})
         | ({"refit": True} if refitted_on(folder) else {}),
         stochastic=True,
         trained_on=tuple(about["trained_on"]),
+        beam=rank.mode == "beam",
+        num_places=_num_places if reads_titles else None,
     )
+
+
+def _open_model(folder: str, name: str, rank: RankConfig, cost: Mapping[str, Any], *, blend: bool) -> Opened:
+    from cprec.rank.by_values import ByValues  # loads torch
+    from cprec.rank.llm import LLMRecommender
+
+    model = LLMRecommender.from_pretrained(folder, name=name, blend=blend, **asdict(rank))
+    modes = {GENERATED: partial(model.rank, mode="generate"), EXACT: partial(model.rank, mode="exact")}
+    recommender = model if model.reads_titles else ByValues(model)
+    return Opened(recommender=recommender, modes=modes, cost=cost, scores_once=not model.reads_titles)
+
+
+def _num_places() -> int:
+    from cprec.distributed import num_places  # loads torch
+
+    return num_places()
 
 
 def _blended(
@@ -208,7 +218,8 @@ def _blended(
             f"the parts of {path} have learnt from other events than those of {data} ({shortened(changed)}), perhaps "
             f"from held out ones: run `cprec blend {folder} data={data}`"
         )
-    return [_model(renamed(name, BLENDED), folder, about, rank, hashes, hashes.of(path))]
+    weight = found["blend"]["model"]
+    return [_model(renamed(name, BLENDED), folder, about, rank, hashes, hashes.of(path), weight)]
 
 
 def _without_models(models: Mapping[str, str], domain: str) -> list[Entrant]:

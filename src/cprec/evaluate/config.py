@@ -49,6 +49,10 @@ class EvaluateConfig:
     """Also let models write the next title freely and look for it among the candidates."""
     uncertified: bool = False
     """Rank although a leakage certificate is missing or does not cover a model; every table then says so."""
+    num_processes: int | Literal["auto"] = 1
+    """Processes that rank side by side with a model that reads titles, each with the model in memory: one on each GPU,
+    or of one thread on CPUs. auto: as many as there are GPUs, or else cores. A single one uses all cores. Rankings do
+    not depend on it. Everything else is ranked by one process, since it takes longer to open than to rank."""
     seed: int = 0
     """Decides candidates, the sample of queries, bootstrap samples, and what other baselines draw (random, iALS)."""
 
@@ -65,3 +69,5 @@ class EvaluateConfig:
             )
         if self.max_queries < 0:
             raise ConfigError(f"max_queries={self.max_queries} must not be below 0")
+        if self.num_processes != "auto" and self.num_processes < 1:
+            raise ConfigError(f"num_processes={self.num_processes} must be at least 1, or auto")

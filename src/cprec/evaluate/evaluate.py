@@ -99,7 +99,7 @@ def _judge_all(config: EvaluateConfig, judge: Judge, entrants: Sequence[Entrant]
     for entrant in entrants:
         protocols = [p for p in judge.protocols if entrant.kind == "model" or not p.models_only]
         try:
-            rankings = saved_rankings(entrant, protocols, asked, config.output_dir, domain)
+            rankings = saved_rankings(entrant, protocols, asked, config.output_dir, domain, config.num_processes)
         except Unsuitable as error:
             say(f"{domain}: {entrant.name} is left out: {error}")
             continue

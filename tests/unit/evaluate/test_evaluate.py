@@ -320,7 +320,7 @@ def test_what_is_proven_and_what_a_beam_found_is_told(config: EvaluateConfig, sp
     exact = Counting(Knowing(questions))
     modes = {"exact": exact.rank, "generate": Silent(questions).rank}
     opened = Opened(recommender=Certified(questions), modes=modes)
-    entrant = replace(model(exact, data), open=lambda: opened)
+    entrant = replace(model(exact, data), open=lambda: opened, beam=True)
     free = replace(config, generate=True)
     arm = evaluate(free, split, "books", [entrant]).arms["model"]
     number = len(questions.queries)
