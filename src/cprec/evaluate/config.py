@@ -51,8 +51,9 @@ class EvaluateConfig:
     """Rank although a leakage certificate is missing or does not cover a model; every table then says so."""
     num_processes: int | Literal["auto"] = 1
     """Processes that rank side by side with a model that reads titles, each with the model in memory: one on each GPU,
-    or of one thread on CPUs. auto: as many as there are GPUs, or else cores. A single one uses all cores. Rankings do
-    not depend on it. Everything else is ranked by one process, since it takes longer to open than to rank."""
+    or of one thread on CPUs. auto: as many as there are GPUs, or else cores. A single one uses all cores; rankings are
+    the same but for the last digits, which depend on the threads of a process. Everything else is ranked by one
+    process, since it takes longer to open than to rank."""
     seed: int = 0
     """Decides candidates, the sample of queries, bootstrap samples, and what other baselines draw (random, iALS)."""
 
