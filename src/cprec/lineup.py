@@ -68,6 +68,8 @@ LINEUP: Mapping[str, Listed] = {
     "iALS (published)": Listed("baselines.ials:PUBLISHED", "Rendle et al. 2022, for MovieLens"),
     "LightGCN": Listed("systems.recipes.lightgcn:LightGCN", "vectors smoothed over the graph"),
     "LightGCN (published)": Listed("systems.recipes.lightgcn:PUBLISHED", "He et al. 2020"),
+    "NGCF": Listed("systems.recipes.lightgcn:NGCF", "and with matrices and products in each step"),
+    "NGCF (published)": Listed("systems.recipes.lightgcn:PUBLISHED_NGCF", "Wang et al. 2019"),
     "AlphaRec": Listed("systems.recipes.alpharec:AlphaRec", "frozen title vectors on the same graph"),
     "AlphaRec (published)": Listed("systems.recipes.alpharec:PUBLISHED", "Sheng et al. 2025"),
     "GRU4Rec": Listed("systems.recipes.gru4rec:GRU4Rec", "a recurrent network"),

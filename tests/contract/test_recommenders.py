@@ -72,6 +72,7 @@ SMALL = {"hidden_size": 8, "max_length": 10, "num_epochs": 0.2}
 ON_GRAPH = {"num_negatives": 8, "batch_size": 512}
 SYSTEMS: dict[str, dict[str, Any]] = {
     "LightGCN": ON_GRAPH,
+    "NGCF": ON_GRAPH,
     "AlphaRec": {**ON_GRAPH, "text_size": 8, "adapter_size": 8},
     "GRU4Rec": {},
     "Mamba4Rec": {},

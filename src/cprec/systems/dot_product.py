@@ -20,7 +20,7 @@ from cprec.data.ragged import Ragged
 from cprec.recommender import RankingQuery
 from cprec.scoring import ScoringRecommender, check_domain
 from cprec.systems.encoders import Encoder, LatentSteps
-from cprec.systems.graph import Prompts, UserItemGraph
+from cprec.systems.graph import Prompts, Step, UserItemGraph
 from cprec.systems.intents import IntentSteps
 from cprec.systems.items import ItemTable
 from cprec.systems.signals import TrainingSequences, padded, recent
@@ -187,7 +187,8 @@ def mean_of(networks: Sequence[SequenceModel]) -> SequenceModel | MeanOfNetworks
 
 
 class GraphModel(DotProductModel):
-    """Users and items by the mean of their vectors over several steps of smoothing on the graph of training events.
+    """Users and items by the mean of their vectors before, between and after the steps of smoothing on the graph of
+    training events; with `side_by_side` by all of these vectors, whose products add up.
 
     A user who is not in training starts from `new_user` (zeros without it), with the items of their history as
     neighbours. With `cosine` all vectors are scaled to length one at the end.
@@ -198,20 +199,20 @@ class GraphModel(DotProductModel):
         users: ItemTable,
         items: ItemTable,
         graph: UserItemGraph,
-        num_layers: int,
+        steps: Sequence[Step],
         *,
+        side_by_side: bool = False,
         cosine: bool = False,
         new_user: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.users, self.items, self.graph, self.num_layers = users, items, graph, num_layers
-        self._cosine, self._new_user = cosine, new_user
+        self.users, self.items, self.graph, self.steps = users, items, graph, nn.ModuleList(steps)
+        self._side_by_side, self._cosine, self._new_user = side_by_side, cosine, new_user
 
     def vectors(self) -> Vectors:
-        """See `DotProductModel.vectors`; histories are read by the items' mean over all layers but the last."""
-        users, items = zip(*self.graph.layers(self.users.vectors(), self.items.vectors(), self.num_layers), strict=True)
-        below_VD = torch.stack(items[:-1]).sum(0) / len(items)
-        return Vectors(self._scaled(_mean(items)), below_VD, self._scaled(_mean(users)))
+        """See `DotProductModel.vectors`; histories are read by the items' vectors before each step, side by side."""
+        users, items = zip(*self.graph.layers(self.users.vectors(), self.items.vectors(), self.steps), strict=True)
+        return Vectors(self._whole(items), torch.cat(items[:-1], dim=1), self._whole(users))
 
     def states(self, vectors: Vectors, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """See `DotProductModel.states`: the training users in `users`."""
@@ -226,14 +227,18 @@ class GraphModel(DotProductModel):
         if unknown_R.any():
             items_RT = rows["items"][unknown_R]
             lengths_R = (items_RT < self.items.num_items).sum(1)
-            new_RD = self.graph.new_user_sums(vectors.inputs, items_RT, lengths_R)
-            if self._new_user is not None:
-                new_RD = new_RD + self._new_user(items_RT) / (self.num_layers + 1)
-            out_RD[unknown_R] = self._scaled(new_RD)
+            parts = vectors.inputs.chunk(len(self.steps), dim=1)
+            start_RD = parts[0].new_zeros(len(items_RT), parts[0].shape[1])
+            layers = [start_RD if self._new_user is None else self._new_user(items_RT)]
+            for step, items_VD in zip(self.steps, parts, strict=True):
+                layers.append(step(layers[-1], self.graph.new_user_sums(items_VD, items_RT, lengths_R)))
+            out_RD[unknown_R] = self._whole(layers)
         return out_RD
 
-    def _scaled(self, vectors: torch.Tensor) -> torch.Tensor:
-        return F.normalize(vectors, dim=-1) if self._cosine else vectors
+    def _whole(self, layers: Sequence[torch.Tensor]) -> torch.Tensor:
+        """One vector of those of all layers."""
+        whole = torch.cat(tuple(layers), dim=-1) if self._side_by_side else _mean(layers)
+        return F.normalize(whole, dim=-1) if self._cosine else whole
 
 
 def _mean(layers: Sequence[torch.Tensor]) -> torch.Tensor:

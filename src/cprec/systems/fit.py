@@ -19,7 +19,7 @@ from safetensors.torch import load_model, save_file, save_model
 from torch import nn
 
 from cprec import distributed
-from cprec.choices import Choice, OneOf, Real
+from cprec.choices import Choice, OneOf, Real, Whole
 from cprec.data.queries import sampled_rows
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
@@ -229,6 +229,33 @@ class NextItemSettings(SystemSettings):
     def next_item(self) -> dict[str, tuple[float, Term]]:
         """The main loss term, of weight 1."""
         return {NEXT_ITEM: (1.0, next_item(self.objective, self.num_negatives))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphSettings(NextItemSettings):
+    """Settings of systems that smooth vectors over the graph of users and items."""
+
+    objective: Objective = "sampled_softmax"
+    num_negatives: int = 2048
+    hidden_size: int = 64
+    dropout: float = 0.0
+    learning_rate: float = 5e-3
+    batch_size: int = 4096
+    num_epochs: float = 30
+    max_length: int = 1000
+    num_layers: int = 2
+    """Smoothing steps."""
+
+    SEARCH: ClassVar[Mapping[str, Choice]] = {
+        "hidden_size": OneOf(values=(64, 128)),
+        "learning_rate": Real(low=1e-3, high=2e-2, log=True),
+        "num_layers": Whole(low=1, high=4),
+        "num_epochs": OneOf(values=(10, 30, 60)),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_positive("num_layers")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,13 @@
-"""Graphs of training: who had what, with sums over neighbours, and which items stand near each other.
+"""Graphs of training: who had what, with sums over neighbours and steps of smoothing, and which items stand near each
+other.
 
-Suffixes: U users, V items, D width, E edges, R rows (of a sparse matrix, of a batch), T positions, N targets, K
-neighbours of an item, X positions of a row with prompts.
+Suffixes: U users, V items, N users or items or targets, D width, E edges, R rows (of a sparse matrix, of a batch), T
+positions, K neighbours of an item, X positions of a row with prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from torch.nn import functional as F
 
 from cprec.data.links import links
 from cprec.data.ragged import Ragged
+
+SLOPE = 0.2
+"""Of LeakyReLU below zero, as NGCF's code has it; the paper does not say."""
 
 
 class Neighbours(nn.Module):
@@ -50,11 +54,44 @@ class _NeighbourSums(torch.autograd.Function):
         return ctx.transposed.sums(grads[0].contiguous()), None, None
 
 
-class UserItemGraph(nn.Module):
-    """Training events as edges between users and items, each of weight 1 / sqrt(degree of its user * of its item)."""
+class Step(nn.Module):
+    """A step of smoothing: the next vectors of users or items, from their own and their neighbours' weighted sums.
 
-    def __init__(self, sequences: Ragged, num_items: int) -> None:
+    Without options these are the sums (He et al. 2020, equation 3). With `product` the sums of the neighbours' products
+    with the own vector are added, and with `weights` both are mapped by matrices, the own vector beside the sums (Wang
+    et al. 2019, equations 3 to 7): LeakyReLU(W1 (own + sum) + W2 (own * sum)). `dropout` is the share of entries that
+    are left out in training.
+    """
+
+    def __init__(self, size: int, *, weights: bool = False, product: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
+        self.of_sum, self.of_product = (
+            nn.Linear(size, size, bias=False) if weights and used else nn.Identity() for used in (True, product)
+        )
+        for matrix in self.parameters():
+            nn.init.xavier_uniform_(matrix)
+        self._weights, self._product, self._dropout = weights, product, dropout
+
+    def forward(self, own_ND: torch.Tensor, sum_ND: torch.Tensor) -> torch.Tensor:
+        """The next vectors: ND."""
+        next_ND: torch.Tensor = self.of_sum(own_ND + sum_ND if self._weights else sum_ND)
+        if self._product:
+            next_ND = next_ND + self.of_product(own_ND * sum_ND)
+        if self._weights:
+            next_ND = F.leaky_relu(next_ND, SLOPE)
+        return F.dropout(next_ND, self._dropout, self.training)
+
+
+class UserItemGraph(nn.Module):
+    """Training events as edges between users and items, each of weight 1 / sqrt(degree of its user * of its item).
+
+    In training a share `dropout` of users and items sends nothing in a step, drawn anew for each; what others send
+    grows to make up for it.
+    """
+
+    def __init__(self, sequences: Ragged, num_items: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self._dropout = dropout
         user, item, num_users = sequences.row_of, sequences.values, len(sequences)
         counts = sparse.csr_array((np.ones(len(item)), (user, item)), (num_users, num_items))
         degree_U, degree_V = np.maximum(counts.sum(1), 1), np.maximum(counts.sum(0), 1)
@@ -65,17 +102,21 @@ class UserItemGraph(nn.Module):
         self.register_buffer("degree_V", degree, persistent=False)
 
     def layers(
-        self, user_UD: torch.Tensor, item_VD: torch.Tensor, num_layers: int
+        self, user_UD: torch.Tensor, item_VD: torch.Tensor, steps: Iterable[nn.Module]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Vectors of users and items after 0, 1, ... steps, in each of which every vector becomes the weighted sum of
-        its neighbours': (UD, VD) each time."""
+        """Vectors of users and items before the first step and after each: (UD, VD) each time."""
         yield user_UD, item_VD
-        for _ in range(num_layers):
-            user_UD, item_VD = (
-                _NeighbourSums.apply(item_VD, self.of_users, self.of_items),
-                _NeighbourSums.apply(user_UD, self.of_items, self.of_users),
-            )
+        for step in steps:
+            of_user_UD = _NeighbourSums.apply(self._sent(item_VD), self.of_users, self.of_items)
+            of_item_VD = _NeighbourSums.apply(self._sent(user_UD), self.of_items, self.of_users)
+            user_UD, item_VD = step(user_UD, of_user_UD), step(item_VD, of_item_VD)
             yield user_UD, item_VD
+
+    def _sent(self, vectors_ND: torch.Tensor) -> torch.Tensor:
+        """What neighbours read of vectors: ND."""
+        if not (self._dropout and self.training):
+            return vectors_ND
+        return vectors_ND * F.dropout(vectors_ND.new_ones(len(vectors_ND), 1), self._dropout)
 
     def new_user_sums(self, vectors_VD: torch.Tensor, items_RT: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
         """The weighted sums of the items' vectors that users of the graph would have with these histories: RD."""

@@ -20,7 +20,7 @@ from cprec.systems import fit as fitting
 from cprec.systems.dot_product import DotProductRecommender, GraphModel
 from cprec.systems.encoders import Block, BlockKind, Encoder, LatentSteps, Recurrent, SelfAttention
 from cprec.systems.fit import SystemSettings
-from cprec.systems.graph import UserItemGraph
+from cprec.systems.graph import SLOPE, Step, UserItemGraph
 from cprec.systems.items import FrozenTable, IdTable, read_vectors
 from cprec.systems.recipes.alpharec import AlphaRec
 from cprec.systems.recipes.bert4rec import BERT4Rec
@@ -28,7 +28,7 @@ from cprec.systems.recipes.gru4rec import GRU4Rec
 from cprec.systems.recipes.hmamba import HMamba
 from cprec.systems.recipes.icsrec import ICSRec
 from cprec.systems.recipes.igrsr import IGRSR
-from cprec.systems.recipes.lightgcn import LightGCN
+from cprec.systems.recipes.lightgcn import NGCF, LightGCN
 from cprec.systems.recipes.mamba4rec import Mamba4Rec
 from cprec.systems.recipes.mancar import ManCAR
 from cprec.systems.recipes.mmm4rec import MMM4Rec
@@ -295,7 +295,7 @@ def test_vectors_of_a_file_stand_in_the_order_of_the_catalogue(tmp_path: Path) -
 def test_smoothing_is_the_mean_of_the_layers(data: TrainingSequences) -> None:
     num_users = len(data.users)
     tables = IdTable(num_users, 4, num_special=0), IdTable(NUM_ITEMS, 4, num_special=0)
-    model = GraphModel(*tables, UserItemGraph(data.sequences, NUM_ITEMS), num_layers=2)
+    model = GraphModel(*tables, UserItemGraph(data.sequences, NUM_ITEMS), [Step(4), Step(4)])
     counts = np.zeros((num_users, NUM_ITEMS))
     np.add.at(counts, (data.sequences.row_of, data.sequences.values), 1)
     graph = counts / np.sqrt(np.outer(counts.sum(1), np.maximum(counts.sum(0), 1)))
@@ -315,8 +315,55 @@ def test_smoothing_is_the_mean_of_the_layers(data: TrainingSequences) -> None:
     np.testing.assert_allclose(tables[1].table.weight.grad[:, 0], gradient, rtol=1e-4)
 
 
+def test_a_step_of_ngcf_maps_sums_and_their_products_with_the_own_vector() -> None:
+    """Three events: user 0 had items 0 and 1, user 1 item 1. Item 1 and user 0 have the degree 2, the others 1."""
+    graph = UserItemGraph(Ragged.of([[0, 1], [1]]), 2)
+    step = Step(2, weights=True, product=True)
+    for linear, matrix in ((step.of_sum, [[1.0, 0.0], [0.0, -1.0]]), (step.of_product, [[0.0, 2.0], [1.0, 0.0]])):
+        assert isinstance(linear, torch.nn.Linear)
+        linear.weight.data = torch.tensor(matrix)
+    users, items = torch.tensor([[1.0, 2.0], [-1.0, 1.0]]), torch.tensor([[3.0, 0.0], [2.0, 4.0]])
+    _, (new_users, new_items) = graph.layers(users, items, [step])
+    root = 2**-0.5
+    # Of user 0: root * (3, 0) + 1/2 * (2, 4) = (3 root + 1, 2). With its own vector: (3 root + 2, 4), of which W1 turns
+    # the sign of the second entry. Their product with (1, 2) is (3 root + 1, 4), which W2 makes (8, 3 root + 1).
+    first = [3 * root + 2 + 8, SLOPE * (-4 + 3 * root + 1)]
+    # Of user 1: root * (2, 4); with (-1, 1): (2 root - 1, 4 root + 1); times (-1, 1): (-2 root, 4 root).
+    second = [2 * root - 1 + 8 * root, SLOPE * (-4 * root - 1 - 2 * root)]
+    torch.testing.assert_close(new_users, torch.tensor([first, second]))
+    # Of item 0: root * (1, 2); with (3, 0): (3 + root, 2 root); times (3, 0): (3 root, 0).
+    torch.testing.assert_close(new_items[0], torch.tensor([3 + root, root]))  # -2 root + 3 root is above zero
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_user_who_is_not_in_training_goes_the_steps_of_one_who_is(weights: bool, data: TrainingSequences) -> None:
+    """A user of the graph whose vector is zero at first is where a stranger with the same history is."""
+    torch.manual_seed(0)
+    tables = IdTable(len(data.users), 4, num_special=0), IdTable(NUM_ITEMS, 4, num_special=0)
+    tables[0].table.weight.data[3] = 0
+    steps = [Step(4, weights=weights, product=True) for _ in range(2)]
+    graph = UserItemGraph(data.sequences, NUM_ITEMS)
+    model = GraphModel(*tables, graph, steps, side_by_side=weights).eval()
+    items = torch.from_numpy(data.sequences[3])[None]
+    known, stranger = (model.encode(model.vectors(), {"users": torch.tensor([n]), "items": items}) for n in (3, -1))
+    assert known.shape == (1, 12 if weights else 4)
+    torch.testing.assert_close(stranger, known)
+
+
+def test_users_and_items_that_send_nothing_are_made_up_for() -> None:
+    """Each of two items is silent half of the time, else it counts twice: sums are right on average."""
+    graph = UserItemGraph(Ragged.of([[0], [1]]), 2, dropout=0.5)
+    ones = torch.ones(2, 3)
+    torch.manual_seed(0)
+    sent = torch.stack([list(graph.layers(ones, ones, [Step(3)]))[1][0] for _ in range(300)])
+    assert set(sent.unique().tolist()) == {0.0, 2.0} and sent.std(2).max() == 0
+    assert 0.9 < sent.mean() < 1.1 and sent[:, 0].ne(sent[:, 1]).any()
+    assert list(graph.eval().layers(ones, ones, [Step(3)]))[1][0].eq(1).all()
+
+
 GRAPHS = [
     LightGCN(hidden_size=16, num_negatives=8, batch_size=64, num_epochs=4),
+    NGCF(hidden_size=16, num_negatives=8, batch_size=64, num_epochs=4),
     AlphaRec(hidden_size=16, text_size=8, adapter_size=16, num_negatives=8, batch_size=64, num_epochs=4),
 ]
 

@@ -1,9 +1,11 @@
-"""Systems that were ported to the shared parts learn as they did before, step by step."""
+"""Systems that were ported to the shared parts learn as they did before, step by step, and so do those that are nothing
+but another system once their own parts are left out."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +35,12 @@ CASES = {
     "LightGCN": {**FEW_NEGATIVES, "batch_size": 64},
     "LightGCN (published)": {"batch_size": 64},
 }
+PLAIN = {"weights": False, "product": False, "dropout": 0.0}
+WITHOUT = {
+    "NGCF": ("LightGCN", {**CASES["LightGCN"], **PLAIN}),
+    "NGCF (published)": ("LightGCN (published)", {**CASES["LightGCN (published)"], **PLAIN}),
+}
+"""By name, the system that is left without its own parts, and the settings that leave them out."""
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +62,36 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
     return make_split(*read_dataset(folder), SplitSpec())
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_equal_seeds_give_the_losses_of_before(
-    name: str, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cprec.distributed.use_bf16", lambda setting, device: False)
-    settings = settings_of(name, {**SMALL, **CASES[name]})
-    settings.make(split, "steps", seed=3, folder=tmp_path)
-    (log,) = tmp_path.glob(f"*/*/{LOG}")
+def trained(name: str, changed: dict[str, Any], split: Split, folder: Path) -> tuple[list[float], list[float]]:
+    """The loss of each step and NDCG@10 of each validation."""
+    settings_of(name, {**SMALL, **changed}).make(split, "steps", seed=3, folder=folder)
+    (log,) = folder.glob(f"*/*/{LOG}")
     lines = read_log(log)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    return losses, [line["validation"]["ndcg@10"] for line in lines if "validation" in line]
+
+
+@pytest.fixture
+def in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cprec.distributed.use_bf16", lambda setting, device: False)
+
+
+@pytest.mark.usefixtures("in_fp32")
+@pytest.mark.parametrize("name", CASES)
+def test_equal_seeds_give_the_losses_of_before(name: str, split: Split, tmp_path: Path) -> None:
+    losses, ndcg = trained(name, CASES[name], split, tmp_path)
     # Equal to the last bit on the machine that recorded them; others round differently.
-    assert [line["loss"] for line in lines if "loss" in line] == pytest.approx(GOLDEN[name]["losses"], rel=1e-5)
-    ndcg = [line["validation"]["ndcg@10"] for line in lines if "validation" in line]
+    assert losses == pytest.approx(GOLDEN[name]["losses"], rel=1e-5)
     assert ndcg == pytest.approx(GOLDEN[name]["validation"], abs=2e-3)
+
+
+@pytest.mark.usefixtures("in_fp32")
+@pytest.mark.parametrize("name", WITHOUT)
+def test_without_its_own_parts_a_system_learns_as_the_one_beneath(name: str, split: Split, tmp_path: Path) -> None:
+    beneath, changed = WITHOUT[name]
+    same = {"learning_rate": SMALL["learning_rate"]}
+    alone = trained(name, changed | same, split, tmp_path / "alone")
+    assert alone == trained(beneath, CASES[beneath] | same, split, tmp_path / "beneath")
+    assert alone[0] == pytest.approx(GOLDEN[beneath]["losses"], rel=1e-5)
+    with_parts = trained(name, CASES[beneath] | same, split, tmp_path / "with")
+    assert with_parts[0] != alone[0]

@@ -19,10 +19,9 @@ from torch import nn
 
 from cprec.choices import Choice, Real
 from cprec.systems.dot_product import GraphModel
-from cprec.systems.fit import NEXT_ITEM, Stage, TextSettings
-from cprec.systems.graph import UserItemGraph
+from cprec.systems.fit import NEXT_ITEM, GraphSettings, Stage, TextSettings
+from cprec.systems.graph import Step, UserItemGraph
 from cprec.systems.items import FrozenTable
-from cprec.systems.recipes.lightgcn import GraphSettings
 from cprec.systems.signals import TrainingSequences, UserItemStream
 from cprec.systems.terms import next_item
 
@@ -62,7 +61,8 @@ class AlphaRec(TextSettings, GraphSettings):
             return mapped
 
         graph = UserItemGraph(data.sequences, data.num_items)
-        model = GraphModel(users, items, graph, self.num_layers, cosine=True, new_user=mean_of_history)
+        steps = [Step(self.hidden_size) for _ in range(self.num_layers)]
+        model = GraphModel(users, items, graph, steps, cosine=True, new_user=mean_of_history)
         terms = {NEXT_ITEM: (1.0, next_item(self.objective, self.num_negatives, self.temperature))}
         return [self.stage(data, model, terms, UserItemStream(data, [NEXT_ITEM], self.passes(seed)))]
 
