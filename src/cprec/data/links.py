@@ -6,6 +6,19 @@ import numpy as np
 from scipy import sparse
 
 
+def followers(user: np.ndarray, item: np.ndarray, num_items: int, distance: int = 1) -> sparse.csr_array:
+    """How often each item (column) came `distance` events after each other one (row), over the distance: csr[V, V].
+
+    Events are sorted by user, then by time.
+
+    >>> followers(np.array([0, 0, 0, 0, 1, 2, 2]), np.array([0, 1, 0, 1, 2, 1, 2]), 3).toarray().astype(int).tolist()
+    [[0, 2, 0], [1, 0, 1], [0, 0, 0]]
+    """
+    together = user[:-distance] == user[distance:]
+    pairs = item[:-distance][together], item[distance:][together]
+    return sparse.csr_array((np.full(len(pairs[0]), 1 / distance), pairs), (num_items, num_items))
+
+
 def links(user: np.ndarray, item: np.ndarray, num_items: int, *, window: int, backward: float) -> sparse.csr_array:
     """How strongly each item leads to others: csr[V, V], rows lead to columns.
 
@@ -19,9 +32,7 @@ def links(user: np.ndarray, item: np.ndarray, num_items: int, *, window: int, ba
     """
     graph = sparse.csr_array((num_items, num_items))
     for distance in range(1, window + 1):
-        linked = user[:-distance] == user[distance:]
-        start, end = item[:-distance][linked], item[distance:][linked]
-        forward = sparse.csr_array((np.full(len(start), 1 / distance), (start, end)), (num_items, num_items))
+        forward = followers(user, item, num_items, distance)
         graph = graph + forward + backward * forward.T
     scale = sparse.diags_array(1 / np.sqrt(np.maximum(np.bincount(item, minlength=num_items), 1)))
     return sparse.csr_array(scale @ graph @ scale)

@@ -1,4 +1,4 @@
-"""Encoders of histories: self-attention, a recurrent network, and latent steps around an encoder.
+"""Encoders of histories: self-attention, a recurrent network, two encoders together, and latent steps around one.
 
 Suffixes: R rows, T positions, D width, H heads, K latent steps. Rows are padded on the right; `lengths_R` says how many
 positions of each are filled.
@@ -53,7 +53,7 @@ class SelfAttention(Encoder):
     """Transformer blocks over item and position vectors.
 
     A causal one reads up to each position, and needs no mask, since padding comes after the items. The other reads the
-    whole row without its padding.
+    whole row without its padding. Each position asks for as many positions up to it as `span` says; see `Block`.
     """
 
     def __init__(
@@ -67,12 +67,14 @@ class SelfAttention(Encoder):
         causal: bool,
         attention_dropout: float = 0.0,
         block: BlockKind = "pre_norm",
+        span: int = 1,
     ) -> None:
         super().__init__()
         self.causal = causal
         self.position = nn.Embedding(max_length + 1, size)
         drops = {"dropout": dropout, "attention_dropout": attention_dropout}
-        self.blocks = nn.ModuleList([Block(size, num_heads, causal, block, **drops) for _ in range(num_blocks)])
+        blocks = [Block(size, num_heads, causal, block, span=span, **drops) for _ in range(num_blocks)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(size)
         self.dropout = nn.Dropout(dropout)
 
@@ -130,15 +132,26 @@ class Block(nn.Module):
       and are added to that norm. Dropped out are the linear layers' output and that of the ReLU between them. So is the
       code of Kang and McAuley (2018), with attention weights dropped out too; there attention has no output layer, and
       is added to the norm that queries read.
+
+    With a `span` above 1 the query of a position, and what attention is added to, is the mean of its input over so many
+    positions, the last of which is its own: a long query (Zhu et al. 2024). Keys and values stay those of positions.
     """
 
     def __init__(
-        self, size: int, num_heads: int, causal: bool, kind: BlockKind, *, dropout: float, attention_dropout: float
+        self,
+        size: int,
+        num_heads: int,
+        causal: bool,
+        kind: BlockKind,
+        *,
+        dropout: float,
+        attention_dropout: float,
+        span: int = 1,
     ) -> None:
         """`attention_dropout` is the share of attention weights that is left out in training."""
         super().__init__()
-        self.num_heads, self.causal, self.attention_dropout = num_heads, causal, attention_dropout
-        self.only_queries = kind == "query_norm"
+        self.num_heads, self.causal, self.span = num_heads, causal, span
+        self.attention_dropout, self.only_queries = attention_dropout, kind == "query_norm"
         self.norm_attention, self.norm_linear = nn.LayerNorm(size), nn.LayerNorm(size)
         self.query_key_value, self.output = nn.Linear(size, 3 * size), nn.Linear(size, size)
         self.first, self.second = nn.Linear(size, size), nn.Linear(size, size)
@@ -146,13 +159,11 @@ class Block(nn.Module):
 
     def forward(self, hidden_RTD: torch.Tensor, mask_R11T: torch.Tensor | None) -> torch.Tensor:
         rows, length, size = hidden_RTD.shape
-        normed_RTD = self.norm_attention(hidden_RTD)
-        if self.only_queries:
-            weight, bias = self.query_key_value.weight, self.query_key_value.bias
-            query_RTD = F.linear(normed_RTD, weight[:size], bias[:size])
-            projected = torch.cat([query_RTD, F.linear(hidden_RTD, weight[size:], bias[size:])], dim=2)
+        own_RTD, asking_RTD, read_RTD = self._inputs(hidden_RTD)
+        if asking_RTD is read_RTD:
+            projected = self.query_key_value(read_RTD)
         else:
-            projected = self.query_key_value(normed_RTD)
+            projected = torch.cat([self._query(asking_RTD), self._key_value(read_RTD)], dim=2)
         parts = projected.view(rows, length, 3, self.num_heads, -1)
         query_RHTD, key_RHTD, value_RHTD = parts.permute(2, 0, 3, 1, 4)
         read = F.scaled_dot_product_attention(
@@ -163,25 +174,38 @@ class Block(nn.Module):
             dropout_p=self.attention_dropout if self.training else 0.0,
             is_causal=self.causal,
         )
-        return self._rest(hidden_RTD, read.transpose(1, 2).reshape(rows, length, size))
+        return self._rest(own_RTD, read.transpose(1, 2).reshape(rows, length, size))
 
     def at(self, hidden_RTD: torch.Tensor, place_R: torch.Tensor, mask_R11T: torch.Tensor) -> torch.Tensor:
         """The block's output at one position of each row, which reads what the mask shows it: RD."""
         rows, length, size = hidden_RTD.shape
-        normed_RTD, every_R = self.norm_attention(hidden_RTD), torch.arange(rows, device=place_R.device)
+        own_RTD, asking_RTD, read_RTD = self._inputs(hidden_RTD)
+        every_R = torch.arange(rows, device=place_R.device)
         # Keys and values are needed at all positions, the query at one.
-        weight, bias = self.query_key_value.weight, self.query_key_value.bias
-        query_RHD1 = F.linear(normed_RTD[every_R, place_R], weight[:size], bias[:size]).view(
-            rows, self.num_heads, -1, 1
-        )
-        read_RTD = hidden_RTD if self.only_queries else normed_RTD
-        parts = F.linear(read_RTD, weight[size:], bias[size:]).view(rows, length, 2, self.num_heads, -1)
+        query_RHD1 = self._query(asking_RTD[every_R, place_R]).view(rows, self.num_heads, -1, 1)
+        parts = self._key_value(read_RTD).view(rows, length, 2, self.num_heads, -1)
         key_RHTD, value_RHTD = parts.permute(2, 0, 3, 1, 4)
         # Attention by hand: for a single query it is quicker than the fused function.
         score_RH1T = (key_RHTD @ query_RHD1).transpose(2, 3) * query_RHD1.shape[2] ** -0.5
         share_RH1T = score_RH1T.masked_fill(~mask_R11T, -torch.inf).softmax(-1)
         share_RH1T = F.dropout(share_RH1T, self.attention_dropout, self.training)
-        return self._rest(hidden_RTD[every_R, place_R], (share_RH1T @ value_RHTD).reshape(rows, size))
+        return self._rest(own_RTD[every_R, place_R], (share_RH1T @ value_RHTD).reshape(rows, size))
+
+    def _inputs(self, hidden_RTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What attention is added to, what queries read, and what keys and values read: RTD each."""
+        own_RTD = trailing_means(hidden_RTD, self.span)
+        asking_RTD = self.norm_attention(own_RTD)
+        if self.only_queries:
+            return own_RTD, asking_RTD, hidden_RTD
+        return own_RTD, asking_RTD, asking_RTD if self.span == 1 else self.norm_attention(hidden_RTD)
+
+    def _query(self, asking: torch.Tensor) -> torch.Tensor:
+        size = asking.shape[-1]
+        return F.linear(asking, self.query_key_value.weight[:size], self.query_key_value.bias[:size])
+
+    def _key_value(self, read_RTD: torch.Tensor) -> torch.Tensor:
+        size = read_RTD.shape[-1]
+        return F.linear(read_RTD, self.query_key_value.weight[size:], self.query_key_value.bias[size:])
 
     def _rest(self, hidden: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
         """The block after its attention, at any positions."""
@@ -193,6 +217,42 @@ class Block(nn.Module):
             between = F.gelu(self.first(self.norm_linear(hidden)))
         out: torch.Tensor = hidden + self.dropout(self.second(between))
         return out
+
+
+def trailing_means(hidden_RTD: torch.Tensor, span: int) -> torch.Tensor:
+    """At each position the mean over the last `span` positions up to it, over as many as there are at the start: RTD.
+
+    >>> trailing_means(torch.tensor([[[1.0], [3.0], [8.0]]]), 2).squeeze().tolist()
+    [1.0, 2.0, 5.5]
+    """
+    if span == 1:
+        return hidden_RTD
+    length = hidden_RTD.shape[1]
+    sums_RTD = torch.stack([F.pad(hidden_RTD, (0, 0, lag, 0))[:, :length] for lag in range(span)]).sum(0)
+    count_T = torch.arange(1, length + 1, device=hidden_RTD.device).clamp(max=span)
+    return sums_RTD / count_T[:, None]
+
+
+class TwoEncoders(Encoder):
+    """The mean of the states of two encoders that read the same input, where the first one weighs `share`; scores are
+    the mean of theirs, since items have one vector. Positions are the first one's."""
+
+    def __init__(self, first: SelfAttention, second: SelfAttention, share: float) -> None:
+        super().__init__()
+        self.first, self.second, self._share = first, second, share
+        del second.position
+
+    def embed(self, inputs_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        return self.first.embed(inputs_RTD, lengths_R)
+
+    def read(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        return self._mean(self.first.read(embedded_RTD, lengths_R), self.second.read(embedded_RTD, lengths_R))
+
+    def read_last(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        return self._mean(self.first.read_last(embedded_RTD, lengths_R), self.second.read_last(embedded_RTD, lengths_R))
+
+    def _mean(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        return self._share * first + (1 - self._share) * second
 
 
 class Recurrent(Encoder):

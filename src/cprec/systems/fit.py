@@ -118,7 +118,7 @@ class SystemSettings(ABC):
     """Validations (of `VALIDATIONS`) without a better one after which a stage ends; 0: it goes to the end."""
 
     LABEL: ClassVar[str] = ""
-    """What it is called while it trains; nothing: as its settings are."""
+    """What it is called; nothing: as its settings are."""
     VALIDATION_QUERIES: ClassVar[int] = 4000
     """Validation queries, a seeded sample at most, that decide which weights are kept."""
     SEARCH: ClassVar[Mapping[str, Choice]] = {
@@ -142,6 +142,12 @@ class SystemSettings(ABC):
         for name in names:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+
+    def require_not_negative(self, *names: str) -> None:
+        """Raise ConfigError for settings below 0."""
+        for name in names:
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must not be below 0")
 
     @abstractmethod
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
@@ -184,8 +190,8 @@ class SystemSettings(ABC):
         begin: Callable[[], None] = lambda: None,
     ) -> Stage:
         """A stage of a dot-product model, with its loss terms, and those that read whole rows (`teachers`), by name:
-        (weight, term). `history` makes rows of item
-        numbers of histories; without it they are the latest `max_length` events."""
+        (weight, term). `history` makes rows of item numbers of histories; without it they are the latest `max_length`
+        events."""
         return Stage(
             trainable=WeightedTerms(model, terms, teachers),
             stream=stream,
@@ -199,7 +205,7 @@ class SystemSettings(ABC):
         self, data: TrainingSequences, model: DotProductModel, history: Callable[[Ragged], np.ndarray] | None = None
     ) -> DotProductRecommender:
         """A recommender of a model's current weights; `history` as for `stage`."""
-        return DotProductRecommender(type(self).__name__, data, model, self.max_length, history)
+        return DotProductRecommender(self.LABEL or type(self).__name__, data, model, self.max_length, history)
 
     def schedule(self, num_steps: int) -> Callable[[int], float]:
         """A short warm-up, the peak, and a linear fall to zero."""
@@ -298,7 +304,8 @@ class WeightedTerms:
         teachers: Mapping[str, tuple[float, Teacher]] | None = None,
     ) -> None:
         self._model, self._terms, self._teachers = model, terms, teachers or {}
-        learnt = {name.replace(" ", "_"): term for name, (_, term) in terms.items() if isinstance(term, nn.Module)}
+        weighted: Mapping[str, tuple[float, Term | Teacher]] = {**terms, **self._teachers}
+        learnt = {name.replace(" ", "_"): term for name, (_, term) in weighted.items() if isinstance(term, nn.Module)}
         self.module: nn.Module = nn.ModuleDict({"model": model, **learnt}) if learnt else model
 
     def losses(self, rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

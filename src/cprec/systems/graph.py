@@ -191,3 +191,23 @@ class Prompts(nn.Module):
         order_RX = (both_RX == pad).byte().argsort(dim=1, stable=True)
         both_RX, is_prompt_RX = both_RX.gather(1, order_RX), order_RX < neighbours.shape[1]
         return F.embedding(both_RX, vectors) + is_prompt_RX[..., None] * self.kind_D, (both_RX != pad).sum(1)
+
+
+def soft_rows(counts: sparse.csr_array, temperature: float) -> tuple[sparse.csr_array, np.ndarray]:
+    """The softmax over all columns of each row of counts, which are divided by the row's greatest and by a temperature,
+    in two parts: the chance of each column without a count, float64[V], and how much more those with one have, csr.
+
+    >>> more, least = soft_rows(sparse.csr_array([[0, 2, 1, 0], [0, 0, 0, 0]]), temperature=0.5 / np.log(2))
+    >>> least.round(3).tolist()  # of weights 1, 4, 2, 1, and of equal ones
+    [0.125, 0.25]
+    >>> more.toarray().round(3).tolist()
+    [[0.0, 0.375, 0.125, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    """
+    num_counted, row = np.diff(counts.indptr), np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
+    greatest = counts.max(axis=1).toarray().ravel()
+    # Weights relative to the greatest, which therefore cannot overflow; where there is no count all are equal.
+    weight, floor = np.exp((counts.data / greatest[row] - 1) / temperature), np.exp(-1 / temperature)
+    least = np.where(num_counted == 0, 1.0, floor)
+    total = np.bincount(row, weight, counts.shape[0]) + (counts.shape[1] - num_counted) * least
+    more = sparse.csr_array(((weight - floor) / total[row], counts.indices, counts.indptr), counts.shape)
+    return more, least / total

@@ -10,13 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+from scipy import sparse
 from torch import nn
 from torch.nn import functional as F
 
 from cprec import distributed
+from cprec.batch import IGNORE
 from cprec.errors import ConfigError
 from cprec.systems.clusters import k_means, nearest
+from cprec.systems.graph import soft_rows
 from cprec.train.loss import linear_cross_entropy
 
 CHUNK = 256
@@ -248,3 +252,45 @@ def likeness(temperature: float = 1.0) -> Term:
         return -divergence_NWW.sum() / (num_states * (num_states - 1))
 
     return term
+
+
+class Successors(nn.Module):
+    """Draws each item's vector to those of the items that came after it in training (Zhu et al. 2024).
+
+    At each position with a target, the cross-entropy between two softmaxes over all items, both over a temperature: of
+    the item's row of counts (`data.links.followers`), divided by its greatest, and of the products of the item's input,
+    its vector times the root of D with some entries dropped out, with all items' vectors.
+    """
+
+    def __init__(self, counts: sparse.csr_array, temperature: float, dropout: float) -> None:
+        super().__init__()
+        more, least = soft_rows(counts, temperature)
+        for name, array, kind in (
+            ("start_V", more.indptr, np.int64),
+            ("column_E", more.indices, np.int64),
+            ("more_E", more.data, np.float32),
+            ("least_V", least, np.float32),
+        ):
+            self.register_buffer(name, torch.from_numpy(array.astype(kind)), persistent=False)
+        self._temperature, self._dropout, self._dtype = temperature, dropout, products()
+
+    def forward(
+        self, hidden_ND: torch.Tensor, rows: Mapping[str, torch.Tensor], weight_VD: torch.Tensor
+    ) -> torch.Tensor:
+        item_N = rows["items"][rows["targets"] != IGNORE]
+        column_NK, more_NK = self._of(item_N)
+        scaled_ND = weight_VD[item_N] * weight_VD.shape[1] ** 0.5
+        input_ND = F.dropout(scaled_ND, self._dropout, self.training) / self._temperature
+        # Chances are those above the least, which all items have: of these the sum of all products is taken.
+        loss = linear_cross_entropy(input_ND, weight_VD, column_NK, self._dtype, chance_NK=more_NK)
+        least_N = self.get_buffer("least_V")[item_N]
+        return loss - least_N @ (input_ND @ weight_VD.sum(0))
+
+    def _of(self, item_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those that came after each item, and their chances above the least, filled up with chances of 0: NK each."""
+        start_V, column_E, more_E = (self.get_buffer(name) for name in ("start_V", "column_E", "more_E"))
+        num_N = start_V[item_N + 1] - start_V[item_N]
+        place_K = torch.arange(max(1, int(num_N.max())), device=item_N.device)
+        is_there_NK = place_K < num_N[:, None]
+        edge_NK = torch.where(is_there_NK, start_V[item_N][:, None] + place_K, 0)
+        return column_E[edge_NK], more_E[edge_NK] * is_there_NK

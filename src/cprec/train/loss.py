@@ -109,7 +109,7 @@ def linear_cross_entropy(
     """Summed cross-entropy of `hidden @ weight.T + bias` against the targets, in nats; products in `dtype`, sums in
     fp32. The bias gets no gradient. At each position the entries in `left_out`, any number of columns, have no share,
     but for the target. With chances, which sum to one at each position, it has K targets in place of one, [N, K]; equal
-    targets add up.
+    targets add up. Where they sum to less, the caller takes off what the rest of the targets has.
 
     Equals torch's cross_entropy(reduction="sum") on the full logits, values and gradients, up to rounding.
     """

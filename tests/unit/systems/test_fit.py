@@ -18,7 +18,7 @@ from cprec.errors import ConfigError, Unsuitable
 from cprec.schema import SPLITS, TEST, TRAIN
 from cprec.systems import fit as fitting
 from cprec.systems.dot_product import DotProductRecommender, GraphModel
-from cprec.systems.encoders import Block, BlockKind, Encoder, LatentSteps, Recurrent, SelfAttention
+from cprec.systems.encoders import Block, BlockKind, Encoder, LatentSteps, Recurrent, SelfAttention, TwoEncoders
 from cprec.systems.fit import SystemSettings
 from cprec.systems.graph import SLOPE, Step, UserItemGraph
 from cprec.systems.items import FrozenTable, IdTable, read_vectors
@@ -32,6 +32,7 @@ from cprec.systems.recipes.lightgcn import NGCF, LightGCN
 from cprec.systems.recipes.mamba4rec import Mamba4Rec
 from cprec.systems.recipes.mancar import ManCAR
 from cprec.systems.recipes.mmm4rec import MMM4Rec
+from cprec.systems.recipes.mqsa_ted import MQSATED
 from cprec.systems.recipes.rearec import PROGRESSIVE, ReaRec
 from cprec.systems.recipes.sasrec import SASRec
 from cprec.systems.recipes.sigma import SIGMA
@@ -57,6 +58,7 @@ SEQUENTIAL: list[SystemSettings] = [
     ReaRec(**SMALL, num_epochs=1, first_epochs=2, num_blocks=3, num_steps=0),
     ManCAR(**SMALL, num_epochs=1, first_epochs=2, num_blocks=1),
     IGRSR(**SMALL, num_epochs=1, first_epochs=2, num_blocks=1),
+    MQSATED(**SMALL, num_epochs=5, num_blocks=1, num_heads=2),
 ]
 
 
@@ -110,7 +112,8 @@ original = fitting.train
 def test_a_kill_in_training_changes_nothing(
     settings: SystemSettings, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = replace(settings, dropout=0.2, num_epochs=2 if settings is SASREC else 0.4)
+    on_windows = isinstance(settings, (SASRec, MQSATED))
+    settings = replace(settings, dropout=0.2, num_epochs=2 if on_windows else 0.4)
     whole = settings.make(split, "ring", folder=tmp_path / "whole")
     members, steps = RowStream.members, []
 
@@ -179,10 +182,17 @@ def encoder_of(kind: str) -> Encoder:
         return Recurrent(16, num_layers=2, dropout=0.5).eval()
     block: BlockKind = "query_norm" if kind.endswith("query norm") else "pre_norm"
     sizes: dict[str, Any] = {"max_length": 9, "num_blocks": 2, "num_heads": 2, "block": block}
-    return SelfAttention(16, **sizes, dropout=0.5, attention_dropout=0.5, causal=kind.startswith("causal")).eval()
+    drops = {"dropout": 0.5, "attention_dropout": 0.5}
+    if kind.startswith("two"):
+        first, second = (SelfAttention(16, **sizes, **drops, causal=True, span=span) for span in (1, 3))
+        return TwoEncoders(first, second, share=0.3).eval()
+    return SelfAttention(16, **sizes, **drops, causal=kind.startswith("causal")).eval()
 
 
-@pytest.mark.parametrize("kind", ["causal", "cloze", "causal, query norm", "cloze, query norm", "recurrent"])
+KINDS = ("causal", "cloze", "causal, query norm", "cloze, query norm", "two", "two, query norm", "recurrent")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_last_state_is_that_of_the_last_position(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = encoder_of(kind)
     lengths = torch.tensor([1, 1, 4, 9, 9] if kind.startswith("cloze") else [0, 1, 4, 9, 9])
@@ -255,6 +265,31 @@ def test_settings_reach_blocks_batches_and_the_optimizer(
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SASRec(**wrong)
+
+
+def test_a_long_query_asks_with_the_mean_of_the_last_positions_and_is_added_to() -> None:
+    """The block's formula written out, one position after the other, with one head."""
+    torch.manual_seed(0)
+    block, hidden = Block(4, 1, True, "pre_norm", dropout=0.0, attention_dropout=0.0, span=2), torch.randn(3, 4)
+    of_query, of_key, of_value = block.query_key_value.weight.chunk(3)
+    bias_query, bias_key, bias_value = block.query_key_value.bias.chunk(3)
+    normed, expected = block.norm_attention(hidden), []
+    for place in range(3):
+        asking = hidden[max(0, place - 1) : place + 1].mean(0)
+        query = of_query @ block.norm_attention(asking) + bias_query
+        keys, values = (normed[: place + 1] @ m.T + b for m, b in ((of_key, bias_key), (of_value, bias_value)))
+        added = asking + block.output((keys @ query / 2).softmax(0) @ values)
+        expected.append(added + block.second(torch.nn.functional.gelu(block.first(block.norm_linear(added)))))
+    torch.testing.assert_close(block(hidden[None], None)[0], torch.stack(expected))
+
+
+def test_scores_of_two_encoders_are_the_mean_of_theirs() -> None:
+    encoder, items = encoder_of("two"), torch.randn(5, 16)
+    assert isinstance(encoder, TwoEncoders)
+    inputs, lengths = torch.randn(2, 4, 16), torch.tensor([4, 2])
+    embedded = encoder.first.embed(inputs, lengths)
+    scores = [one.read(embedded, lengths) @ items.T for one in (encoder.first, encoder.second)]
+    torch.testing.assert_close(encoder(inputs, lengths) @ items.T, 0.3 * scores[0] + 0.7 * scores[1])
 
 
 @pytest.mark.parametrize("kind", ["causal", "recurrent"])

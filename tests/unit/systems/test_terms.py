@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from cprec.batch import IGNORE
+from cprec.data.links import followers
 from cprec.errors import ConfigError
+from cprec.systems.recipes.mqsa_ted import MQSATED
 from cprec.systems.recipes.sasrec import SASRec
-from cprec.systems.terms import SameCluster, info_nce, likeness, objective_loss
+from cprec.systems.terms import SameCluster, Successors, info_nce, likeness, objective_loss
 
 
 @pytest.fixture
@@ -128,3 +132,45 @@ def test_likeness_is_minus_the_divergence_of_all_ordered_pairs() -> None:
     divergences = [F.kl_div(logs[:, j], logs[:, i], log_target=True, reduction="sum") for i, j in pairs]
     found = likeness(temperature=0.5)(hidden, torch.zeros(2), items)
     torch.testing.assert_close(found, -torch.stack(divergences).mean())
+
+
+def test_items_are_drawn_to_their_successors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Item 1 came twice after item 0, item 2 once; with the temperature 1 / ln 4 their weights are 4 and 2, those of
+    the others 1: chances of 1/8, 4/8, 2/8, 1/8. Item 1 was followed by item 0 alone, and item 3 by nothing."""
+    monkeypatch.setattr("cprec.distributed.use_bf16", lambda setting, device: False)
+    counts = followers(np.array([0, 0, 0, 1, 1, 2, 2]), np.array([0, 1, 0, 0, 1, 0, 2]), 4)
+    temperature = 1 / torch.log(torch.tensor(4.0)).item()
+    chances = torch.tensor([[1, 4, 2, 1], [4, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]])
+    chances = chances / chances.sum(1, keepdim=True)
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(4, 9, generator=generator, requires_grad=True)
+    pad = 4  # positions without a target teach nothing, whatever item stands there
+    rows = {
+        "items": torch.tensor([[0, 1, 2], [0, 3, pad]]),
+        "targets": torch.tensor([[1, 0, IGNORE], [2, 0, IGNORE]]),
+    }
+    logits = 3 * vectors @ vectors.T / temperature  # the root of the width is 3
+    expected = torch.stack([F.cross_entropy(logits[item], chances[item]) for item in (0, 1, 0, 3)]).sum()
+    found = Successors(counts, temperature, dropout=0.0)(vectors, rows, vectors)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(*(torch.autograd.grad(loss, vectors) for loss in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_soft_targets_of_a_low_temperature_are_finite() -> None:
+    counts = followers(np.zeros(6), np.array([0, 1, 0, 1, 0, 2]), 3)
+    term = Successors(counts, temperature=1e-3, dropout=0.0)
+    assert term.more_E.tolist() == pytest.approx([1, 0, 1]), "the greatest count has all"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"short_share": 1.5}, "short_share=1.5 must lie in 0..1"),
+        ({"transition_weight": -1}, "transition_weight=-1 must not be below 0"),
+        ({"long_query": 0}, "long_query=0 must be above 0"),
+    ],
+)
+def test_impossible_settings_of_mqsa_ted_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        MQSATED(**settings)  # type: ignore[arg-type]

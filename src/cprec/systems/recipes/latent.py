@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from cprec.choices import Choice, Whole
-from cprec.errors import ConfigError
 from cprec.systems.dot_product import SequenceModel
 from cprec.systems.encoders import SelfAttention
 from cprec.systems.fit import NEXT_ITEM, Stage
@@ -50,12 +49,6 @@ class LatentSettings(SelfAttentionSettings):
         super().__post_init__()
         self.require_positive("temperature")
         self.require_not_negative("first_epochs", "num_steps")
-
-    def require_not_negative(self, *names: str) -> None:
-        """Raise ConfigError for settings below 0."""
-        for name in names:
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must not be below 0")
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
         items, encoder = self.parts(data.num_items)

@@ -68,7 +68,7 @@ class SelfAttentionSettings(SystemSettings):
             nn.init.normal_(table.weight, std=INITIAL)
         return items, encoder
 
-    def encoder(self, *, causal: bool = True) -> SelfAttention:
+    def encoder(self, *, causal: bool = True, span: int = 1) -> SelfAttention:
         """An encoder before training."""
         sizes = {"max_length": self.max_length, "num_blocks": self.num_blocks, "num_heads": self.num_heads}
         return SelfAttention(
@@ -78,6 +78,7 @@ class SelfAttentionSettings(SystemSettings):
             attention_dropout=self.attention_dropout,
             causal=causal,
             block=self.block,
+            span=span,
         )
 
 
