@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -249,12 +249,32 @@ class UserItemStream(RowStream):
         return self._batch(pairs, len(pairs), len(pairs), users=self._user[pairs], targets=self._item[pairs])
 
 
-class PrefixStream(RowStream):
-    """Prefixes of training sequences, each with the item after it: every item but a sequence's first is a target once.
+class Prefixes:
+    """The prefixes of training sequences, by number: every item but a sequence's first is the target of one."""
 
-    With `same_target` each row holds a second prefix whose target is the same item, drawn anew for each step: another
-    one's if there is one ("the same intention", Qin et al. 2024), else the prefix itself.
-    """
+    def __init__(self, data: TrainingSequences, max_length: int) -> None:
+        """The latest `max_length` events of a prefix are its history."""
+        self._values, places = data.sequences.values, data.sequences.place_of
+        self._stop = np.flatnonzero(places)
+        self.lengths = np.minimum(places[self._stop], max_length)
+        self.users = data.sequences.row_of[self._stop]
+        self.targets = self._values[self._stop]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def take(self, rows: np.ndarray) -> Ragged:
+        """The histories of some prefixes."""
+        return gather(self._values, self._stop[rows] - self.lengths[rows], self.lengths[rows])
+
+
+Views = Callable[[np.ndarray, np.random.Generator], Sequence[Ragged]]
+"""More histories for each of some prefixes, given by number, to be contrasted: one row of each for each prefix."""
+
+
+class PrefixStream(RowStream):
+    """Prefixes of training sequences, each with the item after it. With views each row holds several histories: the
+    prefix, then those of each view, drawn anew for each step."""
 
     def __init__(
         self,
@@ -262,50 +282,77 @@ class PrefixStream(RowStream):
         terms: Sequence[str],
         max_length: int,
         passes: Passes,
+        views: Sequence[Views] = (),
         *,
-        same_target: bool = False,
         whole: bool = False,
     ) -> None:
-        """`whole`: a term compares the rows of a step (see `Batch.whole`)."""
-        values, offsets = data.sequences.values, data.sequences.offsets
-        self._values, self._pad, self._same_target, self._whole = values, data.num_items, same_target, whole
-        is_first = np.zeros(len(values), dtype=bool)
-        is_first[offsets[:-1]] = True
-        self._place = np.flatnonzero(~is_first)  # of the target among all events
-        start = offsets[data.sequences.row_of[self._place]]
-        self._lengths_of = np.minimum(self._place - start, max_length)
-        self.targets = values[self._place]
-        # Prefixes by target, and where each target's begin.
-        self._by_target = np.argsort(self.targets, kind="stable")
-        self._first_of = offsets_of(np.bincount(self.targets, minlength=data.num_items))
-        self._rank = np.empty_like(self._by_target)  # where each prefix stands in that order
-        self._rank[self._by_target] = np.arange(len(self._rank))
-        super().__init__(self._lengths_of, terms, passes)
-
-    def prefixes(self, rows: np.ndarray) -> Ragged:
-        """The histories of some prefixes, by number."""
-        return gather(self._values, self._place[rows] - self._lengths_of[rows], self._lengths_of[rows])
+        """`whole`: a term compares the rows of a step (see `Batch.whole`), as terms of views do."""
+        self.prefixes, self._pad, self._views = Prefixes(data, max_length), data.num_items, views
+        self._whole = whole or bool(views)
+        super().__init__(self.prefixes.lengths, terms, passes)
 
     def batch(self, step: int) -> Batch:
         members = self.members(step)
-        targets, num_tokens = self.targets[members], int(self._lengths_of[members].sum())
-        if not self._same_target:
-            items, _ = padded(self.prefixes(members), self._pad)
-            return self._batch(members, len(members), num_tokens, whole=self._whole, items=items, targets=targets)
-        both = np.stack([members, self._others(members, targets, step)], 1)
-        items, _ = padded(self.prefixes(both.flatten()), self._pad)
-        items = items.reshape(*both.shape, -1)
-        return self._batch(members, len(members), num_tokens, whole=True, items=items, targets=targets)
-
-    def _others(self, members: np.ndarray, targets: np.ndarray, step: int) -> np.ndarray:
-        """For each prefix another one with the same target, or itself where there is none."""
         generator = np.random.default_rng([self._seed, step, 2])
+        histories = [self.prefixes.take(members)]
+        for view in self._views:
+            histories += view(members, generator)
+        lengths = np.concatenate([each.lengths for each in histories])
+        items, _ = padded(Ragged(np.concatenate([each.values for each in histories]), offsets_of(lengths)), self._pad)
+        if self._views:  # of rows view by view, the views row by row
+            items = np.ascontiguousarray(items.reshape(len(histories), len(members), -1).swapaxes(0, 1))
+        targets, num_tokens = self.prefixes.targets[members], int(self._lengths[members].sum())
+        return self._batch(members, len(members), num_tokens, whole=self._whole, items=items, targets=targets)
+
+
+class SameTarget:
+    """A view: for each prefix one with the same target, another one if there is one ("the same intention", Qin et al.
+    2024), else the prefix itself."""
+
+    def __init__(self, prefixes: Prefixes, num_items: int) -> None:
+        self._prefixes = prefixes
+        # Prefixes by target, and where each target's begin.
+        self._by_target = np.argsort(prefixes.targets, kind="stable")
+        self._first_of = offsets_of(np.bincount(prefixes.targets, minlength=num_items))
+        self._rank = np.empty_like(self._by_target)  # where each prefix stands in that order
+        self._rank[self._by_target] = np.arange(len(self._rank))
+
+    def __call__(self, members: np.ndarray, generator: np.random.Generator) -> Sequence[Ragged]:
+        targets = self._prefixes.targets[members]
         first, stop = self._first_of[targets], self._first_of[targets + 1]
         drawn = self._by_target[first + (generator.random(len(members)) * (stop - first)).astype(np.int64)]
         # A prefix that drew itself takes the one after it among those of its target.
         following = self._rank[members] + 1
         following = self._by_target[np.where(following == stop, first, following)]
-        return np.where(drawn == members, following, drawn)
+        return [self._prefixes.take(np.where(drawn == members, following, drawn))]
+
+
+class OtherPrefixes:
+    """Views: K other prefixes for each, int64[P, K], always the same."""
+
+    def __init__(self, prefixes: Prefixes, others_PK: np.ndarray) -> None:
+        self._prefixes, self._others_PK = prefixes, others_PK
+
+    def __call__(self, members: np.ndarray, generator: np.random.Generator) -> Sequence[Ragged]:
+        return [self._prefixes.take(others_P[members]) for others_P in self._others_PK.T]
+
+
+class Substitutions:
+    """Views: two copies of each prefix, in which each item gives way with the chance `share` to one of the K items that
+    stand in its row, int64[V, K]."""
+
+    def __init__(self, prefixes: Prefixes, alike_VK: np.ndarray, share: float) -> None:
+        self._prefixes, self._alike_VK, self._share = prefixes, alike_VK, share
+
+    def __call__(self, members: np.ndarray, generator: np.random.Generator) -> Sequence[Ragged]:
+        histories = self._prefixes.take(members)
+        copies = []
+        for _ in range(2):
+            gives_way = generator.random(len(histories.values)) < self._share
+            column = generator.integers(self._alike_VK.shape[1], size=len(histories.values))
+            values = np.where(gives_way, self._alike_VK[histories.values, column], histories.values)
+            copies.append(Ragged(values, histories.offsets))
+        return copies
 
 
 def windows(sequences: Ragged, max_targets: int) -> Ragged:

@@ -12,9 +12,13 @@ from cprec.data.ragged import Ragged
 from cprec.systems.items import MASK
 from cprec.systems.signals import (
     MaskedStream,
+    OtherPrefixes,
     Passes,
+    Prefixes,
     PrefixStream,
     RowStream,
+    SameTarget,
+    Substitutions,
     TrainingSequences,
     UserItemStream,
     WindowStream,
@@ -110,12 +114,39 @@ def test_the_second_prefix_of_a_row_has_the_same_target() -> None:
     """Item 3 follows twice, item 5 once: a prefix without another of its target stands beside itself."""
     sequences = Ragged.of([[0, 1, 3], [2, 3], [4, 5]])
     data = TrainingSequences(_catalogue(6), "d", sequences, ("u", "v", "w"))
-    stream = PrefixStream(data, ["a"], 9, Passes(batch_size=9, num_epochs=5, seed=0), same_target=True)
+    views = [SameTarget(Prefixes(data, 9), 6)]
+    stream = PrefixStream(data, ["a"], 9, Passes(batch_size=9, num_epochs=5, seed=0), views)
     for batch in stream:
         assert batch.whole and batch.rows["items"].shape == (4, 2, 2)
         for row, target in zip(batch.rows["items"].tolist(), batch.rows["targets"].tolist(), strict=True):
             expected = {3: [[0, 1], [2, 6]], 5: [[4, 6], [4, 6]], 1: [[0, 6], [0, 6]]}[target]
             assert sorted(row) == sorted(expected)
+
+
+def test_views_stand_beside_each_prefix_in_their_order() -> None:
+    """Prefixes by number: 0 -> 1, 0 1 -> 3, 2 -> 3, 4 -> 5. Item n may give way to n + 10 alone."""
+    sequences = Ragged.of([[0, 1, 3], [2, 3], [4, 5]])
+    data = TrainingSequences(_catalogue(20), "d", sequences, ("u", "v", "w"))
+    prefixes, passes = Prefixes(data, 9), Passes(batch_size=4, num_epochs=200, seed=0)
+    assert prefixes.users.tolist() == [0, 0, 1, 2]
+    others = OtherPrefixes(prefixes, np.array([[2, 3], [3, 2], [1, 0], [1, 2]]))
+    copies = Substitutions(prefixes, np.arange(10, 30)[:, None], share=0.2)
+    given_way = []
+    for batch in PrefixStream(data, ["a"], 9, passes, [others, copies]):
+        assert batch.whole and batch.rows["items"].shape == (4, 5, 2)
+        for number, row in zip(batch.examples, batch.rows["items"].tolist(), strict=True):
+            first, *neighbours = {
+                0: [[0, 20], [2, 20], [4, 20]],
+                1: [[0, 1], [4, 20], [2, 20]],
+                2: [[2, 20], [0, 1], [0, 20]],
+                3: [[4, 20], [0, 1], [2, 20]],
+            }[int(number)]
+            assert row[:3] == [first, *neighbours]
+            for copy in row[3:]:
+                moved = np.subtract(copy, first)
+                assert set(moved.tolist()) <= {0, 10} and not moved[np.array(first) == 20].any()
+                given_way += moved[np.array(first) != 20].tolist()
+    assert 0.17 < np.mean(given_way) / 10 < 0.23, "a share of the items, in each copy"
 
 
 def _catalogue(num_items: int) -> Catalogue:

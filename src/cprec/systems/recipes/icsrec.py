@@ -22,7 +22,7 @@ from cprec.choices import Choice, OneOf, Real
 from cprec.systems.dot_product import SequenceModel
 from cprec.systems.fit import NEXT_ITEM, NextItemSettings, Stage
 from cprec.systems.recipes.sasrec import SelfAttentionSettings
-from cprec.systems.signals import PrefixStream, TrainingSequences, padded
+from cprec.systems.signals import Prefixes, PrefixStream, SameTarget, TrainingSequences, padded
 from cprec.systems.terms import SameCluster, Term, of_state, same_target
 
 CLUSTERED = 50_000
@@ -67,8 +67,9 @@ class ICSRec(NextItemSettings, SelfAttentionSettings):
             "same_target": (self.coarse_weight, same_target(self.temperature)),
             "same_cluster": (self.fine_weight, fine),
         }
-        stream = PrefixStream(data, list(terms), self.max_length, self.passes(seed), same_target=True)
-        sample = np.random.default_rng(seed).permutation(len(stream.targets))[:CLUSTERED]
+        views = [SameTarget(Prefixes(data, self.max_length), data.num_items)]
+        stream = PrefixStream(data, list(terms), self.max_length, self.passes(seed), views)
+        sample = np.random.default_rng(seed).permutation(len(stream.prefixes))[:CLUSTERED]
         refresh = partial(refit, fine, model, stream, sample, seed)
         return [self.stage(data, model, terms, stream, refresh=refresh)]
 
@@ -80,7 +81,7 @@ def refit(fine: SameCluster, model: SequenceModel, stream: PrefixStream, rows: n
     vectors = model.vectors()
     states = []
     for some in np.array_split(rows, -(-len(rows) // 512)):
-        items = torch.from_numpy(padded(stream.prefixes(some), model.items.num_items)[0])
+        items = torch.from_numpy(padded(stream.prefixes.take(some), model.items.num_items)[0])
         states.append(model.encode(vectors, {"items": items.to(vectors.inputs.device)}))
     fine.fit(torch.cat(states), seed)
 
