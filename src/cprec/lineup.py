@@ -90,6 +90,8 @@ LINEUP: Mapping[str, Listed] = {
     "MMM4Rec (published)": Listed("systems.recipes.mmm4rec:PUBLISHED", "Fan et al. 2025, texts alone"),
     "ICSRec": Listed("systems.recipes.icsrec:ICSRec", "and contrast of like intentions"),
     "ICSRec (published)": Listed("systems.recipes.icsrec:PUBLISHED", "Qin et al. 2024"),
+    "SRA-CL": Listed("systems.recipes.sra_cl:SRACL", "and contrast of histories with like titles"),
+    "SRA-CL (published)": Listed("systems.recipes.sra_cl:PUBLISHED", "Cui et al. 2025"),
     "MQSA-TED": Listed("systems.recipes.mqsa_ted:MQSATED", "and long queries, transitions distilled into items"),
     "MQSA-TED (published)": Listed("systems.recipes.mqsa_ted:PUBLISHED", "Zhu et al. 2024"),
     "ReaRec": Listed("systems.recipes.rearec:ReaRec", "and latent steps of reasoning"),

@@ -82,6 +82,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "SASRec": {},
     "MMM4Rec": {"text_size": 8},
     "ICSRec": {"num_intentions": 4},
+    "SRA-CL": {"text_size": 8, "num_neighbours": 2},
     "MQSA-TED": {},
     "ReaRec": {"first_epochs": 0.2},
     "ReaRec (progressive)": {"first_epochs": 0.2},

@@ -20,7 +20,7 @@ from cprec.data.links import links
 from cprec.data.ragged import Ragged
 
 SLOPE = 0.2
-"""Of LeakyReLU below zero, as NGCF's code has it; the paper does not say."""
+"""Of LeakyReLU below zero, as the codes of NGCF and SRA-CL have it."""
 
 
 class Neighbours(nn.Module):

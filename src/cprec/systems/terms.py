@@ -20,7 +20,7 @@ from cprec import distributed
 from cprec.batch import IGNORE
 from cprec.errors import ConfigError
 from cprec.systems.clusters import k_means, nearest
-from cprec.systems.graph import soft_rows
+from cprec.systems.graph import SLOPE, soft_rows
 from cprec.train.loss import linear_cross_entropy
 
 CHUNK = 256
@@ -185,6 +185,46 @@ def same_target(temperature: float) -> Term:
         return info_nce(hidden_N2D[:, 0], hidden_N2D[:, 1], target_N, temperature)
 
     return term
+
+
+class MixOfNeighbours(nn.Module):
+    """Contrast of each history's state, the first of [N, 1 + K or more, D], with a mix of those of its K neighbours,
+    which come next, against the states and mixes of all other histories (Cui et al. 2025).
+
+    The mix is weighted by attention over frozen vectors of the items, with some weights dropped out.
+    """
+
+    def __init__(
+        self, frozen_VF: np.ndarray, size: int, num_neighbours: int, temperature: float, dropout: float
+    ) -> None:
+        super().__init__()
+        padded = np.concatenate([frozen_VF, np.zeros((1, frozen_VF.shape[1]))]).astype(np.float32)
+        self.register_buffer("frozen", torch.from_numpy(padded), persistent=False)
+        self.matrix = nn.Linear(frozen_VF.shape[1], size, bias=False)
+        self.vector = nn.Linear(2 * size, 1, bias=False)
+        for linear in (self.matrix, self.vector):
+            nn.init.xavier_uniform_(linear.weight, gain=nn.init.calculate_gain("relu"))
+        self._num, self._temperature, self._dropout = num_neighbours, temperature, dropout
+
+    def weights(self, items_NWT: torch.Tensor) -> torch.Tensor:
+        """Of each neighbour in the mix, softmax over K of LeakyReLU(a . [M s, M s_k]): NK. A history's s is the mean of
+        its items' frozen vectors; M and a are trained."""
+        frozen = self.get_buffer("frozen")
+        histories = items_NWT.flatten(0, 1)
+        mean = F.embedding_bag(histories, frozen, mode="mean", padding_idx=len(frozen) - 1)
+        mapped_NWD = self.matrix(mean).unflatten(0, items_NWT.shape[:2])
+        theirs_NKD = mapped_NWD[:, 1:]
+        both = torch.cat([mapped_NWD[:, :1].expand_as(theirs_NKD), theirs_NKD], dim=2)
+        return F.leaky_relu(self.vector(both).squeeze(2), SLOPE).softmax(1)
+
+    def forward(
+        self, hidden_NWD: torch.Tensor, rows: Mapping[str, torch.Tensor], weight_VD: torch.Tensor
+    ) -> torch.Tensor:
+        end = 1 + self._num
+        weight_NK = F.dropout(self.weights(rows["items"][:, :end]), self._dropout, self.training)
+        mix_ND = torch.einsum("nk,nkd->nd", weight_NK, hidden_NWD[:, 1:end])
+        label_N = torch.arange(len(mix_ND), device=mix_ND.device)
+        return info_nce(hidden_NWD[:, 0], mix_ND, label_N, self._temperature)
 
 
 class SameCluster(nn.Module):

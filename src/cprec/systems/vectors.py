@@ -1,15 +1,21 @@
-"""Dense vectors of item texts, made without a language model or a download."""
+"""Dense vectors of item texts, made without a language model or a download, and what is alike by such vectors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
+from torch.nn import functional as F
 
+from cprec.data.ragged import Ragged
 from cprec.data.titles import title_vectors
+from cprec.errors import Unsuitable
 
 _OVERSAMPLES = 10
 _POWER_STEPS = 4
+_COMPARED = 1024
+"""Vectors whose cosines exist at once."""
 
 
 def text_vectors(titles: Sequence[str], size: int, seed: int = 0) -> np.ndarray:
@@ -40,3 +46,52 @@ def text_vectors(titles: Sequence[str], size: int, seed: int = 0) -> np.ndarray:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     scaled: np.ndarray = np.where(lengths > 1e-9, vectors / np.maximum(lengths, 1e-9), 0).astype(np.float32)
     return scaled
+
+
+def share_words(titles: Sequence[str]) -> bool:
+    """Whether any word stands in two titles and not in all, so that some titles are more alike than others.
+
+    >>> share_words(["red shoe", "red hat", "cap"]), share_words(["item 1", "item 2", "item 3"])
+    (True, False)
+    """
+    words = title_vectors(titles)
+    return bool(np.bincount(words.indices[words.data > 0]).max(initial=0) > 1)
+
+
+def most_similar(
+    vectors_of: Callable[[np.ndarray], np.ndarray], group_N: np.ndarray, among_M: np.ndarray, num: int
+) -> np.ndarray:
+    """For each of N vectors the numbers of those with the greatest cosines, the greatest first: int64[N, num].
+
+    `vectors_of` gives vectors by number, float32[..., F]; those of `among_M` are looked at that are of another group. A
+    zero vector has the cosine 0 with all; ties stand in any order. Raises Unsuitable where some group has fewer than
+    `num` vectors beside it.
+
+    >>> points = np.array([[1, 0], [2, 1], [1, 2], [0, 1]], dtype=np.float32)
+    >>> most_similar(points.__getitem__, np.arange(4), np.arange(4), num=1).ravel().tolist()
+    [1, 0, 3, 2]
+    """
+    others = len(among_M) - np.bincount(group_N[among_M]).max(initial=0)
+    if others < num:
+        raise Unsuitable(f"{num} neighbours are asked for, and some items or users have only {others}: ask for fewer")
+    among_MF = F.normalize(torch.from_numpy(vectors_of(among_M)), dim=1)
+    group_M, found = torch.from_numpy(group_N[among_M]), np.empty((len(group_N), num), dtype=np.int64)
+    for start in range(0, len(group_N), _COMPARED):
+        rows = np.arange(start, min(start + _COMPARED, len(group_N)))
+        cosines = F.normalize(torch.from_numpy(vectors_of(rows)), dim=1) @ among_MF.T
+        cosines.masked_fill_(torch.from_numpy(group_N[rows])[:, None] == group_M, -torch.inf)
+        found[rows] = among_M[cosines.topk(num, dim=1).indices.numpy()]
+    return found
+
+
+def mean_vectors(
+    histories_of: Callable[[np.ndarray], Ragged], vectors_VF: np.ndarray
+) -> Callable[[np.ndarray], np.ndarray]:
+    """What gives the means of the vectors of histories' items, by the histories' numbers; no history is empty."""
+
+    def means(rows: np.ndarray) -> np.ndarray:
+        histories = histories_of(rows)
+        sums: np.ndarray = np.add.reduceat(vectors_VF[histories.values], histories.offsets[:-1])
+        return sums / histories.lengths[:, None].astype(np.float32)
+
+    return means

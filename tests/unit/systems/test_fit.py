@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from cprec.data.splits import Split
 from cprec.errors import ConfigError, Unsuitable
 from cprec.schema import SPLITS, TEST, TRAIN
 from cprec.systems import fit as fitting
-from cprec.systems.dot_product import DotProductRecommender, GraphModel
+from cprec.systems.dot_product import DotProductRecommender, GraphModel, SequenceModel
 from cprec.systems.encoders import Block, BlockKind, Encoder, LatentSteps, Recurrent, SelfAttention, TwoEncoders
-from cprec.systems.fit import SystemSettings
+from cprec.systems.fit import NEXT_ITEM, Stage, SystemSettings
 from cprec.systems.graph import SLOPE, Step, UserItemGraph
 from cprec.systems.items import FrozenTable, IdTable, read_vectors
 from cprec.systems.recipes.alpharec import AlphaRec
@@ -36,7 +37,8 @@ from cprec.systems.recipes.mqsa_ted import MQSATED
 from cprec.systems.recipes.rearec import PROGRESSIVE, ReaRec
 from cprec.systems.recipes.sasrec import SASRec
 from cprec.systems.recipes.sigma import SIGMA
-from cprec.systems.signals import RowStream, TrainingSequences
+from cprec.systems.recipes.sra_cl import SRACL
+from cprec.systems.signals import PrefixStream, RowStream, TrainingSequences
 from cprec.train.loop import Optimisation
 
 NUM_ITEMS = 12
@@ -423,3 +425,87 @@ def test_a_graph_is_smoothed_once_for_all_queries(
     for _ in range(3):
         recommender.score_histories(histories, users)
     assert not smoothed
+
+
+# ---- texts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def circle(tmp_path: Path) -> str:
+    """Vectors of the ring's items on a circle, so that neighbours in the ring are alike."""
+    angle = 2 * np.pi * np.arange(NUM_ITEMS) / NUM_ITEMS
+    ids = np.array([f"i{n:02}" for n in range(NUM_ITEMS)])
+    np.savez(tmp_path / "circle.npz", item_id=ids, vectors=np.stack([np.cos(angle), np.sin(angle)], 1))
+    return str(tmp_path / "circle.npz")
+
+
+def test_sra_cl_learns_what_comes_next(circle: str, split: Split) -> None:
+    settings = SRACL(**SMALL, vectors=circle, num_epochs=2, num_blocks=1, num_neighbours=2)
+    recommender = settings.make(split, "ring")
+    assert recommender.name == "SRA-CL" and recall_of_unseen_at_1(recommender, split) > 0.8
+
+
+def test_neighbours_have_the_same_middle_and_items_give_way_to_those_beside(
+    circle: str, data: TrainingSequences
+) -> None:
+    (stage,) = SRACL(vectors=circle, num_neighbours=2, batch_size=1000, num_epochs=1).stages(data, 0)
+    weights = dict(stage.trainable.module.named_parameters())
+    assert weights.keys() > {"neighbours.matrix.weight", "neighbours.vector.weight"}, "the mix is learnt"
+    batch = stage.stream.batch(0)
+    items, pad = batch.rows["items"], NUM_ITEMS
+    assert items.shape[1] == 1 + 2 + 2 and set(batch.counts) == {"next_item", "neighbours", "copies"}
+    moved = (items[:, 3:] - items[:, :1])[np.broadcast_to(items[:, :1] != pad, items[:, 3:].shape)] % NUM_ITEMS
+    assert set(moved.tolist()) == {0, 1, NUM_ITEMS - 1} and 0.1 < (moved != 0).mean() < 0.3
+    # Somebody else always has a prefix with the same middle.
+    turns = np.exp(2j * np.pi * items / NUM_ITEMS)
+    middle = np.where(items != pad, turns, 0).sum(2)
+    middle /= np.abs(middle)
+    np.testing.assert_allclose(middle[:, 1:3], np.repeat(middle[:, :1], 2, 1), atol=1e-3)
+
+
+def test_without_contrasts_sra_cl_learns_as_sasrec_does_on_prefixes(
+    circle: str, split: Split, data: TrainingSequences, tmp_path: Path
+) -> None:
+    class OnPrefixes(SRACL):
+        def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
+            stream = PrefixStream(data, [NEXT_ITEM], self.max_length, self.passes(seed))
+            return [self.stage(data, SequenceModel(*self.parts(data.num_items)), self.next_item(), stream)]
+
+    small = {**SMALL, "dropout": 0.3, "vectors": circle, "num_epochs": 0.5, "num_blocks": 1, "num_neighbours": 2}
+    none = {"neighbour_weight": 0.0, "copy_weight": 0.0}
+    losses = []
+    for number, settings in enumerate((SRACL(**small, **none), OnPrefixes(**small, **none), SRACL(**small))):
+        settings.make(split, "ring", folder=tmp_path / str(number))
+        (log,) = tmp_path.glob(f"{number}/*/*/log.jsonl")
+        losses.append([line["loss"] for line in map(json.loads, log.read_text().splitlines()) if "loss" in line])
+    assert losses[0] == losses[1] != losses[2], "to the digit"
+
+
+@pytest.mark.parametrize(
+    ("settings", "titles", "message"),
+    [
+        (SRACL(), [f"B{n}" for n in range(NUM_ITEMS)], "no two titles of domain 'ring' share a word"),
+        (SRACL(num_neighbours=12), ["red mug", "blue mug", "cup"] * 4, "12 neighbours are asked for"),
+        (GRAPHS[2], ["thing"] * NUM_ITEMS, "AlphaRec reads titles, and those of domain 'ring' have no word"),
+    ],
+)
+def test_titles_that_say_nothing_are_refused_before_training(
+    settings: SystemSettings, titles: list[str], message: str, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "train", None)
+    poor = replace(split, catalogue=replace(split.catalogue, title=np.array(titles, dtype=object)))
+    with pytest.raises(Unsuitable, match=message):
+        settings.make(poor, "ring")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"copy_weight": -0.1}, "copy_weight=-0.1 must not be below 0"),
+        ({"substituted": 0.0}, "substituted=0.0 must lie above 0"),
+        ({"num_neighbours": 0}, "num_neighbours=0 must be above 0"),
+    ],
+)
+def test_impossible_settings_of_sra_cl_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SRACL(**settings)

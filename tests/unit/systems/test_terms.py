@@ -12,7 +12,14 @@ from cprec.data.links import followers
 from cprec.errors import ConfigError
 from cprec.systems.recipes.mqsa_ted import MQSATED
 from cprec.systems.recipes.sasrec import SASRec
-from cprec.systems.terms import SameCluster, Successors, info_nce, likeness, objective_loss
+from cprec.systems.terms import (
+    MixOfNeighbours,
+    SameCluster,
+    Successors,
+    info_nce,
+    likeness,
+    objective_loss,
+)
 
 
 @pytest.fixture
@@ -174,3 +181,21 @@ def test_soft_targets_of_a_low_temperature_are_finite() -> None:
 def test_impossible_settings_of_mqsa_ted_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
         MQSATED(**settings)  # type: ignore[arg-type]
+
+
+def test_neighbours_are_weighed_by_attention_over_texts() -> None:
+    """Items 0, 1 and 2 have the vectors (1, 0), (0, 1) and (1, 1); 3 pads. The history is item 0; its neighbours are
+    item 1, and items 2 and 0, whose mean is (1, 1/2). The matrix leaves vectors as they are, and the attention is the
+    first entry of the history's less twice the second of the neighbour's: 1 - 2 = -1, of which LeakyReLU leaves -0.2,
+    and 1 - 1 = 0."""
+    frozen = np.array([[1, 0], [0, 1], [1, 1]], dtype=np.float32)
+    term = MixOfNeighbours(frozen, size=2, num_neighbours=2, temperature=0.5, dropout=0.0)
+    term.matrix.weight.data, term.vector.weight.data = torch.eye(2), torch.tensor([[1.0, 0.0, 0.0, -2.0]])
+    items = torch.tensor([[[0, 3], [1, 3], [2, 0], [1, 1]]]).expand(2, 4, 2)  # the last is no neighbour
+    first = 1 / (1 + np.exp(0.2))
+    expected = torch.tensor([[first, 1 - first]] * 2, dtype=torch.float32)
+    torch.testing.assert_close(term.weights(items[:, :3]), expected)
+    hidden = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    mix = first * hidden[:, 1] + (1 - first) * hidden[:, 2]
+    found = term(hidden, {"items": items}, torch.empty(0))
+    torch.testing.assert_close(found, info_nce(hidden[:, 0], mix, torch.arange(2), 0.5))

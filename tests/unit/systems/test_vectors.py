@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
+from cprec.data.ragged import Ragged
 from cprec.data.titles import title_vectors
-from cprec.systems.vectors import text_vectors
+from cprec.errors import Unsuitable
+from cprec.systems.vectors import mean_vectors, most_similar, text_vectors
 
 WORDS = ["red", "green", "shoe", "boot", "tea", "lamp", "desk", "oil", "wool", "iron", "salt", "cup"]
 
@@ -37,3 +40,23 @@ def test_the_seed_decides_only_how_directions_are_found() -> None:
     first, again, other = (text_vectors(titles, size=6, seed=seed) for seed in (0, 0, 1))
     assert np.array_equal(first, again)
     assert np.allclose(first, other, atol=1e-4)
+
+
+def test_the_most_similar_are_those_of_other_groups_by_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cprec.systems.vectors._COMPARED", 3)
+    generator = np.random.default_rng(0)
+    vectors, group = generator.standard_normal((10, 4)).astype(np.float32), np.arange(10) // 2
+    among = np.array([7, 1, 2, 9, 4])
+    found = most_similar(vectors.__getitem__, group, among, num=3)
+    lengths = np.linalg.norm(vectors, axis=1)
+    for row in range(10):
+        cosines = {n: vectors[row] @ vectors[n] / lengths[row] / lengths[n] for n in among if group[n] != group[row]}
+        assert found[row].tolist() == sorted(cosines, key=lambda n: -cosines[n])[:3]
+    with pytest.raises(Unsuitable, match="4 neighbours are asked for, and some items or users have only 3"):
+        most_similar(vectors.__getitem__, np.array([*group[:8], 0, 0]), among, num=4)
+
+
+def test_a_history_has_the_mean_of_its_items_vectors() -> None:
+    histories = Ragged.of([[0, 2], [1], [2, 2, 1]])
+    means = mean_vectors(histories.take, np.array([[0, 0], [3, 0], [2, 6]], dtype=np.float32))
+    np.testing.assert_allclose(means(np.array([2, 0])), [[7 / 3, 4], [1, 3]], rtol=1e-6)
