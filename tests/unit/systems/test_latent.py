@@ -57,10 +57,16 @@ def rows_of(stage: Stage, step: int = 0) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in stage.stream.batch(step).rows.items()}
 
 
+def model_of(stage: Stage) -> SequenceModel:
+    module = stage.trainable.module
+    model = module["model"] if isinstance(module, torch.nn.ModuleDict) else module  # beside teachers
+    assert isinstance(model, SequenceModel)
+    return model
+
+
 def states_of(stage: Stage, rows: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """States of training rows and the vectors of all items."""
-    model = stage.trainable.module
-    assert isinstance(model, SequenceModel)
+    model = model_of(stage)
     vectors = model.vectors()
     return model.states(vectors, rows)[0], vectors.items_VD
 
@@ -101,8 +107,7 @@ def test_without_steps_the_losses_are_those_of_the_backbone(settings: LatentSett
 
 def operations(settings: LatentSettings, data: TrainingSequences) -> int:
     """Floating-point operations of the encoder for one full history."""
-    model = stages_of(settings, data)[-1].trainable.module.eval().requires_grad_(False)
-    assert isinstance(model, SequenceModel)
+    model = model_of(stages_of(settings, data)[-1]).eval().requires_grad_(False)
     items = torch.arange(settings.max_length)[None] % data.num_items
     vectors = model.vectors()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

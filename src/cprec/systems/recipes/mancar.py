@@ -19,6 +19,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
+from torch import nn
 
 from cprec.choices import Choice, OneOf, Real
 from cprec.errors import ConfigError
@@ -30,7 +31,7 @@ from cprec.systems.items import IdTable
 from cprec.systems.recipes.latent import LatentSettings
 from cprec.systems.recipes.sasrec import INITIAL
 from cprec.systems.signals import TrainingSequences
-from cprec.systems.terms import Teacher, by_step, divergence, next_item
+from cprec.systems.terms import by_step, divergence, next_item
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,28 +67,33 @@ class ManCAR(LatentSettings):
     def second(self, data: TrainingSequences, items: IdTable, encoder: SelfAttention, seed: int) -> Stage:
         graph = ItemGraph(data.sequences, data.num_items, self.num_neighbours)
         reasoning = LatentSteps(encoder, self.num_steps, self.hidden_size)
-        torch.nn.init.normal_(reasoning.step.weight, std=INITIAL)
+        nn.init.normal_(reasoning.step.weight, std=INITIAL)
         prompts = Prompts(graph, self.num_latest, self.prompts_each, self.hidden_size) if self.num_latest else None
         stop = partial(settled, stop_below=self.stop_below, temperature=self.temperature)
         model = SequenceModel(items, reasoning, stop, prompts)
         states = range(1, self.num_steps + 2)
         each = [next_item("softmax", temperature=self.temperature * t**2) for t in states]
-        teachers = {"graph": (self.graph_weight, guided(graph, self.temperature))}
+        teachers = {"graph": (self.graph_weight, Guided(graph, self.temperature))}
         return self.on_prefixes(data, model, {NEXT_ITEM: (1.0, by_step(each))}, seed, teachers=teachers)
 
 
-def guided(graph: ItemGraph, temperature: float) -> Teacher:
-    """The divergence of a history's states, [N, W, D], from soft targets of widths W, W - 1, ... 1; their sum."""
+class Guided(nn.Module):
+    """A teacher: the divergence of a history's states, [N, W, D], from soft targets of widths W, W - 1, ... 1; their
+    sum."""
 
-    def teacher(hidden_NWD: torch.Tensor, rows: Mapping[str, torch.Tensor], weight_VD: torch.Tensor) -> torch.Tensor:
-        last_N, num_states = latest(rows["items"], 1, graph.num_items)[:, 0], hidden_NWD.shape[1]
+    def __init__(self, graph: ItemGraph, temperature: float) -> None:
+        super().__init__()
+        self.graph, self._temperature = graph, temperature
+
+    def forward(
+        self, hidden_NWD: torch.Tensor, rows: Mapping[str, torch.Tensor], weight_VD: torch.Tensor
+    ) -> torch.Tensor:
+        last_N, num_states = latest(rows["items"], 1, self.graph.num_items)[:, 0], hidden_NWD.shape[1]
         found = []
         for place, hidden_ND in enumerate(hidden_NWD.unbind(1)):
-            soft = graph.soft_targets(last_N, rows["targets"], num_states - place)
-            found.append(divergence(hidden_ND / temperature, weight_VD, *soft))
+            soft = self.graph.soft_targets(last_N, rows["targets"], num_states - place)
+            found.append(divergence(hidden_ND / self._temperature, weight_VD, *soft))
         return torch.stack(found).sum()
-
-    return teacher
 
 
 CONTROL = ManCAR(num_steps=0, num_blocks=5)
