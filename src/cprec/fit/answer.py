@@ -31,7 +31,8 @@ def served(model: str) -> str:
 
 def answer(result: DomainResult, model: str, what: str, compare: Callable[[str, str], Comparison]) -> str:
     """Whether to use `what` the folder of the arm `model` serves, or the best simple recommender, and how much better
-    it is for the same customers; and what the language model adds, where it has a weight.
+    it is for the same customers; and what the language model adds, where it has a weight. Where the simple one is
+    enough, the folder serves `what` all the same, and the end says so.
 
     Nothing is chosen by the test queries but the simple recommender, which is flattered by it.
     """
@@ -59,13 +60,14 @@ def answer(result: DomainResult, model: str, what: str, compare: Callable[[str, 
     if test.low > 0:
         return (
             f"Use {simple.name}: {what} seems to be better ({difference}), but {test.num_queries:,} customers are too "
-            f"few to be sure, so try again with more than {MIN_QUERIES:,}."
+            f"few to be sure, so try again with more than {MIN_QUERIES:,}. The folder serves {what}."
         )
     why = f"it is better than {what}" if test.high < 0 else f"it is enough, because no gain by {what} is shown"
     few = "" if test.num_queries >= MIN_QUERIES else ", too few to show more than a large difference"
     return (
         f"Use {simple.name}, a simple recommender: {why} ({difference}), and what a customer took next is among its "
-        f"ten for {found(simple)} of the {test.num_queries:,} customers who were tried{few}."
+        f"ten for {found(simple)} of the {test.num_queries:,} customers who were tried{few}. The "
+        f"folder serves {what}{', all the same' if test.high < 0 else ', which is not shown to be worse'}."
     )
 
 

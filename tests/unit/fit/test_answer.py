@@ -91,11 +91,15 @@ def test_the_simple_one_is_used_where_nothing_is_shown() -> None:
     assert "difference +0.0010, 95 % interval -0.0020 to +0.0040), and" in same and "its ten for 16.0% of the" in same
     assert "too few" not in same
     assert said(result(0.081), (-0.002, 0.004), num_queries=250).endswith(
-        "of the 250 customers who were tried, too few to show more than a large difference."
+        "of the 250 customers who were tried, too few to show more than a large difference. The folder serves "
+        "the blend of the language model and simple recommenders, which is not shown to be worse."
     )
-    assert "it is better than the item head of" in said(result(0.072), (-0.012, -0.004), what=HEAD)
+    worse = said(result(0.072), (-0.012, -0.004), what=HEAD)
+    assert "it is better than the item head of" in worse
+    assert worse.endswith("The folder serves the item head of the language model, all the same.")
     few = said(result(0.088), (0.004, 0.012), num_queries=250)
     assert few.startswith("Use EASE: the blend of") and "250 customers are too few" in few
+    assert few.endswith("The folder serves the blend of the language model and simple recommenders.")
 
 
 @pytest.mark.parametrize(
