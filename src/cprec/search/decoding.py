@@ -24,8 +24,8 @@ from cprec.search.priors import Priors
 from cprec.search.reading import Tree
 from cprec.search.trie import Trie
 
-SLACK = 0.1
-"""An item's score may differ by this, and in bf16 does, with what is read beside it."""
+SLACK = 0.5
+"""An item's score may differ by this, as what is read beside it changes; SmolLM2-135M in bf16 was off by at most 0.36."""
 
 
 @dataclass(frozen=True)
