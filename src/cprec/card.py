@@ -142,7 +142,9 @@ def card_of(folder: Path, record: Mapping[str, Any], data: Path) -> str:
         history=_quoted(titles),
         domain_given="" if domain else f", domain={_quoted(example)}",
         in_transformers=IN_TRANSFORMERS.format(prompt=_quoted(prompt), begin=begin) if is_trained else "",
-        training=f"{stage}; {done['tokens']:,} tokens in {done['seconds']:,.0f} seconds" if is_trained else "none",
+        training=f"{stage}{_teachers_in_words(config)}; {done['tokens']:,} tokens in {done['seconds']:,.0f} seconds"
+        if is_trained
+        else "none",
         num_parameters=done["num_parameters"],
         base=base,
         data=_data_in_words(data),
@@ -175,6 +177,12 @@ def _base(record: Mapping[str, Any], is_adapter: bool) -> tuple[dict[str, str], 
     origin = f", which was made from {name['base_model']}" if name else ""
     kind = "file" if Path(start).is_file() else "folder"
     return known | name, f"the model {kind} `{Path(start).absolute().name}`{origin}{more}"
+
+
+def _teachers_in_words(config: Mapping[str, Any]) -> str:
+    """What else than the next item was learnt, and from whom; nothing without teachers."""
+    teachers = config.get("teachers") or []
+    return f", towards what came next and what {' and '.join(teachers)} ranked high" if teachers else ""
 
 
 def _in_hub_cache(name: str) -> Path | None:

@@ -107,6 +107,16 @@ def test_what_a_card_says_of_its_base(here: Path) -> None:
     assert read_front_matter(Path("card.md"))["library_name"] == "peft"
 
 
+def test_a_card_names_the_teachers(here: Path) -> None:
+    record = read_resolved("tuned")
+    record["config"]["teachers"] = ["transition graph", "EASE"]
+    text = card_of(Path("tuned"), record, Path("data"))
+    assert (
+        "- training: fine-tuning on `books`, towards what came next and what transition graph and EASE ranked" in text
+    )
+    assert "towards" not in Path("tuned", CARD).read_text()
+
+
 def test_adapters_get_our_card_and_no_path_as_their_base(here: Path) -> None:
     finetune(replace(FINETUNE, output_dir="adapters", model_name_or_path="base", lora_rank=2))
     found = read_front_matter(Path("adapters", CARD))
