@@ -6,8 +6,11 @@ import copy
 import json
 import os
 import re
+import ssl
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 from filelock import FileLock
 
@@ -21,12 +24,17 @@ RECORD = "gguf.json"
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 """NAME or OWNER/NAME. It may also be a folder that is not there; only the hub can tell."""
+_EVERY_MODEL = ("config.json", "tokenizer.json", "tokenizer_config.json")
+"""Files of which a copied model or tokenizer has one."""
+_SECONDS = 10
+"""How long to wait for the hub's answer."""
 
 
 def model_source(name_or_path: str | Path) -> str:
     """What transformers opens for a model that a setting names: a name or folder itself, the folder of a GGUF file.
 
-    Raises ConfigError for a path where there is no folder, and as `plain_folder` does.
+    Raises ConfigError for a path where there is no folder, for a name without a copy where the hub cannot be reached,
+    and as `plain_folder` does.
     """
     path = Path(name_or_path)
     if is_gguf(path):
@@ -38,7 +46,31 @@ def model_source(name_or_path: str | Path) -> str:
             f"there is no folder {str(name_or_path)!r}, and it is no name on the Hugging Face hub (OWNER/NAME): give a "
             "name, the folder of a model, or a GGUF file"
         )
+    if not path.is_dir():
+        _check_hub(str(name_or_path))
     return str(name_or_path)
+
+
+def _check_hub(name: str) -> None:
+    """Raises ConfigError where there is no copy of a model and the hub does not answer. transformers would find out
+    file by file, in minutes."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    is_copied = any(isinstance(try_to_load_from_cache(name, file), str) for file in _EVERY_MODEL)
+    if is_copied or constants.HF_HUB_OFFLINE:
+        return
+    try:
+        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=_SECONDS).close()
+    except HTTPError:
+        return  # it answers, if not to this
+    except (URLError, TimeoutError) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ssl.SSLError):
+            return  # transformers may know other certificates
+        raise ConfigError(
+            f"there is no folder {name!r}, this machine has no copy of a model of that name, and {constants.ENDPOINT} "
+            f"cannot be reached ({reason}): go online, or give the folder of a model or a GGUF file"
+        ) from error
 
 
 def plain_folder(file: Path) -> Path:

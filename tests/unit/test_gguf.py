@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 from collections.abc import Callable
+from email.message import Message
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError, URLError
 
 import numpy as np
 import pytest
@@ -194,9 +197,53 @@ def test_where_the_folder_cannot_be_written_a_link_is_advised(tmp_path: Path, mo
         plain_folder(tmp_path / "tiny.gguf")
 
 
-def test_names_of_the_hub_and_folders_go_to_transformers_as_they_are(tmp_path: Path) -> None:
+def test_names_of_the_hub_and_folders_go_to_transformers_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("gpt2", "Qwen/Qwen3-0.6B-Base", "TheBloke/Llama-2-7B-GGUF", str(tmp_path)):
         assert model_source(name) == name
+
+
+@pytest.mark.parametrize(
+    ("error", "is_told"),
+    [
+        (URLError(OSError("Name or service not known")), True),
+        (TimeoutError("timed out"), True),
+        (URLError(ssl.SSLError("unknown certificate")), False),
+        (HTTPError("https://hub.test", 404, "not found", Message(), None), False),
+    ],
+)
+@pytest.mark.parametrize("load", [load_model, unloaded_model, load_tokenizer])
+def test_a_hub_that_cannot_be_reached_is_said_at_once(
+    load: Callable[[str], Any],
+    error: Exception,
+    is_told: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What transformers is asked then is left to it, which has nothing here: the last two end in its own error."""
+    asked: list[str] = []
+
+    def answer(request: Any, timeout: float) -> Any:
+        asked.append(request.full_url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.test")
+    monkeypatch.setattr("cprec.gguf.urlopen", answer)
+    with pytest.raises(ConfigError, match="https://hub.test cannot be reached" if is_told else "transformers can load"):
+        load("someone/model")
+    assert asked == ["https://hub.test"]
+    copy = tmp_path / "models--someone--model"
+    (copy / "snapshots/1").mkdir(parents=True)
+    (copy / "snapshots/1/config.json").write_text("{}")
+    (copy / "refs").mkdir()
+    (copy / "refs/main").write_text("1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert model_source("someone/model") == "someone/model" and len(asked) == 1, "a copy is used without the hub"
 
 
 @pytest.mark.parametrize("load", [load_model, unloaded_model, load_tokenizer])

@@ -25,7 +25,7 @@ from cprec.search.reading import Tree
 from cprec.search.trie import Trie
 
 SLACK = 0.5
-"""An item's score may differ by this, as what is read beside it changes; SmolLM2-135M in bf16 was off by at most 0.36."""
+"""An item's score may differ by this with what is read beside it. In bf16 SmolLM2-135M was off by at most 0.36."""
 
 
 @dataclass(frozen=True)
