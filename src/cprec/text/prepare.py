@@ -162,6 +162,8 @@ def _write_tables(config: PrepareConfig, folder: Path) -> None:
     for name in ("target_domains", "pretrain_domains"):
         if unknown := sorted(set(getattr(config, name)) - set(domains)):
             raise ConfigError(f"{name} names {', '.join(unknown)}, but the data has: {', '.join(domains)}")
+    # Before anything is read, which may take long: a wrong name costs nothing.
+    tokenizer = None if config.tokenizer == TINY else load_tokenizer(config.tokenizer)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     record = InputRecord(config, folder)
@@ -170,10 +172,8 @@ def _write_tables(config: PrepareConfig, folder: Path) -> None:
     catalogue = read_catalogue(folder)
     rules = replace(config.document_rules(), pretrain_domains=config.pretrain_domains or catalogue.domains)
     save_rules(folder, rules, cuts)
-    if config.tokenizer == TINY:
+    if tokenizer is None:
         tokenizer = train_on_titles(catalogue, rules.pretrain_domains, config.vocabulary_size, config.template())
-    else:
-        tokenizer = load_tokenizer(config.tokenizer)
     tokenizer.save_pretrained(folder / "tokenizer")
     most, begin = config.max_title_tokens, _beginning(config, folder)
     encoder = PromptEncoder(

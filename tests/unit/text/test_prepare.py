@@ -603,6 +603,14 @@ def test_each_rule_reports_what_it_removed(tmp_path: Path) -> None:
     assert about["rejected"] == {"no item id": 1}
 
 
+def test_a_wrong_tokenizer_is_found_before_the_log_is_read(
+    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cprec.text.prepare._build_tables", lambda *given: pytest.fail("the log was read"))
+    with pytest.raises(ConfigError, match="there is no folder 'no/such/model'"):
+        prepare(replace(config, output_dir=str(tmp_path / "out"), tokenizer="no/such/model"))
+
+
 def test_nothing_to_train_on_is_an_error(config: PrepareConfig, tmp_path: Path) -> None:
     for _ in range(2):  # and again, by the same command
         with pytest.raises(DataError, match="no behaviour sequence has min_events=19"):
