@@ -34,7 +34,7 @@ from cprec.systems.dot_product import DotProductModel, DotProductRecommender
 from cprec.systems.items import read_vectors
 from cprec.systems.signals import POOL, Passes, TrainingSequences, user_names
 from cprec.systems.terms import Objective, Teacher, Term, check_objective, next_item
-from cprec.systems.vectors import text_vectors
+from cprec.systems.vectors import share_words, text_vectors
 from cprec.train.checkpoint import newest_intact, remove_checkpoints
 from cprec.train.folder import LOG, read_log
 from cprec.train.loop import Cadence, Optimisation, train
@@ -288,6 +288,16 @@ class TextSettings(SystemSettings):
                 "items apart: give vectors=FILE, or take a system that needs no text"
             )
         return vectors_VF
+
+    def frozen_alike(self, data: TrainingSequences) -> np.ndarray:
+        """As `frozen`, for systems that need some items to be more alike than others. Raises Unsuitable also where no
+        two titles share a word."""
+        if not self.vectors and not share_words(data.titles):
+            raise Unsuitable(
+                f"{self.LABEL or type(self).__name__}: no two titles of domain {data.domain!r} share a word that tells "
+                "them from others, so none are alike: give a file of vectors (vectors=FILE) or leave it out"
+            )
+        return self.frozen(data)
 
     def identity(self) -> dict[str, Any]:
         """See `SystemSettings.identity`: the content of a file counts, not its place."""

@@ -19,13 +19,13 @@ from typing import ClassVar
 import numpy as np
 
 from cprec.choices import Choice, Real, Whole
-from cprec.errors import ConfigError, Unsuitable
+from cprec.errors import ConfigError
 from cprec.systems.dot_product import SequenceModel
 from cprec.systems.fit import NEXT_ITEM, NextItemSettings, Stage, TextSettings
 from cprec.systems.recipes.sasrec import SelfAttentionSettings
 from cprec.systems.signals import OtherPrefixes, Prefixes, PrefixStream, Substitutions, TrainingSequences, Views
 from cprec.systems.terms import MixOfNeighbours, Teacher, of_state, same_history
-from cprec.systems.vectors import mean_vectors, most_similar, share_words
+from cprec.systems.vectors import mean_vectors, most_similar
 
 SEARCHED = 20_000
 """Prefixes among which neighbours are looked for, at most."""
@@ -70,12 +70,7 @@ class SRACL(TextSettings, NextItemSettings, SelfAttentionSettings):
             raise ConfigError(f"substituted={self.substituted} must lie above 0 and at most at 1")
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
-        if not self.vectors and not share_words(data.titles):
-            raise Unsuitable(
-                f"SRA-CL: no two titles of domain {data.domain!r} share a word that tells them from others, so none "
-                "are alike: give a file of vectors (vectors=FILE) or leave it out"
-            )
-        model, frozen_VF = SequenceModel(*self.parts(data.num_items)), self.frozen(data)
+        model, frozen_VF = SequenceModel(*self.parts(data.num_items)), self.frozen_alike(data)
         prefixes, every = Prefixes(data, self.max_length), np.arange(data.num_items)
         terms, teachers, views = self.next_item(), dict[str, tuple[float, Teacher]](), list[Views]()
         if self.neighbour_weight:
