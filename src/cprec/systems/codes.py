@@ -1,6 +1,6 @@
 """Items as short sequences of codes, made of their vectors: residual k-means, as tokens of a small vocabulary.
 
-Suffixes: N items, D width, K codes of a level, L levels.
+Suffixes: N items, D width, K codes of a level, L levels, E events.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.systems.clusters import k_means
@@ -16,6 +19,7 @@ from cprec.systems.clusters import k_means
 PADDING, END, BEGIN, FIRST_CODE = range(4)
 """Tokens: what fills rows up, what closes each item, what begins each history, and the first code of the first
 level."""
+_FIRST_CHARACTER = 0x10000
 
 
 def residual_codes(vectors_ND: np.ndarray, num_levels: int, num_codes: int, seed: int) -> np.ndarray:
@@ -35,6 +39,27 @@ def residual_codes(vectors_ND: np.ndarray, num_levels: int, num_codes: int, seed
         residual_ND = residual_ND - centre_KD[code_N]
         levels.append(code_N.numpy())
     return np.stack(levels, axis=1)
+
+
+def pieces_of(token_NL: np.ndarray, item_E: np.ndarray, num_pieces: int) -> np.ndarray:
+    """Pieces of items' token sequences: int64[N, L], filled up with -1.
+
+    The pieces are learnt by byte-pair encoding (Sennrich et al. 2016) on the sequences of the items of events, so that
+    what stands in many events becomes one piece: each token is a piece, and each merge of two adds one while there are
+    fewer than `num_pieces` and some two stand side by side in two events. A tie goes to the two with the lower numbers.
+
+    >>> pieces_of(np.array([[0, 5, 8], [0, 5, 9], [1, 5, 8]]), np.array([0, 0, 0, 1, 2, 2]), num_pieces=7).tolist()
+    [[6, -1, -1], [0, 2, 4], [1, 5, -1]]
+    """
+    words = ["".join(chr(_FIRST_CHARACTER + token) for token in row) for row in token_NL.tolist()]
+    alphabet = sorted(set("".join(words)))  # those of items without events, too
+    trainer = BpeTrainer(vocab_size=num_pieces, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
+    tokenizer = Tokenizer(BPE())
+    tokenizer.train_from_iterator((words[item] for item in item_E.tolist()), trainer)
+    found_NL = np.full(token_NL.shape, -1, dtype=np.int64)
+    for row, encoded in enumerate(tokenizer.encode_batch(words)):
+        found_NL[row, : len(encoded.ids)] = encoded.ids
+    return found_NL
 
 
 @dataclass(frozen=True)

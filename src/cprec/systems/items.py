@@ -1,7 +1,8 @@
-"""How a model represents an item: by a trained vector of its own, or by a frozen vector through an adapter.
+"""How a model represents an item: by a trained vector of its own, a frozen vector through an adapter, or a sum of rows.
 
 Items are numbered as they stand in their domain's part of the catalogue, 0 to V - 1; the numbers from V on are special
-rows (padding, mask) that histories hold and nobody recommends. Suffixes: V items, S special rows, D width.
+rows (padding, mask) that histories hold and nobody recommends. Suffixes: V items, S special rows, X both, D width, L
+shared rows of an item.
 """
 
 from __future__ import annotations
@@ -74,6 +75,34 @@ class FrozenTable(ItemTable):
 
     def given(self) -> torch.Tensor:
         return self.get_buffer("frozen")[: self.num_items]
+
+
+class SumTable(ItemTable):
+    """Sums of trained rows: an item's own row, and rows that other items share with it, such as those of its codes."""
+
+    def __init__(self, own: IdTable, row_VL: np.ndarray) -> None:
+        """`own` may hold the special rows alone, `IdTable(0, D)`: then items are what they share. `row_VL` has the
+        numbers of the shared rows of each item, from 0; -1 fills up."""
+        super().__init__()
+        self.num_items, self.num_special, self.own = len(row_VL), own.num_special, own
+        fill = int(row_VL.max()) + 1
+        row_XL = np.pad(np.where(row_VL < 0, fill, row_VL), ((0, own.num_special), (0, 0)), constant_values=fill)
+        self.register_buffer("row_XL", torch.from_numpy(row_XL), persistent=False)
+        self.shared = nn.EmbeddingBag(fill + 1, own.table.embedding_dim, mode="sum", padding_idx=fill)
+
+    def parts(self, items: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Own rows and sums of shared rows, of some items, by number, or of all: [..., D] or [V + S, D] each. What an
+        item does not have is zero."""
+        own, row = self.own.vectors(), self.get_buffer("row_XL")
+        if not self.own.num_items:
+            own = nn.functional.pad(own, (0, 0, self.num_items, 0))
+        if items is not None:
+            own, row = nn.functional.embedding(items, own), row[items]
+        return own, self.shared(row.flatten(0, -2)).view_as(own)
+
+    def vectors(self, items: torch.Tensor | None = None) -> torch.Tensor:
+        own, shared = self.parts(items)
+        return own + shared
 
 
 def read_vectors(path: str | Path, item_ids: Sequence[str]) -> np.ndarray:

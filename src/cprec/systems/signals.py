@@ -187,7 +187,10 @@ class WindowStream(RowStream):
         passes: Passes,
         *,
         gaps: Ragged | None = None,
+        whole: bool = False,
     ) -> None:
+        """`whole`: a term compares the targets of a step (see `Batch.whole`)."""
+        self._whole = whole
         self._windows, self._pad = windows(data.sequences, max_length), data.num_items
         self._gaps = None if gaps is None else windows(gaps, max_length)
         super().__init__(self._windows.lengths - 1, terms, passes)
@@ -200,7 +203,8 @@ class WindowStream(RowStream):
         items = np.where(has_next, rows[:, :-1], self._pad)
         num_targets = int((lengths - 1).sum())
         beside: dict[str, Any] = {} if self._gaps is None else {"gaps": padded(self._gaps.take(members), 0)[0][:, :-1]}
-        return self._batch(members, num_targets, num_targets, items=items, targets=targets, **beside)
+        whole = self._whole
+        return self._batch(members, num_targets, num_targets, whole=whole, items=items, targets=targets, **beside)
 
 
 class MaskedStream(RowStream):

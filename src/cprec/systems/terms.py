@@ -1,8 +1,8 @@
 """Loss terms: a softmax over a support (all items, sampled ones, pairs), contrasts between states, spread of states.
 
 A term is called with states, the items that are to score high, and all items' vectors; it gives a loss summed over the
-targets, float32, without dimensions. Suffixes: N targets, W states of a target, D width, V items, M shared negatives, C
-clusters. `hidden_ND @ weight_VD.T` are the scores of all items.
+targets, float32, without dimensions. Suffixes: N targets, U different items among them, W states of a target, D width,
+V items, M shared negatives, C clusters. `hidden_ND @ weight_VD.T` are the scores of all items.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cprec import distributed
 from cprec.batch import IGNORE
 from cprec.errors import ConfigError
 from cprec.systems.clusters import k_means, nearest
-from cprec.systems.graph import SLOPE, soft_rows
+from cprec.systems.graph import SLOPE, ItemGraph, soft_rows
 from cprec.train.loss import linear_cross_entropy
 
 CHUNK = 256
@@ -334,3 +334,45 @@ class Successors(nn.Module):
         is_there_NK = place_K < num_N[:, None]
         edge_NK = torch.where(is_there_NK, start_V[item_N][:, None] + place_K, 0)
         return column_E[edge_NK], more_E[edge_NK] * is_there_NK
+
+
+class Alignment(nn.Module):
+    """Contrast of two vectors of the targets: an item's first vector is to be near its own second one and those of its
+    neighbours in a graph, and far from those of the other targets of a step; so are second and first (Liu et al. 2025).
+
+    With s_ij the cosine of i's first and j's second vector over a temperature, and P(i) the item i with its neighbours,
+
+        loss(i) = log sum_j exp(s_ij) - log sum_{j in P(i)} exp(s_ij)
+
+    where j runs over the different items among the targets; its mean over both directions, summed over the targets.
+    """
+
+    def __init__(
+        self,
+        parts: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+        graph: ItemGraph,
+        temperature: float,
+    ) -> None:
+        """`parts` gives the two vectors of items by number: UD each."""
+        super().__init__()
+        self.graph, self._parts, self._temperature = graph, parts, temperature
+
+    def forward(self, hidden_ND: torch.Tensor, target_N: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+        item_U, count_U = target_N.unique(return_counts=True)
+        first_UD, second_UD = (F.normalize(part_UD, dim=1) for part_UD in self._parts(item_U))
+        score_UU = first_UD @ second_UD.T / self._temperature
+        is_far_UU = ~self._near(item_U)
+        losses = [
+            each_UU.logsumexp(1) - each_UU.masked_fill(is_far_UU, -torch.inf).logsumexp(1)
+            for each_UU in (score_UU, score_UU.T)
+        ]
+        return torch.stack(losses).mean(0) @ count_U.to(score_UU.dtype)
+
+    def _near(self, item_U: torch.Tensor) -> torch.Tensor:
+        """Which of some items, sorted by number, each is to be near, itself among them: bool[U, U]."""
+        neighbour_UK = self.graph.neighbours(item_U)
+        place_UK = torch.searchsorted(item_U, neighbour_UK).clamp(max=len(item_U) - 1)
+        row, column = (item_U[place_UK] == neighbour_UK).nonzero(as_tuple=True)
+        near_UU = torch.eye(len(item_U), dtype=torch.bool, device=item_U.device)
+        near_UU[row, place_UK[row, column]] = True
+        return near_UU

@@ -430,15 +430,6 @@ def test_a_graph_is_smoothed_once_for_all_queries(
 # ---- texts -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def circle(tmp_path: Path) -> str:
-    """Vectors of the ring's items on a circle, so that neighbours in the ring are alike."""
-    angle = 2 * np.pi * np.arange(NUM_ITEMS) / NUM_ITEMS
-    ids = np.array([f"i{n:02}" for n in range(NUM_ITEMS)])
-    np.savez(tmp_path / "circle.npz", item_id=ids, vectors=np.stack([np.cos(angle), np.sin(angle)], 1))
-    return str(tmp_path / "circle.npz")
-
-
 def test_sra_cl_learns_what_comes_next(circle: str, split: Split) -> None:
     settings = SRACL(**SMALL, vectors=circle, num_epochs=2, num_blocks=1, num_neighbours=2)
     recommender = settings.make(split, "ring")
