@@ -81,6 +81,10 @@ def run(recipe: Recipe) -> Report | None:
         for path in recipe.blend.columns.values():
             existing(path)
     targets = recipe.prepare.target_domains
+    if unknown := sorted(set(recipe.evaluate.domains) - set(targets)):
+        raise ConfigError(
+            f"evaluate.domains: {unknown[0]!r} is no target domain; there are {', '.join(targets) or 'none'}"
+        )
     later = [stage.output_dir for stage in (recipe.pretrain, recipe.finetune) if stage]
     total = 2 + bool(recipe.shrink) + bool(recipe.pretrain) + (len(targets) if recipe.finetune else 0)
     steps = (f"[{number}/{total}]" for number in count(1))
@@ -109,7 +113,10 @@ def run(recipe: Recipe) -> Report | None:
         training_report(recipe.evaluate.output_dir)
         return None
     say(f"{next(steps)} evaluate")
-    return _report(recipe.evaluate, models, runs, title=recipe.name, generated=recipe.prepare)
+    if recipe.evaluate.models:
+        say("evaluate.models are left out: `cprec run` ranks the models that it makes, `cprec evaluate` those named")
+    ranked = {domain: models[domain] for domain in recipe.evaluate.domains or targets}
+    return _report(recipe.evaluate, ranked, runs, title=recipe.name, generated=recipe.prepare)
 
 
 def _arms(recipe: Recipe, domain: str, steps: Iterator[str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cprec import run
+from cprec.errors import ConfigError
 from cprec.recipe import Recipe
 from cprec.recipes.demo import demo
 from cprec.train.config import FinetuneConfig
@@ -50,3 +51,20 @@ def test_every_model_is_made_with_every_seed(made: list[FinetuneConfig]) -> None
         ("out/pretrain", 4),
     }
     assert len(set(folders.values())) == len(folders) == 4
+
+
+def test_a_run_ranks_the_domains_asked_for(
+    made: list[FinetuneConfig], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ranked: list[dict[str, dict[str, str]]] = []
+    for stage in ("text.prepare.prepare", "pretrain.pretrain"):
+        monkeypatch.setattr(f"cprec.{stage}", lambda config: None)
+    monkeypatch.setattr(run, "_report", lambda config, models, runs, **given: ranked.append(models))
+    recipe = demo(output_dir="out")
+    first, second = recipe.prepare.target_domains
+    run.run(replace(recipe, evaluate=replace(recipe.evaluate, domains=(second,), models={"mine": "elsewhere"})))
+    run.run(recipe)
+    assert [list(models) for models in ranked] == [[second], [first, second]]
+    assert capfd.readouterr().err.count("evaluate.models are left out") == 1
+    with pytest.raises(ConfigError, match="evaluate.domains: 'garden' is no target domain; there are "):
+        run.run(replace(recipe, evaluate=replace(recipe.evaluate, domains=("garden",))))
