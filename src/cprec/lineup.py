@@ -100,12 +100,12 @@ LINEUP: Mapping[str, Listed] = {
     "ReaRec": Listed("systems.recipes.rearec:ReaRec", "and latent steps of reasoning"),
     "ReaRec (published)": Listed("systems.recipes.rearec:PUBLISHED", "Tang et al. 2025, ensemble"),
     "ReaRec (progressive)": Listed("systems.recipes.rearec:PROGRESSIVE", "steps from flat to sharp predictions"),
-    "ReaRec (blocks, no steps)": Listed("systems.recipes.rearec:CONTROL", "as many operations, in more blocks"),
+    "ReaRec (more blocks)": Listed("systems.recipes.rearec:CONTROL", "as many operations, in more blocks"),
     "ManCAR": Listed("systems.recipes.mancar:ManCAR", "steps from a graph's neighbourhood to the target"),
     "ManCAR (published)": Listed("systems.recipes.mancar:PUBLISHED", "Yang et al. 2026, for CDs"),
-    "ManCAR (blocks, no steps)": Listed("systems.recipes.mancar:CONTROL", "as many operations, in more blocks"),
+    "ManCAR (more blocks)": Listed("systems.recipes.mancar:CONTROL", "as many operations, in more blocks"),
     "IGR-SR": Listed("systems.recipes.igrsr:IGRSR", "steps anchored in intents; all settings ours"),
-    "IGR-SR (blocks, no steps)": Listed("systems.recipes.igrsr:CONTROL", "as many operations, in more blocks"),
+    "IGR-SR (more blocks)": Listed("systems.recipes.igrsr:CONTROL", "as many operations, in more blocks"),
     "TIGER": Listed("systems.recipes.tiger:TIGER", "writes the codes of the next item one by one"),
 }
 """Name -> where its settings are, in the order of tables."""
