@@ -151,7 +151,7 @@ def read_questions(
         num_items=len(mine),
         num_candidates=num_candidates,
         candidates={how: [sets[query.query_id] for query in asked.queries] for how, sets in drawn.items()},
-        slices=slices_of(split, domain, asked.queries, asked.target, events_N),
+        slices=slices_of(split, domain, part, asked.queries, asked.target, events_N),
         new_items=frozenset(map(str, split.catalogue.item_id[mine][events_N == 0])),
         notes=_small_sets(num_candidates, rows, drawn),
         sha256={"queries": _hash_of(asked), **{SAMPLED[how]: file_sha256(file) for how, file in files.items()}},
