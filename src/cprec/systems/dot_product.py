@@ -74,7 +74,7 @@ class DotProductModel(nn.Module, ABC):
 
 
 class SequenceModel(DotProductModel):
-    """Reads histories with an encoder; the same vectors stand for an item at both ends."""
+    """Reads histories with an encoder. The same vectors stand for an item at both ends unless `output` has others."""
 
     def __init__(
         self,
@@ -82,21 +82,23 @@ class SequenceModel(DotProductModel):
         encoder: Encoder | LatentSteps | IntentSteps,
         pool: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda hidden, items_VD: hidden,
         prompts: Prompts | None = None,
+        output: ItemTable | None = None,
     ) -> None:
         """`pool` makes one state of those that an encoder with latent steps gives, with the items' vectors: RD of RWD
-        and VD. `prompts` stand before whole histories."""
+        and VD. `prompts` stand before whole histories. `output`, without special rows, holds the vectors that states
+        are multiplied with; without it they are those of `items`."""
         super().__init__()
-        self.items, self.encoder, self._pool, self.prompts = items, encoder, pool, prompts
+        self.items, self.encoder, self._pool, self.prompts, self.output = items, encoder, pool, prompts, output
 
     def vectors(self, items_K: torch.Tensor | None = None) -> Vectors:
         """See `DotProductModel.vectors`. With the numbers of some items, those of them alone: in the rows that go with
         these vectors an item is its place among them, and special rows are numbered after the last."""
         if items_K is None:
-            inputs = self.items.vectors()
-            return Vectors(inputs[: self.items.num_items], inputs)
-        special_S = torch.arange(self.items.num_special, device=items_K.device) + self.items.num_items
-        inputs = self.items.vectors(torch.cat([items_K, special_S]))
-        return Vectors(inputs[: len(items_K)], inputs)
+            inputs, num_items = self.items.vectors(), self.items.num_items
+        else:
+            special_S = torch.arange(self.items.num_special, device=items_K.device) + self.items.num_items
+            inputs, num_items = self.items.vectors(torch.cat([items_K, special_S])), len(items_K)
+        return Vectors(inputs[:num_items] if self.output is None else self.output.vectors(items_K), inputs)
 
     def states(self, vectors: Vectors, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """See `DotProductModel.states`: at each position with a target, or at the ends of rows with one target each.

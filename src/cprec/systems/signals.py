@@ -133,7 +133,7 @@ class RowStream(ABC):
 
     num_steps: int
     num_tokens: int
-    """Events that all steps read."""
+    """Events that all steps read, fewer where rows are thinned."""
 
     def __init__(self, lengths: np.ndarray, terms: Sequence[str], passes: Passes) -> None:
         """`terms` names the loss terms; each is divided by the number of targets."""
@@ -177,7 +177,8 @@ class RowStream(ABC):
 
 class WindowStream(RowStream):
     """Windows of training sequences; each position predicts the item after it. With `gaps` of all events, float32,
-    those of the items that are read stand beside them."""
+    those of the items that are read stand beside them. `thinned_rows` is the share of a step's rows that are thinned;
+    which, and how, depends on seed and step alone."""
 
     def __init__(
         self,
@@ -188,16 +189,21 @@ class WindowStream(RowStream):
         *,
         gaps: Ragged | None = None,
         whole: bool = False,
+        thinned_rows: float = 0.0,
     ) -> None:
         """`whole`: a term compares the targets of a step (see `Batch.whole`)."""
+        assert gaps is None or not thinned_rows, "gaps are those between events that stand next to each other"
         self._whole = whole
         self._windows, self._pad = windows(data.sequences, max_length), data.num_items
-        self._gaps = None if gaps is None else windows(gaps, max_length)
+        self._gaps, self._thinned_rows = None if gaps is None else windows(gaps, max_length), thinned_rows
         super().__init__(self._windows.lengths - 1, terms, passes)
 
     def batch(self, step: int) -> Batch:
         members = self.members(step)
-        rows, lengths = padded(self._windows.take(members), self._pad)
+        taken = self._windows.take(members)
+        if self._thinned_rows:
+            taken = thinned(taken, self._thinned_rows, np.random.default_rng([self._seed, step, 3]))
+        rows, lengths = padded(taken, self._pad)
         has_next = np.arange(1, rows.shape[1]) < lengths[:, None]
         targets = np.where(has_next, rows[:, 1:], IGNORE)
         items = np.where(has_next, rows[:, :-1], self._pad)
@@ -374,6 +380,18 @@ def windows(sequences: Ragged, max_targets: int) -> Ragged:
     stop = sequences.offsets[row + 1] - windows_after * max_targets
     start = np.maximum(stop - max_targets - 1, sequences.offsets[row])
     return gather(sequences.values, start, stop - start)
+
+
+def thinned(rows: Ragged, share: float, generator: np.random.Generator) -> Ragged:
+    """Rows of which a `share`, drawn at random, lose events at random. Each number of events that may be left, from two
+    to all, has the same chance; their order stays."""
+    left = np.minimum(rows.lengths, 2 + (generator.random(len(rows)) * (rows.lengths - 1)).astype(np.int64))
+    left = np.where(generator.random(len(rows)) < share, left, rows.lengths)
+    # Of a row in random order, those that come first are left.
+    order = np.lexsort((generator.random(len(rows.values)), rows.row_of))
+    is_left = np.empty(len(order), dtype=bool)
+    is_left[order] = rows.place_of < left[rows.row_of]
+    return rows.kept(is_left)
 
 
 def padded(rows: Ragged, fill: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from cprec import provenance
+from cprec.batch import IGNORE
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import ConfigError, Unsuitable
@@ -20,7 +21,7 @@ from cprec.schema import SPLITS, TEST, TRAIN
 from cprec.systems import fit as fitting
 from cprec.systems.dot_product import DotProductRecommender, GraphModel, SequenceModel
 from cprec.systems.encoders import Block, BlockKind, Encoder, LatentSteps, Recurrent, SelfAttention, TwoEncoders
-from cprec.systems.fit import NEXT_ITEM, Stage, SystemSettings
+from cprec.systems.fit import NEXT_ITEM, Stage, SystemSettings, WeightedTerms
 from cprec.systems.graph import SLOPE, Step, UserItemGraph
 from cprec.systems.items import FrozenTable, IdTable, read_vectors
 from cprec.systems.recipes.alpharec import AlphaRec
@@ -38,7 +39,7 @@ from cprec.systems.recipes.rearec import PROGRESSIVE, ReaRec
 from cprec.systems.recipes.sasrec import SASRec
 from cprec.systems.recipes.sigma import SIGMA
 from cprec.systems.recipes.sra_cl import SRACL
-from cprec.systems.signals import PrefixStream, RowStream, TrainingSequences
+from cprec.systems.signals import PrefixStream, RowStream, TrainingSequences, WindowStream
 from cprec.train.loop import Optimisation
 
 NUM_ITEMS = 12
@@ -500,3 +501,60 @@ def test_titles_that_say_nothing_are_refused_before_training(
 def test_impossible_settings_of_sra_cl_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SRACL(**settings)
+
+
+def losses_of(stage: Stage) -> list[float]:
+    """The losses of the first steps of a stage."""
+    found = []
+    for step in range(3):
+        rows = {name: torch.from_numpy(array) for name, array in stage.stream.batch(step).rows.items()}
+        found.append(stage.trainable.losses(rows)[NEXT_ITEM].item())
+    return found
+
+
+def test_two_tables_that_are_equal_score_as_one(data: TrainingSequences) -> None:
+    """To the last digit, and each learns from its own end alone: 3 and 4 are read, and all are ranked."""
+    torch.manual_seed(0)
+    (tied,) = SASREC.stages(data, seed=0)
+    (untied,) = replace(SASREC, tied=False).stages(data, seed=0)
+    model = untied.trainable.module
+    assert isinstance(model, SequenceModel) and isinstance(model.output, IdTable)
+    model.load_state_dict(tied.trainable.module.state_dict(), strict=False)
+    assert isinstance(model.items, IdTable)
+    read, ranked = model.items.table.weight, model.output.table.weight
+    ranked.data = read.data[:NUM_ITEMS].clone()
+    assert losses_of(untied) == losses_of(tied)
+    rows = {"items": torch.tensor([[3, 4]]), "targets": torch.tensor([[IGNORE, 7]])}
+    untied.trainable.losses(rows)[NEXT_ITEM].backward()
+    assert read.grad is not None and read.grad.any(1).nonzero().flatten().tolist() == [3, 4]
+    assert ranked.grad is not None and ranked.grad.any(1).all()
+
+
+def test_two_tables_score_by_the_second(data: TrainingSequences) -> None:
+    """Of some items as of all: a state times the vectors of these items as targets."""
+    model = SASRec(**SMALL, num_heads=2, tied=False).model(np.empty((NUM_ITEMS, 0)))
+    assert isinstance(model.output, IdTable)
+    model.output.table.weight.data = torch.arange(NUM_ITEMS * 16.0).view(NUM_ITEMS, 16)
+    whole, some = model.vectors(), model.vectors(torch.tensor([5, 2]))
+    assert whole.items_VD[5, 0] == 80 and whole.inputs.shape == (NUM_ITEMS + 2, 16)
+    assert torch.equal(some.items_VD, whole.items_VD[[5, 2]])
+    assert torch.equal(some.inputs, whole.inputs[[5, 2, NUM_ITEMS, NUM_ITEMS + 1]])
+
+
+def test_by_default_an_item_has_one_vector_and_rows_are_whole(data: TrainingSequences) -> None:
+    """The losses are those of the parts put together by hand."""
+    torch.manual_seed(0)
+    (stage,) = SASREC.stages(data, seed=0)
+    torch.manual_seed(0)
+    items, encoder = SASREC.parts(NUM_ITEMS)
+    stream = WindowStream(data, [NEXT_ITEM], SASREC.max_length, SASREC.passes(0))
+    model = SequenceModel(items, encoder)
+    other = replace(stage, trainable=WeightedTerms(model, SASREC.next_item()), stream=stream)
+    assert losses_of(stage) == losses_of(other)
+
+
+def test_thinned_rows_have_fewer_targets(data: TrainingSequences) -> None:
+    whole, half = (replace(SASREC, thinned_rows=share).stages(data, seed=0)[0].stream.batch(0) for share in (0.0, 0.5))
+    assert half.counts[NEXT_ITEM] < whole.counts[NEXT_ITEM] and len(half.examples) == len(whole.examples)
+    with pytest.raises(ConfigError, match=r"thinned_rows=1\.5 must lie in 0\.\.1: it is a share of rows"):
+        replace(SASREC, thinned_rows=1.5)

@@ -23,6 +23,7 @@ from cprec.systems.signals import (
     UserItemStream,
     WindowStream,
     recent,
+    thinned,
     windows,
 )
 
@@ -153,3 +154,55 @@ def _catalogue(num_items: int) -> Catalogue:
     ids = np.array([f"i{number}" for number in range(num_items)], dtype=object)
     text = np.array([""] * num_items, dtype=object)
     return Catalogue(("d",), np.zeros(num_items, dtype=np.int16), ids, ids, text, text)
+
+
+class Drawn:
+    """A generator that draws what it is told, call by call."""
+
+    def __init__(self, *draws: list[float]) -> None:
+        self._draws = list(draws)
+
+    def random(self, size: int) -> np.ndarray:
+        draw = np.array(self._draws.pop(0))
+        assert len(draw) == size
+        return draw
+
+
+def test_a_thinned_row_keeps_as_many_events_as_is_drawn() -> None:
+    """Row 0 is chosen (0.1 < 0.5) and keeps 2 + 0.7 * 3 = 4.1, rounded down to 4, of its events, all; row 1 too, and
+    keeps 2 + 0.5 * 2 = 3 of 3; row 2 keeps 2 of 4, those with the lowest draws; row 3 is not chosen."""
+    rows = Ragged.of([[10, 11, 12, 13], [20, 21, 22], [30, 31, 32, 33], [40, 41, 42]])
+    left, chosen = [0.7, 0.5, 0.3, 0.0], [0.1, 0.2, 0.3, 0.6]
+    places = [*[0.5] * 7, *[0.9, 0.2, 0.8, 0.1], *[0.5] * 3]
+    kept = thinned(rows, 0.5, Drawn(left, chosen, places))  # type: ignore[arg-type]
+    assert [kept[row].tolist() for row in range(4)] == [[10, 11, 12, 13], [20, 21, 22], [31, 33], [40, 41, 42]]
+
+
+def test_each_number_of_events_is_left_as_often() -> None:
+    """Of five events two, three, four or five are left, each in a quarter of 20,000 rows; of these each event is left
+    as often as the others: (2 + 3 + 4 + 5) / 4 / 5 = 0.7 of the time."""
+    rows = Ragged.of([range(5)] * 20_000)
+    kept = thinned(rows, 1.0, np.random.default_rng(0))
+    shares = np.bincount(kept.lengths, minlength=6) / len(rows)
+    np.testing.assert_allclose(shares, [0, 0, 0.25, 0.25, 0.25, 0.25], atol=0.01)
+    np.testing.assert_allclose(np.bincount(kept.values) / len(rows), 0.7, atol=0.01)
+    assert all(np.diff(kept[row]).min() > 0 for row in range(100))
+
+
+def test_thinned_windows_predict_the_next_event_that_is_left(data: TrainingSequences) -> None:
+    """Each target follows, in the window, the items read before it; a step is the same whenever it is asked for."""
+    stream, whole = (WindowStream(data, ["a"], 50, ONCE, thinned_rows=share) for share in (1.0, 0.0))
+    again = WindowStream(data, ["a"], 50, ONCE, thinned_rows=1.0)
+    shorter = 0
+    for step in range(stream.num_steps):
+        thin, full = stream.batch(step), whole.batch(step)
+        np.testing.assert_array_equal(again.batch(step).rows["items"], thin.rows["items"])
+        np.testing.assert_array_equal(thin.examples, full.examples)
+        assert thin.counts["a"] == (thin.rows["targets"] != IGNORE).sum() <= full.counts["a"]
+        shorter += full.counts["a"] - thin.counts["a"]
+        for items, targets, one in zip(thin.rows["items"], thin.rows["targets"], full.rows["items"], strict=True):
+            read, asked = items[items < NUM_ITEMS].tolist(), targets[targets != IGNORE].tolist()
+            assert len(read) == len(asked) >= 1 and read[1:] == asked[:-1]
+            later = iter([*one[one < NUM_ITEMS].tolist(), (one[one < NUM_ITEMS][-1] + 1) % NUM_ITEMS])
+            assert all(item in later for item in [*read, asked[-1]])  # in this order
+    assert shorter > 0

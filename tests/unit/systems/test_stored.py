@@ -23,6 +23,7 @@ TINY: dict[str, Any] = {"hidden_size": 8, "num_blocks": 1, "num_heads": 2, "num_
 
 SETTINGS = {
     "SASRec": SASRec(**TINY),
+    "two tables": SASRec(**TINY, tied=False),
     "SASRec (titles)": TitleSASRec(**TINY, text_size=6),
     "three networks": TitleSASRec(**TINY, text_size=6, num_networks=3),
 }

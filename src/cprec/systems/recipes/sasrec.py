@@ -91,6 +91,10 @@ class CausalSettings(NextItemSettings, SelfAttentionSettings):
     sampled_items: int = 0
     """Items drawn in each step that, with those of its rows, stand for all in the objective `softmax`, where the
     catalogue has more than `LARGE` times as many; 0: all items."""
+    thinned_rows: float = 0.0
+    """Share of a step's rows that lose events at random, so that training sees short histories as well: the masks of
+    AW-MoE (Gong et al. 2023), whose contrast of gates is not here. A row keeps any number of its events, two at least,
+    and each kept one predicts the next kept one."""
 
     LARGE: ClassVar[int] = 4
 
@@ -98,13 +102,16 @@ class CausalSettings(NextItemSettings, SelfAttentionSettings):
         super().__post_init__()
         if self.sampled_items < 0:
             raise ConfigError(f"sampled_items={self.sampled_items} must be 0 or more")
+        if not 0 <= self.thinned_rows <= 1:
+            raise ConfigError(f"thinned_rows={self.thinned_rows} must lie in 0..1: it is a share of rows")
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
         rows = windows(data.sequences, self.max_length)
         steps_of_pass = -(-len(rows) // self.batch_size)
         num_epochs = max(self.num_epochs, self.min_steps / steps_of_pass)
         passes = replace(self.passes(seed), num_epochs=num_epochs)
-        stream, model = WindowStream(data, [NEXT_ITEM], self.max_length, passes), self.model(self.frozen(data))
+        stream = WindowStream(data, [NEXT_ITEM], self.max_length, passes, thinned_rows=self.thinned_rows)
+        model = self.model(self.frozen(data))
         stage = self.stage(data, model, self.next_item(), stream)
         is_sampled = self.objective == "softmax" and self.sampled_items * self.LARGE < data.num_items
         if not (self.sampled_items and is_sampled):
@@ -162,9 +169,17 @@ class SASRec(CausalSettings):
     hidden_size: int = 256
     learning_rate: float = 2e-3
     num_epochs: float = 14
+    tied: bool = True
+    """An item has one vector. Otherwise it has a second one as a target, whose gradients do not pull at what histories
+    are read by: what DARE (Feng et al. 2025), which parts attention from representation, has for the next item."""
 
     def model(self, frozen_VF: np.ndarray) -> SequenceModel:
-        return SequenceModel(*self.parts(len(frozen_VF)))
+        items, encoder = self.parts(len(frozen_VF))
+        if self.tied:
+            return SequenceModel(items, encoder)
+        output = IdTable(len(frozen_VF), self.hidden_size, num_special=0)
+        nn.init.normal_(output.table.weight, std=INITIAL)
+        return SequenceModel(items, encoder, output=output)
 
     def recommender(
         self, data: TrainingSequences, model: DotProductModel, history: Callable[[Ragged], np.ndarray] | None = None
