@@ -86,6 +86,9 @@ LINEUP: Mapping[str, Listed] = {
     "SASRec (sampled softmax)": Listed("systems.recipes.sasrec:SAMPLED", "against many shared negatives"),
     "SASRec (published)": Listed("systems.recipes.sasrec:PUBLISHED", "Kang and McAuley 2018, one negative"),
     "SASRec (titles)": Listed("systems.recipes.title_sasrec:TitleSASRec", "over vectors of titles"),
+    "SASRec (denoised)": Listed(
+        "systems.recipes.denoised:DenoisedSASRec", "on histories without events that do not fit"
+    ),
     "MMM4Rec": Listed("systems.recipes.mmm4rec:MMM4Rec", "a state-space layer over text, images and gaps"),
     "MMM4Rec (published)": Listed("systems.recipes.mmm4rec:PUBLISHED", "Fan et al. 2025, texts alone"),
     "ICSRec": Listed("systems.recipes.icsrec:ICSRec", "and contrast of like intentions"),

@@ -370,14 +370,22 @@ class _Validation:
         return float(ndcg(*ranks, 10).mean())
 
 
-def fit(settings: SystemSettings, split: Split, domain: str, seed: int, folder: Path) -> TrainedRecommender:
-    """See `SystemSettings.make`; `folder` is where the folder of this run stands beside those of others."""
+def fit(
+    settings: SystemSettings,
+    split: Split,
+    domain: str,
+    seed: int,
+    folder: Path,
+    data: TrainingSequences | None = None,
+) -> TrainedRecommender:
+    """See `SystemSettings.make`; `folder` is where the folder of this run stands beside those of others. `data` takes
+    the place of the split's training events."""
     name, device = type(settings).__name__, distributed.pick_device()
     if settings.patience and not split.validates:
         raise Unsuitable(
             f"patience={settings.patience} ends training by validation events, which are to be learnt here"
         )
-    data = TrainingSequences.of(split, domain)
+    data = TrainingSequences.of(split, domain) if data is None else data
     validation = _Validation.of(split, domain, seed, settings.VALIDATION_QUERIES) if split.validates else None
     made_from = {
         **{"system": name, "settings": settings.identity(), "domain": domain, "seed": seed, "data": data.digest()},
@@ -398,6 +406,34 @@ def fit(settings: SystemSettings, split: Split, domain: str, seed: int, folder: 
     recommender = stages[-1].recommender()
     recommender.seconds = seconds
     return recommender
+
+
+def fit_best(
+    settings: SystemSettings,
+    split: Split,
+    domain: str,
+    seed: int,
+    folder: Path,
+    choices: Mapping[str, TrainingSequences],
+) -> TrainedRecommender:
+    """A recommender trained on each of these data, by name, as `fit` does: the one with the best NDCG@10 on the
+    validation queries, the first of equals; which it is is said. Its seconds are those of all.
+
+    Raises Unsuitable where validation events are learnt.
+    """
+    if not split.validates:
+        raise Unsuitable(
+            f"which of {len(choices)} kinds of training sequences is best is chosen by validation events, which are to "
+            "be learnt here"
+        )
+    made = {name: fit(settings, split, domain, seed, folder, data) for name, data in choices.items()}
+    validation = _Validation.of(split, domain, seed, settings.VALIDATION_QUERIES)
+    values = {name: validation.ndcg(each) for name, each in made.items()}
+    best = max(values, key=lambda name: values[name])
+    shown = ", ".join(f"{value:.4f} from {name}" for name, value in values.items())
+    say(f"{domain}: NDCG@10 on validation queries is {shown}; {best} it is")
+    made[best].seconds = sum(each.seconds for each in made.values())
+    return made[best]
 
 
 def seconds_to_fit(
