@@ -1,4 +1,4 @@
-"""Encoders of histories: self-attention, a recurrent network, two encoders together, and latent steps around one.
+"""Encoders of histories: a mean, self-attention, a recurrent network, two encoders together, latent steps around one.
 
 Suffixes: R rows, T positions, D width, H heads, K latent steps. Rows are padded on the right; `lengths_R` says how many
 positions of each are filled.
@@ -47,6 +47,26 @@ def at_last(hidden_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
     """What stands at each row's last filled position (at the first of an empty row): RD."""
     every_R = torch.arange(len(lengths_R), device=lengths_R.device)
     return hidden_RTD[every_R, (lengths_R - 1).clamp(min=0)]
+
+
+class Mean(Encoder):
+    """The mean of the vectors up to each position. Rows without items are zeros. `dropout` is the share of entries that
+    are left out in training."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+
+    def embed(self, inputs_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        dropped: torch.Tensor = self.dropout(inputs_RTD)
+        return dropped
+
+    def read(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        num_T1 = torch.arange(1, embedded_RTD.shape[1] + 1, device=lengths_R.device)[:, None]
+        return embedded_RTD.cumsum(1) / num_T1
+
+    def read_last(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        return at_last(self.read(embedded_RTD, lengths_R), lengths_R) * (lengths_R > 0)[:, None]
 
 
 class SelfAttention(Encoder):

@@ -54,6 +54,12 @@ class _NeighbourSums(torch.autograd.Function):
         return ctx.transposed.sums(grads[0].contiguous()), None, None
 
 
+def neighbour_sums(vectors: torch.Tensor, matrix: Neighbours, transposed: Neighbours) -> torch.Tensor:
+    """The weighted sum of each row's vectors, with a gradient: RD. The transposed matrix is what the gradient needs."""
+    summed: torch.Tensor = _NeighbourSums.apply(vectors, matrix, transposed)
+    return summed
+
+
 class Step(nn.Module):
     """A step of smoothing: the next vectors of users or items, from their own and their neighbours' weighted sums.
 
@@ -107,8 +113,8 @@ class UserItemGraph(nn.Module):
         """Vectors of users and items before the first step and after each: (UD, VD) each time."""
         yield user_UD, item_VD
         for step in steps:
-            of_user_UD = _NeighbourSums.apply(self._sent(item_VD), self.of_users, self.of_items)
-            of_item_VD = _NeighbourSums.apply(self._sent(user_UD), self.of_items, self.of_users)
+            of_user_UD = neighbour_sums(self._sent(item_VD), self.of_users, self.of_items)
+            of_item_VD = neighbour_sums(self._sent(user_UD), self.of_items, self.of_users)
             user_UD, item_VD = step(user_UD, of_user_UD), step(item_VD, of_item_VD)
             yield user_UD, item_VD
 
@@ -127,20 +133,33 @@ class UserItemGraph(nn.Module):
         return torch.einsum("rt,rtd->rd", weight_RT, vectors_VD[items_RT])
 
 
+def ranked(matrix: sparse.csr_array, stop: int, start: int = 0) -> tuple[Ragged, np.ndarray]:
+    """The columns of each row's entries from rank `start` to before `stop`, and these entries: the greatest first and
+    then by column, without the diagonal.
+
+    >>> columns, entries = ranked(sparse.csr_array([[9, 1, 2, 2], [0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]), stop=2)
+    >>> [columns[row].tolist() for row in range(4)], entries.tolist()
+    ([[2, 3], [], [0], []], [2, 2, 1])
+    """
+    entries = matrix.tocoo()
+    row, column = entries.coords
+    order = np.lexsort((column, -entries.data, row))
+    order = order[row[order] != column[order]]
+    every = Ragged(column[order], np.searchsorted(row[order], np.arange(matrix.shape[0] + 1)))
+    kept = (every.place_of >= start) & (every.place_of < stop)
+    return every.kept(kept), entries.data[order][kept]
+
+
 class ItemGraph(nn.Module):
     """The strongest links of each item to others in training: `links` within five events, backwards half as strong."""
 
     def __init__(self, sequences: Ragged, num_items: int, num_neighbours: int) -> None:
         super().__init__()
         self.num_items = num_items
-        linked = links(sequences.row_of, sequences.values, num_items, window=5, backward=0.5).tocoo()
-        row, column = linked.coords
-        order = np.lexsort((column, -linked.data, row))
-        order = order[row[order] != column[order]]
-        ranked = Ragged(column[order], np.searchsorted(row[order], np.arange(num_items + 1)))
+        linked = links(sequences.row_of, sequences.values, num_items, window=5, backward=0.5)
+        strongest, _ = ranked(linked, num_neighbours)
         neighbour_VK = np.full((num_items + 1, num_neighbours), num_items)
-        kept = ranked.place_of < num_neighbours
-        neighbour_VK[ranked.row_of[kept], ranked.place_of[kept]] = ranked.values[kept]
+        neighbour_VK[strongest.row_of, strongest.place_of] = strongest.values
         self.register_buffer("neighbour_VK", torch.from_numpy(neighbour_VK), persistent=False)
 
     def neighbours(self, items: torch.Tensor) -> torch.Tensor:

@@ -108,14 +108,19 @@ class SumTable(ItemTable):
 def read_vectors(path: str | Path, item_ids: Sequence[str]) -> np.ndarray:
     """Vectors of items from an `.npz` file with `item_id` and `vectors`, in the order of `item_ids`: float32[V, D].
 
-    Raises ConfigError for a file that holds something else, or lacks an item.
+    Raises ConfigError for a file that holds something else or vectors of no width, or lacks an item.
     """
     try:
         with np.load(path) as file:
-            row_of = {str(item): row for row, item in enumerate(file["item_id"])}
-            vectors = file["vectors"].astype(np.float32)
+            row_of = {str(item): row for row, item in enumerate(file["item_id"].tolist())}
+            vectors, num_ids = file["vectors"].astype(np.float32), len(file["item_id"])
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"vectors={path} is not an .npz file with item_id and vectors ({error})") from None
+    if vectors.ndim != 2 or len(vectors) != num_ids or not vectors.shape[1]:
+        raise ConfigError(
+            f"vectors={path} holds {num_ids:,} item_id and vectors of shape {list(vectors.shape)}: expected a row of "
+            "one or more numbers for each item_id, all rows of one width"
+        )
     if missing := [item for item in item_ids if item not in row_of]:
         raise ConfigError(f"vectors={path} has no vector of {len(missing):,} items, {missing[0]!r} among them")
     if not np.isfinite(vectors).all():

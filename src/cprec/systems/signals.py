@@ -259,6 +259,30 @@ class UserItemStream(RowStream):
         return self._batch(pairs, len(pairs), len(pairs), users=self._user[pairs], targets=self._item[pairs])
 
 
+class PairStream(RowStream):
+    """Pairs of items: the first of a pair is the history, the second its target. Each row has `hard` negatives of the
+    first as well, int64[R, H], and V where there is none: none in the first pass and one more in each pass after it, up
+    to `most_hard` (Ying et al. 2018, section 3.3)."""
+
+    def __init__(
+        self, pairs_P2: np.ndarray, hard: Ragged, terms: Sequence[str], passes: Passes, *, most_hard: int
+    ) -> None:
+        """The negatives of each item are drawn from its row of `hard`."""
+        self._pairs_P2, self._hard, self._most_hard = pairs_P2, hard, most_hard
+        super().__init__(np.ones(len(pairs_P2), dtype=np.int64), terms, passes)
+
+    def batch(self, step: int) -> Batch:
+        pairs = self.members(step)
+        items_R, targets_R = self._pairs_P2[pairs].T
+        num, first = self._hard.lengths[items_R], self._hard.offsets[items_R]
+        generator = np.random.default_rng([self._seed, step, 3])
+        share_RH = generator.random((len(pairs), min(step // self._per_epoch, self._most_hard)))
+        place_RH = first[:, None] + (share_RH * num[:, None]).astype(np.int64)
+        padded_values = np.append(self._hard.values, len(self._hard))  # V where an item has none
+        hard_RH = padded_values[np.where(num[:, None] > 0, place_RH, -1)]
+        return self._batch(pairs, len(pairs), len(pairs), items=items_R[:, None], targets=targets_R, hard=hard_RH)
+
+
 class Prefixes:
     """The prefixes of training sequences, by number: every item but a sequence's first is the target of one."""
 
@@ -392,6 +416,15 @@ def thinned(rows: Ragged, share: float, generator: np.random.Generator) -> Ragge
     is_left = np.empty(len(order), dtype=bool)
     is_left[order] = rows.place_of < left[rows.row_of]
     return rows.kept(is_left)
+def consecutive(sequences: Ragged) -> np.ndarray:
+    """Each item with the one right after it in its row, where they differ: int64[P, 2].
+
+    >>> consecutive(Ragged.of([[4, 4, 5], [6], [5, 4]])).tolist()
+    [[4, 5], [5, 4]]
+    """
+    pairs_P2 = np.stack([sequences.values[:-1], sequences.values[1:]], axis=1)
+    same_row = np.diff(sequences.row_of) == 0
+    return pairs_P2[same_row & (pairs_P2[:, 0] != pairs_P2[:, 1])]
 
 
 def padded(rows: Ragged, fill: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,8 @@
 
 A term is called with states, the items that are to score high, and all items' vectors; it gives a loss summed over the
 targets, float32, without dimensions. Suffixes: N targets, U different items among them, W states of a target, D width,
-V items, M shared negatives, C clusters. `hidden_ND @ weight_VD.T` are the scores of all items.
+V items, M shared negatives, C clusters, H negatives of a target's own, K all of a target's. `hidden_ND @ weight_VD.T`
+are the scores of all items.
 """
 
 from __future__ import annotations
@@ -225,6 +226,33 @@ class MixOfNeighbours(nn.Module):
         mix_ND = torch.einsum("nk,nkd->nd", weight_NK, hidden_NWD[:, 1:end])
         label_N = torch.arange(len(mix_ND), device=mix_ND.device)
         return info_nce(hidden_NWD[:, 0], mix_ND, label_N, self._temperature)
+
+
+class MaxMargin(nn.Module):
+    """How far negatives come nearer to a history than the target less a margin, max(0, negative - target + margin), in
+    the mean over a target's negatives (Ying et al. 2018, equation 1).
+
+    Negatives are M items that all targets of the step share, drawn uniformly from some, and each row's own in `hard`.
+    The item of the history and the target do not count.
+    """
+
+    def __init__(self, margin: float, num_negatives: int, drawn_from: np.ndarray) -> None:
+        super().__init__()
+        self._margin, self._num_negatives = margin, num_negatives
+        self.register_buffer("drawn_from", torch.from_numpy(drawn_from.astype(np.int64)), persistent=False)
+
+    def forward(
+        self, hidden_ND: torch.Tensor, rows: Mapping[str, torch.Tensor], weight_VD: torch.Tensor
+    ) -> torch.Tensor:
+        drawn_from, target_N1, hard_NH = self.get_buffer("drawn_from"), rows["targets"][:, None], rows["hard"]
+        drawn_M = drawn_from[torch.randint(len(drawn_from), (self._num_negatives,), device=hidden_ND.device)]
+        target_score_N1 = torch.einsum("nd,nkd->nk", hidden_ND, weight_VD[target_N1])
+        hard_score_NH = torch.einsum("nd,nhd->nh", hidden_ND, weight_VD[hard_NH.clamp(max=len(weight_VD) - 1)])
+        score_NK = torch.cat([hidden_ND @ weight_VD[drawn_M].T, hard_score_NH], dim=1)
+        item_NK = torch.cat([drawn_M.expand(len(hidden_ND), -1), hard_NH], dim=1)
+        counts_NK = (item_NK != target_N1) & (item_NK != rows["items"]) & (item_NK != len(weight_VD))
+        nearer_NK = (score_NK - target_score_N1 + self._margin).clamp(min=0) * counts_NK
+        return (nearer_NK.sum(1) / counts_NK.sum(1).clamp(min=1)).sum()
 
 
 class SameCluster(nn.Module):

@@ -59,9 +59,14 @@ def share_words(titles: Sequence[str]) -> bool:
 
 
 def most_similar(
-    vectors_of: Callable[[np.ndarray], np.ndarray], group_N: np.ndarray, among_M: np.ndarray, num: int
+    vectors_of: Callable[[np.ndarray], np.ndarray],
+    group_N: np.ndarray,
+    among_M: np.ndarray,
+    num: int,
+    asked_Q: np.ndarray | None = None,
 ) -> np.ndarray:
-    """For each of N vectors the numbers of those with the greatest cosines, the greatest first: int64[N, num].
+    """For each of N vectors, or of those asked for, the numbers of those with the greatest cosines, the greatest first:
+    int64[N or Q, num].
 
     `vectors_of` gives vectors by number, float32[..., F]; those of `among_M` are looked at that are of another group. A
     zero vector has the cosine 0 with all; ties stand in any order. Raises Unsuitable where some group has fewer than
@@ -75,12 +80,13 @@ def most_similar(
     if others < num:
         raise Unsuitable(f"{num} neighbours are asked for, and some items or users have only {others}: ask for fewer")
     among_MF = F.normalize(torch.from_numpy(vectors_of(among_M)), dim=1)
-    group_M, found = torch.from_numpy(group_N[among_M]), np.empty((len(group_N), num), dtype=np.int64)
-    for start in range(0, len(group_N), _COMPARED):
-        rows = np.arange(start, min(start + _COMPARED, len(group_N)))
+    asked_Q = np.arange(len(group_N)) if asked_Q is None else asked_Q
+    group_M, found = torch.from_numpy(group_N[among_M]), np.empty((len(asked_Q), num), dtype=np.int64)
+    for start in range(0, len(asked_Q), _COMPARED):
+        rows = asked_Q[start : start + _COMPARED]
         cosines = F.normalize(torch.from_numpy(vectors_of(rows)), dim=1) @ among_MF.T
         cosines.masked_fill_(torch.from_numpy(group_N[rows])[:, None] == group_M, -torch.inf)
-        found[rows] = among_M[cosines.topk(num, dim=1).indices.numpy()]
+        found[start : start + _COMPARED] = among_M[cosines.topk(num, dim=1).indices.numpy()]
     return found
 
 
