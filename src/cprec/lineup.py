@@ -73,6 +73,7 @@ LINEUP: Mapping[str, Listed] = {
     "AlphaRec": Listed("systems.recipes.alpharec:AlphaRec", "frozen title vectors on the same graph"),
     "AlphaRec (published)": Listed("systems.recipes.alpharec:PUBLISHED", "Sheng et al. 2025"),
     "PinSage": Listed("systems.recipes.pinsage:PinSage", "titles and neighbours on walks; new items, too"),
+    "dual embeddings": Listed("systems.recipes.dual_embeddings:DualEmbeddings", "what goes with the last basket"),
     "GRU4Rec": Listed("systems.recipes.gru4rec:GRU4Rec", "a recurrent network"),
     "GRU4Rec (published)": Listed("systems.recipes.gru4rec:PUBLISHED", "Hidasi and Karatzoglou 2018, BPR-max"),
     "Mamba4Rec": Listed("systems.recipes.mamba4rec:Mamba4Rec", "state-space layers"),

@@ -75,6 +75,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "NGCF": ON_GRAPH,
     "AlphaRec": {**ON_GRAPH, "text_size": 8, "adapter_size": 8},
     "PinSage": {"text_size": 8, "num_walks": 5, "num_neighbours": 3, "num_negatives": 8},
+    "dual embeddings": {"num_negatives": 3},
     "GRU4Rec": {},
     "Mamba4Rec": {},
     "HMamba": {},

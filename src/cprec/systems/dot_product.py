@@ -39,7 +39,7 @@ ITEM_BLOCK = 1024
 Rows = Mapping[str, torch.Tensor]
 """Arrays of a batch by name. `items`: int64[R, T], padded on the right with V. `targets`: int64[R, T], the item to
 predict at each position or IGNORE, or int64[R], one for the whole row. `users`: int64[R], rows of the training users;
--1 for others. `gaps`: float32[R, T], for models that read them; see `signals.Gaps`."""
+-1 for others. `gaps`: float32[R, T], for models that read them; see `signals.Gaps` and `signals.Baskets`."""
 
 
 class Vectors(NamedTuple):
@@ -120,6 +120,18 @@ class SequenceModel(DotProductModel):
         if self.prompts is not None:
             return self.encoder.last(*self.prompts(rows["items"].flatten(0, -2), vectors.inputs))
         return self.encoder.last(*_inputs(vectors, rows))
+
+
+class TwoTables(SequenceModel):
+    """Reads histories by the vectors of one table and scores by those of another."""
+
+    def __init__(self, items: ItemTable, outputs: ItemTable, encoder: Encoder) -> None:
+        super().__init__(items, encoder)
+        self.outputs = outputs
+
+    def vectors(self, items_K: torch.Tensor | None = None) -> Vectors:
+        """See `SequenceModel.vectors`."""
+        return super().vectors(items_K)._replace(items_VD=self.outputs.vectors(items_K))
 
 
 def _inputs(vectors: Vectors, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:

@@ -51,19 +51,29 @@ def at_last(hidden_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
 
 class Mean(Encoder):
     """The mean of the vectors up to each position. Rows without items are zeros. `dropout` is the share of entries that
-    are left out in training."""
+    are left out in training.
 
-    def __init__(self, dropout: float) -> None:
+    With `gaps`, the last column of the inputs, the mean begins anew at each gap above zero.
+    """
+
+    def __init__(self, dropout: float, *, gaps: bool = False) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout, self._gaps = nn.Dropout(dropout), gaps
 
     def embed(self, inputs_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
-        dropped: torch.Tensor = self.dropout(inputs_RTD)
-        return dropped
+        """See `Encoder.embed`. Gaps stay as they are."""
+        size = inputs_RTD.shape[2] - self._gaps
+        return torch.cat([self.dropout(inputs_RTD[:, :, :size]), inputs_RTD[:, :, size:]], dim=2)
 
     def read(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
-        num_T1 = torch.arange(1, embedded_RTD.shape[1] + 1, device=lengths_R.device)[:, None]
-        return embedded_RTD.cumsum(1) / num_T1
+        place_T = torch.arange(embedded_RTD.shape[1], device=lengths_R.device)
+        first_RT = torch.zeros(embedded_RTD.shape[:2], dtype=torch.int64, device=lengths_R.device)
+        if self._gaps:
+            first_RT = torch.where(embedded_RTD[:, :, -1] > 0, place_T, 0).cummax(1).values
+            embedded_RTD = embedded_RTD[:, :, :-1]
+        sums_RTD = F.pad(embedded_RTD.cumsum(1), (0, 0, 1, 0))
+        before_RTD = sums_RTD.gather(1, first_RT[:, :, None].expand_as(embedded_RTD))
+        return (sums_RTD[:, 1:] - before_RTD) / (place_T + 1 - first_RT)[:, :, None]
 
     def read_last(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
         return at_last(self.read(embedded_RTD, lengths_R), lengths_R) * (lengths_R > 0)[:, None]

@@ -114,6 +114,51 @@ class Gaps:
         return Ragged(np.where(is_known, self._gaps[places], np.float32(0)), histories.offsets)
 
 
+class Baskets:
+    """What users had at one time. Where no user had two events at one time, as where times are only an order, each run
+    of `window` events of a user counts as a basket, and runs overlap."""
+
+    def __init__(self, data: TrainingSequences, window: int) -> None:
+        self._sequences, self._window = data.sequences, window
+        self._row_of = {user: row for row, user in enumerate(data.users)}
+        values, lengths, place = data.sequences.values, data.sequences.lengths, data.sequences.place_of
+        times = np.arange(len(values)) if data.times is None else data.times
+        self._begins = (place == 0) | (np.diff(times, prepend=times[0]) != 0)
+        self._has_times = not self._begins.all()
+        if self._has_times:
+            runs = Ragged(values, np.append(np.flatnonzero(self._begins), len(values)))
+        else:
+            starts = np.flatnonzero(place <= (lengths - window).clip(min=0)[data.sequences.row_of])
+            runs = gather(values, starts, np.minimum(window, lengths)[data.sequences.row_of[starts]])
+        keys = np.unique(runs.row_of * data.num_items + runs.values)
+        counts = np.bincount(keys // data.num_items, minlength=len(runs))
+        self.training = Ragged(keys % data.num_items, offsets_of(counts)).take(np.flatnonzero(counts > 1))
+        """The different items of each basket of training that has two or more of them."""
+
+    def gaps(self, histories: Ragged, users: Sequence[str]) -> Ragged:
+        """Which events of histories of item numbers, of users by name, begin a basket that another one stands before:
+        1, and 0 for others: float32.
+
+        Times are those of training: they are known where a history begins with the latest training events of its user.
+        What comes after these belongs to the last basket, and so does all of a history that begins otherwise. Where
+        runs are baskets, the latest `window` events are the last one.
+        """
+        if not self._has_times:
+            begins = histories.place_of == (histories.lengths - self._window)[histories.row_of]
+            return Ragged((begins & (histories.place_of > 0)).astype(np.float32), histories.offsets)
+        gaps = np.zeros(len(histories.values), dtype=np.float32)
+        for row, user in enumerate(users):
+            history, start = histories[row], histories.offsets[row]
+            mine = self._row_of.get(user, -1)
+            stop = self._sequences.offsets[mine + 1]
+            longest = min(len(history), self._sequences.lengths[mine]) if mine >= 0 else 0
+            for num in range(longest, 0, -1):
+                if np.array_equal(history[:num], self._sequences.values[stop - num : stop]):
+                    gaps[start + 1 : start + num] = self._begins[stop - num + 1 : stop]
+                    break
+        return Ragged(gaps, histories.offsets)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Passes:
     """How often, and in which order, a stream reads its rows."""
@@ -281,6 +326,25 @@ class PairStream(RowStream):
         padded_values = np.append(self._hard.values, len(self._hard))  # V where an item has none
         hard_RH = padded_values[np.where(num[:, None] > 0, place_RH, -1)]
         return self._batch(pairs, len(pairs), len(pairs), items=items_R[:, None], targets=targets_R, hard=hard_RH)
+
+
+class BasketStream(RowStream):
+    """Pairs of two items of a basket: the first is the history, without a gap, the second its target. A pass reads each
+    item of each basket once, with another item of it that is drawn anew."""
+
+    def __init__(self, baskets: Ragged, terms: Sequence[str], passes: Passes) -> None:
+        """Each basket holds two different items or more."""
+        self._baskets, self._basket, self._place = baskets, baskets.row_of, baskets.place_of
+        super().__init__(np.ones(len(baskets.values), dtype=np.int64), terms, passes)
+
+    def batch(self, step: int) -> Batch:
+        events = self.members(step)
+        first, num = self._baskets.offsets[self._basket[events]], self._baskets.lengths[self._basket[events]]
+        generator = np.random.default_rng([self._seed, step, 4])
+        other = first + (self._place[events] + generator.integers(1, num)) % num
+        items, targets = self._baskets.values[events], self._baskets.values[other]
+        gaps = np.zeros((len(events), 1), dtype=np.float32)
+        return self._batch(events, len(events), len(events), items=items[:, None], targets=targets, gaps=gaps)
 
 
 class Prefixes:

@@ -255,6 +255,26 @@ class MaxMargin(nn.Module):
         return (nearer_NK.sum(1) / counts_NK.sum(1).clamp(min=1)).sum()
 
 
+class SkipGram(nn.Module):
+    """Minus the log-sigmoid of the target's score, and of minus the scores of M negatives of each target's own, drawn
+    with chances count ** power, where what was never counted counts as one (Mikolov et al. 2013, equation 4). A
+    negative that is the target does not count."""
+
+    def __init__(self, counts_V: np.ndarray, num_negatives: int, power: float) -> None:
+        super().__init__()
+        chance_V = np.maximum(counts_V, 1.0) ** power
+        self.register_buffer("chance_V", torch.from_numpy(chance_V), persistent=False)
+        self._num_negatives = num_negatives
+
+    def forward(self, hidden_ND: torch.Tensor, target_N: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+        num_drawn = len(target_N) * self._num_negatives
+        drawn_NM = torch.multinomial(self.get_buffer("chance_V"), num_drawn, replacement=True).view(len(target_N), -1)
+        target_score_N = (hidden_ND * weight_VD[target_N]).sum(1)
+        score_NM = torch.einsum("nd,nmd->nm", hidden_ND, weight_VD[drawn_NM])
+        counts_NM = drawn_NM != target_N[:, None]
+        return -(F.logsigmoid(target_score_N).sum() + (F.logsigmoid(-score_NM) * counts_NM).sum())
+
+
 class SameCluster(nn.Module):
     """Contrast of each state, [N, 2, D], with the nearest of C centres, against states and centres of other clusters:
     fine intentions (Qin et al. 2024, equation 11). The centres do not learn; `fit` finds them anew.
