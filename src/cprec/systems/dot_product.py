@@ -122,18 +122,6 @@ class SequenceModel(DotProductModel):
         return self.encoder.last(*_inputs(vectors, rows))
 
 
-class TwoTables(SequenceModel):
-    """Reads histories by the vectors of one table and scores by those of another."""
-
-    def __init__(self, items: ItemTable, outputs: ItemTable, encoder: Encoder) -> None:
-        super().__init__(items, encoder)
-        self.outputs = outputs
-
-    def vectors(self, items_K: torch.Tensor | None = None) -> Vectors:
-        """See `SequenceModel.vectors`."""
-        return super().vectors(items_K)._replace(items_VD=self.outputs.vectors(items_K))
-
-
 def _inputs(vectors: Vectors, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     """What an encoder reads: the vectors of all rows' items, with their gaps as a last column where there are any, and
     how many positions are filled: RTD, R. The first special row, after the items, is padding."""

@@ -480,6 +480,8 @@ def thinned(rows: Ragged, share: float, generator: np.random.Generator) -> Ragge
     is_left = np.empty(len(order), dtype=bool)
     is_left[order] = rows.place_of < left[rows.row_of]
     return rows.kept(is_left)
+
+
 def consecutive(sequences: Ragged) -> np.ndarray:
     """Each item with the one right after it in its row, where they differ: int64[P, 2].
 

@@ -21,7 +21,7 @@ from cprec.data.splits import Split, make_split
 from cprec.errors import ConfigError, Unsuitable
 from cprec.schema import SPLITS, TEST, TRAIN
 from cprec.systems import fit as fitting
-from cprec.systems.dot_product import DotProductRecommender, TwoTables
+from cprec.systems.dot_product import DotProductRecommender, SequenceModel
 from cprec.systems.encoders import Mean
 from cprec.systems.recipes.dual_embeddings import DualEmbeddings
 from cprec.systems.signals import Baskets, BasketStream, Passes, TrainingSequences
@@ -104,8 +104,10 @@ def test_a_pair_is_held_against_negatives_drawn_by_their_counts() -> None:
 def test_scores_are_products_of_the_last_baskets_mean_with_outputs(data: TrainingSequences) -> None:
     (stage,) = DualEmbeddings(**SMALL, window=2).stages(data, 0)
     recommender = stage.recommender()
-    assert isinstance(recommender, DotProductRecommender) and isinstance(recommender.model, TwoTables)
-    inputs, outputs = recommender.model.items.vectors(), recommender.model.outputs.vectors()
+    assert isinstance(recommender, DotProductRecommender) and isinstance(recommender.model, SequenceModel)
+    output = recommender.model.output
+    assert output is not None
+    inputs, outputs = recommender.model.items.vectors(), output.vectors()
     assert len(inputs) == len(outputs) + 1 and not torch.equal(inputs[:-1], outputs)
     states = torch.stack([(inputs[1] + inputs[2]) / 2, inputs[5], torch.zeros(16)])
     found = recommender.score_histories(Ragged.of([[7, 1, 2], [5], []]), ["p/9"] * 3)
@@ -138,8 +140,10 @@ def test_cups_go_with_tea_and_another_tea_stands_in_for_it(teas: Split) -> None:
         (stage.trainable.losses(rows)["next_item"] / batch.num_rows).backward()
         optimizer.step()
     recommender = stage.recommender()
-    assert isinstance(recommender, DotProductRecommender) and isinstance(recommender.model, TwoTables)
-    inputs, outputs = recommender.model.items.vectors()[:-1], recommender.model.outputs.vectors()
+    assert isinstance(recommender, DotProductRecommender) and isinstance(recommender.model, SequenceModel)
+    output = recommender.model.output
+    assert output is not None
+    inputs, outputs = recommender.model.items.vectors()[:-1], output.vectors()
     for mine, others in ((TEAS, CUPS), (CUPS, TEAS)):
         for item in mine:
             goes_with, stands_in = inputs[item] @ outputs.T, inputs[item] @ inputs.T
@@ -153,7 +157,7 @@ def test_substitutes_come_from_the_weights_of_complements(teas: Split, tmp_path:
     substitutes = replace(settings, substitutes=True).make(teas, "teas", folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 1, "one training"
     assert substitutes.name == complements.name == "dual embeddings" and substitutes.seconds == complements.seconds
-    assert isinstance(complements.model, TwoTables)
+    assert isinstance(complements.model, SequenceModel)
     inputs = complements.model.items.vectors()[:-1].detach()
     found = substitutes.score_histories(Ragged.of([[4]]), ["p/stranger"])
     torch.testing.assert_close(found, inputs[4:5] @ inputs.T)

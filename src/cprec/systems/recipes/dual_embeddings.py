@@ -26,7 +26,7 @@ from cprec.choices import Choice, OneOf, Real, Whole
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import ConfigError, Unsuitable
-from cprec.systems.dot_product import DotProductModel, DotProductRecommender, SequenceModel, TwoTables
+from cprec.systems.dot_product import DotProductModel, DotProductRecommender, SequenceModel
 from cprec.systems.encoders import Mean
 from cprec.systems.fit import NEXT_ITEM, Stage, SystemSettings
 from cprec.systems.items import IdTable
@@ -82,13 +82,13 @@ class DualEmbeddings(SystemSettings):
         counts_V = np.bincount(baskets.values, minlength=data.num_items)
         terms = {NEXT_ITEM: (1.0, SkipGram(counts_V, self.num_negatives, self.power))}
         stream = BasketStream(baskets, [NEXT_ITEM], self.passes(seed))
-        model = TwoTables(inputs, outputs, Mean(self.dropout, gaps=True))
+        model = SequenceModel(inputs, Mean(self.dropout, gaps=True), output=outputs)
         return [self.stage(data, model, terms, stream)]
 
     def make(self, split: Split, domain: str, *, seed: int = 0, folder: Path | None = None) -> DotProductRecommender:
         """See `SystemSettings.make`. Substitutes come from the weights that find complements best."""
         learnt = super(DualEmbeddings, replace(self, substitutes=False)).make(split, domain, seed=seed, folder=folder)
-        assert isinstance(learnt, DotProductRecommender) and isinstance(learnt.model, TwoTables)
+        assert isinstance(learnt, DotProductRecommender) and isinstance(learnt.model, SequenceModel)
         if not self.substitutes:
             return learnt
         by_inputs = SequenceModel(learnt.model.items, learnt.model.encoder)
