@@ -102,6 +102,7 @@ LINEUP: Mapping[str, Listed] = {
     "H2Rec": Listed("systems.recipes.h2rec:H2Rec", "and rows that items of like titles share, drawn to their own"),
     "Semantic IDs": Listed("systems.recipes.h2rec:SemanticIDs", "such rows alone, of pieces of codes"),
     "Semantic IDs (codes)": Listed("systems.recipes.h2rec:CODES", "the same, of single codes"),
+    "SLMRec": Listed("systems.recipes.slmrec:SLMRec", "learns from a deeper one, in the middle too"),
     "ReaRec": Listed("systems.recipes.rearec:ReaRec", "and latent steps of reasoning"),
     "ReaRec (published)": Listed("systems.recipes.rearec:PUBLISHED", "Tang et al. 2025, ensemble"),
     "ReaRec (progressive)": Listed("systems.recipes.rearec:PROGRESSIVE", "steps from flat to sharp predictions"),

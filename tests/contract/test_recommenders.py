@@ -89,6 +89,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "H2Rec": {"text_size": 8, "num_codes": 8},
     "Semantic IDs": {"text_size": 8, "num_codes": 8, "num_pieces": 50},
     "Semantic IDs (codes)": {"text_size": 8, "num_codes": 8},
+    "SLMRec": {"teacher_blocks": 4},
     "ReaRec": {"first_epochs": 0.2},
     "ReaRec (progressive)": {"first_epochs": 0.2},
     "ManCAR": {"first_epochs": 0.2},

@@ -122,6 +122,15 @@ class SequenceModel(DotProductModel):
         return self.encoder.last(*_inputs(vectors, rows))
 
 
+def states_of(model: DotProductModel, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a trained model makes of training rows, without dropout and gradients: states as `DotProductModel.states`
+    has them, and the vectors of all items."""
+    model.eval()
+    with torch.no_grad():
+        vectors = model.vectors()
+        return model.states(vectors, rows)[0], vectors.items_VD
+
+
 def _inputs(vectors: Vectors, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     """What an encoder reads: the vectors of all rows' items, with their gaps as a last column where there are any, and
     how many positions are filled: RTD, R. The first special row, after the items, is padding."""

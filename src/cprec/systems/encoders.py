@@ -1,12 +1,13 @@
 """Encoders of histories: a mean, self-attention, a recurrent network, two encoders together, latent steps around one.
 
-Suffixes: R rows, T positions, D width, H heads, K latent steps. Rows are padded on the right; `lengths_R` says how many
-positions of each are filled.
+Suffixes: R rows, T positions, D width, W states of a position, H heads, K latent steps. Rows are padded on the right;
+`lengths_R` says how many positions of each are filled.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -119,11 +120,21 @@ class SelfAttention(Encoder):
         return embedded
 
     def read(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
-        mask_R11T, hidden_RTD = self._mask(embedded_RTD, lengths_R), embedded_RTD
-        for block in self.blocks:
-            hidden_RTD = block(hidden_RTD, mask_R11T)
-        normed: torch.Tensor = self.norm(hidden_RTD)
+        (normed,) = self.read_after(embedded_RTD, lengths_R, [len(self.blocks)])
         return normed
+
+    def read_after(
+        self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor, counts: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """The state at each position after so many blocks, for each of some counts in rising order: RTD each. After the
+        last block it is what `read` gives, with the norm."""
+        mask_R11T, hidden_RTD = self._mask(embedded_RTD, lengths_R), embedded_RTD
+        found = []
+        for count, block in enumerate(self.blocks, 1):
+            hidden_RTD = block(hidden_RTD, mask_R11T)
+            if count in counts:
+                found.append(hidden_RTD if count < len(self.blocks) else self.norm(hidden_RTD))
+        return found
 
     def read_last(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
         """See `Encoder.read_last`: the last block works at one position only."""
@@ -261,6 +272,25 @@ def trailing_means(hidden_RTD: torch.Tensor, span: int) -> torch.Tensor:
     sums_RTD = torch.stack([F.pad(hidden_RTD, (0, 0, lag, 0))[:, :length] for lag in range(span)]).sum(0)
     count_T = torch.arange(1, length + 1, device=hidden_RTD.device).clamp(max=span)
     return sums_RTD / count_T[:, None]
+
+
+class Layers(Encoder):
+    """Self-attention that gives, at each position, its states after several counts of blocks: RTWD. For the last
+    position alone, as in ranking, it gives the state after all blocks: RD."""
+
+    def __init__(self, encoder: SelfAttention, counts: Sequence[int]) -> None:
+        """`counts` rise, and the last of them is that of all blocks."""
+        super().__init__()
+        self.encoder, self._counts = encoder, tuple(counts)
+
+    def embed(self, inputs_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        return self.encoder.embed(inputs_RTD, lengths_R)
+
+    def read(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self.encoder.read_after(embedded_RTD, lengths_R, self._counts), 2)
+
+    def read_last(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        return self.encoder.read_last(embedded_RTD, lengths_R)
 
 
 class TwoEncoders(Encoder):

@@ -34,6 +34,10 @@ Teacher = Callable[[torch.Tensor, Mapping[str, torch.Tensor], torch.Tensor], tor
 """(states [N, ..., D], arrays of the batch by name, vectors of all items [V, D]) -> summed loss: a term that reads more
 of a row than its target."""
 
+Trained = Callable[[Mapping[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
+"""Arrays of the batch by name -> (states [N, ..., D], vectors of all items [V, D]) of a model that is not trained any
+more, without gradients."""
+
 Objective = Literal["softmax", "sampled_softmax", "bce", "bpr", "bpr_max"]
 
 
@@ -148,6 +152,76 @@ def divergence(
     """The summed Kullback-Leibler divergence of the item distributions of states from given ones, over K items each."""
     cross_entropy = linear_cross_entropy(hidden_ND, weight_VD, items_NK, products(), chance_NK=chance_NK)
     return cross_entropy + torch.special.xlogy(chance_NK, chance_NK).sum()
+
+
+class _Divergence(torch.autograd.Function):
+    """Loss and gradients of a few targets at a time, in the forward pass, where the scores are at hand. Suffix C:
+    targets of a chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        given_ND: torch.Tensor,
+        given_VD: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        low_VD, given_low_VD = weight_VD.to(dtype), given_VD.to(dtype)
+        grads = [torch.empty_like(hidden_ND), torch.zeros_like(weight_VD)]
+        loss = hidden_ND.new_zeros(())
+        for start in range(0, len(hidden_ND), CHUNK):
+            rows = slice(start, start + CHUNK)
+            low_CD = hidden_ND[rows].to(dtype)
+            log_CV = (low_CD @ low_VD.T).float().log_softmax(1)
+            given_log_CV = (given_ND[rows].to(dtype) @ given_low_VD.T).float().log_softmax(1)
+            chance_CV = given_log_CV.exp()
+            loss += (chance_CV * given_log_CV.sub_(log_CV)).sum()
+            rest_CV = log_CV.exp_().sub_(chance_CV).to(dtype)
+            grads[0][rows] = rest_CV @ low_VD
+            grads[1] += rest_CV.T @ low_CD
+        ctx.save_for_backward(*grads)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *(each * grads[0] for each in ctx.saved_tensors), None, None, None
+
+
+class Distillation:
+    """A teacher: draws a model's states, [N, D] or [N, W, D], to those of a trained model at the same targets, and its
+    scores of all items to that model's (Xu et al. 2025).
+
+    A state h whose counterpart is t costs direction * (1 - cos(h, t)) + distance * |h - t|; all W are added up. The
+    last state costs scores * KL(p, q) besides, where p and q are the softmaxes of the trained model's scores and of its
+    own. Vectors of items need not be shared, widths of states must be.
+    """
+
+    def __init__(self, trained: Trained, *, direction: float, distance: float, scores: float) -> None:
+        self._trained, self._direction, self._distance, self._scores = trained, direction, distance, scores
+        self._dtype = products()
+
+    def __call__(self, hidden: torch.Tensor, rows: Mapping[str, torch.Tensor], weight_VD: torch.Tensor) -> torch.Tensor:
+        given, given_VD = self._trained(rows)
+        turned, distance = 1 - F.cosine_similarity(hidden, given, dim=-1), (hidden - given).norm(dim=-1)
+        loss = self._direction * turned.sum() + self._distance * distance.sum()
+        if self._scores:
+            last_ND, given_ND = (each if each.ndim == 2 else each[:, -1] for each in (hidden, given))
+            loss = loss + self._scores * _Divergence.apply(last_ND, weight_VD, given_ND, given_VD, self._dtype)
+        return loss
+
+
+class MiddleHeads(nn.Module):
+    """A term of a target's states before the last one, [N, W, D], each through a matrix of its own; their sum."""
+
+    def __init__(self, term: Term, num_heads: int, size: int) -> None:
+        super().__init__()
+        self._term = term
+        self.heads = nn.ModuleList(nn.Linear(size, size, bias=False) for _ in range(num_heads))
+
+    def forward(self, hidden_NWD: torch.Tensor, target_N: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+        states = zip(self.heads, hidden_NWD[:, :-1].unbind(1), strict=True)
+        return torch.stack([self._term(head(state_ND), target_N, weight_VD) for head, state_ND in states]).sum()
 
 
 def info_nce(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from cprec.data.splits import Split
+from cprec.data.build import build_dataset
+from cprec.data.config import Rules, SplitSpec
+from cprec.data.dataset import read_dataset
+from cprec.data.sources.memory import MemorySource
+from cprec.data.splits import Split, make_split
 from cprec.systems.signals import TrainingSequences
 
 
@@ -28,3 +34,19 @@ def circle(data: TrainingSequences, tmp_path: Path) -> str:
     ids, vectors = np.array(data.item_ids), np.stack([np.cos(angle), np.sin(angle)], 1)
     np.savez(tmp_path / "circle.npz", item_id=ids, vectors=vectors)
     return str(tmp_path / "circle.npz")
+
+
+@pytest.fixture
+def split_of(tmp_path: Path) -> Callable[..., Split]:
+    """Makes a split of a log whose users had some of so many items, of the domain `tiny`."""
+
+    def make(histories: Sequence[Sequence[int]], num_items: int) -> Split:
+        events = [(f"u{user}", f"i{item}", time) for user, row in enumerate(histories) for time, item in enumerate(row)]
+        log = pa.table(list(zip(*events, strict=True)), ["user_id", "item_id", "timestamp"])
+        titles = [f"thing {n}" for n in range(num_items)]
+        items = pa.table([[f"i{n}" for n in range(num_items)], titles], ["item_id", "title"])
+        rules = Rules(k_core=0, drop_consecutive_repeats=False)
+        build_dataset([MemorySource("tiny", "p", items, log)], tmp_path / "data", rules)
+        return make_split(*read_dataset(tmp_path / "data"), SplitSpec())
+
+    return make

@@ -38,6 +38,7 @@ from cprec.systems.recipes.mqsa_ted import MQSATED
 from cprec.systems.recipes.rearec import PROGRESSIVE, ReaRec
 from cprec.systems.recipes.sasrec import SASRec
 from cprec.systems.recipes.sigma import SIGMA
+from cprec.systems.recipes.slmrec import SLMRec
 from cprec.systems.recipes.sra_cl import SRACL
 from cprec.systems.signals import PrefixStream, RowStream, TrainingSequences, WindowStream
 from cprec.train.loop import Optimisation
@@ -62,6 +63,7 @@ SEQUENTIAL: list[SystemSettings] = [
     ManCAR(**SMALL, num_epochs=1, first_epochs=2, num_blocks=1),
     IGRSR(**SMALL, num_epochs=1, first_epochs=2, num_blocks=1),
     MQSATED(**SMALL, num_epochs=5, num_blocks=1, num_heads=2),
+    SLMRec(**SMALL, num_epochs=5, num_heads=2, teacher_blocks=4),
 ]
 
 

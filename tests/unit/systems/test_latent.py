@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,12 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cprec.choices import can_be
-from cprec.data.build import build_dataset
-from cprec.data.config import Rules, SplitSpec
-from cprec.data.dataset import read_dataset
 from cprec.data.ragged import Ragged
-from cprec.data.sources.memory import MemorySource
-from cprec.data.splits import Split, make_split
+from cprec.data.splits import Split
 from cprec.errors import ConfigError, Unsuitable
 from cprec.systems.dot_product import SequenceModel, settled
 from cprec.systems.encoders import LatentSteps, SelfAttention
@@ -141,27 +136,16 @@ def test_a_control_has_as_many_blocks_as_come_nearest_in_operations(
 # ---- the smallest data -----------------------------------------------------------------------------------------------
 
 
-def split_of(histories: Sequence[Sequence[int]], num_items: int, folder: Path) -> Split:
-    """A split of a log whose users had these items."""
-    events = [(f"u{user}", f"i{item}", time) for user, row in enumerate(histories) for time, item in enumerate(row)]
-    log = pa.table(list(zip(*events, strict=True)), ["user_id", "item_id", "timestamp"])
-    items = pa.table(
-        [[f"i{n}" for n in range(num_items)], [f"thing {n}" for n in range(num_items)]], ["item_id", "title"]
-    )
-    build_dataset([MemorySource("tiny", "p", items, log)], folder, Rules(k_core=0, drop_consecutive_repeats=False))
-    return make_split(*read_dataset(folder), SplitSpec())
-
-
 SMALLEST: list[LatentSettings] = [ReaRec(), rearec.PROGRESSIVE, ManCAR(), IGRSR()]
 
 
 @pytest.mark.parametrize("settings", SMALLEST, ids=["ensemble", "progressive", "ManCAR", "IGR-SR"])
 @pytest.mark.parametrize(("histories", "num_items"), [([[0, 0, 0, 0, 0]], 1), ([[0, 1, 2, 3, 4]], 6)])
 def test_one_user_is_enough_and_so_is_one_item(
-    settings: LatentSettings, histories: list[list[int]], num_items: int, tmp_path: Path
+    settings: LatentSettings, histories: list[list[int]], num_items: int, split_of: Callable[..., Split]
 ) -> None:
     """Scores are finite, and of one item alone nothing can be wrong: it is the first."""
-    split = split_of(histories, num_items, tmp_path / "data")
+    split = split_of(histories, num_items)
     settings = replace(settings, **SMALL, num_epochs=2, first_epochs=1)
     recommender = settings.make(split, "tiny")
     scores = recommender.score_histories(Ragged.of([[0], []]), ["p/u0", ""])
@@ -171,9 +155,11 @@ def test_one_user_is_enough_and_so_is_one_item(
 
 
 @pytest.mark.parametrize("settings", [ReaRec(), ManCAR(), IGRSR()], ids=lambda settings: type(settings).__name__)
-def test_users_with_one_training_event_each_are_nothing_to_train_on(settings: LatentSettings, tmp_path: Path) -> None:
+def test_users_with_one_training_event_each_are_nothing_to_train_on(
+    settings: LatentSettings, split_of: Callable[..., Split]
+) -> None:
     with pytest.raises(Unsuitable, match="nothing to train on"):
-        settings.make(split_of([[0, 1, 2], [1, 2, 0]], 3, tmp_path / "data"), "tiny")
+        settings.make(split_of([[0, 1, 2], [1, 2, 0]], 3), "tiny")
 
 
 # ---- ReaRec ----------------------------------------------------------------------------------------------------------

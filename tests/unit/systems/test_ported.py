@@ -40,6 +40,7 @@ WITHOUT = {
     "NGCF": ("LightGCN", {**CASES["LightGCN"], **PLAIN}),
     "NGCF (published)": ("LightGCN (published)", {**CASES["LightGCN (published)"], **PLAIN}),
     "MQSA-TED": ("SASRec", {"short_share": 1.0, "transition_weight": 0.0}),
+    "SLMRec": ("SASRec", dict.fromkeys(("direction_weight", "distance_weight", "score_weight", "head_weight"), 0.0)),
 }
 """By name, the system that is left without its own parts, and the settings that leave them out."""
 
@@ -64,9 +65,9 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
 
 
 def trained(name: str, changed: dict[str, Any], split: Split, folder: Path) -> tuple[list[float], list[float]]:
-    """The loss of each step and NDCG@10 of each validation."""
+    """The loss of each step and NDCG@10 of each validation, in the last stage."""
     settings_of(name, {**SMALL, **changed}).make(split, "steps", seed=3, folder=folder)
-    (log,) = folder.glob(f"*/*/{LOG}")
+    *_, log = sorted(folder.glob(f"*/*/{LOG}"))
     lines = read_log(log)
     losses = [line["loss"] for line in lines if "loss" in line]
     return losses, [line["validation"]["ndcg@10"] for line in lines if "validation" in line]
