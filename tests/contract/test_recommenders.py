@@ -90,6 +90,8 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "Semantic IDs": {"text_size": 8, "num_codes": 8, "num_pieces": 50},
     "Semantic IDs (codes)": {"text_size": 8, "num_codes": 8},
     "SLMRec": {"teacher_blocks": 4},
+    "Human priors": {"num_groups": 3},
+    "Human priors (horizon)": {},
     "ReaRec": {"first_epochs": 0.2},
     "ReaRec (progressive)": {"first_epochs": 0.2},
     "ManCAR": {"first_epochs": 0.2},

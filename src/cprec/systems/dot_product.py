@@ -68,6 +68,14 @@ class DotProductModel(nn.Module, ABC):
     def encode(self, vectors: Vectors, rows: Rows) -> torch.Tensor:
         """Representations of whole histories, `items` and `users`: RD."""
 
+    def products(self, hidden_QD: torch.Tensor, items_VD: torch.Tensor, out_QV: torch.Tensor) -> torch.Tensor:
+        """Products of representations, as `encode` gives them, with the vectors of all items, in `out_QV`."""
+        block = ITEM_BLOCK if out_QV.device.type == "cpu" else max(1, len(items_VD))
+        for start in range(0, len(items_VD), block):
+            items_BD = items_VD[start : start + block]
+            torch.mm(hidden_QD, items_BD.T, out=out_QV[:, start : start + block])
+        return out_QV
+
     def scores(self, products: torch.Tensor) -> torch.Tensor:
         """What products mean as scores, one by one; the order of products is that of scores."""
         return products
@@ -356,8 +364,4 @@ class DotProductRecommender(ScoringRecommender):
         items_VD = self._vectors.items_VD
         if out_QV is None:
             out_QV = hidden_QD.new_empty(len(hidden_QD), len(items_VD))
-        block = ITEM_BLOCK if out_QV.device.type == "cpu" else max(1, len(items_VD))
-        for start in range(0, len(items_VD), block):
-            items_BD = items_VD[start : start + block]
-            torch.mm(hidden_QD, items_BD.T, out=out_QV[:, start : start + block])
-        return out_QV
+        return self.model.products(hidden_QD, items_VD, out_QV)

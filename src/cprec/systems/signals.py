@@ -54,6 +54,11 @@ class TrainingSequences:
         return [str(title) for title in self.catalogue.title[self.catalogue.rows_of(self.domain)]]
 
     @property
+    def categories(self) -> list[str]:
+        """Of each item; empty where it has none."""
+        return [str(category) for category in self.catalogue.categories[self.catalogue.rows_of(self.domain)]]
+
+    @property
     def item_ids(self) -> list[str]:
         return [str(item) for item in self.catalogue.item_id[self.catalogue.rows_of(self.domain)]]
 
@@ -73,7 +78,7 @@ class TrainingSequences:
         """SHA-256 of everything there is to learn from."""
         content = (
             *(self.sequences.values.tobytes(), self.sequences.offsets.tobytes(), "\n".join(self.users).encode()),
-            *("\n".join(self.item_ids).encode(), "\n".join(self.titles).encode()),
+            *("\n".join(texts).encode() for texts in (self.item_ids, self.titles, self.categories)),
             b"" if self.times is None else self.times.tobytes(),
         )
         return hashlib.sha256(b"\0".join(content)).hexdigest()

@@ -28,6 +28,7 @@ from cprec.systems.recipes.alpharec import AlphaRec
 from cprec.systems.recipes.bert4rec import BERT4Rec
 from cprec.systems.recipes.gru4rec import GRU4Rec
 from cprec.systems.recipes.hmamba import HMamba
+from cprec.systems.recipes.human_priors import HORIZON, HumanPriors
 from cprec.systems.recipes.icsrec import ICSRec
 from cprec.systems.recipes.igrsr import IGRSR
 from cprec.systems.recipes.lightgcn import NGCF, LightGCN
@@ -64,6 +65,8 @@ SEQUENTIAL: list[SystemSettings] = [
     IGRSR(**SMALL, num_epochs=1, first_epochs=2, num_blocks=1),
     MQSATED(**SMALL, num_epochs=5, num_blocks=1, num_heads=2),
     SLMRec(**SMALL, num_epochs=5, num_heads=2, teacher_blocks=4),
+    HumanPriors(**SMALL, num_epochs=5, num_blocks=1, num_heads=2, prior="popularity", num_groups=3),
+    replace(HORIZON, **SMALL, num_epochs=5, num_blocks=1, num_heads=2),
 ]
 
 

@@ -41,6 +41,7 @@ WITHOUT = {
     "NGCF (published)": ("LightGCN (published)", {**CASES["LightGCN (published)"], **PLAIN}),
     "MQSA-TED": ("SASRec", {"short_share": 1.0, "transition_weight": 0.0}),
     "SLMRec": ("SASRec", dict.fromkeys(("direction_weight", "distance_weight", "score_weight", "head_weight"), 0.0)),
+    "Human priors (popularity)": ("SASRec", {"num_groups": 1, "temperature": 0.0}),
 }
 """By name, the system that is left without its own parts, and the settings that leave them out."""
 
