@@ -32,7 +32,7 @@ DOMAINS = ("books", "games")
 ROW_TOKENS = 96
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Sums in one order: what is to be equal bit for bit must not depend on the machine's cores."""
     before = torch.get_num_threads()
@@ -105,7 +105,7 @@ def shards(data: Path) -> Shards:
     return open_shards(data / "shards" / "train")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_stream(shards: Shards) -> Callable[..., TokenStream]:
     def make(**changes: Any) -> TokenStream:
         settings: dict[str, Any] = {"rows_per_step": 4, "row_tokens": ROW_TOKENS, "seed": 0}
@@ -116,7 +116,7 @@ def make_stream(shards: Shards) -> Callable[..., TokenStream]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model(tokenizer: Any) -> Callable[..., Any]:
     def make(seed: int = 0) -> Any:
         return tiny_model(len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, seed=seed)
@@ -124,7 +124,7 @@ def make_model(tokenizer: Any) -> Callable[..., Any]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run(
     make_stream: Callable[..., TokenStream], make_model: Callable[..., Any]
 ) -> Callable[..., tuple[TrainState, Any]]:

@@ -47,6 +47,13 @@ def same_weights(first: Any, second: Any) -> bool:
     return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
 
 
+@pytest.fixture(scope="module")
+def usual(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainState, Any, Path]:
+    """A run that nothing disturbs: its final state, its model and its folder."""
+    folder = tmp_path_factory.mktemp("usual") / "whole"
+    return *run(folder), folder
+
+
 # ---- what is learnt --------------------------------------------------------------------------------------------------
 
 
@@ -274,10 +281,14 @@ class Interrupted(PackedLoss):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_step_finish_and_saves(
-    run: Run, make_model: MakeModel, tmp_path: Path, capfd: pytest.CaptureFixture[str], number: int
+    run: Run,
+    make_model: MakeModel,
+    usual: tuple[TrainState, Any, Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    number: int,
 ) -> None:
-    _, whole = run(tmp_path / "whole")
-
+    _, whole, folder = usual
     model = make_model()
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(KeyboardInterrupt):
@@ -288,11 +299,13 @@ def test_a_signal_lets_the_step_finish_and_saves(
     assert re.search(rf"stopped after step 7 of \d+, saved as {newest}\n", capfd.readouterr().err)
     _, resumed = run(tmp_path / "cut", resume_from=newest)
     assert same_weights(whole, resumed)
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "cut") == losses(folder)
 
 
-def test_a_signal_in_the_last_step_reaches_the_caller(run: Run, make_model: MakeModel, tmp_path: Path) -> None:
-    state, whole = run(tmp_path / "whole")
+def test_a_signal_in_the_last_step_reaches_the_caller(
+    run: Run, make_model: MakeModel, usual: tuple[TrainState, Any, Path], tmp_path: Path
+) -> None:
+    state, whole, folder = usual
     model = make_model()
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", model=model, trainable=Interrupted(model, signal.SIGTERM, at=state.step))
@@ -300,7 +313,7 @@ def test_a_signal_in_the_last_step_reaches_the_caller(run: Run, make_model: Make
     assert newest.name == f"checkpoint-{state.step}"
     again, resumed = run(tmp_path / "cut", resume_from=newest)
     assert same_weights(whole, resumed) and (again.step, again.consumed) == (state.step, state.consumed)
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "cut") == losses(folder)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run: Run, make_model: MakeModel, tmp_path: Path) -> None:
@@ -350,7 +363,12 @@ def no_room(*_: Any, **__: Any) -> None:
 
 @pytest.mark.parametrize("what", ["weights", "optimizer", "state", "flush"])
 def test_a_full_disk_leaves_the_older_checkpoint(
-    run: Run, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+    run: Run,
+    make_model: MakeModel,
+    usual: tuple[TrainState, Any, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
 ) -> None:
     def fill_up() -> dict[str, float]:  # called after step 8, before the second checkpoint
         if checkpoints(tmp_path):
@@ -370,9 +388,8 @@ def test_a_full_disk_leaves_the_older_checkpoint(
     monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", LOG]
     assert newest_intact(tmp_path) == tmp_path / "checkpoint-5"
-    _, whole = run(tmp_path / "whole")
     _, resumed = run(tmp_path, resume_from=tmp_path / "checkpoint-5")
-    assert same_weights(whole, resumed)
+    assert same_weights(usual[1], resumed)
 
 
 def test_a_full_disk_where_the_log_is_says_so(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
