@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,24 +36,37 @@ from cprec.train.pretrain import behaviour_and_more, fork, pretrain, pretrain_pl
 SOURCE = Path(__file__).parents[3] / "src"
 
 
+def small(data: Path, output_dir: Path, **changes: Any) -> PretrainConfig:
+    settings: dict[str, Any] = {
+        "data": str(data),
+        "output_dir": str(output_dir),
+        "tiny": TinyModel(hidden_size=16, num_hidden_layers=1, num_attention_heads=2),
+        "learning_rate": 1e-2,
+        "max_length": 96,
+        "train_batch_size": 4,
+        "bf16": "false",
+        "save_steps": 3,
+        "logging_steps": 1,
+        "eval_steps": 6,
+    }
+    return PretrainConfig(**settings | changes)
+
+
 @pytest.fixture
 def config(data: Path, tmp_path: Path) -> Callable[..., PretrainConfig]:
-    def make(name: str = "out", **changes: Any) -> PretrainConfig:
-        settings: dict[str, Any] = {
-            "data": str(data),
-            "output_dir": str(tmp_path / name),
-            "tiny": TinyModel(hidden_size=16, num_hidden_layers=1, num_attention_heads=2),
-            "learning_rate": 1e-2,
-            "max_length": 96,
-            "train_batch_size": 4,
-            "bf16": "false",
-            "save_steps": 3,
-            "logging_steps": 1,
-            "eval_steps": 6,
-        }
-        return PretrainConfig(**settings | changes)
+    return lambda name="out", **changes: small(data, tmp_path / name, **changes)
 
-    return make
+
+@pytest.fixture(scope="module")
+def base(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a pre-trained model, which no test changes."""
+    return pretrain(small(data, tmp_path_factory.mktemp("base") / "out"))
+
+
+@pytest.fixture(scope="module")
+def annealed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with its stable checkpoint, which no test changes."""
+    return pretrain(small(data, tmp_path_factory.mktemp("annealed") / "out", anneal_steps=0.3))
 
 
 @pytest.fixture
@@ -76,8 +90,8 @@ def weights(folder: Path) -> bytes:
 # ---- the model folder ------------------------------------------------------------------------------------------------
 
 
-def test_pretraining_leaves_a_model_folder_and_nothing_else(config: Callable[..., PretrainConfig]) -> None:
-    folder = pretrain(config())
+def test_pretraining_leaves_a_model_folder_and_nothing_else(base: Path) -> None:
+    folder = base
     about = read_done(folder)
     assert about is not None
     assert about["stage"] == "pretrain" and about["history"] == "specific"
@@ -93,10 +107,7 @@ def test_pretraining_leaves_a_model_folder_and_nothing_else(config: Callable[...
     assert len({item.item_id for item in found}) == 3
 
 
-def test_fine_tuning_goes_on_from_pretraining(
-    config: Callable[..., PretrainConfig], tune: Callable[..., FinetuneConfig]
-) -> None:
-    base = pretrain(config())
+def test_fine_tuning_goes_on_from_pretraining(base: Path, tune: Callable[..., FinetuneConfig]) -> None:
     tuned = finetune(tune(model_name_or_path=str(base)))
     about, before = read_done(tuned), read_done(base)
     assert about is not None and before is not None
@@ -116,16 +127,20 @@ def test_the_seed_decides_everything(config: Callable[..., PretrainConfig]) -> N
 # ---- running again ---------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_is_reused(config: Callable[..., PretrainConfig], capfd: pytest.CaptureFixture[str]) -> None:
-    folder = pretrain(config())
+def test_a_finished_run_is_reused(
+    base: Path, config: Callable[..., PretrainConfig], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(base, tmp_path / "out"))
     stamp = (folder / DONE).stat().st_mtime_ns
     assert pretrain(config(save_steps=7)) == folder  # how often it was saved does not matter
     assert (folder / DONE).stat().st_mtime_ns == stamp
     assert f"{folder}: complete with these settings, reused" in capfd.readouterr().err
 
 
-def test_other_settings_are_not_mixed_into_a_run(config: Callable[..., PretrainConfig]) -> None:
-    folder = pretrain(config())
+def test_other_settings_are_not_mixed_into_a_run(
+    base: Path, config: Callable[..., PretrainConfig], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(base, tmp_path / "out"))
     with pytest.raises(ConfigError, match=r"learning_rate was 0.01, now 0.02.*choose another output_dir or delete it"):
         pretrain(config(learning_rate=2e-2))
     assert (folder / DONE).is_file()
@@ -211,10 +226,7 @@ def test_never_starts_again(config: Callable[..., PretrainConfig], monkeypatch: 
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
 
 
-def test_adapters_are_trained_saved_and_found_again(
-    config: Callable[..., PretrainConfig], tune: Callable[..., FinetuneConfig]
-) -> None:
-    base = pretrain(config())
+def test_adapters_are_trained_saved_and_found_again(base: Path, tune: Callable[..., FinetuneConfig]) -> None:
     tuned = finetune(tune(model_name_or_path=str(base), lora_rank=2))
     assert (tuned / "adapter_model.safetensors").is_file() and not (tuned / "model.safetensors").exists()
     recommender = LLMRecommender.from_pretrained(tuned)
@@ -223,9 +235,8 @@ def test_adapters_are_trained_saved_and_found_again(
 
 @pytest.mark.slow
 def test_merged_adapters_make_a_plain_model_that_ranks_the_same(
-    config: Callable[..., PretrainConfig], tune: Callable[..., FinetuneConfig]
+    base: Path, tune: Callable[..., FinetuneConfig]
 ) -> None:
-    base = pretrain(config())
     settings = {"model_name_or_path": str(base), "lora_rank": 2}
     adapted, merged = finetune(tune("adapted", **settings)), finetune(tune("merged", lora_merge=True, **settings))
     assert (merged / "model.safetensors").is_file() and not list(merged.glob("adapter*"))
@@ -261,8 +272,6 @@ def test_frozen_layers_stay_as_the_base_has_them(
 
 
 def test_a_tampered_shard_stops_the_run(config: Callable[..., PretrainConfig], data: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(data, tmp_path / "data")
     tokens = tmp_path / "data" / "shards" / "train" / "tokens.bin"
     contents = bytearray(tokens.read_bytes())
@@ -515,18 +524,18 @@ def test_a_dry_run_says_what_it_would_do(
 # ---- forks -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_fork_of_equal_annealing_is_the_run_itself(config: Callable[..., PretrainConfig]) -> None:
-    whole = pretrain(config(anneal_steps=0.3))
-    stable = next(whole.glob("stable-*"))
+def test_a_fork_of_equal_annealing_is_the_run_itself(annealed: Path, config: Callable[..., PretrainConfig]) -> None:
+    stable = next(annealed.glob("stable-*"))
     branch = fork(config("branch", anneal_steps=0.3), stable)
-    assert weights(branch) == weights(whole)
-    assert read_done(branch)["consumed"] == read_done(whole)["consumed"]  # type: ignore[index]
+    assert weights(branch) == weights(annealed)
+    assert read_done(branch)["consumed"] == read_done(annealed)["consumed"]  # type: ignore[index]
     assert min(losses(branch)) == int(stable.name.partition("-")[2]) + 1, "only the annealing was trained"
 
 
-def test_a_fork_may_end_otherwise_but_not_begin_otherwise(config: Callable[..., PretrainConfig]) -> None:
-    whole = pretrain(config(anneal_steps=0.3))
-    stable = next(whole.glob("stable-*"))
+def test_a_fork_may_end_otherwise_but_not_begin_otherwise(
+    annealed: Path, config: Callable[..., PretrainConfig]
+) -> None:
+    stable = next(annealed.glob("stable-*"))
     tokens = read_state(stable).num_tokens
     longer = replace(
         config("longer", anneal_steps=0.5, anneal_mixture=Mixture(mixed_share=0.8, examples_share=0.1)),
@@ -540,11 +549,10 @@ def test_a_fork_may_end_otherwise_but_not_begin_otherwise(config: Callable[..., 
 
 
 @pytest.mark.slow
-def test_a_stable_run_goes_on_with_more_data(config: Callable[..., PretrainConfig]) -> None:
-    whole = pretrain(config(anneal_steps=0.3))
-    stable = next(whole.glob("stable-*"))
+def test_a_stable_run_goes_on_with_more_data(annealed: Path, config: Callable[..., PretrainConfig]) -> None:
+    stable = next(annealed.glob("stable-*"))
     more = pretrain(config("more", continue_from=str(stable), seed=1))
-    log, before = losses(more), losses(whole)
+    log, before = losses(more), losses(annealed)
     assert log[1] == pytest.approx(before[int(stable.name.partition("-")[2])], rel=0.3) and log[1] < 0.7 * before[1]
     assert [line for line in read_log(more / LOG) if "learning_rate" in line][0]["learning_rate"] == 1e-2
     about = read_done(more)
