@@ -36,9 +36,8 @@ from cprec.train.pretrain import behaviour_and_more, fork, pretrain, pretrain_pl
 SOURCE = Path(__file__).parents[3] / "src"
 
 
-def small(data: Path, output_dir: Path, **changes: Any) -> PretrainConfig:
+def small(output_dir: Path, **changes: Any) -> PretrainConfig:
     settings: dict[str, Any] = {
-        "data": str(data),
         "output_dir": str(output_dir),
         "tiny": TinyModel(hidden_size=16, num_hidden_layers=1, num_attention_heads=2),
         "learning_rate": 1e-2,
@@ -54,19 +53,19 @@ def small(data: Path, output_dir: Path, **changes: Any) -> PretrainConfig:
 
 @pytest.fixture
 def config(data: Path, tmp_path: Path) -> Callable[..., PretrainConfig]:
-    return lambda name="out", **changes: small(data, tmp_path / name, **changes)
+    return lambda name="out", **changes: small(tmp_path / name, **{"data": str(data)} | changes)
 
 
 @pytest.fixture(scope="module")
 def base(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a pre-trained model, which no test changes."""
-    return pretrain(small(data, tmp_path_factory.mktemp("base") / "out"))
+    return pretrain(small(tmp_path_factory.mktemp("base") / "out", data=str(data)))
 
 
 @pytest.fixture(scope="module")
 def annealed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run with its stable checkpoint, which no test changes."""
-    return pretrain(small(data, tmp_path_factory.mktemp("annealed") / "out", anneal_steps=0.3))
+    return pretrain(small(tmp_path_factory.mktemp("annealed") / "out", data=str(data), anneal_steps=0.3))
 
 
 @pytest.fixture
