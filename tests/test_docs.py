@@ -262,12 +262,13 @@ def test_no_page_names_a_folder_of_one_machine(page: Path) -> None:
     assert not found
 
 
-def test_the_page_of_the_command_line_is_current() -> None:
-    spec = importlib.util.spec_from_file_location("make_cli", ROOT / "docs" / "make_cli.py")
+@pytest.mark.parametrize("script", ["make_cli", "make_results"])
+def test_pages_that_scripts_write_are_current(script: str) -> None:
+    spec = importlib.util.spec_from_file_location(script, ROOT / "docs" / f"{script}.py")
     assert spec is not None and spec.loader is not None
-    make_cli = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_cli)
-    assert make_cli.PAGE.read_text(encoding="utf-8") == make_cli.page(), "run: python docs/make_cli.py"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), f"run: python docs/{script}.py"
 
 
 def test_the_template_shown_is_the_one_in_use() -> None:
