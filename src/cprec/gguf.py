@@ -7,6 +7,7 @@ import json
 import os
 import re
 import ssl
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -61,8 +62,8 @@ def _check_hub(name: str) -> None:
         return
     try:
         urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=_SECONDS).close()
-    except HTTPError:
-        return  # it answers, if not to this
+    except (HTTPError, HTTPException, ConnectionError):
+        return  # something answers, if not to this
     except (URLError, TimeoutError) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLError):
