@@ -9,16 +9,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
+from cprec.errors import ConfigError
 from cprec.evaluate.results import DomainResult, read_report
-from cprec.evaluate.statistics import compare_pair
+from cprec.fit.answer import compare_saved
 from cprec.lineup import LINEUP
+from cprec.provenance import read_resolved
 
 PAGE, ROWS = (Path(__file__).with_name(name) for name in ("results.md", "results.json"))
 BEGIN, END = "<!-- systems: written by make_results.py -->\n", "<!-- systems: end -->"
@@ -33,24 +32,21 @@ CONTROLS: Mapping[str, str] = {
 
 
 def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """The trained rows of an evaluation, by domain and name."""
+    """The trained rows of an evaluation, by domain and name. Raises ConfigError for one that asked for anything but all
+    test queries, or whose rows have learnt the validation events."""
+    config = read_resolved(folder)["config"]
+    asked = {name: config[name] for name in ("part", "max_queries", "refit", "exclude_seen")}
+    if asked != (expected := {"part": "test", "max_queries": 0, "refit": False, "exclude_seen": True}):
+        raise ConfigError(f"{folder} was made with {asked}, and the table is of {expected}: evaluate so first")
     report = read_report(folder / "report.json")
-    return {name: dict(_rows(result, folder / name)) for name, result in report.domains.items()}
+    return {name: dict(_rows(result, folder)) for name, result in report.domains.items()}
 
 
 def _rows(result: DomainResult, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    saved = pq.read_table(folder / "metrics.parquet", columns=["arm", "protocol", "user_id", str(result.main)])
-    saved = saved.filter(pc.equal(saved["protocol"], result.main.pool))
-
-    def values(arm: str) -> np.ndarray:
-        column: np.ndarray = saved.filter(pc.equal(saved["arm"], arm))[str(result.main)].to_numpy()
-        return column
-
     for name, arm in result.arms.items():
         if arm.cost.train_seconds is None or name not in LINEUP:
             continue
-        recall = next(cell for metric, cell in arm.of(result.main.pool).items() if str(metric) == "recall@10")
-        main = arm.metrics[result.main]
+        main, recall = (arm.metrics[replace(result.main, name=metric)] for metric in ("ndcg", "recall"))
         row: dict[str, Any] = {
             "ndcg@10": [round(number, 5) for number in (main.mean, main.low, main.high)],
             "recall@10": round(recall.mean, 5),
@@ -58,10 +54,9 @@ def _rows(result: DomainResult, folder: Path) -> Iterator[tuple[str, dict[str, A
             "training seconds": round(arm.cost.train_seconds),
             "milliseconds a query": round(arm.cost.milliseconds_per_query, 3),
         }
-        control = CONTROLS.get(name)
+        control = CONTROLS.get(name, "")
         if control in result.arms:
-            users = saved.filter(pc.equal(saved["arm"], name))["user_id"].to_pylist()
-            test = compare_pair(values(name), values(control), groups=users)
+            test = compare_saved(folder, result, 0, name, control)
             row["less its control"] = [round(number, 5) for number in (test.mean, test.low, test.high)]
         yield name, row
 
