@@ -117,9 +117,16 @@ class SequenceModel(DotProductModel):
         if targets.ndim == 1:
             return self._last(vectors, rows).unflatten(0, items.shape[:-1]), targets
         assert isinstance(self.encoder, Encoder), "latent steps follow a whole history, not each of its positions"
-        at_N = (targets.flatten() != IGNORE).nonzero().squeeze(1)
-        hidden_RTD = self.encoder(*_inputs(vectors, rows))
-        return hidden_RTD.flatten(0, 1)[at_N], targets.flatten()[at_N]
+        found, at = [], []
+        for part_P, width in parts_of_like_length((rows["items"] != len(vectors.items_VD)).sum(1)):
+            part = {name: rows[name][part_P, :width] for name in ("items", "gaps") if name in rows}
+            hidden_PTD = self.encoder(*_inputs(vectors, part))
+            row_N, place_N = (targets[part_P, :width] != IGNORE).nonzero(as_tuple=True)
+            found.append(hidden_PTD[row_N, place_N])
+            at.append(part_P[row_N] * targets.shape[1] + place_N)
+        at_N = torch.cat(at)
+        order_N = at_N.argsort()  # back to the order of rows
+        return torch.cat(found)[order_N], targets.flatten()[at_N[order_N]]
 
     def encode(self, vectors: Vectors, rows: Rows) -> torch.Tensor:
         return self._pool(self._last(vectors, rows), vectors.items_VD)
@@ -128,6 +135,22 @@ class SequenceModel(DotProductModel):
         if self.prompts is not None:
             return self.encoder.last(*self.prompts(rows["items"].flatten(0, -2), vectors.inputs))
         return self.encoder.last(*_inputs(vectors, rows))
+
+
+def parts_of_like_length(lengths_R: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
+    """Rows that are read together, and how many of their positions: all of them, unless more than half of the positions
+    would be padding on a CPU, where padding takes time. Then a row has more than half the length of the longest one of
+    its part.
+
+    >>> parts_of_like_length(torch.tensor([2, 9, 4, 1, 3]))
+    [(tensor([1]), 9), (tensor([2, 4]), 4), (tensor([0]), 2), (tensor([3]), 1)]
+    """
+    longest, num_rows = max(1, int(lengths_R.max())), len(lengths_R)
+    if lengths_R.device.type != "cpu" or 2 * int(lengths_R.sum()) >= longest * num_rows:
+        return [(torch.arange(num_rows, device=lengths_R.device), longest)]
+    halvings_R = (longest / lengths_R.clamp(min=1)).log2().floor()
+    parts = [(halvings_R == halvings).nonzero().squeeze(1) for halvings in halvings_R.unique()]
+    return [(part_P, max(1, int(lengths_R[part_P].max()))) for part_P in parts]
 
 
 def states_of(model: DotProductModel, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
