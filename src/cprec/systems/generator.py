@@ -19,8 +19,9 @@ from cprec.scoring import check_domain, histories_of
 from cprec.search.ranking import SequenceRanker, batches
 from cprec.search.reading import ModelReader
 from cprec.search.trie import Trie
+from cprec.systems.batches import Passes, RowStream
 from cprec.systems.codes import END, PADDING, ItemCodes
-from cprec.systems.signals import Passes, RowStream, TrainingSequences, padded, recent, windows
+from cprec.systems.signals import TrainingSequences, padded, recent, windows
 from cprec.text.stream import NEXT_TOKEN
 
 QUERY_BATCH = 64

@@ -21,7 +21,7 @@ from cprec.systems.dot_product import SequenceModel, Vectors
 from cprec.systems.encoders import Encoder
 from cprec.systems.intents import at_zero
 from cprec.systems.items import ItemTable
-from cprec.systems.terms import products
+from cprec.systems.terms import product_dtype
 from cprec.train.loss import linear_cross_entropy
 
 ROUNDS = 20
@@ -155,7 +155,7 @@ class OwnHeads:
 
     def __init__(self, model: HeadModel, horizon: int, discount: float) -> None:
         weights_P = discount ** np.arange(horizon)
-        self._model, self._weights_P, self._dtype = model, (weights_P / weights_P.sum()).tolist(), products()
+        self._model, self._weights_P, self._dtype = model, (weights_P / weights_P.sum()).tolist(), product_dtype()
 
     def __call__(
         self, hidden_ND: torch.Tensor, rows: Mapping[str, torch.Tensor], weight_VD: torch.Tensor

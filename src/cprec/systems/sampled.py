@@ -21,7 +21,7 @@ from torch import nn
 from cprec.batch import IGNORE
 from cprec.data.ragged import Ragged
 from cprec.systems.dot_product import SequenceModel
-from cprec.systems.fit import NEXT_ITEM, WeightedTerms
+from cprec.systems.stage import NEXT_ITEM, WeightedTerms
 from cprec.train.loss import linear_cross_entropy
 
 

@@ -130,14 +130,14 @@ def objective_loss(
     return (0.5 * size_N - torch.log(apart_N + 1e-24)).sum()
 
 
-def products() -> torch.dtype:
+def product_dtype() -> torch.dtype:
     """The numbers that products with all items' vectors are made in: bf16 where the machine is good at it."""
     return torch.bfloat16 if distributed.use_bf16("auto", distributed.pick_device()) else torch.float32
 
 
 def next_item(objective: Objective, num_negatives: int = 0, temperature: float = 1.0) -> Term:
-    """`objective_loss` as a term, of scores divided by a temperature; `products` says in which numbers."""
-    dtype = products()
+    """`objective_loss` as a term, of scores divided by a temperature; `product_dtype` says in which numbers."""
+    dtype = product_dtype()
 
     def term(hidden_ND: torch.Tensor, target_N: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
         scaled_ND = hidden_ND if temperature == 1 else hidden_ND / temperature
@@ -150,7 +150,7 @@ def divergence(
     hidden_ND: torch.Tensor, weight_VD: torch.Tensor, items_NK: torch.Tensor, chance_NK: torch.Tensor
 ) -> torch.Tensor:
     """The summed Kullback-Leibler divergence of the item distributions of states from given ones, over K items each."""
-    cross_entropy = linear_cross_entropy(hidden_ND, weight_VD, items_NK, products(), chance_NK=chance_NK)
+    cross_entropy = linear_cross_entropy(hidden_ND, weight_VD, items_NK, product_dtype(), chance_NK=chance_NK)
     return cross_entropy + torch.special.xlogy(chance_NK, chance_NK).sum()
 
 
@@ -199,7 +199,7 @@ class Distillation:
 
     def __init__(self, trained: Trained, *, direction: float, distance: float, scores: float) -> None:
         self._trained, self._direction, self._distance, self._scores = trained, direction, distance, scores
-        self._dtype = products()
+        self._dtype = product_dtype()
 
     def __call__(self, hidden: torch.Tensor, rows: Mapping[str, torch.Tensor], weight_VD: torch.Tensor) -> torch.Tensor:
         given, given_VD = self._trained(rows)
@@ -434,7 +434,7 @@ class Successors(nn.Module):
             ("least_V", least, np.float32),
         ):
             self.register_buffer(name, torch.from_numpy(array.astype(kind)), persistent=False)
-        self._temperature, self._dropout, self._dtype = temperature, dropout, products()
+        self._temperature, self._dropout, self._dtype = temperature, dropout, product_dtype()
 
     def forward(
         self, hidden_ND: torch.Tensor, rows: Mapping[str, torch.Tensor], weight_VD: torch.Tensor

@@ -21,10 +21,11 @@ from cprec.data.splits import Split, make_split
 from cprec.errors import ConfigError, Unsuitable
 from cprec.schema import SPLITS, TEST, TRAIN
 from cprec.systems import fit as fitting
+from cprec.systems.batches import BasketStream, Passes
 from cprec.systems.dot_product import DotProductRecommender, SequenceModel
 from cprec.systems.encoders import Mean
 from cprec.systems.recipes.dual_embeddings import DualEmbeddings
-from cprec.systems.signals import Baskets, BasketStream, Passes, TrainingSequences
+from cprec.systems.signals import Baskets, TrainingSequences
 from cprec.systems.terms import SkipGram
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "learning_rate": 2e-2, "batch_size": 64, "num_negatives": 3}

@@ -21,12 +21,13 @@ from cprec.schema import TEST
 from cprec.systems import fit as fitting
 from cprec.systems.codes import pieces_of
 from cprec.systems.dot_product import SequenceModel
-from cprec.systems.fit import Stage, SystemSettings
 from cprec.systems.graph import ItemGraph
 from cprec.systems.items import IdTable, SumTable
 from cprec.systems.recipes.h2rec import CODES, H2Rec, SemanticIDs
 from cprec.systems.recipes.sasrec import SASRec
+from cprec.systems.settings import SystemSettings
 from cprec.systems.signals import TrainingSequences
+from cprec.systems.stage import Stage
 from cprec.systems.terms import Alignment
 
 NUM_ITEMS = 12

@@ -20,11 +20,12 @@ from cprec.errors import ConfigError
 from cprec.models import tiny_model
 from cprec.recommender import RankingQuery
 from cprec.schema import Item
+from cprec.systems.batches import Passes
 from cprec.systems.clusters import k_means
 from cprec.systems.codes import BEGIN, END, FIRST_CODE, ItemCodes, residual_codes
 from cprec.systems.generator import CodeRecommender, CodeStream
 from cprec.systems.recipes.tiger import TIGER
-from cprec.systems.signals import Passes, TrainingSequences
+from cprec.systems.signals import TrainingSequences
 from cprec.systems.vectors import text_vectors
 
 NUM_ITEMS = 40

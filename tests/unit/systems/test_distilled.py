@@ -18,10 +18,10 @@ from cprec.data.splits import Split
 from cprec.errors import ConfigError, Unsuitable
 from cprec.systems.dot_product import SequenceModel
 from cprec.systems.encoders import Layers, SelfAttention
-from cprec.systems.fit import NEXT_ITEM, Stage
 from cprec.systems.recipes.sasrec import SASRec
 from cprec.systems.recipes.slmrec import SLMRec
 from cprec.systems.signals import TrainingSequences
+from cprec.systems.stage import NEXT_ITEM, Stage
 from cprec.systems.terms import Distillation, MiddleHeads, next_item
 
 pytestmark = pytest.mark.usefixtures("in_fp32")

@@ -19,9 +19,9 @@ from cprec.data.splits import Split
 from cprec.errors import ConfigError, Unsuitable
 from cprec.schema import SPLITS, TEST, TRAIN
 from cprec.systems import fit as fitting
+from cprec.systems.batches import PrefixStream, RowStream, WindowStream
 from cprec.systems.dot_product import DotProductRecommender, GraphModel, SequenceModel
 from cprec.systems.encoders import Block, BlockKind, Encoder, LatentSteps, Recurrent, SelfAttention, TwoEncoders
-from cprec.systems.fit import NEXT_ITEM, Stage, SystemSettings, WeightedTerms
 from cprec.systems.graph import SLOPE, Step, UserItemGraph
 from cprec.systems.items import FrozenTable, IdTable, read_vectors
 from cprec.systems.recipes.alpharec import AlphaRec
@@ -41,7 +41,9 @@ from cprec.systems.recipes.sasrec import SASRec
 from cprec.systems.recipes.sigma import SIGMA
 from cprec.systems.recipes.slmrec import SLMRec
 from cprec.systems.recipes.sra_cl import SRACL
-from cprec.systems.signals import PrefixStream, RowStream, TrainingSequences, WindowStream
+from cprec.systems.settings import SystemSettings
+from cprec.systems.signals import TrainingSequences
+from cprec.systems.stage import NEXT_ITEM, Stage, WeightedTerms
 from cprec.train.loop import Optimisation
 
 NUM_ITEMS = 12

@@ -20,9 +20,9 @@ from cprec.choices import can_be
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import ConfigError, Unsuitable
+from cprec.systems.batches import PrefixStream
 from cprec.systems.dot_product import SequenceModel, settled
 from cprec.systems.encoders import LatentSteps, SelfAttention
-from cprec.systems.fit import NEXT_ITEM, Stage, WeightedTerms
 from cprec.systems.graph import ItemGraph, Prompts
 from cprec.systems.intents import Distiller, IntentSteps, Reading
 from cprec.systems.recipes import igrsr, mancar, rearec
@@ -31,7 +31,8 @@ from cprec.systems.recipes.latent import LatentSettings
 from cprec.systems.recipes.mancar import ManCAR
 from cprec.systems.recipes.rearec import ReaRec
 from cprec.systems.recipes.sasrec import SASRec
-from cprec.systems.signals import PrefixStream, TrainingSequences
+from cprec.systems.signals import TrainingSequences
+from cprec.systems.stage import NEXT_ITEM, Stage, WeightedTerms
 from cprec.systems.terms import next_item, same_history
 
 pytestmark = pytest.mark.usefixtures("in_fp32")

@@ -17,11 +17,11 @@ from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import ConfigError
-from cprec.systems.fit import NEXT_ITEM, WeightedTerms
 from cprec.systems.items import MASK, PADDING
 from cprec.systems.recipes.sasrec import SASRec
 from cprec.systems.sampled import SampledItemsLoss, _places
 from cprec.systems.signals import TrainingSequences
+from cprec.systems.stage import NEXT_ITEM, WeightedTerms
 from cprec.train.loss import linear_cross_entropy
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "dropout": 0.0, "num_blocks": 1, "num_heads": 2, "batch_size": 16}

@@ -19,14 +19,15 @@ from cprec.data.ragged import Ragged
 from cprec.errors import ConfigError, Unsuitable
 from cprec.systems.dot_product import SequenceModel
 from cprec.systems.encoders import Encoder
-from cprec.systems.fit import NEXT_ITEM, Stage, SystemSettings
 from cprec.systems.hyperbolic import OnHyperboloid, ToHyperboloid, distance_scores, nearest_item
 from cprec.systems.items import FrozenTable, IdTable
 from cprec.systems.recipes.hmamba import HMamba
 from cprec.systems.recipes.mamba4rec import Mamba4Rec
 from cprec.systems.recipes.mmm4rec import MMM4Rec
 from cprec.systems.recipes.sigma import SIGMA, Gated, Mixture
+from cprec.systems.settings import SystemSettings
 from cprec.systems.signals import DAY, Gaps, TrainingSequences, windows
+from cprec.systems.stage import NEXT_ITEM, Stage
 from cprec.systems.state_space import ConvolvedGRU, PartlyBackwards, StateSpace, StateSpaceBlock, quadratic, scan
 from cprec.systems.terms import next_item
 

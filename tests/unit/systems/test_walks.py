@@ -20,13 +20,14 @@ from cprec.data.splits import Split
 from cprec.errors import ConfigError, CPRecError, Unsuitable
 from cprec.schema import SPLITS, TEST, TRAIN
 from cprec.systems import fit as fitting
+from cprec.systems.batches import PairStream, Passes
 from cprec.systems.dot_product import DotProductRecommender, SequenceModel
 from cprec.systems.encoders import Mean
-from cprec.systems.fit import NEXT_ITEM, Stage
 from cprec.systems.graph import Neighbours
 from cprec.systems.items import ItemTable
 from cprec.systems.recipes.pinsage import PinSage
-from cprec.systems.signals import PairStream, Passes, TrainingSequences
+from cprec.systems.signals import TrainingSequences
+from cprec.systems.stage import NEXT_ITEM, Stage
 from cprec.systems.terms import MaxMargin
 from cprec.systems.walks import Convolve, importance, visits
 

@@ -18,11 +18,13 @@ import torch
 from torch import nn
 
 from cprec.choices import Choice, Real
+from cprec.systems.batches import UserItemStream
 from cprec.systems.dot_product import GraphModel
-from cprec.systems.fit import NEXT_ITEM, GraphSettings, Stage, TextSettings
 from cprec.systems.graph import Step, UserItemGraph
 from cprec.systems.items import FrozenTable
-from cprec.systems.signals import TrainingSequences, UserItemStream
+from cprec.systems.settings import GraphSettings, TextSettings
+from cprec.systems.signals import TrainingSequences
+from cprec.systems.stage import NEXT_ITEM, Stage
 from cprec.systems.terms import next_item
 
 

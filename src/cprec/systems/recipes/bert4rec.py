@@ -15,11 +15,13 @@ import numpy as np
 
 from cprec.data.ragged import Ragged
 from cprec.errors import ConfigError
+from cprec.systems.batches import MaskedStream
 from cprec.systems.dot_product import SequenceModel
-from cprec.systems.fit import NEXT_ITEM, NextItemSettings, Stage
 from cprec.systems.items import MASK
 from cprec.systems.recipes.sasrec import SelfAttentionSettings
-from cprec.systems.signals import MaskedStream, TrainingSequences, padded, recent
+from cprec.systems.settings import NextItemSettings
+from cprec.systems.signals import TrainingSequences, padded, recent
+from cprec.systems.stage import NEXT_ITEM, Stage
 from cprec.systems.terms import Objective
 
 

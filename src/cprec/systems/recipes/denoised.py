@@ -11,9 +11,10 @@ from tempfile import TemporaryDirectory
 from cprec.data.splits import Split
 from cprec.errors import ConfigError
 from cprec.systems.denoise import GraphScorer, denoised
-from cprec.systems.fit import TrainedRecommender, fit_best
+from cprec.systems.fit import fit_best
 from cprec.systems.recipes.sasrec import SASRec
 from cprec.systems.signals import TrainingSequences
+from cprec.systems.stage import TrainedRecommender
 
 
 @dataclass(frozen=True, kw_only=True)

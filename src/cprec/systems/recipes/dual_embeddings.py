@@ -26,11 +26,13 @@ from cprec.choices import Choice, OneOf, Real, Whole
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import ConfigError, Unsuitable
+from cprec.systems.batches import BasketStream
 from cprec.systems.dot_product import DotProductModel, DotProductRecommender, SequenceModel
 from cprec.systems.encoders import Mean
-from cprec.systems.fit import NEXT_ITEM, Stage, SystemSettings
 from cprec.systems.items import IdTable
-from cprec.systems.signals import Baskets, BasketStream, TrainingSequences
+from cprec.systems.settings import SystemSettings
+from cprec.systems.signals import Baskets, TrainingSequences
+from cprec.systems.stage import NEXT_ITEM, Stage
 from cprec.systems.terms import SkipGram
 
 

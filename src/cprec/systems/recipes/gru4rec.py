@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from cprec.systems.batches import WindowStream
 from cprec.systems.dot_product import SequenceModel
 from cprec.systems.encoders import Recurrent
-from cprec.systems.fit import NEXT_ITEM, NextItemSettings, Stage
 from cprec.systems.items import IdTable
-from cprec.systems.signals import TrainingSequences, WindowStream
+from cprec.systems.settings import NextItemSettings
+from cprec.systems.signals import TrainingSequences
+from cprec.systems.stage import NEXT_ITEM, Stage
 
 
 @dataclass(frozen=True, kw_only=True)

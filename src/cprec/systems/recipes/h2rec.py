@@ -25,13 +25,15 @@ from torch import nn
 from cprec.choices import Choice, OneOf, Real
 from cprec.errors import ConfigError, Unsuitable
 from cprec.progress import say
+from cprec.systems.batches import WindowStream
 from cprec.systems.codes import pieces_of, residual_codes
 from cprec.systems.dot_product import SequenceModel
-from cprec.systems.fit import NextItemSettings, Stage, TextSettings
 from cprec.systems.graph import ItemGraph
 from cprec.systems.items import SumTable
 from cprec.systems.recipes.sasrec import INITIAL, SelfAttentionSettings
-from cprec.systems.signals import TrainingSequences, WindowStream
+from cprec.systems.settings import NextItemSettings, TextSettings
+from cprec.systems.signals import TrainingSequences
+from cprec.systems.stage import Stage
 from cprec.systems.terms import Alignment
 
 

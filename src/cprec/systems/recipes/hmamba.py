@@ -15,11 +15,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cprec.systems.batches import WindowStream
 from cprec.systems.dot_product import SequenceModel
-from cprec.systems.fit import NEXT_ITEM, Stage
 from cprec.systems.hyperbolic import DistanceModel, OnHyperboloid, ToHyperboloid, nearest_item
 from cprec.systems.recipes.mamba4rec import StateSpaceSettings
-from cprec.systems.signals import TrainingSequences, WindowStream
+from cprec.systems.signals import TrainingSequences
+from cprec.systems.stage import NEXT_ITEM, Stage
 from cprec.systems.terms import Term, next_item
 
 

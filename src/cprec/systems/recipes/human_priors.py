@@ -20,10 +20,12 @@ import numpy as np
 
 from cprec.choices import Choice, OneOf, Real, Whole
 from cprec.errors import ConfigError
-from cprec.systems.fit import NEXT_ITEM, Stage, TextSettings
+from cprec.systems.batches import WindowStream
 from cprec.systems.priors import HeadModel, OwnHeads, by_category, by_popularity, by_title
 from cprec.systems.recipes.sasrec import SelfAttentionSettings
-from cprec.systems.signals import TrainingSequences, WindowStream
+from cprec.systems.settings import TextSettings
+from cprec.systems.signals import TrainingSequences
+from cprec.systems.stage import NEXT_ITEM, Stage
 
 Prior = Literal["category", "titles", "popularity"]
 

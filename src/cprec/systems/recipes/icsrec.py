@@ -19,10 +19,12 @@ import numpy as np
 import torch
 
 from cprec.choices import Choice, OneOf, Real
+from cprec.systems.batches import Prefixes, PrefixStream, SameTarget
 from cprec.systems.dot_product import SequenceModel
-from cprec.systems.fit import NEXT_ITEM, NextItemSettings, Stage
 from cprec.systems.recipes.sasrec import SelfAttentionSettings
-from cprec.systems.signals import Prefixes, PrefixStream, SameTarget, TrainingSequences, padded
+from cprec.systems.settings import NextItemSettings
+from cprec.systems.signals import TrainingSequences, padded
+from cprec.systems.stage import NEXT_ITEM, Stage
 from cprec.systems.terms import SameCluster, Term, of_state, same_target
 
 CLUSTERED = 50_000

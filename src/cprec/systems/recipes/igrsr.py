@@ -22,11 +22,11 @@ from cprec.choices import Choice, OneOf, Real
 from cprec.errors import ConfigError
 from cprec.systems.dot_product import SequenceModel
 from cprec.systems.encoders import LatentSteps, SelfAttention
-from cprec.systems.fit import NEXT_ITEM, Stage
 from cprec.systems.intents import Distiller, IntentSteps
 from cprec.systems.items import IdTable
 from cprec.systems.recipes.latent import LatentSettings
 from cprec.systems.signals import TrainingSequences
+from cprec.systems.stage import NEXT_ITEM, Stage
 from cprec.systems.terms import Term, of_state, same_history
 
 

@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from cprec.choices import Choice, Whole
+from cprec.systems.batches import PrefixStream, WindowStream
 from cprec.systems.dot_product import SequenceModel
 from cprec.systems.encoders import SelfAttention
-from cprec.systems.fit import NEXT_ITEM, Stage
 from cprec.systems.items import IdTable
 from cprec.systems.recipes.sasrec import SelfAttentionSettings
-from cprec.systems.signals import PrefixStream, TrainingSequences, WindowStream
+from cprec.systems.signals import TrainingSequences
+from cprec.systems.stage import NEXT_ITEM, Stage
 from cprec.systems.terms import Teacher, Term, next_item
 
 

@@ -21,11 +21,13 @@ from torch import nn
 
 from cprec.choices import Choice, Real
 from cprec.errors import ConfigError
+from cprec.systems.batches import UserItemStream
 from cprec.systems.dot_product import GraphModel
-from cprec.systems.fit import NEXT_ITEM, GraphSettings, Stage
 from cprec.systems.graph import Step, UserItemGraph
 from cprec.systems.items import IdTable
-from cprec.systems.signals import TrainingSequences, UserItemStream
+from cprec.systems.settings import GraphSettings
+from cprec.systems.signals import TrainingSequences
+from cprec.systems.stage import NEXT_ITEM, Stage
 
 
 @dataclass(frozen=True, kw_only=True)

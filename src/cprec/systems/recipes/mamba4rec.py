@@ -17,11 +17,13 @@ from torch import nn
 
 from cprec.choices import Choice, OneOf, Whole
 from cprec.errors import ConfigError
+from cprec.systems.batches import WindowStream
 from cprec.systems.dot_product import SequenceModel
-from cprec.systems.fit import NEXT_ITEM, NextItemSettings, Stage, SystemSettings
 from cprec.systems.items import IdTable
 from cprec.systems.recipes.sasrec import INITIAL
-from cprec.systems.signals import TrainingSequences, WindowStream
+from cprec.systems.settings import NextItemSettings, SystemSettings
+from cprec.systems.signals import TrainingSequences
+from cprec.systems.stage import NEXT_ITEM, Stage
 from cprec.systems.state_space import EXPAND, StateSpace, StateSpaceBlock
 
 

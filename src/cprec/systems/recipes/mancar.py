@@ -25,12 +25,12 @@ from cprec.choices import Choice, OneOf, Real
 from cprec.errors import ConfigError
 from cprec.systems.dot_product import SequenceModel, settled
 from cprec.systems.encoders import LatentSteps, SelfAttention
-from cprec.systems.fit import NEXT_ITEM, Stage
 from cprec.systems.graph import ItemGraph, Prompts, latest
 from cprec.systems.items import IdTable
 from cprec.systems.recipes.latent import LatentSettings
 from cprec.systems.recipes.sasrec import INITIAL
 from cprec.systems.signals import TrainingSequences
+from cprec.systems.stage import NEXT_ITEM, Stage
 from cprec.systems.terms import by_step, divergence, next_item
 
 

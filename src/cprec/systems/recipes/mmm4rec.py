@@ -27,11 +27,13 @@ from torch import nn
 from cprec.choices import Choice, Real
 from cprec.data.ragged import Ragged
 from cprec.provenance import file_sha256
+from cprec.systems.batches import WindowStream
 from cprec.systems.dot_product import DotProductModel, DotProductRecommender
-from cprec.systems.fit import NEXT_ITEM, Stage, TextSettings
 from cprec.systems.items import FrozenTable, read_vectors
 from cprec.systems.recipes.mamba4rec import StateSpaceSettings
-from cprec.systems.signals import Gaps, TrainingSequences, WindowStream
+from cprec.systems.settings import TextSettings
+from cprec.systems.signals import Gaps, TrainingSequences
+from cprec.systems.stage import NEXT_ITEM, Stage
 from cprec.systems.streams import SharedStreams, StreamLayer, StreamsModel
 from cprec.systems.terms import next_item
 

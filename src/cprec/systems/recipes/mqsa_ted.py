@@ -16,11 +16,13 @@ from typing import ClassVar
 from cprec.choices import Choice, Real, Whole
 from cprec.data.links import followers
 from cprec.errors import ConfigError
+from cprec.systems.batches import WindowStream
 from cprec.systems.dot_product import SequenceModel
 from cprec.systems.encoders import Encoder, TwoEncoders
-from cprec.systems.fit import NextItemSettings, Stage
 from cprec.systems.recipes.sasrec import SelfAttentionSettings
-from cprec.systems.signals import TrainingSequences, WindowStream
+from cprec.systems.settings import NextItemSettings
+from cprec.systems.signals import TrainingSequences
+from cprec.systems.stage import Stage
 from cprec.systems.terms import Successors, Teacher
 
 

@@ -24,11 +24,13 @@ import numpy as np
 
 from cprec.choices import Choice, OneOf, Real, Whole
 from cprec.errors import ConfigError, Unsuitable
+from cprec.systems.batches import PairStream
 from cprec.systems.dot_product import SequenceModel
 from cprec.systems.encoders import Mean
-from cprec.systems.fit import NEXT_ITEM, Stage, TextSettings
 from cprec.systems.graph import ranked
-from cprec.systems.signals import PairStream, TrainingSequences, consecutive
+from cprec.systems.settings import TextSettings
+from cprec.systems.signals import TrainingSequences, consecutive
+from cprec.systems.stage import NEXT_ITEM, Stage
 from cprec.systems.terms import MaxMargin
 from cprec.systems.walks import ConvolvedTable, importance, visits
 

@@ -22,11 +22,11 @@ from cprec.choices import Choice, Real
 from cprec.errors import ConfigError
 from cprec.systems.dot_product import SequenceModel
 from cprec.systems.encoders import LatentSteps, SelfAttention
-from cprec.systems.fit import NEXT_ITEM, Stage
 from cprec.systems.items import IdTable
 from cprec.systems.recipes.latent import LatentSettings
 from cprec.systems.recipes.sasrec import INITIAL
 from cprec.systems.signals import TrainingSequences
+from cprec.systems.stage import NEXT_ITEM, Stage
 from cprec.systems.terms import Term, by_step, likeness, next_item, of_mean, of_state, same_history
 
 

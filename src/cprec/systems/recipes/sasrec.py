@@ -22,13 +22,15 @@ from cprec.choices import Choice, Whole
 from cprec.data.ragged import Ragged
 from cprec.errors import ConfigError
 from cprec.scoring import StoredRecommender
+from cprec.systems.batches import WindowStream
 from cprec.systems.dot_product import DotProductModel, DotProductRecommender, MeanOfNetworks, SequenceModel
 from cprec.systems.encoders import BlockKind, SelfAttention
-from cprec.systems.fit import NEXT_ITEM, NextItemSettings, Stage, SystemSettings
 from cprec.systems.items import IdTable
 from cprec.systems.sampled import SampledItemsLoss
-from cprec.systems.signals import TrainingSequences, WindowStream, windows
-from cprec.systems.terms import products
+from cprec.systems.settings import NextItemSettings, SystemSettings
+from cprec.systems.signals import TrainingSequences, windows
+from cprec.systems.stage import NEXT_ITEM, Stage
+from cprec.systems.terms import product_dtype
 
 INITIAL = 0.02
 """Standard deviation of vectors before training."""
@@ -117,7 +119,7 @@ class CausalSettings(NextItemSettings, SelfAttentionSettings):
         if not (self.sampled_items and is_sampled):
             return [stage]
         assert isinstance(model, SequenceModel), "networks that are averaged are trained one by one"
-        loss = SampledItemsLoss(model, rows, data.num_items, self.sampled_items, products())
+        loss = SampledItemsLoss(model, rows, data.num_items, self.sampled_items, product_dtype())
         return [replace(stage, trainable=loss)]
 
     def frozen(self, data: TrainingSequences) -> np.ndarray:

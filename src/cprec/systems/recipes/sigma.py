@@ -23,10 +23,12 @@ from torch.nn import functional as F
 
 from cprec.choices import Choice, OneOf, Whole
 from cprec.errors import ConfigError
+from cprec.systems.batches import PrefixStream
 from cprec.systems.dot_product import SequenceModel
-from cprec.systems.fit import NEXT_ITEM, NextItemSettings, Stage
 from cprec.systems.recipes.mamba4rec import StateSpaceSettings
-from cprec.systems.signals import PrefixStream, TrainingSequences
+from cprec.systems.settings import NextItemSettings
+from cprec.systems.signals import TrainingSequences
+from cprec.systems.stage import NEXT_ITEM, Stage
 from cprec.systems.state_space import ConvolvedGRU, PartlyBackwards
 
 SHARES = {"forwards": 0.8, "backwards": 0.1, "recurrent": 0.1}

@@ -18,12 +18,14 @@ from typing import ClassVar
 
 from cprec.choices import Choice, Real
 from cprec.errors import ConfigError
+from cprec.systems.batches import WindowStream
 from cprec.systems.dot_product import SequenceModel, states_of
 from cprec.systems.encoders import Layers, SelfAttention
-from cprec.systems.fit import NEXT_ITEM, NextItemSettings, Stage, SystemSettings
 from cprec.systems.items import IdTable
 from cprec.systems.recipes.sasrec import SelfAttentionSettings
-from cprec.systems.signals import TrainingSequences, WindowStream
+from cprec.systems.settings import NextItemSettings, SystemSettings
+from cprec.systems.signals import TrainingSequences
+from cprec.systems.stage import NEXT_ITEM, Stage
 from cprec.systems.terms import Distillation, MiddleHeads, Teacher, of_state
 
 

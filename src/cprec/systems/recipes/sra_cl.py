@@ -20,10 +20,12 @@ import numpy as np
 
 from cprec.choices import Choice, Real, Whole
 from cprec.errors import ConfigError
+from cprec.systems.batches import OtherPrefixes, Prefixes, PrefixStream, Substitutions, Views
 from cprec.systems.dot_product import SequenceModel
-from cprec.systems.fit import NEXT_ITEM, NextItemSettings, Stage, TextSettings
 from cprec.systems.recipes.sasrec import SelfAttentionSettings
-from cprec.systems.signals import OtherPrefixes, Prefixes, PrefixStream, Substitutions, TrainingSequences, Views
+from cprec.systems.settings import NextItemSettings, TextSettings
+from cprec.systems.signals import TrainingSequences
+from cprec.systems.stage import NEXT_ITEM, Stage
 from cprec.systems.terms import MixOfNeighbours, Teacher, of_state, same_history
 from cprec.systems.vectors import mean_vectors, most_similar
 

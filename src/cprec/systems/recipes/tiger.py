@@ -16,10 +16,11 @@ from cprec import distributed
 from cprec.errors import ConfigError
 from cprec.progress import say
 from cprec.systems.codes import ItemCodes, residual_codes
-from cprec.systems.fit import Stage, SystemSettings
 from cprec.systems.generator import CodeRecommender, CodeStream, decoder
 from cprec.systems.items import read_vectors
+from cprec.systems.settings import SystemSettings
 from cprec.systems.signals import TrainingSequences
+from cprec.systems.stage import Stage
 from cprec.systems.vectors import text_vectors
 from cprec.train.loss import PackedLoss
 

@@ -24,9 +24,9 @@ from cprec.errors import ConfigError
 from cprec.progress import say
 from cprec.provenance import file_sha256
 from cprec.systems.dot_product import DotProductModel, MeanOfNetworks, SequenceModel, mean_of
-from cprec.systems.fit import TextSettings
 from cprec.systems.items import FrozenTable
 from cprec.systems.recipes.sasrec import INITIAL, CausalRecommender, CausalSettings
+from cprec.systems.settings import TextSettings
 from cprec.systems.signals import TrainingSequences
 
 ROWS = "items.rows"

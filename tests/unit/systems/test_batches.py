@@ -9,8 +9,7 @@ import numpy as np
 from cprec.batch import IGNORE
 from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
-from cprec.systems.items import MASK
-from cprec.systems.signals import (
+from cprec.systems.batches import (
     MaskedStream,
     OtherPrefixes,
     Passes,
@@ -19,13 +18,12 @@ from cprec.systems.signals import (
     RowStream,
     SameTarget,
     Substitutions,
-    TrainingSequences,
     UserItemStream,
     WindowStream,
-    recent,
     thinned,
-    windows,
 )
+from cprec.systems.items import MASK
+from cprec.systems.signals import TrainingSequences, recent, windows
 
 NUM_ITEMS = 12
 """After item n of the ring comes item n + 1."""
