@@ -201,13 +201,15 @@ class ItemHead:
     ) -> ItemHead:
         """A head that has learnt from the training events of a domain; its best weights are chosen by validation
         queries. `folder` keeps unfinished training, which goes on when the same is asked again. With `start`, a head
-        without rows, it has the axes of that one and begins with its weights.
+        without rows, it has the axes and the network of that one and begins with its weights.
 
         Raises Unsuitable where the domain has nothing to learn from or to validate with.
         """
         states_NF = read(split.catalogue.rows_of(domain))
         directions = Directions.of(states_NF) if start is None else start.directions.around(states_NF)
         vectors_NK = directions.project(states_NF)
+        if start is not None:
+            settings = settings.shaped_like(start.recommender.settings)
         return cls._of_vectors(split, domain, directions, vectors_NK, settings, seed, folder, start)
 
     def trained_again(self, split: Split, *, seed: int, folder: Path, start: ItemHead | None = None) -> ItemHead:

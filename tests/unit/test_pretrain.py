@@ -77,8 +77,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def small() -> Iterator[None]:
+    """Small heads. Heads of weights of the same shapes read them differently in pre-training and fine-tuning."""
+    other = {"block": "pre_norm", "num_heads": 4}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cprec.pretrain.TitleSASRec", partial(TitleSASRec, **SMALL, learning_rate=0.02, dropout=0.1))
+        patch.setattr(
+            "cprec.pretrain.TitleSASRec", partial(TitleSASRec, **SMALL | other, learning_rate=0.02, dropout=0.1)
+        )
         patch.setattr(
             "cprec.finetune.TitleSASRec", partial(TitleSASRec, **SMALL | {"min_steps": 0}, learning_rate=1e-9)
         )

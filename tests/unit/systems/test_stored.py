@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,17 @@ def test_stored_and_read_it_scores_alike(made: CausalRecommender) -> None:
     histories = [(), ("i03",), tuple(f"i{n % 12:02}" for n in range(70))]
     queries = [RankingQuery(str(n), "ring", tuple(Item("ring", i) for i in ids)) for n, ids in enumerate(histories)]
     assert np.array_equal(again.scores("ring", queries), made.scores("ring", queries))
+
+
+def test_what_was_stored_before_blocks_had_kinds_is_read_as_it_was(split: Split) -> None:
+    made = TitleSASRec(**TINY, text_size=6, block="pre_norm").make(split, "ring")
+    assert isinstance(made, CausalRecommender)
+    arrays = made.arrays()
+    settings = json.loads(str(arrays["settings"]))
+    del settings["block"]
+    again = type(made).from_arrays(arrays | {"settings": np.array(json.dumps(settings))}, made.catalogue)
+    query = RankingQuery("q", "ring", (Item("ring", "i03"), Item("ring", "i04")))
+    assert np.array_equal(again.scores("ring", [query]), made.scores("ring", [query]))
 
 
 def test_what_does_not_fit_is_refused(made: CausalRecommender) -> None:

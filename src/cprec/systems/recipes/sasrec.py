@@ -150,7 +150,9 @@ class CausalRecommender(DotProductRecommender, StoredRecommender):
 
     def _restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Raises ValueError for arrays that do not fit the catalogue or each other."""
-        settings, vectors_VF = self.SETTINGS(**json.loads(str(arrays["settings"]))), arrays["vectors"]
+        # Files that do not name the kind of their blocks are older than the second kind.
+        stored = {"block": "pre_norm"} | json.loads(str(arrays["settings"]))
+        settings, vectors_VF = self.SETTINGS(**stored), arrays["vectors"]
         data = TrainingSequences(self.catalogue, str(arrays["domain"]), Ragged.of([]), ())
         if len(vectors_VF) != data.num_items:
             raise ValueError(f"{len(vectors_VF)} vectors for the {data.num_items} items of {data.domain!r}")

@@ -49,7 +49,8 @@ class TitleSASRec(TextSettings, CausalSettings):
     own_rows: bool = True
     """Each item has a row of its own; without, an item is its text alone, and the same network serves other items."""
     start: str = ""
-    """A .safetensors file of the weights to start from, those of a network without rows; empty: random ones."""
+    """A .safetensors file of the weights to start from, those of a network without rows that has the same `block` and
+    `num_heads`, which the file does not say; empty: random ones."""
     num_networks: int = 1
     """Networks that are trained apart, each with a seed of its own; their scores are averaged."""
 
@@ -58,6 +59,11 @@ class TitleSASRec(TextSettings, CausalSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive("num_networks")
+
+    def shaped_like(self, other: CausalSettings) -> TitleSASRec:
+        """These settings with the network of others, whose weights then fit."""
+        shape = ("hidden_size", "max_length", "num_blocks", "num_heads", "block")
+        return replace(self, **{name: getattr(other, name) for name in shape})
 
     def identity(self) -> dict[str, Any]:
         """See `SystemSettings.identity`: the content of a file counts, not its place."""
