@@ -24,6 +24,7 @@ from cprec.errors import ConfigError
 from cprec.progress import say
 from cprec.provenance import file_sha256
 from cprec.systems.dot_product import DotProductModel, MeanOfNetworks, SequenceModel, mean_of
+from cprec.systems.encoders import BlockKind
 from cprec.systems.items import FrozenTable
 from cprec.systems.recipes.sasrec import INITIAL, CausalRecommender, CausalSettings
 from cprec.systems.settings import TextSettings
@@ -39,11 +40,15 @@ class TitleSASRec(TextSettings, CausalSettings):
     and MovieLens-100K (docs/experiments.md)."""
 
     hidden_size: int = 192
+    block: BlockKind = "query_norm"
     dropout: float = 0.4
+    attention_dropout: float = 0.4
     learning_rate: float = 1e-3
+    beta2: float = 0.999
     weight_decay: float = 0.05
+    sorted_batches: int = 1
     num_epochs: float = 8
-    min_steps: int = 300
+    min_steps: int = 600
     sampled_items: int = 2048
     text_size: int = 384
     own_rows: bool = True
