@@ -323,14 +323,17 @@ class DotProductRecommender(ScoringRecommender):
         return self.score_histories(self.histories(domain, queries), users).cpu().numpy()
 
     @torch.inference_mode()
+    def user_vectors(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
+        """Representations of the histories of queries, whose products with items' vectors are scores: float32[Q, D].
+        Raises ConfigError for another domain than the one trained on."""
+        check_domain(self.name, (self.domain,), domain)
+        users = [query.user or "" for query in queries]
+        return self._encoded_all(self.histories(domain, queries), users).cpu().numpy()
+
+    @torch.inference_mode()
     def score_histories(self, histories: Ragged, users: Sequence[str]) -> torch.Tensor:
         """Scores of all items after histories of item numbers, of users by name: float32[Q, V]."""
-        order = np.argsort(np.minimum(histories.lengths, self._max_length), kind="stable")
-        size = ALIKE if self._vectors.items_VD.device.type == "cpu" else len(order)
-        parts = [order[start : start + size] for start in range(0, len(order), size)]
-        hidden_QD = torch.cat([self._encoded(histories.take(part), [users[row] for row in part]) for part in parts])
-        back = torch.from_numpy(np.argsort(order)).to(hidden_QD.device)
-        return self.model.scores(self._products(hidden_QD[back]))
+        return self.model.scores(self._products(self._encoded_all(histories, users)))
 
     def target_ranks(
         self, histories: Ragged, targets: np.ndarray, *, users: Sequence[str], exclude_seen: bool
@@ -369,6 +372,14 @@ class DotProductRecommender(ScoringRecommender):
 
     def _read(self, histories: Ragged) -> np.ndarray:
         return padded(recent(histories, self._max_length), len(self._vectors.items_VD))[0]
+
+    def _encoded_all(self, histories: Ragged, users: Sequence[str]) -> torch.Tensor:
+        """`_encoded` of any number of histories, those of like length at once."""
+        order = np.argsort(np.minimum(histories.lengths, self._max_length), kind="stable")
+        size = ALIKE if self._vectors.items_VD.device.type == "cpu" else len(order)
+        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        hidden_QD = torch.cat([self._encoded(histories.take(part), [users[row] for row in part]) for part in parts])
+        return hidden_QD[torch.from_numpy(np.argsort(order)).to(hidden_QD.device)]
 
     def _encoded(self, histories: Ragged, users: Sequence[str]) -> torch.Tensor:
         """Representations of histories: QD."""

@@ -9,10 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cprec.batch import IGNORE
-from cprec.systems.dot_product import SequenceModel, Vectors, parts_of_like_length
+from cprec.errors import ConfigError
+from cprec.recommender import RankingQuery
+from cprec.schema import Item
+from cprec.systems.dot_product import DotProductRecommender, SequenceModel, Vectors, parts_of_like_length
 from cprec.systems.encoders import Encoder, Mean, Recurrent
 from cprec.systems.items import IdTable
 from cprec.systems.recipes.sasrec import SASRec
+from cprec.systems.signals import TrainingSequences
 
 NUM_ITEMS = 30
 LENGTHS = (40, 3, 1, 0, 7, 20, 2, 3, 5, 1)
@@ -53,6 +57,21 @@ def test_states_are_those_of_rows_that_are_read_alone(name: str) -> None:
     states_ND, targets_N = model.states(vectors, rows)
     assert torch.equal(targets_N, rows["targets"][rows["targets"] != IGNORE])
     torch.testing.assert_close(states_ND, torch.cat([_alone(model, vectors, rows, row) for row in range(len(LENGTHS))]))
+
+
+def test_user_vectors_times_item_vectors_are_scores(data: TrainingSequences) -> None:
+    """Histories of all lengths, more of them than are read at once, come back in the order of the queries."""
+    torch.manual_seed(0)
+    model = SequenceModel(*SASRec(hidden_size=8, num_heads=2).parts(12))
+    recommender = DotProductRecommender("untrained", data, model, 50)
+    items = [Item("ring", f"i{number:02}") for number in range(12)]
+    queries = [RankingQuery(str(n), "ring", tuple(items[n % 12 :][: n % 7])) for n in range(80)]
+    vectors_QD = recommender.user_vectors("ring", queries)
+    products_QV = vectors_QD @ model.vectors().items_VD.detach().numpy().T
+    np.testing.assert_allclose(products_QV, recommender.scores("ring", queries), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(vectors_QD[6:7], recommender.user_vectors("ring", queries[6:7]), rtol=0, atol=1e-5)
+    with pytest.raises(ConfigError, match="elsewhere"):
+        recommender.user_vectors("elsewhere", queries)
 
 
 def _model(name: str) -> SequenceModel:
