@@ -52,6 +52,8 @@ BELOW = {
     "baselines": BASE | {"data", "scoring"},
     "evaluate": BASE | {"data"},
     "serve": BASE | {"data"},
+    # It clusters as systems do, and its intervals are those of evaluations.
+    "online": BASE | {"systems", "evaluate"},
 }
 """Which parts of the package each part may import besides itself. A new part needs a line here, and a reason."""
 
@@ -119,6 +121,7 @@ TRAINED_WITH = frozenset(
         "refit",
         "tune",
         "lineup",
+        "online",
         "report",
         "shortcuts",
         "shrink",
