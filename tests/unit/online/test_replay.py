@@ -120,6 +120,14 @@ def test_estimates_by_hand() -> None:
     assert plain.effective == pytest.approx(2.5**2 / 4.25) and plain.mean_weight == pytest.approx(2.5 / 3)
 
 
+def test_a_common_factor_of_propensities_does_not_change_the_self_normalised_estimate() -> None:
+    context, log = drawn_log(np.random.default_rng(4), 300)
+    half = Log(log.shown, log.propensity / 2, log.reward)
+    first, second = (inverse_propensity(each, TARGET[context], normalised=True) for each in (log, half))
+    found = [(each.value, each.low, each.high, each.mean_weight) for each in (first, second)]
+    assert found[1] == pytest.approx((*found[0][:3], 2 * found[0][3]))
+
+
 def test_users_are_drawn_whole() -> None:
     log = Log(np.zeros(40, dtype=int), np.full(40, 0.5), np.repeat([0.0, 1.0], 20))
     alone, by_user = (
