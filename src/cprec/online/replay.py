@@ -83,7 +83,8 @@ def inverse_propensity(
     the policy shows.
     """
     chance = np.asarray(chance, dtype=float)
-    if log.shown.shape == chance.shape[:-1] and 0 <= log.shown.min() <= log.shown.max() < chance.shape[1]:
+    by_item = chance.ndim == 2 and log.shown.shape == chance.shape[:1]
+    if by_item and 0 <= log.shown.min() <= log.shown.max() < chance.shape[1]:
         _refuse(~(abs(chance.sum(1) - 1) <= ROUNDING), chance.sum(1), "sum of all items' chances", "expected 1")
         for event, chance_V in enumerate(chance if log.possible is not None else ()):
             log.check_possible(event, np.flatnonzero(chance_V))

@@ -236,6 +236,8 @@ def test_chances_that_are_none_are_refused() -> None:
         inverse_propensity(log, np.array([[0.5, 0.0, 0.0], [0.0, 0.0, 1.0]]))
     with pytest.raises(DataError, match="sum of all items' chances of event 1 is nan: expected 1"):
         inverse_propensity(log, np.array([[1.0, 0.0, 0.0], [0.0, np.nan, 1.0]]))
-    for chance in (np.ones(3), np.ones((2, 2)) / 2):  # the second has no item 2
-        with pytest.raises(DataError, match=r"chances of shape \S+ .*for shown ones of"):
-            inverse_propensity(log, chance)
+    slates = Log(np.array([[0, 1], [1, 0]]), np.full(2, 0.5), np.ones(2))
+    wrong = ((log, np.ones(3)), (log, np.ones((2, 2)) / 2), (slates, np.ones((2, 2, 1))))  # the second has no item 2
+    for each, chance in wrong:
+        with pytest.raises(DataError, match=r"chances of shape \(.*\) for shown ones of"):
+            inverse_propensity(each, chance)
