@@ -309,7 +309,7 @@ class DotProductRecommender(ScoringRecommender):
         and their users, for a model that reads it."""
         self.name, self.catalogue, self.domain = name, data.catalogue, data.domain
         self._users = {user: row for row, user in enumerate(data.users)}
-        self.model, self._history, self._max_length = model.eval(), history or self._read, max_length
+        self.model, self._history, self.max_length = model.eval(), history or self._read, max_length
         self._gaps = gaps
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         with torch.inference_mode():
@@ -328,12 +328,21 @@ class DotProductRecommender(ScoringRecommender):
         Raises ConfigError for another domain than the one trained on."""
         check_domain(self.name, (self.domain,), domain)
         users = [query.user or "" for query in queries]
-        return self._encoded_all(self.histories(domain, queries), users).cpu().numpy()
+        return self.encode(self.histories(domain, queries), users).cpu().numpy()
 
     @torch.inference_mode()
     def score_histories(self, histories: Ragged, users: Sequence[str]) -> torch.Tensor:
         """Scores of all items after histories of item numbers, of users by name: float32[Q, V]."""
-        return self.model.scores(self._products(self._encoded_all(histories, users)))
+        return self.model.scores(self._products(self.encode(histories, users)))
+
+    @torch.inference_mode()
+    def encode(self, histories: Ragged, users: Sequence[str]) -> torch.Tensor:
+        """The vectors of users by name, with histories of item numbers, as `DotProductModel.encode` gives them: QD."""
+        order = np.argsort(np.minimum(histories.lengths, self.max_length), kind="stable")
+        size = ALIKE if self._vectors.items_VD.device.type == "cpu" else len(order)
+        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        hidden_QD = torch.cat([self._encoded(histories.take(part), [users[row] for row in part]) for part in parts])
+        return hidden_QD[torch.from_numpy(np.argsort(order)).to(hidden_QD.device)]
 
     def target_ranks(
         self, histories: Ragged, targets: np.ndarray, *, users: Sequence[str], exclude_seen: bool
@@ -345,7 +354,7 @@ class DotProductRecommender(ScoringRecommender):
         """
         better, tied = (np.empty(len(targets), dtype=np.int64) for _ in range(2))
         # Histories of like length are encoded together, so that there is little padding.
-        order = np.argsort(np.minimum(histories.lengths, self._max_length), kind="stable")
+        order = np.argsort(np.minimum(histories.lengths, self.max_length), kind="stable")
         num_items, device = len(self._vectors.items_VD), self._vectors.items_VD.device
         num_rows = max(1, SCORES // num_items)
         with torch.inference_mode():
@@ -371,15 +380,7 @@ class DotProductRecommender(ScoringRecommender):
         return better, tied
 
     def _read(self, histories: Ragged) -> np.ndarray:
-        return padded(recent(histories, self._max_length), len(self._vectors.items_VD))[0]
-
-    def _encoded_all(self, histories: Ragged, users: Sequence[str]) -> torch.Tensor:
-        """`_encoded` of any number of histories, those of like length at once."""
-        order = np.argsort(np.minimum(histories.lengths, self._max_length), kind="stable")
-        size = ALIKE if self._vectors.items_VD.device.type == "cpu" else len(order)
-        parts = [order[start : start + size] for start in range(0, len(order), size)]
-        hidden_QD = torch.cat([self._encoded(histories.take(part), [users[row] for row in part]) for part in parts])
-        return hidden_QD[torch.from_numpy(np.argsort(order)).to(hidden_QD.device)]
+        return padded(recent(histories, self.max_length), len(self._vectors.items_VD))[0]
 
     def _encoded(self, histories: Ragged, users: Sequence[str]) -> torch.Tensor:
         """Representations of histories: QD."""
@@ -389,7 +390,7 @@ class DotProductRecommender(ScoringRecommender):
             "users": np.array([self._users.get(user, -1) for user in users], dtype=np.int64),
         }
         if self._gaps is not None:
-            rows["gaps"] = padded(recent(self._gaps(histories, users), self._max_length), 0)[0]
+            rows["gaps"] = padded(recent(self._gaps(histories, users), self.max_length), 0)[0]
         on_device = {name: torch.from_numpy(array).to(device) for name, array in rows.items()}
         return self.model.encode(self._vectors, on_device)
 
