@@ -70,6 +70,7 @@ TOP = frozenset(
         "lineup",
         "report",
         "shortcuts",
+        "probes",
         "serving",
     }
     | {"shrink", "budget", "pretrain", "heads", "teaching"}
@@ -124,6 +125,7 @@ TRAINED_WITH = frozenset(
         "online",
         "report",
         "shortcuts",
+        "probes",
         "shrink",
         "inspection",
         "progress",

@@ -21,8 +21,10 @@ from cprec.data.sources.synthetic import OracleRecommender, SyntheticWorld
 from cprec.data.splits import Split, make_split
 from cprec.errors import ConfigError
 from cprec.lineup import Settings, settings_of
+from cprec.probes import probe
 from cprec.recommender import Ranking, RankingQuery, Recommender
 from cprec.schema import MIXED, SPECIFIC, TEST
+from cprec.systems.signals import TrainingSequences
 from cprec.tune import mean_ndcg
 
 K = 10
@@ -322,6 +324,19 @@ def test_a_recommender_of_one_domain_refuses_another(name: str, made: dict[str, 
         ConfigError, match=f"{re.escape(name)} was made for domain 'garden' and is asked about 'kitchen'"
     ):
         recommender.rank(setting.queries[:1], K)
+
+
+@pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "TIGER"])  # which writes codes
+def test_vectors_of_users_can_be_probed(name: str, made: dict[str, Recommender], setting: Setting) -> None:
+    of_each = made[name]
+    assert isinstance(of_each, OfEachDomain)
+    data = TrainingSequences.of(setting.split, "kitchen")
+    for users in (data.users, None):
+        found = probe(of_each.of_domain["kitchen"], data.sequences, users)
+        assert list(found) == ["length", "order", "category"]
+        assert all(each.low <= each.value <= each.high <= 1 for each in found.values())
+        if name in ("LightGCN", "NGCF", "AlphaRec", "PinSage"):
+            assert found["order"].value == 0.5, "sums and means have no order"
 
 
 @pytest.mark.parametrize("name", [*ONE_DOMAIN, *SYSTEMS])
