@@ -51,16 +51,19 @@ SMALL: dict[str, Any] = {"hidden_size": 16, "dropout": 0.0, "learning_rate": 1e-
 SASREC = SASRec(**SMALL, num_epochs=5, num_blocks=1, num_heads=2)
 ICSREC = ICSRec(**SMALL, num_epochs=1, num_blocks=1, num_intentions=4)
 REAREC = ReaRec(**SMALL, num_epochs=1, first_epochs=2, num_blocks=1)
-SEQUENTIAL: list[SystemSettings] = [
+OF_EACH_ENCODER: list[SystemSettings] = [
     SASREC,
     GRU4Rec(**SMALL, num_epochs=5),
     Mamba4Rec(**SMALL, num_epochs=5),
+    BERT4Rec(**SMALL, num_epochs=15, num_blocks=1, objective="softmax", num_negatives=0),
+    REAREC,
+]
+"""The simplest system of each kind of encoder: causal, recurrent, state space, cloze, with latent steps."""
+BUILT_ON_THEM: list[SystemSettings] = [
     HMamba(**SMALL, num_epochs=5),
     MMM4Rec(**SMALL, num_epochs=5, text_size=8),
     SIGMA(**SMALL | {"batch_size": 64}, num_epochs=3, kept=2),
-    BERT4Rec(**SMALL, num_epochs=15, num_blocks=1, objective="softmax", num_negatives=0),
     ICSREC,
-    REAREC,
     replace(PROGRESSIVE, **SMALL, num_epochs=1, first_epochs=2, num_blocks=1),
     ReaRec(**SMALL, num_epochs=1, first_epochs=2, num_blocks=3, num_steps=0),
     ManCAR(**SMALL, num_epochs=1, first_epochs=2, num_blocks=1),
@@ -70,6 +73,7 @@ SEQUENTIAL: list[SystemSettings] = [
     HumanPriors(**SMALL, num_epochs=5, num_blocks=1, num_heads=2, prior="popularity", num_groups=3),
     replace(HORIZON, **SMALL, num_epochs=5, num_blocks=1, num_heads=2),
 ]
+"""Those that add something of their own, which other tests look at; that they learn is a slow test."""
 
 
 def asked(split: Split) -> tuple[Ragged, np.ndarray, list[str]]:
@@ -83,7 +87,11 @@ def recall_of_unseen_at_1(recommender: Any, split: Split) -> float:
     return float((better == 0).mean())
 
 
-@pytest.mark.parametrize("settings", SEQUENTIAL, ids=lambda settings: type(settings).__name__)
+@pytest.mark.parametrize(
+    "settings",
+    [*OF_EACH_ENCODER, *(pytest.param(settings, marks=pytest.mark.slow) for settings in BUILT_ON_THEM)],
+    ids=lambda settings: type(settings).__name__,
+)
 def test_learns_what_comes_next(settings: SystemSettings, split: Split, tmp_path: Path) -> None:
     recommender = settings.make(split, "ring", folder=tmp_path)
     assert recall_of_unseen_at_1(recommender, split) > 0.8
