@@ -96,11 +96,17 @@ def model() -> Any:
     return net.eval()
 
 
-def teacher_forced(prompt: list[int], name: list[int]) -> float:
-    """The title's log-probability by one forward pass over everything, without a cache."""
+@cache
+def log_probability(prompt: tuple[int, ...], name: tuple[int, ...]) -> float:
     ids = torch.tensor([[*prompt, *name, EOS]])
-    logp = model()(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+    with torch.no_grad():
+        logp = model()(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
     return float(sum(logp[place - 1, ids[0, place]].double() for place in range(len(prompt), ids.shape[1])))
+
+
+def teacher_forced(prompt: list[int], name: list[int]) -> float:
+    """The title's log-probability by one forward pass over everything, without a cache of keys and values."""
+    return log_probability(tuple(prompt), tuple(name))
 
 
 def of_item(prompt: list[int], names: list[list[int]], item: int) -> float:

@@ -3,6 +3,7 @@ tokens with which titles in stock go on."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -34,10 +35,17 @@ def no_gradients() -> Any:
         yield
 
 
+@functools.cache
+def logits_after(model: Any, prompt: tuple[int, ...], title: tuple[int, ...]) -> torch.Tensor:
+    """Of one forward pass: what may stand at each place of a title."""
+    logits: torch.Tensor = model(input_ids=torch.tensor([[*prompt, *title]])).logits[0, len(prompt) - 1 :].double()
+    return logits
+
+
 def brute(model: Any, prompt: list[int], item: int, stock: set[int]) -> float:
     """log P(item) over those in stock, and itself."""
     title, total = ENDED[item], 0.0
-    logits = model(input_ids=torch.tensor([[*prompt, *title]])).logits[0, len(prompt) - 1 :].double()
+    logits = logits_after(model, tuple(prompt), tuple(title))
     for place, token in enumerate(title):
         children = {ENDED[other][place] for other in stock | {item} if ENDED[other][:place] == title[:place]}
         total += float(logits[place, token] - logits[place, sorted(children)].logsumexp(0))
