@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,17 +37,22 @@ def circle(data: TrainingSequences, tmp_path: Path) -> str:
     return str(tmp_path / "circle.npz")
 
 
-@pytest.fixture
-def split_of(tmp_path: Path) -> Callable[..., Split]:
-    """Makes a split of a log whose users had some of so many items, of the domain `tiny`."""
+@pytest.fixture(scope="session")
+def split_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Split]:
+    """The split of a log whose users had some of so many items, of the domain `tiny`; made once for each log."""
 
-    def make(histories: Sequence[Sequence[int]], num_items: int) -> Split:
+    @functools.cache
+    def made(histories: tuple[tuple[int, ...], ...], num_items: int) -> Split:
         events = [(f"u{user}", f"i{item}", time) for user, row in enumerate(histories) for time, item in enumerate(row)]
         log = pa.table(list(zip(*events, strict=True)), ["user_id", "item_id", "timestamp"])
         titles = [f"thing {n}" for n in range(num_items)]
         items = pa.table([[f"i{n}" for n in range(num_items)], titles], ["item_id", "title"])
         rules = Rules(k_core=0, drop_consecutive_repeats=False)
-        build_dataset([MemorySource("tiny", "p", items, log)], tmp_path / "data", rules)
-        return make_split(*read_dataset(tmp_path / "data"), SplitSpec())
+        folder = tmp_path_factory.mktemp("tiny") / "data"
+        build_dataset([MemorySource("tiny", "p", items, log)], folder, rules)
+        return make_split(*read_dataset(folder), SplitSpec())
+
+    def make(histories: Sequence[Sequence[int]], num_items: int) -> Split:
+        return made(tuple(map(tuple, histories)), num_items)
 
     return make

@@ -3,7 +3,9 @@ but another system once their own parts are left out."""
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from cprec.train.folder import LOG, read_log
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "systems_losses.json").read_text())
 """The loss of each step and NDCG@10 of each validation, as the code before the port had them, seed 3, in fp32."""
 NUM_ITEMS = 40
+Trained = tuple[list[float], list[float]]
 SMALL = {"hidden_size": 16, "max_length": 6, "batch_size": 16, "num_epochs": 6, "learning_rate": 1e-2, "patience": 0}
 FEW_NEGATIVES = {"num_negatives": 8}
 CASES = {
@@ -65,7 +68,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
     return make_split(*read_dataset(folder), SplitSpec())
 
 
-def trained(name: str, changed: dict[str, Any], split: Split, folder: Path) -> tuple[list[float], list[float]]:
+def trained(name: str, changed: dict[str, Any], split: Split, folder: Path) -> Trained:
     """The loss of each step and NDCG@10 of each validation, in the last stage."""
     settings_of(name, {**SMALL, **changed}).make(split, "steps", seed=3, folder=folder)
     *_, log = sorted(folder.glob(f"*/*/{LOG}"))
@@ -74,26 +77,34 @@ def trained(name: str, changed: dict[str, Any], split: Split, folder: Path) -> t
     return losses, [line["validation"]["ndcg@10"] for line in lines if "validation" in line]
 
 
-@pytest.fixture
-def in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cprec.distributed.use_bf16", lambda setting, device: False)
+@pytest.fixture(scope="module", autouse=True)
+def in_fp32() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cprec.distributed.use_bf16", lambda setting, device: False)
+        yield
 
 
-@pytest.mark.usefixtures("in_fp32")
+@pytest.fixture(scope="module")
+def case(in_fp32: None, split: Split, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
+    """What `trained` gives for one of CASES, trained once."""
+    return functools.cache(lambda name: trained(name, CASES[name], split, tmp_path_factory.mktemp("case")))
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_equal_seeds_give_the_losses_of_before(name: str, split: Split, tmp_path: Path) -> None:
-    losses, ndcg = trained(name, CASES[name], split, tmp_path)
+def test_equal_seeds_give_the_losses_of_before(name: str, case: Callable[[str], Trained]) -> None:
+    losses, ndcg = case(name)
     # Equal to the last bit on the machine that recorded them; others round differently.
     assert losses == pytest.approx(GOLDEN[name]["losses"], rel=1e-5)
     assert ndcg == pytest.approx(GOLDEN[name]["validation"], abs=2e-3)
 
 
-@pytest.mark.usefixtures("in_fp32")
 @pytest.mark.parametrize("name", WITHOUT)
-def test_without_its_own_parts_a_system_learns_as_the_one_beneath(name: str, split: Split, tmp_path: Path) -> None:
+def test_without_its_own_parts_a_system_learns_as_the_one_beneath(
+    name: str, case: Callable[[str], Trained], split: Split, tmp_path: Path
+) -> None:
     beneath, changed = WITHOUT[name]
     alone = trained(name, changed, split, tmp_path / "alone")
-    assert alone == trained(beneath, CASES[beneath], split, tmp_path / "beneath"), "to the digit"
+    assert alone == case(beneath), "to the digit"
     assert alone[0] == pytest.approx(GOLDEN[beneath]["losses"], rel=1e-5)
     with_parts = trained(name, CASES[beneath], split, tmp_path / "with")
     assert with_parts[0] != alone[0]
