@@ -52,9 +52,10 @@ def tables(folder: Path) -> list[Any]:
 # ---- DuckDB ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def database(tmp_path: Path) -> str:
-    path = tmp_path / "shop.db"
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DuckDB file, which no test changes."""
+    path = tmp_path_factory.mktemp("shop") / "shop.db"
     with duckdb.connect(str(path)) as connection:
         connection.execute(
             "CREATE TABLE events (customer TEXT, item_id TEXT, happened BIGINT, rating DOUBLE, secret TEXT)"
@@ -63,7 +64,12 @@ def database(tmp_path: Path) -> str:
         connection.execute("CREATE SCHEMA stock")
         connection.execute("CREATE TABLE stock.items (item_id TEXT, title TEXT, brand TEXT)")
         connection.executemany("INSERT INTO stock.items VALUES (?, ?, ?)", ITEMS)
-    return f"duckdb://{path}"
+    return path
+
+
+@pytest.fixture
+def database(shop: Path, tmp_path: Path) -> str:
+    return f"duckdb://{shutil.copy(shop, tmp_path)}"
 
 
 def source(url: str, interactions: str = "events", items: str = "stock.items", **settings: Any) -> ConnectionSource:
