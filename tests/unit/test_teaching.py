@@ -184,16 +184,16 @@ def of_users(config: FinetuneConfig) -> list[list[int]]:
 
 
 def test_after_every_training_event_hang_what_came_and_what_is_taught(config: FinetuneConfig) -> None:
-    found = branches(replace(config, taught_targets=3))
-    prefixes = [items[: n + 1] for items in of_users(config) for n in range(len(items))]
-    came = [(items[:n], items[n]) for items in of_users(config) for n in range(1, len(items))]
+    found, users = branches(replace(config, taught_targets=3)), of_users(config)
+    prefixes = [items[: n + 1] for items in users for n in range(len(items))]
+    came = [(items[:n], items[n]) for items in users for n in range(1, len(items))]
     assert sorted(history for history, _ in found) == sorted([*prefixes * 3, *(history for history, _ in came)])
     assert all(each in found for each in came)
     taught = list(found)
     for each in came:
         taught.remove(each)
     assert not any(each in came for each in taught), "what came next is not taught as well"
-    last = [(history, target) for history, target in taught if history in of_users(config)]
+    last = [(history, target) for history, target in taught if history in users]
     follows = np.mean([target == (history[-1] + 1) % NUM_ITEMS for history, target in last])
     assert len(last) >= 180 and follows > 0.25, "chance has a twelfth"
     assert all(target not in history for history, target in taught)
