@@ -33,7 +33,7 @@ from cprec.text.shards import MANIFEST, TOKENS, join_shards, open_shards, write_
 from cprec.text.tokenizer import load_tokenizer, train_on_titles, train_tokenizer
 
 DOMAINS = ("books", "games", "toys")
-NUM_USERS, NUM_ITEMS = 160, 30
+NUM_USERS, NUM_ITEMS = 100, 30
 DAY, START = 24 * 3600, 1_400_000_000
 COLOURS = ("red", "blue", "green", "white", "black")
 
@@ -133,7 +133,8 @@ class Shop:
 
     def read(self, name: str) -> list[Document]:
         shards = open_shards(self.folder / name)
-        texts = [self.tokenizer.decode(shards.rows[number]) for number in range(len(shards))]
+        ids = [shards.rows[number].tolist() for number in range(len(shards))]
+        texts = self.tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=False)
         rows = shards.documents.select(["domain", "kind", "platform", "user_id"]).to_pylist()
         parts = [piece["part"] for piece in shards.manifest["pieces"] for _ in range(piece["num_documents"])]
         return [Document(text, part, **row) for text, part, row in zip(texts, parts, rows, strict=True)]
@@ -147,17 +148,20 @@ class Shop:
         for part in range(self.num_parts):
             mine = [document for document in documents if document.part == part]
             mine.sort(key=lambda document: order.index(document.domain))
-            tokens = Ragged.of([self.tokenizer(document.text)["input_ids"] for document in mine])
+            tokens = Ragged.of(self.token_ids([document.text for document in mine]))
             columns: dict[str, Any] = {name: [getattr(d, name) for d in mine] for name in ("domain", "kind")}
             columns["num_events"] = [len(document.titles) for document in mine]
             columns |= {name: [getattr(d, name) for d in mine] for name in ("platform", "user_id")}
             ends = [document.titles[-1].rpartition("] ")[2] for document in mine]
-            columns["target_start"] = tokens.lengths - 1 - [len(self.tokenizer(f" {end}")["input_ids"]) for end in ends]
+            columns["target_start"] = tokens.lengths - 1 - [*map(len, self.token_ids([f" {end}" for end in ends]))]
             sources.append(self.folder / f"part-{part}")
             write_shards(sources[-1], tokens, columns, {"vocabulary_size": keep["vocabulary_size"]}, part=part)
         join_shards(self.folder / name, sources, keep)
         for source in sources:
             shutil.rmtree(source)
+
+    def token_ids(self, texts: list[str]) -> list[list[int]]:
+        return list(self.tokenizer(texts)["input_ids"]) if texts else []
 
     def spoil(
         self, name: str, change: Callable[[Document], object], where: Callable[[Document], bool] = lambda _: True
@@ -248,7 +252,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tables_once: None) -> Ite
     sources = write_logs(base)
     made: dict[str, Path] = {}
 
-    def make(part_events: int = 1500, **settings: Any) -> Path:
+    def make(part_events: int = 1000, **settings: Any) -> Path:
         key = repr((part_events, settings))
         if key not in made:
             config: dict[str, Any] = {
