@@ -375,9 +375,22 @@ def test_a_header_that_looks_like_a_row_is_said_to(write: Write, text: str) -> N
         load(table_source(write, text))
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "cp1252", "gb18030", "shift_jis", "UTF8", "utf-8-sig"])
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".csv.gz"])
-def test_other_encodings(tmp_path: Path, write: Write, encoding: str, suffix: str) -> None:
+ENCODINGS = ("utf-16", "utf-16-be", "cp1252", "gb18030", "shift_jis", "UTF8", "utf-8-sig")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "encoding"),
+    [
+        *((".csv", encoding) for encoding in ENCODINGS),
+        *((suffix, "utf-16") for suffix in (".jsonl", ".csv.gz")),
+        *(
+            pytest.param(suffix, encoding, marks=pytest.mark.slow)
+            for suffix in (".jsonl", ".csv.gz")
+            for encoding in ENCODINGS[1:]
+        ),
+    ],
+)
+def test_other_encodings(tmp_path: Path, write: Write, suffix: str, encoding: str) -> None:
     title = {"gb18030": "苹果手机", "shift_jis": "りんご"}.get(encoding, "Töpfe")
     lines = [f'{{"item_id": "i{n}", "title": "{title} {n}"}}' if "json" in suffix else f"i{n},{title} {n}"
              for n in range(9)]  # fmt: skip

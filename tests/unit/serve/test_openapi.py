@@ -57,7 +57,7 @@ def test_answers_are_as_described(method: str, path: str, described: Any) -> Non
     _, schema = described
     operation = schema[path][method]
 
-    @settings(max_examples=25, phases=[Phase.generate], suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=10, phases=[Phase.generate], suppress_health_check=list(HealthCheck), database=None)
     @given(case=operation.as_strategy(), with_known_ids=st.booleans())
     def answered(case: Any, with_known_ids: bool) -> None:
         if with_known_ids and method == "POST":

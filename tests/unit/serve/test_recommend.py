@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
@@ -146,8 +147,17 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return write(tmp_path / f"histories{request.param}", list(zip(USERS, HISTORIES, strict=True)))
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-@pytest.mark.parametrize("killed_at", [0, 3, 9, 21])
+@pytest.mark.parametrize(
+    ("suffix", "killed_at"),
+    [
+        *((".csv", killed_at) for killed_at in (0, 3, 9, 21)),
+        *((suffix, 9) for suffix in (".jsonl", ".parquet")),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in itertools.product((".jsonl", ".parquet"), (0, 3, 21))
+        ),
+    ],
+)
 def test_a_run_killed_goes_on_where_it_was(source: Path, suffix: str, killed_at: int, tmp_path: Path) -> None:
     output, whole = tmp_path / f"recs{suffix}", tmp_path / f"whole{suffix}"
     with pytest.raises(Killed):

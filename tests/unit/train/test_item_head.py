@@ -33,7 +33,9 @@ from cprec.systems.recipes.title_sasrec import ROWS, TitleSASRec
 from cprec.systems.signals import TrainingSequences
 from cprec.text.encoding import PromptEncoder
 
-SMALL = TitleSASRec(hidden_size=8, num_heads=2, num_blocks=1, batch_size=16, num_epochs=60, learning_rate=0.01)
+SMALL = TitleSASRec(
+    hidden_size=8, num_heads=2, num_blocks=1, batch_size=16, num_epochs=20, min_steps=0, learning_rate=0.02
+)
 
 
 @pytest.fixture
