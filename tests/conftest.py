@@ -1,7 +1,9 @@
-"""What every test shares: when marked tests are skipped, how Hypothesis runs, and that nothing waits for the disk."""
+"""What every test shares: when marked tests are skipped, how Hypothesis runs, and that nothing waits for the disk or
+looks through what will never be garbage."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -14,6 +16,14 @@ from hypothesis import settings
 # The same examples on every run; a deadline would be a timed test, and machines differ.
 settings.register_profile("cprec", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("cprec")
+
+gc.disable()  # until all tests are collected: what imports make stays
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # collections look at what tests have made, not at each module of PyTorch and transformers
+    gc.set_threshold(20_000, 20, 20)
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
