@@ -34,6 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             min_events=3,
             min_history=1,
             heldout_share=0.05,
+            workers=1,
         )
     )
 

@@ -446,6 +446,7 @@ def test_a_graph_is_smoothed_once_for_all_queries(
 # ---- texts -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sra_cl_learns_what_comes_next(circle: str, split: Split) -> None:
     settings = SRACL(**SMALL, vectors=circle, num_epochs=2, num_blocks=1, num_neighbours=2)
     recommender = settings.make(split, "ring")

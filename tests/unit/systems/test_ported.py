@@ -47,6 +47,8 @@ WITHOUT = {
     "Human priors (popularity)": ("SASRec", {"num_groups": 1, "temperature": 0.0}),
 }
 """By name, the system that is left without its own parts, and the settings that leave them out."""
+QUICK = ("NGCF", "MQSA-TED")
+"""Of WITHOUT one on each system beneath; the others are slow."""
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,9 @@ def test_equal_seeds_give_the_losses_of_before(name: str, case: Callable[[str], 
     assert ndcg == pytest.approx(GOLDEN[name]["validation"], abs=2e-3)
 
 
-@pytest.mark.parametrize("name", WITHOUT)
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in WITHOUT if name not in QUICK)]
+)
 def test_without_its_own_parts_a_system_learns_as_the_one_beneath(
     name: str, case: Callable[[str], Trained], split: Split, tmp_path: Path
 ) -> None:
