@@ -2,17 +2,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from cprec.data.build import build_dataset
-from cprec.data.config import Rules, SplitSpec
+from cprec.data.config import Rules, SplitSpec, SyntheticConfig, TableSource
 from cprec.data.dataset import read_dataset
 from cprec.data.sources.memory import MemorySource
+from cprec.data.sources.synthetic import SyntheticWorld
 from cprec.data.splits import Split, make_split
 from cprec.models import tiny_model
 from cprec.text.tokenizer import train_tokenizer
@@ -95,6 +98,24 @@ def teacher_forced(model: Any) -> Callable[..., float]:
         return sum(float(logp[place - 1, ids[0, place]]) for place in range(len(prompt), ids.shape[1]))
 
     return lambda prompt, title: computed(tuple(prompt), tuple(title))
+
+
+@pytest.fixture(scope="session")
+def write_world() -> Callable[..., tuple[TableSource, ...]]:
+    """Writes the tables of some domains of a synthetic world into a folder: all of them take seconds to prepare."""
+
+    def write(folder: Path, config: SyntheticConfig, *domains: str) -> tuple[TableSource, ...]:
+        world, sources = SyntheticWorld(config), []
+        tables = world.tables()
+        for domain in domains:
+            paths = [str(folder / f"{domain}-{name}.parquet") for name in ("items", "interactions")]
+            for table, path in zip(tables[domain], paths, strict=True):
+                pq.write_table(table, path)
+            platform = world.domains[domain].platform
+            sources.append(TableSource(domain=domain, platform=platform, items=paths[0], interactions=paths[1]))
+        return tuple(sources)
+
+    return write
 
 
 NUM_ITEMS = 12

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -8,7 +9,7 @@ import pytest
 
 from cprec import cli
 from cprec.anneal import TRUNK, anneal
-from cprec.data.config import SyntheticConfig
+from cprec.data.config import SyntheticConfig, TableSource
 from cprec.errors import ConfigError
 from cprec.provenance import CONFIG_FILE
 from cprec.text.config import PrepareConfig
@@ -19,12 +20,14 @@ from cprec.train.pretrain import pretrain
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(write_world: Callable[..., tuple[TableSource, ...]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small generated world."""
+    folder = tmp_path_factory.mktemp("anneal")
+    world = SyntheticConfig(num_market_users=250, num_library_users=20, items_per_domain=40)
     return prepare(
         PrepareConfig(
-            output_dir=str(tmp_path_factory.mktemp("anneal") / "data"),
-            synthetic=SyntheticConfig(num_market_users=250, num_library_users=20, items_per_domain=40),
+            output_dir=str(folder / "data"),
+            tables=write_world(folder, world, "kitchen", "toys"),
             pretrain_domains=("kitchen", "toys"),
             target_domains=("kitchen",),
             k_core=0,

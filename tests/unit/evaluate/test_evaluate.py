@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from cprec.baselines.random import RandomRecommender
 from cprec.card import CARD, read_front_matter
 from cprec.data.config import SyntheticConfig, TableSource
 from cprec.data.dataset import read_split
-from cprec.data.sources.synthetic import SyntheticWorld
 from cprec.data.splits import Split
 from cprec.entrants import SCORES, baseline_entrants, model_entrants
 from cprec.errors import ConfigError, CPRecError, DataError, InputChanged, LeakageError, Unsuitable
@@ -55,21 +54,14 @@ from cprec.text.prepare import prepare
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared(write_world: Callable[..., tuple[TableSource, ...]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two domains of the synthetic world, one of each platform."""
     folder = tmp_path_factory.mktemp("evaluate")
-    world = SyntheticWorld(SyntheticConfig(num_market_users=60, num_library_users=40, items_per_domain=60))
-    sources = []
-    for domain in ("books", "toys"):
-        paths = [str(folder / f"{domain}-{name}.parquet") for name in ("items", "interactions")]
-        for table, path in zip(world.tables()[domain], paths, strict=True):
-            pq.write_table(table, path)
-        platform = world.domains[domain].platform
-        sources.append(TableSource(domain=domain, platform=platform, items=paths[0], interactions=paths[1]))
+    world = SyntheticConfig(num_market_users=60, num_library_users=40, items_per_domain=60)
     prepare(
         PrepareConfig(
             output_dir=str(folder / "data"),
-            tables=tuple(sources),
+            tables=write_world(folder, world, "books", "toys"),
             pretrain_domains=("toys",),
             target_domains=("books",),
             k_core=0,

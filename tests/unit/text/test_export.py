@@ -6,7 +6,7 @@ import csv
 import json
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,13 @@ PARTS = {"train": TRAIN, "valid": VALIDATION, "test": TEST}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(write_world: Callable[..., tuple[TableSource, ...]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Domains of two platforms, in several parts, split by leave-one-out."""
+    folder = tmp_path_factory.mktemp("export")
+    world = SyntheticConfig(num_market_users=25, num_library_users=40, items_per_domain=40)
     config = PrepareConfig(
-        output_dir=str(tmp_path_factory.mktemp("export") / "data"),
-        synthetic=SyntheticConfig(num_market_users=25, num_library_users=40, items_per_domain=40),
+        output_dir=str(folder / "data"),
+        tables=write_world(folder, world, "beauty", "books", "toys"),
         target_domains=("books",),
         vocabulary_size=512,
         k_core=0,
@@ -49,7 +51,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         workers=1,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "PART_EVENTS", 800)
+        patch.setattr(build, "PART_EVENTS", 400)
         return prepare(config)
 
 
