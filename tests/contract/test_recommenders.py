@@ -343,13 +343,11 @@ def test_a_recommender_of_one_domain_refuses_another(name: str, made: Made, sett
         recommender.rank(setting.queries[:1], K)
 
 
-@pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "TIGER"])  # which writes codes
-def test_vectors_of_users_can_be_probed(name: str, made: dict[str, Recommender], setting: Setting) -> None:
-    of_each = made[name]
-    assert isinstance(of_each, OfEachDomain)
-    data = TrainingSequences.of(setting.split, "kitchen")
+@pytest.mark.parametrize("name", each_of(name for name in SYSTEMS if name != "TIGER"))  # which writes codes
+def test_vectors_of_users_can_be_probed(name: str, made: Made, setting: Setting) -> None:
+    recommender, data = made(name).of_domain("kitchen"), TrainingSequences.of(setting.split, "kitchen")
     for users in (data.users, None):
-        found = probe(of_each.of_domain["kitchen"], data.sequences, users)
+        found = probe(recommender, data.sequences, users)
         assert list(found) == ["length", "order", "category"]
         assert all(each.low <= each.value <= each.high <= 1 for each in found.values())
         if name in ("LightGCN", "NGCF", "AlphaRec", "PinSage"):
