@@ -22,7 +22,7 @@ from cprec.choices import Choice, Whole
 from cprec.data.ragged import Ragged
 from cprec.errors import ConfigError
 from cprec.scoring import StoredRecommender
-from cprec.systems.batches import WindowStream
+from cprec.systems.batches import POOL, WindowStream
 from cprec.systems.dot_product import DotProductModel, DotProductRecommender, MeanOfNetworks, SequenceModel
 from cprec.systems.encoders import BlockKind, SelfAttention
 from cprec.systems.items import IdTable
@@ -36,6 +36,8 @@ INITIAL = 0.02
 """Standard deviation of vectors before training."""
 WEIGHT = "model."
 """Before the name of each weight among stored arrays."""
+UNNAMED = {"block": "pre_norm", "attention_dropout": 0.0, "beta2": 0.95, "sorted_batches": POOL}
+"""What these were before they were settings: files of earlier versions do not name them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +152,7 @@ class CausalRecommender(DotProductRecommender, StoredRecommender):
 
     def _restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Raises ValueError for arrays that do not fit the catalogue or each other."""
-        # Files that do not name the kind of their blocks are older than the second kind.
-        stored = {"block": "pre_norm"} | json.loads(str(arrays["settings"]))
+        stored = UNNAMED | json.loads(str(arrays["settings"]))
         settings, vectors_VF = self.SETTINGS(**stored), arrays["vectors"]
         data = TrainingSequences(self.catalogue, str(arrays["domain"]), Ragged.of([]), ())
         if len(vectors_VF) != data.num_items:
