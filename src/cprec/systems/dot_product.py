@@ -324,8 +324,9 @@ class DotProductRecommender(ScoringRecommender):
 
     @torch.inference_mode()
     def user_vectors(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
-        """Representations of the histories of queries, whose products with items' vectors are scores: float32[Q, D].
-        Raises ConfigError for another domain than the one trained on."""
+        """Representations of the histories of queries, whose products with items' vectors are scores: float32[Q, D]. A
+        model with several heads has dimensions for them before the last one. Raises ConfigError for another domain than
+        the one trained on."""
         check_domain(self.name, (self.domain,), domain)
         users = [query.user or "" for query in queries]
         return self.encode(self.histories(domain, queries), users).cpu().numpy()
