@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cprec.errors import ConfigError
+from cprec.progress import format_seconds
 from cprec.train.config import TinyModel
 
 SIZES: tuple[tuple[TinyModel, float], ...] = (
@@ -72,10 +73,11 @@ def choose(
     if passes < FEWEST_PASSES:
         passes, least = 0.0, reading + (0 if may_stay else FEWEST_PASSES * tokens)
         if rate * seconds < least:
-            more = (least / rate - seconds) / TRAINING / 60
+            more = max(1, math.ceil((least / rate - seconds) / TRAINING / 60))
             raise ConfigError(
-                f"the time is too short for this log: the model takes {least / rate / 60:,.1f} minutes at least "
-                f"({tokens:,} tokens a pass, {rate:,.0f} a second), and {max(0, seconds) / 60:,.1f} are left for it. "
-                f"Give {math.ceil(more):,} minutes more, a part of the log, or a machine with a GPU"
+                f"the time is too short for this log: the model takes {format_seconds(least / rate)} at least "
+                f"({tokens:,} tokens a pass, {rate:,.0f} a second), and {format_seconds(max(0, seconds))} is left for "
+                f"it beside the item head and the evaluation. Give {more:,} minute{'s' * (more > 1)} more, a part of "
+                "the log, or a machine with a GPU"
             )
     return Choice(size, rate, passes, (passes * tokens + reading) / rate)
