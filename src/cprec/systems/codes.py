@@ -1,6 +1,6 @@
-"""Items as short sequences of codes, made of their vectors: residual k-means, as tokens of a small vocabulary.
+"""Items as short sequences of codes, as tokens of a small vocabulary.
 
-Suffixes: N items, D width, K codes of a level, L levels, E events.
+Suffixes: N items, L levels, E events.
 """
 
 from __future__ import annotations
@@ -8,37 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from cprec.data.ragged import Ragged, offsets_of
-from cprec.systems.clusters import k_means
 
 PADDING, END, BEGIN, FIRST_CODE = range(4)
 """Tokens: what fills rows up, what closes each item, what begins each history, and the first code of the first
 level."""
 _FIRST_CHARACTER = 0x10000
-
-
-def residual_codes(vectors_ND: np.ndarray, num_levels: int, num_codes: int, seed: int) -> np.ndarray:
-    """Codes of vectors, from coarse to fine: int64[N, L].
-
-    The first code is a vector's cluster; each further code is the cluster of what the centres so far leave of it.
-
-    >>> residual_codes(np.array([[0.0], [1], [10], [11]]), num_levels=2, num_codes=2, seed=0).tolist()
-    [[0, 1], [0, 0], [1, 1], [1, 0]]
-    """
-    generator = np.random.default_rng(seed)
-    residual_ND, levels = torch.from_numpy(vectors_ND.astype(np.float64)), []
-    for _ in range(num_levels):
-        # Centres begin at points drawn without replacement; of fewer points than codes each is a centre.
-        drawn_K = generator.choice(len(residual_ND), min(num_codes, len(residual_ND)), replace=False)
-        centre_KD, code_N = k_means(residual_ND, residual_ND[drawn_K], num_rounds=20, moves_empty=True)
-        residual_ND = residual_ND - centre_KD[code_N]
-        levels.append(code_N.numpy())
-    return np.stack(levels, axis=1)
 
 
 def pieces_of(token_NL: np.ndarray, item_E: np.ndarray, num_pieces: int) -> np.ndarray:

@@ -22,8 +22,9 @@ from cprec.recommender import RankingQuery
 from cprec.schema import Item
 from cprec.systems.batches import Passes
 from cprec.systems.clusters import k_means
-from cprec.systems.codes import BEGIN, END, FIRST_CODE, ItemCodes, residual_codes
+from cprec.systems.codes import BEGIN, END, FIRST_CODE, ItemCodes
 from cprec.systems.generator import CodeRecommender, CodeStream
+from cprec.systems.quantise import residual_codes
 from cprec.systems.recipes.tiger import TIGER
 from cprec.systems.signals import TrainingSequences
 from cprec.systems.vectors import text_vectors

@@ -26,10 +26,11 @@ from cprec.choices import Choice, OneOf, Real
 from cprec.errors import ConfigError, Unsuitable
 from cprec.progress import say
 from cprec.systems.batches import WindowStream
-from cprec.systems.codes import pieces_of, residual_codes
+from cprec.systems.codes import pieces_of
 from cprec.systems.dot_product import SequenceModel
 from cprec.systems.graph import ItemGraph
 from cprec.systems.items import SumTable
+from cprec.systems.quantise import residual_codes
 from cprec.systems.recipes.sasrec import INITIAL, SelfAttentionSettings
 from cprec.systems.settings import NextItemSettings, TextSettings
 from cprec.systems.signals import TrainingSequences

@@ -10,24 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from cprec import distributed
 from cprec.errors import ConfigError
 from cprec.progress import say
-from cprec.systems.codes import ItemCodes, residual_codes
+from cprec.systems.codes import ItemCodes
 from cprec.systems.generator import CodeRecommender, CodeStream, decoder
-from cprec.systems.items import read_vectors
-from cprec.systems.settings import SystemSettings
+from cprec.systems.quantise import residual_codes
+from cprec.systems.settings import TextSettings
 from cprec.systems.signals import TrainingSequences
 from cprec.systems.stage import Stage
-from cprec.systems.vectors import text_vectors
 from cprec.train.loss import PackedLoss
+from cprec.train.trainable import Trainable
 
 
 @dataclass(frozen=True, kw_only=True)
-class TIGER(SystemSettings):
-    """Settings of TIGER: levels, codes, layers and the length of histories are the paper's, the others ours."""
+class CodeSettings(TextSettings):
+    """Settings of systems in which a causal decoder writes the codes of the next item."""
 
     max_length: int = 20
     dropout: float = 0.2
@@ -42,8 +42,6 @@ class TIGER(SystemSettings):
     """Codes of an item, from coarse to fine."""
     num_codes: int = 256
     """Codes of a level."""
-    vectors: str = ""
-    """An .npz file with `item_id` and `vectors` of the domain's items; empty: TF-IDF of titles, reduced by SVD."""
     text_size: int = 64
     """Directions that the TF-IDF of titles is reduced to; with more, more items share their codes."""
     beam_width: int = 20
@@ -55,26 +53,45 @@ class TIGER(SystemSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_layers", "num_heads", "num_levels", "num_codes", "text_size", "beam_width", "max_nodes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        self.require_positive("num_layers", "num_heads", "num_levels", "num_codes", "beam_width", "max_nodes")
         if self.hidden_size % self.num_heads:
             raise ConfigError(f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}")
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
-        """See `SystemSettings.stages`. Says how many items share their codes."""
-        given = read_vectors(self.vectors, data.item_ids) if self.vectors else text_vectors(data.titles, self.text_size)
-        codes = ItemCodes.of(residual_codes(given, self.num_levels, self.num_codes, seed), self.num_codes)
-        say(f"{data.domain}: {codes.num_collisions:,} of {data.num_items:,} items share their codes and get one more")
-        sizes = {"hidden_size": self.hidden_size, "num_layers": self.num_layers, "num_heads": self.num_heads}
-        model = decoder(codes, max_length=self.max_length, dropout=self.dropout, **sizes)
+        """See `SystemSettings.stages`."""
+        codes = self.codes(data, seed)
+        model = self.decoder(codes)
         stream = CodeStream(data, codes, self.max_length, self.passes(seed))
-        reads = {"max_length": self.max_length, "beam_width": self.beam_width, "max_nodes": self.max_nodes}
         return [
             Stage(
-                trainable=PackedLoss(model, bf16=distributed.use_bf16("auto", distributed.pick_device())),
+                trainable=self.trainable(data, codes, model),
                 stream=stream,
                 schedule=self.schedule(stream.num_steps),
-                recommender=lambda: CodeRecommender("TIGER", data, codes, model, **reads),
+                recommender=lambda: self.code_recommender(data, codes, model),
             )
         ]
+
+    def codes(self, data: TrainingSequences, seed: int) -> ItemCodes:
+        """The codes of the domain's items. Says how many items share theirs."""
+        found = ItemCodes.of(residual_codes(self.frozen(data), self.num_levels, self.num_codes, seed), self.num_codes)
+        say(f"{data.domain}: {found.num_collisions:,} of {data.num_items:,} items share their codes and get one more")
+        return found
+
+    def decoder(self, codes: ItemCodes) -> Any:
+        """The decoder before training."""
+        sizes = {"hidden_size": self.hidden_size, "num_layers": self.num_layers, "num_heads": self.num_heads}
+        return decoder(codes, max_length=self.max_length, dropout=self.dropout, **sizes)
+
+    def trainable(self, data: TrainingSequences, codes: ItemCodes, model: Any) -> Trainable:
+        """What is trained on rows of codes: here the softmax of each next token over all tokens."""
+        return PackedLoss(model, bf16=distributed.use_bf16("auto", distributed.pick_device()))
+
+    def code_recommender(self, data: TrainingSequences, codes: ItemCodes, model: Any) -> CodeRecommender:
+        """A recommender of the decoder's current weights."""
+        reads = {"max_length": self.max_length, "beam_width": self.beam_width, "max_nodes": self.max_nodes}
+        return CodeRecommender(self.LABEL or type(self).__name__, data, codes, model, **reads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TIGER(CodeSettings):
+    """Settings of TIGER: levels, codes, layers and the length of histories are the paper's, the others ours."""
