@@ -229,3 +229,5 @@ def test_what_cannot_be_chosen_is_refused(split: Split) -> None:
         DenoisedSASRec(thresholds=())
     with pytest.raises(ConfigError, match=r"most_noise=0\.0 must lie above 0"):
         DenoisedSASRec(most_noise=0.0)
+    with pytest.raises(ConfigError, match="num_networks=3: it is one network"):
+        DenoisedSASRec(num_networks=3)

@@ -25,6 +25,7 @@ TINY: dict[str, Any] = {"hidden_size": 8, "num_blocks": 1, "num_heads": 2, "num_
 SETTINGS = {
     "SASRec": SASRec(**TINY),
     "two tables": SASRec(**TINY, tied=False),
+    "two networks of two tables": SASRec(**TINY, tied=False, num_networks=2),
     "SASRec (titles)": TitleSASRec(**TINY, text_size=6),
     "three networks": TitleSASRec(**TINY, text_size=6, num_networks=3),
 }
@@ -79,7 +80,7 @@ def test_what_does_not_fit_is_refused(made: CausalRecommender) -> None:
 
 def test_scores_of_networks_are_averaged(split: Split) -> None:
     """Each is that of a seed, and no two seeds share one."""
-    settings = [TitleSASRec(**TINY, text_size=6, num_networks=number) for number in (1, 2)]
+    settings = [SASRec(**TINY, num_networks=number) for number in (1, 2)]
     ones = [settings[0].make(split, "ring", seed=seed) for seed in range(4)]
     pairs = [settings[1].make(split, "ring", seed=seed) for seed in range(2)]
     queries = [RankingQuery(str(n), "ring", (Item("ring", f"i{n:02}"), Item("ring", "i07"))) for n in range(5)]

@@ -33,6 +33,8 @@ class DenoisedSASRec(SASRec):
         super().__post_init__()
         if not self.thresholds:
             raise ConfigError("thresholds=() tries nothing: give one at least, or take SASRec")
+        if self.num_networks > 1:
+            raise ConfigError(f"num_networks={self.num_networks}: it is one network, the best of several")
         if not 0 < self.most_noise <= 1:
             raise ConfigError(
                 f"most_noise={self.most_noise} must lie above 0 and at most at 1: it is a share of events"

@@ -12,6 +12,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import ClassVar, get_args
 
 import numpy as np
@@ -20,16 +21,18 @@ from torch import nn
 
 from cprec.choices import Choice, Whole
 from cprec.data.ragged import Ragged
+from cprec.data.splits import Split
 from cprec.errors import ConfigError
+from cprec.progress import say
 from cprec.scoring import StoredRecommender
 from cprec.systems.batches import POOL, WindowStream
-from cprec.systems.dot_product import DotProductModel, DotProductRecommender, MeanOfNetworks, SequenceModel
+from cprec.systems.dot_product import DotProductModel, DotProductRecommender, MeanOfNetworks, SequenceModel, mean_of
 from cprec.systems.encoders import BlockKind, SelfAttention
 from cprec.systems.items import IdTable
 from cprec.systems.sampled import SampledItemsLoss
 from cprec.systems.settings import NextItemSettings, SystemSettings
 from cprec.systems.signals import TrainingSequences, windows
-from cprec.systems.stage import NEXT_ITEM, Stage
+from cprec.systems.stage import NEXT_ITEM, Stage, TrainedRecommender
 from cprec.systems.terms import product_dtype
 
 INITIAL = 0.02
@@ -99,6 +102,8 @@ class CausalSettings(NextItemSettings, SelfAttentionSettings):
     """Share of a step's rows that lose events at random, so that training sees short histories as well: the masks of
     AW-MoE (Gong et al. 2023), whose contrast of gates is not here. A row keeps any number of its events, two at least,
     and each kept one predicts the next kept one."""
+    num_networks: int = 1
+    """Networks that are trained apart, each with a seed of its own; their scores are averaged."""
 
     LARGE: ClassVar[int] = 4
 
@@ -108,6 +113,22 @@ class CausalSettings(NextItemSettings, SelfAttentionSettings):
             raise ConfigError(f"sampled_items={self.sampled_items} must be 0 or more")
         if not 0 <= self.thinned_rows <= 1:
             raise ConfigError(f"thinned_rows={self.thinned_rows} must lie in 0..1: it is a share of rows")
+        self.require_positive("num_networks")
+
+    def make(self, split: Split, domain: str, *, seed: int = 0, folder: Path | None = None) -> TrainedRecommender:
+        """See `SystemSettings.make`. No two networks have one seed, nor have those of two seeds."""
+        one, first = replace(self, num_networks=1), seed * self.num_networks
+        networks, seconds = [], 0.0
+        for number, own_seed in enumerate(range(first, first + self.num_networks), 1):
+            if self.num_networks > 1:
+                say(f"{domain}: network {number} of {self.num_networks}")
+            made = super(CausalSettings, one).make(split, domain, seed=own_seed, folder=folder)
+            assert isinstance(made, CausalRecommender) and isinstance(made.model, SequenceModel)
+            networks.append(made.model)
+            seconds += made.seconds
+        averaged = self.recommender(TrainingSequences.of(split, domain), mean_of(networks))
+        averaged.seconds = seconds
+        return averaged
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
         rows = windows(data.sequences, self.max_length)
@@ -115,12 +136,11 @@ class CausalSettings(NextItemSettings, SelfAttentionSettings):
         num_epochs = max(self.num_epochs, self.min_steps / steps_of_pass)
         passes = replace(self.passes(seed), num_epochs=num_epochs)
         stream = WindowStream(data, [NEXT_ITEM], self.max_length, passes, thinned_rows=self.thinned_rows)
-        model = self.model(self.frozen(data))
+        model = self.network(self.frozen(data))
         stage = self.stage(data, model, self.next_item(), stream)
         is_sampled = self.objective == "softmax" and self.sampled_items * self.LARGE < data.num_items
         if not (self.sampled_items and is_sampled):
             return [stage]
-        assert isinstance(model, SequenceModel), "networks that are averaged are trained one by one"
         loss = SampledItemsLoss(model, rows, data.num_items, self.sampled_items, product_dtype())
         return [replace(stage, trainable=loss)]
 
@@ -129,8 +149,12 @@ class CausalSettings(NextItemSettings, SelfAttentionSettings):
         return np.empty((data.num_items, 0), dtype=np.float32)
 
     @abstractmethod
+    def network(self, frozen_VF: np.ndarray) -> SequenceModel:
+        """A network before training, over the frozen vectors of all items."""
+
     def model(self, frozen_VF: np.ndarray) -> SequenceModel | MeanOfNetworks:
-        """The model before training, over the frozen vectors of all items."""
+        """All networks before training."""
+        return mean_of([self.network(frozen_VF) for _ in range(self.num_networks)])
 
 
 class CausalRecommender(DotProductRecommender, StoredRecommender):
@@ -178,7 +202,7 @@ class SASRec(CausalSettings):
     """An item has one vector. Otherwise it has a second one as a target, whose gradients do not pull at what histories
     are read by: what DARE (Feng et al. 2025), which parts attention from representation, has for the next item."""
 
-    def model(self, frozen_VF: np.ndarray) -> SequenceModel:
+    def network(self, frozen_VF: np.ndarray) -> SequenceModel:
         items, encoder = self.parts(len(frozen_VF))
         if self.tied:
             return SequenceModel(items, encoder)

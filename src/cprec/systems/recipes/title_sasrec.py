@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,11 +18,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cprec.data.ragged import Ragged
-from cprec.data.splits import Split
 from cprec.errors import ConfigError
-from cprec.progress import say
 from cprec.provenance import file_sha256
-from cprec.systems.dot_product import DotProductModel, MeanOfNetworks, SequenceModel, mean_of
+from cprec.systems.dot_product import DotProductModel, SequenceModel
 from cprec.systems.encoders import BlockKind
 from cprec.systems.items import FrozenTable
 from cprec.systems.recipes.sasrec import INITIAL, CausalRecommender, CausalSettings
@@ -56,14 +53,8 @@ class TitleSASRec(TextSettings, CausalSettings):
     start: str = ""
     """A .safetensors file of the weights to start from, those of a network without rows that has the same `block` and
     `num_heads`, which the file does not say; empty: random ones."""
-    num_networks: int = 1
-    """Networks that are trained apart, each with a seed of its own; their scores are averaged."""
 
     LABEL: ClassVar[str] = "a network over titles"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_positive("num_networks")
 
     def shaped_like(self, other: CausalSettings) -> TitleSASRec:
         """These settings with the network of others, whose weights then fit."""
@@ -74,26 +65,8 @@ class TitleSASRec(TextSettings, CausalSettings):
         """See `SystemSettings.identity`: the content of a file counts, not its place."""
         return super().identity() | ({"start": file_sha256(self.start)} if self.start else {})
 
-    def make(self, split: Split, domain: str, *, seed: int = 0, folder: Path | None = None) -> TitleSASRecRecommender:
-        """See `SystemSettings.make`. No two networks have one seed, nor have those of two seeds."""
-        one, first = replace(self, num_networks=1), seed * self.num_networks
-        networks, seconds = [], 0.0
-        for number, own_seed in enumerate(range(first, first + self.num_networks), 1):
-            if self.num_networks > 1:
-                say(f"{domain}: network {number} of {self.num_networks}")
-            made = super(TitleSASRec, one).make(split, domain, seed=own_seed, folder=folder)
-            assert isinstance(made, TitleSASRecRecommender) and isinstance(made.model, SequenceModel)
-            networks.append(made.model)
-            seconds += made.seconds
-        averaged = self.recommender(TrainingSequences.of(split, domain), mean_of(networks))
-        averaged.seconds = seconds
-        return averaged
-
-    def model(self, frozen_VF: np.ndarray) -> SequenceModel | MeanOfNetworks:
-        """See `CausalSettings.model`. Raises ConfigError where the weights to start from are of another network."""
-        return mean_of([self._network(frozen_VF) for _ in range(self.num_networks)])
-
-    def _network(self, frozen_VF: np.ndarray) -> SequenceModel:
+    def network(self, frozen_VF: np.ndarray) -> SequenceModel:
+        """See `CausalSettings.network`. Raises ConfigError where the weights to start from are of another network."""
         size = self.hidden_size
         adapter = nn.Sequential(nn.Linear(frozen_VF.shape[1], size), nn.GELU(), nn.Linear(size, size))
         encoder = self.encoder()
