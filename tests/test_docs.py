@@ -115,7 +115,7 @@ def test_the_readme_can_be_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sasrec, "SASRec", sasrec.SASRec(hidden_size=16, num_epochs=1))
+    monkeypatch.setattr(sasrec, "SASRec", sasrec.SASRec(hidden_size=16, num_epochs=1, min_steps=0))
     shown = blocks(README)
     names: dict[str, Any] = {}
     for block in shown:

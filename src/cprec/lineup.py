@@ -86,7 +86,7 @@ LINEUP: Mapping[str, Listed] = {
     "BERT4Rec (published)": Listed("systems.recipes.bert4rec:PUBLISHED", "Sun et al. 2019"),
     "SASRec": Listed("systems.recipes.sasrec:SASRec", "causal self-attention, softmax over all items"),
     "SASRec (sampled softmax)": Listed("systems.recipes.sasrec:SAMPLED", "against many shared negatives"),
-    "SASRec (replicated)": Listed("systems.recipes.sasrec:REPLICATED", "as a public replication has it, annealed"),
+    "SASRec (wide)": Listed("systems.recipes.sasrec:WIDE", "with blocks and batches as its relatives have them"),
     "SASRec (published)": Listed("systems.recipes.sasrec:PUBLISHED", "Kang and McAuley 2018, one negative"),
     "SASRec (titles)": Listed("systems.recipes.title_sasrec:TitleSASRec", "over vectors of titles"),
     "SASRec (denoised)": Listed(

@@ -85,7 +85,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "HMamba": {},
     "SIGMA": {"kept": 2},
     "BERT4Rec": {"num_negatives": 8},
-    "SASRec": {},
+    "SASRec": {"min_steps": 0},
     "MMM4Rec": {"text_size": 8},
     "ICSRec": {"num_intentions": 4},
     "SRA-CL": {"text_size": 8, "num_neighbours": 2},

@@ -61,6 +61,7 @@ KINDS: Mapping[str, type[StoredRecommender]] = {
     "iALS (published)": IALSRecommender,
     "SASRec": SASRecRecommender,
     "SASRec (sampled softmax)": SASRecRecommender,
+    "SASRec (wide)": SASRecRecommender,
     "SASRec (titles)": TitleSASRecRecommender,
 }
 """What a blend can hold, by the names of tables: all whose state is a few arrays. Any other part is a column of a

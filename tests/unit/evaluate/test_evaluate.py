@@ -92,7 +92,7 @@ def split(prepared: Path) -> Split:
 @pytest.fixture
 def quick_sasrec(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained systems are small, and see the data once."""
-    small = {"num_epochs": 1, "hidden_size": 16, "num_heads": 1, "num_blocks": 1}
+    small = {"num_epochs": 1, "min_steps": 0, "hidden_size": 16, "num_heads": 1, "num_blocks": 1}
     of_name = lineup.settings_of
 
     def settings_of(name: str, changed: Mapping[str, Any] | None = None) -> Any:

@@ -24,7 +24,7 @@ from cprec.systems.dot_product import SequenceModel
 from cprec.systems.graph import ItemGraph
 from cprec.systems.items import IdTable, SumTable
 from cprec.systems.recipes.h2rec import CODES, H2Rec, SemanticIDs
-from cprec.systems.recipes.sasrec import SASRec
+from cprec.systems.recipes.sasrec import WIDE
 from cprec.systems.settings import SystemSettings
 from cprec.systems.signals import TrainingSequences
 from cprec.systems.stage import Stage
@@ -162,7 +162,7 @@ def first_step(settings: SystemSettings, data: TrainingSequences) -> tuple[Stage
 def test_without_codes_and_contrast_it_learns_as_sasrec_does(split: Split, tmp_path: Path) -> None:
     small = SMALL | {"dropout": 0.3, "num_epochs": 1}
     losses = []
-    for number, settings in enumerate((H2Rec(**small, num_levels=0, alignment_weight=0.0), SASRec(**small))):
+    for number, settings in enumerate((H2Rec(**small, num_levels=0, alignment_weight=0.0), replace(WIDE, **small))):
         settings.make(split, "ring", folder=tmp_path / str(number))
         (log,) = tmp_path.glob(f"{number}/*/*/log.jsonl")
         losses.append([line["loss"] for line in map(json.loads, log.read_text().splitlines()) if "loss" in line])
@@ -170,7 +170,7 @@ def test_without_codes_and_contrast_it_learns_as_sasrec_does(split: Split, tmp_p
 
 
 def test_with_rows_of_codes_at_zero_a_step_is_that_of_sasrec(circle: str, data: TrainingSequences) -> None:
-    plain, rows = first_step(SASRec(**SMALL), data)
+    plain, rows = first_step(replace(WIDE, **SMALL), data)
     summed, _ = first_step(H2Rec(**SMALL, **FEW_CODES, vectors=circle, alignment_weight=0.0), data)
     model, control = summed.trainable.module, plain.trainable.module
     assert isinstance(model, SequenceModel) and isinstance(control, SequenceModel)

@@ -25,7 +25,14 @@ from cprec.systems.recipes.sasrec import SASRec, SASRecRecommender
 from cprec.systems.signals import TrainingSequences
 
 NUM_ITEMS = 30
-TINY: dict[str, Any] = {"hidden_size": 8, "num_blocks": 1, "num_heads": 2, "num_epochs": 2, "dropout": 0.0}
+TINY: dict[str, Any] = {
+    "hidden_size": 8,
+    "num_blocks": 1,
+    "num_heads": 2,
+    "num_epochs": 2,
+    "min_steps": 0,
+    "dropout": 0.0,
+}
 
 
 class Given(PlaceScorer):

@@ -18,7 +18,7 @@ from cprec.data.splits import Split
 from cprec.errors import ConfigError, Unsuitable
 from cprec.systems.dot_product import SequenceModel
 from cprec.systems.encoders import Layers, SelfAttention
-from cprec.systems.recipes.sasrec import SASRec
+from cprec.systems.recipes.sasrec import WIDE, SASRec
 from cprec.systems.recipes.slmrec import SLMRec
 from cprec.systems.signals import TrainingSequences
 from cprec.systems.stage import NEXT_ITEM, Stage
@@ -168,7 +168,7 @@ def test_the_deep_model_stays_as_it_is_while_the_shallow_one_learns(data: Traini
 
 
 def test_the_shallow_model_begins_as_sasrec_does_and_is_as_large(data: TrainingSequences) -> None:
-    (plain,) = stages_of(SASRec(**SMALL, dropout=0.3), data)
+    (plain,) = stages_of(replace(WIDE, **SMALL, dropout=0.3), data)
     _, second = stages_of(SLMREC, data)
     rows = rows_of(second)
     torch.testing.assert_close(losses(second, rows)[NEXT_ITEM], losses(plain, rows)[NEXT_ITEM])

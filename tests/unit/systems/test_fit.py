@@ -37,7 +37,7 @@ from cprec.systems.recipes.mancar import ManCAR
 from cprec.systems.recipes.mmm4rec import MMM4Rec
 from cprec.systems.recipes.mqsa_ted import MQSATED
 from cprec.systems.recipes.rearec import PROGRESSIVE, ReaRec
-from cprec.systems.recipes.sasrec import SASRec
+from cprec.systems.recipes.sasrec import WIDE, SASRec
 from cprec.systems.recipes.sigma import SIGMA
 from cprec.systems.recipes.slmrec import SLMRec
 from cprec.systems.recipes.sra_cl import SRACL
@@ -48,7 +48,7 @@ from cprec.train.loop import Optimisation
 
 NUM_ITEMS = 12
 SMALL: dict[str, Any] = {"hidden_size": 16, "dropout": 0.0, "learning_rate": 1e-2, "batch_size": 16, "anneal": 0.3}
-SASREC = SASRec(**SMALL, num_epochs=5, num_blocks=1, num_heads=2)
+SASREC = replace(WIDE, **SMALL, num_epochs=5, num_blocks=1, num_heads=2)
 ICSREC = ICSRec(**SMALL, num_epochs=1, num_blocks=1, num_intentions=4)
 REAREC = ReaRec(**SMALL, num_epochs=1, first_epochs=2, num_blocks=1)
 OF_EACH_ENCODER: list[SystemSettings] = [
@@ -548,7 +548,7 @@ def test_two_tables_that_are_equal_score_as_one(data: TrainingSequences) -> None
 
 def test_two_tables_score_by_the_second(data: TrainingSequences) -> None:
     """Of some items as of all: a state times the vectors of these items as targets."""
-    model = SASRec(**SMALL, num_heads=2, tied=False).model(np.empty((NUM_ITEMS, 0)))
+    model = replace(WIDE, **SMALL, num_heads=2, tied=False).model(np.empty((NUM_ITEMS, 0)))
     assert isinstance(model.output, IdTable)
     model.output.table.weight.data = torch.arange(NUM_ITEMS * 16.0).view(NUM_ITEMS, 16)
     whole, some = model.vectors(), model.vectors(torch.tensor([5, 2]))

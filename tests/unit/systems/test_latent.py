@@ -30,7 +30,7 @@ from cprec.systems.recipes.igrsr import IGRSR
 from cprec.systems.recipes.latent import LatentSettings
 from cprec.systems.recipes.mancar import ManCAR
 from cprec.systems.recipes.rearec import ReaRec
-from cprec.systems.recipes.sasrec import SASRec
+from cprec.systems.recipes.sasrec import WIDE, SASRec
 from cprec.systems.signals import TrainingSequences
 from cprec.systems.stage import NEXT_ITEM, Stage, WeightedTerms
 from cprec.systems.terms import next_item, same_history
@@ -90,7 +90,7 @@ def test_without_steps_the_losses_are_those_of_the_backbone(settings: LatentSett
     backbone = SequenceModel(*settings.parts(data.num_items))
     plain = WeightedTerms(backbone, {NEXT_ITEM: (1.0, next_item("softmax"))})
     prefixes = PrefixStream(data, [NEXT_ITEM], settings.max_length, settings.passes(3))
-    sasrec = SASRec(**{**SMALL, "dropout": 0.3}, num_heads=settings.num_heads, num_epochs=settings.first_epochs)
+    sasrec = replace(WIDE, **{**SMALL, "dropout": 0.3}, num_heads=settings.num_heads, num_epochs=settings.first_epochs)
     (windows,) = stages_of(sasrec, data)
     for step in range(3):
         rows = {name: torch.from_numpy(array) for name, array in prefixes.batch(step).rows.items()}

@@ -28,7 +28,7 @@ Trained = tuple[list[float], list[float]]
 SMALL = {"hidden_size": 16, "max_length": 6, "batch_size": 16, "num_epochs": 6, "learning_rate": 1e-2, "patience": 0}
 FEW_NEGATIVES = {"num_negatives": 8}
 CASES = {
-    "SASRec": {},
+    "SASRec (wide)": {},
     "SASRec (sampled softmax)": FEW_NEGATIVES,
     "SASRec (published)": {},
     "BERT4Rec": FEW_NEGATIVES,
@@ -42,9 +42,12 @@ PLAIN: dict[str, Any] = {"weights": False, "product": False, "dropout": 0.0}
 WITHOUT = {
     "NGCF": ("LightGCN", {**CASES["LightGCN"], **PLAIN}),
     "NGCF (published)": ("LightGCN (published)", {**CASES["LightGCN (published)"], **PLAIN}),
-    "MQSA-TED": ("SASRec", {"short_share": 1.0, "transition_weight": 0.0}),
-    "SLMRec": ("SASRec", dict.fromkeys(("direction_weight", "distance_weight", "score_weight", "head_weight"), 0.0)),
-    "Human priors (popularity)": ("SASRec", {"num_groups": 1, "temperature": 0.0}),
+    "MQSA-TED": ("SASRec (wide)", {"short_share": 1.0, "transition_weight": 0.0}),
+    "SLMRec": (
+        "SASRec (wide)",
+        dict.fromkeys(("direction_weight", "distance_weight", "score_weight", "head_weight"), 0.0),
+    ),
+    "Human priors (popularity)": ("SASRec (wide)", {"num_groups": 1, "temperature": 0.0}),
 }
 """By name, the system that is left without its own parts, and the settings that leave them out."""
 QUICK = ("NGCF", "MQSA-TED")

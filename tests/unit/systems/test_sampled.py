@@ -19,7 +19,7 @@ from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import ConfigError
 from cprec.systems.items import MASK, PADDING
-from cprec.systems.recipes.sasrec import SASRec
+from cprec.systems.recipes.sasrec import WIDE, SASRec
 from cprec.systems.sampled import SampledItemsLoss, _places
 from cprec.systems.signals import TrainingSequences
 from cprec.systems.stage import NEXT_ITEM, WeightedTerms
@@ -41,7 +41,7 @@ def test_where_all_items_are_drawn_it_is_the_softmax_over_all(
     monkeypatch.setattr(SASRec, "LARGE", 0)
     found = []
     for num_drawn, kind in ((0, WeightedTerms), (data.num_items, SampledItemsLoss)):
-        loss, rows = trainable(SASRec(**SMALL, sampled_items=num_drawn), data)
+        loss, rows = trainable(replace(WIDE, **SMALL, sampled_items=num_drawn), data)
         assert type(loss) is kind
         value = loss.losses(rows)[NEXT_ITEM]
         value.backward()
@@ -67,7 +67,7 @@ def share_of_a_repeat(num_drawn: int) -> float:
     catalogue = Catalogue.from_tables({"shop": pa.table({"item_id": ids, "title": ids})})
     data = TrainingSequences(catalogue, "shop", Ragged.of(sequences), tuple(f"u{n}" for n in range(800)))
     asked = generator.integers(num_items, size=(200, 4))
-    settings = SASRec(**SMALL | {"hidden_size": 32, "batch_size": 64}, num_epochs=12, sampled_items=num_drawn)
+    settings = replace(WIDE, **SMALL | {"hidden_size": 32, "batch_size": 64}, num_epochs=12, sampled_items=num_drawn)
     torch.manual_seed(0)
     (stage,) = settings.stages(data, seed=0)
     optimizer = torch.optim.AdamW(stage.trainable.module.parameters(), lr=1e-2)
@@ -93,7 +93,7 @@ def test_an_item_that_comes_again_is_as_probable_as_over_all_items(
 
 def test_the_loss_by_hand(data: TrainingSequences) -> None:
     """Position by position over its own sample: what was drawn, what other rows hold, and the target."""
-    loss, rows = trainable(SASRec(**SMALL | {"batch_size": 4}), data)
+    loss, rows = trainable(replace(WIDE, **SMALL | {"batch_size": 4}), data)
     model, num_items, num_drawn = loss.module, data.num_items, 2
     sampled = SampledItemsLoss(model, data.sequences, num_items, num_drawn, torch.float32)
     rows = {name: array[:, :4].contiguous() for name, array in rows.items()}
@@ -122,7 +122,7 @@ def test_the_loss_by_hand(data: TrainingSequences) -> None:
 
 
 def test_a_rows_own_items_are_left_out_unless_drawn_or_in_another_row(data: TrainingSequences) -> None:
-    model = SASRec(**SMALL).model(np.empty((data.num_items, 0)))
+    model = replace(WIDE, **SMALL).model(np.empty((data.num_items, 0)))
     loss = SampledItemsLoss(model, data.sequences, data.num_items, 2, torch.float32)
     padding, num_kept = 6, 6
     items = torch.tensor([[0, 1, padding], [1, 2, 3]])
@@ -154,7 +154,7 @@ def test_a_bias_is_added_to_the_logits() -> None:
 
 def test_it_learns_what_comes_next(split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SASRec, "LARGE", 1)
-    settings = SASRec(**SMALL, learning_rate=1e-2, num_epochs=8, sampled_items=3)
+    settings = replace(WIDE, **SMALL, learning_rate=1e-2, num_epochs=8, sampled_items=3)
     recommender = settings.make(split, "ring", folder=tmp_path)
     queries = split.queries("ring", "test", max_history=50)
     users = [f"p/{split.interactions.user_id[row]}" for row in queries.user]
@@ -179,7 +179,7 @@ def test_what_is_left_out_has_no_share() -> None:
 
 
 def test_small_catalogues_are_whole(data: TrainingSequences) -> None:
-    settings = SASRec(**SMALL, sampled_items=data.num_items // SASRec.LARGE)
+    settings = replace(WIDE, **SMALL, sampled_items=data.num_items // SASRec.LARGE)
     assert type(trainable(settings, data)[0]) is WeightedTerms
     assert type(trainable(replace(settings, sampled_items=1), data)[0]) is SampledItemsLoss
     other = replace(settings, sampled_items=1, objective="bce", num_negatives=1)

@@ -97,4 +97,3 @@ def test_few_sequences_are_read_more_often(data: TrainingSequences) -> None:
     settings = [{"min_steps": 300}, {"min_steps": 300, "num_epochs": 400}, {"min_steps": 0}]
     made = [TitleSASRec(**TINY | changed, text_size=6) for changed in settings]
     assert [each.stages(data, 0)[0].stream.num_steps for each in made] == [300, 400, 1]
-    assert (TitleSASRec().min_steps, SASRec().min_steps) == (600, 0)

@@ -90,7 +90,7 @@ def test_gradients_of_sampled_softmax_are_those_of_its_formula(
         ({"objective": "hinge"}, "objective='hinge': expected softmax"),
         ({"num_negatives": 5}, "num_negatives=5 with objective=softmax: softmax ranks all items"),
         ({"objective": "bce"}, "num_negatives=0 with objective=bce: give 1 or more"),
-        ({"num_heads": 3}, "hidden_size=256 must be a multiple of num_heads=3"),
+        ({"num_heads": 3}, "hidden_size=64 must be a multiple of num_heads=3"),
         ({"dropout": 1.0}, "dropout=1.0 must lie in 0..1"),
         ({"batch_size": 0}, "batch_size=0 must be above 0"),
     ],
