@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,15 @@ def test_scores_of_networks_are_averaged(split: Split) -> None:
     assert abs(scores[0] - scores[1]).max() > 1e-3
     with pytest.raises(ConfigError, match="num_networks=0 must be above 0"):
         TitleSASRec(num_networks=0)
+
+
+def test_words_are_as_long_as_what_a_language_model_gives_and_a_file_is_as_it_is(
+    data: TrainingSequences, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "given.npz", item_id=np.array(data.item_ids), vectors=np.full((data.num_items, 2), 0.5))
+    words, given = TitleSASRec(text_size=6), TitleSASRec(vectors=str(tmp_path / "given.npz"))
+    assert np.linalg.norm(words.frozen(data), axis=1) == pytest.approx(np.full(data.num_items, 5.0), abs=1e-5)
+    assert (given.frozen(data) == 0.5).all()
 
 
 def test_few_sequences_are_read_more_often(data: TrainingSequences) -> None:

@@ -27,6 +27,9 @@ from cprec.systems.recipes.sasrec import INITIAL, CausalRecommender, CausalSetti
 from cprec.systems.settings import TextSettings
 from cprec.systems.signals import TrainingSequences
 
+LENGTH = 5.0
+"""The length of TF-IDF vectors, about that of a language model's coordinates in an item head: with vectors of length
+one the network learns less (docs/experiments.md)."""
 ROWS = "items.rows"
 """The weights that belong to items, one row each."""
 
@@ -55,6 +58,11 @@ class TitleSASRec(TextSettings, CausalSettings):
     `num_heads`, which the file does not say; empty: random ones."""
 
     LABEL: ClassVar[str] = "a network over titles"
+
+    def frozen(self, data: TrainingSequences) -> np.ndarray:
+        """See `TextSettings.frozen`. Vectors of a file are taken as they are."""
+        vectors_VF = super().frozen(data)
+        return vectors_VF if self.vectors else LENGTH * vectors_VF
 
     def shaped_like(self, other: CausalSettings) -> TitleSASRec:
         """These settings with the network of others, whose weights then fit."""
