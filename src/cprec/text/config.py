@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Literal
@@ -14,6 +15,8 @@ from cprec.text.prompts import Template
 
 TINY = "tiny"
 """The tokenizer that is trained on the titles of the data."""
+ROUNDING = 1e-9
+"""What shares may sum to above 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,18 +35,55 @@ class Mixture:
     """Share of all tokens from the general text in `replay`."""
     examples_share: float = 0.0
     """Share of all tokens from fine-tuning examples of the pre-training domains (loss on their targets only)."""
+    walks_share: float = 0.0
+    """Share of all tokens from random walks on the graph of training events, written as histories (`curriculum`)."""
+    rules_share: float = 0.0
+    """Share of all tokens from sentences on pairs of items that training users had both of (`curriculum`)."""
+    item_text_share: float = 0.0
+    """Share of all tokens from sentences on the brand and the categories of items with training events."""
 
     def __post_init__(self) -> None:
-        for name in ("mixed_share", "text_share", "examples_share"):
+        of_all = ("text_share", "examples_share", "walks_share", "rules_share", "item_text_share")
+        for name in ("mixed_share", *of_all):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must lie in 0..1")
-        if self.text_share + self.examples_share > 1:
-            raise ConfigError(
-                f"text_share={self.text_share} and examples_share={self.examples_share} are more than all tokens"
-            )
+        if math.fsum(getattr(self, name) for name in of_all) > 1 + ROUNDING:
+            asked = [f"{name}={getattr(self, name)}" for name in of_all if getattr(self, name)]
+            raise ConfigError(f"{', '.join(asked[:-1])} and {asked[-1]} are more than all tokens: lower one of them")
         for domain, weight in self.domain_weights.items():
             if not weight >= 0:
                 raise ConfigError(f"domain_weights.{domain}={weight} must be 0 or more")
+
+    @property
+    def has_curriculum(self) -> bool:
+        """Whether it asks for documents that are made of training events or of items."""
+        return self.walks_share > 0 or self.rules_share > 0 or self.item_text_share > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curriculum:
+    """How the documents are made that no user wrote, for the shares of a mixture that ask for them."""
+
+    walk_p: float = 1.0
+    """A walk goes back to the item before the last with the weight of the link over this (node2vec's p)."""
+    walk_q: float = 1.0
+    """A walk goes to an item that the one before the last does not lead to with the weight of the link over this
+    (node2vec's q)."""
+    walk_length: int = 20
+    """Items of a walk; the latest ones that fit a row."""
+    walks_per_item: int = 10
+    """Walks in a domain, for each of its items with training events."""
+    min_support: int = 5
+    """Training users who had both items of a rule, at least."""
+
+    def __post_init__(self) -> None:
+        for name in ("walk_p", "walk_q"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}={getattr(self, name)} must be a number above 0")
+        for name in ("walk_length", "min_support"):
+            if getattr(self, name) < 2:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 2")
+        _check_positive(self, "walks_per_item")
 
 
 @dataclass(frozen=True, kw_only=True)

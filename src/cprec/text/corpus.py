@@ -13,7 +13,8 @@ from cprec.schema import MIXED, SPECIFIC
 from cprec.text.shards import Choices, Shards
 
 TEXT, EXAMPLES = "general text", "examples"
-"""Kinds of documents beside behaviour sequences."""
+WALKS, RULES, ITEM_TEXTS = CURRICULUM = ("walks", "rules", "item texts")
+"""Kinds of documents beside behaviour sequences; those of the curriculum no user wrote."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,14 +22,15 @@ class Group:
     """Documents with one weight in a mixture: a domain's specific ones, all mixed ones, or those of another source."""
 
     name: str
-    """For example `books (specific)`, `mixed`, `general text`, `text of wiki` or `examples of books`."""
+    """For example `books (specific)`, `mixed`, `text of wiki`, `examples of books` or `walks of books`."""
     kind: str
-    """specific, mixed, general text or examples."""
+    """specific, mixed, general text, examples, walks, rules or item texts."""
     shards: Shards
     documents: np.ndarray
     """Their row numbers in the shards: int64[D]."""
     domain: str = ""
-    """The domain of specific documents and of examples, the file of text in a folder of text; empty for others."""
+    """The domain of specific documents, examples and the curriculum, the file of text in a folder of text; empty for
+    others."""
     targets_only: bool = False
     """Whether the loss covers the target's tokens alone."""
 

@@ -9,16 +9,17 @@ import numpy as np
 from cprec.errors import ConfigError
 from cprec.schema import MIXED, SPECIFIC
 from cprec.text.config import Mixture
-from cprec.text.corpus import EXAMPLES, TEXT, Group
+from cprec.text.corpus import CURRICULUM, EXAMPLES, TEXT, Group
 
 
 def shares(groups: Sequence[Group], mixture: Mixture) -> np.ndarray:
     """The share of all tokens that each group should have: float64[groups], summing to 1.
 
-    General text and examples get their shares; text that stands alone gets all. Of the rest, mixed sequences get
-    `mixed_share`, and the domains divide what is left in proportion to (events in the domain) ** temperature, times
-    their weight. A kind without documents leaves its share to the others. Raises ConfigError for the weight of a domain
-    that has no documents, for a share of text or examples where there are none, and where nothing is left to read.
+    General text, examples and the kinds of the curriculum get their shares; text that stands alone gets all. Of the
+    rest, mixed sequences get `mixed_share`, and the domains divide what is left in proportion to (events in the
+    domain) ** temperature, times their weight; so they divide each kind of the curriculum. Mixed or specific sequences
+    that have no documents leave their share to the others. Raises ConfigError for the weight of a domain that has no
+    documents, for a share of another kind where there are none, and where nothing is left to read.
     """
     domains = [group.domain for group in groups if group.kind == SPECIFIC]
     for domain in mixture.domain_weights:
@@ -38,7 +39,17 @@ def shares(groups: Sequence[Group], mixture: Mixture) -> np.ndarray:
         # Groups of one kind divide its share in proportion to their tokens.
         tokens = np.array([group.num_tokens for group in groups]) * (kind == name)
         weight += share * tokens / max(1, tokens.sum())
-    rest = 1 - weight.sum()
+    of_domain = {group.domain: _domain_weight(group, mixture) for group in groups if group.kind == SPECIFIC}
+    for name, share in zip(
+        CURRICULUM, (mixture.walks_share, mixture.rules_share, mixture.item_text_share), strict=True
+    ):
+        divided = np.array([of_domain.get(group.domain, 0.0) for group in groups]) * (kind == name)
+        if share and not divided.any():
+            raise ConfigError(
+                f"the mixture asks for {share:.1%} {name}, but no domain that is read has any: leave it out"
+            )
+        weight += share * divided / (divided.sum() or 1)
+    rest = max(0.0, 1 - weight.sum())
     mixed = kind == MIXED
     by_domain = np.array([_domain_weight(group, mixture) for group in groups]) * (kind == SPECIFIC)
     mixed_share = mixture.mixed_share if by_domain.any() else 1.0

@@ -13,6 +13,15 @@ One unified template (CPRec, Ma et al. 2025, ask for one; the wording is ours, s
 
 A title may be followed by other fields of its item, as "{title}; {brand}; {categories}".
 
+Two kinds of documents tell of no user. A rule is a pair of items with its numbers, and an item text is an item with
+other fields:
+
+    Domain: {domain}
+    Those who chose {title} also chose {title}: {percent}% of them ({n} users), {lift} times as often as all users.<eos>
+
+    Domain: {domain}
+    The item {title} is by {brand} and belongs to {categories}.<eos>
+
 A prompt is a sequence of *pieces* (a template part, a domain tag, a title). Each piece is tokenised once and on its
 own, so a title has the same tokens in every document, prompt and decoding trie. Pieces start with their own white
 space.
@@ -52,6 +61,10 @@ class Template:
     def head(self, scope: str) -> str:
         """Everything before the first line; `scope` is a domain's name or `mixed_scope`."""
         return f"{self.scope} {scope}{self.history}"
+
+    def sentence(self, domain: str, opening: str) -> str:
+        """How a document begins that is a sentence on items of a domain."""
+        return f"{self.scope} {domain}\n{opening}"
 
     def tag(self, domain: str) -> str:
         """The tag before each title of a mixed sequence, which shows the item's domain."""
@@ -107,3 +120,24 @@ def render(
     elif mixed:
         parts.append(template.tag(domain))
     return "".join(parts)
+
+
+CHOSE, ALSO_CHOSE = "Those who chose", " also chose"
+THE_ITEM, BY, BELONGS, AND, STOP = "The item", " is by", " belongs to", " and", "."
+"""Pieces of sentences; titles and other fields stand between them."""
+
+
+def rule_numbers(support: int, confidence: float, lift: float) -> str:
+    """How a rule ends.
+
+    >>> rule_numbers(6, 0.1234, 8.04)
+    ': 12% of them (6 users), 8 times as often as all users.'
+    >>> rule_numbers(12, 1.0, 0.456)
+    ': 100% of them (12 users), 0.46 times as often as all users.'
+    """
+    return f": {_short(100 * confidence)}% of them ({support} users), {_short(lift)} times as often as all users."
+
+
+def _short(number: float) -> str:
+    """Two digits, or all those before the point."""
+    return f"{number:.0f}" if number >= 10 else f"{number:.2g}"

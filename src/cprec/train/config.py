@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from cprec.errors import ConfigError
-from cprec.text.config import Mixture
+from cprec.text.config import Curriculum, Mixture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +198,8 @@ class PretrainConfig(TrainingConfig):
     """Another mixture while the learning rate rises; none: the same."""
     anneal_mixture: Mixture | None = None
     """Another mixture while it falls; none: the same."""
+    curriculum: Curriculum = Curriculum()
+    """How walks, rules and item texts are made, where a mixture asks for them."""
     max_passes: float = 0
     """How often a domain's documents (or the mixed ones, or the general text) are read at most; what one may not have,
     the others get. 0: as often as the shares ask."""
@@ -398,6 +400,9 @@ def under_current_names(recorded: Mapping[str, Any]) -> dict[str, Any]:
     {'seed': 1, 'train_batch_size': 8, 'micro_batch_size': 4}
     """
     settings = dict(recorded)
+    for name in ("mixture", "warmup_mixture", "anneal_mixture"):
+        if settings.get(name):  # a run from before there were other kinds read none of them
+            settings[name] = asdict(Mixture()) | settings[name]
     if "gradient_accumulation_steps" in settings:
         rows = settings.pop("per_device_train_batch_size")
         passes = settings.pop("gradient_accumulation_steps")

@@ -12,14 +12,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cprec import distributed
+from cprec.data.dataset import read_split
 from cprec.data.leakage import Grammar, read_events
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import ConfigError, LeakageError
-from cprec.schema import KINDS, SPECIFIC, TRAIN
+from cprec.schema import CONTEXT, KINDS, SPECIFIC, SPLITS, TRAIN
 from cprec.text.audit_part import grammar_of
 from cprec.text.config import Mixture
-from cprec.text.corpus import EXAMPLES, TEXT, Corpus, Group, groups_of
+from cprec.text.corpus import CURRICULUM, EXAMPLES, ITEM_TEXTS, RULES, TEXT, Corpus, Group, groups_of
+from cprec.text.curriculum import CurriculumWriter
 from cprec.text.encoding import PromptEncoder, TemplateMarks
 from cprec.text.general_text import text_shards
 from cprec.text.mixture import shares
@@ -30,7 +32,7 @@ from cprec.text.tokenizer import load_tokenizer
 from cprec.train.config import PretrainConfig
 from cprec.train.plan import ANNEALING, Plan, describe_plan, plan_of, plot_schedule, split_phases
 from cprec.train.run import Run
-from cprec.train.training import run_training
+from cprec.train.training import encoder_of, run_training
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -62,15 +64,16 @@ def _run(config: PretrainConfig) -> Run:
     groups = behaviour_and_more(config)
     shards = groups[0].shards
     heldout = open_shards(Path(config.data) / "shards" / "heldout", columns=TRAINING)
-    text, examples, behaviour = (
+    text, examples, behaviour, curriculum = (
         list(dict.fromkeys(group.shards.sha256 for group in groups if group.kind in kinds))
-        for kinds in ((TEXT,), (EXAMPLES,), KINDS)
+        for kinds in ((TEXT,), (EXAMPLES,), KINDS, CURRICULUM)
     )
+    more = {"text": text, "curriculum": curriculum}
     return Run(
         config=config,
         make_plan=lambda: pretrain_plan(config, groups),
         trained_on=[*behaviour, *sorted(examples)],
-        inputs={"heldout": heldout.sha256} | ({"text": " ".join(text)} if text else {}),
+        inputs={"heldout": heldout.sha256} | {name: " ".join(hashes) for name, hashes in more.items() if hashes},
         validation=heldout_streams(
             heldout, eval_tokens=config.eval_tokens, rows=config.rows_per_pass, max_length=config.max_length
         ),
@@ -83,8 +86,8 @@ def _run(config: PretrainConfig) -> Run:
 
 
 def behaviour_and_more(config: PretrainConfig) -> list[Group]:
-    """The groups that a run may read: behaviour sequences, and general text and examples where a phase asks for them;
-    of a folder of text, its texts.
+    """The groups that a run may read: behaviour sequences, and general text, examples and the curriculum where a phase
+    asks for them; of a folder of text, its texts.
 
     Examples are those of pre-training domains, of users whose sequences are in the shards: users who are kept out of
     pre-training do not enter by their examples.
@@ -104,7 +107,42 @@ def behaviour_and_more(config: PretrainConfig) -> list[Group]:
         groups.append(Group(TEXT, TEXT, text, np.arange(len(text))))
     if any(mixture and mixture.examples_share for mixture in mixtures):
         groups += _examples(data, groups)
+    asking = [mixture for mixture in mixtures if mixture and mixture.has_curriculum]
+    if asking:
+        groups += distributed.by_first(lambda: _curriculum(config, groups, asking))
     return groups
+
+
+def _curriculum(config: PretrainConfig, groups: list[Group], mixtures: list[Mixture]) -> list[Group]:
+    """Walks, rules and item texts of the domains that a mixture reads."""
+    domains = [
+        group.domain
+        for group in groups
+        if group.kind == SPECIFIC and any(mixture.domain_weights.get(group.domain, 1) for mixture in mixtures)
+    ]
+    if not domains:
+        raise ConfigError(
+            f"walks, rules and item texts are made of domain-specific sequences, and of data={config.data} none is read"
+        )
+    return curriculum_writer(config).groups(domains, mixtures)
+
+
+def curriculum_writer(config: PretrainConfig) -> CurriculumWriter:
+    """What writes walks, rules and item texts: of the events that the shards hold, and of no others."""
+    data = Path(config.data)
+    split, shards = read_split(data), open_shards(data / "shards" / "train")
+    about, tokenizer = shards.manifest["about"], load_tokenizer(str(data / "tokenizer"))
+    encoder = encoder_of(data, about, tokenizer)
+    is_known = events_of_shards(split, shards, encoder)
+    return CurriculumWriter(
+        replace(split, part=np.where(is_known, split.part, SPLITS.index(CONTEXT))),
+        encoder,
+        tokenizer,
+        config.curriculum,
+        max_length=config.max_length,
+        seed=config.seed,
+        begin=about.get("begin", ()),
+    )
 
 
 def _examples(data: Path, groups: list[Group]) -> list[Group]:
@@ -231,14 +269,14 @@ def _phases(config: PretrainConfig, groups: list[Group]) -> list[Phase]:
 
 
 def _titles_only(data: Path, corpus: Corpus) -> Callable[[np.ndarray, Ragged], np.ndarray]:
-    """Marks the tokens of titles, with the end of sequence, and all tokens of general text."""
+    """Marks the tokens of titles, with the end of sequence, and all tokens of general text and of sentences."""
     domains = [group.domain for group in corpus.groups if group.kind == SPECIFIC]
     about = corpus.groups[0].shards.manifest["about"]
     if not domains:
         raise ConfigError(f"loss=items_only is of the titles in behaviour sequences, and data={data} has none")
     tokenizer, template = load_tokenizer(str(data / "tokenizer")), Template(**about["template"])
     marks = TemplateMarks(tokenizer, template, domains, about.get("begin", ()))
-    is_text = np.array([group.kind == TEXT for group in corpus.groups])
+    is_text = np.array([group.kind in (TEXT, RULES, ITEM_TEXTS) for group in corpus.groups])
 
     def is_target(documents: np.ndarray, tokens: Ragged) -> np.ndarray:
         return marks.in_titles(tokens) | np.repeat(is_text[corpus.group[documents]], tokens.lengths)

@@ -42,6 +42,7 @@ GROUPS_IN_WORDS = {
     "taught": "the code of the teachers",
     "queries": "the validation queries that are ranked",
     "text": "the general text to replay",
+    "curriculum": "the walks, rules and item texts",
     "general_text": "the text of general_text",
     "base": "the weights of the base model",
     "start": "the weights of the checkpoint to continue from",
