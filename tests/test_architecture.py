@@ -47,6 +47,7 @@ BELOW = {
     # Of the systems those that can be stored: a blend opens them without their data.
     "rank": BASE | {"data", "scoring", "text", "models", "distributed", "item_head", "search", "baselines", "systems"},
     "scoring": BASE | {"data"},
+    "scaling": BASE,
     "systems": BASE | {"data", "scoring", "text", "models", "distributed", "train", "search"},
     "item_head": BASE | {"data", "models", "distributed", "systems"},
     "baselines": BASE | {"data", "scoring"},

@@ -159,6 +159,8 @@ def test_the_page_on_pretraining_can_be_followed(
             stable = next(Path("runs/shop/pretrained").glob("stable-*")).name
             Path(block.file).write_text(re.sub(r"stable-\d+", stable, block.text))
             assert cli.main(["pretrain", block.file, "tiny.hidden_size=32"]) == 0
+        elif block.language == "python":
+            exec(compile(block.text, "pretraining.md", "exec"), {})
         else:
             for _, *arguments in commands(block):
                 short = ["num_train_epochs=0.2", "max_queries=20"] if arguments[0] == "anneal" else []

@@ -19,6 +19,7 @@ from benchmarks.study.questions import QUESTIONS, Claim, Question
 from benchmarks.study.results import CANDIDATES, DIFFERENCES, EVERY, LOSSES, MAIN, MEANS, PLAN
 from cprec.evaluate.statistics import MIN_QUERIES
 from cprec.files import write_whole
+from cprec.scaling import FEWEST, fit_power_law
 
 TOKENS_PER_SECOND, OPEN_MODEL_TOKENS_PER_SECOND = 8000, 290
 """Of training on one core, by the tiny decoder and by a model of 135 M parameters: for what is not run yet."""
@@ -212,11 +213,13 @@ def _loss_parts(losses: Sequence[Line], folder: Path) -> Iterable[str]:
     write_whole(figure, line_chart({k: v for k, v in points.items() if v}, "tokens read", "held-out loss a token"))
     yield "Held-out loss a token, mean over domains and kinds, seed 0, at the end of annealing:"
     yield _table(("tokens", "loss"), [(f"{x:,}", f"{y:.4f}") for x, y in points.get("annealed", [])])
-    if len(points.get("annealed", [])) < 4:
+    if len(points.get("annealed", [])) < FEWEST:
         yield (
             "`L(D) = E + B D^-b` has three numbers to find, so fewer than four sizes say nothing of how well it fits: "
             "no fit is given."
         )
+    else:
+        yield f"`L(D) = E + B D^-b` through these: {fit_power_law(*zip(*points['annealed'], strict=True))}."
     yield f"![Held-out loss by tokens read](study/{figure.name})"
 
 
