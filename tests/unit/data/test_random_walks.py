@@ -46,11 +46,14 @@ def test_the_entropy_on_four_items_by_hand() -> None:
         after 3 > 2: 2/3 back, 1/6 to 0, 1/6 to 1            after 2 > 3: back
 
     In the long run the six links of the triangle are equally likely, and those with item 3 are 6/7 as likely: 7/54 and
-    6/54."""
+    6/54. At first all eight are equally likely."""
     walks = SecondOrderWalks(KITE, p=0.5, q=2)
     in_triangle, to_two, from_three = h(2 / 3, 1 / 3), h(4 / 7, 2 / 7, 1 / 7), h(2 / 3, 1 / 6, 1 / 6)
     expected = 7 / 54 * (4 * in_triangle + 2 * to_two) + 6 / 54 * from_three
     assert walks.entropy_rate() == pytest.approx(expected, rel=1e-9)
+    of_place = walks.entropies(300)
+    assert of_place[2] == pytest.approx((4 * in_triangle + 2 * to_two + from_three) / 8, rel=1e-12)
+    assert of_place[299] == pytest.approx(expected, rel=1e-9) and abs(of_place[2] - expected) > 0.005
 
 
 def test_without_p_and_q_a_step_depends_on_the_last_item_alone() -> None:
