@@ -88,7 +88,7 @@ def fit_power_law(tokens: Sequence[float], losses: Sequence[float], confidence: 
         bounds=([0, -np.inf, 0], np.inf),
         **dict.fromkeys(("ftol", "xtol", "gtol"), 1e-12),
     )
-    floor, log_scale, exponent = best.x
+    floor, _, exponent = best.x.round(9)  # a floor at its bound becomes 0
     freedom = len(loss_P) - 3
     error = np.sqrt(2 * best.cost / freedom)
     covariance = error**2 * np.linalg.pinv(best.jac.T @ best.jac)

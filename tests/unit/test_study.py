@@ -14,7 +14,7 @@ import pytest
 from benchmarks.study import results
 from benchmarks.study.arms import ALL, ARMS, CPREC, RANDOM, REFERENCE, ZERO
 from benchmarks.study.jobs import Job, jobs_of, pretrainings, recipe_of
-from benchmarks.study.page import write_page
+from benchmarks.study.page import _loss_parts, write_page
 from benchmarks.study.plot import forest
 from benchmarks.study.questions import QUESTIONS
 from benchmarks.study.worlds import tiny
@@ -152,3 +152,14 @@ def test_a_forest_stands_on_its_axis_and_escapes_names() -> None:
     ends = [float(line.attrib["x2"]) for line in wide.findall("{*}line")]
     assert max(ends) <= float(wide.attrib["width"]), "cut at the end of the axis"
     assert "a < b" in [text.text for text in svg.findall("{*}text")]
+
+
+def test_four_sizes_have_a_law(tmp_path: Path) -> None:
+    def told(sizes: list[float]) -> str:
+        own = [{"arm": CPREC, "seed": 0, "annealed": True, "group": "steam", "tokens": size} for size in sizes]
+        return "\n".join(_loss_parts([line | {"loss": 1 + 50 * line["tokens"] ** -0.3} for line in own], tmp_path))
+
+    assert "no fit is given" in told([1e6, 2e6, 4e6])
+    assert "`L(D) = E + B D^-b` through these: E = 1 [1, 1], B = 50 [50, 50], b = 0.3 [0.3, 0.3]." in told(
+        [1e6, 2e6, 4e6, 8e6]
+    )
