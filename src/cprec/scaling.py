@@ -111,11 +111,9 @@ def _start(x_P: np.ndarray, loss_P: np.ndarray) -> np.ndarray:
     for exponent in EXPONENTS:
         columns = np.stack([np.ones_like(x_P), np.exp(-exponent * x_P)], axis=1)
         (floor, scale), *_ = np.linalg.lstsq(columns, loss_P, rcond=None)
-        if floor < 0:  # the best without a floor
-            floor, scale = 0.0, float(columns[:, 1] @ loss_P / (columns[:, 1] @ columns[:, 1]))
         if scale > 0:
             squares = ((columns @ [floor, scale] - loss_P) ** 2).sum()
-            found.append((squares, floor + 1e-9, np.log(scale), exponent))
+            found.append((squares, max(floor, 1e-9), np.log(scale), exponent))
     if not found:
         raise ConfigError("the loss does not fall with more tokens: there is no power law to fit")
     return np.array(min(found)[1:])

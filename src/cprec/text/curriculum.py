@@ -3,15 +3,14 @@
 Layers of such documents in place of logs are from arXiv 2602.07298 (2026). Here they are kinds of documents beside
 behaviour sequences, made of nothing but the training events of a split and the fields of items that have such events.
 
-Suffixes: U users, V items of the domain, P pairs of items.
+Suffixes: U users, V items of the domain, P pairs of them.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -36,28 +35,26 @@ WINDOW, BACKWARD = 5, 0.5
 """Of the graph to walk on: links within so many events, and how strong those to earlier events are (`links`)."""
 
 
-@dataclass(frozen=True)
-class Rules:
-    """Pairs of items that users had both of; arrays of length P, sorted by the first item, then by the second."""
+class Rules(NamedTuple):
+    """Pairs of items that users had both of, sorted by the first item, then by the second."""
 
-    first: np.ndarray
-    second: np.ndarray
-    """Items by number: int64."""
-    support: np.ndarray
-    """Users who had both: int64."""
-    confidence: np.ndarray
+    first_P: np.ndarray
+    second_P: np.ndarray
+    support_P: np.ndarray
+    """Users who had both."""
+    confidence_P: np.ndarray
     """The share of those with the first who had the second."""
-    lift: np.ndarray
+    lift_P: np.ndarray
     """Over the share of all users who had the second."""
 
 
-def pair_rules(histories: Ragged, num_items: int) -> Rules:
+def pair_rules(histories: Ragged, num_items: int, min_support: int = 1) -> Rules:
     """The rules of users' events, both directions of each pair.
 
     >>> found = pair_rules(Ragged.of([[0, 1, 0], [0, 1], [0], [2]]), 3)
-    >>> found.first.tolist(), found.second.tolist(), found.support.tolist()
+    >>> found.first_P.tolist(), found.second_P.tolist(), found.support_P.tolist()
     ([0, 1], [1, 0], [2, 2])
-    >>> found.confidence.round(3).tolist(), found.lift.round(3).tolist()
+    >>> found.confidence_P.round(3).tolist(), found.lift_P.round(3).tolist()
     ([0.667, 1.0], [1.333, 1.333])
     """
     ones = np.ones(len(histories.values), dtype=np.int64)
@@ -66,7 +63,7 @@ def pair_rules(histories: Ragged, num_items: int) -> Rules:
     both_VV = sparse.csr_array(had_UV.T @ had_UV)
     both_VV.sort_indices()
     users_V, pairs = both_VV.diagonal(), both_VV.tocoo()
-    kept = pairs.row != pairs.col
+    kept = (pairs.row != pairs.col) & (pairs.data >= min_support)
     first, second, support = pairs.row[kept], pairs.col[kept], pairs.data[kept]
     confidence = support / users_V[first]
     return Rules(first, second, support, confidence, confidence * len(histories) / users_V[second])
@@ -139,44 +136,32 @@ class CurriculumWriter:
     def _rules(self, domain: str) -> Shards:
         history, num_items = self._events(domain)
         first = int(self._split.catalogue.rows_of(domain)[0])
-        found, least = pair_rules(history, num_items), self._settings.min_support
-        kept = np.flatnonzero(found.support >= least)
-        if not len(kept):
+        rules = pair_rules(history, num_items, self._settings.min_support)
+        if not len(rules.first_P):
+            most = pair_rules(history, num_items).support_P.max(initial=0)
             raise ConfigError(
-                f"min_support={least} leaves no rule in domain {domain!r}, where no two items have more than "
-                f"{found.support.max(initial=0)} users in common: lower it, or leave out rules_share or the domain"
+                f"min_support={self._settings.min_support} leaves no rule in domain {domain!r}, where no two items "
+                f"have more than {most} users in common: lower it, or leave out rules_share or the domain"
             )
-        numbers = [found.support[kept].tolist(), found.confidence[kept].tolist(), found.lift[kept].tolist()]
+        numbers = zip(rules.support_P.tolist(), rules.confidence_P.tolist(), rules.lift_P.tolist(), strict=True)
         return self._sentences(
-            domain,
-            self._words(self._encoder.template.sentence(domain, prompts.CHOSE), len(kept)),
-            self._encoder.titles(first + found.first[kept]),
-            self._words(prompts.ALSO_CHOSE, len(kept)),
-            self._encoder.titles(first + found.second[kept]),
-            self._pieces([prompts.rule_numbers(*each) for each in zip(*numbers, strict=True)]),
+            self._tokens([self._encoder.template.sentence(domain, prompts.CHOSE)] * len(rules.first_P)),
+            self._encoder.titles(first + rules.first_P),
+            self._tokens([prompts.ALSO_CHOSE] * len(rules.first_P)),
+            self._encoder.titles(first + rules.second_P),
+            self._tokens([prompts.rule_numbers(*each) for each in numbers]),
         )
 
     def _item_texts(self, domain: str) -> Shards:
-        catalogue = self._split.catalogue
-        history, _ = self._events(domain)
+        catalogue, (history, _) = self._split.catalogue, self._events(domain)
         rows = catalogue.rows_of(domain)[np.unique(history.values)]
-        brand, categories = (
-            np.array([clean_title(text) for text in column[rows]], dtype=object)
-            for column in (catalogue.brand, catalogue.categories)
-        )
-        kept = (brand != "") | (categories != "")
-        rows, brand, categories = rows[kept], brand[kept], categories[kept]
-        has_brand, has_categories = brand != "", categories != ""
+        fields = [[clean_title(text) for text in column[rows]] for column in (catalogue.brand, catalogue.categories)]
+        told = np.array([prompts.item_fields(*each) for each in zip(*fields, strict=True)], dtype=object)
+        rows, told = rows[told != ""], told[told != ""]
         return self._sentences(
-            domain,
-            self._words(self._encoder.template.sentence(domain, prompts.THE_ITEM), len(rows)),
+            self._tokens([self._encoder.template.sentence(domain, prompts.THE_ITEM)] * len(rows)),
             self._encoder.titles(rows),
-            self._pieces(np.where(has_brand, prompts.BY, "")),
-            self._fields(brand),
-            self._pieces(np.where(has_brand & has_categories, prompts.AND, "")),
-            self._pieces(np.where(has_categories, prompts.BELONGS, "")),
-            self._fields(categories),
-            self._words(prompts.STOP, len(rows)),
+            self._tokens(told, most=len(fields) * self._encoder.max_title_tokens),
         )
 
     def _events(self, domain: str) -> tuple[Ragged, int]:
@@ -185,21 +170,12 @@ class CurriculumWriter:
         history, _ = histories(self._split, self._split.catalogue.domain_index(domain), SPECIFIC)
         return Ragged(history.values - rows[0], history.offsets), len(rows)
 
-    def _words(self, text: str, times: int) -> Ragged:
-        """A text as tokens, once for each document."""
-        return self._pieces([text]).take(np.zeros(times, dtype=np.int64))
-
-    def _pieces(self, texts: Sequence[str] | np.ndarray, most: int | None = None) -> Ragged:
-        """Texts as tokens, each cut to `most`."""
+    def _tokens(self, texts: Sequence[str] | np.ndarray, most: int | None = None) -> Ragged:
+        """The tokens of texts, each cut to `most`; equal ones are tokenised once."""
         each, place = np.unique(np.asarray(texts, dtype=object), return_inverse=True)
         return Ragged.of([ids[:most] for ids in encode_pieces(self._tokenizer, each.tolist())]).take(place)
 
-    def _fields(self, texts: np.ndarray) -> Ragged:
-        """Fields of items as tokens, each cut as titles are."""
-        title = self._encoder.template.title
-        return self._pieces([title(text) if text else "" for text in texts], self._encoder.max_title_tokens)
-
-    def _sentences(self, domain: str, *parts: Ragged) -> Shards:
+    def _sentences(self, *parts: Ragged) -> Shards:
         """Documents of several parts each, closed by end-of-sequence."""
         number = len(parts[0])
         whole = [Ragged.of([self._begin] * number), *parts, Ragged.of([[self._encoder.eos_id]] * number)]

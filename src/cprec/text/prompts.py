@@ -122,9 +122,8 @@ def render(
     return "".join(parts)
 
 
-CHOSE, ALSO_CHOSE = "Those who chose", " also chose"
-THE_ITEM, BY, BELONGS, AND, STOP = "The item", " is by", " belongs to", " and", "."
-"""Pieces of sentences; titles and other fields stand between them."""
+CHOSE, ALSO_CHOSE, THE_ITEM = "Those who chose", " also chose", "The item"
+"""What stands before titles in sentences."""
 
 
 def rule_numbers(support: int, confidence: float, lift: float) -> str:
@@ -136,6 +135,16 @@ def rule_numbers(support: int, confidence: float, lift: float) -> str:
     ': 100% of them (12 users), 0.46 times as often as all users.'
     """
     return f": {_short(100 * confidence)}% of them ({support} users), {_short(lift)} times as often as all users."
+
+
+def item_fields(brand: str, categories: str) -> str:
+    """What a sentence says of an item; nothing of one that has neither field.
+
+    >>> item_fields("Ace", "Novels"), item_fields("", "Novels"), item_fields("", "")
+    (' is by Ace and belongs to Novels.', ' belongs to Novels.', '')
+    """
+    told = [f" is by {brand}"] * bool(brand) + [f" belongs to {categories}"] * bool(categories)
+    return " and".join(told) + "." if told else ""
 
 
 def _short(number: float) -> str:
