@@ -66,6 +66,7 @@ def test_an_open_model_is_cut_trained_within_hours_blended_and_judged(
     settings = [f"data={data}", f"model={base}", "domains=beauty,toys", "hours=0.001", "text=general.txt"]
     settings += ["evaluate.max_queries=20", "blend.max_queries=20", "finetune.item_head=false"]
     settings += ["evaluate.rank.max_nodes=20", "blend.max_nodes=20"]  # such a model would read all titles
+    settings += ["evaluate.baselines=titles"]
     assert main(["run", "open_llm", *settings]) == 0
     run = tmp_path / "runs/open_llm"
     assert len(load_tokenizer(str(run / "model"))) < 700
@@ -96,6 +97,7 @@ def test_heads_and_parts_learn_the_validation_events_before_the_test(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     settings = [f"data={data}", f"model={base}", "domains=toys", "finetune.head_networks=1", "evaluate.seeds=0,1"]
+    settings += ["evaluate.baselines=titles"]
     assert main(["run", "open_llm", *settings, "evaluate.refit=true"]) == 0
     run = tmp_path / "runs/open_llm"
     assert refitted_on(run / "finetune/toys/base-model-seed-1-refit") == (VALIDATION,)

@@ -15,6 +15,8 @@ from cprec.text.config import TINY, Mixture
 from cprec.train.config import FinetuneConfig, PretrainConfig, ShrinkConfig
 
 WALKS = ("transition graph", "transition graph (two hops)", "transition graph (titles)")
+WORDS = "SASRec (titles, averaged)"
+"""The control: networks like those of the item head, over words."""
 FROZEN = 0.4
 """Share of the layers that are not trained: the item head reads titles by these."""
 
@@ -59,7 +61,7 @@ def open_llm(
         evaluate=EvaluateConfig(
             data=prepared,
             output_dir=output_dir,
-            baselines=("popularity", "titles", *WALKS, "ItemKNN", "EASE"),
+            baselines=("popularity", "titles", *WALKS, "ItemKNN", "EASE", WORDS),
             rank=RankConfig(mode="vectors"),
         ),
     )

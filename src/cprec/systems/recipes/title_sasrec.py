@@ -98,3 +98,8 @@ class TitleSASRecRecommender(CausalRecommender):
     """Ranks by a trained SASRec over vectors of titles."""
 
     SETTINGS = TitleSASRec
+
+
+AVERAGED = TitleSASRec(num_networks=3)
+"""As many networks as an item head of the recipe `open_llm`, over words: what such a head has of its language model is
+what it is ahead of this."""
