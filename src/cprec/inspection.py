@@ -12,7 +12,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from cprec.errors import ConfigError
-from cprec.models import SUPPORTED, attending_by, inner_model, packed_hidden, trunk_and_head
+from cprec.models import SUPPORTED, attending_by, context_of, inner_model, packed_hidden, trunk_and_head
 
 
 def output_scale(model: Any) -> float:
@@ -89,9 +89,10 @@ def _exactly(inner: Any) -> Iterator[None]:
 
 
 def _few_tokens(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """A row of tokens and their positions: [1, T] each."""
+    """A row of tokens and their positions, twelve or as many as the model can read: [1, T] each."""
     device = next(model.parameters()).device
-    ids = torch.arange(3, 15, device=device) % model.get_input_embeddings().weight.shape[0]
+    num_tokens, num_rows = min(12, context_of(model) or 12), model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(3, 3 + num_tokens, device=device) % num_rows
     return ids[None], torch.arange(len(ids), device=device)[None]
 
 
