@@ -56,6 +56,9 @@ class PromptTree:
         self.num_nodes = 0
         self.num_read = 0
         """Prompt tokens that were read, and not found in the cache."""
+        self.prompts = prompts
+        self.users: torch.Tensor | None = None
+        """The prompt, by number, of each node that is being read: [M]; None while prompts are read."""
         self._read(prompts, pad_id, cache)
 
     def _read(self, prompts: Sequence[np.ndarray], pad_id: int, cache: PrefixCache | None) -> None:
@@ -109,7 +112,7 @@ class PromptTree:
     def extend(self, tokens_M: torch.Tensor, users_M: torch.Tensor, parents_M: torch.Tensor) -> torch.Tensor:
         """See `Tree.extend`; a node's state is its hidden state: [M, D]."""
         self._grow(parents_M)
-        self._users = users_M
+        self.users = users_M
         self._place(users_M)
         where = self._lengths[users_M] + self._new_depths
         hidden = self._forward(tokens_M[None], where[None])[0]
@@ -318,7 +321,7 @@ class PromptTree:
     def _windowed(self, weight: torch.Tensor, heads: int, window: int) -> torch.Tensor:
         """Prompt positions that a sliding window hides from nodes set to -inf."""
         users, widest = self._shape
-        at = self._lengths[self._users] + self._new_depths
+        at = self._lengths[self.users] + self._new_depths
         at = at if self._grid is None else at[self._grid]
         hidden = at.view(users, widest)[:, :, None] - torch.arange(weight.shape[3], device=at.device) >= window
         hidden = hidden[:, :, None].expand(-1, -1, heads, -1).reshape(users, 1, widest * heads, -1)

@@ -61,13 +61,17 @@ class CodeStream(RowStream):
 
     def batch(self, step: int) -> Batch:
         members = self.members(step)
-        tokens, lengths = padded(self._rows.take(members), PADDING)
+        tokens, lengths = padded(self.rows(members, step), PADDING)
         place = np.tile(np.arange(tokens.shape[1] - 1), (len(members), 1))
         targets = np.where(place + 1 < lengths[:, None], tokens[:, 1:], IGNORE)
         num_targets = int((lengths - 1).sum())
         return self._batch(
             members, num_targets, num_targets, input_ids=tokens[:, :-1], position_ids=place, targets=targets
         )
+
+    def rows(self, members: np.ndarray, step: int) -> Ragged:
+        """The tokens of a step's rows."""
+        return self._rows.take(members)
 
 
 class CodeRecommender:

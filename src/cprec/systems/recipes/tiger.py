@@ -22,7 +22,7 @@ from cprec.systems.settings import TextSettings
 from cprec.systems.signals import TrainingSequences
 from cprec.systems.stage import Stage
 from cprec.train.loss import PackedLoss
-from cprec.train.trainable import Trainable
+from cprec.train.trainable import Stream, Trainable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class CodeSettings(TextSettings):
         """See `SystemSettings.stages`."""
         codes = self.codes(data, seed)
         model = self.decoder(codes)
-        stream = CodeStream(data, codes, self.max_length, self.passes(seed))
+        stream = self.stream(data, codes, seed)
         return [
             Stage(
                 trainable=self.trainable(data, codes, model),
@@ -76,6 +76,10 @@ class CodeSettings(TextSettings):
         found = ItemCodes.of(residual_codes(self.frozen(data), self.num_levels, self.num_codes, seed), self.num_codes)
         say(f"{data.domain}: {found.num_collisions:,} of {data.num_items:,} items share their codes and get one more")
         return found
+
+    def stream(self, data: TrainingSequences, codes: ItemCodes, seed: int) -> Stream:
+        """The rows of codes that are learnt from."""
+        return CodeStream(data, codes, self.max_length, self.passes(seed))
 
     def decoder(self, codes: ItemCodes) -> Any:
         """The decoder before training."""
