@@ -119,6 +119,11 @@ LINEUP: Mapping[str, Listed] = {
     "IGR-SR": Listed("systems.recipes.igrsr:IGRSR", "steps anchored in intents; all settings ours"),
     "IGR-SR (more blocks)": Listed("systems.recipes.igrsr:CONTROL", "as many operations, in more blocks"),
     "TIGER": Listed("systems.recipes.tiger:TIGER", "writes the codes of the next item one by one"),
+    "P5 (sequential)": Listed("systems.recipes.p5:P5", "several tasks; numbers in the order of training events"),
+    "P5 (random)": Listed("systems.recipes.p5:RANDOM", "random numbers, the control of the others"),
+    "P5 (collaborative)": Listed("systems.recipes.p5:COLLABORATIVE", "numbers by clusters of the training graph"),
+    "P5 (semantic)": Listed("systems.recipes.p5:SEMANTIC", "numbers by categories"),
+    "P5 (hybrid)": Listed("systems.recipes.p5:HYBRID", "clusters, and a token of each item's own"),
 }
 """Name -> where its settings are, in the order of tables."""
 

@@ -73,6 +73,7 @@ ONE_DOMAIN = (
 """Baselines that are made for one domain."""
 
 SMALL = {"hidden_size": 8, "max_length": 10, "num_epochs": 0.2}
+WRITTEN = {"num_layers": 1, "num_codes": 8, "batch_size": 512, "beam_width": 4}
 ON_GRAPH = {"num_negatives": 8, "batch_size": 512}
 SYSTEMS: dict[str, dict[str, Any]] = {
     "LightGCN": ON_GRAPH,
@@ -101,6 +102,11 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "ManCAR": {"first_epochs": 0.2},
     "IGR-SR": {"first_epochs": 0.2, "num_intents": 2},
     "TIGER": {"num_layers": 1, "num_codes": 8, "text_size": 8, "batch_size": 512, "beam_width": 4},
+    "P5 (sequential)": WRITTEN,
+    "P5 (random)": WRITTEN,
+    "P5 (collaborative)": {**WRITTEN, "num_clusters": 3, "leaf_size": 10},
+    "P5 (semantic)": WRITTEN,
+    "P5 (hybrid)": {**WRITTEN, "num_clusters": 3, "leaf_size": 10},
 }
 """Systems, trained for a few steps, with settings that make these cheap."""
 
@@ -111,7 +117,13 @@ OF_EACH_KIND = frozenset(
     | {"Human priors", "ReaRec"}  # several heads; latent steps
 )
 """One system for each part that makes its rankings: the quick tests ask these, and the slow ones the others. All of
-them are asked quickly whether they have learnt from held-out events."""
+them but those that are ALIKE are asked quickly whether they have learnt from held-out events."""
+
+WRITERS = frozenset(name for name in SYSTEMS if name.startswith(("TIGER", "P5")))
+"""Systems that write codes, and have no vectors of users."""
+
+ALIKE = frozenset({"P5 (random)", "P5 (collaborative)", "P5 (semantic)"})
+"""Systems that learn from events as another row does, which is asked quickly whether it learnt from held-out ones."""
 
 SPARSE = frozenset(
     {"transition graph", "transition graph (last item)", "transition graph (two hops)", "transition graph (titles)"}
@@ -119,7 +131,7 @@ SPARSE = frozenset(
 )
 """Those that return only items which something speaks for."""
 
-TOLERANCE = {"llm": 1e-4, "iALS": 1e-5, **dict.fromkeys(SYSTEMS, 1e-4)}
+TOLERANCE = {"llm": 1e-4, "iALS": 1e-5, "P5": 1e-4, **dict.fromkeys(SYSTEMS, 1e-4)}
 """How far scores may differ where sums of another shape round otherwise."""
 
 
@@ -343,7 +355,7 @@ def test_a_recommender_of_one_domain_refuses_another(name: str, made: Made, sett
         recommender.rank(setting.queries[:1], K)
 
 
-@pytest.mark.parametrize("name", each_of(name for name in SYSTEMS if name != "TIGER"))  # which writes codes
+@pytest.mark.parametrize("name", each_of(name for name in SYSTEMS if name not in WRITERS))
 def test_vectors_of_users_can_be_probed(name: str, made: Made, setting: Setting) -> None:
     recommender, data = made(name).of_domain("kitchen"), TrainingSequences.of(setting.split, "kitchen")
     for users in (data.users, None):
@@ -354,7 +366,9 @@ def test_vectors_of_users_can_be_probed(name: str, made: Made, setting: Setting)
             assert found["order"].value == 0.5, "sums and means have no order"
 
 
-@pytest.mark.parametrize("name", [*ONE_DOMAIN, *SYSTEMS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in (*ONE_DOMAIN, *SYSTEMS)]
+)
 def test_what_is_held_out_changes_nothing_where_the_seed_is_the_same(
     name: str, made: Made, setting: Setting, asked: Sequence[RankingQuery]
 ) -> None:
