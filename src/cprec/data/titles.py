@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 from scipy import sparse
@@ -12,6 +13,40 @@ _WORD = re.compile(
     r"[\w\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u0963\u0966-\u0e3a\u0e40-\u0eff\u1000-\u109f\u1780-\u17d3\u200c\u200d]+"
 )
 """Letters, digits, and what belongs to letters: vowels, marks (Indic, Thai, Arabic) and joiners. `\\w` lacks those."""
+
+
+class TitleWords:
+    """The words of some titles and what each weighs, by which these and other titles become vectors.
+
+    >>> words = TitleWords(["red shoe", "red hat", "blue shoe"])
+    >>> (words.vectors(["red cap"]) @ words.vectors(["red shoe", "blue hat"]).T).toarray().round(3).tolist()
+    [[0.707, 0.0]]
+    """
+
+    def __init__(self, titles: Sequence[str]) -> None:
+        words = [_WORD.findall(title.casefold()) for title in titles]
+        self._number = {word: place for place, word in enumerate(dict.fromkeys(chain.from_iterable(words)))}
+        counts = self._counts(words)
+        self._weight = np.log(len(words) / np.bincount(counts.indices, minlength=len(self._number)))
+        self.of_titles = self._weighted(counts)
+        """The vectors of the titles themselves: csr[N, words]."""
+
+    def vectors(self, titles: Sequence[str]) -> sparse.csr_array:
+        """Vectors of any titles, in which words that are not known do not count: csr[len(titles), words]."""
+        known = self._number
+        found = ([word for word in _WORD.findall(title.casefold()) if word in known] for title in titles)
+        return self._weighted(self._counts([*found]))
+
+    def _counts(self, words: Sequence[Sequence[str]]) -> sparse.csr_array:
+        """How often each word stands in each title."""
+        column = np.array([self._number[word] for title in words for word in title], dtype=np.int64)
+        row = np.repeat(np.arange(len(words)), [len(title) for title in words])
+        return sparse.csr_array((np.ones(len(row)), (row, column)), (len(words), len(self._number)))
+
+    def _weighted(self, counts: sparse.csr_array) -> sparse.csr_array:
+        weighted = sparse.csr_array(counts @ sparse.diags_array(self._weight))
+        length = np.sqrt(weighted.multiply(weighted).sum(axis=1))
+        return sparse.csr_array(sparse.diags_array(1 / np.where(length > 0, length, 1)) @ weighted)
 
 
 def title_vectors(titles: Sequence[str]) -> sparse.csr_array:
@@ -26,12 +61,4 @@ def title_vectors(titles: Sequence[str]) -> sparse.csr_array:
     >>> title_vectors(["हिन्दी चाय", "می‌خواهم", "ไม้"]).shape  # four words
     (3, 4)
     """
-    words = [_WORD.findall(title.casefold()) for title in titles]
-    number = {word: place for place, word in enumerate(dict.fromkeys(word for title in words for word in title))}
-    column = np.array([number[word] for title in words for word in title], dtype=np.int64)
-    row = np.repeat(np.arange(len(words)), [len(title) for title in words])
-    counts = sparse.csr_array((np.ones(len(row)), (row, column)), (len(words), len(number)))
-    titles_with = np.bincount(counts.indices, minlength=len(number))
-    weighted = sparse.csr_array(counts @ sparse.diags_array(np.log(len(words) / titles_with)))
-    length = np.sqrt(weighted.multiply(weighted).sum(axis=1))
-    return sparse.csr_array(sparse.diags_array(1 / np.where(length > 0, length, 1)) @ weighted)
+    return TitleWords(titles).of_titles

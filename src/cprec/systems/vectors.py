@@ -6,43 +6,101 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from scipy import sparse
 from torch.nn import functional as F
 
+from cprec.data.links import followers
 from cprec.data.ragged import Ragged
-from cprec.data.titles import title_vectors
+from cprec.data.titles import TitleWords, title_vectors
 from cprec.errors import Unsuitable
 
 _OVERSAMPLES = 10
 _POWER_STEPS = 4
+WINDOW = 5
+"""Events within which items stand near each other."""
 _COMPARED = 1024
 """Vectors whose cosines exist at once."""
 
 
-def text_vectors(titles: Sequence[str], size: int, seed: int = 0) -> np.ndarray:
-    """Latent semantic vectors of titles, of length one: float32[N, size].
+class TitleSpace:
+    """Directions of titles' words, in which these and other titles have vectors.
 
-    The TF-IDF matrix of the titles is projected on its `size` strongest singular directions (Deerwester et al. 1990),
-    found by random projection and power steps (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1). Titles with
-    no word that tells them apart are zero, and so are the columns beyond the rank of the matrix.
+    The TF-IDF matrix of the titles is projected on its `size` strongest singular directions (Deerwester et al. 1990).
+    """
+
+    def __init__(self, titles: Sequence[str], size: int, seed: int = 0) -> None:
+        self._words = TitleWords(titles)
+        left, strengths, self._right = _strongest(self._words.of_titles, size, seed)
+        self.vectors = _of_length_one(left * strengths)
+        """Of the titles, as `text_vectors` has them: float32[N, size]."""
+
+    def of(self, titles: Sequence[str]) -> np.ndarray:
+        """Vectors of any titles, whose words count as far as they stand in those of the space: float32[N, size]."""
+        return _of_length_one(self._words.vectors(titles) @ self._right)
+
+
+def text_vectors(titles: Sequence[str], size: int, seed: int = 0) -> np.ndarray:
+    """Latent semantic vectors of titles, of length one: float32[N, size]; see `TitleSpace`.
+
+    Titles with no word that tells them apart are zero, and so are the columns beyond the rank of the matrix.
 
     >>> vectors = text_vectors(["red shoe", "red boot", "green tea", "black tea"], size=2)
     >>> (vectors @ vectors.T).round(2).tolist()
     [[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]]
     """
-    words = title_vectors(titles)
-    rank = min(size, *words.shape)
-    start = np.random.default_rng(seed).standard_normal((words.shape[1], min(rank + _OVERSAMPLES, *words.shape)))
+    return TitleSpace(titles, size, seed).vectors
+
+
+def collaborative_vectors(sequences: Ragged, num_items: int, size: int, seed: int = 0) -> np.ndarray:
+    """Vectors of items by what they stand near in training sequences, of length one: float32[num_items, size].
+
+    The matrix of positive pointwise mutual information of items within `WINDOW` events, of which each counts 1 over the
+    distance, in its strongest singular directions, weighed by the roots of their strengths (Levy and Goldberg 2014,
+    section 3.3; Levy, Goldberg and Dagan 2015). Items that stand near no other are zero.
+
+    >>> vectors = collaborative_vectors(Ragged.of([[0, 1, 2], [4, 3, 5], [6]]), 7, size=2)
+    >>> (vectors @ vectors.T).round(2).tolist()[0]
+    [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    """
+    near = sparse.csr_array((num_items, num_items))
+    for distance in range(1, WINDOW + 1):
+        near = near + followers(sequences.row_of, sequences.values, num_items, distance)
+    near = (near + near.T).tocoo()
+    row, column = near.coords
+    apart = row != column
+    row, column, count = row[apart], column[apart], near.data[apart]
+    of_item = np.bincount(row, count, num_items)
+    information = np.log(count * of_item.sum() / (of_item[row] * of_item[column])).clip(min=0)
+    positive = sparse.csr_array((information, (row, column)), (num_items, num_items))
+    left, strengths, _ = _strongest(positive, size, seed)
+    return _of_length_one(left * np.sqrt(strengths))
+
+
+def _strongest(matrix: sparse.csr_array, size: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The strongest singular directions of a matrix: left [N, size], strengths [size] and right [M, size].
+
+    They are found by random projection and power steps (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1). What
+    lies beyond the rank of the matrix is zero. Each pair's sign is such that the largest left entry is positive.
+    """
+    rank = min(size, *matrix.shape)
+    start = np.random.default_rng(seed).standard_normal((matrix.shape[1], min(rank + _OVERSAMPLES, *matrix.shape)))
     # An orthonormal basis of the strongest left singular directions, sharpened by each power step.
-    basis, _ = np.linalg.qr(words @ start)
+    basis, _ = np.linalg.qr(matrix @ start)
     for _ in range(_POWER_STEPS):
-        across, _ = np.linalg.qr(words.T @ basis)
-        basis, _ = np.linalg.qr(words @ across)
-    # Singular vectors inside the basis; each vector's sign is such that its largest entry is positive.
-    inner, strengths, _ = np.linalg.svd((words.T @ basis).T, full_matrices=False)
+        across, _ = np.linalg.qr(matrix.T @ basis)
+        basis, _ = np.linalg.qr(matrix @ across)
+    # Singular vectors inside the basis.
+    inner, strengths, right = np.linalg.svd((matrix.T @ basis).T, full_matrices=False)
     left = basis @ inner[:, :rank]
-    left *= np.sign(left[np.abs(left).argmax(axis=0), np.arange(rank)])
-    vectors = np.zeros((len(titles), size))
-    vectors[:, :rank] = left * strengths[:rank]
+    sign = np.sign(left[np.abs(left).argmax(axis=0), np.arange(rank)])
+    found = np.zeros((matrix.shape[0], size)), np.zeros(size), np.zeros((matrix.shape[1], size))
+    found[0][:, :rank], found[1][:rank] = left * sign, strengths[:rank]
+    found[2][:, :rank] = right[:rank].T * sign * (strengths[:rank] > 1e-9)
+    return found
+
+
+def _of_length_one(vectors: np.ndarray) -> np.ndarray:
+    """Vectors scaled to length one, float32; those that are next to nothing are zero."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     scaled: np.ndarray = np.where(lengths > 1e-9, vectors / np.maximum(lengths, 1e-9), 0).astype(np.float32)
     return scaled
