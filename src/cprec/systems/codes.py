@@ -1,11 +1,15 @@
 """Items as short sequences of codes, as tokens of a small vocabulary.
 
-Suffixes: N items, L levels, E events.
+Suffixes: N items, M known items, L levels, K codes of a level, D width of vectors, E events.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -13,11 +17,32 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from cprec.data.ragged import Ragged, offsets_of
+from cprec.errors import Unsuitable
+from cprec.systems.autoencoder import Autoencoder
+from cprec.systems.quantise import Product, Quantiser, Residual, Scalar
+
+Kind = Literal["residual k-means", "autoencoder", "product", "scalar"]
+"""How vectors become codes."""
+
+Collisions = Literal["count", "reassign", "share"]
+"""What is done where items share all their codes."""
 
 PADDING, END, BEGIN, FIRST_CODE = range(4)
 """Tokens: what fills rows up, what closes each item, what begins each history, and the first code of the first
 level."""
 _FIRST_CHARACTER = 0x10000
+
+
+def fitted(kind: Kind, vectors_ND: np.ndarray, num_levels: int, num_codes: int, seed: int) -> Quantiser:
+    """A quantiser of vectors, of `num_codes` codes a level at most: of fewer vectors than that each may be a centre.
+
+    Raises ConfigError for vectors that have fewer numbers than there are slices to cut them into.
+    """
+    kinds: dict[Kind, type[Residual | Product]] = {
+        **{"residual k-means": Residual, "autoencoder": Autoencoder},
+        **{"product": Product, "scalar": Scalar},
+    }
+    return kinds[kind].fit(vectors_ND.astype(np.float64), num_levels, num_codes, seed)
 
 
 def pieces_of(token_NL: np.ndarray, item_E: np.ndarray, num_pieces: int) -> np.ndarray:
@@ -41,37 +66,148 @@ def pieces_of(token_NL: np.ndarray, item_E: np.ndarray, num_pieces: int) -> np.n
     return found_NL
 
 
+def told_apart(code_NL: np.ndarray, distance_NK: np.ndarray, known_ML: np.ndarray | None = None) -> np.ndarray:
+    """Codes of which the last ones are exchanged where items share all of theirs: int64[N, L].
+
+    The nearest item of a centre keeps its code. Each other item, the nearest to its centre first, takes the nearest of
+    those last codes that fewest items have after the same codes before. So no two items share all codes unless more of
+    them share all but the last than there are last codes; then each of these stands for about as many. Codes of
+    `known_ML` stay as they are. `distance_NK` are distances from the centres of the last level.
+
+    >>> told_apart(np.array([[0, 1], [0, 1], [2, 1]]), np.array([[9, 2, 7], [8, 1, 9], [0, 1, 5]])).tolist()
+    [[0, 2], [0, 1], [2, 1]]
+    """
+    known_ML = code_NL[:0] if known_ML is None else known_ML
+    every = np.concatenate([known_ML, code_NL])
+    _, group, sizes = np.unique(every, axis=0, return_inverse=True, return_counts=True)
+    prefix = Ragged(every[:, :-1].ravel(), np.arange(len(every) + 1) * (every.shape[1] - 1)).numbers()
+    prefix_M, prefix_N = np.split(prefix, [len(known_ML)])
+    found_NL, own_N = code_NL.copy(), distance_NK[np.arange(len(code_NL)), code_NL[:, -1]]
+    order = np.lexsort((own_N, prefix_N))  # items of one prefix stand together, the nearest to their centres first
+    for number in np.unique(prefix_N[sizes[group[len(known_ML) :]] > 1]):
+        taken_K = np.bincount(known_ML[prefix_M == number, -1], minlength=distance_NK.shape[1])
+        moved = []
+        for item in order[slice(*np.searchsorted(prefix_N[order], [number, number + 1]))]:
+            if taken_K[code_NL[item, -1]]:
+                moved.append(item)
+            else:
+                taken_K[code_NL[item, -1]] = 1
+        for item in moved:
+            found_NL[item, -1] = np.where(taken_K == taken_K.min(), distance_NK[item], np.inf).argmin()
+            taken_K[found_NL[item, -1]] += 1
+    return found_NL
+
+
 @dataclass(frozen=True)
 class ItemCodes:
-    """The token sequences of items, no two alike, each closed by END."""
+    """The token sequences of items, each closed by END: no two alike, except where `collisions` is `share` or new items
+    came."""
 
     sequences: Ragged
     vocabulary_size: int
     num_collisions: int
-    """Items that share all their codes with another. Each of these gets one more code, which makes it unique."""
+    """Items that share all their codes with another. Each of these gets one more code, which makes it unique, or they
+    share the probability of their sequence."""
+    num_moved: int = 0
+    """Items with another last code than their own, because it was taken."""
+    collisions: Collisions = "count"
+    code_NL: np.ndarray = field(default_factory=lambda: np.empty((0, 0), dtype=np.int64))
+    """The codes that the sequences are made of, below `num_codes`: int64[N, L]."""
+    num_codes: int = 0
+    num_further: int = 0
+    """Tokens, after those of codes, that tell items of the same codes apart."""
+    quantiser: Quantiser | None = None
+    """What codes further vectors."""
+    new_vectors: Callable[[Sequence[str], Sequence[str]], np.ndarray] | None = None
+    """The vectors of further items, by their ids and titles."""
+    version: str = ""
+    """A hash of the sequences of the items that a model learns, which say what tokens mean: nobody gives it, and items
+    that come later do not change it."""
+
+    def __post_init__(self) -> None:
+        if not self.version:
+            content = self.sequences.values.astype("<i8").tobytes() + self.sequences.offsets.astype("<i8").tobytes()
+            object.__setattr__(self, "version", hashlib.sha256(content).hexdigest()[:16])
 
     @classmethod
-    def of(cls, codes_NL: np.ndarray, num_codes: int) -> ItemCodes:
+    def of(cls, code_NL: np.ndarray, num_codes: int, collisions: Collisions = "count") -> ItemCodes:
         """From codes below `num_codes`; each level has tokens of its own.
 
         >>> codes = ItemCodes.of(np.array([[0, 1], [1, 0], [0, 1]]), num_codes=2)
         >>> [codes.sequences[item].tolist() for item in range(3)], codes.num_collisions, codes.vocabulary_size
         ([[3, 6, 7, 1], [4, 5, 1], [3, 6, 8, 1]], 2, 9)
         """
-        num_items, num_levels = codes_NL.shape
-        _, group_N, sizes = np.unique(codes_NL, axis=0, return_inverse=True, return_counts=True)
+        num_items, num_levels = code_NL.shape
+        _, group_N, sizes = np.unique(code_NL, axis=0, return_inverse=True, return_counts=True)
         # Items of one group stand side by side in `order`; their place in the group tells them apart.
         order = np.argsort(group_N, kind="stable")
         place_N = np.empty(num_items, dtype=np.int64)
         place_N[order] = np.arange(num_items) - np.repeat(offsets_of(sizes)[:-1], sizes)
         shared_N = sizes[group_N] > 1
-        tokens = np.column_stack([codes_NL, place_N, np.zeros(num_items, dtype=np.int64)])
+        told_N = shared_N & (collisions != "share")
+        tokens = np.column_stack([code_NL, place_N, np.zeros(num_items, dtype=np.int64)])
         tokens += FIRST_CODE + np.arange(num_levels + 2) * num_codes
         tokens[:, -1] = END
         kept = np.ones(tokens.shape, dtype=bool)
-        kept[:, -2] = shared_N
-        vocabulary_size = FIRST_CODE + num_levels * num_codes + (int(sizes.max()) if shared_N.any() else 0)
-        return cls(Ragged(tokens[kept], offsets_of(kept.sum(1))), vocabulary_size, int(shared_N.sum()))
+        kept[:, -2] = told_N
+        num_further = int(sizes.max()) if told_N.any() else 0
+        return cls(
+            sequences=Ragged(tokens[kept], offsets_of(kept.sum(1))),
+            vocabulary_size=FIRST_CODE + num_levels * num_codes + num_further,
+            num_collisions=int(shared_N.sum()),
+            collisions=collisions,
+            code_NL=code_NL,
+            num_codes=num_codes,
+            num_further=num_further,
+        )
+
+    @classmethod
+    def coded(cls, quantiser: Quantiser, vectors_ND: np.ndarray, num_codes: int, collisions: Collisions) -> ItemCodes:
+        """From vectors. With `reassign`, last codes are exchanged first (`told_apart`); where that does not suffice,
+        items get one more code, as by `count`. Raises Unsuitable where all vectors have the same codes."""
+        own_NL = code_NL = quantiser.encode(vectors_ND)
+        if len(own_NL) > 1 and (own_NL == own_NL[0]).all():
+            raise Unsuitable(
+                f"all {len(own_NL):,} items have the same codes, which therefore say nothing: give vectors that tell "
+                "items apart (vectors=FILE), or leave out systems of codes"
+            )
+        if collisions == "reassign":
+            code_NL = told_apart(own_NL, quantiser.last_distances(vectors_ND, own_NL))
+        made, num_moved = cls.of(code_NL, num_codes, collisions), int((code_NL != own_NL).any(1).sum())
+        return replace(made, num_moved=num_moved, quantiser=quantiser)
+
+    def with_items(self, vectors_ND: np.ndarray) -> ItemCodes:
+        """With further items, after those that are here and keep their sequences.
+
+        With `reassign` a new item takes the nearest last code that is free. One whose codes are taken takes the first
+        further code that is free; where a model knows none that is, it shares the sequence without one.
+        """
+        assert self.quantiser is not None, "these codes were not made of vectors"
+        own_NL = code_NL = self.quantiser.encode(vectors_ND)
+        if self.collisions == "reassign":
+            code_NL = told_apart(own_NL, self.quantiser.last_distances(vectors_ND, own_NL), self.code_NL)
+        first = FIRST_CODE + code_NL.shape[1] * self.num_codes
+        endings = [[END], *([token, END] for token in range(first, first + self.num_further))]
+        values, offsets = self.sequences.values.tolist(), self.sequences.offsets.tolist()
+        used = {tuple(values[start:stop]) for start, stop in pairwise(offsets)}
+        rows = []
+        for tokens in (code_NL + FIRST_CODE + np.arange(code_NL.shape[1]) * self.num_codes).tolist():
+            free = (ending for ending in endings if (*tokens, *ending) not in used)
+            rows.append([*tokens, *next(free, [END])])
+            used.add(tuple(rows[-1]))
+        every_NL = np.concatenate([self.code_NL, code_NL])
+        _, group_N, sizes = np.unique(every_NL, axis=0, return_inverse=True, return_counts=True)
+        return replace(
+            self,
+            sequences=Ragged.concatenate([self.sequences, Ragged.of(rows)]),
+            code_NL=every_NL,
+            num_collisions=int((sizes[group_N] > 1).sum()),
+            num_moved=self.num_moved + int((code_NL != own_NL).any(1).sum()),
+        )
+
+    def take(self, items: np.ndarray) -> ItemCodes:
+        """The same items in another order."""
+        return replace(self, sequences=self.sequences.take(items), code_NL=self.code_NL[items])
 
     @property
     def longest(self) -> int:

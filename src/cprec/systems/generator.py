@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cprec.batch import IGNORE, Batch
+from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
+from cprec.errors import ConfigError, InputChanged
 from cprec.progress import hide_progress_bars
 from cprec.ranks import count_rankings
 from cprec.recommender import Ranking, RankingQuery
@@ -48,7 +51,10 @@ def decoder(
         bos_token_id=None,
         eos_token_id=END,
     )
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    # Stored with the weights, so that these are never read by other codes.
+    model.register_buffer("code_version", torch.tensor([*bytes.fromhex(codes.version)], dtype=torch.uint8))
+    return model
 
 
 class CodeStream(RowStream):
@@ -91,13 +97,42 @@ class CodeRecommender:
         beam_width: int,
         max_nodes: int,
     ) -> None:
-        self.name, self.catalogue, self.domain = name, data.catalogue, data.domain
+        stored = getattr(model, "code_version", None)
+        if stored is not None and (learnt := bytes(stored.tolist()).hex()) != codes.version:
+            raise InputChanged(
+                f"{name}: the model has learnt codes of version {learnt}, and these are of version {codes.version}, in "
+                "which tokens mean other items: take the codes that it has learnt (with_items adds items to them), or "
+                "train it again"
+            )
+        self.name, self.domain = name, data.domain
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        self._codes, self._max_length = codes, max_length
-        self._beam_width, self._max_nodes = beam_width, max_nodes
+        self._max_length, self._beam_width, self._max_nodes = max_length, beam_width, max_nodes
         self._reader = ModelReader(model, pad_id=PADDING)
-        self._first = int(self.catalogue.rows_of(self.domain)[0])
-        self._ranker = SequenceRanker(self.catalogue, self.domain, self._sequences, Trie.build(codes.sequences))
+        self._take_items(data.catalogue, codes)
+
+    def _take_items(self, catalogue: Catalogue, codes: ItemCodes) -> None:
+        """Rank the domain's items of a catalogue, which have these codes."""
+        self.catalogue, self._codes = catalogue, codes
+        self._first = int(catalogue.rows_of(self.domain)[0])
+        self._ranker = SequenceRanker(catalogue, self.domain, self._sequences, Trie.build(codes.sequences))
+
+    def with_items(self, catalogue: Catalogue) -> CodeRecommender:
+        """The same model over a catalogue that has further items in the domain: these get codes and can be ranked at
+        once, and the items that were there keep theirs; see `ItemCodes.with_items`. This recommender stays as it is.
+
+        Raises UnknownItemError where an item that the model has learnt is not there: leave it out by queries instead.
+        Raises ConfigError where the codes are of vectors that new items cannot have.
+        """
+        learnt = catalogue.find(self.domain, self.catalogue.item_id[self.catalogue.rows_of(self.domain)].tolist())
+        rows = catalogue.rows_of(self.domain)
+        new = np.setdiff1d(rows, learnt)
+        if self._codes.new_vectors is None:
+            raise ConfigError(f"{self.name}: these codes were not made of vectors, so new items cannot get any")
+        vectors_ND = self._codes.new_vectors(catalogue.item_id[new].tolist(), catalogue.title[new].tolist())
+        codes = self._codes.with_items(vectors_ND) if len(new) else self._codes
+        out = copy.copy(self)
+        out._take_items(catalogue, codes.take(np.argsort(np.concatenate([learnt, new]))))
+        return out
 
     def rank(self, queries: Sequence[RankingQuery], k: int, mode: str = "auto") -> list[Ranking]:
         """See `Recommender.rank`. `mode` is `exact`, `auto` (exact within `max_nodes` prefixes) or `beam`, of

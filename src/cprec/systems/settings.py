@@ -23,7 +23,7 @@ from cprec.systems.items import read_vectors
 from cprec.systems.signals import TrainingSequences
 from cprec.systems.stage import NEXT_ITEM, Stage, TrainedRecommender, WeightedTerms
 from cprec.systems.terms import Objective, Teacher, Term, check_objective, next_item
-from cprec.systems.vectors import share_words, text_vectors
+from cprec.systems.vectors import TitleSpace, share_words, text_vectors
 from cprec.train.schedule import WSA
 from cprec.train.trainable import Stream
 
@@ -230,6 +230,13 @@ class TextSettings(SystemSettings):
                 "items apart: give vectors=FILE, or take a system that needs no text"
             )
         return vectors_VF
+
+    def frozen_new(self, data: TrainingSequences, item_ids: Sequence[str], titles: Sequence[str]) -> np.ndarray:
+        """The vectors of items that are not among those of `frozen`, in the same directions: float32[N, F]. Titles
+        count as far as they have words of the domain's; a file must hold these items as well."""
+        if self.vectors:
+            return read_vectors(self.vectors, item_ids)
+        return TitleSpace(data.titles, self.text_size).of(titles)
 
     def frozen_alike(self, data: TrainingSequences) -> np.ndarray:
         """As `frozen`, for systems that need some items to be more alike than others. Raises Unsuitable also where no
