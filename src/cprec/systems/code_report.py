@@ -79,7 +79,7 @@ def code_report(codes: ItemCodes, data: TrainingSequences) -> CodeReport:
     """What the codes of the items of training sequences are worth, level by level."""
     outcome = ""
     if codes.num_collisions:
-        outcome = " and share its probability" if codes.collisions == "share" else " and get one more"
+        outcome = " and their probability" if codes.collisions == "share" else " and get one more"
     pairs_E2, categories = consecutive(data.sequences), np.array(data.categories)
     levels = tuple(_level(code_N, codes.num_codes, pairs_E2, categories) for code_N in codes.code_NL.T)
     return CodeReport(len(codes.code_NL), codes.num_collisions, codes.num_moved, outcome, levels)
@@ -118,4 +118,4 @@ def _entropy(values: np.ndarray) -> float:
     1.5
     """
     share = np.unique(values, return_counts=True)[1] / len(values)
-    return float(-(share * np.log2(share)).sum())
+    return float((share * np.log2(1 / share)).sum())
