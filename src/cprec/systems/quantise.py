@@ -86,8 +86,7 @@ class Product(Quantiser):
     """Each code is the cluster of a slice of the vector, so that codes have no order (product quantisation, Jegou et
     al. 2011).
 
-    Slices are principal directions, dealt out so that all slices vary about as much (Ge et al. 2013, section 3.2.2): of
-    vectors whose first numbers vary most, as those of titles, plain cuts would leave nothing to the last codes.
+    Slices are of principal directions, the strongest first, so that it does not matter how vectors are turned.
     """
 
     centres: tuple[np.ndarray, ...]
@@ -103,7 +102,7 @@ class Product(Quantiser):
     def fit(cls, vectors_ND: np.ndarray, num_levels: int, num_codes: int, seed: int) -> Product:
         """By k-means of each slice."""
         generator, mean_D = np.random.default_rng(seed), vectors_ND.mean(0)
-        directions = [direction_DC for direction_DC, _ in _slices(vectors_ND, num_levels)]
+        directions = np.array_split(_principal(vectors_ND, num_levels)[0], num_levels, axis=1)
         points = [torch.from_numpy((vectors_ND - mean_D) @ direction_DC) for direction_DC in directions]
         centres = [clusters_of(points_NC, num_codes, generator)[0].numpy() for points_NC in points]
         return cls(tuple(centres), mean_D, tuple(directions))
@@ -111,8 +110,8 @@ class Product(Quantiser):
 
 @dataclass(frozen=True)
 class Scalar(Product):
-    """Finite scalar quantisation (Mentzer et al. 2024) without training: the first directions of each slice are cut
-    into steps that equally many vectors lie in, and a code says the step in each, that of the first counting most.
+    """Finite scalar quantisation (Mentzer et al. 2024) without training: a few directions, dealt out to the slices in
+    turn, are cut into steps that equally many vectors lie in; a code says the step in each, the first counting most.
 
     A point says where in its steps a vector lies, and centres are the middles of steps. Theirs are steps of equal width
     of what an autoencoder gives.
@@ -134,9 +133,11 @@ class Scalar(Product):
     def fit(cls, vectors_ND: np.ndarray, num_levels: int, num_codes: int, seed: int) -> Scalar:
         """By quantiles; nothing is random. A slice with fewer directions than there are steps takes the first steps."""
         mean_D, directions, bounds, centres = vectors_ND.mean(0), [], [], []
-        for direction_DC, deviation_C in _slices(vectors_ND, num_levels):
-            steps = _steps(num_codes)[: len(deviation_C)]
-            directions.append(direction_DC[:, : len(steps)] / deviation_C[: len(steps)])
+        direction_DD, deviation_D = _principal(vectors_ND, num_levels)
+        for level in range(num_levels):
+            scaled_DC = (direction_DD / deviation_D)[:, level::num_levels]
+            steps = _steps(num_codes)[: scaled_DC.shape[1]]
+            directions.append(scaled_DC[:, : len(steps)])
             along_NC = ((vectors_ND - mean_D) @ directions[-1]).round(6)
             cuts = zip(steps, along_NC.T, strict=True)
             bounds.append(tuple(np.quantile(along_N, np.arange(num + 1) / num) for num, along_N in cuts))
@@ -198,12 +199,9 @@ def clusters_of(
     return k_means(points_NC, points_NC[drawn_K], ROUNDS, moves_empty=True)
 
 
-def _slices(vectors_ND: np.ndarray, num_slices: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The principal directions of each slice, strongest first, and the deviations along them (1 where there is none).
-
-    Slices have the same number of directions or one more. Each direction, strongest first, goes to the slice that
-    varies least so far, by the product of its variances, and is not full.
-    """
+def _principal(vectors_ND: np.ndarray, num_slices: int) -> tuple[np.ndarray, np.ndarray]:
+    """The principal directions of vectors, strongest first, and the deviations along them (1 where there is none):
+    [D, D] and [D]. Raises ConfigError for fewer directions than slices."""
     width = vectors_ND.shape[1]
     if width < num_slices:
         raise ConfigError(
@@ -214,17 +212,8 @@ def _slices(vectors_ND: np.ndarray, num_slices: int) -> list[tuple[np.ndarray, n
     variance_D, direction_DD = (each[..., ::-1] for each in np.linalg.eigh(centred_ND.T @ centred_ND / len(centred_ND)))
     # The sign of a direction is free: its largest entry is positive.
     direction_DD = direction_DD * np.sign(direction_DD[np.abs(direction_DD).argmax(0), np.arange(width)])
-    floor = max(variance_D[0], 1e-30) * 1e-9
-    variance_D = np.maximum(variance_D, 0)
-    members: list[list[int]] = [[] for _ in range(num_slices)]
-    varies, room = np.zeros(num_slices), (width - np.arange(num_slices) - 1) // num_slices + 1
-    for number, variance in enumerate(variance_D):
-        full = np.array([len(mine) for mine in members]) >= room
-        least = int(np.where(full, np.inf, varies).argmin())
-        members[least].append(number)
-        varies[least] += np.log(max(variance, floor) / floor)  # no logarithm is below 0
-    deviation_D = np.where(variance_D > floor, np.sqrt(variance_D), 1.0)
-    return [(direction_DD[:, mine], deviation_D[mine]) for mine in members]
+    there_D = variance_D > 1e-9 * max(variance_D[0], 1e-30)
+    return direction_DD, np.sqrt(variance_D, where=there_D, out=np.ones(width))
 
 
 def _place(along_N: np.ndarray, bounds: np.ndarray) -> np.ndarray:

@@ -83,26 +83,23 @@ def test_duplicates_have_the_same_codes_wherever_they_stand(kind: Kind) -> None:
 # ---- each kind -------------------------------------------------------------------------------------------------------
 
 
-def test_slices_are_principal_directions_that_vary_about_as_much() -> None:
-    """Deviations 8, 4, 2, 1: the first two open the slices, 2 goes to 4, and 1 to what is not full."""
+def test_slices_are_of_principal_directions_strongest_first() -> None:
     generator = np.random.default_rng(0)
-    directions = np.linalg.qr(generator.normal(size=(4, 4)))[0]
-    ones_and_noise = np.column_stack([np.ones(50), generator.normal(size=(50, 4))])
+    directions = np.linalg.qr(generator.normal(size=(5, 5)))[0]
+    ones_and_noise = np.column_stack([np.ones(50), generator.normal(size=(50, 5))])
     points = np.linalg.qr(ones_and_noise)[0][:, 1:]  # uncorrelated, of mean 0
-    quantiser = Product.fit(points * [8, 4, 2, 1] @ directions.T + 3, 2, 4, seed=0)
-    found = [np.abs(slice_DC.T @ directions).round(6).tolist() for slice_DC in quantiser.directions]
-    assert found == [[[1, 0, 0, 0], [0, 0, 0, 1]], [[0, 1, 0, 0], [0, 0, 1, 0]]]
+    quantiser = Product.fit(points * [2, 16, 8, 1, 4] @ directions.T + 3, 2, 4, seed=0)
+    found = [np.abs(slice_DC.T @ directions).round(6).argmax(1).tolist() for slice_DC in quantiser.directions]
+    assert found == [[1, 2, 4], [0, 3]]
 
 
-def test_codes_of_slices_leave_none_to_a_slice_that_says_nothing() -> None:
-    """Of numbers that vary less and less, plain cuts would give the last codes hardly any of the variance."""
+def test_product_codes_do_not_depend_on_how_vectors_are_turned() -> None:
     generator = np.random.default_rng(0)
-    vectors = generator.normal(size=(400, 12)) * 0.5 ** np.arange(12)
+    vectors = generator.normal(size=(200, 6)) * 0.7 ** np.arange(6)
+    turn = np.linalg.qr(generator.normal(size=(6, 6)))[0]
     codes = fitted("product", vectors, 3, 8, seed=0).encode(vectors)
-    strongest = np.argsort(vectors[:, :3], axis=0).argsort(axis=0) >= 200  # which half of each of the first three
-    for level in range(3):
-        likeliest = np.array([np.bincount(strongest[codes[:, level] == code, level]).argmax() for code in range(8)])
-        assert (likeliest[codes[:, level]] == strongest[:, level]).mean() > 0.8
+    assert np.array_equal(fitted("product", vectors @ turn + 5, 3, 8, seed=0).encode(vectors @ turn + 5), codes)
+    assert [len(np.unique(codes[:, level])) for level in range(3)] == [8, 8, 8]
 
 
 def test_more_slices_than_numbers_are_refused() -> None:
