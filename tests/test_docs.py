@@ -181,9 +181,10 @@ def test_the_open_model_of_the_readme_changes_the_shop(tmp_path: Path, monkeypat
     assert recipe.prepare.tokenizer == recipe.pretrain.model_name_or_path == "Qwen/Qwen3-0.6B-Base"
 
 
-def test_the_example_of_the_online_layer_prints_what_the_page_shows(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("module", ["cprec.online", "cprec.systems.code_report"])
+def test_an_example_of_systems_prints_what_the_page_shows(module: str, capsys: pytest.CaptureFixture[str]) -> None:
     shown = blocks(ROOT / "docs" / "systems.md")
-    number = next(number for number, block in enumerate(shown) if "cprec.online" in block.text)
+    number = next(number for number, block in enumerate(shown) if module in block.text)
     exec(compile(shown[number].text, "systems.md", "exec"), {})
     assert capsys.readouterr().out == shown[number + 1].text
 
