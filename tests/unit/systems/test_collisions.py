@@ -21,8 +21,10 @@ from cprec.schema import Item
 from cprec.systems.code_report import code_report
 from cprec.systems.codes import END, FIRST_CODE, Collisions, ItemCodes, Kind, fitted, told_apart
 from cprec.systems.generator import CodeRecommender, decoder
+from cprec.systems.quantise import residual_codes
 from cprec.systems.recipes.tiger import TIGER
 from cprec.systems.signals import TrainingSequences
+from cprec.systems.vectors import text_vectors
 
 each_rule = pytest.mark.parametrize("rule", get_args(Collisions))
 
@@ -282,6 +284,14 @@ def test_the_report_of_items_without_categories_or_transitions() -> None:
 def test_settings_name_what_they_accept(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         settings(**changes)
+
+
+def test_the_defaults_are_residual_codes_of_titles_with_a_further_one_where_needed(data: TrainingSequences) -> None:
+    made = settings(num_levels=3)
+    expected = ItemCodes.of(
+        residual_codes(text_vectors(data.titles, 4), num_levels=3, num_codes=4, seed=6), num_codes=4
+    )
+    assert rows(made.codes(data, seed=6)) == rows(expected)
 
 
 def test_codes_over_several_kinds_of_vectors_are_those_of_each(data: TrainingSequences) -> None:

@@ -130,7 +130,7 @@ def test_first_codes_of_the_autoencoder_are_the_clusters_of_a_clustered_world(mo
 def test_a_vector_on_a_bound_has_one_scalar_code_alone_and_among_others() -> None:
     """Of 101 vectors three lie on the bounds of four steps; sums in another order differ in their last bits."""
     vectors = np.random.default_rng(0).normal(size=(101, 90))
-    quantiser = fitted("scalar", vectors, 30, 4, seed=0)
+    quantiser = fitted("scalar", vectors, 10, 4, seed=0)
     alone = np.concatenate([quantiser.encode(vectors[[row]]) for row in range(101)])
     assert np.array_equal(alone, quantiser.encode(vectors))
     assert all(np.bincount(codes).tolist() == [25, 25, 25, 26] for codes in alone.T)
