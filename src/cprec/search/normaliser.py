@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 
 from cprec.search.finite import require_finite
@@ -28,9 +29,30 @@ class Normaliser(Protocol):
         ...
 
 
-def normaliser_of(over: Over, trie: Trie) -> Normaliser:
-    """The normaliser of a trie's steps."""
-    return OverVocabulary(trie) if over == "vocabulary" else OverCatalogue(trie)
+def normaliser_of(over: Over, trie: Trie, temperatures: np.ndarray | None = None) -> Normaliser:
+    """The normaliser of a trie's steps, perhaps at a temperature of each node: float32[num_nodes]."""
+    found: Normaliser = OverVocabulary(trie) if over == "vocabulary" else OverCatalogue(trie)
+    return found if temperatures is None else Tempered(found, temperatures)
+
+
+@dataclass(frozen=True)
+class Tempered:
+    """Another normaliser, with logits divided by the temperature of the node that they come after.
+
+    States are divided in their place, which is the same where the output layer has no bias. So the tree must be of a
+    model in this process.
+    """
+
+    normaliser: Normaliser
+    temperatures: np.ndarray
+    """float32[num_nodes]."""
+
+    def log_probs(
+        self, tree: Tree, hidden_MD: torch.Tensor, node_M: torch.Tensor, row_N: torch.Tensor, child_N: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Normaliser.log_probs`."""
+        temperature_M = torch.from_numpy(self.temperatures).to(hidden_MD.device)[node_M]
+        return self.normaliser.log_probs(tree, hidden_MD / temperature_M[:, None], node_M, row_N, child_N)
 
 
 @dataclass(frozen=True)

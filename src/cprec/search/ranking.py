@@ -52,6 +52,8 @@ class SequenceRanker:
     """Scores are divided by the number of tokens."""
     over: Over = "vocabulary"
     """What the probabilities of each step sum to one over."""
+    temperatures: np.ndarray | None = None
+    """Of the steps after each node of the trie, float32[num_nodes]; None: all are 1."""
     empty_prompt: Callable[[], Tree] | None = None
     """Reads the prompt without a history. If given, scores are those after a prompt less those after this one."""
 
@@ -121,7 +123,7 @@ class SequenceRanker:
 
     @property
     def _normaliser(self) -> Normaliser:
-        return normaliser_of(self.over, self.trie)
+        return normaliser_of(self.over, self.trie, self.temperatures)
 
     @property
     def _rows(self) -> np.ndarray:

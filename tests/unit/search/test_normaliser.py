@@ -16,7 +16,7 @@ from cprec.data.ragged import Ragged
 from cprec.errors import ModelError
 from cprec.search.attention import PromptTree
 from cprec.search.decoding import search
-from cprec.search.normaliser import OverCatalogue
+from cprec.search.normaliser import Over, OverCatalogue, normaliser_of
 from cprec.search.scoring import score_candidates
 from cprec.search.trie import Trie
 
@@ -97,6 +97,32 @@ def test_what_a_query_leaves_out_still_counts(model: Any, gone: Sequence[int], p
         assert set(found.items.tolist()) == {item for item, score in scores.items() if score >= third - 1e-6}
         assert found.exact or not exact
         np.testing.assert_allclose(found.scores, [scores[item] for item in found.items], atol=1e-5)
+
+
+@pytest.mark.parametrize("over", ["vocabulary", "catalogue"])
+def test_logits_are_divided_by_the_temperature_of_the_node_before(model: Any, over: Over) -> None:
+    temperatures = np.linspace(0.5, 2, TRIE.num_nodes, dtype=np.float32)
+    expected = []
+    for prompt in PROMPTS:
+        scores = []
+        for item, title in enumerate(ENDED):
+            nodes = [int(TRIE.leaf[item])]
+            while nodes[0]:
+                nodes.insert(0, int(TRIE.parent(np.array(nodes[:1]))[0]))
+            logits = logits_after(model, tuple(prompt), tuple(title)) / torch.from_numpy(temperatures[nodes, None])
+            goes_on = [sorted({each[n] for each in ENDED if each[:n] == title[:n]}) for n in range(len(title))]
+            total = sum(
+                float(row[token] - (row[among] if over == "catalogue" else row).logsumexp(0))
+                for row, token, among in zip(logits, title, goes_on, strict=False)
+            )
+            scores.append(total - math.log(sum(title == other for other in ENDED)))
+        expected.append(scores)
+    normaliser = normaliser_of(over, TRIE, temperatures)
+    given = score_candidates(trees(model), TRIE, [ALL, ALL], normaliser)
+    np.testing.assert_allclose([each + TRIE.log_share(ALL) for each in given], expected, atol=1e-5)
+    for mine, found in zip(expected, search(trees(model), TRIE, k=9, width=2, normaliser=normaliser), strict=True):
+        assert found.exact
+        np.testing.assert_allclose(found.scores, np.array(mine)[found.items], atol=1e-5)
 
 
 def test_a_damaged_model_is_refused(model: Any) -> None:
