@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from cprec.ranks import count_rankings
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import Item
 from cprec.scoring import check_domain, histories_of
+from cprec.search.normaliser import Over
 from cprec.search.ranking import SequenceRanker, batches
 from cprec.search.reading import ModelReader
 from cprec.search.trie import Trie
@@ -62,7 +63,9 @@ class CodeStream(RowStream):
     of which predicts the next one."""
 
     def __init__(self, data: TrainingSequences, codes: ItemCodes, max_length: int, passes: Passes) -> None:
-        self._rows = codes.prompts(windows(data.sequences, max_length))
+        self.windows = windows(data.sequences, max_length)
+        """The item numbers of each row."""
+        self._rows = codes.prompts(self.windows)
         super().__init__(self._rows.lengths - 1, [NEXT_TOKEN], passes)
 
     def batch(self, step: int) -> Batch:
@@ -96,7 +99,10 @@ class CodeRecommender:
         max_length: int,
         beam_width: int,
         max_nodes: int,
+        over: Over = "vocabulary",
+        temperatures: Callable[[Trie], np.ndarray] | None = None,
     ) -> None:
+        """`over` and `temperatures`, which are made of the trie of the codes: see `SequenceRanker`."""
         stored = getattr(model, "code_version", None)
         if stored is not None and (learnt := bytes(stored.tolist()).hex()) != codes.version:
             raise InputChanged(
@@ -108,13 +114,18 @@ class CodeRecommender:
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self._max_length, self._beam_width, self._max_nodes = max_length, beam_width, max_nodes
         self._reader = ModelReader(model, pad_id=PADDING)
+        self._over, self._temperatures = over, temperatures
         self._take_items(data.catalogue, codes)
 
     def _take_items(self, catalogue: Catalogue, codes: ItemCodes) -> None:
         """Rank the domain's items of a catalogue, which have these codes."""
         self.catalogue, self._codes = catalogue, codes
         self._first = int(catalogue.rows_of(self.domain)[0])
-        self._ranker = SequenceRanker(catalogue, self.domain, self._sequences, Trie.build(codes.sequences))
+        trie = Trie.build(codes.sequences)
+        of_nodes = self._temperatures(trie) if self._temperatures else None
+        self._ranker = SequenceRanker(
+            catalogue, self.domain, self._sequences, trie, over=self._over, temperatures=of_nodes
+        )
 
     def with_items(self, catalogue: Catalogue) -> CodeRecommender:
         """The same model over a catalogue that has further items in the domain: these get codes and can be ranked at

@@ -143,6 +143,10 @@ class CodeSettings(TextSettings):
         """The rows of codes that are learnt from."""
         return CodeStream(data, codes, self.max_length, self.passes(seed))
 
+    def stream(self, data: TrainingSequences, codes: ItemCodes, seed: int) -> Stream:
+        """The rows of codes that are learnt from."""
+        return CodeStream(data, codes, self.max_length, self.passes(seed))
+
     def decoder(self, codes: ItemCodes) -> Any:
         """The decoder before training."""
         sizes = {"hidden_size": self.hidden_size, "num_layers": self.num_layers, "num_heads": self.num_heads}
@@ -154,8 +158,11 @@ class CodeSettings(TextSettings):
 
     def code_recommender(self, data: TrainingSequences, codes: ItemCodes, model: Any) -> CodeRecommender:
         """A recommender of the decoder's current weights."""
-        reads = {"max_length": self.max_length, "beam_width": self.beam_width, "max_nodes": self.max_nodes}
-        return CodeRecommender(self.LABEL or type(self).__name__, data, codes, model, **reads)
+        return CodeRecommender(self.LABEL or type(self).__name__, data, codes, model, **self.ranking())
+
+    def ranking(self) -> dict[str, Any]:
+        """How lists are searched; see `CodeRecommender`."""
+        return {"max_length": self.max_length, "beam_width": self.beam_width, "max_nodes": self.max_nodes}
 
 
 @dataclass(frozen=True, kw_only=True)
