@@ -124,6 +124,10 @@ LINEUP: Mapping[str, Listed] = {
     "P5 (collaborative)": Listed("systems.recipes.p5:COLLABORATIVE", "numbers by clusters of the training graph"),
     "P5 (semantic)": Listed("systems.recipes.p5:SEMANTIC", "numbers by categories"),
     "P5 (hybrid)": Listed("systems.recipes.p5:HYBRID", "clusters, and a token of each item's own"),
+    "APAO": Listed("systems.recipes.apao:APAO", "and sets prefixes against those of other items"),
+    "APAO (pointwise)": Listed("systems.recipes.apao:POINTWISE", "and learns prefixes once more"),
+    "MSCGRec": Listed("systems.recipes.mscgrec:MSCGRec", "over codes of texts and of users, among what goes on"),
+    "PRISM": Listed("systems.recipes.prism:PRISM", "over codes of both, cooler where many go on"),
 }
 """Name -> where its settings are, in the order of tables."""
 

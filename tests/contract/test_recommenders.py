@@ -75,6 +75,7 @@ ONE_DOMAIN = (
 SMALL = {"hidden_size": 8, "max_length": 10, "num_epochs": 0.2}
 WRITTEN = {"num_layers": 1, "num_codes": 8, "batch_size": 512, "beam_width": 4}
 ON_GRAPH = {"num_negatives": 8, "batch_size": 512}
+OF_CODES = {**WRITTEN, "text_size": 8}
 SYSTEMS: dict[str, dict[str, Any]] = {
     "LightGCN": ON_GRAPH,
     "NGCF": ON_GRAPH,
@@ -101,7 +102,11 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "ReaRec (progressive)": {"first_epochs": 0.2},
     "ManCAR": {"first_epochs": 0.2},
     "IGR-SR": {"first_epochs": 0.2, "num_intents": 2},
-    "TIGER": {"num_layers": 1, "num_codes": 8, "text_size": 8, "batch_size": 512, "beam_width": 4},
+    "TIGER": OF_CODES,
+    "APAO": {**OF_CODES, "num_negatives": 3},
+    "APAO (pointwise)": OF_CODES,
+    "MSCGRec": {**OF_CODES, "collaborative_size": 8},
+    "PRISM": {**OF_CODES, "collaborative_size": 8},
     "P5 (sequential)": WRITTEN,
     "P5 (random)": WRITTEN,
     "P5 (collaborative)": {**WRITTEN, "num_clusters": 3, "leaf_size": 10},
@@ -119,7 +124,7 @@ OF_EACH_KIND = frozenset(
 """One system for each part that makes its rankings: the quick tests ask these, and the slow ones the others. All of
 them but those that are ALIKE are asked quickly whether they have learnt from held-out events."""
 
-WRITERS = frozenset(name for name in SYSTEMS if name.startswith(("TIGER", "P5")))
+WRITERS = frozenset(name for name in SYSTEMS if name.startswith(("TIGER", "APAO", "MSCGRec", "PRISM", "P5")))
 """Systems that write codes, and have no vectors of users."""
 
 ALIKE = frozenset({"P5 (random)", "P5 (collaborative)", "P5 (semantic)"})
