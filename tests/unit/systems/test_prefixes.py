@@ -311,7 +311,7 @@ def test_the_quantiser_reads_who_had_an_item_as_far_as_the_item_is_known(shop: T
     had = Ragged.of([[0, 1], [0, 1], [0, 2], [3, 0], [5, 1]])
     data = replace(shop, sequences=had)
     settings = PRISM(**SMALL, text_size=8, collaborative_size=4, collaborative_weight=2.0)
-    found = settings.frozen(data)
+    found = settings.vectors_of(data, "text")
     assert found.shape == (NUM_ITEMS, 12)
     assert (found[:, :8] == TIGER(text_size=8).frozen(data)).all()
     length = np.linalg.norm(found[:, 8:], axis=1)

@@ -10,7 +10,7 @@ are (there learnt by self-distillation); the numbers of codes are ours. Deviatio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,18 +19,16 @@ import numpy as np
 from cprec import distributed
 from cprec.choices import Choice, OneOf
 from cprec.errors import ConfigError
-from cprec.progress import say
 from cprec.provenance import file_sha256
 from cprec.search.normaliser import Over
 from cprec.search.trie import Trie
 from cprec.systems.codes import ItemCodes
-from cprec.systems.collaborative import collaborative_vectors
 from cprec.systems.generator import CodeStream
 from cprec.systems.items import read_vectors
 from cprec.systems.prefixes import NodeStream
-from cprec.systems.quantise import residual_codes
 from cprec.systems.recipes.tiger import CodeSettings
 from cprec.systems.signals import TrainingSequences
+from cprec.systems.vectors import collaborative_vectors
 from cprec.text.stream import NEXT_CHILD
 from cprec.train.catalogue_loss import CatalogueLoss
 from cprec.train.trainable import Stream, Trainable
@@ -54,6 +52,8 @@ class MSCGRec(CodeSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_not_negative("collaborative_size")
+        if self.of != "text":
+            raise ConfigError(f"of={self.of!r}: the first codes are of texts; leave others out by collaborative_size=0")
         if self.softmax not in ("vocabulary", "catalogue"):
             raise ConfigError(f"softmax={self.softmax!r} must be vocabulary or catalogue")
 
@@ -61,17 +61,27 @@ class MSCGRec(CodeSettings):
         """See `SystemSettings.identity`: the content of a file counts, not its place."""
         return super().identity() | ({"images": file_sha256(self.images)} if self.images else {})
 
-    def codes(self, data: TrainingSequences, seed: int) -> ItemCodes:
-        """See `CodeSettings.codes`: the modalities' codes side by side."""
-        vectors = [self.frozen(data)]
-        if self.collaborative_size:
-            vectors.append(collaborative_vectors(data.sequences, data.num_items, self.collaborative_size))
-        if self.images:
-            vectors.append(read_vectors(self.images, data.item_ids))
-        code_VL = np.hstack([residual_codes(each, self.num_levels, self.num_codes, seed) for each in vectors])
-        found = ItemCodes.of(code_VL, self.num_codes)
-        say(f"{data.domain}: {found.num_collisions:,} of {data.num_items:,} items share the codes of all modalities")
-        return found
+    @property
+    def kinds(self) -> Sequence[str]:
+        """See `CodeSettings.kinds`: the modalities."""
+        more = {"collaborative": self.collaborative_size, "images": self.images}
+        return ("text", *(kind for kind, given in more.items() if given))
+
+    def vectors_of(self, data: TrainingSequences, kind: str) -> np.ndarray:
+        """See `CodeSettings.vectors_of`."""
+        if kind == "images":
+            return read_vectors(self.images, data.item_ids)
+        if kind == "collaborative":
+            return collaborative_vectors(data.sequences, data.num_items, self.collaborative_size)
+        return super().vectors_of(data, kind)
+
+    def vectors_of_new(
+        self, data: TrainingSequences, kind: str, item_ids: Sequence[str], titles: Sequence[str]
+    ) -> np.ndarray:
+        """See `CodeSettings.vectors_of_new`; the file of images must hold these items as well."""
+        if kind == "images":
+            return read_vectors(self.images, item_ids)
+        return super().vectors_of_new(data, kind, item_ids, titles)
 
     def stream(self, data: TrainingSequences, codes: ItemCodes, seed: int) -> Stream:
         """See `CodeSettings.stream`."""

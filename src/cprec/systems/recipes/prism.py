@@ -17,7 +17,7 @@ Deviations of TIGER hold too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,11 +28,11 @@ from cprec.choices import Choice, Real
 from cprec.errors import ConfigError
 from cprec.search.trie import Trie
 from cprec.systems.codes import ItemCodes
-from cprec.systems.collaborative import collaborative_vectors
 from cprec.systems.generator import CodeStream
 from cprec.systems.prefixes import NodeStream, TemperedLoss
 from cprec.systems.recipes.tiger import CodeSettings
 from cprec.systems.signals import TrainingSequences
+from cprec.systems.vectors import collaborative_vectors
 from cprec.train.trainable import Stream, Trainable
 
 
@@ -64,15 +64,24 @@ class PRISM(CodeSettings):
         if self.warmest < self.coolest:
             raise ConfigError(f"warmest={self.warmest} must be at least coolest={self.coolest}")
 
-    def frozen(self, data: TrainingSequences) -> np.ndarray:
-        """The text vectors beside the gated ones of who had an item: float32[V, F]."""
-        text_VF = super().frozen(data)
+    def vectors_of(self, data: TrainingSequences, kind: str) -> np.ndarray:
+        """See `CodeSettings.vectors_of`: with the gated vectors of who had an item beside them."""
+        own_VF = super().vectors_of(data, kind)
         if not self.collaborative_weight:
-            return text_VF
+            return own_VF
         gate_V = np.log1p(np.bincount(data.sequences.values, minlength=data.num_items))
         gated_VF = collaborative_vectors(data.sequences, data.num_items, self.collaborative_size)
         gated_VF *= (self.collaborative_weight * gate_V / gate_V.max()).astype(np.float32)[:, None]
-        return np.hstack([text_VF, gated_VF])
+        return np.hstack([own_VF, gated_VF])
+
+    def vectors_of_new(
+        self, data: TrainingSequences, kind: str, item_ids: Sequence[str], titles: Sequence[str]
+    ) -> np.ndarray:
+        """See `CodeSettings.vectors_of_new`. The gate of items without events is closed: beside their own vectors
+        stand zeros."""
+        own_NF = super().vectors_of_new(data, kind, item_ids, titles)
+        size = self.collaborative_size if self.collaborative_weight else 0
+        return np.pad(own_NF, ((0, 0), (0, size)))
 
     def temperatures(self, trie: Trie) -> np.ndarray:
         """The temperature of the steps after each node: float32[num_nodes]."""

@@ -143,10 +143,6 @@ class CodeSettings(TextSettings):
         """The rows of codes that are learnt from."""
         return CodeStream(data, codes, self.max_length, self.passes(seed))
 
-    def stream(self, data: TrainingSequences, codes: ItemCodes, seed: int) -> Stream:
-        """The rows of codes that are learnt from."""
-        return CodeStream(data, codes, self.max_length, self.passes(seed))
-
     def decoder(self, codes: ItemCodes) -> Any:
         """The decoder before training."""
         sizes = {"hidden_size": self.hidden_size, "num_layers": self.num_layers, "num_heads": self.num_heads}
