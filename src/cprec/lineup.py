@@ -128,6 +128,9 @@ LINEUP: Mapping[str, Listed] = {
     "APAO (pointwise)": Listed("systems.recipes.apao:POINTWISE", "and learns prefixes once more"),
     "MSCGRec": Listed("systems.recipes.mscgrec:MSCGRec", "over codes of texts and of users, among what goes on"),
     "PRISM": Listed("systems.recipes.prism:PRISM", "over codes of both, cooler where many go on"),
+    "COBRA": Listed("systems.recipes.cobra:COBRA", "writes coarse codes of the next item, then its vector"),
+    "COBRA (codes alone)": Listed("systems.recipes.cobra:CODES", "the same without vectors"),
+    "COBRA (vectors alone)": Listed("systems.recipes.cobra:VECTORS", "the same with one code for all items"),
 }
 """Name -> where its settings are, in the order of tables."""
 

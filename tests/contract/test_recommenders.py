@@ -76,6 +76,7 @@ SMALL = {"hidden_size": 8, "max_length": 10, "num_epochs": 0.2}
 WRITTEN = {"num_layers": 1, "num_codes": 8, "batch_size": 512, "beam_width": 4}
 ON_GRAPH = {"num_negatives": 8, "batch_size": 512}
 OF_CODES = {**WRITTEN, "text_size": 8}
+CASCADE = {"num_layers": 1, "text_size": 8, "batch_size": 512, "beam_width": 4}
 SYSTEMS: dict[str, dict[str, Any]] = {
     "LightGCN": ON_GRAPH,
     "NGCF": ON_GRAPH,
@@ -112,8 +113,13 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "P5 (collaborative)": {**WRITTEN, "num_clusters": 3, "leaf_size": 10},
     "P5 (semantic)": WRITTEN,
     "P5 (hybrid)": {**WRITTEN, "num_clusters": 3, "leaf_size": 10},
+    **dict.fromkeys(("COBRA", "COBRA (codes alone)"), {"num_levels": 2, "num_codes": 4, **CASCADE}),
+    "COBRA (vectors alone)": CASCADE,
 }
 """Systems, trained for a few steps, with settings that make these cheap."""
+
+WRITES = frozenset({"TIGER", "COBRA", "COBRA (codes alone)", "COBRA (vectors alone)"})
+"""Those that write codes, and so have no vectors of users."""
 
 OF_EACH_KIND = frozenset(
     {"LightGCN", "PinSage", "dual embeddings"}  # a graph of users and items; walks; pairs from baskets

@@ -21,7 +21,7 @@ from cprec.schema import Item
 from cprec.scoring import check_domain, histories_of
 from cprec.search.normaliser import Over
 from cprec.search.ranking import SequenceRanker, batches
-from cprec.search.reading import ModelReader
+from cprec.search.reading import ModelReader, Tree
 from cprec.search.trie import Trie
 from cprec.systems.batches import Passes, RowStream
 from cprec.systems.codes import END, PADDING, ItemCodes
@@ -152,18 +152,20 @@ class CodeRecommender:
             check_domain(self.name, (self.domain,), query.domain)
         histories = histories_of(self.catalogue, self.domain, queries)
         prompts = self._codes.prompts(recent(histories, self._max_length))
-        limits: dict[str, Any] = {"mode": mode, "beam_width": self._beam_width, "max_nodes": self._max_nodes}
         out: dict[int, Ranking] = {}
         with torch.inference_mode():
             for batch in batches(prompts, queries, QUERY_BATCH):
                 tree = self._reader.read([prompts[number] for number in batch])
-                asked = [queries[number] for number in batch]
-                if asked[0].candidates is not None:
-                    rankings = self._ranker.rank_candidates(tree, asked)
-                else:
-                    rankings = self._ranker.rank_catalogue(tree, asked, k, **limits)
+                rankings = self._ranked(tree, [queries[number] for number in batch], k, mode)
                 out |= dict(zip(batch, rankings, strict=True))
         return [out[number] for number in range(len(queries))]
+
+    def _ranked(self, tree: Tree, queries: Sequence[RankingQuery], k: int, mode: str) -> list[Ranking]:
+        """The rankings of queries whose prompts were read, all with candidates or all without."""
+        if queries[0].candidates is not None:
+            return self._ranker.rank_candidates(tree, queries)
+        limits: dict[str, Any] = {"mode": mode, "beam_width": self._beam_width, "max_nodes": self._max_nodes}
+        return self._ranker.rank_catalogue(tree, queries, k, **limits)
 
     def target_ranks(
         self, histories: Ragged, targets: np.ndarray, *, users: Sequence[str], exclude_seen: bool
