@@ -113,6 +113,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "P5 (collaborative)": {**WRITTEN, "num_clusters": 3, "leaf_size": 10},
     "P5 (semantic)": WRITTEN,
     "P5 (hybrid)": {**WRITTEN, "num_clusters": 3, "leaf_size": 10},
+    "RecGPT": {"text_size": 8, "num_blocks": 1, "steps": (2, 2)},
     **dict.fromkeys(("COBRA", "COBRA (codes alone)"), {"num_levels": 2, "num_codes": 4, **CASCADE}),
     "COBRA (vectors alone)": CASCADE,
 }
