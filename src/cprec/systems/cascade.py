@@ -184,7 +184,8 @@ class CascadeRecommender(CodeRecommender):
     probability of items; with `cosine_scale` 0 items share that of their cell evenly.
 
     No item scores above its cell. So a list is proven as soon as its K-th item scores above all cells that were not
-    read; more and more of the best cells are read until then. A beam reads as many cells as it is wide.
+    read; more and more of the best cells are searched until then, each time from the start, and a proof counts the
+    prefixes of the last search. A beam reads as many cells as it is wide.
     """
 
     def __init__(
