@@ -119,9 +119,6 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 }
 """Systems, trained for a few steps, with settings that make these cheap."""
 
-WRITES = frozenset({"TIGER", "COBRA", "COBRA (codes alone)", "COBRA (vectors alone)"})
-"""Those that write codes, and so have no vectors of users."""
-
 OF_EACH_KIND = frozenset(
     {"LightGCN", "PinSage", "dual embeddings"}  # a graph of users and items; walks; pairs from baskets
     | {"GRU4Rec", "Mamba4Rec", "BERT4Rec", "SASRec"}  # encoders: recurrent, state space, cloze, causal
@@ -131,7 +128,7 @@ OF_EACH_KIND = frozenset(
 """One system for each part that makes its rankings: the quick tests ask these, and the slow ones the others. All of
 them but those that are ALIKE are asked quickly whether they have learnt from held-out events."""
 
-WRITERS = frozenset(name for name in SYSTEMS if name.startswith(("TIGER", "APAO", "MSCGRec", "PRISM", "P5")))
+WRITERS = frozenset(name for name in SYSTEMS if name.startswith(("TIGER", "APAO", "MSCGRec", "PRISM", "COBRA", "P5")))
 """Systems that write codes, and have no vectors of users."""
 
 ALIKE = frozenset({"P5 (random)", "P5 (collaborative)", "P5 (semantic)"})

@@ -20,7 +20,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from cprec.batch import IGNORE, Batch
+from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged, offsets_of
+from cprec.errors import ConfigError
 from cprec.recommender import Proof, Ranking, RankingQuery
 from cprec.scoring import rankings_of
 from cprec.search.decoding import search
@@ -28,7 +30,7 @@ from cprec.search.ranking import FIRST_BEAM
 from cprec.search.reading import Tree
 from cprec.search.trie import Trie
 from cprec.systems.batches import Passes
-from cprec.systems.codes import END, FIRST_CODE, ItemCodes
+from cprec.systems.codes import END, ItemCodes
 from cprec.systems.generator import CodeRecommender, CodeStream
 from cprec.systems.items import FrozenTable
 from cprec.systems.signals import TrainingSequences
@@ -41,20 +43,6 @@ PAIRS = 4096
 """Pairs of a query and a cell that are read at once."""
 GROWTH = 4
 """How many times as many cells are looked for when a list is not proven by those found."""
-
-
-def shared_codes(codes_NL: np.ndarray, num_codes: int) -> ItemCodes:
-    """Token sequences of codes below `num_codes`, which items of equal codes share.
-
-    >>> codes = shared_codes(np.array([[0, 1], [1, 0], [0, 1]]), num_codes=2)
-    >>> [codes.sequences[item].tolist() for item in range(3)], codes.num_collisions, codes.vocabulary_size
-    ([[3, 6, 1], [4, 5, 1], [3, 6, 1]], 2, 7)
-    """
-    num_items, num_levels = codes_NL.shape
-    tokens = np.column_stack([codes_NL + np.arange(num_levels) * num_codes + FIRST_CODE, np.full(num_items, END)])
-    _, cell_N, sizes = np.unique(codes_NL, axis=0, return_inverse=True, return_counts=True)
-    sequences = Ragged(tokens.reshape(-1), np.arange(num_items + 1) * (num_levels + 1))
-    return ItemCodes(sequences, FIRST_CODE + num_levels * num_codes, int((sizes[cell_N] > 1).sum()))
 
 
 def with_vectors(codes: ItemCodes) -> ItemCodes:
@@ -145,7 +133,7 @@ class Cells:
     @classmethod
     def of(cls, codes: ItemCodes) -> Cells:
         """
-        >>> Cells.of(shared_codes(np.array([[1], [0], [1]]), num_codes=2)).items.values.tolist()
+        >>> Cells.of(ItemCodes.of(np.array([[1], [0], [1]]), 2, "share")).items.values.tolist()
         [1, 0, 2]
         """
         token_NL = codes.sequences.values.reshape(len(codes.sequences), -1)
@@ -197,7 +185,7 @@ class CascadeRecommender(CodeRecommender):
         *,
         code_scale: float,
         cosine_scale: float,
-        **reads: int,
+        **reads: Any,
     ) -> None:
         """`reads` are `max_length`, `beam_width` and `max_nodes`, as for `CodeRecommender`."""
         super().__init__(name, data, codes, model, **reads)
@@ -207,6 +195,10 @@ class CascadeRecommender(CodeRecommender):
         self._code_scale, self._cosine_scale = code_scale, cosine_scale
         with torch.inference_mode():
             self._item_ND = model.get_input_embeddings().directions()
+
+    def with_items(self, catalogue: Catalogue) -> CodeRecommender:
+        """Raises ConfigError: new items have no vectors among those that the model reads."""
+        raise ConfigError(f"{self.name} cannot rank items that came after training: train it again")
 
     def _ranked(self, tree: Tree, queries: Sequence[RankingQuery], k: int, mode: str) -> list[Ranking]:
         if queries[0].candidates is not None:

@@ -131,12 +131,17 @@ class Scalar(Product):
 
     @classmethod
     def fit(cls, vectors_ND: np.ndarray, num_levels: int, num_codes: int, seed: int) -> Scalar:
-        """By quantiles; nothing is random. A slice with fewer directions than there are steps takes the first steps."""
+        """In steps as equal as can be; nothing is random. See `of`."""
+        return cls.of(vectors_ND, num_levels, _steps(num_codes))
+
+    @classmethod
+    def of(cls, vectors_ND: np.ndarray, num_levels: int, each: Sequence[int]) -> Scalar:
+        """By quantiles, in `each` so many steps of a slice's directions. One with fewer directions takes the first."""
         mean_D, directions, bounds, centres = vectors_ND.mean(0), [], [], []
         direction_DD, deviation_D = _principal(vectors_ND, num_levels)
         for level in range(num_levels):
             scaled_DC = (direction_DD / deviation_D)[:, level::num_levels]
-            steps = _steps(num_codes)[: scaled_DC.shape[1]]
+            steps = each[: scaled_DC.shape[1]]
             directions.append(scaled_DC[:, : len(steps)])
             along_NC = ((vectors_ND - mean_D) @ directions[-1]).round(6)
             cuts = zip(steps, along_NC.T, strict=True)

@@ -19,7 +19,7 @@ from cprec.recommender import RankingQuery
 from cprec.schema import Item
 from cprec.systems.dot_product import DotProductRecommender
 from cprec.systems.encoders import SelfAttention
-from cprec.systems.quantise import scalar_codes
+from cprec.systems.quantise import Scalar
 from cprec.systems.recipes.recgpt import RecGPT
 from cprec.systems.signals import TrainingSequences
 from cprec.systems.slices import SliceEncoder, SliceModel, SliceTable
@@ -180,7 +180,8 @@ def test_all_codes_of_the_next_item_are_learnt(stage: Stage, model: SliceModel) 
 
 def test_another_domain_in_the_same_space_is_ranked_without_training(data: TrainingSequences, settings: RecGPT) -> None:
     both = text_vectors([str(title) for title in data.catalogue.title], 10)
-    codes, other = scalar_codes(both, 3, (2, 2)), replace(data, domain="market", sequences=Ragged.of([]), users=())
+    codes = Scalar.of(both.astype(np.float64), 3, (2, 2)).encode(both)
+    other = replace(data, domain="market", sequences=Ragged.of([]), users=())
     mine, theirs = (each.catalogue.rows_of(each.domain) for each in (data, other))
     torch.manual_seed(0)
     trained = SliceModel(SliceTable(codes[mine], both[mine], 4, 8), SliceEncoder(encoder_of(3, causal=False), 3))

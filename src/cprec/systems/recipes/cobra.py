@@ -24,15 +24,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from cprec import distributed
-from cprec.progress import say
-from cprec.systems.cascade import CascadeLoss, CascadeRecommender, CascadeStream, CodesAndVectors, shared_codes
-from cprec.systems.codes import ItemCodes
+from cprec.errors import ConfigError
+from cprec.systems.cascade import CascadeLoss, CascadeRecommender, CascadeStream, CodesAndVectors
+from cprec.systems.codes import Collisions, ItemCodes
 from cprec.systems.generator import CodeRecommender
 from cprec.systems.items import FrozenTable
-from cprec.systems.quantise import residual_codes
 from cprec.systems.recipes.tiger import CodeSettings
 from cprec.systems.signals import TrainingSequences
 from cprec.systems.stage import Stage
@@ -46,6 +46,7 @@ class COBRA(CodeSettings):
     num_codes: int = 32
     """Codes of a level: few, so that items share them, and vectors tell these apart."""
     text_size: int = 256
+    collisions: Collisions = "share"
     vector_weight: float = 1.0
     """Weight of the loss of vectors; 0: they are not predicted, and items of equal codes are tied."""
     reads_vectors: bool = True
@@ -59,6 +60,8 @@ class COBRA(CodeSettings):
         super().__post_init__()
         self.require_not_negative("vector_weight")
         self.require_positive("cosine_scale", "code_scale")
+        if self.collisions != "share":
+            raise ConfigError(f"collisions={self.collisions!r}: items share their codes here, which vectors tell apart")
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
         """See `SystemSettings.stages`."""
@@ -81,10 +84,10 @@ class COBRA(CodeSettings):
         ]
 
     def codes(self, data: TrainingSequences, seed: int) -> ItemCodes:
-        """See `CodeSettings.codes`; items of equal codes share them."""
-        found = shared_codes(residual_codes(self.frozen(data), self.num_levels, self.num_codes, seed), self.num_codes)
-        say(f"{data.domain}: {found.num_collisions:,} of {data.num_items:,} items share their codes")
-        return found
+        """See `CodeSettings.codes`. With one code, all items are one cell."""
+        if self.num_codes > 1:
+            return super().codes(data, seed)
+        return ItemCodes.of(np.zeros((data.num_items, self.num_levels), dtype=np.int64), 1, self.collisions)
 
     def trainable(self, data: TrainingSequences, codes: ItemCodes, model: Any) -> Trainable:
         """See `CodeSettings.trainable`: the two softmaxes."""

@@ -4,8 +4,9 @@ Jiang et al. 2025, "RecGPT: A Foundation Model for Sequential Recommendation"; w
 the code. Each slice is a token: the norm of its code's row plus the norm of the slice through a linear map. Tokens read
 those of their own item and of all before it, and each predicts the code of its slice of the next item. Deviations:
 
-- Vectors are those of titles (there of MPNet), and codes come from steps along principal directions of a slice, without
-  training (there finite scalar quantisation of what an autoencoder makes of a slice, 15,360 codes).
+- Vectors are those of titles (there of MPNet), and codes come from steps along principal directions, a few for each
+  slice in turn, without training (there finite scalar quantisation of what an autoencoder makes of a slice, 15,360
+  codes).
 - Each slice has code rows of its own, which also predict it (there all share one table, and another one predicts).
 - Positions are counted from the end of a history, and blocks are those of SASRec here (there of GPT-2).
 - The loss of an item is the sum over its codes (there their mean, as the loss of a token).
@@ -30,7 +31,7 @@ from cprec.choices import Choice, OneOf
 from cprec.errors import ConfigError
 from cprec.progress import say
 from cprec.systems.batches import WindowStream
-from cprec.systems.quantise import scalar_codes
+from cprec.systems.quantise import Scalar
 from cprec.systems.recipes.sasrec import INITIAL, SelfAttentionSettings
 from cprec.systems.settings import TextSettings
 from cprec.systems.signals import TrainingSequences
@@ -83,7 +84,7 @@ class RecGPT(TextSettings, SelfAttentionSettings):
                 f"num_slices={self.num_slices}, but vectors have {frozen_VF.shape[1]} numbers: lower num_slices, or "
                 "give wider vectors"
             )
-        code_VL = scalar_codes(frozen_VF, self.num_slices, self.steps)
+        code_VL = Scalar.of(frozen_VF.astype(np.float64), self.num_slices, self.steps).encode(frozen_VF)
         _, sizes = np.unique(code_VL, axis=0, return_counts=True)
         say(f"{data.domain}: {sizes[sizes > 1].sum():,} of {data.num_items:,} items share their codes and are tied")
         return code_VL
