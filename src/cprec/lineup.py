@@ -132,6 +132,8 @@ LINEUP: Mapping[str, Listed] = {
     "COBRA": Listed("systems.recipes.cobra:COBRA", "writes coarse codes of the next item, then its vector"),
     "COBRA (codes alone)": Listed("systems.recipes.cobra:CODES", "the same without vectors"),
     "COBRA (vectors alone)": Listed("systems.recipes.cobra:VECTORS", "the same with one code for all items"),
+    "MDGR": Listed("systems.recipes.mdgr:MDGR", "fills in the codes of the next item, in any order"),
+    "REG4Rec": Listed("systems.recipes.reg4rec:REG4Rec", "the surest code first; prunes items whose codes disagree"),
 }
 """Name -> where its settings are, in the order of tables."""
 

@@ -116,13 +116,26 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "RecGPT": {"text_size": 8, "num_blocks": 1, "steps": (2, 2)},
     **dict.fromkeys(("COBRA", "COBRA (codes alone)"), {"num_levels": 2, "num_codes": 4, **CASCADE}),
     "COBRA (vectors alone)": CASCADE,
+    "MDGR": {
+        "num_blocks": 1,
+        "num_levels": 3,
+        "warm_up": 1,
+        "num_codes": 8,
+        "text_size": 8,
+        "batch_size": 512,
+        "beam_width": 4,
+    },
+    "REG4Rec": {"num_blocks": 1, "num_levels": 3, "num_codes": 8, "text_size": 8, "batch_size": 512, "beam_width": 4},
 }
 """Systems, trained for a few steps, with settings that make these cheap."""
+
+WRITE_CODES = frozenset({"TIGER", "MDGR", "REG4Rec"})
+"""Systems without vectors of users whose products with those of items are scores."""
 
 OF_EACH_KIND = frozenset(
     {"LightGCN", "PinSage", "dual embeddings"}  # a graph of users and items; walks; pairs from baskets
     | {"GRU4Rec", "Mamba4Rec", "BERT4Rec", "SASRec"}  # encoders: recurrent, state space, cloze, causal
-    | {"Semantic IDs", "TIGER"}  # rows of codes; codes that are written one by one
+    | {"Semantic IDs", "TIGER", "MDGR"}  # rows of codes; codes that are written one by one, or in any order
     | {"Human priors", "ReaRec"}  # several heads; latent steps
 )
 """One system for each part that makes its rankings: the quick tests ask these, and the slow ones the others. All of
