@@ -140,22 +140,23 @@ def test_exact_lists_and_wide_beams_are_those_of_all_items_scored_one_by_one(ord
     alike_V = np.array([(code_VL == codes).all(1).sum() for codes in code_VL])
     every_UV = torch.tensor([[log_prob(model, order, state, codes) for codes in code_VL.tolist()] for state in states])
     every_UV = (every_UV.double() - torch.from_numpy(alike_V).log()).masked_fill(~permitted, -torch.inf)
-    best_U5 = every_UV.topk(5)
 
-    def run(width: int, *, exact: bool, max_nodes: int | None = None) -> Found:
-        return Search(model, order, states, permitted).run(5, width, exact=exact, max_nodes=max_nodes)
+    def run(k: int, width: int, *, exact: bool, max_nodes: int | None = None) -> Found:
+        return Search(model, order, states, permitted).run(k, width, exact=exact, max_nodes=max_nodes)
 
-    for found in (run(1, exact=True), run(3, exact=True), run(1000, exact=False)):
-        assert found.gap_U.tolist() == [0] * 4
-        top_U5 = found.scores_UV.topk(5)
-        torch.testing.assert_close(top_U5.values, best_U5.values, rtol=0, atol=1e-5)
-        torch.testing.assert_close(every_UV.gather(1, top_U5.indices), best_U5.values, rtol=0, atol=1e-5)
-    narrow = run(1, exact=False)
-    missed_U = narrow.scores_UV.topk(5).values[:, -1] < best_U5.values[:, -1] - 1e-4
+    for k in (1, 3, 5, 8, 12):
+        best = every_UV.topk(k).values
+        for found in (run(k, 1, exact=True), run(k, 3, exact=True), run(k, 1000, exact=False)):
+            top = found.scores_UV.topk(k)
+            assert found.gap_U.tolist() == [0] * 4
+            torch.testing.assert_close(top.values, best, rtol=0, atol=1e-5)
+            torch.testing.assert_close(every_UV.gather(1, top.indices), best, rtol=0, atol=1e-5)
+    narrow = run(5, 1, exact=False)
+    missed_U = narrow.scores_UV.topk(5).values[:, -1] < every_UV.topk(5).values[:, -1] - 1e-4
     if order.warm_up or order.at_once == 1:
         assert missed_U.any() and (narrow.gap_U[missed_U] > 0).all(), "a beam that misses items says so"
-        assert (run(1, exact=True, max_nodes=2).gap_U > 0).any()
-    everything = run(1000, exact=False).scores_UV
+        assert (run(5, 1, exact=True, max_nodes=2).gap_U > 0).any()
+    everything = run(30, 1000, exact=False).scores_UV
     seen = everything > -torch.inf
     torch.testing.assert_close(everything[seen], every_UV[seen], rtol=0, atol=1e-5)
 
