@@ -134,6 +134,7 @@ LINEUP: Mapping[str, Listed] = {
     "COBRA (vectors alone)": Listed("systems.recipes.cobra:VECTORS", "the same with one code for all items"),
     "MDGR": Listed("systems.recipes.mdgr:MDGR", "fills in the codes of the next item, in any order"),
     "REG4Rec": Listed("systems.recipes.reg4rec:REG4Rec", "the surest code first; prunes items whose codes disagree"),
+    "STREAM-Rec": Listed("systems.recipes.stream_rec:STREAMRec", "TIGER that first writes a trace to the next item"),
 }
 """Name -> where its settings are, in the order of tables."""
 

@@ -126,10 +126,11 @@ SYSTEMS: dict[str, dict[str, Any]] = {
         "beam_width": 4,
     },
     "REG4Rec": {"num_blocks": 1, "num_levels": 3, "num_codes": 8, "text_size": 8, "batch_size": 512, "beam_width": 4},
+    "STREAM-Rec": {"num_layers": 1, "num_codes": 8, "text_size": 8, "batch_size": 512, "beam_width": 4},
 }
 """Systems, trained for a few steps, with settings that make these cheap."""
 
-WRITE_CODES = frozenset({"TIGER", "MDGR", "REG4Rec"})
+WRITE_CODES = frozenset({"TIGER", "MDGR", "REG4Rec", "STREAM-Rec"})
 """Systems without vectors of users whose products with those of items are scores."""
 
 OF_EACH_KIND = frozenset(

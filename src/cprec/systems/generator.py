@@ -152,6 +152,8 @@ class CodeRecommender:
             check_domain(self.name, (self.domain,), query.domain)
         histories = histories_of(self.catalogue, self.domain, queries)
         prompts = self._codes.prompts(recent(histories, self._max_length))
+        prompts = self._prompts(histories)
+        limits: dict[str, Any] = {"mode": mode, "beam_width": self._beam_width, "max_nodes": self._max_nodes}
         out: dict[int, Ranking] = {}
         with torch.inference_mode():
             for batch in batches(prompts, queries, QUERY_BATCH):
@@ -178,6 +180,10 @@ class CodeRecommender:
         ids = self.catalogue.item_id[self.catalogue.rows_of(self.domain)]
         queries = [self._query(ids[histories[number]], exclude_seen) for number in range(len(histories))]
         return count_rankings(self.rank(queries, TOP, "beam"), ids[targets].tolist())
+
+    def _prompts(self, histories: Ragged) -> Ragged:
+        """What the model reads before the codes of the next item."""
+        return self._codes.prompts(recent(histories, self._max_length))
 
     def _query(self, item_ids: np.ndarray, exclude_seen: bool) -> RankingQuery:
         history = tuple(Item(self.domain, item) for item in item_ids)

@@ -7,9 +7,10 @@ item is that along this path (`paths`), by which the exact search and a wide eno
 
 Neither code nor, as far as we know them, the rules of masking are public. Ours: how many codes are masked is uniform up
 to a most that grows with the steps, which ones is random (there it is adapted to each sample), and all masked codes
-count alike. More deviations: codes are product-quantised slices of title vectors; an item is read as the sum of its
-codes' rows; of the history the decoder reads the last state alone, with the codes after it; only codes of items that
-exist are filled in, and rankings are searched until proven, not by a beam alone.
+count alike. More deviations: codes are product-quantised slices of title vectors (there of vectors that are rotated
+first); an item is read as the sum of its codes' rows; of the history the decoder reads the last state alone, with the
+codes after it; only codes of items that exist are filled in, and rankings are searched until proven, not by a beam
+alone.
 
 Without a decoder (`num_decoder_blocks=0`) each code is asked for by the history's state alone, all at once. With one
 code for each item besides, this is SASRec.
