@@ -35,11 +35,18 @@ class CodeTable(ItemTable):
         """`rows` has a row for each code of each level, level by level, and the special rows after them."""
         super().__init__()
         self.num_items, self.num_special, self.rows, self.num_codes = len(code_VL), rows.num_special, rows, num_codes
+        _, same_V, counts = np.unique(code_VL, axis=0, return_inverse=True, return_counts=True)
         self.register_buffer("codes", torch.from_numpy(code_VL), persistent=False)
+        self.register_buffer("alike", torch.from_numpy(counts[same_V]), persistent=False)
 
     @property
     def code_VL(self) -> torch.Tensor:
         return self.get_buffer("codes")
+
+    @property
+    def alike_V(self) -> torch.Tensor:
+        """How many items have all the codes of each item, itself included: int64."""
+        return self.get_buffer("alike")
 
     def row_of(self, code_NL: torch.Tensor) -> torch.Tensor:
         """The numbers of the rows of codes: int64[N, L]."""

@@ -13,7 +13,7 @@ beginning a bound for all items behind it: the best items can be proven. A model
 other probabilities along other paths; these are the ones that are ranked by.
 
 Suffixes: U users, V items, M beginnings (items of which some codes are known), C those that follow from them, E items
-of beginnings, G codes filled in at once, L codes of an item, K codes of a level, D width.
+of beginnings, L codes of an item, K codes of a level, N rows that are read, D width.
 """
 
 from __future__ import annotations
@@ -107,8 +107,7 @@ class Search:
         self.kth_U = self.scores_UV.new_full((len(states_UD),), -torch.inf)
         self.dropped_U = self.kth_U.clone()  # the best score of beginnings that were given up
         self.expanded_U = torch.zeros_like(self.kth_U, dtype=torch.int64)
-        _, same_V, counts = torch.unique(self.code_VL, dim=0, return_inverse=True, return_counts=True)
-        self.log_alike_V = counts[same_V].double().log()
+        self.log_alike_V = model.items.alike_V.double().log()
 
     def run(self, k: int, width: int, *, exact: bool, max_nodes: int | None = None) -> Found:
         """The `k` best items of each user, and others.

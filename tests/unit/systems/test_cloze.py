@@ -53,7 +53,8 @@ class ByHand:
     """Stands in for a `CodeCloze` with two places of two codes."""
 
     def __init__(self, codes: list[list[int]]) -> None:
-        self.items = SimpleNamespace(code_VL=torch.tensor(codes), num_codes=2)
+        alike = torch.tensor([codes.count(own) for own in codes])
+        self.items = SimpleNamespace(code_VL=torch.tensor(codes), num_codes=2, alike_V=alike)
 
     def log_probs(self, states: torch.Tensor, code_NL: torch.Tensor, masked_NL: torch.Tensor) -> torch.Tensor:
         known = torch.where(masked_NL, UNKNOWN, code_NL).tolist()
@@ -186,6 +187,8 @@ def test_an_item_is_the_sum_of_the_rows_of_its_codes() -> None:
     assert table.vectors().tolist() == [[21], [12], [22], [7], [8]]
     assert table.vectors(torch.tensor([[4, 0]])).tolist() == [[[8], [21]]]
     assert table.rows_LKD().tolist() == [[[1], [2]], [[10], [20]]]
+    assert table.alike_V.tolist() == [1, 1, 1]
+    assert CodeTable(IdTable(4, 1), np.array([[0, 1], [1, 1], [0, 1]]), num_codes=2).alike_V.tolist() == [2, 1, 2]
 
 
 def stream_of(data: TrainingSequences, num_levels: int, growth: float) -> ClozeStream:

@@ -9,11 +9,10 @@ Neither code nor, as far as we know them, the rules of masking are public. Ours:
 to a most that grows with the steps, which ones is random (there it is adapted to each sample), and all masked codes
 count alike. More deviations: codes are product-quantised slices of title vectors (there of vectors that are rotated
 first); an item is read as the sum of its codes' rows; of the history the decoder reads the last state alone, with the
-codes after it; only codes of items that exist are filled in, and rankings are searched until proven, not by a beam
-alone.
+codes after it; only codes of items that exist are filled in, and lists are searched until proven, not by beams alone.
 
-Without a decoder (`num_decoder_blocks=0`) each code is asked for by the history's state alone, all at once. With one
-code for each item besides, this is SASRec.
+Without a decoder (`num_decoder_blocks=0`) the history's state alone asks for each code, all at once. With one code for
+each item besides, this is SASRec.
 """
 
 from __future__ import annotations
@@ -68,7 +67,6 @@ class MDGR(TextSettings, SelfAttentionSettings):
     SEARCH: ClassVar[Mapping[str, Choice]] = {
         **SelfAttentionSettings.SEARCH,
         "num_codes": OneOf(values=(64, 128, 256)),
-        "growth": OneOf(values=(0.0, 0.3, 0.6)),
     }
 
     def __post_init__(self) -> None:
@@ -79,11 +77,13 @@ class MDGR(TextSettings, SelfAttentionSettings):
             raise ConfigError(f"growth={self.growth} must lie in 0..1: it is a share of the steps")
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
-        """See `SystemSettings.stages`."""
+        """See `SystemSettings.stages`. Says how many items share all their codes."""
         code_VL = self.codes(data, seed)
         num_levels = code_VL.shape[1]
         rows, encoder = self.parts(num_levels * self.num_codes)
-        model = CodeCloze(CodeTable(rows, code_VL, self.num_codes), encoder, self.decoder(num_levels))
+        items = CodeTable(rows, code_VL, self.num_codes)
+        say(f"{data.domain}: {(items.alike_V > 1).sum():,} of {data.num_items:,} items share all codes with others")
+        model = CodeCloze(items, encoder, self.decoder(num_levels))
         stream = ClozeStream(data, self.max_length, self.passes(seed), num_levels=num_levels, growth=self.growth)
         return [
             Stage(
@@ -95,11 +95,8 @@ class MDGR(TextSettings, SelfAttentionSettings):
         ]
 
     def codes(self, data: TrainingSequences, seed: int) -> np.ndarray:
-        """The codes of the domain's items: int64[V, L]. Says how many items share all of theirs."""
-        code_VL = product_codes(self.frozen(data), self.num_levels, self.num_codes, seed)
-        _, sizes = np.unique(code_VL, axis=0, return_counts=True)
-        say(f"{data.domain}: {sizes[sizes > 1].sum():,} of {data.num_items:,} items share all their codes with others")
-        return code_VL
+        """The codes of the domain's items: int64[V, L]."""
+        return product_codes(self.frozen(data), self.num_levels, self.num_codes, seed)
 
     def decoder(self, num_levels: int) -> SelfAttention | None:
         """What reads the codes of one item, before training."""
