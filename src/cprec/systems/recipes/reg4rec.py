@@ -16,6 +16,7 @@ the other); an item is read as the sum of its codes' rows (there by a small netw
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from cprec.systems.cloze import ClozeLoss, CodeCloze
 from cprec.systems.paths import Order
@@ -30,11 +31,14 @@ class REG4Rec(MDGR):
     growth: float = 0.0
     warm_up: int = 0
     at_once: int = 1
+    beam_width: int = 10
     guided: bool = True
     """What is masked in training are the codes that the network is least sure of; otherwise random ones."""
     least_agreement: float = 0.1
     """An item is pruned if one of its codes, given the history and all its other codes, is less than this many times as
     probable as if all codes of its slice were equally so; 0: none is."""
+
+    VALIDATION_QUERIES: ClassVar[int] = 500
 
     def __post_init__(self) -> None:
         super().__post_init__()
