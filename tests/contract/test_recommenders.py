@@ -76,6 +76,7 @@ SMALL = {"hidden_size": 8, "max_length": 10, "num_epochs": 0.2}
 WRITTEN = {"num_layers": 1, "num_codes": 8, "batch_size": 512, "beam_width": 4}
 ON_GRAPH = {"num_negatives": 8, "batch_size": 512}
 OF_CODES = {**WRITTEN, "text_size": 8}
+FILLED_IN = {"num_blocks": 1, "num_levels": 3, "num_codes": 8, "text_size": 8, "batch_size": 512, "beam_width": 4}
 CASCADE = {"num_layers": 1, "text_size": 8, "batch_size": 512, "beam_width": 4}
 SYSTEMS: dict[str, dict[str, Any]] = {
     "LightGCN": ON_GRAPH,
@@ -116,22 +117,11 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "RecGPT": {"text_size": 8, "num_blocks": 1, "steps": (2, 2)},
     **dict.fromkeys(("COBRA", "COBRA (codes alone)"), {"num_levels": 2, "num_codes": 4, **CASCADE}),
     "COBRA (vectors alone)": CASCADE,
-    "MDGR": {
-        "num_blocks": 1,
-        "num_levels": 3,
-        "warm_up": 1,
-        "num_codes": 8,
-        "text_size": 8,
-        "batch_size": 512,
-        "beam_width": 4,
-    },
-    "REG4Rec": {"num_blocks": 1, "num_levels": 3, "num_codes": 8, "text_size": 8, "batch_size": 512, "beam_width": 4},
-    "STREAM-Rec": {"num_layers": 1, "num_codes": 8, "text_size": 8, "batch_size": 512, "beam_width": 4},
+    "MDGR": {**FILLED_IN, "warm_up": 1},
+    "REG4Rec": FILLED_IN,
+    "STREAM-Rec": OF_CODES,
 }
 """Systems, trained for a few steps, with settings that make these cheap."""
-
-WRITE_CODES = frozenset({"TIGER", "MDGR", "REG4Rec", "STREAM-Rec"})
-"""Systems without vectors of users whose products with those of items are scores."""
 
 OF_EACH_KIND = frozenset(
     {"LightGCN", "PinSage", "dual embeddings"}  # a graph of users and items; walks; pairs from baskets
@@ -142,7 +132,11 @@ OF_EACH_KIND = frozenset(
 """One system for each part that makes its rankings: the quick tests ask these, and the slow ones the others. All of
 them but those that are ALIKE are asked quickly whether they have learnt from held-out events."""
 
-WRITERS = frozenset(name for name in SYSTEMS if name.startswith(("TIGER", "APAO", "MSCGRec", "PRISM", "COBRA", "P5")))
+WRITERS = frozenset(
+    name
+    for name in SYSTEMS
+    if name.startswith(("TIGER", "APAO", "MSCGRec", "PRISM", "COBRA", "MDGR", "REG4Rec", "STREAM-Rec", "P5"))
+)
 """Systems that write codes, and have no vectors of users."""
 
 ALIKE = frozenset({"P5 (random)", "P5 (collaborative)", "P5 (semantic)"})

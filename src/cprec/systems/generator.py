@@ -151,9 +151,7 @@ class CodeRecommender:
         for query in queries:
             check_domain(self.name, (self.domain,), query.domain)
         histories = histories_of(self.catalogue, self.domain, queries)
-        prompts = self._codes.prompts(recent(histories, self._max_length))
         prompts = self._prompts(histories)
-        limits: dict[str, Any] = {"mode": mode, "beam_width": self._beam_width, "max_nodes": self._max_nodes}
         out: dict[int, Ranking] = {}
         with torch.inference_mode():
             for batch in batches(prompts, queries, QUERY_BATCH):

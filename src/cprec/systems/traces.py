@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged, offsets_of
+from cprec.errors import ConfigError
 from cprec.systems.codes import BEGIN, ItemCodes
 from cprec.systems.generator import QUERY_BATCH, CodeRecommender
 from cprec.systems.signals import TrainingSequences
@@ -47,7 +49,7 @@ def token_vectors(token_NL: np.ndarray, vectors_ND: np.ndarray) -> tuple[np.ndar
     return np.concatenate(tokens), np.concatenate(vectors)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TracedCodes(ItemCodes):
     """Codes of items, with a trace before those of each event."""
 
@@ -104,9 +106,13 @@ class TracingRecommender(CodeRecommender):
     """Writes the likeliest trace after a history, one token after the other, and ranks items by the probability of
     their codes after it."""
 
-    def __init__(self, name: str, data: TrainingSequences, codes: TracedCodes, model: Any, **limits: int) -> None:
+    def __init__(self, name: str, data: TrainingSequences, codes: TracedCodes, model: Any, **limits: Any) -> None:
         super().__init__(name, data, codes, model, **limits)
         self._traced = codes
+
+    def with_items(self, catalogue: Catalogue) -> CodeRecommender:
+        """Raises ConfigError: new items have no vectors that a trace could lead away from."""
+        raise ConfigError(f"{self.name} cannot rank items that came after training: train it again")
 
     @torch.inference_mode()
     def _prompts(self, histories: Ragged) -> Ragged:

@@ -27,7 +27,7 @@ from cprec.systems.items import IdTable
 from cprec.systems.paths import PRUNED, Found, Order, PathRecommender, Search
 from cprec.systems.recipes.mdgr import MDGR
 from cprec.systems.recipes.reg4rec import REG4Rec
-from cprec.systems.recipes.sasrec import SASRec
+from cprec.systems.recipes.sasrec import WIDE
 from cprec.systems.settings import SystemSettings
 from cprec.systems.signals import TrainingSequences
 
@@ -233,7 +233,7 @@ def first_step(settings: MDGR, data: TrainingSequences) -> tuple[ClozeLoss, dict
     return stage.trainable, {name: torch.from_numpy(array) for name, array in stage.stream.batch(0).rows.items()}
 
 
-@pytest.mark.parametrize("num_levels", [1, 3])
+@pytest.mark.parametrize("num_levels", [1, 2])
 def test_a_loss_is_the_softmax_of_masked_codes(num_levels: int, circle: str, data: TrainingSequences) -> None:
     settings = MDGR(**SMALL | {"dropout": 0.0}, num_levels=num_levels, num_codes=5, vectors=circle, growth=0.0)
     loss, rows = first_step(settings, data)
@@ -247,7 +247,8 @@ def test_a_loss_is_the_softmax_of_masked_codes(num_levels: int, circle: str, dat
 
 
 def test_rows_without_targets_cost_nothing(circle: str, data: TrainingSequences) -> None:
-    for settings in (MDGR(**SMALL, num_codes=5, vectors=circle), REG4Rec(**SMALL, num_codes=5, vectors=circle)):
+    codes: dict[str, Any] = {"num_levels": 2, "num_codes": 5, "vectors": circle}
+    for settings in (MDGR(**SMALL, **codes), REG4Rec(**SMALL, **codes)):
         loss, rows = first_step(settings, data)
         blank = rows | {"targets": torch.full_like(rows["targets"], IGNORE)}
         (found,) = loss.losses(blank).values()
@@ -271,11 +272,11 @@ def test_with_one_code_for_each_item_and_no_decoder_it_learns_as_sasrec_does(
     monkeypatch.setattr(MDGR, "codes", one_code_each)
     settings = MDGR(**SMALL, num_codes=data.num_items, num_decoder_blocks=0, growth=0.0)
     losses = logged(settings, split, tmp_path / "mdgr")
-    assert losses == logged(SASRec(**SMALL), split, tmp_path / "sasrec") and len(losses) > 2, "to the digit"
+    assert losses == logged(replace(WIDE, **SMALL), split, tmp_path / "sasrec") and len(losses) > 2, "to the digit"
     query = RankingQuery("q", "ring", tuple(Item("ring", item) for item in data.item_ids[3:6]))
     mine, control = (
         made.rank([query], data.num_items)[0]
-        for made in (settings.make(split, "ring", folder=tmp_path / "mdgr"), SASRec(**SMALL).make(split, "ring"))
+        for made in (settings.make(split, "ring", folder=tmp_path / "mdgr"), replace(WIDE, **SMALL).make(split, "ring"))
     )
     assert mine.item_ids == control.item_ids
     expected = torch.tensor(control.scores).double().log_softmax(0).tolist()
@@ -286,7 +287,7 @@ def test_reg4rec_with_random_masks_learns_as_mdgr_does(
     circle: str, split: Split, data: TrainingSequences, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fitting, "VALIDATIONS", 1)
-    shared: dict[str, Any] = {**SMALL, "num_levels": 3, "num_codes": 5, "vectors": circle, "growth": 0.0}
+    shared: dict[str, Any] = {**SMALL, "num_levels": 2, "num_codes": 5, "vectors": circle, "growth": 0.0}
     plain = logged(MDGR(**shared), split, tmp_path / "mdgr")
     assert logged(REG4Rec(**shared, guided=False), split, tmp_path / "reg4rec") == plain, "to the digit"
     still = shared | {"dropout": 0.0}

@@ -38,10 +38,10 @@ class STREAMRec(CodeSettings):
 
     def codes(self, data: TrainingSequences, seed: int) -> TracedCodes:
         """See `CodeSettings.codes`."""
-        return TracedCodes.traced(super().codes(data, seed), self.num_levels, self.frozen(data), self.trace_length)
+        vectors_VF = self.vectors_of(data, self.of)
+        return TracedCodes.traced(super().codes(data, seed), self.num_levels, vectors_VF, self.trace_length)
 
     def code_recommender(self, data: TrainingSequences, codes: ItemCodes, model: Any) -> CodeRecommender:
         """See `CodeSettings.code_recommender`."""
         assert isinstance(codes, TracedCodes)
-        reads = {"max_length": self.max_length, "beam_width": self.beam_width, "max_nodes": self.max_nodes}
-        return TracingRecommender(self.LABEL, data, codes, model, **reads)
+        return TracingRecommender(self.LABEL, data, codes, model, **self.ranking())
