@@ -89,7 +89,7 @@ LINEUP: Mapping[str, Listed] = {
     "SASRec (wide)": Listed("systems.recipes.sasrec:WIDE", "with blocks and batches as its relatives have them"),
     "SASRec (published)": Listed("systems.recipes.sasrec:PUBLISHED", "Kang and McAuley 2018, one negative"),
     "SASRec (titles)": Listed("systems.recipes.title_sasrec:TitleSASRec", "over vectors of titles"),
-    "SASRec (titles, averaged)": Listed("systems.recipes.title_sasrec:AVERAGED", "three of these, as an item head"),
+    "SASRec (titles x3)": Listed("systems.recipes.title_sasrec:AVERAGED", "three of these, as an item head"),
     "SASRec (denoised)": Listed(
         "systems.recipes.denoised:DenoisedSASRec", "on histories without events that do not fit"
     ),

@@ -63,7 +63,7 @@ KINDS: Mapping[str, type[StoredRecommender]] = {
     "SASRec (sampled softmax)": SASRecRecommender,
     "SASRec (wide)": SASRecRecommender,
     "SASRec (titles)": TitleSASRecRecommender,
-    "SASRec (titles, averaged)": TitleSASRecRecommender,
+    "SASRec (titles x3)": TitleSASRecRecommender,
 }
 """What a blend can hold, by the names of tables: all whose state is a few arrays. Any other part is a column of a
 file."""

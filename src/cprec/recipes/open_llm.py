@@ -15,7 +15,7 @@ from cprec.text.config import TINY, Mixture
 from cprec.train.config import FinetuneConfig, PretrainConfig, ShrinkConfig
 
 WALKS = ("transition graph", "transition graph (two hops)", "transition graph (titles)")
-WORDS = "SASRec (titles, averaged)"
+WORDS = "SASRec (titles x3)"
 """The control: networks like those of the item head, over words."""
 FROZEN = 0.4
 """Share of the layers that are not trained: the item head reads titles by these."""
