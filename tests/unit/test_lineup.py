@@ -8,8 +8,3 @@ from cprec.lineup import ALL, LINEUP, names_of
 def test_every_row_can_be_asked_for_on_the_command_line() -> None:
     """There a comma stands between names."""
     assert names_of(",".join(reversed(LINEUP)).split(",")) == names_of([ALL]) == list(LINEUP)
-
-
-def test_names_can_stand_in_a_list() -> None:
-    """On the command line a comma parts names."""
-    assert not [name for name in LINEUP if "," in name]
