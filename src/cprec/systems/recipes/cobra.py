@@ -20,7 +20,6 @@ has one code for all items, so that their order is that of cosines, as in dense 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +34,6 @@ from cprec.systems.generator import CodeRecommender
 from cprec.systems.items import FrozenTable
 from cprec.systems.recipes.tiger import CodeSettings
 from cprec.systems.signals import TrainingSequences
-from cprec.systems.stage import Stage
 from cprec.train.trainable import Trainable
 
 
@@ -63,25 +61,20 @@ class COBRA(CodeSettings):
         if self.collisions != "share":
             raise ConfigError(f"collisions={self.collisions!r}: items share their codes here, which vectors tell apart")
 
-    def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
-        """See `SystemSettings.stages`."""
-        codes = self.codes(data, seed)
-        model, size = self.decoder(codes), self.hidden_size
-        frozen_VF = self.frozen(data)
+    def model(self, data: TrainingSequences, codes: ItemCodes) -> Any:
+        """See `CodeSettings.model`: a decoder that reads vectors, too."""
+        model, size, frozen_VF = self.decoder(codes), self.hidden_size, self.frozen(data)
         adapter = nn.Sequential(nn.Linear(frozen_VF.shape[1], size), nn.GELU(), nn.Linear(size, size))
         items = FrozenTable(frozen_VF, adapter, num_special=0)
         items.requires_grad_(self.reads_vectors or self.vector_weight > 0)
-        rows = CodesAndVectors(model.get_input_embeddings(), items, reads_vectors=self.reads_vectors)
-        model.set_input_embeddings(rows)
-        stream = CascadeStream(data, codes, self.max_length, self.passes(seed))
-        return [
-            Stage(
-                trainable=self.trainable(data, codes, model),
-                stream=stream,
-                schedule=self.schedule(stream.num_steps),
-                recommender=lambda: self.code_recommender(data, codes, model),
-            )
-        ]
+        model.set_input_embeddings(
+            CodesAndVectors(model.get_input_embeddings(), items, reads_vectors=self.reads_vectors)
+        )
+        return model
+
+    def stream(self, data: TrainingSequences, codes: ItemCodes, seed: int) -> CascadeStream:
+        """See `CodeSettings.stream`: the vectors stand behind the codes."""
+        return CascadeStream(data, codes, self.max_length, self.passes(seed))
 
     def codes(self, data: TrainingSequences, seed: int) -> ItemCodes:
         """See `CodeSettings.codes`. With one code, all items are one cell."""
@@ -104,9 +97,7 @@ class COBRA(CodeSettings):
             model,
             code_scale=self.code_scale,
             cosine_scale=cosine_scale,
-            max_length=self.max_length,
-            beam_width=self.beam_width,
-            max_nodes=self.max_nodes,
+            **self.ranking(),
         )
 
 

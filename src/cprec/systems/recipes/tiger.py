@@ -83,7 +83,7 @@ class CodeSettings(TextSettings):
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
         """See `SystemSettings.stages`."""
         codes = self.codes(data, seed)
-        model = self.decoder(codes)
+        model = self.model(data, codes)
         stream = self.stream(data, codes, seed)
         return [
             Stage(
@@ -143,8 +143,12 @@ class CodeSettings(TextSettings):
         """The rows of codes that are learnt from."""
         return CodeStream(data, codes, self.max_length, self.passes(seed))
 
+    def model(self, data: TrainingSequences, codes: ItemCodes) -> Any:
+        """What is trained, before training: here the decoder alone."""
+        return self.decoder(codes)
+
     def decoder(self, codes: ItemCodes) -> Any:
-        """The decoder before training."""
+        """A decoder of the codes before training."""
         sizes = {"hidden_size": self.hidden_size, "num_layers": self.num_layers, "num_heads": self.num_heads}
         return decoder(codes, max_length=self.max_length, dropout=self.dropout, **sizes)
 
