@@ -145,6 +145,12 @@ class CodeRecommender:
         out._take_items(catalogue, codes.take(np.argsort(np.concatenate([learnt, new]))))
         return out
 
+    def with_beams(self, beam_width: int) -> CodeRecommender:
+        """The same recommender, whose beams keep so many prefixes at each depth."""
+        out = copy.copy(self)
+        out._beam_width = beam_width
+        return out
+
     def rank(self, queries: Sequence[RankingQuery], k: int, mode: str = "auto") -> list[Ranking]:
         """See `Recommender.rank`. `mode` is `exact`, `auto` (exact within `max_nodes` prefixes) or `beam`, of
         `beam_width` prefixes at each depth. Raises ConfigError for another domain than the one trained on."""

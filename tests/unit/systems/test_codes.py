@@ -172,6 +172,14 @@ def test_a_beam_finds_most_of_the_exact_list_and_knows_its_gap(recommender: Code
     assert np.mean(shares) > 0.5
 
 
+def test_a_beam_is_as_wide_as_a_call_asks(recommender: CodeRecommender, codes: ItemCodes) -> None:
+    asked = [query(3, 2)]
+    (narrow,), (wide,) = (recommender.rank(asked, 1, "beam", width) for width in (1, NUM_ITEMS))
+    assert narrow.proof is not None and wide.proof is not None
+    assert narrow.proof.expanded < codes.longest < wide.proof.expanded  # one prefix at each depth, or all of them
+    assert wide.item_ids == recommender.rank(asked, 1, "exact")[0].item_ids
+
+
 def test_filters_are_honoured_and_a_batch_is_answered_as_singly(recommender: CodeRecommender) -> None:
     few, seen = frozenset({"i01", "i07", "i30"}), frozenset({"i02", "i03"})
     asked = [query(3, 2), query(5, allow=few), query(2, 3, uncounted=seen), query(candidates=("i01", "i07"))]
