@@ -59,9 +59,13 @@ format: $(READY)
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-# sequential.py installs its peers in environments of their own and takes most of an hour: run it by hand.
+# Run by hand: sequential.py, which installs its peers in environments of their own and takes most of an hour, and
+# parts.py, which needs data.
+BENCH := $(filter-out $(addprefix benchmarks/,sequential.py generators.py parts.py),$(wildcard benchmarks/*.py))
 bench: $(READY)
-	@for script in $(filter-out benchmarks/sequential.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+	@for script in $(BENCH) "benchmarks/ranking.py codes" "benchmarks/generators.py --epochs 3"; do \
+	  echo "== $$script"; $(BIN)/python $$script || exit 1; \
+	done
 
 # One thread a process, as the budget counts; ARGUMENTS may be --dry-run, --arms, --seeds, --budget-hours.
 study: $(READY)

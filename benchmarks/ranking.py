@@ -3,6 +3,7 @@
     python benchmarks/ranking.py decode --titles FILE [--items 4000,50000] [--prompts 64,256] [--users 8] [--rounds 3]
     python benchmarks/ranking.py models --data FOLDER --model NAME=FOLDER ... [--domain D] [--queries 1000] [--k 10]
     python benchmarks/ranking.py grow   --model FOLDER --domain D --data FOLDER [--items 1000,10000,100000]
+    python benchmarks/ranking.py codes  [--items 12000] [--users 16] [--steps 100,400] [--rounds 3]
 
 `decode`, a random model of 10 M parameters: the ten best of a beam of 10 by `generate` with a trie as
 `prefix_allowed_tokens_fn` and by ours (users a second, equal lists and scores, time to that of the prompts), one
@@ -10,12 +11,16 @@ constraint step of each (mask and choice), the score of every title by our passe
 who comes back. FILE has one title a line; without it titles are generated. `models`, trained models on the test queries
 of a data folder: exact search and beams of 10, 20 and 50 on the same queries (metrics, CPU time, prefixes read, share
 of the exact list, distinct scores among the K best). `grow`: prefixes read and time as the catalogue grows by generated
-titles, and as K does, trained and random.
+titles, and as K does, trained and random. `codes`: items as four codes of 256, the ten best by an exact search and by a
+beam of 20, of a decoder with TIGER's sizes: before training, where all codes are about as likely and a proof would have
+to read most prefixes (it ends after 2,000), with uneven random weights, and on the way of a short training on generated
+histories, which makes proofs cheaper as it makes probabilities sharper.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,14 +29,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
+from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
 from cprec.search.attention import PromptTree
 from cprec.search.cache import PrefixCache
 from cprec.search.decoding import search
 from cprec.search.scoring import score_candidates
 from cprec.search.trie import Trie, sort_sequences
+from cprec.systems.batches import Passes
+from cprec.systems.codes import ItemCodes, fitted
+from cprec.systems.generator import CodeStream, decoder
+from cprec.systems.signals import TrainingSequences
+from cprec.train.loss import PackedLoss
 
 VOCABULARY, END, LONGEST = 8192, 1, 12
 
@@ -331,6 +343,90 @@ def grow(args: argparse.Namespace) -> None:
                 )
 
 
+# ---- codes -----------------------------------------------------------------------------------------------------------
+
+
+def code_world(num_items: int, num_users: int) -> tuple[TrainingSequences, ItemCodes]:
+    """Items in 300 groups, which residual codes of their vectors tell apart, and histories that stay within a group or
+    go on to the next one; a few items of each group are popular."""
+    random, size = np.random.default_rng(0), 10
+    group_N = random.integers(0, 300, num_items)
+    vectors = random.normal(size=(300, 32))[group_N] + 0.5 * random.normal(size=(num_items, 32))
+    by_group = np.argsort(group_N, kind="stable")
+    first, counts = np.searchsorted(group_N[by_group], np.arange(300)), np.bincount(group_N, minlength=300)
+    # Each event's group is that of the one before or the next; within a group, chances fall with the number.
+    group = (random.integers(0, 300, (num_users, 1)) + (random.random((num_users, size)) < 0.3).cumsum(1)) % 300
+    place = (counts[group] * random.random(group.shape) ** 3).astype(np.int64)
+    ids = [f"{number:06}" for number in range(num_items)]
+    catalogue = Catalogue.from_tables({"shop": pa.table({"item_id": ids, "title": ids})})
+    histories = Ragged.of(by_group[first[group] + place].tolist())
+    data = TrainingSequences(catalogue, "shop", histories, tuple(map(str, range(num_users))))
+    quantiser = fitted("residual k-means", vectors, num_levels=4, num_codes=256, seed=0)
+    return data, ItemCodes.coded(quantiser, vectors, 256, "count")
+
+
+def codes(args: argparse.Namespace) -> None:
+    steps = [0, *map(int, args.steps.split(","))]
+    with torch.inference_mode(False):
+        data, item_codes = code_world(int(args.items), 4000)
+        even, *trained = decoders(data, item_codes, steps)
+        uneven = copy.deepcopy(even)
+        for weight in uneven.parameters():
+            if weight.ndim == 2:
+                torch.nn.init.normal_(weight, std=0.08)
+    trie = Trie.build(item_codes.sequences)
+    num_inner = int((np.diff(trie.first_child) > 0).sum())
+    print(
+        f"\n{int(args.items):,} items, {trie.num_nodes:,} nodes, {num_inner:,} of them with children; "
+        f"{torch.get_num_threads()} threads; the 10 best, medians of {args.rounds} interleaved rounds"
+    )
+    random = [("random, even", even), ("random, uneven", uneven)]
+    for name, model in random + [(f"{number} steps", each) for number, each in zip(steps[1:], trained, strict=True)]:
+        users = 1 if (name, model) in random else args.users
+        prompts = item_codes.prompts(data.sequences.take(np.arange(users)))
+        tree = PromptTree(model, [prompts[row] for row in range(users)])
+        found: dict[str, Any] = {}
+
+        def exact(tree: Any = tree, found: dict[str, Any] = found) -> None:
+            tree.forget()
+            found["exact"] = search(tree, trie, k=10, width=10, max_nodes=args.max_nodes)
+
+        def beam(tree: Any = tree, found: dict[str, Any] = found) -> None:
+            tree.forget()
+            found["beam"] = search(tree, trie, k=10, width=20, exact=False)
+
+        slow, quick = (seconds / users for seconds in median_of(args.rounds if users > 1 else 1, exact, beam))
+        pairs = list(zip(found["exact"], found["beam"], strict=True))
+        share = np.mean([len(np.intersect1d(ours.items, other.items)) / len(ours.items) for ours, other in pairs])
+        read, of_beam = np.mean([[ours.expanded, other.expanded] for ours, other in pairs], axis=0)
+        proven = np.mean([ours.exact for ours, _ in pairs])
+        print(
+            f"  {name}, {users} users: exact {1e3 * slow:.1f} ms a user, {read:,.0f} prefixes, {proven:.0%} proven; "
+            f"beam of 20 {1e3 * quick:.1f} ms, {of_beam:.0f} prefixes, {share:.1%} of the other list; exact is "
+            f"{quick / slow:.2f}x as fast",
+            flush=True,
+        )
+
+
+def decoders(data: TrainingSequences, item_codes: ItemCodes, steps: Sequence[int]) -> list[Any]:
+    """A decoder of TIGER's sizes as it is after so many steps of training, a number that rises."""
+    torch.manual_seed(0)
+    model = decoder(item_codes, max_length=20, dropout=0.0, hidden_size=128, num_layers=4, num_heads=4)
+    loss, passes = PackedLoss(model, bf16=False), Passes(batch_size=32, num_epochs=1000, seed=0, pool=1)
+    stream, optimizer = CodeStream(data, item_codes, 20, passes), torch.optim.AdamW(model.parameters())
+    found = []
+    for step in range(steps[-1] + 1):
+        found += [copy.deepcopy(model).eval() for number in steps if number == step]
+        batch = stream.batch(step)
+        rows = {name: torch.from_numpy(row) for name, row in batch.rows.items()}
+        sum(loss.losses(rows).values(), torch.zeros(())).div(sum(batch.counts.values())).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30)
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command")
@@ -344,6 +440,13 @@ def main() -> None:
     three.add_argument("--model", required=True)
     three.add_argument("--items", default="1000,10000,100000,1000000")
     three.set_defaults(call=grow)
+    four = commands.add_parser("codes")
+    four.add_argument("--items", default="12000")
+    four.add_argument("--users", type=int, default=16)
+    four.add_argument("--steps", default="100,400", help="of training, after each of which is measured; they rise")
+    four.add_argument("--max-nodes", type=int, default=2000, help="prefixes that an exact search reads at most")
+    four.add_argument("--rounds", type=int, default=3)
+    four.set_defaults(call=codes)
     for command in (two, three):
         command.add_argument("--data", required=True)
         command.add_argument("--domain", default="scientific")
