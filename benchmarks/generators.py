@@ -176,24 +176,24 @@ def searched(
         batch = asked[0][start : start + BATCH]
         for width, found in lists.items():
             began = time.process_time()
-            found += made.rank(batch, TOP, "beam" if width else "exact", width or None)
+            found += made.with_beams(width).rank(batch, TOP, "beam") if width else made.rank(batch, TOP, "exact")
             seconds[width] += time.process_time() - began
     return lists, [1e3 * each / len(asked[0]) for each in seconds.values()]
 
 
-def in_batches(made: CodeRecommender, queries: Sequence[RankingQuery], k: int, mode: str, width: int) -> list[Ranking]:
+def in_batches(made: CodeRecommender, queries: Sequence[RankingQuery], k: int, mode: str) -> list[Ranking]:
     starts = range(0, len(queries), BATCH)
-    return [each for start in starts for each in made.rank(queries[start : start + BATCH], k, mode, width)]
+    return [each for start in starts for each in made.rank(queries[start : start + BATCH], k, mode)]
 
 
 def losses(made: CodeRecommender, asked: Queries, beams: Sequence[int]) -> list[tuple[int, int]]:
     """For each width B how many targets are among the exact best B, and how many of these the B best of a beam of B do
     not hold. An item tied with the last belongs to a list."""
     queries, targets = asked
-    better_Q, tied_Q = count_rankings(in_batches(made, queries, max(beams), "exact", 1), targets)
+    better_Q, tied_Q = count_rankings(in_batches(made, queries, max(beams), "exact"), targets)
     out = []
     for width in beams:
-        found = in_batches(made, queries, width, "beam", width)
+        found = in_batches(made.with_beams(width), queries, width, "beam")
         is_found_Q = np.array([target in ranking.item_ids for target, ranking in zip(targets, found, strict=True)])
         among_Q = (tied_Q > 0) & (better_Q < width)
         out.append((int(among_Q.sum()), int((among_Q & ~is_found_Q).sum())))
@@ -396,10 +396,10 @@ class Benchmark:
             whole = self.made(FORMS[name])
             grown = self.made(FORMS[name], known).with_items(self.split.catalogue)
             lists = {
-                "new": in_batches(grown, of_new[0], TOP, "auto", 1),
-                "others": in_batches(grown, of_old[0], TOP, "auto", 1),
-                "learnt": in_batches(whole, of_new[0], TOP, "auto", 1),
-                "alone": in_batches(grown, alone, TOP, "auto", 1),
+                "new": in_batches(grown, of_new[0], TOP, "auto"),
+                "others": in_batches(grown, of_old[0], TOP, "auto"),
+                "learnt": in_batches(whole, of_new[0], TOP, "auto"),
+                "alone": in_batches(grown, alone, TOP, "auto"),
             }
             row = {
                 what: float(recall(*count_rankings(found, (of_old if what == "others" else of_new)[1]), TOP).mean())

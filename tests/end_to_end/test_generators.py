@@ -150,8 +150,14 @@ class Listed:
     EXACT = "abcd"
     OF_BEAMS: ClassVar = {1: "a", 2: "ac", 4: "acdb"}
 
-    def rank(self, queries: Sequence[RankingQuery], k: int, mode: str, width: int) -> list[Ranking]:
-        items = tuple((self.EXACT if mode == "exact" else self.OF_BEAMS[width])[:k])
+    def __init__(self, width: int = 0) -> None:
+        self.width = width
+
+    def with_beams(self, width: int) -> Listed:
+        return Listed(width)
+
+    def rank(self, queries: Sequence[RankingQuery], k: int, mode: str) -> list[Ranking]:
+        items = tuple((self.EXACT if mode == "exact" else self.OF_BEAMS[self.width])[:k])
         return [
             Ranking(query.query_id, items, tuple(-float(place) for place in range(len(items)))) for query in queries
         ]

@@ -172,9 +172,9 @@ def test_a_beam_finds_most_of_the_exact_list_and_knows_its_gap(recommender: Code
     assert np.mean(shares) > 0.5
 
 
-def test_a_beam_is_as_wide_as_a_call_asks(recommender: CodeRecommender, codes: ItemCodes) -> None:
+def test_beams_are_as_wide_as_asked(recommender: CodeRecommender, codes: ItemCodes) -> None:
     asked = [query(3, 2)]
-    (narrow,), (wide,) = (recommender.rank(asked, 1, "beam", width) for width in (1, NUM_ITEMS))
+    (narrow,), (wide,) = (recommender.with_beams(width).rank(asked, 1, "beam") for width in (1, NUM_ITEMS))
     assert narrow.proof is not None and wide.proof is not None
     assert narrow.proof.expanded < codes.longest < wide.proof.expanded  # one prefix at each depth, or all of them
     assert wide.item_ids == recommender.rank(asked, 1, "exact")[0].item_ids
