@@ -50,7 +50,7 @@ from cprec.scoring import histories_of
 from cprec.systems.codes import END, FIRST_CODE, PADDING, ItemCodes
 from cprec.systems.generator import CodeRecommender
 from cprec.systems.recipes.tiger import TIGER, CodeSettings
-from cprec.systems.signals import TrainingSequences, padded, recent
+from cprec.systems.signals import TrainingSequences, padded
 from cprec.text.tokenizer import encode_pieces, train_tokenizer
 
 TOP = 10
@@ -202,18 +202,19 @@ def losses(made: CodeRecommender, asked: Queries, beams: Sequence[int]) -> list[
 
 def valid_share(made: CodeRecommender, queries: Sequence[RankingQuery], seed: int | None) -> float:
     """How often what the decoder writes after a history without a trie is an item's sequence: the likeliest token at
-    each step, or with a seed one drawn by its chance among all tokens, whatever the softmax of
-    the rankings is."""
-    codes = made._codes
-    known = {tuple(codes.sequences[item].tolist()) for item in range(len(codes.sequences))}
-    histories = histories_of(made.catalogue, made.domain, queries)
-    prompts = codes.prompts(recent(histories, made._max_length))
+    each step, or with a seed one drawn by its chance among all tokens, whatever the softmax of the rankings is. A trace
+    that comes before is not counted."""
+    sequences = made._codes.sequences
+    known = {(*sequences[item].tolist()[:-1], END) for item in range(len(sequences))}  # COBRA's END says which item
+    prompts = made._prompts(histories_of(made.catalogue, made.domain, queries))
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     num_valid = 0
     for start in range(0, len(queries), BATCH):
         members = range(start, min(start + BATCH, len(queries)))
         with torch.inference_mode():
-            rows = written(made._reader.read([prompts[row] for row in members]), codes.longest, generator)
+            rows = written(
+                made._reader.read([prompts[row] for row in members]), int(sequences.lengths.max()), generator
+            )
         num_valid += sum(tuple(row) in known for row in rows)
     return num_valid / len(queries)
 

@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def ours(folder: Path, name: str, asked: dict[str, Any]) -> dict[str, Any]:
     from cprec.ranks import ndcg
     from cprec.recommender import RankingQuery
     from cprec.schema import Item
-    from cprec.systems.recipes.sasrec import SASRec
+    from cprec.systems.recipes.sasrec import WIDE
     from cprec.systems.signals import TrainingSequences
     from cprec.train.loop import Cadence, Optimisation, train
     from cprec.train.schedule import WSA
@@ -165,7 +166,8 @@ def ours(folder: Path, name: str, asked: dict[str, Any]) -> dict[str, Any]:
     ids = np.array([str(number) for number in range(num_items)], dtype=object)
     catalogue = Catalogue(("items",), np.zeros(num_items, dtype=np.int16), ids, ids, text, text)
     data = TrainingSequences(catalogue, "items", gather(item, start, lengths - 2), users)
-    settings = SASRec(
+    settings = replace(
+        WIDE,
         hidden_size=asked["width"],
         num_blocks=asked["num_blocks"],
         num_heads=asked["num_heads"],

@@ -24,7 +24,8 @@ BEGIN, END = "<!-- systems: written by make_results.py -->\n", "<!-- systems: en
 CONTROLS: Mapping[str, str] = {
     **dict.fromkeys(("NGCF", "AlphaRec"), "LightGCN"),
     **dict.fromkeys(("HMamba", "SIGMA", "MMM4Rec"), "Mamba4Rec"),
-    **dict.fromkeys(("Mamba4Rec", "SASRec (titles)", "ICSRec", "SRA-CL", "MQSA-TED"), "SASRec (wide)"),
+    **dict.fromkeys(("Mamba4Rec", "ICSRec", "SRA-CL", "MQSA-TED"), "SASRec (wide)"),
+    "SASRec (titles)": "SASRec",
     **dict.fromkeys(("ReaRec", "ReaRec (progressive)"), "ReaRec (more blocks)"),
     **{name: f"{name} (more blocks)" for name in ("ManCAR", "IGR-SR")},
 }

@@ -17,6 +17,7 @@ from benchmarks.study.plot import forest
 from benchmarks.study.plot import lines as line_chart
 from benchmarks.study.questions import QUESTIONS, Claim, Question
 from benchmarks.study.results import CANDIDATES, DIFFERENCES, EVERY, LOSSES, MAIN, MEANS, PLAN
+from cprec.errors import ConfigError
 from cprec.evaluate.statistics import MIN_QUERIES
 from cprec.files import write_whole
 from cprec.scaling import FEWEST, fit_power_law
@@ -219,7 +220,10 @@ def _loss_parts(losses: Sequence[Line], folder: Path) -> Iterable[str]:
             "no fit is given."
         )
     else:
-        yield f"`L(D) = E + B D^-b` through these: {fit_power_law(*zip(*points['annealed'], strict=True))}."
+        try:
+            yield f"`L(D) = E + B D^-b` through these: {fit_power_law(*zip(*points['annealed'], strict=True))}."
+        except ConfigError as error:
+            yield f"`L(D) = E + B D^-b` does not fit these: {error}."
     yield f"![Held-out loss by tokens read](study/{figure.name})"
 
 

@@ -97,9 +97,11 @@ def fit_power_law(tokens: Sequence[float], losses: Sequence[float], confidence: 
     at_one = np.array([0.0, 1.0, middle])
     half = [student * np.sqrt(row @ covariance @ row) for row in (np.array([1.0, 0, 0]), at_one, np.array([0, 0, 1.0]))]
     log_b = at_one @ best.x
+    with np.errstate(over="ignore"):  # where nothing is known of B its interval ends at infinity
+        scale = np.exp([log_b, log_b - half[1], log_b + half[1]]).tolist()
     return PowerLaw(
         Interval(float(floor), float(max(floor - half[0], 0)), float(floor + half[0])),
-        Interval(*np.exp([log_b, log_b - half[1], log_b + half[1]]).tolist()),
+        Interval(*scale),
         Interval(float(exponent), float(max(exponent - half[2], 0)), float(exponent + half[2])),
         float(error),
     )

@@ -73,6 +73,7 @@ class SecondOrderWalks:
                 before, here = items_WT[waiting, place - 2], items_WT[waiting, place - 1]
                 link = self._drawn(self._first_V[here], self._first_V[here + 1], generator)
                 taken = generator.random(len(waiting)) * highest < self._factor(before, self._to_L[link])
+                taken |= self._first_V[here + 1] - self._first_V[here] == 1  # there is nothing else to draw
                 items_WT[waiting[taken], place] = self._to_L[link[taken]]
                 waiting = waiting[~taken]
         return items_WT

@@ -180,7 +180,7 @@ class ItemCodes:
         """With further items, after those that are here and keep their sequences.
 
         With `reassign` a new item takes the nearest last code that is free. One whose codes are taken takes the first
-        further code that is free; where a model knows none that is, it shares the sequence without one.
+        further code that is free; where a model knows none that is, it shares a sequence that the model has learnt.
         """
         assert self.quantiser is not None, "these codes were not made of vectors"
         own_NL = code_NL = self.quantiser.encode(vectors_ND)
@@ -190,11 +190,15 @@ class ItemCodes:
         endings = [[END], *([token, END] for token in range(first, first + self.num_further))]
         values, offsets = self.sequences.values.tolist(), self.sequences.offsets.tolist()
         used = {tuple(values[start:stop]) for start, stop in pairwise(offsets)}
-        rows = []
-        for tokens in (code_NL + FIRST_CODE + np.arange(code_NL.shape[1]) * self.num_codes).tolist():
-            free = (ending for ending in endings if (*tokens, *ending) not in used)
-            rows.append([*tokens, *next(free, [END])])
+        taken, rows = set(map(tuple, self.code_NL.tolist())), []
+        tokens_NL = code_NL + FIRST_CODE + np.arange(code_NL.shape[1]) * self.num_codes
+        for codes, tokens in zip(map(tuple, code_NL.tolist()), tokens_NL.tolist(), strict=True):
+            # After codes that several items share a model knows no END without a further code before it.
+            free = [each for each in endings[codes in taken :] if (*tokens, *each) not in used]
+            learnt = [each for each in endings if (*tokens, *each) in used]
+            rows.append([*tokens, *(free or learnt)[0]])
             used.add(tuple(rows[-1]))
+            taken.add(codes)
         every_NL = np.concatenate([self.code_NL, code_NL])
         _, group_N, sizes = np.unique(every_NL, axis=0, return_inverse=True, return_counts=True)
         return replace(

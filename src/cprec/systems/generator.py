@@ -137,10 +137,13 @@ class CodeRecommender:
         learnt = catalogue.find(self.domain, self.catalogue.item_id[self.catalogue.rows_of(self.domain)].tolist())
         rows = catalogue.rows_of(self.domain)
         new = np.setdiff1d(rows, learnt)
-        if self._codes.new_vectors is None:
-            raise ConfigError(f"{self.name}: these codes were not made of vectors, so new items cannot get any")
-        vectors_ND = self._codes.new_vectors(catalogue.item_id[new].tolist(), catalogue.title[new].tolist())
-        codes = self._codes.with_items(vectors_ND) if len(new) else self._codes
+        codes = self._codes
+        if len(new):
+            if codes.new_vectors is None:
+                raise ConfigError(
+                    f"{self.name}: these codes are not made of vectors alone, so new items cannot get any"
+                )
+            codes = codes.with_items(codes.new_vectors(catalogue.item_id[new].tolist(), catalogue.title[new].tolist()))
         out = copy.copy(self)
         out._take_items(catalogue, codes.take(np.argsort(np.concatenate([learnt, new]))))
         return out

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -78,7 +77,7 @@ def item_codes(codes: Ragged) -> ItemCodes:
 
 
 def with_own_tokens(codes: ItemCodes) -> ItemCodes:
-    """With a token of its own at the end of each item.
+    """With a token of its own at the end of each item. No further items can get such a token, which a model would know.
 
     >>> found = with_own_tokens(item_codes(Ragged.of([[0], [0]])))
     >>> [found.sequences[item].tolist() for item in range(2)], found.vocabulary_size
@@ -87,7 +86,7 @@ def with_own_tokens(codes: ItemCodes) -> ItemCodes:
     num_items, is_end = len(codes.sequences), codes.sequences.values == END
     others = with_last(codes.sequences.kept(~is_end), codes.vocabulary_size + np.arange(num_items))
     sequences = with_last(others, np.full(num_items, END))
-    return replace(codes, sequences=sequences, vocabulary_size=codes.vocabulary_size + num_items)
+    return ItemCodes(sequences, codes.vocabulary_size + num_items, 0, code_NL=codes.code_NL, num_codes=codes.num_codes)
 
 
 def with_last(rows: Ragged, value_V: np.ndarray) -> Ragged:

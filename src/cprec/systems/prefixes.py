@@ -49,7 +49,7 @@ def paths_of(codes: ItemCodes, trie: Trie) -> Ragged:
 
 def num_levels_of(codes: ItemCodes) -> int:
     """How many codes every item has, which closing tokens and codes that tell equal ones apart are not."""
-    return int(codes.sequences.lengths.min()) - 1
+    return codes.code_NL.shape[1]
 
 
 class NodeStream:

@@ -78,8 +78,8 @@ class Curriculum:
 
     def __post_init__(self) -> None:
         for name in ("walk_p", "walk_q"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name}={getattr(self, name)} must be a number above 0")
+            if not 0.01 <= getattr(self, name) <= 100:  # beyond that, drawing a step may take thousands of trials
+                raise ConfigError(f"{name}={getattr(self, name)} must lie in 0.01..100")
         for name in ("walk_length", "min_support"):
             if getattr(self, name) < 2:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 2")

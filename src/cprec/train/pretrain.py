@@ -105,11 +105,13 @@ def behaviour_and_more(config: PretrainConfig) -> list[Group]:
 
         text = open_shards(Path(distributed.by_first(make)))
         groups.append(Group(TEXT, TEXT, text, np.arange(len(text))))
-    if any(mixture and mixture.examples_share for mixture in mixtures):
-        groups += _examples(data, groups)
     asking = [mixture for mixture in mixtures if mixture and mixture.has_curriculum]
     if asking:
         groups += distributed.by_first(lambda: _curriculum(config, groups, asking))
+    # Examples come last: a group's order depends on its number, and a branch may ask for examples where its stem did
+    # not.
+    if any(mixture and mixture.examples_share for mixture in mixtures):
+        groups += _examples(data, groups)
     return groups
 
 

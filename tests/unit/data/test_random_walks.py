@@ -103,6 +103,12 @@ def test_weights_decide_and_the_generator_repeats_itself() -> None:
     assert (after == 1).mean() == pytest.approx(1 / 49, abs=0.01)
 
 
+def test_where_there_is_one_way_it_is_taken_however_rare_it_is() -> None:
+    """On a path of two items every step goes back, which p makes improbable beside others."""
+    walks = SecondOrderWalks(graph((0, 1)), p=1e9, q=1)
+    assert (np.diff(walks.sample(50, 6, np.random.default_rng(0))) != 0).all()
+
+
 @pytest.mark.parametrize(
     ("weights", "settings", "message"),
     [

@@ -123,7 +123,7 @@ def test_a_new_item_takes_the_first_further_code_that_is_free_and_then_shares() 
     first, second = FIRST_CODE + 3, FIRST_CODE + 4
     assert rows(codes)[:3] == [(zero, first, END), (zero, second, END), (five, END)]
     grown = codes.with_items(np.array([[0.1], [0.2], [5], [5], [5]]))
-    ends = [(zero, END), (zero, END), (five, first, END), (five, second, END), (five, END)]
+    ends = [(zero, first, END), (zero, first, END), (five, first, END), (five, second, END), (five, END)]
     assert rows(grown)[4:] == ends
     assert grown.num_collisions == 8
 
@@ -210,7 +210,7 @@ def test_what_new_items_cannot_have_is_said(data: TrainingSequences) -> None:
     made, _ = recommender(data, settings().codes(data, seed=0))
     with pytest.raises(UnknownItemError, match="'i22'"):
         made.with_items(catalogue(NUM_ITEMS - 1))
-    with pytest.raises(ConfigError, match="these codes were not made of vectors, so new items cannot get any"):
+    with pytest.raises(ConfigError, match="these codes are not made of vectors alone, so new items cannot get any"):
         recommender(data, ItemCodes.of(codes.code_NL, 4))[0].with_items(catalogue(2 * NUM_ITEMS))
 
 
@@ -279,6 +279,7 @@ def test_the_report_of_items_without_categories_or_transitions() -> None:
         ({"of": "images"}, "of='images' must be one of text, collaborative"),
         ({"quantiser": "rq"}, "quantiser='rq' must be one of residual k-means, autoencoder, product, scalar"),
         ({"collisions": "ignore"}, "collisions='ignore' must be one of count, reassign, share"),
+        ({"of": "collaborative", "vectors": "v.npz"}, "vectors=v.npz are not read where codes are of='collaborative'"),
     ],
 )
 def test_settings_name_what_they_accept(changes: dict[str, Any], message: str) -> None:

@@ -59,6 +59,8 @@ def test_no_two_items_have_the_same_codes(settings: P5, data: TrainingSequences)
         ({"num_codes": 1}, "num_codes=1, num_clusters=20: both must be 2 or more"),
         ({"direct_weight": -1.0}, "direct_weight=-1.0 must not be below 0"),
         ({"num_recent": 0}, "num_recent=0 must be above 0"),
+        ({"quantiser": "product"}, "quantiser='product' says how codes of titles are made: give indexing=titles"),
+        ({"indexing": "random", "vectors": "v.npz"}, "vectors='v.npz' says how codes of titles are made"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], says: str) -> None:

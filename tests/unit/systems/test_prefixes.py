@@ -313,7 +313,7 @@ def test_the_quantiser_reads_who_had_an_item_as_far_as_the_item_is_known(shop: T
     settings = PRISM(**SMALL, text_size=8, collaborative_size=4, collaborative_weight=2.0)
     found = settings.vectors_of(data, "text")
     assert found.shape == (NUM_ITEMS, 12)
-    assert (found[:, :8] == TIGER(text_size=8).frozen(data)).all()
+    assert found[:, :8] == pytest.approx(TIGER(text_size=8).frozen(data), abs=1e-6)
     length = np.linalg.norm(found[:, 8:], axis=1)
     expected = [2 * log(1 + events) / log(5) for events in (4, 3, 1, 1, 0, 1)]
     assert length[:6] == pytest.approx(expected, rel=1e-5) and not length[6:].any()
@@ -376,6 +376,7 @@ def test_with_its_own_parts_it_learns_something_else(name: str, shop: TrainingSe
         (lambda: MSCGRec(collaborative_size=-1), "collaborative_size=-1 must not be below 0"),
         (lambda: PRISM(coolest=0.9), "warmest=0.8 must be at least coolest=0.9"),
         (lambda: PRISM(branches=0), "branches=0 must be above 0"),
+        (lambda: PRISM(of="collaborative"), "of='collaborative': codes are of texts and of who had an item"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(make: Callable[[], CodeSettings], message: str) -> None:

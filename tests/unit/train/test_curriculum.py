@@ -309,8 +309,8 @@ def test_a_domain_without_transitions_is_refused(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"walk_p": 0.0}, "walk_p=0.0 must be a number above 0"),
-        ({"walk_q": -2.0}, "walk_q=-2.0 must be a number above 0"),
+        ({"walk_p": 0.0}, "walk_p=0.0 must lie in 0.01..100"),
+        ({"walk_q": -2.0}, "walk_q=-2.0 must lie in 0.01..100"),
         ({"walk_length": 1}, "walk_length=1 must be at least 2"),
         ({"walks_per_item": 0}, "walks_per_item=0 must be at least 1"),
         ({"min_support": 1}, "min_support=1 must be at least 2"),

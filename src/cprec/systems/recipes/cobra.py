@@ -21,7 +21,7 @@ has one code for all items, so that their order is that of cosines, as in dense 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import nn
@@ -53,6 +53,8 @@ class COBRA(CodeSettings):
     """Logits of vectors are cosines times this, in the loss and in lists."""
     code_scale: float = 1.0
     """Weight of the log-probability of codes in scores; 1: scores are log-probabilities of items."""
+
+    READS_TEXTS: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -32,8 +32,8 @@ Prior = Literal["category", "titles", "popularity"]
 
 @dataclass(frozen=True, kw_only=True)
 class HumanPriors(TextSettings, SelfAttentionSettings):
-    """Settings of SASRec with human priors; the defaults are those of our SASRec, with the temperature and the discount
-    of the code."""
+    """Settings of SASRec with human priors; the defaults are those of `SASRec (wide)`, with the temperature and the
+    discount of the code."""
 
     hidden_size: int = 256
     learning_rate: float = 2e-3

@@ -28,7 +28,7 @@ from cprec.systems.terms import Successors, Teacher
 
 @dataclass(frozen=True, kw_only=True)
 class MQSATED(NextItemSettings, SelfAttentionSettings):
-    """Settings of MQSA-TED; the defaults are those of our SASRec, with the weights of the paper."""
+    """Settings of MQSA-TED; the defaults are those of `SASRec (wide)`, with the weights of the paper."""
 
     hidden_size: int = 256
     learning_rate: float = 2e-3

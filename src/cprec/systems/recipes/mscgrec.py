@@ -81,6 +81,11 @@ class MSCGRec(CodeSettings):
         """See `CodeSettings.vectors_of_new`; the file of images must hold these items as well."""
         if kind == "images":
             return read_vectors(self.images, item_ids)
+        if kind == "collaborative":
+            raise ConfigError(
+                f"MSCGRec: codes of who had an item cannot be given to {len(item_ids):,} new items: train again, or "
+                "without these codes (collaborative_size=0)"
+            )
         return super().vectors_of_new(data, kind, item_ids, titles)
 
     def stream(self, data: TrainingSequences, codes: ItemCodes, seed: int) -> Stream:

@@ -63,6 +63,10 @@ class PRISM(CodeSettings):
         self.require_not_negative("collaborative_weight")
         if self.warmest < self.coolest:
             raise ConfigError(f"warmest={self.warmest} must be at least coolest={self.coolest}")
+        if self.of != "text":
+            raise ConfigError(
+                f"of={self.of!r}: codes are of texts and of who had an item; collaborative_weight weighs these"
+            )
 
     def vectors_of(self, data: TrainingSequences, kind: str) -> np.ndarray:
         """See `CodeSettings.vectors_of`: with the gated vectors of who had an item beside them."""
@@ -72,7 +76,7 @@ class PRISM(CodeSettings):
         gate_V = np.log1p(np.bincount(data.sequences.values, minlength=data.num_items))
         gated_VF = collaborative_vectors(data.sequences, data.num_items, self.collaborative_size)
         gated_VF *= (self.collaborative_weight * gate_V / gate_V.max()).astype(np.float32)[:, None]
-        return np.hstack([own_VF, gated_VF])
+        return np.hstack([_of_length_one(own_VF), gated_VF])
 
     def vectors_of_new(
         self, data: TrainingSequences, kind: str, item_ids: Sequence[str], titles: Sequence[str]
@@ -80,8 +84,9 @@ class PRISM(CodeSettings):
         """See `CodeSettings.vectors_of_new`. The gate of items without events is closed: beside their own vectors
         stand zeros."""
         own_NF = super().vectors_of_new(data, kind, item_ids, titles)
-        size = self.collaborative_size if self.collaborative_weight else 0
-        return np.pad(own_NF, ((0, 0), (0, size)))
+        if not self.collaborative_weight:
+            return own_NF
+        return np.pad(_of_length_one(own_NF), ((0, 0), (0, self.collaborative_size)))
 
     def temperatures(self, trie: Trie) -> np.ndarray:
         """The temperature of the steps after each node: float32[num_nodes]."""
@@ -102,5 +107,12 @@ class PRISM(CodeSettings):
         return TemperedLoss(model, trie, self.temperatures(trie), bf16=bf16)
 
     def ranking(self) -> dict[str, Any]:
-        """See `CodeSettings.ranking`: at the temperatures of training."""
+        """See `CodeSettings.ranking`: at the temperatures of training; further items cool the steps that they widen."""
         return super().ranking() | {"temperatures": self.temperatures}
+
+
+def _of_length_one(vectors_VF: np.ndarray) -> np.ndarray:
+    """Vectors of a file may be of any length; the gate weighs against one. Zeros stay."""
+    length_V1 = np.linalg.norm(vectors_VF, axis=1, keepdims=True)
+    scaled: np.ndarray = vectors_VF / np.where(length_V1 > 0, length_V1, 1)
+    return scaled

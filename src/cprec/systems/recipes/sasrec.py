@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cprec.choices import Choice, Whole
+from cprec.choices import Choice, OneOf, Real, Whole
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import ConfigError
@@ -39,7 +39,7 @@ INITIAL = 0.02
 """Standard deviation of vectors before training."""
 WEIGHT = "model."
 """Before the name of each weight among stored arrays."""
-UNNAMED = {"block": "pre_norm", "attention_dropout": 0.0, "beta2": 0.95, "sorted_batches": POOL}
+UNNAMED = {"block": "pre_norm", "attention_dropout": 0.0, "beta2": 0.95, "sorted_batches": POOL, "min_steps": 0}
 """What these were before they were settings: files of earlier versions do not name them."""
 
 
@@ -207,6 +207,13 @@ class SASRec(CausalSettings):
     sorted_batches: int = 1
     num_epochs: float = 60
     min_steps: int = 600
+
+    SEARCH: ClassVar[Mapping[str, Choice]] = {
+        **CausalSettings.SEARCH,
+        "batch_size": OneOf(values=(128, 256, 512)),
+        "attention_dropout": Real(low=0.0, high=0.7),
+    }
+
     tied: bool = True
     """An item has one vector. Otherwise it has a second one as a target, whose gradients do not pull at what histories
     are read by: what DARE (Feng et al. 2025), which parts attention from representation, has for the next item."""

@@ -31,8 +31,8 @@ from cprec.systems.terms import Distillation, MiddleHeads, Teacher, of_state
 
 @dataclass(frozen=True, kw_only=True)
 class SLMRec(NextItemSettings, SelfAttentionSettings):
-    """Settings of SLMRec; the defaults are those of our SASRec, with the weights and the ratio of depths of the code.
-    `num_blocks` are those of the shallow model."""
+    """Settings of SLMRec; the defaults are those of `SASRec (wide)`, with the weights and the ratio of depths of the
+    code. `num_blocks` are those of the shallow model."""
 
     hidden_size: int = 256
     learning_rate: float = 2e-3

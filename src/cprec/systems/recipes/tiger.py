@@ -66,9 +66,13 @@ class CodeSettings(TextSettings):
     """Prefixes that are read for a list at most; where they do not suffice for a proof, it is the best found."""
 
     VALIDATION_QUERIES: ClassVar[int] = 1000
+    READS_TEXTS: ClassVar[bool] = False
+    """Whether vectors of titles are read beside codes, of whatever these are."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.vectors and self.of != "text" and not self.READS_TEXTS:
+            raise ConfigError(f"vectors={self.vectors} are not read where codes are of={self.of!r}: leave one out")
         self.require_positive("num_layers", "num_heads", "num_levels", "num_codes", "beam_width", "max_nodes")
         for name, accepted in (
             ("of", get_args(VectorKind)),
