@@ -139,7 +139,10 @@ WRITERS = frozenset(
 )
 """Systems that write codes, and have no vectors of users."""
 
-ALIKE = frozenset({"P5 (random)", "P5 (collaborative)", "P5 (semantic)"})
+ALIKE = frozenset(
+    {"P5 (random)", "P5 (collaborative)", "P5 (semantic)"}
+    | {"APAO", "APAO (pointwise)", "COBRA (codes alone)", "COBRA (vectors alone)", "REG4Rec", "STREAM-Rec"}
+)
 """Systems that learn from events as another row does, which is asked quickly whether it learnt from held-out ones."""
 
 SPARSE = frozenset(
