@@ -66,13 +66,22 @@ def pieces_of(token_NL: np.ndarray, item_E: np.ndarray, num_pieces: int) -> np.n
     return found_NL
 
 
+def drawn_order(num_items: int) -> np.ndarray:
+    """An order of items that says nothing of them: int64[N], always the same.
+
+    The order of a catalogue may: ids of public files are often handed out along whole histories, held-out events among
+    them (see `given_numbers`), so that numbers in that order would let a model know the next item by counting on.
+    """
+    return np.random.default_rng(0).permutation(num_items)
+
+
 def told_apart(code_NL: np.ndarray, distance_NK: np.ndarray, known_ML: np.ndarray | None = None) -> np.ndarray:
     """Codes of which the last ones are exchanged where items share all of theirs: int64[N, L].
 
-    The nearest item of a centre keeps its code. Each other item, the nearest to its centre first, takes the nearest of
-    those last codes that fewest items have after the same codes before. So no two items share all codes unless more of
-    them share all but the last than there are last codes; then each of these stands for about as many. Codes of
-    `known_ML` stay as they are. `distance_NK` are distances from the centres of the last level.
+    The nearest item of a centre keeps its code. Each other item, the nearest to its centre first (of equals one that is
+    drawn), takes the nearest of those last codes that fewest items have after the same codes before. So no two items
+    share all codes unless more of them share all but the last than there are last codes; then each of these stands for
+    about as many. Codes of `known_ML` stay as they are. `distance_NK` are distances from the centres of the last level.
 
     >>> told_apart(np.array([[0, 1], [0, 1], [2, 1]]), np.array([[9, 2, 7], [8, 1, 9], [0, 1, 5]])).tolist()
     [[0, 2], [0, 1], [2, 1]]
@@ -83,7 +92,8 @@ def told_apart(code_NL: np.ndarray, distance_NK: np.ndarray, known_ML: np.ndarra
     prefix = Ragged(every[:, :-1].ravel(), np.arange(len(every) + 1) * (every.shape[1] - 1)).numbers()
     prefix_M, prefix_N = np.split(prefix, [len(known_ML)])
     found_NL, own_N = code_NL.copy(), distance_NK[np.arange(len(code_NL)), code_NL[:, -1]]
-    order = np.lexsort((own_N, prefix_N))  # items of one prefix stand together, the nearest to their centres first
+    # Items of one prefix stand together, the nearest to their centres first.
+    order = np.lexsort((drawn_order(len(own_N)), own_N, prefix_N))
     for number in np.unique(prefix_N[sizes[group[len(known_ML) :]] > 1]):
         taken_K = np.bincount(known_ML[prefix_M == number, -1], minlength=distance_NK.shape[1])
         moved = []
@@ -131,16 +141,17 @@ class ItemCodes:
 
     @classmethod
     def of(cls, code_NL: np.ndarray, num_codes: int, collisions: Collisions = "count") -> ItemCodes:
-        """From codes below `num_codes`; each level has tokens of its own.
+        """From codes below `num_codes`; each level has tokens of its own. A draw decides which of the items of equal
+        codes gets which further code.
 
         >>> codes = ItemCodes.of(np.array([[0, 1], [1, 0], [0, 1]]), num_codes=2)
         >>> [codes.sequences[item].tolist() for item in range(3)], codes.num_collisions, codes.vocabulary_size
-        ([[3, 6, 7, 1], [4, 5, 1], [3, 6, 8, 1]], 2, 9)
+        ([[3, 6, 8, 1], [4, 5, 1], [3, 6, 7, 1]], 2, 9)
         """
         num_items, num_levels = code_NL.shape
         _, group_N, sizes = np.unique(code_NL, axis=0, return_inverse=True, return_counts=True)
         # Items of one group stand side by side in `order`; their place in the group tells them apart.
-        order = np.argsort(group_N, kind="stable")
+        order = np.lexsort((drawn_order(num_items), group_N))
         place_N = np.empty(num_items, dtype=np.int64)
         place_N[order] = np.arange(num_items) - np.repeat(offsets_of(sizes)[:-1], sizes)
         shared_N = sizes[group_N] > 1
