@@ -197,12 +197,12 @@ class ItemCodes:
         own_NL = code_NL = self.quantiser.encode(vectors_ND)
         if self.collisions == "reassign":
             code_NL = told_apart(own_NL, self.quantiser.last_distances(vectors_ND, own_NL), self.code_NL)
-        first = FIRST_CODE + code_NL.shape[1] * self.num_codes
+        first = FIRST_CODE + self.num_levels * self.num_codes
         endings = [[END], *([token, END] for token in range(first, first + self.num_further))]
         values, offsets = self.sequences.values.tolist(), self.sequences.offsets.tolist()
         used = {tuple(values[start:stop]) for start, stop in pairwise(offsets)}
         taken, rows = set(map(tuple, self.code_NL.tolist())), []
-        tokens_NL = code_NL + FIRST_CODE + np.arange(code_NL.shape[1]) * self.num_codes
+        tokens_NL = code_NL + FIRST_CODE + np.arange(self.num_levels) * self.num_codes
         for codes, tokens in zip(map(tuple, code_NL.tolist()), tokens_NL.tolist(), strict=True):
             # After codes that several items share a model knows no END without a further code before it.
             free = [each for each in endings[codes in taken :] if (*tokens, *each) not in used]
@@ -223,6 +223,11 @@ class ItemCodes:
     def take(self, items: np.ndarray) -> ItemCodes:
         """The same items in another order."""
         return replace(self, sequences=self.sequences.take(items), code_NL=self.code_NL[items])
+
+    @property
+    def num_levels(self) -> int:
+        """Codes that every item has; tokens that close items or tell equal ones apart are none of them."""
+        return self.code_NL.shape[1]
 
     @property
     def longest(self) -> int:

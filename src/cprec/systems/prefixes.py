@@ -47,11 +47,6 @@ def paths_of(codes: ItemCodes, trie: Trie) -> Ragged:
     return Ragged(nodes, offsets)
 
 
-def num_levels_of(codes: ItemCodes) -> int:
-    """How many codes every item has, which closing tokens and codes that tell equal ones apart are not."""
-    return codes.code_NL.shape[1]
-
-
 class NodeStream:
     """Rows of codes, with the node of the trie that each target leads to: `nodes`, int64[R, T]."""
 
@@ -96,7 +91,7 @@ class ChoiceStream:
     def __init__(self, rows: CodeStream, codes: ItemCodes, trie: Trie, num_drawn: int, seed: int) -> None:
         self._rows, self._lengths, self._num_drawn, self._seed = rows, codes.sequences.lengths, num_drawn, seed
         self.num_steps, self.num_tokens = rows.num_steps, rows.num_tokens
-        place_VL = codes.sequences.offsets[:-1, None] + np.arange(num_levels_of(codes))
+        place_VL = codes.sequences.offsets[:-1, None] + np.arange(codes.num_levels)
         self._code_VL, self._node_VL = codes.sequences.values[place_VL], paths_of(codes, trie).values[place_VL]
 
     def batch(self, step: int) -> Batch:

@@ -59,17 +59,11 @@ class TracedCodes(ItemCodes):
     trace_length: int
 
     @classmethod
-    def traced(cls, codes: ItemCodes, num_levels: int, vectors_ND: np.ndarray, trace_length: int) -> TracedCodes:
-        """From the codes of items, whose first `num_levels` tokens are those of their vectors."""
-        token_NL = codes.sequences.values[codes.sequences.offsets[:-1, None] + np.arange(num_levels)]
+    def traced(cls, codes: ItemCodes, vectors_ND: np.ndarray, trace_length: int) -> TracedCodes:
+        """From the codes of items and the vectors that these are of."""
+        token_NL = codes.sequences.values[codes.sequences.offsets[:-1, None] + np.arange(codes.num_levels)]
         token_C, token_CD = token_vectors(token_NL, vectors_ND)
-        own: dict[str, Any] = {
-            "item_ND": vectors_ND,
-            "token_C": token_C,
-            "token_CD": token_CD,
-            "trace_length": trace_length,
-        }
-        return cls(**vars(codes), **own)
+        return cls(**vars(codes), item_ND=vectors_ND, token_C=token_C, token_CD=token_CD, trace_length=trace_length)
 
     @property
     def longest(self) -> int:

@@ -27,7 +27,7 @@ from cprec.systems.traces import TracedCodes, TracingRecommender
 def on_a_line(trace_length: int) -> TracedCodes:
     """Items at 0, 1, 10 and 11. The tokens 3 and 4 stand for 0.5 and 10.5, and 5 and 6 for -0.5 and 0.5."""
     codes = ItemCodes.of(np.array([[0, 0], [0, 1], [1, 0], [1, 1]]), num_codes=2)
-    return TracedCodes.traced(codes, 2, np.array([[0.0], [1], [10], [11]]), trace_length)
+    return TracedCodes.traced(codes, np.array([[0.0], [1], [10], [11]]), trace_length)
 
 
 def test_a_trace_fits_what_the_items_before_leave_of_the_next_one() -> None:

@@ -20,7 +20,7 @@ from cprec.choices import Choice, Real
 from cprec.search.trie import Trie
 from cprec.systems.codes import ItemCodes
 from cprec.systems.generator import CodeStream
-from cprec.systems.prefixes import PREFIXES, ChoiceStream, NodeStream, PairwiseLoss, PointwiseLoss, num_levels_of
+from cprec.systems.prefixes import PREFIXES, ChoiceStream, NodeStream, PairwiseLoss, PointwiseLoss
 from cprec.systems.recipes.tiger import CodeSettings
 from cprec.systems.signals import TrainingSequences
 from cprec.text.stream import NEXT_TOKEN
@@ -64,7 +64,7 @@ class APAO(CodeSettings):
         """See `CodeSettings.trainable`."""
         if not self.prefix_weight:
             return super().trainable(data, codes, model)
-        made_of = model, Trie.build(codes.sequences), num_levels_of(codes)
+        made_of = model, Trie.build(codes.sequences), codes.num_levels
         shared: dict[str, Any] = {"weight": self.prefix_weight, "growth": self.growth}
         shared["bf16"] = distributed.use_bf16("auto", distributed.pick_device())
         if self.num_negatives:

@@ -70,10 +70,10 @@ class P5(CodeSettings):
         self.require_not_negative("recent_weight", "direct_weight")
         if self.indexing not in INDEXINGS:
             raise ConfigError(f"indexing={self.indexing!r}: expected one of {', '.join(INDEXINGS)}")
-        of_titles = ("of", "quantiser", "collisions", "num_levels", "vectors", "text_size")
-        unread = [each.name for each in fields(CodeSettings) if getattr(self, each.name) != each.default]
-        if self.indexing != "titles" and (name := next((each for each in of_titles if each in unread), "")):
-            raise ConfigError(f"{name}={getattr(self, name)!r} says how codes of titles are made: give indexing=titles")
+        of_titles = {"of", "quantiser", "collisions", "num_levels", "vectors", "text_size"}
+        for each in fields(CodeSettings) if self.indexing != "titles" else ():
+            if each.name in of_titles and (value := getattr(self, each.name)) != each.default:
+                raise ConfigError(f"{each.name}={value!r} says how codes of titles are made: give indexing=titles")
         if (self.indexing == "given") != bool(self.numbers):
             raise ConfigError(f"indexing={self.indexing!r} with numbers={self.numbers!r}: a file goes with given alone")
         if min(self.num_codes, self.num_clusters) < 2:

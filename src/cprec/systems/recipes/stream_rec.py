@@ -39,7 +39,7 @@ class STREAMRec(CodeSettings):
     def codes(self, data: TrainingSequences, seed: int) -> TracedCodes:
         """See `CodeSettings.codes`."""
         vectors_VF = self.vectors_of(data, self.of)
-        return TracedCodes.traced(super().codes(data, seed), self.num_levels, vectors_VF, self.trace_length)
+        return TracedCodes.traced(super().codes(data, seed), vectors_VF, self.trace_length)
 
     def code_recommender(self, data: TrainingSequences, codes: ItemCodes, model: Any) -> CodeRecommender:
         """See `CodeSettings.code_recommender`."""
