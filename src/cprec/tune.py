@@ -63,10 +63,12 @@ def tune(config: TuneConfig, baselines: Mapping[str, lineup.Settings] | None = N
             questions = validation_queries(split, domain, config.max_queries, config.seed)
             for name, settings in baselines.items():
                 before = progress.completed
-                if results.get(domain, {}).get(name, {}).get("asked") != asked:
+                # A file of earlier defaults, or of other ranges, is of another search.
+                searched = asked | {"start": repr(settings), "search": repr(settings.SEARCH)}
+                if results.get(domain, {}).get(name, {}).get("asked") != searched:
                     progress.advance(0, domain=domain, baseline=name)
                     found = _search(settings, split, domain, questions, config, tried=lambda: progress.advance(1))
-                    results.setdefault(domain, {})[name] = found | {"asked": asked}
+                    results.setdefault(domain, {})[name] = found | {"asked": searched}
                     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
                     write_whole(config.output, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
                 progress.advance(before + config.trials - progress.completed)

@@ -127,6 +127,8 @@ def test_a_run_that_was_stopped_goes_on_and_a_new_budget_starts_again(
     assert len(Shifted.MADE) == 8 and both["kitchen"]["one"] == first["kitchen"]["one"]
     tune(config_of(data, tmp_path, trials=5), {"one": Shifted()})
     assert len(Shifted.MADE) == 13
+    tune(config_of(data, tmp_path, trials=5), {"one": Shifted(a=0.25)})
+    assert len(Shifted.MADE) == 18, "what is tuned from other defaults is tuned anew"
     assert set(read_results(config.output)["kitchen"]) == {"one", "two"}
 
 
