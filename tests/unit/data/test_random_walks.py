@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import sparse
@@ -103,10 +105,20 @@ def test_weights_decide_and_the_generator_repeats_itself() -> None:
     assert (after == 1).mean() == pytest.approx(1 / 49, abs=0.01)
 
 
-def test_where_there_is_one_way_it_is_taken_however_rare_it_is() -> None:
-    """On a path of two items every step goes back, which p makes improbable beside others."""
-    walks = SecondOrderWalks(graph((0, 1)), p=1e9, q=1)
-    assert (np.diff(walks.sample(50, 6, np.random.default_rng(0))) != 0).all()
+def test_where_there_is_one_way_it_is_taken_at_once() -> None:
+    """On a path of two items every step goes back, which p makes improbable beside others that are not there."""
+
+    class Counting:
+        def __init__(self) -> None:
+            self.generator, self.number = np.random.default_rng(0), 0
+
+        def random(self, size: int) -> np.ndarray:
+            self.number += 1
+            return self.generator.random(size)
+
+    counting: Any = Counting()
+    items = SecondOrderWalks(graph((0, 1)), p=100, q=1).sample(50, 6, counting)
+    assert (np.diff(items) != 0).all() and counting.number == 1 + 2 * 4  # the first link; then a link and a trial each
 
 
 @pytest.mark.parametrize(
