@@ -295,6 +295,14 @@ def test_what_cannot_be_made_is_refused_before_training(
             pretrain_plan(config(**changes), behaviour_and_more(config(**changes)))
 
 
+def test_a_branch_that_adds_examples_reads_on_in_the_same_order(config: Callable[..., PretrainConfig]) -> None:
+    """A group's order depends on its number, so what comes to a branch has higher ones than what its stem has read."""
+    stem = config(mixture=Mixture(**ALL))
+    branch = replace(stem, anneal_mixture=replace(stem.mixture, examples_share=0.1))
+    names = [[group.name for group in behaviour_and_more(each)] for each in (stem, branch)]
+    assert names[1][: len(names[0])] == names[0] and len(names[1]) > len(names[0])
+
+
 def test_a_domain_without_transitions_is_refused(
     config: Callable[..., PretrainConfig], data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
