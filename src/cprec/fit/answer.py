@@ -15,8 +15,8 @@ from cprec.evaluate.saved import read_saved
 from cprec.evaluate.statistics import MIN_QUERIES, Comparison, compare_pair
 from cprec.rank.blend_file import Setting, read_about
 
-BLEND_OF_ALL = "the blend of the language model and simple recommenders"
-BLEND_OF_SIMPLE = "the blend of simple recommenders, without the language model"
+BLEND_OF_ALL = "the blend with the language model"
+BLEND_OF_SIMPLE = "the blend without the language model"
 HEAD = "the item head of the language model"
 """What a folder may serve, as its weights say."""
 

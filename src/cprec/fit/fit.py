@@ -20,7 +20,7 @@ from cprec.files import write_whole
 from cprec.fit.answer import answer, compare_saved, served
 from cprec.fit.config import FitConfig
 from cprec.fit.look import look_at
-from cprec.fit.sizes import REACHED, TRAINING, choose, head_networks_for, sizes_for
+from cprec.fit.sizes import NETWORKS, REACHED, TRAINING, choose, networks_for, sizes_for
 from cprec.item_head import TITLE_TOKENS, seconds_to_train
 from cprec.machine import num_cores
 from cprec.progress import say
@@ -40,13 +40,17 @@ RECIPE, ANSWER, RECOMMENDER = "recipe.yaml", "answer.txt", "recommender"
 """In the output folder: what was chosen, the sentence at the end, and the model to serve, refitted to all events."""
 BASELINES = ("popularity", "titles", "transition graph", "transition graph (titles)", "ItemKNN", "EASE")
 """The simple recommenders to compare with."""
+WORDS = {1: "SASRec (titles)", NETWORKS: "SASRec (titles x3)"}
+"""The part of the blend that reads titles as mere words, with as many networks as the item head: what the head adds to
+it comes from the language model."""
 CHOSEN = frozenset(
     ("max_title_tokens", "tiny", "hidden_size", "num_hidden_layers", "num_attention_heads", "learning_rate")
     + ("num_train_epochs", "max_queries", "parts")
 )
 """Settings that stand in the recipe's file even where they are the defaults."""
 QUERIES = 10_000
-"""Customers that the recommenders are tried on at most: with more, a mean says hardly more."""
+"""Customers that weights are chosen by, and others that the recommenders are tried on, at most: with more, a mean says
+hardly more."""
 LORA_RANK = 16
 """Of adapters, where there is no memory to train all weights of an open model."""
 
@@ -115,12 +119,18 @@ def _chosen(config: FitConfig, left: Callable[[], float]) -> Recipe:
         seed=config.seed,
     )
     prepare(prepared)
+    finetune = _training(config, left)
     recipe = Recipe(
         name="fit",
         description=f"a recommender for {config.domain} in {config.minutes:g} minutes",
         prepare=prepared,
-        finetune=_training(config, left),
-        blend=BlendConfig(log_p=False, seed=config.seed),
+        finetune=finetune,
+        blend=BlendConfig(
+            parts=(*BlendConfig.parts, WORDS[finetune.head_networks]),
+            log_p=False,
+            max_queries=QUERIES,
+            seed=config.seed,
+        ),
         evaluate=EvaluateConfig(
             data=prepared.output_dir,
             output_dir=f"{config.output_dir}/report",
@@ -155,8 +165,8 @@ def _training(config: FitConfig, left: Callable[[], float]) -> FinetuneConfig:
         seed=config.seed,
     )
     tokens, titles, network_seconds = _amounts(plan)
-    network_seconds *= 2  # it is trained to be tried, and again to be served
-    plan = replace(plan, head_networks=head_networks_for(network_seconds, left()))
+    network_seconds *= 4  # for the head and over words, each trained to be tried, and again to be served
+    plan = replace(plan, head_networks=networks_for(network_seconds, left()))
     head_seconds = plan.head_networks * network_seconds
     sizes = sizes_for(tokens) if is_tiny else [plan.tiny]
     told = [timed(replace(plan, tiny=size)) for size in sizes]
@@ -171,7 +181,7 @@ def _training(config: FitConfig, left: Callable[[], float]) -> FinetuneConfig:
         f"{left() / 60:.1f} minutes are left on {num_cores()} cores. Chosen: {size if is_tiny else config.base}, "
         f"{passes}: about {choice.seconds / 60:.1f} minutes at {choice.tokens_per_second:,.0f} tokens a second, the "
         f"reading of titles included; then an item head of {plan.head_networks} network"
-        f"{'s' * (plan.head_networks > 1)}, about {head_seconds / 60:.1f} minutes"
+        f"{'s' * (plan.head_networks > 1)} and as many over words, about {head_seconds / 60:.1f} minutes"
     )
     lora_rank = plan.lora_rank if choice.passes else 0
     return replace(plan, tiny=choice.size, num_train_epochs=choice.passes, lora_rank=lora_rank)

@@ -25,10 +25,11 @@ FEWEST_PASSES = 0.2
 """Passes below which a model has learnt too little to be judged."""
 REACHED = 0.8
 """Share of the rate of a timed pass that training reaches, for there is the optimizer, too, and what else runs."""
-HEAD_NETWORKS, OF_HEAD = 3, 0.2
-"""Networks of an item head where they take at most this share of the time that is left; otherwise it has one."""
+NETWORKS, OF_NETWORKS = 3, 0.4
+"""Networks of the item head, and as many over words, where they take at most this share of the time that is left;
+otherwise one of each."""
 TRAINING = 0.7
-"""Share of the time left, less that of the item head, that training the model and reading titles may take; the rest is
+"""Share of the time left, less that of these networks, that training the model and reading titles may take; the rest is
 for the blend, simple recommenders, statistics and delays."""
 READING = 1 / 3
 """What reading a token takes of the time of learning from it: the forward pass."""
@@ -50,9 +51,9 @@ def sizes_for(tokens: int) -> list[TinyModel]:
     return [size for size, least in SIZES if tokens >= least]
 
 
-def head_networks_for(seconds_of_one: float, seconds_left: float) -> int:
-    """Networks of an item head, of which one takes `seconds_of_one` to train."""
-    return HEAD_NETWORKS if HEAD_NETWORKS * seconds_of_one <= OF_HEAD * seconds_left else 1
+def networks_for(seconds_of_one: float, seconds_left: float) -> int:
+    """Networks of the item head, and over words, where one of each takes `seconds_of_one`."""
+    return NETWORKS if NETWORKS * seconds_of_one <= OF_NETWORKS * seconds_left else 1
 
 
 def choose(

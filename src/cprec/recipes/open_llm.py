@@ -17,6 +17,8 @@ from cprec.train.config import FinetuneConfig, PretrainConfig, ShrinkConfig
 WALKS = ("transition graph", "transition graph (two hops)", "transition graph (titles)")
 WORDS = "SASRec (titles x3)"
 """The control: networks like those of the item head, over words."""
+BLENDED = (*BlendConfig.parts, WORDS)
+"""With the control among them, what the model adds to the blend comes from the model."""
 FROZEN = 0.4
 """Share of the layers that are not trained: the item head reads titles by these."""
 
@@ -57,7 +59,7 @@ def open_llm(
             item_head=True,
             head_networks=3,
         ),
-        blend=BlendConfig(log_p=False, max_queries=8000),
+        blend=BlendConfig(parts=BLENDED, log_p=False, max_queries=8000),
         evaluate=EvaluateConfig(
             data=prepared,
             output_dir=output_dir,
@@ -110,7 +112,7 @@ def _trained(recipe: Recipe, model: str, hours: float, text: tuple[str, ...]) ->
         prepare=replace(recipe.prepare, tokenizer=smaller, title_cut="distinct"),
         pretrain=pretrain if text or len(recipe.prepare.target_domains) > 1 else None,
         finetune=finetune,
-        blend=BlendConfig(max_queries=500),
+        blend=BlendConfig(parts=BLENDED, max_queries=500),
         evaluate=replace(recipe.evaluate, rank=RankConfig(), max_queries=2000),
         hours=hours,
     )

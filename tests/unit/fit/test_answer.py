@@ -74,32 +74,32 @@ BETTER = (
 
 def test_what_is_served_is_used_where_it_is_surely_better() -> None:
     assert said(result(0.088), (0.004, 0.012)) == (
-        f"Use the blend of the language model and simple recommenders: {BETTER}; the language model makes it better "
+        f"Use the blend with the language model: {BETTER}; the language model makes it better "
         "than the best blend without one (difference +0.0040, 95 % interval +0.0020 to +0.0060)."
     )
     same = said(result(0.088), (0.004, 0.012), added=(-0.001, 0.003))
     assert "; that the language model makes it better than the best blend without one is not shown (diff" in same
     simple = said(result(0.088), (0.004, 0.012), what=BLEND_OF_SIMPLE)
-    assert simple == f"Use the blend of simple recommenders, without the language model: {BETTER}."
+    assert simple == f"Use the blend without the language model: {BETTER}."
 
 
 def test_the_simple_one_is_used_where_nothing_is_shown() -> None:
     same = said(result(0.081, without=0.2), (-0.002, 0.004))
     assert same.startswith(
-        "Use EASE, a simple recommender: it is enough, because no gain by the blend of the language model and simple"
+        "Use EASE, a simple recommender: it is enough, because no gain by the blend with the language model"
     )
     assert "difference +0.0010, 95 % interval -0.0020 to +0.0040), and" in same and "its ten for 16.0% of the" in same
     assert "too few" not in same
     assert said(result(0.081), (-0.002, 0.004), num_queries=250).endswith(
         "of the 250 customers who were tried, too few to show more than a large difference. The folder serves "
-        "the blend of the language model and simple recommenders, which is not shown to be worse."
+        "the blend with the language model, which is not shown to be worse."
     )
     worse = said(result(0.072), (-0.012, -0.004), what=HEAD)
     assert "it is better than the item head of" in worse
     assert worse.endswith("The folder serves the item head of the language model, all the same.")
     few = said(result(0.088), (0.004, 0.012), num_queries=250)
-    assert few.startswith("Use EASE: the blend of") and "250 customers are too few" in few
-    assert few.endswith("The folder serves the blend of the language model and simple recommenders.")
+    assert few.startswith("Use EASE: the blend with the language model seems") and "250 customers are too few" in few
+    assert few.endswith("The folder serves the blend with the language model.")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cprec.errors import ConfigError
-from cprec.fit.sizes import SIZES, choose, head_networks_for, sizes_for
+from cprec.fit.sizes import SIZES, choose, networks_for, sizes_for
 from cprec.train.config import TinyModel
 
 SMALL, MEDIUM, LARGE = (size for size, _ in SIZES[:3])
@@ -32,9 +32,9 @@ def test_the_largest_model_with_time_for_its_passes(
     assert choice.seconds == passes * tokens / choice.tokens_per_second <= seconds
 
 
-@pytest.mark.parametrize(("seconds", "networks"), [(40.0, 3), (41.0, 1)])
-def test_three_networks_where_they_take_a_fifth_of_the_time(seconds: float, networks: int) -> None:
-    assert head_networks_for(seconds, 600.0) == networks
+@pytest.mark.parametrize(("seconds", "networks"), [(80.0, 3), (81.0, 1)])
+def test_three_networks_where_they_take_two_fifths_of_the_time(seconds: float, networks: int) -> None:
+    assert networks_for(seconds, 600.0) == networks
 
 
 def test_titles_are_read_in_the_same_time() -> None:
