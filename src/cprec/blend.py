@@ -22,6 +22,7 @@ from cprec.data.item_columns import existing
 from cprec.data.splits import Split
 from cprec.errors import ConfigError, DataError, LeakageError, Unsuitable
 from cprec.evaluate.coverage import check_certificate
+from cprec.evaluate.rankings import slug
 from cprec.files import aside
 from cprec.progress import Progress, say, track
 from cprec.provenance import FileHashes, code_sha256, file_sha256, read_resolved
@@ -55,8 +56,10 @@ Point = tuple[float, ...]
 """The weights of the model and of its item head, those of the parts, and their floors."""
 
 
-def blend(config: BlendConfig) -> dict[str, Any]:
+def blend(config: BlendConfig, networks: Path | None = None) -> dict[str, Any]:
     """Choose the weights of a model's blend, and of the best one without the model; returns what `blend.json` holds.
+    `networks` keeps what is trained for the parts, each in a folder of its own, for whoever needs the same; without it
+    only unfinished training is kept.
 
     The numbers maximise NDCG@100 of validation queries, items of the history left out, among the items that a part, the
     model or its item head has among its best; what is chosen is then ranked over the full catalogue. A model with an
@@ -101,8 +104,8 @@ def blend(config: BlendConfig) -> dict[str, Any]:
     columns = {
         name: ItemValuesRecommender.read(name, path, split.catalogue, domain) for name, path in config.columns.items()
     }
-    unfinished = aside(Path(config.model, FOLDER))  # `write_blend` empties it before it writes there
-    parts, left_out = made_parts(config.parts, split, domain, config.seed, unfinished, config.fixed)
+    kept = networks or aside(Path(config.model, FOLDER))  # `write_blend` empties the latter before it writes there
+    parts, left_out = made_parts(config.parts, split, domain, config.seed, kept, config.fixed)
     parts |= columns
     chosen = choose(model, domain, parts, questions, config.pool, log_p=config.log_p, fixed=config.fixed)
     about = {"asked": asked, "num_queries": len(questions[0]), "certified": certified, "left_out": left_out}
@@ -138,14 +141,14 @@ def _earlier(model: str, domain: str, asked: Mapping[str, Any]) -> dict[str, Any
 def made_parts(
     names: Sequence[str], split: Split, domain: str, seed: int, folder: Path, fixed: Container[str] = ()
 ) -> tuple[dict[str, StoredRecommender], dict[str, str]]:
-    """The parts by name, and why others cannot be made of the data. `folder` keeps what is trained, so that it goes on
-    where it was interrupted. Raises Unsuitable where a part whose weight is `fixed` cannot, or none of the others can.
+    """The parts by name, and why others cannot be made of the data. `folder` keeps what is trained, each part in a
+    folder of its own, so that it goes on where it was interrupted. Raises Unsuitable where a part whose weight is `fixed` cannot, or none of the others can.
     """
     parts: dict[str, Any] = {}
     left_out = {}
     for name in names:
         try:
-            parts[name] = lineup.settings_of(name).make(split, domain, seed=seed, folder=folder)
+            parts[name] = lineup.settings_of(name).make(split, domain, seed=seed, folder=folder / slug(name))
         except Unsuitable as error:
             if name in fixed:
                 raise Unsuitable(f"fixed.{name}: {error}") from None

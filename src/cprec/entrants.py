@@ -38,6 +38,11 @@ COSTS = {"num_parameters": "num_parameters", "seconds": "train_seconds"}
 # ---- baselines -------------------------------------------------------------------------------------------------------
 
 
+def baselines_folder(output_dir: str, domain: str) -> Path:
+    """Where an evaluation keeps what is trained for baselines of a domain, in a folder of its own for each."""
+    return Path(output_dir, "baselines", domain)
+
+
 def baseline_entrants(config: EvaluateConfig, split: Split, domain: str) -> list[Entrant]:
     """The baselines of an evaluation as entrants; one that is trained enters once for each seed.
 
@@ -48,7 +53,7 @@ def baseline_entrants(config: EvaluateConfig, split: Split, domain: str) -> list
     learnt = split.learning(VALIDATION) if config.refit else split
 
     def made(name: str, seed: int) -> Opened:
-        folder = Path(config.output_dir, "baselines", domain, slug(name))
+        folder = baselines_folder(config.output_dir, domain) / slug(name)
         recommender = lineup.settings_of(name, tuned.get(name)).make(learnt, domain, seed=seed, folder=folder)
         cost = {shown: getattr(recommender, told) for told, shown in COSTS.items() if hasattr(recommender, told)}
         return Opened(recommender=recommender, cost=cost, scores_once=isinstance(recommender, ScoringRecommender))

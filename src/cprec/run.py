@@ -20,7 +20,15 @@ from cprec.card import CARD, Score, fill_in
 from cprec.data.dataset import read_split
 from cprec.data.item_columns import existing
 from cprec.data.splits import Split
-from cprec.entrants import baseline_entrants, check_learnt, check_tuned, model_entrants, oracle, renamed
+from cprec.entrants import (
+    baseline_entrants,
+    baselines_folder,
+    check_learnt,
+    check_tuned,
+    model_entrants,
+    oracle,
+    renamed,
+)
 from cprec.errors import ConfigError, InputChanged, Unsuitable
 from cprec.evaluate.asking import Entrant
 from cprec.evaluate.config import EvaluateConfig
@@ -141,7 +149,8 @@ def _arms(recipe: Recipe, domain: str, steps: Iterator[str]) -> dict[str, str]:
         if recipe.blend:
             try:
                 uncertified = recipe.blend.uncertified or recipe.evaluate.uncertified
-                blend(replace(recipe.blend, model=folders[arm], uncertified=uncertified))
+                networks = baselines_folder(recipe.evaluate.output_dir, domain)
+                blend(replace(recipe.blend, model=folders[arm], uncertified=uncertified), networks)
             except Unsuitable as error:
                 say(f"{folders[arm]} is not blended: {error}")
         if recipe.evaluate.refit:

@@ -24,7 +24,9 @@ from cprec.data.queries import ranking_queries
 from cprec.data.sources.memory import MemorySource
 from cprec.data.sources.synthetic import SyntheticWorld
 from cprec.data.splits import Split, make_split
+from cprec.entrants import baseline_entrants, baselines_folder
 from cprec.errors import ConfigError, CPRecError, DataError, ModelError, Unsuitable
+from cprec.evaluate.config import EvaluateConfig
 from cprec.rank.blend import KINDS, Blend, BlendedParts, Part, check_parts, read_blend, write_blend
 from cprec.rank.blend_file import Setting, read_about
 from cprec.rank.config import BlendConfig, RankConfig
@@ -402,6 +404,20 @@ def test_a_part_whose_weight_is_fixed_is_not_left_out(split: Split, tmp_path: Pa
         made_parts(*given, fixed={"freshness": 0.3})
     with pytest.raises(Unsuitable, match="none of freshness can be made"):
         made_parts(*given, fixed={"titles": 0.3})
+
+
+def test_a_row_of_the_evaluation_is_not_trained_again_for_a_blend(
+    split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = lineup.settings_of("SASRec (titles)", TINY)
+    monkeypatch.setattr(lineup, "settings_of", lambda name, changed=None: tiny)
+    folder = baselines_folder(str(tmp_path), "kitchen")
+    made_parts(["SASRec (titles)"], split, "kitchen", 0, folder)
+    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    config = EvaluateConfig(data="", output_dir=str(tmp_path), baselines=("SASRec (titles)",))
+    (entrant,) = baseline_entrants(config, split, "kitchen")
+    entrant.open()
+    assert written and written == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
 
 
 def test_a_part_that_is_trained_is_kept_until_the_blend_is_written(
