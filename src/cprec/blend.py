@@ -142,7 +142,8 @@ def made_parts(
     names: Sequence[str], split: Split, domain: str, seed: int, folder: Path, fixed: Container[str] = ()
 ) -> tuple[dict[str, StoredRecommender], dict[str, str]]:
     """The parts by name, and why others cannot be made of the data. `folder` keeps what is trained, each part in a
-    folder of its own, so that it goes on where it was interrupted. Raises Unsuitable where a part whose weight is `fixed` cannot, or none of the others can.
+    folder of its own, so that it goes on where it was interrupted. Raises Unsuitable where a part whose weight is
+    `fixed` cannot, or none of the others can.
     """
     parts: dict[str, Any] = {}
     left_out = {}
