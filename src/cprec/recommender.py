@@ -29,6 +29,9 @@ class RankingQuery:
     uncounted: frozenset[str] = field(default_factory=frozenset)
     """Item ids of `domain` that do not count towards the K best: those of them that score at least as the K-th of the
     others are returned as well. With the items already seen here, one ranking says what it is with and without them."""
+    text: str = ""
+    """What is asked for, in words of items, for recommenders that read it; the others know the history alone. See
+    `data.word_index.WordIndex`."""
 
 
 @dataclass(frozen=True, slots=True)

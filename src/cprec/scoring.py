@@ -66,7 +66,7 @@ class ScoringRecommender(ABC):
     def scores_once(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
         """`scores`, or the latest ones where that batch had all of these queries, whatever they leave out or allow."""
         # A history is compared, not hashed: protocols share one tuple, and to compare it with itself costs nothing.
-        keys = [(domain, query.query_id, query.user) for query in queries]
+        keys = [(domain, query.query_id, query.user, query.text) for query in queries]
         known, rows_QN = self._latest
         found = [known.get(key, (-1, ())) for key in keys]
         if all(row >= 0 and past == query.history for (row, past), query in zip(found, queries, strict=True)):

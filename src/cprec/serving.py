@@ -27,8 +27,8 @@ VLLM_MEMORY = 0.9
 
 
 def open_and_recommend(config: RecommendConfig) -> None:
-    """Stage: recommend with a model folder, for one history or for a file of them."""
-    if config.history:
+    """Stage: recommend with a model folder, for one history or query, or for a file of histories."""
+    if not config.input:
         recommend_one(config, LLMRecommender.from_pretrained(config.model))
     else:
         recommend_file(config, partial(_make_parts, config))

@@ -464,19 +464,21 @@ VERBS: tuple[Verb, ...] = (
     Verb(
         name="recommend",
         summary="histories in (command line or file), titles with scores out",
-        text="""Recommends next items for one history on the command line, or for every history of a file.""",
+        text="""Recommends next items for one history on the command line, for words that say what is asked for, or
+            for both; or for every history of a file.""",
         example='cprec recommend runs/demo/finetune/books/cprec-style --history "a title" "the next" --k 5',
         function="cprec.serving:open_and_recommend",
         stage="recommend",
         folders=MODEL_FOLDER,
         usage=(
-            'MODEL --history "TITLE OR ID" ... [--domain DOMAIN] [--k K]\n'
+            'MODEL [--history "TITLE OR ID" ...] [--query WORDS] [--domain DOMAIN] [--k K]\n'
             "       cprec recommend MODEL --input FILE --output FILE [--domain DOMAIN] [--k K]\n"
             "                       [--num-processes N|auto] [--partition I/N]"
         ),
         arguments={
             "model": {},
             "--history": SEVERAL,
+            "--query": {},
             "--domain": {},
             "--k": {},
             "--input": {},

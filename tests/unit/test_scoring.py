@@ -37,7 +37,7 @@ def test_other_protocols_ask_for_the_same_scores_again() -> None:
     recommender.rank([replace(query, candidates=("a", "c")) for query in queries], 1)
     some = recommender.rank([replace(queries[0], exclude=frozenset("b"))], 1)
     assert some[0].item_ids == ("a",) and recommender.num_scored == 3
-    for changed in ({"history": ()}, {"user": "p/u"}, {"query_id": "other"}):
+    for changed in ({"history": ()}, {"user": "p/u"}, {"query_id": "other"}, {"text": "red"}):
         before = recommender.num_scored
         recommender.rank([replace(queries[0], **changed)], 1)
         assert recommender.num_scored == before + 1

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from cprec.data.cleaning import clean_title, spelling
 from cprec.data.ragged import Ragged, offsets_of
+from cprec.data.word_index import WordIndex
 from cprec.errors import DataError, UnknownItemError
 from cprec.schema import BRAND, CATEGORIES, DESCRIPTION, ITEM_ID, PRICE, TITLE, Item
 
@@ -225,10 +226,38 @@ class Catalogue:
         return out
 
     def index(self, fields: Sequence[str] = (TITLE,)) -> None:
-        """Build the indexes of `look_up`, and of `of_equal_text` for these fields, before the first call needs them."""
+        """Build the indexes of `look_up`, of `words_of`, and of `of_equal_text` for these fields, before the first call
+        needs them."""
         _ = self._row_of_id, self._rows_of_spelling
         for domain in self.domains:
             self.texts_of(domain, fields)
+            self.words_of(domain)
+
+    def words_of(self, domain: str) -> WordIndex:
+        """The items of a domain, by place, by the words of their titles, brands and categories."""
+        if domain not in self._word_indexes:
+            rows = self.rows_of(domain)
+            shared = {text: spelling(text) for name in (BRAND, CATEGORIES) for text in getattr(self, name)[rows]}
+            texts = [
+                f"{self.spellings[row]} {shared[self.brand[row]]} {shared[self.categories[row]]}"
+                for row in rows.tolist()
+            ]
+            self._word_indexes[domain] = WordIndex(texts)
+        return self._word_indexes[domain]
+
+    def items_with_words(self, domain: str, query: str, may_return: Callable[[str], bool]) -> frozenset[str]:
+        """Ids of the items of a domain that have a word of a query, as far as they may be returned. Raises DataError
+        where none is left."""
+        index, ids = self.words_of(domain), self.item_id[self.rows_of(domain)]
+        found = frozenset(item_id for item_id in ids[index.having(query)].tolist() if may_return(item_id))
+        if not found:
+            raise index.no_match(query, f"domain {domain!r}")
+        return found
+
+    @cached_property
+    def _word_indexes(self) -> dict[str, WordIndex]:
+        """The results of `words_of` so far."""
+        return {}
 
     def texts_of(self, domain: str, fields: Sequence[str]) -> tuple[np.ndarray, Ragged]:
         """For each item of a domain the number of its text, and for each text its items, by place in the domain."""

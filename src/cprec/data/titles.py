@@ -15,6 +15,11 @@ _WORD = re.compile(
 """Letters, digits, and what belongs to letters: vowels, marks (Indic, Thai, Arabic) and joiners. `\\w` lacks those."""
 
 
+def words_in(text: str) -> list[str]:
+    """The words of a text in their order: runs of letters, with their marks, and digits, upper and lower case alike."""
+    return _WORD.findall(text.casefold())
+
+
 class TitleWords:
     """The words of some titles and what each weighs, by which these and other titles become vectors.
 
@@ -24,7 +29,7 @@ class TitleWords:
     """
 
     def __init__(self, titles: Sequence[str]) -> None:
-        words = [_WORD.findall(title.casefold()) for title in titles]
+        words = [words_in(title) for title in titles]
         self._number = {word: place for place, word in enumerate(dict.fromkeys(chain.from_iterable(words)))}
         counts = self._counts(words)
         self._weight = np.log(len(words) / np.bincount(counts.indices, minlength=len(self._number)))
@@ -34,7 +39,7 @@ class TitleWords:
     def vectors(self, titles: Sequence[str]) -> sparse.csr_array:
         """Vectors of any titles, in which words that are not known do not count: csr[len(titles), words]."""
         known = self._number
-        found = ([word for word in _WORD.findall(title.casefold()) if word in known] for title in titles)
+        found = ([word for word in words_in(title) if word in known] for title in titles)
         return self._weighted(self._counts([*found]))
 
     def _counts(self, words: Sequence[Sequence[str]]) -> sparse.csr_array:

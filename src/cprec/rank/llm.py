@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from cprec.data.catalogue import Catalogue
+from cprec.data.word_index import QUERY
 from cprec.errors import ConfigError, ModelError
 from cprec.item_head import TITLE_TOKENS, ItemHead, load_heads, title_states
 from cprec.rank.blend_file import BLEND
@@ -67,6 +68,9 @@ class LLMRecommender(Recommending):
 
     With a `blend` the score is weighted, and each item's prior is added, of which the log-probability by the item head
     may be a part; exact lists are still proven. Where the score has the weight 0, no titles are read in any mode.
+
+    The `text` of a query is another prior (`data.word_index.WordIndex`), of as much weight as all other parts together:
+    these are then a log-probability, times that weight, to which Bayes' rule adds that of the words.
 
     `cache_bytes` of memory keep what was read of prompts, for users who come back.
     """
@@ -286,7 +290,21 @@ class LLMRecommender(Recommending):
         )
 
     def _priors(self, domain: str, queries: Sequence[RankingQuery], mode: str) -> Priors | None:
-        """What joins or replaces the log-probabilities of titles; None where nothing does.
+        """What joins or replaces the log-probabilities of titles; None where nothing does. Raises as `_of_histories`
+        does."""
+        found = self._of_histories(domain, queries, mode)
+        if not any(query.text for query in queries):
+            return found
+        words_QN = self._of_text(domain, queries)
+        return Priors(words_QN) if found is None else replace(found, values_UN=found.values_UN + words_QN)
+
+    def _of_text(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
+        """What the words of each query add to the score of each item: float64[Q, N]."""
+        index, weight = self.catalogue.words_of(domain), sum(self.weights.values())
+        return weight * np.stack([index.effects(query.text)[1].sum(axis=0) for query in queries])
+
+    def _of_histories(self, domain: str, queries: Sequence[RankingQuery], mode: str) -> Priors | None:
+        """What is known of the items by the histories, beside the log-probabilities of titles.
 
         Raises ConfigError where mode `vectors` would leave out what a blend gives a weight.
         """
@@ -392,7 +410,10 @@ class LLMRecommender(Recommending):
         rows = self.catalogue.rows_of(domain)
         places = self.catalogue.find(domain, [ranking.item_ids[0] for ranking in rankings]) - rows[0]
         priors = {} if self.blend is None else self.blend.priors_of_parts(domain, queries)
-        return effects_of(self.weights, priors, places, [ranking.scores[0] for ranking in rankings], len(rows))
+        weights = dict(self.weights)
+        if any(query.text for query in queries):
+            priors, weights[QUERY] = priors | {QUERY: self._of_text(domain, queries)}, sum(self.weights.values())
+        return effects_of(weights, priors, places, [ranking.scores[0] for ranking in rankings], len(rows))
 
     def shown(self, query: RankingQuery) -> tuple[Item, ...]:
         """The events of a query's history that count: those that the prompt shows and, with a blend, all of its domain,

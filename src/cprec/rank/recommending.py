@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cprec.data.catalogue import Catalogue
+from cprec.data.word_index import check_query
 from cprec.errors import ConfigError, DataError
 from cprec.rank.prompts import Prompts
 from cprec.recommender import Ranking, RankingQuery
@@ -22,7 +23,9 @@ class Recommendation:
     title: str
     score: float
     """Log-probability of the item after the history, unless the recommender was given another `score` or a `blend`;
-    higher is better, comparable within one list."""
+    higher is better, comparable within one list. The words of a query are added (`WordIndex`)."""
+    words: tuple[str, ...] = ()
+    """The words of the query that its title, brand or categories have, those that add most first."""
 
 
 class Recommending(ABC):
@@ -44,9 +47,15 @@ class Recommending(ABC):
         return self.prompts.encoder.template.item_fields
 
     def recommend(
-        self, history: Sequence[str | int | Item], k: int = 10, *, domain: str | None = None, exclude_seen: bool = True
+        self,
+        history: Sequence[str | int | Item] = (),
+        k: int = 10,
+        *,
+        domain: str | None = None,
+        exclude_seen: bool = True,
+        query: str | None = None,
     ) -> list[Recommendation]:
-        """The `k` best next items for a history of item ids or titles, oldest first.
+        """The `k` best next items for a history of item ids or titles, oldest first, for a query in words, or for both.
 
         Texts are ids or titles, as `Catalogue.look_up` knows them, of the target domain or else of another; a whole
         number is an id that is written so. `domain` is the domain to recommend from; by default the one the model was
@@ -54,10 +63,14 @@ class Recommending(ABC):
         fields where the model has them). Of a history longer than the model was trained on, or than its context, the
         latest events are read, with a warning.
 
+        `query` is what is asked for, in words of titles, brands or categories. Without a history that is read, only
+        items that have one of its words are returned, so that the list may be shorter.
+
         Raises UnknownItemError for texts that are neither id nor title or may mean several titles, ValueError if `k`
-        exceeds the items there are.
+        exceeds the items there are, DataError for a query that no item has a word of.
         """
-        return self.recommend_many([history], k, domain=domain, exclude_seen=exclude_seen)[0]
+        queries = None if query is None else [query]
+        return self.recommend_many([history], k, domain=domain, exclude_seen=exclude_seen, queries=queries)[0]
 
     def recommend_many(
         self,
@@ -66,25 +79,39 @@ class Recommending(ABC):
         *,
         domain: str | None = None,
         exclude_seen: bool = True,
+        queries: Sequence[str | None] | None = None,
     ) -> list[list[Recommendation]]:
-        """As `recommend` for each history, in batches."""
+        """As `recommend` for each history, with the query at its place where there are any, in batches."""
         domain = domain or self.domain
         if domain is None or domain not in self.catalogue.domains:
             raise ConfigError(f"domain={domain!r}: name one of {', '.join(self.catalogue.domains)}")
-        queries = [self._query(history, k, domain, exclude_seen) for history in histories]
-        out = []
-        for ranking in self.rank(queries, k):
-            rows = self.catalogue.find(domain, list(ranking.item_ids[:k]))
-            out.append(
-                [
-                    Recommendation(item_id=i, title=str(self.catalogue.title[row]), score=s)
-                    for i, row, s in zip(ranking.item_ids, rows, ranking.scores, strict=False)
-                ]
-            )
-        return out
+        texts = [None] * len(histories) if queries is None else queries
+        if len(texts) != len(histories):
+            raise ConfigError(f"{len(texts)} queries for {len(histories)} histories: give one for each, or None")
+        asked = [
+            self._query(history, text, k, domain, exclude_seen) for history, text in zip(histories, texts, strict=True)
+        ]
+        return [self._named(ranking, query, k) for ranking, query in zip(self.rank(asked, k), asked, strict=True)]
 
-    def _query(self, history: Sequence[str | int | Item], k: int, domain: str, exclude_seen: bool) -> RankingQuery:
-        """The query of a history, with warnings of what is not read; raises as `recommend` does."""
+    def _named(self, ranking: Ranking, query: RankingQuery, k: int) -> list[Recommendation]:
+        """The `k` best items of a ranking with their titles, and the words of the query that they have."""
+        rows = self.catalogue.find(query.domain, ranking.item_ids[:k])
+        first = int(self.catalogue.rows_of(query.domain)[0])
+        index = self.catalogue.words_of(query.domain) if query.text else None
+        return [
+            Recommendation(
+                item_id=item_id,
+                title=str(self.catalogue.title[row]),
+                score=score,
+                words=() if index is None else tuple(index.matched(row - first, query.text)),
+            )
+            for item_id, row, score in zip(ranking.item_ids, rows.tolist(), ranking.scores, strict=False)
+        ]
+
+    def _query(
+        self, history: Sequence[str | int | Item], text: str | None, k: int, domain: str, exclude_seen: bool
+    ) -> RankingQuery:
+        """The query of a history and a text, with warnings of what is not read; raises as `recommend` does."""
         items = tuple(event if isinstance(event, Item) else self._find(event, domain) for event in history)
         seen = [item.item_id for item in items if item.domain == domain and exclude_seen]
         exclude = self.catalogue.of_equal_text(domain, seen, self.item_fields)
@@ -96,6 +123,10 @@ class Recommending(ABC):
             )
         query = RankingQuery(query_id="", domain=domain, history=items, exclude=exclude)
         read = len(self.prompts.shown(query))
+        if text is not None:
+            left_out = exclude | gone
+            found = self.catalogue.items_with_words(domain, check_query(text), lambda item: item not in left_out)
+            query = replace(query, text=text, allow=None if read else found)
         if items and not read:
             warnings.warn(f"no event of the history is of domain {domain!r}: the ranking ignores it", stacklevel=4)
         elif read < len(self.prompts.readable(query)):

@@ -118,6 +118,8 @@ class RecommendConfig:
     """Model folder that `cprec pretrain` or `cprec finetune` wrote."""
     history: tuple[str, ...] = ()
     """One history, oldest event first: item ids or titles."""
+    query: str | None = None
+    """What is asked for, in words of titles, brands or categories; beside a history or instead of one."""
     domain: str | None = None
     """Domain to recommend from; by default the one the model was fine-tuned for."""
     k: int = 10
@@ -145,13 +147,17 @@ class RecommendConfig:
     MASTER, as spark://local[4] or spark://host:7077. They must see the files. None: processes of this machine."""
 
     def __post_init__(self) -> None:
-        if bool(self.history) == bool(self.input):
-            raise ConfigError("give either --history with ids or titles, oldest first, or --input FILE with many")
+        is_one = bool(self.history) or self.query is not None
+        if is_one == bool(self.input):
+            raise ConfigError(
+                "give either --history with ids or titles, oldest first, --query with words, or both; or --input FILE "
+                "with many histories"
+            )
         if self.input and not self.output:
             raise ConfigError("--input needs --output FILE (.csv, .jsonl or .parquet)")
         if self.k < 1:
             raise ConfigError(f"k={self.k} must be at least 1")
-        if self.history and (self.partition or self.engine or self.num_processes != 1):
+        if is_one and (self.partition or self.engine or self.num_processes != 1):
             raise ConfigError("num_processes, partition and engine are for --input FILE with many histories")
         if self.num_processes != "auto" and self.num_processes < 1:
             raise ConfigError(f"num_processes={self.num_processes} must be at least 1, or auto")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from cprec.data.catalogue import Catalogue
@@ -20,7 +21,8 @@ class CacheCounts(Protocol):
 
 
 class Engine(Protocol):
-    """A model over a catalogue. It never changes: other items make another engine, which shares the model.
+    """A model over a catalogue, which reads the texts of queries. It never changes: other items make another engine,
+    which shares the model.
 
     The service calls `rank` from one thread at a time, and the other methods from any.
     """
@@ -66,7 +68,8 @@ class Engine(Protocol):
         """The events of a query's history that count: those that some part of the score reads."""
 
     def effects(self, queries: Sequence[RankingQuery], rankings: Sequence[Ranking]) -> Sequence[Mapping[str, float]]:
-        """What each part adds to the score of a query's one candidate, compared with an average item; they sum up."""
+        """What each part adds to the score of a query's one candidate, compared with an average item; they sum up. For
+        queries with a text it is the part QUERY, whose weight is the sum of `weights`."""
 
     def with_items(self, catalogue: Catalogue, withdrawn: Mapping[str, frozenset[str]]) -> Engine:
         """An engine with other items that shares the model. Raises CPRecError for items that it cannot take."""
@@ -76,9 +79,15 @@ class Recommends(Engine, Protocol):
     """What `cprec recommend` needs of a recommender."""
 
     def recommend(
-        self, history: Sequence[Any], k: int = 10, *, domain: str | None = None, exclude_seen: bool = True
+        self,
+        history: Sequence[Any],
+        k: int = 10,
+        *,
+        domain: str | None = None,
+        exclude_seen: bool = True,
+        query: str | None = None,
     ) -> Sequence[Any]:
-        """A list for one history of ids or titles, best first."""
+        """A list for one history of ids or titles, a query in words, or both, best first."""
 
 
 def list_query(
@@ -89,25 +98,39 @@ def list_query(
     exclude_seen: bool = True,
     allow: Iterable[str] | None = None,
     deny: Iterable[str] = (),
+    text: str = "",
 ) -> RankingQuery:
-    """A query for a list. With `exclude_seen`, items that look the same as one of the history are left out too."""
+    """A query for a list. With `exclude_seen`, items that look the same as one of the history are left out too.
+
+    Where there is a text and no event of the history is read, only items that have a word of the text are allowed.
+    Raises DataError where no item that may be returned has one.
+    """
     seen = [item.item_id for item in history if item.domain == domain and exclude_seen]
-    return RankingQuery(
+    query = RankingQuery(
         query_id="",
         domain=domain,
         history=history,
         exclude=engine.catalogue.of_equal_text(domain, seen, engine.item_fields) | frozenset(deny),
         allow=None if allow is None else frozenset(allow),
     )
+    if not text:
+        return query
+    gone = query.exclude | engine.withdrawn.get(domain, frozenset())
+    found = engine.catalogue.items_with_words(
+        domain, text, lambda item: item not in gone and (query.allow is None or item in query.allow)
+    )
+    return replace(query, text=text, allow=found if reads_nothing(engine, query) else query.allow)
 
 
-def score_query(domain: str, history: tuple[Item, ...], item_ids: Iterable[str]) -> RankingQuery:
+def score_query(domain: str, history: tuple[Item, ...], item_ids: Iterable[str], text: str = "") -> RankingQuery:
     """A query for the scores of items, each of them once."""
-    return RankingQuery(query_id="", domain=domain, history=history, candidates=tuple(dict.fromkeys(item_ids)))
+    candidates = tuple(dict.fromkeys(item_ids))
+    return RankingQuery(query_id="", domain=domain, history=history, candidates=candidates, text=text)
 
 
 def reads_nothing(engine: Engine, query: RankingQuery) -> bool:
-    """Whether the engine reads no event of the history, so that its list would be the same for everybody."""
+    """Whether the engine reads no event of the history, so that without a text its list would be the same for
+    everybody."""
     in_domain = any(item.domain == query.domain for item in query.history)
     return not in_domain and not (query.history and engine.shown(query))
 

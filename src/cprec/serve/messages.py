@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import core_schema
 
+from cprec.data.word_index import MAX_QUERY
 from cprec.schema import MAX_WHOLE, id_text
 
 MAX_K = 100
@@ -91,6 +92,13 @@ History = Annotated[
     list[AnyEvent],
     Field(description="past events, oldest first; the model reads the latest `max_history`, the filters all of them"),
 ]
+Text = Annotated[
+    str | None,
+    Field(
+        description="what is asked for, in words of titles, brands or categories; beside a history or instead of one",
+        max_length=MAX_QUERY,
+    ),
+]
 Domain = Annotated[
     str | None, Field(description="the domain to recommend from; by default the one that the model was made for")
 ]
@@ -106,10 +114,22 @@ Deadline = Annotated[
 ]
 
 
-class RecommendRequest(Sent):
+class Asked(Sent):
+    """A request about somebody: who had something, asks for something, or both."""
+
+    history: History = Field(default_factory=list)
+    query: Text = None
+
+    @model_validator(mode="after")
+    def _has_history_or_query(self) -> Self:
+        if "history" not in self.model_fields_set and self.query is None:
+            raise ValueError("give a history, which may be empty, a query, or both")
+        return self
+
+
+class RecommendRequest(Asked):
     """One user who is to be recommended something."""
 
-    history: History
     domain: Domain = None
     k: int = Field(default=10, description="items to return", ge=1, le=MAX_K)
     exclude_seen: bool = Field(default=True, description="leave out the items of the history")
@@ -142,20 +162,18 @@ RecommendBody = Annotated[
 """One request or, where a body has a field `requests`, several."""
 
 
-class ScoreRequest(Sent):
+class ScoreRequest(Asked):
     """Candidates to score after a history."""
 
-    history: History
     candidates: list[Id] = Field(description="item ids of the domain", max_length=MAX_CANDIDATES, min_length=1)
     domain: Domain = None
     deadline_ms: Deadline = None
     model: Model = None
 
 
-class ExplainRequest(Sent):
-    """An item whose score is to be traced to the events of a history."""
+class ExplainRequest(Asked):
+    """An item whose score is to be traced to the events of a history and the words of a query."""
 
-    history: History
     item_id: Id
     domain: Domain = None
     deadline_ms: Deadline = None
@@ -187,8 +205,8 @@ class ScoredItem(BaseModel):
     item_id: str
     title: str
     score: float = Field(
-        description="log-probability of the item after the history, or with a blend the blended score; of a baseline's "
-        "list, its own"
+        description="log-probability of the item after the history, or with a blend the blended score, to which the "
+        "words of a query add; of a baseline's list, its own"
     )
 
 
@@ -196,7 +214,10 @@ class RecommendResponse(BaseModel):
     """A list, best first, and how it was made."""
 
     items: list[ScoredItem]
-    mode: str = Field(description="exact, beam, or the name of a baseline; popularity where the model reads no event")
+    mode: str = Field(
+        description="exact, beam, or the name of a baseline; popularity where the model reads no event. With a query: "
+        "query, query and history, or words where the model had no time"
+    )
     degraded: bool = Field(description="the deadline, or a failure, left no better list")
     proven: bool = Field(description="the model ranks no other item higher")
     milliseconds: float
@@ -222,9 +243,16 @@ class ScoreResponse(BaseModel):
 class PartEffect(BaseModel):
     """What one part of the score adds to that of an average item of the domain."""
 
-    name: str = Field(description="the language model, or a recommender of its blend")
+    name: str = Field(description="the language model, a recommender of its blend, or the query")
     weight: float = Field(description="of the part in the score")
     effect: float = Field(description="weight * log(r): the part gives this item r times the score of an average item")
+
+
+class WordEffect(BaseModel):
+    """What a word of the query, which the item has, adds to its score."""
+
+    word: str
+    effect: float = Field(description="beside an item without the word")
 
 
 class EventEffect(BaseModel):
@@ -244,12 +272,13 @@ class DomainEffect(BaseModel):
 
 
 class ExplainResponse(BaseModel):
-    """The score of an item, what each part of the score adds to it, and what the events add that count."""
+    """The score of an item, what each part of it adds, and what the words and the events add that count."""
 
     item_id: str
     title: str
     score: float
     parts: list[PartEffect] = Field(description="their effects sum up to how far the score is above an average item's")
+    words: list[WordEffect] = Field(description="those of the query that the item has, the largest effect first")
     events: list[EventEffect] = Field(description="of those that count, the latest, oldest first")
     domains: list[DomainEffect]
     num_events_read: int = Field(description="events of the history that count; the others have no effect")

@@ -34,16 +34,21 @@ MakeParts = Callable[[Path, Job, Sequence[int]], None]
 
 
 def recommend_one(config: RecommendConfig, recommender: Recommends) -> None:
-    """Print recommendations for one history."""
+    """Print recommendations for one history, for a query, or for both: then the words that matched as well."""
     try:
-        found = recommender.recommend(config.history, config.k, domain=config.domain, exclude_seen=config.exclude_seen)
+        found = recommender.recommend(
+            config.history, config.k, domain=config.domain, exclude_seen=config.exclude_seen, query=config.query
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
     table = Table(box=None)
     for name, justify in (("rank", "right"), ("title", "left"), ("item", "left"), ("score", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    if config.query is not None:
+        table.add_column("words of the query")
     for rank, item in enumerate(found, 1):
-        table.add_row(str(rank), item.title, item.item_id, f"{item.score:.2f}")
+        words = [] if config.query is None else [", ".join(item.words)]
+        table.add_row(str(rank), item.title, item.item_id, f"{item.score:.2f}", *words)
     Console().print(table)
 
 

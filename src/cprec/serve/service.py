@@ -7,10 +7,15 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from typing import TypeVar
 
+import numpy as np
+
 from cprec import __version__
-from cprec.errors import ModelError
+from cprec.data.word_index import QUERY, check_query
+from cprec.errors import DataError, ModelError
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import Item
 from cprec.serve import messages as m
@@ -27,6 +32,9 @@ HungUp = Callable[[], Awaitable[None]]
 
 log = logging.getLogger("cprec.serve")
 
+QUERY_AND_HISTORY = "query and history"
+WORDS = "words"
+"""Stands in for a model that has no time for a query: the items that have its words, by these alone."""
 POPULARITY = "popularity"
 """The baseline that answers for histories of which the model reads no event."""
 UNHEALTHY = 3
@@ -58,6 +66,11 @@ class _Question:
     def job(self) -> Job:
         ask = Ask(self.engine, self.query.domain, self.k, self.mode, self.deadline_ms)
         return Job(ask, [self.query], self.began + self.deadline_ms / 1000)
+
+    @property
+    def mode_of_text(self) -> str:
+        """How a list of the engine is made where there is a text."""
+        return QUERY if reads_nothing(self.engine, self.query) else QUERY_AND_HISTORY
 
     def items(self, ranking: Ranking) -> list[m.ScoredItem]:
         return scored_items(self.engine.catalogue, self.query.domain, ranking.item_ids[: self.k], ranking.scores)
@@ -149,8 +162,10 @@ class Service:
         questions = [await self._question(request, began) for request in requests]
         # Popular items answer where the model would read no event of the history.
         jobs = [
-            None if self._popularity is not None and reads_nothing(question.engine, question.query) else question.job()
-            for question in questions
+            None
+            if self._popularity is not None and not each.query.text and reads_nothing(each.engine, each.query)
+            else each.job()
+            for each in questions
         ]
         self._submit([job for job in jobs if job is not None])
         lists = (self._list(*each) for each in zip(questions, jobs, strict=True))
@@ -158,9 +173,20 @@ class Service:
 
     async def _question(self, request: m.RecommendRequest, began: float) -> _Question:
         engine, domain, history = await self._looked_up(request, [*(request.allow or ()), *request.deny])
-        query = list_query(
-            engine, domain, history, exclude_seen=request.exclude_seen, allow=request.allow, deny=request.deny
+        made = partial(
+            list_query,
+            engine,
+            domain,
+            history,
+            exclude_seen=request.exclude_seen,
+            allow=request.allow,
+            deny=request.deny,
+            text=request.query or "",
         )
+        try:
+            query = made() if request.query is None else await asyncio.to_thread(made)
+        except DataError as error:
+            raise m.Refused(422, str(error)) from None
         return _Question(engine, query, request.k, request.mode, request.deadline_ms or self._deadline_ms, began)
 
     async def _looked_up(
@@ -188,6 +214,8 @@ class Service:
             can = ", ".join(engine.domains)
             raise m.Refused(422, f"domain={domain!r}: {engine.name} was blended for {can}, and recommends from there")
         check_ids(engine.catalogue, domain, ids)
+        if request.query is not None:
+            await asyncio.to_thread(_require_words, engine, domain, request.query)
         if len(request.history) < LONG_HISTORY:
             return engine, domain, look_up_history(engine.catalogue, domain, request.history)
         return engine, domain, await asyncio.to_thread(look_up_history, engine.catalogue, domain, request.history)
@@ -216,7 +244,7 @@ class Service:
             found = self._of_engine(question, answer.rankings[0], late)
             if found is not None:
                 return found
-        if self._baselines:
+        if self._baselines or question.query.text:
             name, ranking = await asyncio.to_thread(self._stand_in, question)
             return self._response(question, ranking, name, degraded=True, proven=False)
         if broken is not None:
@@ -239,10 +267,12 @@ class Service:
         """The engine's list; None if it is short and a baseline can stand in."""
         proven = ranking.proof is not None and ranking.proof.exact
         whole = is_whole(ranking, question.k)
-        if not (proven or whole or (ranking.item_ids and not self._baselines)):
+        can_stand_in = self._baselines or question.query.text
+        if not (proven or whole or (ranking.item_ids and not can_stand_in)):
             return None
         degraded = not whole if question.mode == "beam" else late and not proven
         mode = "exact" if proven and question.mode != "beam" else "beam"
+        mode = question.mode_of_text if question.query.text else mode
         return self._response(question, ranking, mode, degraded=degraded, proven=proven)
 
     def _response(
@@ -260,7 +290,10 @@ class Service:
         )
 
     def _stand_in(self, question: _Question) -> tuple[str, Ranking]:
-        """The name and list of the first baseline whose list is whole, or else of the one with the longest list."""
+        """The name and list of the first baseline whose list is whole, or else of the one with the longest list; for a
+        query in words, the items that have them."""
+        if question.query.text:
+            return WORDS, _by_words(question)
         found: list[tuple[str, Ranking]] = []
         for baseline in self._baselines:
             found.append((baseline.name, _baseline_ranking(baseline, question)))
@@ -269,11 +302,12 @@ class Service:
         return max(found, key=lambda each: len(each[1].item_ids))
 
     async def baselines(self, request: m.RecommendRequest) -> m.BaselinesResponse:
-        """The list of each baseline."""
+        """The list of each baseline, after that by the words of a query, which baselines do not read."""
         question = await self._question(request, self._clock())
 
         def lists() -> list[m.BaselineList]:
-            found = {baseline.name: _baseline_ranking(baseline, question) for baseline in self._baselines}
+            found = {WORDS: _by_words(question)} if question.query.text else {}
+            found |= {baseline.name: _baseline_ranking(baseline, question) for baseline in self._baselines}
             return [m.BaselineList(name=name, items=question.items(ranking)) for name, ranking in found.items()]
 
         return m.BaselinesResponse(lists=await asyncio.to_thread(lists))
@@ -284,7 +318,7 @@ class Service:
         """The score of each candidate. Raises Refused as `recommend` does."""
         began = self._clock()
         engine, domain, history = await self._looked_up(request, request.candidates)
-        query = score_query(domain, history, request.candidates)
+        query = score_query(domain, history, request.candidates, request.query or "")
         (ranking,) = await self._scores(engine, [query], began, request.deadline_ms, hung_up)
         score_of = dict(zip(ranking.item_ids, ranking.scores, strict=True))
         scores = [score_of[item_id] for item_id in request.candidates]
@@ -292,11 +326,12 @@ class Service:
         return m.ScoreResponse(items=items, milliseconds=self._milliseconds(began), domain=domain, model=engine.name)
 
     async def explain(self, request: m.ExplainRequest, hung_up: HungUp = never) -> m.ExplainResponse:
-        """What each part of the score, each of the latest events, and all events of each domain add to the score of an
-        item, compared with an average one. The score is computed again without the events."""
+        """What each part of the score, each word of a query that the item has, each of the latest events, and all
+        events of a domain add to the score of an item, compared with an average one. The score is computed again
+        without the events."""
         began = self._clock()
         engine, domain, history = await self._looked_up(request, [request.item_id])
-        whole = score_query(domain, history, [request.item_id])
+        whole = score_query(domain, history, [request.item_id], request.query or "")
         whole = replace(whole, history=engine.shown(whole))
         read = whole.history
         first = max(0, len(read) - max(MOST_LEFT_OUT, engine.max_history))
@@ -309,13 +344,18 @@ class Service:
         rankings = await self._scores(engine, queries, began, request.deadline_ms, hung_up)
         parts, *others = await asyncio.to_thread(engine.effects, queries, rankings)
         effects = [sum(parts.values()) - sum(other.values()) for other in others]
+        weights, of_all = dict(engine.weights), sum(engine.weights.values())
+        words: dict[str, float] = {}
+        if whole.text:
+            weights[QUERY] = of_all
+            place = engine.catalogue.find(domain, [request.item_id])[0] - engine.catalogue.rows_of(domain)[0]
+            words = await asyncio.to_thread(engine.catalogue.words_of(domain).matched, place, whole.text)
         return m.ExplainResponse(
             item_id=request.item_id,
             title=title_of(engine.catalogue, domain, request.item_id),
             score=rankings[0].scores[0],
-            parts=[
-                m.PartEffect(name=name, weight=weight, effect=parts[name]) for name, weight in engine.weights.items()
-            ],
+            parts=[m.PartEffect(name=name, weight=weight, effect=parts[name]) for name, weight in weights.items()],
+            words=[m.WordEffect(word=word, effect=of_all * effect) for word, effect in words.items()],
             events=[
                 m.EventEffect(
                     item_id=event.item_id,
@@ -399,6 +439,27 @@ def _warm_up(engine: Engine) -> None:
     engine.catalogue.index(engine.item_fields)
     for domain in engine.domains:
         engine.rank([list_query(engine, domain, ())], 1, "beam")
+
+
+def _require_words(engine: Engine, domain: str, text: str) -> None:
+    """Raise Refused for a query that can be none, or of which no item in stock has a word."""
+    gone = engine.withdrawn.get(domain, frozenset())
+    try:
+        engine.catalogue.items_with_words(domain, check_query(text), lambda item: item not in gone)
+    except DataError as error:
+        raise m.Refused(422, str(error)) from None
+
+
+def _by_words(question: _Question) -> Ranking:
+    """The items that have a word of a query, by what its words say alone; equal ones in the order of the catalogue."""
+    query, catalogue = question.query, question.engine.catalogue
+    gone = query.exclude | question.engine.withdrawn.get(query.domain, frozenset())
+    score_N = catalogue.words_of(query.domain).effects(query.text)[1].sum(axis=0)
+    ids = catalogue.item_id[catalogue.rows_of(query.domain)]
+    best = (place for place in np.argsort(-score_N, kind="stable").tolist() if score_N[place] > 0)
+    left = (n for n in best if ids[n] not in gone and (query.allow is None or ids[n] in query.allow))
+    chosen = list(islice(left, question.k))
+    return Ranking("", tuple(ids[chosen].tolist()), tuple(score_N[chosen].tolist()))
 
 
 def _baseline_ranking(baseline: Baseline, question: _Question) -> Ranking:

@@ -5,7 +5,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -614,3 +614,90 @@ def test_the_effects_of_all_parts_are_how_far_a_score_is_above_the_average(
     alone = make()
     (score,) = alone.rank(asked[:1], 1)[0].scores
     assert alone.effects(asked[:1], alone.rank(asked[:1], 1)) == [{THE_MODEL: pytest.approx(score + math.log(6))}]
+
+
+# ---- a query in words ------------------------------------------------------------------------------------------------
+
+
+def words_by_hand(catalogue: Catalogue, text: str) -> dict[str, float]:
+    """What a query in words adds to each book."""
+    texts = {f"b{row}": title.lower().replace("&", "").split() for row, title in enumerate(BOOKS)}
+    every = [word for words in texts.values() for word in words]
+
+    def added(words: list[str]) -> float:
+        gains = [9 * words.count(word) / len(words) / (every.count(word) / len(every)) for word in text.split()]
+        return sum(map(math.log1p, gains))
+
+    return {item_id: added(words) for item_id, words in texts.items()}
+
+
+@pytest.mark.parametrize("history", [("b0", "b3"), ()])
+@pytest.mark.parametrize("mode", ["exact", "beam"])
+def test_the_words_of_a_query_add_to_the_log_probability(
+    make: Callable[..., LLMRecommender], catalogue: Catalogue, history: tuple[str, ...], mode: Any
+) -> None:
+    recommender = make(mode=mode)
+    added = words_by_hand(catalogue, "dune emma")
+    (plain,), (asked,) = (recommender.rank([query(*history, text=text)], 6) for text in ("", "dune emma"))
+    scores = dict(zip(plain.item_ids, plain.scores, strict=True))
+    assert dict(zip(asked.item_ids, asked.scores, strict=True)) == pytest.approx(
+        {item_id: score + added[item_id] for item_id, score in scores.items()}, abs=1e-5
+    )
+    assert mode == "beam" or (asked.proof is not None and asked.proof.exact)
+    (offered,) = recommender.rank([query(*history, text="dune emma", candidates=tuple(scores))], 1)
+    assert dict(zip(offered.item_ids, offered.scores, strict=True)) == pytest.approx(
+        dict(zip(asked.item_ids, asked.scores, strict=True)), abs=1e-5
+    )
+
+
+def test_a_batch_keeps_its_queries_apart(make: Callable[..., LLMRecommender]) -> None:
+    asked = [query("b0", text=text) for text in ("", "emma", "war peace")]
+    for alone, together in zip(asked, make(mode="exact").rank(asked, 6), strict=True):
+        (single,) = make(mode="exact").rank([alone], 6)
+        assert single.item_ids == together.item_ids
+        assert single.scores == pytest.approx(together.scores, abs=1e-5)
+
+
+def test_without_a_history_only_items_with_a_word_are_recommended(make: Callable[..., LLMRecommender]) -> None:
+    recommender = make(mode="exact")
+    found = recommender.recommend(query="Messiah EMMA", k=5)
+    assert {item.item_id for item in found} == {"b1", "b2", "b4"}
+    assert {item.title: item.words for item in found} == {"Dune Messiah": ("messiah",), "Emma": ("emma",)}
+    beside = recommender.recommend(["b0"], query="emma", k=5)
+    assert len(beside) == 5 and {item.item_id for item in beside if item.words} == {"b2", "b4"}
+    several = recommender.recommend_many([["b0"], []], 2, queries=[None, "emma"])
+    single = [recommender.recommend(["b0"], 2), recommender.recommend(query="emma", k=2)]
+    assert [[item.item_id for item in each] for each in several] == [[i.item_id for i in each] for each in single]
+
+
+def test_queries_that_cannot_be_answered(make: Callable[..., LLMRecommender]) -> None:
+    recommender = make()
+    for wrong in ("", "  ", "quidditch", 3):
+        with pytest.raises(DataError, match="query="):
+            recommender.recommend(query=wrong, k=1)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"all items .* \(1\) are in the history"):
+        recommender.recommend(["b5"], query="ulysses", k=1)
+    with pytest.raises(ConfigError, match="1 queries for 2 histories"):
+        recommender.recommend_many([["b0"], ["b1"]], 1, queries=["emma"])
+
+
+def test_items_that_come_and_go_are_found_by_words(make: Callable[..., LLMRecommender], catalogue: Catalogue) -> None:
+    tables = {
+        domain: pa.table({"item_id": catalogue.item_id[rows], "title": catalogue.title[rows]})
+        for domain, rows in ((name, catalogue.rows_of(name)) for name in catalogue.domains)
+    }
+    more = pa.table({"item_id": ["b9"], "title": ["Quidditch"]})
+    tables["books"] = pa.concat_tables([tables["books"], more.cast(tables["books"].schema)])
+    changed = make(mode="exact").with_items(Catalogue.from_tables(tables), {"books": frozenset({"b5"})})
+    assert [item.item_id for item in changed.recommend(query="quidditch", k=3)] == ["b9"]
+    with pytest.raises(DataError, match="withdrawn"):
+        changed.recommend(query="ulysses", k=1)
+
+
+def test_the_part_of_a_query_adds_up_with_the_others(make: Callable[..., LLMRecommender], catalogue: Catalogue) -> None:
+    recommender, asked = make(), query("b0", candidates=("b2",), text="emma")
+    (effects,) = recommender.effects([asked], recommender.rank([asked], 1))
+    added = words_by_hand(catalogue, "emma")
+    assert effects["query"] == pytest.approx(added["b2"] - math.log(np.mean(np.exp([*added.values()]))))
+    (plain,) = recommender.rank([replace(asked, text="")], 1)
+    assert effects[THE_MODEL] == pytest.approx(plain.scores[0] + math.log(len(BOOKS)), abs=1e-5)

@@ -14,6 +14,7 @@ import pytest
 import uvicorn
 
 from cprec.data.catalogue import Catalogue
+from cprec.data.word_index import QUERY
 from cprec.recommender import Proof, Ranking, RankingQuery
 from cprec.schema import Item
 from cprec.serve.app import make_app
@@ -33,7 +34,8 @@ def catalogue() -> Catalogue:
 
 
 class FakeEngine:
-    """Scores an item by its place in the catalogue, less a tenth of each event before: the first items are best."""
+    """Scores an item by its place in the catalogue, less a tenth of each event before: the first items are best. What
+    the words of a text say counts three times, as much as its two parts together."""
 
     def __init__(self, catalogue: Catalogue, name: str = "fake", domain: str | None = "books") -> None:
         self.name, self.domain, self.catalogue = name, domain, catalogue
@@ -63,8 +65,10 @@ class FakeEngine:
                 for name in (ids if query.candidates is None else query.candidates)
                 if query.candidates is not None or (name not in gone and (query.allow is None or name in query.allow))
             ]
+            words = 3 * self.catalogue.words_of(query.domain).effects(query.text)[1].sum(axis=0)
             score = {
-                name: -float(ids.index(name)) - sum(self.weight(item) for item in query.history) for name in chosen
+                name: words[ids.index(name)] - float(ids.index(name)) - sum(self.weight(item) for item in query.history)
+                for name in chosen
             }
             chosen.sort(key=lambda name: -score[name])
             chosen = chosen if query.candidates is not None else chosen[:k]
@@ -83,8 +87,13 @@ class FakeEngine:
         return query.history[-self.max_history :]
 
     def effects(self, queries: Sequence[RankingQuery], rankings: Sequence[Ranking]) -> list[dict[str, float]]:
-        """An average item has a score of -10. Half of the rest is the model's, and half a graph's."""
-        return [{name: (ranking.scores[0] + 10) / 2 for name in self.weights} for ranking in rankings]
+        """An average item has a score of -10. Half of the rest is the model's, and half a graph's; with a text, a third
+        is that of each part."""
+        names = [[*self.weights, *[QUERY] * bool(query.text)] for query in queries]
+        return [
+            {name: (ranking.scores[0] + 10) / len(mine) for name in mine}
+            for mine, ranking in zip(names, rankings, strict=True)
+        ]
 
     def with_items(self, catalogue: Catalogue, withdrawn: Mapping[str, frozenset[str]]) -> FakeEngine:
         out = copy.copy(self)

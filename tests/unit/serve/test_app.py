@@ -626,7 +626,7 @@ def test_whole_numbers_are_ids(engine: Any, served: Served, tmp_path: Path) -> N
         ({"history": ["b0"], "denny": []}, "body.denny: there is no such field here"),
         ({"history": [{"item_id": True}]}, "body.history.0.item_id: an id is text or a whole number"),
         ({"history": [{}]}, "body.history.0: an event has an item_id or a title: give one of them"),
-        ({}, "body.history: Field required"),
+        ({}, "body: give a history, which may be empty, a query, or both"),
         (["b0"], "body: Input should be an object"),
     ],
 )

@@ -138,7 +138,13 @@ class Service:
 
     def recommend(self, body: Any) -> Any:
         items = self.listed((BEFORE if body.get("model") == "fine-tuning only" else AFTER)[: body["k"]])
-        told = {"mode": body.get("mode", "exact"), "degraded": False, "proven": True, "milliseconds": 12.34}
+        by = "query and history" if body["history"] else "query"
+        told = {
+            "mode": by if "query" in body else body.get("mode", "exact"),
+            "degraded": False,
+            "proven": True,
+            "milliseconds": 12.34,
+        }
         return {"items": items, "domain": body["domain"], "model": self.models[0]} | told | self.recommended
 
     def explain(self, body: Any) -> Any:
@@ -151,7 +157,12 @@ class Service:
         answer = {"item_id": item_id, "title": self.titles[item_id], "score": -1.42}
         told = {"num_events_read": len(events), "milliseconds": 30.5, "domain": body["domain"], "model": self.models[0]}
         parts = [{"name": name, "weight": 2.0, "effect": effect} for name, effect in self.parts.items()]
-        return answer | told | {"parts": parts, "events": events, "domains": domains}
+        words = [
+            {"word": word, "effect": 3.1} for word in body.get("query", "").split() if word in answer["title"].lower()
+        ]
+        if "query" in body:
+            parts.append({"name": "query", "weight": 2.0, "effect": 2.8 * len(words)})
+        return answer | told | {"parts": parts, "words": words, "events": events, "domains": domains}
 
     def baselines(self, body: Any) -> Any:
         return {"lists": [{"name": name, "items": self.listed(items[: body["k"]])} for name, items in LISTS.items()]}
@@ -680,7 +691,7 @@ def test_the_stand_in_speaks_as_the_service_does(service: Service) -> None:
     def fields(kind: type) -> set[str]:
         return set(kind.model_fields) if issubclass(kind, pydantic.BaseModel) else set(kind.__annotations__)
 
-    ask = {"history": [{"item_id": i, "domain": d} for d, i in HISTORY], "domain": "kitchen"}
+    ask = {"history": [{"item_id": i, "domain": d} for d, i in HISTORY], "domain": "kitchen", "query": "tea"}
     full = {**ask, "k": 6, "exclude_seen": True, "mode": "beam", "model": "CPRec-style"}
     messages.RecommendRequest(**full)
     messages.ExplainRequest(**ask, item_id="k-02", model="CPRec-style")
@@ -697,12 +708,43 @@ def test_the_stand_in_speaks_as_the_service_does(service: Service) -> None:
         (why, messages.ExplainResponse),
         (why["parts"][0], messages.PartEffect),
         (why["events"][0], messages.EventEffect),
+        (why["words"][0], messages.WordEffect),
         (why["domains"][0], messages.DomainEffect),
         (beside, messages.BaselinesResponse),
         (beside["lists"][0], messages.BaselineList),
         ({"error": "", "unknown": []}, messages.Problem),
     ):
         assert set(answer) == fields(kind), kind
+
+
+def test_words_are_asked_for_without_a_history_and_beside_one(
+    new_page: Any, served: Callable[..., Any], engine: Any, last_first: Any
+) -> None:
+    with served(Serving([engine], [last_first])) as client:
+        page = new_page(address=f"{client.base_url}/")
+        loaded(page)
+        page.fill("#text", "dune messiah")
+        page.keyboard.press("Enter")
+        assert ranked(page) == ["Dune Messiah", "Dune"]
+        assert texts(page, "#lists .facts span")[:2] == ["query", "proven"]
+        assert page.inner_text("#lists-heading") == "“dune messiah” in books"
+        page.locator("#baseline-lists .ranked").first.wait_for()
+        assert texts(page, "#baseline-lists h3") == ["words", "last first"]
+        page.get_by_role("button", name="Why Dune Messiah").click()
+        page.locator(".effects").nth(1).wait_for()
+        assert texts(page, ".effects .title") == ["model", "graph", "query", "messiah", "dune"]
+        assert "It has “messiah”, “dune”." in page.inner_text(".why p")
+        page.reload()
+        assert page.input_value("#text") == "dune messiah" and ranked(page) == ["Dune Messiah", "Dune"]
+        fill(page, "ulys")
+        page.keyboard.press("Enter")
+        assert page.is_visible("#outdated")
+        page.click("#rank")
+        page.locator("#lists .facts", has_text="query and history").wait_for()
+        assert len(ranked(page)) == 6
+        page.fill("#text", "quidditch")
+        page.click("#rank")
+        page.locator(".trouble", has_text="has any of its words").wait_for()
 
 
 def test_the_page_and_the_service_understand_each_other(
@@ -841,6 +883,12 @@ def test_pictures(new_page: Any, service: Service, tmp_path: Path) -> None:
     picture("serve-two", 1280, 2)
     picture("serve-phone", 390, 1, whole=False, device_scale_factor=2, is_mobile=True, has_touch=True)
     picture("serve-phone-dark", 390, 2, color_scheme="dark")
+
+    page = new_page("#domain=kitchen&k=4&query=bamboo%20tea", viewport={"width": 1180, "height": 844})
+    ranked(page)
+    page.get_by_role("button", name="Why Bamboo tea strainer").first.click()
+    page.locator(".effects").first.wait_for()
+    page.screenshot(path=folder / "query.png", full_page=True, animations="disabled")
 
     page = new_page(viewport={"width": 390, "height": 844}, device_scale_factor=2)
     loaded(page)
