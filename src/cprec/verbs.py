@@ -104,8 +104,15 @@ def report(verb: Verb, options: argparse.Namespace) -> None:
 
 
 def compare(verb: Verb, options: argparse.Namespace) -> None:
-    chosen = given(options, "metric", "protocol", "output")
-    load(verb.function)(options.folders, domains=tuple(options.domain), force=options.force, **chosen)
+    chosen = given(options, "metric", "protocol", "output") | {"domains": tuple(options.domain)}
+    if options.route is None:
+        load(verb.function)(options.folders, force=options.force, **chosen)
+        return
+    if options.force:
+        raise ConfigError(
+            "--force shows runs in separate tables, and --route needs one table of two runs: leave it out"
+        )
+    load("cprec.evaluate.routing:route")(options.folders, options.route, **chosen)
 
 
 def serve(verb: Verb, options: argparse.Namespace) -> None:
@@ -439,7 +446,8 @@ VERBS: tuple[Verb, ...] = (
         function="cprec.evaluate.compare:compare",
         usage=(
             "FOLDER ... [--domain DOMAIN ...] [--metric METRIC] [--protocol PROTOCOL]\n"
-            "                     [--output FILE] [--force]"
+            "                     [--output FILE] [--force]\n"
+            '       cprec compare VALIDATION TEST --route "ARM, OTHER ARM" [--domain DOMAIN ...] ...'
         ),
         arguments={
             "folders": {"nargs": "+"},
@@ -448,6 +456,7 @@ VERBS: tuple[Verb, ...] = (
             "--protocol": {},
             "--output": {},
             "--force": FLAG,
+            "--route": {},
         },
         takes_settings=False,
         about="""
@@ -458,6 +467,9 @@ VERBS: tuple[Verb, ...] = (
                         the runs' main table if not given
             --output    the page to write, or the tables alone (.md, .tex); compare.html if not given
             --force     show runs that were asked differently, in separate tables
+            --route     send the users whom ARM serves badly to OTHER ARM: who is weak is chosen in a folder
+                        evaluated with part=validation, and judged in one with part=test; route.html if no
+                        output is given
         """,
         run=compare,
     ),

@@ -63,7 +63,7 @@ def compare(
     were not asked the same; with `force` runs that were asked differently stand in separate tables. Raises DataError
     for files that are no evaluation, and for arms that answered other queries than their protocol says.
     """
-    runs = _named(folders)
+    runs = named_runs(folders)
     tables = [
         _table(domain, {name: runs[name] / domain for name in names}, settings, metric, protocol)
         for domain, settings, names in _groups(runs, domains, force)
@@ -84,8 +84,8 @@ def _groups(
     """
     groups: list[tuple[str, Mapping[str, Any], list[str]]] = []
     differences: list[str] = []
-    for domain in _domains(runs, domains):
-        settings = {name: _settings(path / domain) for name, path in runs.items()}
+    for domain in shared_domains(runs, domains):
+        settings = {name: read_settings(path / domain) for name, path in runs.items()}
         differences += [f"{domain}: {line}" for line in protocol_differences(settings)]
         alike: dict[str, list[str]] = {}
         for name, values in settings.items():
@@ -125,7 +125,7 @@ def _canonical(value: Any) -> str:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _named(folders: Sequence[str | Path]) -> dict[str, Path]:
+def named_runs(folders: Sequence[str | Path]) -> dict[str, Path]:
     """Folders by short name: the last part of the path where that tells them apart, else the whole path."""
     paths = [Path(folder) for folder in folders]
     if not paths:
@@ -140,7 +140,7 @@ def _named(folders: Sequence[str | Path]) -> dict[str, Path]:
     return {name if short.count(name) == 1 else str(path): path for name, path in zip(short, paths, strict=True)}
 
 
-def _domains(runs: Mapping[str, Path], wanted: Sequence[str]) -> list[str]:
+def shared_domains(runs: Mapping[str, Path], wanted: Sequence[str]) -> list[str]:
     """The domains to compare: those wanted, else those that every run has."""
     found = {
         name: sorted(file.parent.name for file in path.glob("*/protocol.json") if file.with_name(METRICS).is_file())
@@ -162,7 +162,8 @@ def _domains(runs: Mapping[str, Path], wanted: Sequence[str]) -> list[str]:
     return shared
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What the numbers of a run's domain depend on. Raises DataError where they are not there."""
     path = folder / "protocol.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -174,7 +175,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Arm:
+class SavedArm:
     """An arm's metrics: a row a seed, a column a query, in the order of query ids."""
 
     query_id: list[str]
@@ -184,13 +185,13 @@ class _Arm:
     """Whether another seed would give other numbers."""
     values_SQ: Mapping[str, np.ndarray]
 
-    def equals(self, other: _Arm) -> bool:
+    def equals(self, other: SavedArm) -> bool:
         """Whether another arm, which answered the same queries, has the same numbers."""
         mine, theirs = self.values_SQ, other.values_SQ
         return mine.keys() == theirs.keys() and all(np.array_equal(mine[name], theirs[name]) for name in mine)
 
 
-def _read(folder: Path, protocol: str, metrics: Sequence[str]) -> dict[str, _Arm]:
+def _read(folder: Path, protocol: str, metrics: Sequence[str]) -> dict[str, SavedArm]:
     """The arms of a run by name, each of one seed. The first metric must be there; of the others those that are."""
     path = folder / METRICS
     table = read_saved(path, "run `cprec evaluate` anew")
@@ -211,13 +212,13 @@ def _read(folder: Path, protocol: str, metrics: Sequence[str]) -> dict[str, _Arm
     }
 
 
-def _arm(path: Path, name: str, rows: pa.Table, metrics: Sequence[str]) -> _Arm:
+def _arm(path: Path, name: str, rows: pa.Table, metrics: Sequence[str]) -> SavedArm:
     """An arm from its rows. Files of early versions do not say its kind and whether it is stochastic."""
     values = {metric: rows[metric].to_numpy()[None] for metric in metrics}
     if broken := [metric for metric in metrics if not np.isfinite(values[metric]).all()]:
         raise DataError(f"{path}: {broken[0]} of {name} is not a number everywhere: run `cprec evaluate` anew")
     kind = rows["kind"][0].as_py() if "kind" in rows.column_names else "model"
-    return _Arm(
+    return SavedArm(
         query_id=rows["query_id"].to_pylist(),
         user_id=rows["user_id"].to_pylist(),
         bound=kind == "bound",
@@ -226,7 +227,7 @@ def _arm(path: Path, name: str, rows: pa.Table, metrics: Sequence[str]) -> _Arm:
     )
 
 
-def _arms(runs: Mapping[str, Path], protocol: str, metrics: Sequence[str]) -> dict[str, _Arm]:
+def read_arms(runs: Mapping[str, Path], protocol: str, metrics: Sequence[str]) -> dict[str, SavedArm]:
     """The arms of all runs, each once, with the seeds of one model together.
 
     Where a model has other numbers in another run, the name of its run stands in front of its own.
@@ -239,13 +240,13 @@ def _arms(runs: Mapping[str, Path], protocol: str, metrics: Sequence[str]) -> di
                 f"{known} and {name} answered different queries, though their protocols are the same: a file of "
                 f"{' or '.join(map(str, runs.values()))} was changed; run `cprec evaluate` anew"
             )
-    holders: dict[str, dict[str, _Arm]] = {}
+    holders: dict[str, dict[str, SavedArm]] = {}
     for run, of_run in read.items():
         for name, arm in of_run.items():
             holders.setdefault(name, {})[run] = arm
     one = {name: next(iter(of_runs.values())) for name, of_runs in holders.items()}
     differing = {model_of(n) for n, of_runs in holders.items() if not all(map(one[n].equals, of_runs.values()))}
-    single: dict[str, _Arm] = {}
+    single: dict[str, SavedArm] = {}
     for name, of_runs in holders.items():
         apart = {f"{run}: {name}": arm for run, arm in of_runs.items()}
         single |= apart if model_of(name) in differing else {name: one[name]}
@@ -257,6 +258,11 @@ def _arms(runs: Mapping[str, Path], protocol: str, metrics: Sequence[str]) -> di
     return arms
 
 
+def main_protocol(settings: Mapping[str, Any]) -> str:
+    """The protocol of a run's main table."""
+    return FULL_WITH_SEEN if settings.get("seen") == "may be recommended" else FULL
+
+
 # ---- statistics ------------------------------------------------------------------------------------------------------
 
 
@@ -265,8 +271,8 @@ def _table(
 ) -> ComparisonTable:
     """The table of runs that were asked the same."""
     k = settings["k"]
-    protocol = protocol or (FULL_WITH_SEEN if settings.get("seen") == "may be recommended" else FULL)
-    arms = _arms(runs, protocol, [metric or f"ndcg@{k}", f"ndcg@{k}", f"recall@{k}", "ndcg@5", "mrr"])
+    protocol = protocol or main_protocol(settings)
+    arms = read_arms(runs, protocol, [metric or f"ndcg@{k}", f"ndcg@{k}", f"recall@{k}", "ndcg@5", "mrr"])
     first = next(iter(arms.values()))
     metrics = [name for name in first.values_SQ if all(name in arm.values_SQ for arm in arms.values())]
     users = first.user_id if len(set(first.user_id)) < len(first.user_id) else None

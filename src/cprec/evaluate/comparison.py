@@ -125,10 +125,10 @@ def title_of(table: ComparisonTable) -> str:
     return f"{table.domain}: {PROTOCOLS.get(table.protocol, table.protocol)}, {table.num_queries:,} queries"
 
 
-def settings_line(table: ComparisonTable) -> str:
-    """What the numbers of a table depend on, hashes aside."""
+def settings_line(settings: Mapping[str, Any]) -> str:
+    """What the numbers of a table depend on, as `protocol.json` has it, hashes aside."""
     left_out = {"domain", "num_queries"}
-    shown = {key: value for key, value in table.settings.items() if not key.endswith("_sha256") and key not in left_out}
+    shown = {key: value for key, value in settings.items() if not key.endswith("_sha256") and key not in left_out}
     return "; ".join(f"{key_in_words(key)}: {in_words(key, value)}" for key, value in shown.items())
 
 
@@ -264,7 +264,7 @@ def _section(table: ComparisonTable) -> Section:
         warning=UNCERTIFIED if UNCERTIFIED in lines else "",
         figures={f"{first} with 95 % intervals; a hollow dot: no difference from the best is shown": plot(table)},
         tables=[grid_of(table, [first, *AGAINST_BEST, *others])],
-        notes=[*(line for line in lines if line != UNCERTIFIED), settings_line(table)],
+        notes=[*(line for line in lines if line != UNCERTIFIED), settings_line(table.settings)],
     )
 
 

@@ -27,7 +27,7 @@ from cprec.evaluate.results import (
     NEW_ITEMS,
 )
 from cprec.evaluate.saved import read_saved, write_saved
-from cprec.evaluate.slices import slices_of, training_events
+from cprec.evaluate.slices import events_of_users, slices_of, training_events
 from cprec.progress import say, track
 from cprec.provenance import file_sha256
 from cprec.recommender import RankingQuery
@@ -35,6 +35,8 @@ from cprec.schema import Item
 
 SAMPLED = {UNIFORM: CANDIDATES_UNIFORM, POPULARITY: CANDIDATES_POPULARITY}
 """How candidates are drawn -> the protocol that ranks them."""
+USER_EVENTS = "user events"
+"""The column of `queries.parquet` with the training events of each query's user."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,8 @@ class Questions:
     """How they are drawn -> the candidates of each query."""
     slices: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Slice -> the group of each query."""
+    user_events: Sequence[int] = ()
+    """Training events of each query's user, in all domains of the platform; none where slices are not made."""
     new_items: frozenset[str] = frozenset()
     """Items of the domain that never occur in training."""
     notes: Sequence[str] = ()
@@ -114,7 +118,8 @@ class Questions:
     def table(self) -> pa.Table:
         """The queries with their answers and slices, one row each."""
         columns = {"query_id": [query.query_id for query in self.queries], "user_id": self.user, "target": self.target}
-        return pa.table(columns | {name: pa.array(groups, pa.string()) for name, groups in self.slices.items()})
+        columns |= {name: pa.array(groups, pa.string()) for name, groups in self.slices.items()}
+        return pa.table(columns | ({USER_EVENTS: pa.array(self.user_events, pa.int64())} if self.user_events else {}))
 
 
 Rows = Sequence[Mapping[str, Any]]
@@ -152,6 +157,7 @@ def read_questions(
         num_candidates=num_candidates,
         candidates={how: [sets[query.query_id] for query in asked.queries] for how, sets in drawn.items()},
         slices=slices_of(split, domain, part, asked.queries, asked.target, events_N),
+        user_events=events_of_users(split, asked.queries).tolist(),
         new_items=frozenset(map(str, split.catalogue.item_id[mine][events_N == 0])),
         notes=_small_sets(num_candidates, rows, drawn),
         sha256={"queries": _hash_of(asked), **{SAMPLED[how]: file_sha256(file) for how, file in files.items()}},

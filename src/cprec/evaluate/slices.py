@@ -81,15 +81,21 @@ def slices_of(
         found["gaps"] = _parted(variance_Q, 1 - IRREGULAR_SHARE, REGULAR, IRREGULAR)
         by_item = _parted(gap_variance(_item_times(split, domain)), FREQUENT_SHARE, FREQUENT, RARE)
         found["target gaps"] = by_item[target_Q]
+    found["user activity"] = _thirds(events_of_users(split, queries))
+    repeats = [target in query.uncounted for query, target in zip(queries, targets, strict=True)]
+    found["repeat"] = np.where(repeats, "repeat", "new to the user").astype(object)
+    return {name: groups for name, groups in found.items() if len(set(groups)) > 1}
+
+
+def events_of_users(split: Split, queries: Sequence[RankingQuery]) -> np.ndarray:
+    """Training events of each query's user in all domains of the platform: int64[Q]."""
+    log = split.interactions
     row_of: dict[str | None, int] = {
         f"{log.platforms[platform]}/{user}": row
         for row, (platform, user) in enumerate(zip(log.user_platform, log.user_id, strict=True))
     }
-    activity = np.bincount(log.user[trained], minlength=len(log.user_id))
-    found["user activity"] = _thirds(activity[np.array([row_of[query.user] for query in queries], dtype=np.int64)])
-    repeats = [target in query.uncounted for query, target in zip(queries, targets, strict=True)]
-    found["repeat"] = np.where(repeats, "repeat", "new to the user").astype(object)
-    return {name: groups for name, groups in found.items() if len(set(groups)) > 1}
+    activity: np.ndarray = np.bincount(log.user[split.events(TRAIN)], minlength=len(log.user_id))
+    return activity[np.array([row_of[query.user] for query in queries], dtype=np.int64)]
 
 
 def _history_times(

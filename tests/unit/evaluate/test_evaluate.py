@@ -44,6 +44,7 @@ from cprec.evaluate.results import (
     Proofs,
     read_report,
 )
+from cprec.evaluate.slices import events_of_users
 from cprec.evaluate.tables import metrics_of
 from cprec.provenance import FileHashes
 from cprec.rank.config import RankConfig
@@ -271,6 +272,8 @@ def test_means_can_be_made_again_from_what_is_saved(config: EvaluateConfig, spli
     assert rankings.column_names == ["query_id", "user_id", "domain", "rank", "item_id", "score", "seen"]
     metrics = pq.read_table(Path(config.output_dir) / "books" / "metrics.parquet")
     assert set(metrics["protocol"].to_pylist()) - {NEW_ITEMS} == {FULL, FULL_WITH_SEEN, *SAMPLED.values()}
+    asked = pq.read_table(Path(config.output_dir) / "books" / "queries.parquet")
+    assert asked["user events"].to_pylist() == events_of_users(split, questions.queries).tolist()
     full = metrics.filter(pa.compute.equal(metrics["protocol"], FULL))
     for name, values in metrics_of(rankings, protocol_named(questions, FULL), config.k, FULL).items():
         np.testing.assert_array_equal(full[name].to_numpy(), values)

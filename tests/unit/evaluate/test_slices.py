@@ -13,7 +13,7 @@ from cprec.data.config import Rules, SplitSpec
 from cprec.data.dataset import read_dataset
 from cprec.data.sources.memory import MemorySource
 from cprec.data.splits import Split, make_split
-from cprec.evaluate.slices import ABOUT, ordered, slices_of, training_events
+from cprec.evaluate.slices import ABOUT, events_of_users, ordered, slices_of, training_events
 from cprec.recommender import RankingQuery
 from cprec.schema import TEST, VALIDATION, Item
 
@@ -56,6 +56,12 @@ def sliced(split: Split, part: str = TEST, most: int = 10) -> dict[str, dict[str
     events_N = np.bincount(training_events(split, "shop")[1], minlength=3)
     found = slices_of(split, "shop", part, queries, list(ids[asked.target]), events_N)
     return {name: dict(zip(users, groups, strict=True)) for name, groups in found.items()}
+
+
+def test_training_events_of_users_hold_nothing_held_out(split: Split) -> None:
+    """Four events are two of training, and three are one; u5 comes first here."""
+    queries = [RankingQuery(user, "shop", (), user=f"p/{user}") for user in reversed(DAYS)]
+    assert events_of_users(split, queries).tolist() == [1, 2, 2, 2, 2, 2]
 
 
 def test_gaps_of_a_history_that_vary_much_are_irregular(split: Split) -> None:
