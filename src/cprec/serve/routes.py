@@ -26,6 +26,7 @@ _FILTERED = {
 }
 RECOMMEND_EXAMPLES: dict[str, Any] = {
     "one": {"summary": "One user, ids and titles mixed", "value": _ONE},
+    "query": {"summary": "Somebody new, who says what is wanted", "value": {"query": "quiet novel", "k": 5}},
     "filtered": {"summary": "Filters, a mode and a deadline", "value": _FILTERED},
     "many": {"summary": "Several users", "value": {"requests": [_ONE, _FILTERED]}},
 }

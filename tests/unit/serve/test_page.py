@@ -884,6 +884,7 @@ def test_pictures(new_page: Any, service: Service, tmp_path: Path) -> None:
     picture("serve-phone", 390, 1, whole=False, device_scale_factor=2, is_mobile=True, has_touch=True)
     picture("serve-phone-dark", 390, 2, color_scheme="dark")
 
+    service.models = ["CPRec-style"]
     page = new_page("#domain=kitchen&k=4&query=bamboo%20tea", viewport={"width": 1180, "height": 844})
     ranked(page)
     page.get_by_role("button", name="Why Bamboo tea strainer").first.click()
