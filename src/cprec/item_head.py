@@ -39,6 +39,7 @@ from cprec.systems.fit import seconds_to_fit
 from cprec.systems.recipes.sasrec import WEIGHT
 from cprec.systems.recipes.title_sasrec import ROWS, TitleSASRec, TitleSASRecRecommender
 from cprec.systems.signals import TrainingSequences
+from cprec.systems.vectors import DIRECTIONS, Directions
 
 FOLDER = "item_head"
 """In a model folder: the files of the head, apart from those that other libraries read."""
@@ -49,9 +50,7 @@ TITLE_TOKENS = 32
 """Tokens of a title, or of each other field, that are read; ranking by titles may read fewer."""
 DEPTH = 0.4
 """Share of the blocks that read titles; higher ones tell items apart no better (docs/experiments.md)."""
-DIRECTIONS = 384
 _BATCH = 64
-_RIDGE = 1e-3
 
 Read = Callable[[np.ndarray], np.ndarray]
 """The states of the titles of some catalogue rows: float32[N, F]."""
@@ -115,34 +114,6 @@ def _run(trunk: Any, ids_RT: torch.Tensor, first: nn.Module, last: nn.Module) ->
         for hook in hooks:
             hook.remove()
     return found
-
-
-@dataclass(frozen=True)
-class Directions:
-    """Where the titles of a domain differ most: their principal components, each scaled to nearly equal strength."""
-
-    mean_F: np.ndarray
-    axes_FK: np.ndarray
-
-    @classmethod
-    def of(cls, states_NF: np.ndarray, most: int = DIRECTIONS) -> Directions:
-        """The strongest directions of some states, `most` at most."""
-        mean_F = states_NF.mean(0)
-        covariance_FF = np.cov(states_NF - mean_F, rowvar=False, bias=True)
-        strength_F, axes_FF = np.linalg.eigh(np.atleast_2d(covariance_FF).astype(np.float64))
-        strongest = np.argsort(-strength_F)[: min(most, len(states_NF))]
-        # The ridge keeps directions of next to no strength, which are noise, from being blown up.
-        scale_K = np.sqrt(np.maximum(strength_F[strongest], 0) + _RIDGE * max(strength_F.max(), 1e-12))
-        return cls(mean_F.astype(np.float32), (0.3 * axes_FF[:, strongest] / scale_K).astype(np.float32))
-
-    def around(self, states_NF: np.ndarray) -> Directions:
-        """The same axes, through the mean of other states: what all titles of a domain share is no difference."""
-        return replace(self, mean_F=states_NF.mean(0))
-
-    def project(self, states_NF: np.ndarray) -> np.ndarray:
-        """Coordinates along the directions: float32[N, K]."""
-        projected: np.ndarray = (states_NF - self.mean_F) @ self.axes_FK
-        return projected
 
 
 def _is_of_items(name: str) -> bool:

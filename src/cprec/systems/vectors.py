@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ WINDOW = 5
 """Events within which items stand near each other."""
 _COMPARED = 1024
 """Vectors whose cosines exist at once."""
+DIRECTIONS = 384
+_RIDGE = 1e-3
 
 
 class TitleSpace:
@@ -49,6 +52,34 @@ def text_vectors(titles: Sequence[str], size: int, seed: int = 0) -> np.ndarray:
     [[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]]
     """
     return TitleSpace(titles, size, seed).vectors
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Where the titles of a domain differ most: their principal components, each scaled to nearly equal strength."""
+
+    mean_F: np.ndarray
+    axes_FK: np.ndarray
+
+    @classmethod
+    def of(cls, states_NF: np.ndarray, most: int = DIRECTIONS) -> Directions:
+        """The strongest directions of some states, `most` at most."""
+        mean_F = states_NF.mean(0)
+        covariance_FF = np.cov(states_NF - mean_F, rowvar=False, bias=True)
+        strength_F, axes_FF = np.linalg.eigh(np.atleast_2d(covariance_FF).astype(np.float64))
+        strongest = np.argsort(-strength_F)[: min(most, len(states_NF))]
+        # The ridge keeps directions of next to no strength, which are noise, from being blown up.
+        scale_K = np.sqrt(np.maximum(strength_F[strongest], 0) + _RIDGE * max(strength_F.max(), 1e-12))
+        return cls(mean_F.astype(np.float32), (0.3 * axes_FF[:, strongest] / scale_K).astype(np.float32))
+
+    def around(self, states_NF: np.ndarray) -> Directions:
+        """The same axes, through the mean of other states: what all titles of a domain share is no difference."""
+        return replace(self, mean_F=states_NF.mean(0))
+
+    def project(self, states_NF: np.ndarray) -> np.ndarray:
+        """Coordinates along the directions: float32[N, K]."""
+        projected: np.ndarray = (states_NF - self.mean_F) @ self.axes_FK
+        return projected
 
 
 def collaborative_vectors(sequences: Ragged, num_items: int, size: int, seed: int = 0) -> np.ndarray:
