@@ -90,6 +90,8 @@ LINEUP: Mapping[str, Listed] = {
     "SASRec (published)": Listed("systems.recipes.sasrec:PUBLISHED", "Kang and McAuley 2018, one negative"),
     "SASRec (titles)": Listed("systems.recipes.title_sasrec:TitleSASRec", "over vectors of titles"),
     "SASRec (titles x3)": Listed("systems.recipes.title_sasrec:AVERAGED", "three of these, as an item head"),
+    "HLLM": Listed("systems.recipes.hllm:HLLM", "a language model reads titles, trained with the rest"),
+    "Lite-LLM4Rec": Listed("systems.recipes.hllm:LITE", "and histories; softmax over rows of all items"),
     "SASRec (denoised)": Listed(
         "systems.recipes.denoised:DenoisedSASRec", "on histories without events that do not fit"
     ),

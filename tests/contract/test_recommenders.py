@@ -98,6 +98,8 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "Semantic IDs": {"text_size": 8, "num_codes": 8, "num_pieces": 50},
     "Semantic IDs (codes)": {"text_size": 8, "num_codes": 8},
     "SLMRec": {"teacher_blocks": 4},
+    "HLLM": {"num_negatives": 8, "title_tokens": 4, "frozen_layers": 1},
+    "Lite-LLM4Rec": {"title_tokens": 4, "frozen_layers": 1, "num_blocks": 1},
     "Human priors": {"num_groups": 3},
     "Human priors (horizon)": {},
     "ReaRec": {"first_epochs": 0.2},
@@ -141,6 +143,7 @@ WRITERS = frozenset(
 
 ALIKE = frozenset(
     {"P5 (random)", "P5 (collaborative)", "P5 (semantic)"}
+    | {"HLLM", "Lite-LLM4Rec"}
     | {"APAO", "APAO (pointwise)", "COBRA (codes alone)", "COBRA (vectors alone)", "REG4Rec", "STREAM-Rec"}
 )
 """Systems that learn from events as another row does, which is asked quickly whether it learnt from held-out ones."""

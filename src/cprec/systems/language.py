@@ -7,7 +7,7 @@ D width of items' vectors.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,13 +26,20 @@ from cprec.systems.encoders import Encoder, at_last
 from cprec.systems.items import NUM_SPECIAL, ItemTable
 from cprec.systems.settings import SystemSettings
 from cprec.systems.signals import TrainingSequences, padded
+from cprec.systems.vectors import Directions
 from cprec.text.prompts import Template
 from cprec.text.tokenizer import beginning_of, encode_pieces, load_tokenizer, train_tokenizer
+from cprec.train.trainable import decay_matrices
 
 VOCABULARY = 4096
 """Tokens of a tokenizer that is trained on titles, at most."""
 CONTEXT = 8192
 """Tokens that a decoder of random weights may read."""
+LENGTH = 5.0
+"""The mean length of vectors that an adapter reads. Of shorter ones its biases would make most: items would be near
+each other at first."""
+COMMON = 64
+"""Titles, spread over the catalogue, that tell what is common to all."""
 READ_BATCH = 64
 """Titles, of like length, that are read at once."""
 
@@ -171,10 +178,11 @@ class Blocks(nn.Module):
         self.trunk = copy.deepcopy(trunk, instead)
         kept[-1].register_forward_hook(self._note)
 
-    def forward(self, given: torch.Tensor, *, normed: bool = True) -> torch.Tensor:
+    def forward(self, given: torch.Tensor, *, normed: bool = True, in_bf16: bool = True) -> torch.Tensor:
         """The last states, before or after the norm, of tokens, int64[R, T], or of what states, RTF, become: RTF in
-        fp32. Padding is on the right, where no earlier place reads it."""
-        with distributed.autocast(given.device, distributed.use_bf16("auto", given.device)):
+        fp32, computed in bf16 where that is allowed and the machine is good at it. Padding is on the right, where no
+        earlier place reads it."""
+        with distributed.autocast(given.device, in_bf16 and distributed.use_bf16("auto", given.device)):
             if self._reads_tokens:
                 found = self.trunk(input_ids=given, use_cache=False)
             else:
@@ -275,23 +283,40 @@ def _batches(numbers: np.ndarray) -> Iterator[np.ndarray]:
 
 
 class TextTable(ItemTable):
-    """Vectors that a language model makes of titles, through an adapter. A title is read once, however often its item
-    is asked for. Special rows are what the adapter makes of zeros.
+    """Vectors that a language model makes of titles, through an adapter, which is trained. A title is read once,
+    however often its item is asked for. Special rows are what the adapter makes of zeros.
 
-    With `rows`, their width, each item has a trained row beside it, which starts at zero and is added.
+    The adapter reads them along the directions in which those of all titles differ most before training, which stay,
+    and without what is common to them: a step of training moves that by far more than what tells titles apart. How far
+    it has moved is measured by a few titles, which are read along. With `rows`, their width, each item has a trained
+    row beside it, which starts at zero and is added.
     """
 
     def __init__(
         self,
         reader: TitleReader,
         num_items: int,
-        adapter: nn.Module,
+        adapter: Callable[[int], nn.Module],
         *,
         rows: int | None,
         num_special: int = NUM_SPECIAL,
     ) -> None:
+        """`adapter` makes it for vectors of a width."""
         super().__init__()
-        self.num_items, self.num_special, self.reader, self.adapter = num_items, num_special, reader, adapter
+        self.num_items, self.num_special, self.reader = num_items, num_special, reader
+        common = torch.arange(num_items)[:: -(-num_items // COMMON)]
+        self.register_buffer("common", common, persistent=False)
+        with torch.no_grad():
+            states_VF = reader(torch.arange(num_items)).cpu()
+        directions = Directions.of(states_VF.numpy())
+        scale = LENGTH / np.linalg.norm(directions.project(states_VF.numpy()), axis=1).mean()
+        axes_FK = torch.from_numpy(directions.axes_FK * np.float32(scale))
+        # As parameters without gradients they are in checkpoints.
+        self.mean_F, self.axes_FK, self.common_F = (
+            nn.Parameter(given.contiguous(), requires_grad=False)
+            for given in (torch.from_numpy(directions.mean_F), axes_FK, states_VF[common].mean(0))
+        )
+        self.adapter = adapter(axes_FK.shape[1])
         self.rows = None if rows is None else nn.Parameter(torch.zeros(num_items + num_special, rows))
 
     def vectors(self, items: torch.Tensor | None = None) -> torch.Tensor:
@@ -301,13 +326,16 @@ class TextTable(ItemTable):
         return adapted
 
     def states(self, items: torch.Tensor | None = None) -> torch.Tensor:
-        """What the language model makes of some items' titles, by number, or of all: [..., F] or [V + S, F]."""
+        """What the adapter reads, of some items, by number, or of all: [..., K] or [V + S, K]."""
+        common = self.get_buffer("common")
         if items is None:
-            device = next(self.adapter.parameters()).device
-            items = torch.arange(self.num_items + self.num_special, device=device)
-        read_K, place = items.unique(return_inverse=True)  # special rows come last
-        read_KF = self.reader(read_K[read_K < self.num_items])
-        return nn.functional.pad(read_KF, (0, 0, 0, len(read_K) - len(read_KF)))[place]
+            items = torch.arange(self.num_items + self.num_special, device=common.device)
+        read, place = torch.cat([common, items.flatten()]).unique(return_inverse=True)  # special rows come last
+        read_F = self.reader(read[read < self.num_items])
+        moved_F = read_F[place[: len(common)]].mean(0) - self.common_F
+        states = (read_F - (self.mean_F + moved_F)) @ self.axes_FK
+        states = nn.functional.pad(states, (0, 0, 0, len(read) - len(states)))
+        return states[place[len(common) :]].unflatten(0, items.shape)
 
 
 class LanguageEncoder(Encoder):
@@ -328,8 +356,22 @@ class LanguageEncoder(Encoder):
         return embedded
 
     def read(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
-        hidden_RTD: torch.Tensor = self.back(self.blocks(embedded_RTD))
+        # Scores of one history must not depend on those that are read with it, as in bf16 they would.
+        hidden_RTD: torch.Tensor = self.back(self.blocks(embedded_RTD, in_bf16=self.training))
         return hidden_RTD
 
     def read_last(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
         return at_last(self.read(embedded_RTD, lengths_R), lengths_R)
+
+
+def language_groups(module: nn.Module, weight_decay: float, rate_share: float) -> list[dict[str, Any]]:
+    """Parameter groups of a module, in which the weights of language models have a share of the learning rate; see
+    `Trainable.parameter_groups`."""
+    blocks = (part for part in module.modules() if isinstance(part, Blocks))
+    of_language = {id(weight) for part in blocks for weight in part.parameters()}
+    groups = []
+    for group in decay_matrices(module, weight_decay):
+        for is_language, share in ((False, 1.0), (True, rate_share)):
+            chosen = [weight for weight in group["params"] if (id(weight) in of_language) == is_language]
+            groups.append({**group, "params": chosen, "rate_share": share})
+    return [group for group in groups if group["params"]]

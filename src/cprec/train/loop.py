@@ -193,7 +193,7 @@ class _Update:
         self._loss = _sum(self._terms.values())
         self._note_if_bad()
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("rate_share", 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 

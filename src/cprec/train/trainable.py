@@ -30,7 +30,8 @@ class Trainable(Protocol):
         ...
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Parameter groups for AdamW that hold each trainable parameter of the module once; see `decay_matrices`."""
+        """Parameter groups for AdamW that hold each trainable parameter of the module once; see `decay_matrices`. One
+        with `rate_share` has that share of the learning rate."""
         ...
 
     def save(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:

@@ -27,6 +27,7 @@ from cprec.systems.items import FrozenTable, IdTable, read_vectors
 from cprec.systems.recipes.alpharec import AlphaRec
 from cprec.systems.recipes.bert4rec import BERT4Rec
 from cprec.systems.recipes.gru4rec import GRU4Rec
+from cprec.systems.recipes.hllm import HLLM, LITE
 from cprec.systems.recipes.hmamba import HMamba
 from cprec.systems.recipes.human_priors import HORIZON, HumanPriors
 from cprec.systems.recipes.icsrec import ICSRec
@@ -70,6 +71,8 @@ BUILT_ON_THEM: list[SystemSettings] = [
     IGRSR(**SMALL, num_epochs=1, first_epochs=2, num_blocks=1),
     MQSATED(**SMALL, num_epochs=5, num_blocks=1, num_heads=2),
     SLMRec(**SMALL, num_epochs=5, num_heads=2, teacher_blocks=4),
+    HLLM(**SMALL | {"learning_rate": 3e-3}, attention_dropout=0.0, num_epochs=6, num_negatives=6),
+    replace(LITE, **SMALL | {"learning_rate": 3e-3}, num_epochs=4),
     HumanPriors(**SMALL, num_epochs=5, num_blocks=1, num_heads=2, prior="popularity", num_groups=3),
     replace(HORIZON, **SMALL, num_epochs=5, num_blocks=1, num_heads=2),
 ]

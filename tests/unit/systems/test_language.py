@@ -152,18 +152,22 @@ def test_numbers_of_blocks_that_are_not_there_are_refused() -> None:
 
 
 def test_a_table_reads_each_title_once() -> None:
+    """Its adapter reads titles along the directions in which they differ, with a mean length of 5."""
     reader = TitleReader(language(), pool="mean")
-    adapter = nn.Linear(16, 2)
-    table, asked = TextTable(reader, len(TITLES), adapter, rows=2), []
+    table, asked = TextTable(reader, len(TITLES), lambda width: nn.Linear(width, 2), rows=2), []
     reader.register_forward_pre_hook(lambda _, given: asked.append(given[0].tolist()))
     with torch.no_grad():
-        table.rows[1] = torch.tensor([10.0, 20.0])  # type: ignore[index]
+        assert table.rows is not None
+        table.rows[1] = torch.tensor([10.0, 20.0])
         found, everything = table.vectors(torch.tensor([[5, 1], [1, 0]])), table.vectors()
         assert asked == [[0, 1], [0, 1, 2, 3]]
         torch.testing.assert_close(found, everything[torch.tensor([[5, 1], [1, 0]])])
-        torch.testing.assert_close(everything[1], adapter(reader(torch.tensor([1])))[0] + torch.tensor([10.0, 20.0]))
-        torch.testing.assert_close(everything[4:], adapter(torch.zeros(2, 16)))
-        torch.testing.assert_close(table.vectors(torch.tensor([4])), adapter(torch.zeros(1, 16)))
+        states_XK = table.states()
+        torch.testing.assert_close(everything, table.adapter(states_XK) + table.rows)
+        assert not states_XK[4:].any(), "special rows have no title"
+        torch.testing.assert_close(states_XK[:4].mean(0), torch.zeros(4), atol=1e-4, rtol=0)
+        torch.testing.assert_close(states_XK[:4].norm(dim=1).mean(), torch.tensor(5.0))
+        assert table.vectors(torch.tensor([4])).shape == (1, 2)
 
 
 def test_an_encoder_reads_vectors_as_the_model_reads_those_of_tokens() -> None:
