@@ -342,11 +342,13 @@ class LanguageEncoder(Encoder):
     """Reads histories with the lower blocks of a language model, to which items' vectors are what vectors of tokens
     are, each through a linear map, and maps its states back."""
 
-    def __init__(self, language: Language, num_blocks: int, size: int, dropout: float) -> None:
-        """Raises ConfigError where the language model has fewer blocks."""
+    def __init__(self, language: Language, num_blocks: int, max_length: int, size: int, dropout: float) -> None:
+        """Raises ConfigError where the language model has fewer blocks, or a shorter context than histories are."""
         super().__init__()
         if num_blocks > (total := len(blocks_of(language.model))):
             raise ConfigError(f"num_blocks={num_blocks}, and the language model has {total}: give so many at most")
+        if (context := context_of(language.model)) is not None and context < max_length:
+            raise ConfigError(f"max_length={max_length}, and the language model reads {context}: give so many at most")
         self.blocks = Blocks(language.model, range(num_blocks), reads_tokens=False)
         self.into, self.back = nn.Linear(size, language.width), nn.Linear(language.width, size)
         self.dropout = nn.Dropout(dropout)

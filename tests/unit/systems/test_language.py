@@ -142,7 +142,9 @@ def test_numbers_of_blocks_that_are_not_there_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"frozen_layers=3, but 2 blocks are read"):
         TitleReader(language(), pool="end", layers=2, frozen_layers=3)
     with pytest.raises(ConfigError, match=r"num_blocks=4, and the language model has 3"):
-        LanguageEncoder(language(), 4, 8, 0.0)
+        LanguageEncoder(language(), 4, 10, 8, 0.0)
+    with pytest.raises(ConfigError, match=r"max_length=33, and the language model reads 32"):
+        LanguageEncoder(language(_gpt2), 1, 33, 8, 0.0)
     for wrong in (-1, 1.5):
         with pytest.raises(ConfigError, match=f"frozen_layers={wrong}"):
             Reads(frozen_layers=wrong)
@@ -151,8 +153,10 @@ def test_numbers_of_blocks_that_are_not_there_are_refused() -> None:
 # ---- tables and encoders ---------------------------------------------------------------------------------------------
 
 
-def test_a_table_reads_each_title_once() -> None:
-    """Its adapter reads titles along the directions in which they differ, with a mean length of 5."""
+def test_a_table_reads_each_title_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its adapter reads titles along the directions in which they differ, with a mean length of 5, and not what is
+    common to them."""
+    monkeypatch.setattr("cprec.systems.language.COMMON", 2)  # every second title
     reader = TitleReader(language(), pool="mean")
     table, asked = TextTable(reader, len(TITLES), lambda width: nn.Linear(width, 2), rows=2), []
     reader.register_forward_pre_hook(lambda _, given: asked.append(given[0].tolist()))
@@ -160,7 +164,7 @@ def test_a_table_reads_each_title_once() -> None:
         assert table.rows is not None
         table.rows[1] = torch.tensor([10.0, 20.0])
         found, everything = table.vectors(torch.tensor([[5, 1], [1, 0]])), table.vectors()
-        assert asked == [[0, 1], [0, 1, 2, 3]]
+        assert asked == [[0, 1, 2], [0, 1, 2, 3]]
         torch.testing.assert_close(found, everything[torch.tensor([[5, 1], [1, 0]])])
         states_XK = table.states()
         torch.testing.assert_close(everything, table.adapter(states_XK) + table.rows)
@@ -168,11 +172,13 @@ def test_a_table_reads_each_title_once() -> None:
         torch.testing.assert_close(states_XK[:4].mean(0), torch.zeros(4), atol=1e-4, rtol=0)
         torch.testing.assert_close(states_XK[:4].norm(dim=1).mean(), torch.tensor(5.0))
         assert table.vectors(torch.tensor([4])).shape == (1, 2)
+        reader.register_forward_hook(lambda _, __, vectors_KF: vectors_KF + torch.arange(16))
+        torch.testing.assert_close(table.states(), states_XK, atol=1e-3, rtol=1e-3)
 
 
 def test_an_encoder_reads_vectors_as_the_model_reads_those_of_tokens() -> None:
     own = language(_gpt2)
-    encoder = LanguageEncoder(own, 3, 16, 0.0).eval()
+    encoder = LanguageEncoder(own, 3, 32, 16, 0.0).eval()
     for linear in (encoder.into, encoder.back):
         nn.init.eye_(linear.weight)
         nn.init.zeros_(linear.bias)
@@ -182,7 +188,7 @@ def test_an_encoder_reads_vectors_as_the_model_reads_those_of_tokens() -> None:
     given = own.model.get_input_embeddings()(tokens)
     torch.testing.assert_close(encoder(given, torch.tensor([3, 2])), states)
     torch.testing.assert_close(encoder.last(given, torch.tensor([3, 2])), states[[0, 1], [2, 1]])
-    fewer = LanguageEncoder(own, 1, 16, 0.0)
+    fewer = LanguageEncoder(own, 1, 32, 16, 0.0)
     assert len(fewer.blocks.trunk.h) == 1
     assert fewer.blocks.trunk.wte.state_dict() == {}, "vectors of tokens are not used"
 

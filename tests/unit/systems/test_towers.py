@@ -103,8 +103,11 @@ def test_scores_are_cosines_times_a_number_that_is_bounded(data: TrainingSequenc
 
 
 @pytest.mark.parametrize("settings", [HLLM(**SMALL, num_negatives=2), LITE], ids=["HLLM", "Lite-LLM4Rec"])
-def test_a_step_reads_the_titles_that_it_needs(settings: HLLM, data: TrainingSequences) -> None:
-    """Its losses are those of a model that reads all."""
+def test_a_step_reads_the_titles_that_it_needs(
+    settings: HLLM, data: TrainingSequences, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its losses are those of a model that reads all. One title, the first, tells what is common to all."""
+    monkeypatch.setattr("cprec.systems.language.COMMON", 1)
     stage = stage_of(replace(settings, **SMALL | {"batch_size": 2, "dropout": 0.0, "attention_dropout": 0.0}), data)
     model, asked = stage.trainable.module, []
     assert isinstance(model, TowerModel) and isinstance(model.items, TextTable)
@@ -114,7 +117,7 @@ def test_a_step_reads_the_titles_that_it_needs(settings: HLLM, data: TrainingSeq
     found = stage.trainable.losses(rows)["next_item"]
     torch.manual_seed(1)
     drawn = torch.randint(data.num_items, (2,))
-    needed = set(rows["items"].flatten().tolist())
+    needed = {0, *rows["items"].flatten().tolist()}
     if settings.tied:
         needed |= {*rows["targets"].flatten().tolist(), *drawn.tolist()}
     assert asked == [needed - {-100, data.num_items}]

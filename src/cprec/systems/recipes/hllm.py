@@ -1,47 +1,35 @@
-"""HLLM: one language model reads the titles of items, another one histories of their vectors (Chen et al. 2024).
+"""HLLM: a language model reads items, another one histories of what it made of them (Chen et al. 2024).
 
-An item is the state of a token that ends its text, a history that of its last item, and each position of a history is
-to be near the next item. The loss is InfoNCE of cosines times a number that is learnt (1 / 0.07 at first, 100 at most)
-against items that are drawn and shared in a step; of these none counts whose cosine with the target is above 0.99.
-Deviations:
+An item is the state of the token that ends its title, a history that of its last item; each position is to be near the
+next item. The loss is InfoNCE of cosines times a number that is learnt (1 / 0.07 at first, 100 at most), against items
+that are drawn and shared in a step, of which none counts whose cosine with the target is above 0.99. Deviations:
 
-- Histories are read by SASRec's blocks here; with `reader="base"` by the lowest blocks of the language model, between
-  two linear maps (there by all blocks of a second one).
-- The token that ends an item's text is the tokenizer's own (there a new one, after a line that asks for a summary).
-- Vectors go through a small network along the directions in which those of titles differ most at first, and with
-  `own_rows` each item has a row of its own beside its text (there neither): that makes small training sets and few
-  steps enough.
-- `layers` and `frozen_layers` let the lower blocks alone read titles, and the upper of these learn (there all of all
-  blocks), or low-rank matrices learn in their place (`lora_rank`).
+- SASRec's blocks read histories; with `reader="base"` the lowest blocks of the language model between two linear maps
+  (there all blocks of a second one).
+- The token that ends a title is the tokenizer's own (there a new one, after a line that asks for a summary).
+- Vectors pass a small network, see `language.TextTable`, and with `own_rows` each item has a row beside its text (there
+  neither): few steps then suffice. The language model learns at a share of the learning rate.
+- Lower blocks alone may read, and the upper of these learn (there all), or low-rank matrices do in their place.
 - Negatives are drawn among all items (there outside the row's own history).
 
-Lite-LLM4Rec (Wang et al. 2024) has the same two models, a linear head over all items and the softmax over them; so are
-`LITE`'s settings. Their code is not public: the loss and the head are the paper's, all else is as above.
+`LITE` is Lite-LLM4Rec (Wang et al. 2024): the same two models, a linear head over all items and the softmax over them.
+There is no public code; of what the paper leaves open all is as above.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 from torch import nn
 
-from cprec.choices import Choice, OneOf
 from cprec.errors import ConfigError
 from cprec.models import add_lora
 from cprec.systems.batches import WindowStream
 from cprec.systems.encoders import BlockKind, Encoder
 from cprec.systems.items import IdTable
-from cprec.systems.language import (
-    Language,
-    LanguageEncoder,
-    LanguageSettings,
-    Pool,
-    TextTable,
-    TitleReader,
-    check_blocks,
-)
+from cprec.systems.language import LanguageEncoder, LanguageSettings, Pool, TextTable, TitleReader, check_blocks
 from cprec.systems.recipes.sasrec import INITIAL, SelfAttentionSettings
 from cprec.systems.signals import TrainingSequences
 from cprec.systems.stage import NEXT_ITEM, Stage
@@ -52,8 +40,7 @@ Reader = Literal["own", "base"]
 
 @dataclass(frozen=True, kw_only=True)
 class HLLM(LanguageSettings, SelfAttentionSettings):
-    """Settings of HLLM: loss and filter are the paper's, the encoder and the network are those of `SASRec (titles)`,
-    whose rows over frozen vectors are the control."""
+    """Settings of HLLM: loss and filter are the paper's, the networks those of `SASRec (titles)`."""
 
     hidden_size: int = 192
     block: BlockKind = "query_norm"
@@ -87,11 +74,6 @@ class HLLM(LanguageSettings, SelfAttentionSettings):
     too_near: float = 0.99
     """A drawn item whose cosine with the target is above this does not count."""
 
-    SEARCH: ClassVar[Mapping[str, Choice]] = {
-        **SelfAttentionSettings.SEARCH,
-        "pool": OneOf(values=get_args(Pool)),
-    }
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_blocks("layers", self.layers)
@@ -111,30 +93,26 @@ class HLLM(LanguageSettings, SelfAttentionSettings):
             lora = add_lora(language.model, rank=self.lora_rank, alpha=2 * self.lora_rank, seed=seed)
             language = replace(language, model=lora)
         titles = TitleReader(language, pool=self.pool, layers=self.layers, frozen_layers=self.frozen_layers)
-        items = TextTable(titles, data.num_items, self._adapter, rows=size if self.own_rows else None)
-        encoder = self._history_encoder(language)
+        items = TextTable(
+            titles,
+            data.num_items,
+            lambda width: nn.Sequential(nn.Linear(width, size), nn.GELU(), nn.Linear(size, size)),
+            rows=size if self.own_rows else None,
+        )
+        if self.reader == "base":
+            encoder: Encoder = LanguageEncoder(language, self.num_blocks, self.max_length, size, self.dropout)
+        else:
+            encoder = own = self.encoder()
+            nn.init.normal_(own.position.weight, std=INITIAL)
         output = None if self.tied else IdTable(data.num_items, size, num_special=0)
         if output is not None:
             nn.init.normal_(output.table.weight, std=INITIAL)
         model = TowerModel(items, encoder, output, cosine=self.cosine)
         stream = WindowStream(data, [NEXT_ITEM], self.max_length, self.passes(seed))
-        how = {"num_drawn": self.num_negatives, "too_near": self.too_near, "language_rate": self.language_rate}
-        loss = TowerLoss(model, **how)
+        rate = self.language_rate
+        loss = TowerLoss(model, num_drawn=self.num_negatives, too_near=self.too_near, language_rate=rate)
         return [replace(self.stage(data, model, {}, stream), trainable=loss)]
-
-    def _adapter(self, width: int) -> nn.Module:
-        """The network between the language model's vectors and those of items, before training."""
-        size = self.hidden_size
-        return nn.Sequential(nn.Linear(width, size), nn.GELU(), nn.Linear(size, size))
-
-    def _history_encoder(self, language: Language) -> Encoder:
-        """What reads histories, before training."""
-        if self.reader == "base":
-            return LanguageEncoder(language, self.num_blocks, self.hidden_size, self.dropout)
-        encoder = self.encoder()
-        nn.init.normal_(encoder.position.weight, std=INITIAL)
-        return encoder
 
 
 LITE = HLLM(tied=False, cosine=False, num_negatives=0, reader="base")
-"""Lite-LLM4Rec: a linear head over the catalogue, and the language model reads histories as well."""
+"""Lite-LLM4Rec."""
