@@ -173,6 +173,7 @@ def test_a_base_learns_at_its_own_rate(base: str, data: TrainingSequences) -> No
     assert set(shares.values()) == {0.2, 1.0}
 
 
+@pytest.mark.slow
 def test_low_rank_matrices_learn_in_place_of_the_base(base: str, data: TrainingSequences) -> None:
     settings = HLLM(**SMALL, base=base, reader="base", frozen_layers=1, lora_rank=2, language_rate=1.0)
     stage = stage_of(settings, data)
@@ -184,6 +185,7 @@ def test_low_rank_matrices_learn_in_place_of_the_base(base: str, data: TrainingS
     assert {name.partition(".")[0] for name in changed} == {"items", "encoder"}
 
 
+@pytest.mark.slow
 def test_a_kill_in_training_changes_nothing(
     base: str, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
