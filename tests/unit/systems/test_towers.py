@@ -173,6 +173,19 @@ def test_a_base_learns_at_its_own_rate(base: str, data: TrainingSequences) -> No
     assert set(shares.values()) == {0.2, 1.0}
 
 
+def test_the_loop_gives_each_group_its_share_of_the_rate(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, rates = torch.optim.AdamW.step, []
+
+    def noted(self: torch.optim.AdamW, *given: Any) -> None:
+        rates.append({group["rate_share"]: group["lr"] for group in self.param_groups})
+        step(self, *given)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    HLLM(**SMALL | {"num_epochs": 0.1}, num_negatives=2, learning_rate=0.01, language_rate=0.25).make(split, "ring")
+    assert rates and all(found[0.25] == found[1.0] / 4 for found in rates)
+    assert max(found[1.0] for found in rates) == pytest.approx(0.01)
+
+
 @pytest.mark.slow
 def test_low_rank_matrices_learn_in_place_of_the_base(base: str, data: TrainingSequences) -> None:
     settings = HLLM(**SMALL, base=base, reader="base", frozen_layers=1, lora_rank=2, language_rate=1.0)
