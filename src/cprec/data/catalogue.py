@@ -226,8 +226,8 @@ class Catalogue:
         return out
 
     def index(self, fields: Sequence[str] = (TITLE,)) -> None:
-        """Build the indexes of `look_up`, and of `of_equal_text` for these fields, before the first call needs them. That
-        of `words_of`, which takes several times as long, is left to the first query in words."""
+        """Build the indexes of `look_up`, and of `of_equal_text` for these fields, before the first call needs them.
+        That of `words_of`, which takes several times as long, is left to the first query in words."""
         _ = self._row_of_id, self._rows_of_spelling
         for domain in self.domains:
             self.texts_of(domain, fields)
