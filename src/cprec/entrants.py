@@ -28,6 +28,7 @@ from cprec.rank.blend_file import BLEND, read_about
 from cprec.rank.config import RankConfig
 from cprec.schema import VALIDATION
 from cprec.scoring import ScoringRecommender
+from cprec.settings import update
 from cprec.train.folder import model_identity, read_done, refitted_on
 from cprec.tune import read_results
 
@@ -46,15 +47,16 @@ def baselines_folder(output_dir: str, domain: str) -> Path:
 def baseline_entrants(config: EvaluateConfig, split: Split, domain: str) -> list[Entrant]:
     """The baselines of an evaluation as entrants; one that is trained enters once for each seed.
 
-    Raises ConfigError for names of no baseline.
+    Raises ConfigError for names of no baseline, and for settings that one does not have.
     """
+    check_baselines(config)
     names = lineup.names_of(config.baselines)
     tuned = _tuned(config, domain, names)
     learnt = split.learning(VALIDATION) if config.refit else split
 
     def made(name: str, seed: int) -> Opened:
         folder = baselines_folder(config.output_dir, domain) / slug(name)
-        recommender = lineup.settings_of(name, tuned.get(name)).make(learnt, domain, seed=seed, folder=folder)
+        recommender = _settings_of(config, name, tuned).make(learnt, domain, seed=seed, folder=folder)
         cost = {shown: getattr(recommender, told) for told, shown in COSTS.items() if hasattr(recommender, told)}
         return Opened(recommender=recommender, cost=cost, scores_once=isinstance(recommender, ScoringRecommender))
 
@@ -64,6 +66,7 @@ def baseline_entrants(config: EvaluateConfig, split: Split, domain: str) -> list
             kind="baseline",
             open=partial(made, name, seed),
             identity={"code": lineup.identity_of(name), "seed": seed, "tuned": tuned.get(name)}
+            | ({"settings": _identity_of(_settings_of(config, name, tuned))} if name in config.settings else {})
             | ({"refit": True} if config.refit else {}),
             stochastic=trained,
         )
@@ -80,7 +83,6 @@ def _tuned(config: EvaluateConfig, domain: str, names: Sequence[str]) -> dict[st
     """
     if not config.tuned:
         return {}
-    check_tuned(config)
     found = read_results(config.tuned).get(domain, {})
     data = file_sha256(Path(config.data) / "dataset.json")
     if any(entry["asked"]["data"] != data for entry in found.values()):
@@ -91,8 +93,25 @@ def _tuned(config: EvaluateConfig, domain: str, names: Sequence[str]) -> dict[st
     return {name: found[name]["settings"] for name in wanted if "settings" in found.get(name, {})}
 
 
-def check_tuned(config: EvaluateConfig) -> None:
-    """Raises ConfigError where the file of tuned settings is missing."""
+def _settings_of(config: EvaluateConfig, name: str, tuned: Mapping[str, Mapping[str, Any]]) -> lineup.Settings:
+    """The settings of a baseline. Raises ConfigError for one that it does not have, or that cannot be."""
+    return update(lineup.settings_of(name, tuned.get(name)), config.settings.get(name, {}), f"settings.{name}.")
+
+
+def _identity_of(settings: Any) -> dict[str, Any]:
+    """What tells settings from others: of files that they name, the content where they say so."""
+    found: dict[str, Any] = settings.identity() if hasattr(settings, "identity") else asdict(settings)
+    return to_dict(found)
+
+
+def check_baselines(config: EvaluateConfig) -> None:
+    """Raises ConfigError for names of no baseline, settings that one does not have or that are of none of those asked
+    for, and where the file of tuned settings is missing."""
+    names = lineup.names_of(config.baselines)
+    if others := [name for name in config.settings if name not in names]:
+        raise ConfigError(f"settings.{others[0]}: {others[0]!r} is none of baselines={','.join(config.baselines)}")
+    for name in config.settings:
+        _settings_of(config, name, {})
     if config.tuned and not Path(config.tuned).is_file():
         raise ConfigError(f"tuned={config.tuned!r} does not exist: make it with `cprec tune`")
 

@@ -15,7 +15,6 @@ from dataclasses import replace
 from itertools import count, product
 from pathlib import Path
 
-from cprec import lineup
 from cprec.card import CARD, Score, fill_in
 from cprec.data.dataset import read_split
 from cprec.data.item_columns import existing
@@ -23,8 +22,8 @@ from cprec.data.splits import Split
 from cprec.entrants import (
     baseline_entrants,
     baselines_folder,
+    check_baselines,
     check_learnt,
-    check_tuned,
     model_entrants,
     oracle,
     renamed,
@@ -82,8 +81,7 @@ def run(recipe: Recipe) -> Report | None:
     from cprec.shrink import shrink
     from cprec.text.prepare import prepare
 
-    lineup.names_of(recipe.evaluate.baselines)  # what the last stage would refuse is refused before the first
-    check_tuned(recipe.evaluate)
+    check_baselines(recipe.evaluate)  # what the last stage would refuse is refused before the first
     if recipe.finetune and recipe.blend:
         check_parts(recipe.blend.parts, recipe.blend.columns)
         for path in recipe.blend.columns.values():

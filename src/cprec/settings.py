@@ -419,6 +419,9 @@ def describe_type(annotation: Any) -> str:
     if origin in (tuple, list, Sequence):
         return f"list of {describe_type(arguments[0])}"
     if origin in (dict, Mapping):
-        return f"{describe_type(arguments[0])}:{describe_type(arguments[1])},..."
+        key, value = arguments
+        if get_origin(value) is Mapping:
+            return f"a value for each {describe_type(key)}.{describe_type(get_args(value)[0])}"
+        return f"{describe_type(key)}:{describe_type(value)},..."
     names: dict[Any, str] = {str: "text", Path: "path", bool: "true | false", int: "int", float: "float"}
     return names.get(annotation) or str(getattr(annotation, "__name__", annotation))

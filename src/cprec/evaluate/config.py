@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from cprec.errors import ConfigError
 from cprec.rank.config import RankConfig
@@ -24,6 +25,9 @@ class EvaluateConfig:
     are compared together, and `cprec run` fine-tunes each model with every seed (with one, by `finetune.seed`)."""
     tuned: str = ""
     """A file that `cprec tune` wrote: its settings replace the baselines' defaults."""
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Settings of baselines that differ from their defaults, and from those that tuning found, by the baseline's name:
+    settings.HLLM.base=FOLDER."""
     models: dict[str, str] = field(default_factory=dict)
     """Model folders to rank with, by the name they have in tables. A folder fine-tuned on a domain ranks that domain
     only; a pre-trained one ranks all."""

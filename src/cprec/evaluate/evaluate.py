@@ -165,8 +165,13 @@ def protocol_of(config: EvaluateConfig, split: Split, language_models: str) -> d
         )
     if config.refit:
         lines["learnt"] = REFIT
-    if config.tuned:
-        lines["baselines"] = f"settings found by tuning ({config.tuned}) where it has some"
+    found = [f"settings found by tuning ({config.tuned}) where it has some"] if config.tuned else []
+    given = [
+        f"{name} with {', '.join(f'{setting}={value}' for setting, value in settings.items())}"
+        for name, settings in config.settings.items()
+    ]
+    if found or given:
+        lines["baselines"] = "; ".join([*found, *given])
     return lines
 
 

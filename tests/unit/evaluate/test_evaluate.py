@@ -848,9 +848,26 @@ def test_the_protocol_says_what_numbers_depend_on(config: EvaluateConfig, split:
     assert "at most 50 a domain" in lines["queries"] and lines["language models"] == "beam search"
 
 
+def test_a_baseline_with_other_settings_is_ranked_anew_and_named(config: EvaluateConfig, split: Split) -> None:
+    asked = replace(config, baselines=("EASE", "titles"))
+    other = replace(asked, settings={"EASE": {"decay": "1.0"}})  # as the command line has it
+    first, second = (evaluate_models(each).domains["books"].arms for each in (asked, other))
+    (changed,) = baseline_entrants(replace(other, baselines=("EASE",)), split, "books")
+    assert changed.identity["settings"]["decay"] == 1.0
+    assert first["titles"].metrics == second["titles"].metrics and first["EASE"].metrics != second["EASE"].metrics
+    assert protocol_of(other, split, "")["baselines"] == "EASE with decay=1.0"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"baselines": ("tea",)}, "no 'tea'"), ({"tuned": "gone.json"}, "tuned='gone.json' does not")],
+    [
+        ({"baselines": ("tea",)}, "no 'tea'"),
+        ({"tuned": "gone.json"}, "tuned='gone.json' does not"),
+        ({"settings": {"EASE (published)": {}}}, r"settings.EASE \(published\): .* is none of baselines=random,"),
+        ({"settings": {"EASE": {"deca": 1}}}, "did you mean 'decay'"),
+        ({"settings": {"EASE": {"decay": "much"}}}, "settings.EASE.decay=much"),
+        ({"settings": {"EASE": {"decay": 3.0}}}, "decay=3.0 must"),
+    ],
 )
 def test_what_the_last_stage_of_a_run_refuses_is_refused_before_the_first(
     tmp_path: Path, changes: dict[str, Any], message: str
