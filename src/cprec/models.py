@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from cprec.progress import hide_progress_bars
 TINY = "tiny"
 DOCUMENTS = "documents"
 """The name under which transformers knows `train.attention`."""
+_OF_LAYERS = ("layer_types", "no_rope_layers")
+"""Lists in configurations that have an entry for each layer."""
 
 
 def tiny_model(
@@ -203,6 +205,51 @@ def blocks_of(model: Any) -> Any:
             "have: train it with fsdp=false and torch_compile=false"
         )
     return blocks
+
+
+def drop_layers(model: Any, removed: Sequence[int]) -> None:
+    """Take layers out of a model; the others follow one another."""
+    trunk, blocks = trunk_and_head(model)[0], blocks_of(model)
+    kept = [layer for layer in range(len(blocks)) if layer not in removed]
+    name = next(name for name, module in trunk.named_children() if module is blocks)
+    setattr(trunk, name, nn.ModuleList(blocks[layer] for layer in kept))
+    for place, layer in enumerate(kept):
+        for module in blocks[layer].modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = place
+    config = model.config.get_text_config()
+    config.num_hidden_layers = len(kept)
+    for name in _OF_LAYERS:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, [getattr(config, name)[layer] for layer in kept])
+
+
+def last_norm(model: Any) -> nn.Module:
+    """What the last layer's states go through before the output layer. Raises ConfigError where it is not found."""
+    trunk, _ = trunk_and_head(model)
+    norms = [module for module in trunk.children() if getattr(getattr(module, "weight", None), "ndim", 0) == 1]
+    if len(norms) != 1:
+        raise ConfigError(
+            f"{type(trunk).__name__} has {len(norms)} norms beside its layers, so it is not clear which the output "
+            "layer reads: states in the middle cannot predict"
+        )
+    return norms[0]
+
+
+@contextmanager
+def recorded_states(model: Any, layers: Sequence[int]) -> Iterator[list[torch.Tensor]]:
+    """For the block, each forward pass adds to the list what some layers write, in ascending order, 1 being the first:
+    [R, T, D] each. That of the last layer is taken behind the norm, as the output layer reads it."""
+    trunk, blocks, states = trunk_and_head(model)[0], blocks_of(model), list[torch.Tensor]()
+
+    def add(_: Any, __: Any, out: Any) -> None:
+        states.append(out if isinstance(out, torch.Tensor) else out[0])
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            module = trunk if layer == len(blocks) else blocks[layer - 1]
+            hooks.callback(module.register_forward_hook(add).remove)
+        yield states
 
 
 def packed_hidden(

@@ -22,7 +22,7 @@ from torch.nn import functional
 from cprec.data.dataset import data_folder, read_catalogue
 from cprec.errors import ConfigError
 from cprec.files import whole_folder, write_whole
-from cprec.models import blocks_of, load_model, num_parameters, trunk_and_head
+from cprec.models import blocks_of, drop_layers, load_model, num_parameters, trunk_and_head
 from cprec.progress import say
 from cprec.provenance import (
     CONFIG_FILE,
@@ -50,8 +50,6 @@ SAMPLE_CHARACTERS = 2_000
 """So much of a text is read to measure perplexity."""
 BATCH = 1_000
 """General texts that are tokenised at once."""
-_OF_LAYERS = ("layer_types", "no_rope_layers")
-"""Lists in configurations that have an entry for each layer."""
 
 
 # ---- the stage -------------------------------------------------------------------------------------------------------
@@ -305,23 +303,6 @@ def _states_of(model: Any, ids: Sequence[int]) -> torch.Tensor:
         hooks.callback(last.remove)
         model(input_ids=torch.tensor([ids]), use_cache=False)
     return torch.stack(states)
-
-
-def drop_layers(model: Any, removed: Sequence[int]) -> None:
-    """Take layers out of a model; the others follow one another."""
-    trunk, blocks = trunk_and_head(model)[0], blocks_of(model)
-    kept = [layer for layer in range(len(blocks)) if layer not in removed]
-    name = next(name for name, module in trunk.named_children() if module is blocks)
-    setattr(trunk, name, nn.ModuleList(blocks[layer] for layer in kept))
-    for place, layer in enumerate(kept):
-        for module in blocks[layer].modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = place
-    config = model.config.get_text_config()
-    config.num_hidden_layers = len(kept)
-    for name in _OF_LAYERS:
-        if getattr(config, name, None) is not None:
-            setattr(config, name, [getattr(config, name)[layer] for layer in kept])
 
 
 # ---- measures --------------------------------------------------------------------------------------------------------

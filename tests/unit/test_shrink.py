@@ -13,8 +13,8 @@ import torch
 from cprec.data.config import TableSource
 from cprec.data.dataset import read_catalogue
 from cprec.errors import ConfigError
-from cprec.models import add_lora, blocks_of, load_model, tiny_model
-from cprec.shrink import drop_layers, keep_tokens, least_layers, logits_of, perplexity_of, shrink, special_ids
+from cprec.models import add_lora, blocks_of, drop_layers, load_model, tiny_model
+from cprec.shrink import keep_tokens, least_layers, logits_of, perplexity_of, shrink, special_ids
 from cprec.text.config import PrepareConfig
 from cprec.text.encoding import PromptEncoder
 from cprec.text.prepare import prepare

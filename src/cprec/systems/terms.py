@@ -22,7 +22,7 @@ from cprec.batch import IGNORE
 from cprec.errors import ConfigError
 from cprec.systems.clusters import k_means, nearest
 from cprec.systems.graph import SLOPE, ItemGraph, soft_rows
-from cprec.train.loss import linear_cross_entropy
+from cprec.train.loss import linear_cross_entropy, linear_divergence
 
 CHUNK = 256
 """Targets whose scores of negatives exist at once."""
@@ -154,40 +154,6 @@ def divergence(
     return cross_entropy + torch.special.xlogy(chance_NK, chance_NK).sum()
 
 
-class _Divergence(torch.autograd.Function):
-    """Loss and gradients of a few targets at a time, in the forward pass, where the scores are at hand. Suffix C:
-    targets of a chunk."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: torch.Tensor,
-        weight_VD: torch.Tensor,
-        given_ND: torch.Tensor,
-        given_VD: torch.Tensor,
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        low_VD, given_low_VD = weight_VD.to(dtype), given_VD.to(dtype)
-        grads = [torch.empty_like(hidden_ND), torch.zeros_like(weight_VD)]
-        loss = hidden_ND.new_zeros(())
-        for start in range(0, len(hidden_ND), CHUNK):
-            rows = slice(start, start + CHUNK)
-            low_CD = hidden_ND[rows].to(dtype)
-            log_CV = (low_CD @ low_VD.T).float().log_softmax(1)
-            given_log_CV = (given_ND[rows].to(dtype) @ given_low_VD.T).float().log_softmax(1)
-            chance_CV = given_log_CV.exp()
-            loss += (chance_CV * given_log_CV.sub_(log_CV)).sum()
-            rest_CV = log_CV.exp_().sub_(chance_CV).to(dtype)
-            grads[0][rows] = rest_CV @ low_VD
-            grads[1] += rest_CV.T @ low_CD
-        ctx.save_for_backward(*grads)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *(each * grads[0] for each in ctx.saved_tensors), None, None, None
-
-
 class Distillation:
     """A teacher: draws a model's states, [N, D] or [N, W, D], to those of a trained model at the same targets, and its
     scores of all items to that model's (Xu et al. 2025).
@@ -207,7 +173,7 @@ class Distillation:
         loss = self._direction * turned.sum() + self._distance * distance.sum()
         if self._scores:
             last_ND, given_ND = (each if each.ndim == 2 else each[:, -1] for each in (hidden, given))
-            loss = loss + self._scores * _Divergence.apply(last_ND, weight_VD, given_ND, given_VD, self._dtype)
+            loss = loss + self._scores * linear_divergence(last_ND, weight_VD, given_ND, given_VD, self._dtype)
         return loss
 
 

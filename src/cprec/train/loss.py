@@ -118,6 +118,54 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, target_N, dtype, bias_V, left_out_NX, chance_NK)
 
 
+class _LinearDivergence(torch.autograd.Function):
+    """Loss and gradients chunk by chunk, the gradients in the forward pass, as for `_LinearCrossEntropy`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        given_ND: torch.Tensor,
+        given_VD: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        low_VD, given_low_VD = weight_VD.to(dtype), given_VD.to(dtype)
+        grad_hidden, grad_weight = torch.empty_like(hidden_ND), torch.zeros_like(weight_VD)
+        loss = hidden_ND.new_zeros(())
+        for start in range(0, len(hidden_ND), CHUNK):
+            rows = slice(start, start + CHUNK)
+            low_CD = hidden_ND[rows].to(dtype)
+            log_CV = (low_CD @ low_VD.T).float().log_softmax(1)
+            given_log_CV = (given_ND[rows].to(dtype) @ given_low_VD.T).float().log_softmax(1)
+            chance_CV = given_log_CV.exp()
+            loss += (chance_CV * given_log_CV.sub_(log_CV)).sum()
+            rest_CV = log_CV.exp_().sub_(chance_CV).to(dtype)
+            grad_hidden[rows] = rest_CV @ low_VD
+            if ctx.needs_input_grad[1]:
+                grad_weight += rest_CV.T @ low_CD
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *(each * grads[0] for each in ctx.saved_tensors), None, None, None
+
+
+def linear_divergence(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    given_ND: torch.Tensor,
+    given_VD: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Summed Kullback-Leibler divergence KL(p, q) of q = softmax(hidden @ weight.T) from p = softmax(given @ given
+    weight.T), in nats; products in `dtype`, sums in fp32. What is given gets no gradient, and may have another width.
+    """
+    loss: torch.Tensor = _LinearDivergence.apply(hidden_ND, weight_VD, given_ND, given_VD, dtype)
+    return loss
+
+
 class PackedLoss(nn.Module):
     """A causal language model as a `Trainable` of packed rows (see `TokenStream`), whose forward pass is the loss: the
     one door for sharding, compiling and checkpointing.
@@ -164,6 +212,11 @@ class PackedLoss(nn.Module):
         # Sharding hands on what it is given in the number format of its products.
         chance_NK = None if weights_RTK is None else weights_RTK.flatten(0, 1)[at_N].float()
         return linear_cross_entropy(hidden_ND, head.weight, target_NK, self._dtype, chance_NK=chance_NK)
+
+    @property
+    def usual(self) -> PackedLoss:
+        """The loss that held-out rows are measured by: this one, without what a teacher adds to it."""
+        return self
 
     @property
     def _dtype(self) -> torch.dtype:

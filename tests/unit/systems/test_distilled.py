@@ -69,7 +69,7 @@ def test_states_are_drawn_by_direction_and_distance_and_scores_by_their_divergen
 
 
 def test_gradients_of_the_divergence_are_those_of_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cprec.systems.terms.CHUNK", 3)
+    monkeypatch.setattr("cprec.train.loss.CHUNK", 3)
     generator = torch.Generator().manual_seed(0)
     hidden, items, given, given_items = (
         torch.randn(count, 4, generator=generator, requires_grad=number < 2)
