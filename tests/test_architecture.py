@@ -74,7 +74,7 @@ TOP = frozenset(
         "probes",
         "serving",
     }
-    | {"shrink", "budget", "pretrain", "heads", "teaching"}
+    | {"shrink", "distil", "budget", "pretrain", "heads", "teaching"}
     | {"config", "recipe", "recipes", "settings", "field_help", "verbs", "cli", "__main__", "__init__"}
 )
 """Parts that know everything below; nothing below knows them."""

@@ -134,6 +134,8 @@ def card_of(folder: Path, record: Mapping[str, Any], data: Path) -> str:
     prompt = render(Template(**done["template"]), done["history"], example, [(example, title) for title in titles])
     where = f"`{domain}`" if domain else "the domains in `items/`"
     stage = f"fine-tuning on `{domain}`" if domain else "pre-training on behaviour sequences of all domains"
+    if layers := done.get("layers_of_teacher"):
+        stage = f"distilling on `{domain}`: {len(layers)} layers of the base learn what the whole base says"
     begin = "".join(f"{token}, " for token in done.get("begin", []))
     is_trained = done["tokens"] > 0
     body = TEMPLATE.format(

@@ -26,6 +26,12 @@ def finetune(config: FinetuneConfig) -> Path:
     raise.
     """
     folder = language_model.finetune(config, taught_by(config))
+    give_item_head(config)
+    return folder
+
+
+def give_item_head(config: FinetuneConfig) -> None:
+    """Give the model that was trained by these settings its item head, where they ask for one."""
     if config.item_head and not config.dry_run:
         base = Path(config.model_name_or_path)
         start = head_to_start_from(base)
@@ -36,7 +42,6 @@ def finetune(config: FinetuneConfig) -> Path:
         begun = {"start": file_sha256(base / FOLDER / ARRAYS)} if start is not None else {}
         networks = config.head_networks
         give_heads(config, {"domain": config.domain, "networks": networks, **begun}, train)
-    return folder
 
 
 def head_to_start_from(base: Path) -> ItemHead | None:

@@ -11,13 +11,14 @@ from cprec.fit.config import FitConfig
 from cprec.rank.config import BlendConfig, RefitConfig
 from cprec.serve.config import RecommendConfig, ServeConfig
 from cprec.text.config import PrepareConfig
-from cprec.train.config import AnnealConfig, FinetuneConfig, PretrainConfig, ShrinkConfig
+from cprec.train.config import AnnealConfig, DistilConfig, FinetuneConfig, PretrainConfig, ShrinkConfig
 
 STAGE_CONFIGS: dict[str, type] = {
     "prepare": PrepareConfig,
     "shrink": ShrinkConfig,
     "pretrain": PretrainConfig,
     "finetune": FinetuneConfig,
+    "distil": DistilConfig,
     "blend": BlendConfig,
     "refit": RefitConfig,
     "evaluate": EvaluateConfig,

@@ -353,6 +353,30 @@ VERBS: tuple[Verb, ...] = (
         folders=DATA_FOLDER,
     ),
     Verb(
+        name="distil",
+        summary="a fine-tuned model to a shallower one, which learns from it",
+        text="""Makes a student of some layers of a teacher, and trains it on next-item examples of a domain: by the
+            usual loss, and by drawing its next tokens and its states, group of layers by group, to the teacher's.
+            Writes a model folder like that of `cprec finetune`, whose settings it takes. Interrupted, the same command
+            resumes from the last checkpoint. Refuses a teacher of another tokenizer, and one trained on what the
+            leakage certificate of the data does not cover.""",
+        example="cprec distil runs/shop/model runs/shop/small data=runs/shop/data layers=8",
+        function="cprec.distil:distil",
+        stage="distil",
+        folders=DATA_FOLDER,
+        usage="MODEL OUT data=FOLDER layers=N [key=value ...]",
+        arguments={"model_name_or_path": {"metavar": "MODEL"}, "output_dir": {"metavar": "OUT"}},
+        about="""
+            MODEL  the teacher: a model folder, or a base model by its Hugging Face name, folder or GGUF file
+            OUT    the model folder to write
+        """,
+        leave_out=(
+            "model_name_or_path output_dir tiny.* tiny.hidden_size tiny.num_hidden_layers tiny.num_attention_heads "
+            "lora_rank lora_alpha lora_merge fsdp torch_compile"
+        ),
+        run=with_settings,
+    ),
+    Verb(
         name="blend",
         summary="a fine-tuned model and simple recommenders, weighted by validation queries",
         text="""Chooses the weights of a model and of recommenders that need no training beside it, by NDCG@10 on

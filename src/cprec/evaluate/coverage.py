@@ -30,13 +30,13 @@ def check_certificate(
 
     Raises LeakageError where it does not, unless `uncertified` is set, and DataError where the file is no certificate.
     """
-    problem = _problem(Path(data), domain, part, trained_on, hashes)
+    problem = gap_of_certificate(Path(data), domain, part, trained_on, hashes)
     if problem and not uncertified:
         raise LeakageError(f"{problem} (uncertified=true ranks all the same, and says so in every table)")
     return problem is None
 
 
-def _problem(
+def gap_of_certificate(
     data: Path, domain: str, part: str, trained_on: Mapping[str, Sequence[str]], hashes: FileHashes
 ) -> str | None:
     """Why the certificate does not cover an evaluation, and what to do; None where it does."""

@@ -112,7 +112,7 @@ class TokenStream:
     Each phase is packed on its own, and its rows are divided evenly over its steps, `rows_per_step` at most.
     `is_target(documents, tokens)` says for each token whether the loss covers it, where the corpus allows that.
     `nodes_of(tokens, first_target)` says which node of a trie each token of some documents leads to, or IGNORE; then
-    batches have these.
+    batches have these. `more_terms` names loss terms that are means over the targets, as the usual one is.
 
     Raises ConfigError if a document does not fit a row or nothing is to be trained on.
     """
@@ -128,6 +128,7 @@ class TokenStream:
         max_passes: float = 0,
         is_target: Callable[[np.ndarray, Ragged], np.ndarray] | None = None,
         nodes_of: Callable[[Ragged, np.ndarray], np.ndarray] | None = None,
+        more_terms: Sequence[str] = (),
         pad_id: int = 0,
     ) -> None:
         orders = document_order(corpus, phases, seed, max_passes)
@@ -144,7 +145,7 @@ class TokenStream:
             sizes.append(np.diff(np.arange(num_steps + 1) * len(packed) // max(1, num_steps)))
         self.corpus, self.phases = corpus, tuple(phases)
         self.row_tokens, self.pad_id, self._is_target = row_tokens, pad_id, is_target
-        self._nodes_of = nodes_of
+        self._nodes_of, self._terms = nodes_of, (NEXT_TOKEN, *more_terms)
         self.tokens_per_step = rows_per_step * row_tokens
         """Positions of a step at most."""
         self._rows = Ragged.concatenate(rows)
@@ -238,7 +239,7 @@ class TokenStream:
             arrays["until"][flat] = column + read.until
         if read.choices is not None:
             arrays |= self._with_choices(targets, read.choices, flat)
-        counts = {NEXT_TOKEN: int(predicted.sum())}
+        counts = dict.fromkeys(self._terms, int(predicted.sum()))
         if self._nodes_of is not None:
             node = self._nodes_of(tokens, read.first_target)
             arrays["nodes"] = np.full(size, IGNORE, dtype=np.int64)

@@ -26,6 +26,7 @@ from cprec.text.tokenizer import load_tokenizer
 from cprec.train.attention import use_document_attention
 from cprec.train.catalogue_loss import CatalogueLoss
 from cprec.train.config import TrainingConfig
+from cprec.train.distillation import DistilledLoss, without_adapters
 from cprec.train.loss import PackedLoss, prepare_loss
 from cprec.train.plan import Plan
 from cprec.train.run import Run
@@ -35,15 +36,10 @@ def build(run: Run, plan: Plan, tokenizer: Any) -> PackedLoss:
     """The model with its loss, checked for what packed rows need."""
     config, device = run.config, distributed.pick_device()
     attention = None if config.attn_implementation == "auto" else config.attn_implementation
-    model = make_model(config, tokenizer, partial(load_model, attn_implementation=attention)).to(device)
+    load = partial(load_model, attn_implementation=attention)
+    model = make_model(config, tokenizer, run.loading(load)).to(device)
     check_fits(run, plan, model, tokenizer)
-    positions_given = check_attention(model)
-    recompiled = config.torch_compile and config.gradient_checkpointing
-    if config.attn_implementation == "auto" and device.type == "cpu" and not recompiled and positions_given:
-        use_document_attention(model, compiled=config.torch_compile)
-    check_isolation(model)
-    if plan.stream.corpus.has_trees:
-        require_trees(model, config.max_length)
+    _let_attend(model, config, plan)
     bf16 = distributed.use_bf16(config.bf16, device)
     loss = prepare_loss(
         model,
@@ -54,9 +50,30 @@ def build(run: Run, plan: Plan, tokenizer: Any) -> PackedLoss:
     )
     if run.titles_trie is not None:
         loss = CatalogueLoss(loss.module, run.titles_trie, run.weight_of_catalogue, bf16=bf16)
+    if run.distillation is not None and run.distillation.weights:
+        loss = DistilledLoss(loss, run.distillation, _teacher(run, plan, load) if run.has_teacher else None)
     number_format = "bf16" if bf16 else "fp32"
     say(f"{num_parameters(model) / 1e6:.2f} M parameters on {distributed.describe(device)}, {number_format}")
     return loss
+
+
+def _let_attend(model: Any, config: TrainingConfig, plan: Plan) -> None:
+    """Let a model attend as the settings say, inside packed documents alone. Raises ConfigError where it cannot."""
+    positions_given = check_attention(model)
+    recompiled = config.torch_compile and config.gradient_checkpointing
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if config.attn_implementation == "auto" and on_cpu and not recompiled and positions_given:
+        use_document_attention(model, compiled=config.torch_compile)
+    check_isolation(model)
+    if plan.stream.corpus.has_trees:
+        require_trees(model, config.max_length)
+
+
+def _teacher(run: Run, plan: Plan, load: Callable[[str], Any]) -> Any:
+    """The model that teaches, which is not trained."""
+    teacher = without_adapters(load(run.config.model_name_or_path)).to(distributed.pick_device())
+    _let_attend(teacher, run.config, plan)
+    return teacher.requires_grad_(False).eval()
 
 
 def make_model(config: TrainingConfig, tokenizer: Any, load: Callable[[str], Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Settings of pre-training, fine-tuning, anneal forks and of shrinking a base model."""
+"""Settings of pre-training, fine-tuning, distilling, anneal forks and of shrinking a base model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from cprec.errors import ConfigError
-from cprec.text.config import Curriculum, Mixture
+from cprec.text.config import TINY, Curriculum, Mixture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,6 +313,75 @@ class FinetuneConfig(TrainingConfig):
     def weight_of_catalogue(self) -> float:
         """The part that the catalogue's loss has."""
         return {"vocabulary": 0.0, "catalogue": 1.0, "both": self.catalogue_weight}[self.softmax]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilConfig(FinetuneConfig):
+    """Settings of distilling: those of fine-tuning, of a model with fewer layers that a deeper one teaches."""
+
+    may_stay: ClassVar[bool] = False
+
+    model_name_or_path: str = TINY
+    """The teacher: a model folder that `cprec` wrote, or any causal language model, as a Hugging Face name, a folder or
+    a GGUF file."""
+    domain: str = ""
+    """The target domain: one that `cprec prepare` wrote examples for; empty: the one the teacher was fine-tuned on."""
+    num_train_epochs: float = 3.0
+    """Passes over what is read."""
+    layers: int
+    """Layers that the student has."""
+    start: Literal["first", "spaced"] = "first"
+    """Which layers of the teacher the student begins as: the first, or evenly spaced ones, with the first and the last
+    among them."""
+    token_weight: float = 1.0
+    """Weight of the divergence of the student's next tokens from the teacher's, at the places of the targets."""
+    temperature: float = 2.0
+    """What the logits of both are divided by for that: above 1, unlikely tokens count more."""
+    num_groups: int = 4
+    """Groups that the layers of either are cut into, as evenly as they can be; states are compared at their ends."""
+    direction_weight: float = 1.0
+    """Weight of one minus the cosine of the student's state and the teacher's, at the end of each group."""
+    distance_weight: float = 0.1
+    """Weight of their distance, as a share of the length of the teacher's."""
+    head_weight: float = 0.0
+    """Weight of predictions of the next token from the student's states in the middle, at the end of each group but the
+    last, by its own norm and output layer; 0: there are none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model_name_or_path == TINY:
+            raise ConfigError(f"model_name_or_path={TINY} is random weights, which teach nothing: give a model folder")
+        for name in ("layers", "num_groups"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("token_weight", "direction_weight", "distance_weight", "head_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more")
+        if not self.temperature > 0:
+            raise ConfigError(f"temperature={self.temperature} must be above 0")
+        if self.num_groups > self.layers:
+            raise ConfigError(f"num_groups={self.num_groups} must not be above layers={self.layers}: set it lower")
+        if self.head_weight and self.num_groups == 1:
+            raise ConfigError("head_weight is of states in the middle, and num_groups=1 has none: set num_groups=2")
+        if self.lora_rank:
+            raise ConfigError(
+                f"lora_rank={self.lora_rank} adds adapters to a saved model, and a student is saved only when it has "
+                "learnt: set lora_rank=0"
+            )
+        for name in ("fsdp", "torch_compile"):
+            if getattr(self, name):
+                raise ConfigError(f"{name}=true hides the states between layers, which are compared: set {name}=false")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the loss terms beside the usual one, by name, those above 0."""
+        every = {
+            "tokens": self.token_weight,
+            "direction": self.direction_weight,
+            "distance": self.distance_weight,
+            "heads": self.head_weight,
+        }
+        return {name: weight for name, weight in every.items() if weight}
 
 
 ForkData = Literal["same", "mixed_late", "sft_late"]

@@ -249,11 +249,19 @@ def estimate(
     heldout_tokens: int = 0,
     gradient_checkpointing: bool = False,
     fsdp: bool = False,
+    teacher: Any | None = None,
 ) -> Estimate:
-    """What training `model`, which may be on the meta device, on a stream takes on this machine, by arithmetic."""
+    """What training `model`, which may be on the meta device, on a stream takes on this machine, by arithmetic. A
+    frozen `teacher` reads the same tokens, and weighs beside it.
+    """
     num_processes, first = distributed.num_ranks(), stream.batch(0)
     context = mean_context(stream.corpus.lengths)
     flops = flops_per_token(model, context, first.counts[NEXT_TOKEN] / first.num_tokens)
+    taught = 0
+    if teacher is not None:
+        # Its output layer has no gradient to hand on, which is half of what a frozen one takes.
+        flops += flops_per_token(teacher, context, first.counts[NEXT_TOKEN] / first.num_tokens / 2)
+        taught = _numbers(teacher)
     again = 2.0 * gradient_checkpointing * sum(weight.numel() for weight in multiplying_weights(model))
     tokens = rows * stream.row_tokens
     of_batch = micro_batch_bytes(model, tokens, bf16=bf16, gradient_checkpointing=gradient_checkpointing)
@@ -276,7 +284,7 @@ def estimate(
         rows=rows,
         micro_batch_bytes=of_batch,
         num_processes=num_processes,
-        weight_bytes=FP32 * num_parameters / num_shares,
+        weight_bytes=FP32 * (num_parameters / num_shares + taught),
         adam_bytes=2 * FP32 * num_trained / num_shares,  # two means of each trained weight
         checkpoint_bytes=FP32 * (num_saved + 2 * num_trained),
         num_checkpoints=num_checkpoints,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def finetune(config: FinetuneConfig, taught: Taught | None = None) -> Path:
     """
     if config.teachers and taught is None:
         raise ConfigError("this function makes no teachers: call cprec.finetune.finetune, which does")
-    return run_training(_run(config, taught))
+    return run_training(run_of(config, taught))
 
 
 def timed(config: FinetuneConfig) -> Estimate:
@@ -43,7 +43,7 @@ def timed(config: FinetuneConfig) -> Estimate:
 
     Nothing is learnt or written.
     """
-    return time_training(_run(config))
+    return time_training(run_of(config))
 
 
 def tokens_of_pass(config: FinetuneConfig) -> int:
@@ -63,7 +63,8 @@ def _sample(config: FinetuneConfig, shards: Shards) -> Group:
     return Group("", "", shards, rows, targets_only=config.documents == "examples")
 
 
-def _run(config: FinetuneConfig, taught: Taught | None = None) -> Run:
+def run_of(config: FinetuneConfig, taught: Taught | None = None, more_terms: Sequence[str] = ()) -> Run:
+    """The run of a configuration; `more_terms` names loss terms beside the usual one, means over targets like it."""
     folder = _examples_of(Path(config.data), config.domain)
     documents, validation = _documents(config), open_shards(folder / "validation")
 
@@ -85,8 +86,8 @@ def _run(config: FinetuneConfig, taught: Taught | None = None) -> Run:
         trees = config.documents == "trees"
         group = _sample(config, distributed.by_first(lambda: trees_of(config, taught)) if trees else documents)
         num_tokens = round(config.num_train_epochs * group.num_tokens)
-        nodes_of = TitleNodes(trie) if trie else None
-        return plan_of(config, stream(Corpus([group]), num_tokens, config.train_batch_size, nodes_of=nodes_of))
+        more = {"nodes_of": TitleNodes(trie) if trie else None, "more_terms": more_terms}
+        return plan_of(config, stream(Corpus([group]), num_tokens, config.train_batch_size, **more))
 
     held_out = min(config.eval_tokens, validation.manifest["num_tokens"])
     asked = Corpus.of(validation, targets_only=True)

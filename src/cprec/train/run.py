@@ -12,6 +12,7 @@ from cprec.provenance import CONFIG_FILE, FileHashes, read_resolved
 from cprec.search.trie import Trie
 from cprec.text.stream import TokenStream
 from cprec.train.config import TrainingConfig
+from cprec.train.distillation import Distillation
 from cprec.train.plan import Plan
 from cprec.train.probe import queries_of
 from cprec.train.reuse import file_inputs, shards_of
@@ -45,6 +46,8 @@ class Run:
     """The titles of the domain's items, where their loss over the catalogue is trained."""
     weight_of_catalogue: float = 0.0
     """The part of that loss."""
+    distillation: Distillation | None = None
+    """Where the model that the configuration names is a teacher: how another is made of it, and learns."""
 
     @property
     def output_dir(self) -> Path:
@@ -58,6 +61,15 @@ class Run:
     def has_items(self) -> bool:
         """Whether there is anything to recommend: not where the data are text."""
         return (self.data / "items").is_dir()
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the model learns from the one that it is made of."""
+        return self.distillation is not None and self.distillation.has_teacher
+
+    def loading(self, load: Callable[[str], Any]) -> Callable[[str], Any]:
+        """What loads the model to train, given what loads the one that the configuration names."""
+        return load if self.distillation is None else self.distillation.student_from(load)
 
     @property
     def all_trained_on(self) -> list[str]:

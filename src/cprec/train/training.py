@@ -41,6 +41,7 @@ from cprec.train.checkpoint import (
     whole_weights,
 )
 from cprec.train.config import TrainingConfig
+from cprec.train.distillation import without_adapters
 from cprec.train.estimate import Estimate, estimate, measure
 from cprec.train.folder import DONE, LOG, METRIC, read_done, read_log
 from cprec.train.forgetting import GENERAL_TEXT, general_text_batches
@@ -82,7 +83,7 @@ def run_training(run: Run) -> Path:
     validation = dict(run.validation) | _general_text_stream(config, tokenizer, run.about.get("begin", []))
     if config.dry_run:
         with torch.device("meta"):
-            model = make_model(config, tokenizer, unloaded_model)
+            model = make_model(config, tokenizer, run.loading(unloaded_model))
         check_fits(run, plan, model, tokenizer)
         say(str(_estimate(run, plan, model, validation)))
         return run.output_dir
@@ -195,7 +196,13 @@ def _estimate(run: Run, plan: Plan, model: Any, validation: Mapping[str, TokenSt
         output_dir=run.output_dir,
         num_checkpoints=config.save_total_limit + 1 + run.keeps_stable,  # one is being written
         heldout_tokens=heldout * (stream.num_steps // config.eval_steps + 2),  # at the start and the end, too
+        teacher=_unloaded_teacher(run) if run.has_teacher else None,
     )
+
+
+def _unloaded_teacher(run: Run) -> Any:
+    with torch.device("meta"):
+        return without_adapters(unloaded_model(run.config.model_name_or_path)).requires_grad_(False)
 
 
 # ---- fit -------------------------------------------------------------------------------------------------------------
@@ -260,7 +267,7 @@ def _fit(
                 save_total_limit=config.save_total_limit,
                 stable_step=stream.num_steps - plan.steps_of(ANNEALING) if run.keeps_stable else None,
             ),
-            validate=lambda: {"heldout": {name: perplexity(loss, each) for name, each in validation.items()}},
+            validate=lambda: {"heldout": {name: perplexity(loss.usual, each) for name, each in validation.items()}},
             probe=best,
             resume_from=saved,
             start_from=run.start_from,
