@@ -286,6 +286,7 @@ def test_a_teacher_with_adapters_teaches_as_they_make_it(
     assert distil(asked) == tmp_path / "dry"
 
 
+@pytest.mark.slow
 def test_the_estimate_counts_the_teacher(
     config: Callable[..., DistilConfig], capfd: pytest.CaptureFixture[str]
 ) -> None:
