@@ -12,7 +12,7 @@ from cprec.models import blocks_of, unloaded_model
 from cprec.provenance import FileHashes
 from cprec.train.config import DistilConfig
 from cprec.train.distillation import Distillation, spaced
-from cprec.train.finetune import run_of
+from cprec.train.finetune import examples_of, run_of
 from cprec.train.folder import model_identity, read_done
 from cprec.train.run import Run
 from cprec.train.training import run_training
@@ -32,10 +32,14 @@ def distil(config: DistilConfig, taught: Taught | None = None) -> Path:
 
 
 def with_domain(config: DistilConfig) -> DistilConfig:
-    """The settings with the domain that the teacher was fine-tuned on, where they name none."""
+    """The settings with the domain that the teacher was fine-tuned on, where they name none.
+
+    Raises ConfigError where no domain is known, or the data have no examples of it.
+    """
     domain = config.domain or (read_done(config.model_name_or_path) or {}).get("domain", "")
     if not domain:
         raise ConfigError(f"{config.model_name_or_path} was fine-tuned for no domain: name one by domain=")
+    examples_of(Path(config.data), domain)
     return replace(config, domain=domain)
 
 

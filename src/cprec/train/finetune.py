@@ -51,7 +51,7 @@ def tokens_of_pass(config: FinetuneConfig) -> int:
     if not config.teachers:
         documents = trees_of(config, None) if config.documents == "trees" else _documents(config)
         return _sample(config, documents).num_tokens
-    examples = open_shards(_examples_of(Path(config.data), config.domain) / "train", columns=TRAINING)
+    examples = open_shards(examples_of(Path(config.data), config.domain) / "train", columns=TRAINING)
     # Each event is read once; a branch is about as long as a line of the history, and each event has some.
     branches = (examples.column("length") - examples.column("target_start") + BRANCH_ENDING).sum()
     return int(branches * (2 + config.taught_targets))
@@ -65,7 +65,7 @@ def _sample(config: FinetuneConfig, shards: Shards) -> Group:
 
 def run_of(config: FinetuneConfig, taught: Taught | None = None, more_terms: Sequence[str] = ()) -> Run:
     """The run of a configuration; `more_terms` names loss terms beside the usual one, means over targets like it."""
-    folder = _examples_of(Path(config.data), config.domain)
+    folder = examples_of(Path(config.data), config.domain)
     documents, validation = _documents(config), open_shards(folder / "validation")
 
     def stream(corpus: Corpus, num_tokens: float, rows: int, **more: Any) -> TokenStream:
@@ -116,7 +116,7 @@ def _titles_of(config: FinetuneConfig, about: Mapping[str, Any]) -> Trie:
 def _documents(config: FinetuneConfig) -> Shards:
     """What is trained on, or the examples that trees are made of the events of. Raises ConfigError where the data have
     no documents of users, or documents unlike prompts."""
-    folder = _examples_of(Path(config.data), config.domain)
+    folder = examples_of(Path(config.data), config.domain)
     if config.documents != "users":
         return open_shards(folder / "train")
     if not (folder / WHOLE).is_dir():
@@ -133,7 +133,7 @@ def _documents(config: FinetuneConfig) -> Shards:
     return shards
 
 
-def _examples_of(data: Path, domain: str) -> Path:
+def examples_of(data: Path, domain: str) -> Path:
     """The folder of a domain's examples. Raises ConfigError where there is none."""
     folder = data / "examples" / domain
     if folder.is_dir():

@@ -20,7 +20,7 @@ from cprec.text.tokenizer import load_tokenizer, train_tokenizer
 from cprec.train import training
 from cprec.train.checkpoint import checkpoints
 from cprec.train.config import DistilConfig, FinetuneConfig
-from cprec.train.distil import distil
+from cprec.train.distil import distil, with_domain
 from cprec.train.distillation import (
     DIRECTION,
     DISTANCE,
@@ -314,6 +314,8 @@ def test_teachers_that_do_not_fit_are_refused(
         distil(config(layers=5))
     with pytest.raises(ConfigError, match="was fine-tuned for no domain: name one by domain="):
         distil(config(domain=""))
+    with pytest.raises(ConfigError, match=r"domain='films' has no fine-tuning examples .*which has those of books"):
+        with_domain(config(domain="films"))
     with pytest.raises(ConfigError, match="there is no folder"):
         distil(config(model_name_or_path=str(tmp_path / "nowhere")))
     other = tmp_path / "other"
