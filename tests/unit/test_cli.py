@@ -97,7 +97,7 @@ FUNCTIONS = {verb.name: verb.function for verb in verbs.VERBS}
 def fake_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     calls.clear()
     failures.clear()
-    stages = dict.fromkeys((*STAGES, "anneal", "blend", "refit", "tune", "fit", "shrink"), FakeConfig)
+    stages = dict.fromkeys((*STAGES, "anneal", "blend", "refit", "tune", "fit", "shrink", "distil"), FakeConfig)
     stages |= {"recommend": FakeRecommendConfig, "serve": FakeServeConfig}
     monkeypatch.setattr(config, "STAGE_CONFIGS", stages)
     monkeypatch.setattr(config, "RECIPES", {"fake": fake, "demo": demo})
