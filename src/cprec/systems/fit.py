@@ -126,6 +126,7 @@ def fit(
     seconds = round(sum(done["seconds"] for done in finished), 3)
     record = {"made_from": made_from, "stages": finished, "seconds": seconds}
     write_whole(folder / RECORD, json.dumps(record, indent=1) + "\n")
+    assert stages[-1].recommender is not None
     recommender = stages[-1].recommender()
     recommender.seconds = seconds
     return recommender
@@ -174,8 +175,10 @@ def seconds_to_fit(
             rows = distributed.to_device(stage.stream.batch(step).rows, device)
             sum(stage.trainable.losses(rows).values(), torch.zeros((), device=device)).backward()
             times.append(clock())
-        validation.ndcg(stage.recommender())
-        seconds += stage.stream.num_steps * (times[2] - times[1]) + (VALIDATIONS + 1) * (clock() - times[2])
+        seconds += stage.stream.num_steps * (times[2] - times[1])
+        if stage.recommender is not None:
+            validation.ndcg(stage.recommender())
+            seconds += (VALIDATIONS + 1) * (clock() - times[2])
     return seconds
 
 
@@ -183,15 +186,16 @@ def _fit_stage(
     settings: System, stage: Stage, validation: _Validation | None, seed: int, folder: Path, title: str
 ) -> dict[str, Any]:
     """Train a stage unless its folder says that it is done; then its module has the best weights by validation, or the
-    last ones without it."""
+    last ones without it or a recommender."""
     record, weights, module = folder / RECORD, folder / WEIGHTS, stage.trainable.module
+    is_validated = validation is not None and stage.recommender is not None
     stage.begin()
     if not record.is_file():
         folder.mkdir(parents=True, exist_ok=True)
 
         def validate() -> dict[str, Any]:
             stage.refresh()
-            value = validation.ndcg(stage.recommender()) if validation else None
+            value = validation.ndcg(stage.recommender()) if validation and stage.recommender else None
             module.train()
             if value is None:
                 return {}
@@ -225,7 +229,7 @@ def _fit_stage(
             )
         except _Enough:
             say(f"{title}: not better for {settings.patience} validations")
-        if validation is None:
+        if not is_validated:
             with whole_file(weights) as unfinished:
                 save_model(module, str(unfinished))
         last = [line for line in read_log(folder / LOG) if "loss" in line][-1]

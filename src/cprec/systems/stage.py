@@ -52,8 +52,9 @@ class Stage:
     stream: Stream
     schedule: Callable[[int], float]
     """The learning rate of each step."""
-    recommender: Callable[[], TrainedRecommender]
-    """Makes a recommender of the current weights."""
+    recommender: Callable[[], TrainedRecommender] | None
+    """Makes a recommender of the current weights. A stage without one keeps its last weights; the last stage of a
+    system has one."""
     refresh: Callable[[], None] = lambda: None
     """Called before each validation, the first of which comes before the first step."""
     begin: Callable[[], None] = lambda: None
