@@ -29,7 +29,9 @@ class Passes:
     """How often, and in which order, a stream reads its rows."""
 
     batch_size: int
-    num_epochs: float
+    num_epochs: float = 1
+    num_steps: int = 0
+    """Steps, in place of passes; 0: as many as `num_epochs` passes take."""
     seed: int
     pool: int = POOL
     """Batches among which rows are sorted by length; 1: a batch is a random sample of all rows."""
@@ -50,7 +52,7 @@ class RowStream(ABC):
         self._lengths, self._terms, self._size, self._seed = lengths, tuple(terms), passes.batch_size, passes.seed
         self._pool = passes.pool * passes.batch_size
         self._per_epoch = -(-len(lengths) // self._size)
-        self.num_steps = max(1, round(self._per_epoch * passes.num_epochs))
+        self.num_steps = passes.num_steps or max(1, round(self._per_epoch * passes.num_epochs))
         self.num_tokens = round(self.num_steps / self._per_epoch * int(lengths.sum()))
         self._order = lru_cache(maxsize=2)(self._order_of)
 
