@@ -48,7 +48,7 @@ BELOW = {
     "rank": BASE | {"data", "scoring", "text", "models", "distributed", "item_head", "search", "baselines", "systems"},
     "scoring": BASE | {"data"},
     "scaling": BASE,
-    "systems": BASE | {"data", "scoring", "text", "models", "distributed", "train", "search"},
+    "systems": BASE | {"data", "scoring", "text", "models", "inspection", "distributed", "train", "search"},
     "item_head": BASE | {"data", "models", "distributed", "systems"},
     "baselines": BASE | {"data", "scoring"},
     "evaluate": BASE | {"data"},

@@ -90,6 +90,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "SIGMA": {"kept": 2},
     "BERT4Rec": {"num_negatives": 8},
     "SASRec": {"min_steps": 0},
+    "LLM2Rec": {"min_steps": 0, "language_steps": 1, "masked_steps": 1, "contrast_steps": 1, "title_batch": 16},
     "MMM4Rec": {"text_size": 8},
     "ICSRec": {"num_intentions": 4},
     "SRA-CL": {"text_size": 8, "num_neighbours": 2},

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from cprec.errors import ConfigError
+from cprec.files import whole_file
 
 PADDING, MASK = 0, 1
 """Special rows: item number V + PADDING fills rows up, V + MASK stands for an item to be guessed."""
@@ -76,6 +77,10 @@ class FrozenTable(ItemTable):
     def given(self) -> torch.Tensor:
         return self.get_buffer("frozen")[: self.num_items]
 
+    def fill(self, vectors_VF: np.ndarray) -> None:
+        """Take other vectors, of the same width, in place of those that the table was made with."""
+        self.get_buffer("frozen")[: self.num_items] = torch.from_numpy(vectors_VF)
+
 
 class SumTable(ItemTable):
     """Sums of trained rows: an item's own row, and rows that other items share with it, such as those of its codes."""
@@ -103,6 +108,12 @@ class SumTable(ItemTable):
     def vectors(self, items: torch.Tensor | None = None) -> torch.Tensor:
         own, shared = self.parts(items)
         return own + shared
+
+
+def write_vectors(path: str | Path, item_ids: Sequence[str], vectors_VD: np.ndarray) -> None:
+    """Write vectors of items, float[V, D] in the order of `item_ids`, as `read_vectors` reads them."""
+    with whole_file(path) as unfinished, open(unfinished, "wb") as file:
+        np.savez(file, item_id=np.array(item_ids), vectors=vectors_VD)
 
 
 def read_vectors(path: str | Path, item_ids: Sequence[str]) -> np.ndarray:

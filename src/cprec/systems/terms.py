@@ -204,6 +204,17 @@ def info_nce(
     return (torch.logaddexp(partner, others.logsumexp(1)) - partner).sum() / 2
 
 
+def in_batch(
+    first_ND: torch.Tensor, second_ND: torch.Tensor, label_N: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Cross-entropy of each first vector's partner, by cosines over a temperature, against all second vectors that have
+    another label (Gao et al. 2021, equation 1): summed, in this one direction."""
+    score_NN = F.normalize(first_ND, dim=1) @ F.normalize(second_ND, dim=1).T / temperature
+    is_same_NN = (label_N[:, None] == label_N).fill_diagonal_(False)
+    partner_N = torch.arange(len(label_N), device=label_N.device)
+    return F.cross_entropy(score_NN.masked_fill(is_same_NN, -torch.inf), partner_N, reduction="sum")
+
+
 def same_history(num_pairs: int, temperature: float, *, cosine: bool = False) -> Term:
     """Contrast of a history's last `num_pairs` states, [N, W, D], with as many before them: each is to be near its
     partner and far from both states of that pair in all other rows. The mean over the pairs."""

@@ -131,18 +131,21 @@ class CausalSettings(NextItemSettings, SelfAttentionSettings):
         return averaged
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
+        return [self.of_network(self.network(self.frozen(data)), data, seed)]
+
+    def of_network(self, model: SequenceModel, data: TrainingSequences, seed: int) -> Stage:
+        """The stage that trains a network."""
         rows = windows(data.sequences, self.max_length)
         steps_of_pass = -(-len(rows) // self.batch_size)
         num_epochs = max(self.num_epochs, self.min_steps / steps_of_pass)
         passes = replace(self.passes(seed), num_epochs=num_epochs)
         stream = WindowStream(data, [NEXT_ITEM], self.max_length, passes, thinned_rows=self.thinned_rows)
-        model = self.network(self.frozen(data))
         stage = self.stage(data, model, self.next_item(), stream)
         is_sampled = self.objective == "softmax" and self.sampled_items * self.LARGE < data.num_items
         if not (self.sampled_items and is_sampled):
-            return [stage]
+            return stage
         loss = SampledItemsLoss(model, rows, data.num_items, self.sampled_items, product_dtype())
-        return [replace(stage, trainable=loss)]
+        return replace(stage, trainable=loss)
 
     def frozen(self, data: TrainingSequences) -> np.ndarray:
         """The vectors that the domain's items come with: float32[V, F]; F is 0 where they come with nothing."""
