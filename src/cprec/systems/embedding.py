@@ -18,14 +18,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from cprec import distributed
 from cprec.batch import IGNORE, Batch
 from cprec.data.ragged import Ragged
-from cprec.errors import ModelError
-from cprec.models import attending_by, trunk_and_head
+from cprec.errors import ConfigError, ModelError
+from cprec.models import attending_by, context_of, trunk_and_head
 from cprec.progress import track
 from cprec.systems.batches import Passes, RowStream
 from cprec.systems.language import READ_BATCH, Language
 from cprec.systems.signals import padded, windows
 from cprec.systems.terms import in_batch
 from cprec.text.stream import NEXT_TOKEN
+from cprec.text.tokenizer import encode_pieces
 from cprec.train.loss import PackedLoss
 
 BOTH_WAYS = "both_ways"
@@ -90,8 +91,8 @@ def mean_of_tokens(hidden_RTF: torch.Tensor, lengths_R: torch.Tensor) -> torch.T
 def title_vectors(model: Any, titles: Ragged, description: str) -> np.ndarray:
     """The mean states of titles, read both ways: float32[V, F]; zeros for a title without tokens. Raises ModelError
     where a state is not finite."""
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
+    device, was_training = distributed.pick_device(), model.training
+    model.to(device).eval()
     order = np.argsort(titles.lengths, kind="stable")
     order = order[titles.lengths[order] > 0]
     parts = []
@@ -203,3 +204,40 @@ class TitleStream(RowStream):
         masked = drawn & (place > 0) & (place < lengths[:, None])
         targets, ids = np.where(masked, ids, IGNORE), np.where(masked, self._mask, ids)
         return self._batch(members, int(masked.sum()), num_tokens, input_ids=ids, lengths=lengths, targets=targets)
+
+
+# ---- stages ----------------------------------------------------------------------------------------------------------
+
+
+def continuing(
+    language: Language, sequences: Ragged, max_titles: int, passes: Passes
+) -> tuple[PackedLoss, HistoryStream]:
+    """What makes a language model continue histories: titles that end with a comma, `max_titles` to learn in a row.
+    Raises ConfigError for rows that are longer than the model's context."""
+    (mark,) = encode_pieces(language.tokenizer, [","])
+    stream, context = HistoryStream(sequences, language.titles, mark, max_titles, passes), context_of(language.model)
+    if context is not None and stream.longest > context:
+        raise ConfigError(
+            f"rows of {max_titles + 1} titles have up to {stream.longest:,} tokens, and the language model reads "
+            f"{context:,}: let it read fewer titles in a row, or fewer tokens of a title"
+        )
+    return PackedLoss(language.model, bf16=_bf16()), stream
+
+
+def filling_in(language: Language, share: float, passes: Passes) -> tuple[MaskedTokens, TitleStream]:
+    """What makes a language model fill in a share of titles' tokens, in whose place stand underscores."""
+    mask = encode_pieces(language.tokenizer, ["_"])[0][0]
+    stream = TitleStream(texts_of(language), MASKED_TOKEN, passes, mask=mask, mask_share=share)
+    return MaskedTokens(language.model, bf16=_bf16()), stream
+
+
+def telling_apart(
+    language: Language, dropout: float, temperature: float, passes: Passes
+) -> tuple[DropoutPairs, TitleStream]:
+    """What makes a language model tell titles apart; see `DropoutPairs`."""
+    loss = DropoutPairs(language.model, dropout=dropout, temperature=temperature, bf16=_bf16())
+    return loss, TitleStream(texts_of(language), SAME_TITLE, passes)
+
+
+def _bf16() -> bool:
+    return distributed.use_bf16("auto", distributed.pick_device())

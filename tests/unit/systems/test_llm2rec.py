@@ -244,5 +244,7 @@ def test_bad_settings_are_refused_before_training(
 
 def test_rows_longer_than_the_context_are_refused(data: TrainingSequences, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cprec.systems.language.CONTEXT", 10)
-    with pytest.raises(ConfigError, match=r"language_titles=10 makes rows of up to \d+ tokens, and .* reads 10: lower"):
+    with pytest.raises(
+        ConfigError, match=r"rows of 11 titles have up to \d+ tokens, and the language model reads 10: let"
+    ):
         LLM2Rec(**NETWORK, title_tokens=5).stages(data, 0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,7 +23,7 @@ from cprec.errors import ConfigError
 from cprec.provenance import file_sha256
 from cprec.systems.dot_product import DotProductModel, SequenceModel
 from cprec.systems.encoders import BlockKind
-from cprec.systems.items import FrozenTable
+from cprec.systems.items import FrozenTable, write_vectors
 from cprec.systems.recipes.sasrec import INITIAL, CausalRecommender, CausalSettings
 from cprec.systems.settings import TextSettings
 from cprec.systems.signals import TrainingSequences
@@ -103,6 +104,11 @@ class TitleSASRecRecommender(CausalRecommender):
     """Ranks by a trained SASRec over vectors of titles."""
 
     SETTINGS = TitleSASRec
+
+    def write_vectors(self, path: str | Path) -> None:
+        """Write the vectors of the items' titles, as `TextSettings.vectors` reads them."""
+        item_ids = self.catalogue.item_id[self.catalogue.rows_of(self.domain)]
+        write_vectors(path, list(map(str, item_ids)), self.model.items.given().cpu().numpy())
 
 
 AVERAGED = TitleSASRec(num_networks=3)
