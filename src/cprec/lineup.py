@@ -121,6 +121,7 @@ LINEUP: Mapping[str, Listed] = {
     "ManCAR (more blocks)": Listed("systems.recipes.mancar:CONTROL", "as many operations, in more blocks"),
     "IGR-SR": Listed("systems.recipes.igrsr:IGRSR", "steps anchored in intents; all settings ours"),
     "IGR-SR (more blocks)": Listed("systems.recipes.igrsr:CONTROL", "as many operations, in more blocks"),
+    "Recformer": Listed("systems.recipes.recformer:Recformer", "reads histories as the attributes of their items"),
     "RecGPT": Listed("systems.recipes.recgpt:RecGPT", "predicts a code for each slice of a text at once"),
     "TIGER": Listed("systems.recipes.tiger:TIGER", "writes the codes of the next item one by one"),
     "P5 (sequential)": Listed("systems.recipes.p5:P5", "several tasks; numbers in the order of training events"),

@@ -107,6 +107,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "ReaRec (progressive)": {"first_epochs": 0.2},
     "ManCAR": {"first_epochs": 0.2},
     "IGR-SR": {"first_epochs": 0.2, "num_intents": 2},
+    "Recformer": {"first_epochs": 0.2, "last_epochs": 0.2, "batch_size": 256, "num_blocks": 1, "max_tokens": 32},
     "TIGER": OF_CODES,
     "APAO": {**OF_CODES, "num_negatives": 3},
     "APAO (pointwise)": OF_CODES,

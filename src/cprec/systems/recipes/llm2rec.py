@@ -11,7 +11,7 @@ and `language_steps=0` goes on from there. This follows the code. Deviations:
   (there Qwen2-0.5B; 10,000 steps of 128 histories, then 1,000 of 32 titles and 500 or 1,000 of 256).
 - A row of the first stage learns all its titles but the first (there its last title alone, and a history is as many
   rows). A title ends with a comma (there the last one with a line break and the end of the text). The last weights are
-  kept (there training ends when validation gets worse).
+  kept (there the best ones by validation).
 - A masked token is always replaced by an underscore (there in eight of ten cases). First tokens are not masked (there
   they are, but nothing predicts them). Equal titles are no negatives of each other.
 - The network is that of `SASRec (titles)`, and reads the vectors along the directions in which they differ most, as an
