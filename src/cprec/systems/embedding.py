@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from cprec import distributed
 from cprec.batch import IGNORE, Batch
 from cprec.data.ragged import Ragged
-from cprec.errors import ConfigError, ModelError
+from cprec.errors import ConfigError, ModelError, Unsuitable
 from cprec.models import attending_by, context_of, trunk_and_head
 from cprec.progress import track
 from cprec.systems.batches import Passes, RowStream
@@ -36,7 +36,7 @@ MASKED_TOKEN, SAME_TITLE = "masked_token", "same_title"
 
 
 def read_both_ways(model: Any, ids_RT: torch.Tensor, lengths_R: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
-    """The last states of a causal decoder whose causal mask is off, each reads all tokens of its row: RTF.
+    """The last states of a causal decoder whose causal mask is off: each token reads all of its row. RTF.
 
     Rows are padded on the right and hold a token at least. `dropout` is the share of attention weights that is left
     out. The model must be one that takes attention of ours (`inspection.check_attention`).
@@ -155,13 +155,16 @@ class HistoryStream(RowStream):
 
     def __init__(self, sequences: Ragged, titles: Ragged, mark: Sequence[int], max_titles: int, passes: Passes) -> None:
         """`mark` are the tokens that end a title; items without tokens are passed over. A window has `max_titles`
-        titles to learn at most."""
-        self._windows = windows(sequences, max_titles)
-        self._pieces = Ragged.of(
-            [[*title, *mark] if len(title) else [] for title in (titles[number] for number in range(len(titles)))]
-        )
-        of_items = Ragged(self._pieces.lengths[self._windows.values], self._windows.offsets)
-        lengths = np.add.reduceat(of_items.values, of_items.offsets[:-1])
+        titles to learn at most. Raises Unsuitable where there is none to learn."""
+        every = (titles[number] for number in range(len(titles)))
+        self._pieces = Ragged.of([[*title, *mark] if len(title) else [] for title in every])
+        cut = windows(sequences, max_titles)
+        lengths = self._pieces.lengths[cut.values]
+        num_learnt = np.add.reduceat(np.where(cut.place_of > 0, lengths, 0), cut.offsets[:-1])
+        if not num_learnt.any():
+            raise Unsuitable("no history has a title after its first event, so there is no next title to learn")
+        self._windows, lengths = cut.take(np.flatnonzero(num_learnt)), np.add.reduceat(lengths, cut.offsets[:-1])
+        lengths = lengths[num_learnt > 0]
         self.longest = int(lengths.max())
         """Tokens of the longest row."""
         super().__init__(lengths, [NEXT_TOKEN], passes)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from cprec.batch import IGNORE
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
-from cprec.errors import ConfigError
+from cprec.errors import ConfigError, Unsuitable
 from cprec.models import tiny_model, trunk_and_head
 from cprec.systems.batches import Passes
 from cprec.systems.embedding import (
@@ -158,6 +158,14 @@ def test_each_title_but_the_first_is_learnt_given_those_before_it() -> None:
     cut = HistoryStream(Ragged.of([[0, 1, 0, 3]]), titles, [2], 2, Passes(batch_size=4, seed=0)).batch(0)
     ignored = 4 * [IGNORE]
     assert sorted(cut.rows["targets"].tolist()) == [[IGNORE, IGNORE, 7, 2, *ignored], [IGNORE, 5, 6, 2, 8, 9, 10, 2]]
+
+
+def test_histories_without_a_next_title_are_left_out() -> None:
+    titles, passes = Ragged.of([[5, 6], [7], [], [8, 9, 10]]), Passes(batch_size=4, seed=0)
+    batch = HistoryStream(Ragged.of([[0, 2], [2, 1]]), titles, [2], 5, passes).batch(0)
+    assert batch.rows["input_ids"].tolist() == [[7]] and batch.rows["targets"].tolist() == [[2]]
+    with pytest.raises(Unsuitable, match="no history has a title after its first event"):
+        HistoryStream(Ragged.of([[0, 2]]), titles, [2], 5, passes)
 
 
 def test_tokens_are_masked_and_the_first_never_is() -> None:
