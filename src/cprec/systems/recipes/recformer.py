@@ -8,7 +8,8 @@ learns the next item among all, whose matrix is made anew before each validation
 encoder alone goes on. This follows the code of a replication. Deviations:
 
 - The encoder begins with random weights, and its tokens are made of the domain's attributes (there Longformer-base,
-  trained on seven other domains, which is not at hand). It is small, and runs have fewer tokens (there 1,024).
+  trained on seven other domains, which is not at hand). It is small, and runs have fewer tokens (there 1,024,
+  and 32 of an attribute).
 - Attributes are title, brand and category (there up to three of each item's own). Keys are single words.
 - Attention outside the window is masked, not spared. Blocks are those of SASRec here.
 - A target that several histories of a step share stands there once (there it is a negative of itself).
@@ -45,15 +46,15 @@ class Recformer(SelfAttentionSettings):
     dropout: float = 0.1
     learning_rate: float = 1e-3
     num_epochs: float = 4
-    first_epochs: float = 4
+    first_epochs: float = 2
     """Passes of the first stage, in which a step's histories and items are contrasted; 0: there is none."""
     last_epochs: float = 2
     """Passes of the last stage, whose matrix stays; 0: there is none."""
     window: int = 64
     """Tokens on both sides together that a token reads, beside the start; 0: all of its run."""
-    max_tokens: int = 256
+    max_tokens: int = 128
     """Tokens of a run that are read."""
-    attribute_tokens: int = 32
+    attribute_tokens: int = 16
     """Tokens of an attribute that are read, its key among them."""
     temperature: float = 0.05
     """Cosines are divided by it."""
