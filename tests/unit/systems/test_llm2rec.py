@@ -208,13 +208,16 @@ def test_without_steps_it_is_the_network_over_vectors_of_the_base(split: Split, 
             assert torch.equal(weight, other.model.state_dict()[name]), name
 
 
-def test_each_stage_changes_the_vectors_and_has_losses_of_its_own(split: Split, data: TrainingSequences) -> None:
-    torch.manual_seed(0)
+def test_each_stage_has_a_loss_and_steps_of_its_own(data: TrainingSequences) -> None:
     stages = LLM2Rec(**NETWORK, **STEPS).stages(data, 0)
     rows = [{name: torch.tensor(array) for name, array in stage.stream.batch(0).rows.items()} for stage in stages]
     losses = [stage.trainable.losses(each) for stage, each in zip(stages, rows, strict=True)]
     assert [list(each) for each in losses] == [[NEXT_TOKEN], [MASKED_TOKEN], [SAME_TITLE], [NEXT_ITEM]]
     assert [stage.stream.num_steps for stage in stages] == [2, 2, 2, 2]
+
+
+@pytest.mark.slow
+def test_each_stage_changes_the_vectors(split: Split) -> None:
     vectors = []
     for name in NO_STEPS:
         made = made_of(LLM2Rec(**NETWORK, **{**NO_STEPS, name: 2}, title_batch=8, language_rate=1e-2), split)
@@ -239,6 +242,7 @@ def test_a_finished_one_is_read_again(split: Split, tmp_path: Path) -> None:
     [
         ({"masked_share": 1.0}, "masked_share=1.0 must be below 1"),
         ({"contrast_dropout": 0.0}, "contrast_dropout=0.0 must be above 0"),
+        ({"base": "m", "vectors": "v.npz"}, "base=m and vectors=v.npz: give one, as vectors need no base"),
         ({"language_steps": -1}, "language_steps=-1 must not be below 0"),
         ({"frozen_layers": 2}, "frozen_layers=2 leaves no layer of Qwen3ForCausalLM to train"),
     ],

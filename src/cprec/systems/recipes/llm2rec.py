@@ -1,19 +1,17 @@
 """LLM2Rec: a language model learns what comes next, then to tell titles apart; items are its vectors (He et al. 2025).
 
-First it continues histories: titles joined by commas, of which each is learnt given those before it. Then its causal
-mask is off: it fills in masked tokens of titles, and two readings of a title under dropout are to be nearer to each
-other than to those of other titles in the step. An item is the mean of the states of its title, which stays as it is
-under a SASRec, and which `write_vectors` of the recommender writes to a file for other systems. The first stage is what
-CPRec does without mixed sequences: `base` may be a folder that CPRec has trained, on all domains and with annealing,
-and `language_steps=0` goes on from there. This follows the code. Deviations:
+First it continues histories: titles joined by commas, each learnt given those before it. Then its causal mask is off:
+it fills in masked tokens of titles, and two readings of a title under dropout are to be nearer to each other than to
+those of other titles. An item is the mean of the states of its title, which stays as it is under a SASRec, and which
+`write_vectors` of the recommender writes to a file. The first stage is what CPRec does without mixed sequences: with a
+folder that CPRec has trained as `base`, `language_steps=0` goes on from there. This follows the code. Deviations:
 
 - It learns one domain (there six, and vectors of other ones without training), with a smaller decoder and fewer steps
   (there Qwen2-0.5B; 10,000 steps of 128 histories, then 1,000 of 32 titles and 500 or 1,000 of 256).
-- A row of the first stage learns all its titles but the first (there its last title alone, and a history is as many
-  rows). A title ends with a comma (there the last one with a line break and the end of the text). The last weights are
-  kept (there the best ones by validation).
-- A masked token is always replaced by an underscore (there in eight of ten cases). First tokens are not masked (there
-  they are, but nothing predicts them). Equal titles are no negatives of each other.
+- A row of the first stage learns all its titles but the first (there the last one alone). A title ends with a comma
+  (there the last one with a line break). The last weights are kept (there the best ones by validation).
+- A masked token is always replaced by an underscore (there in eight of ten cases). First tokens, which nothing
+  predicts, are not masked. Equal titles are no negatives of each other.
 - The network is that of `SASRec (titles)`, and reads the vectors along the directions in which they differ most, as an
   item head does (there a linear map, then a SASRec without rows of items' own).
 """
@@ -46,8 +44,8 @@ from cprec.systems.vectors import Directions
 @dataclass(frozen=True, kw_only=True)
 class LLM2Rec(TitleSASRec, LanguageSettings):
     """Settings of LLM2Rec: rates of the language model, masks, dropout and temperature are the code's, steps and
-    batches ours. Without steps of the language model it is `SASRec (titles)` over vectors of the base. With `vectors`
-    there is no language model either."""
+    batches ours; `text_size` is the number of directions. Without steps of the language model it is `SASRec (titles)`
+    over vectors of the base; with `vectors` there is no language model."""
 
     language_steps: int = 1000
     """Steps that continue histories; 0: the base has learnt that, or is not to."""
@@ -74,6 +72,8 @@ class LLM2Rec(TitleSASRec, LanguageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.base and self.vectors:
+            raise ConfigError(f"base={self.base} and vectors={self.vectors}: give one, as vectors need no base")
         self.require_not_negative("language_steps", "masked_steps", "contrast_steps")
         self.require_positive("language_batch", "language_titles", "title_batch", "language_rate")
         self.require_positive("masked_share", "contrast_dropout", "contrast_temperature")
@@ -97,14 +97,12 @@ class LLM2Rec(TitleSASRec, LanguageSettings):
             states_VF = title_vectors(language.model, texts_of(language), f"{data.domain}: reading titles")
             cast(FrozenTable, network.items).fill(Directions.of(states_VF, size).project(states_VF))
 
-        first = partial(continuing, language, data.sequences, self.language_titles)
-        second = partial(filling_in, language, self.masked_share)
-        third = partial(telling_apart, language, self.contrast_dropout, self.contrast_temperature)
-        stages = []
+        histories, apart = (data.sequences, self.language_titles), (self.contrast_dropout, self.contrast_temperature)
+        stages = list[Stage]()
         for steps, batch_size, made in (
-            (self.language_steps, self.language_batch, first),
-            (self.masked_steps, self.title_batch, second),
-            (self.contrast_steps, self.title_batch, third),
+            (self.language_steps, self.language_batch, partial(continuing, language, *histories)),
+            (self.masked_steps, self.title_batch, partial(filling_in, language, self.masked_share)),
+            (self.contrast_steps, self.title_batch, partial(telling_apart, language, *apart)),
         ):
             if steps:
                 loss, stream = made(Passes(batch_size=batch_size, num_steps=steps, seed=seed))
