@@ -240,8 +240,8 @@ def test_a_finished_one_is_read_again(split: Split, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"masked_share": 1.0}, "masked_share=1.0 must be below 1"),
-        ({"contrast_dropout": 0.0}, "contrast_dropout=0.0 must be above 0"),
+        ({"masked_share": 1.0}, "masked_share=1.0 must lie between 0 and 1"),
+        ({"contrast_dropout": 0.0}, "contrast_dropout=0.0 must lie between 0 and 1"),
         ({"base": "m", "vectors": "v.npz"}, "base=m and vectors=v.npz: give one, as vectors need no base"),
         ({"language_steps": -1}, "language_steps=-1 must not be below 0"),
         ({"frozen_layers": 2}, "frozen_layers=2 leaves no layer of Qwen3ForCausalLM to train"),

@@ -6,8 +6,7 @@ those of other titles. An item is the mean of the states of its title, which sta
 `write_vectors` of the recommender writes to a file. The first stage is what CPRec does without mixed sequences: with a
 folder that CPRec has trained as `base`, `language_steps=0` goes on from there. This follows the code. Deviations:
 
-- It learns one domain (there six, and vectors of other ones without training), with a smaller decoder and fewer steps
-  (there Qwen2-0.5B; 10,000 steps of 128 histories, then 1,000 of 32 titles and 500 or 1,000 of 256).
+- It learns one domain (there six), with a smaller decoder (there Qwen2-0.5B), in fewer and smaller steps.
 - A row of the first stage learns all its titles but the first (there the last one alone). A title ends with a comma
   (there the last one with a line break). The last weights are kept (there the best ones by validation).
 - A masked token is always replaced by an underscore (there in eight of ten cases). First tokens, which nothing
@@ -75,11 +74,12 @@ class LLM2Rec(TitleSASRec, LanguageSettings):
         if self.base and self.vectors:
             raise ConfigError(f"base={self.base} and vectors={self.vectors}: give one, as vectors need no base")
         self.require_not_negative("language_steps", "masked_steps", "contrast_steps")
-        self.require_positive("language_batch", "language_titles", "title_batch", "language_rate")
-        self.require_positive("masked_share", "contrast_dropout", "contrast_temperature")
+        self.require_positive(
+            "language_batch", "language_titles", "title_batch", "language_rate", "contrast_temperature"
+        )
         for name in ("masked_share", "contrast_dropout"):
-            if getattr(self, name) >= 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be below 1")
+            if not 0 < getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must lie between 0 and 1")
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
         """See `SystemSettings.stages`. Raises ConfigError for a base that cannot read both ways, or not so much."""
