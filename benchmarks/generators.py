@@ -46,7 +46,6 @@ from cprec.provenance import code_sha256
 from cprec.ranks import count_rankings, ndcg, recall
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import TEST
-from cprec.scoring import histories_of
 from cprec.systems.codes import END, FIRST_CODE, PADDING, ItemCodes
 from cprec.systems.generator import CodeRecommender
 from cprec.systems.recipes.tiger import TIGER, CodeSettings
@@ -206,7 +205,7 @@ def valid_share(made: CodeRecommender, queries: Sequence[RankingQuery], seed: in
     that comes before is not counted."""
     sequences = made._codes.sequences
     known = {(*sequences[item].tolist()[:-1], END) for item in range(len(sequences))}  # COBRA's END says which item
-    prompts = made._prompts(histories_of(made.catalogue, made.domain, queries))
+    prompts = made._prompts(queries)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     num_valid = 0
     for start in range(0, len(queries), BATCH):

@@ -191,7 +191,7 @@ class CascadeRecommender(CodeRecommender):
         super().__init__(name, data, codes, model, **reads)
         self._codes, self._cells = with_vectors(codes), Cells.of(codes)
         token_CL = self._cells.token_CL
-        self._trie = Trie.build(Ragged(token_CL.reshape(-1), np.arange(len(token_CL) + 1) * token_CL.shape[1]))
+        self._trie_of_cells = Trie.build(Ragged(token_CL.reshape(-1), np.arange(len(token_CL) + 1) * token_CL.shape[1]))
         self._code_scale, self._cosine_scale = code_scale, cosine_scale
         with torch.inference_mode():
             self._item_ND = model.get_input_embeddings().directions()
@@ -227,7 +227,7 @@ class CascadeRecommender(CodeRecommender):
         while open_Q.any():
             found = search(
                 tree,
-                self._trie,
+                self._trie_of_cells,
                 k=num,
                 width=num if beam else max(FIRST_BEAM, num),
                 exact=not beam,

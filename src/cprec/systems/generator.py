@@ -1,10 +1,11 @@
-"""A language model of item codes: the rows that it learns from, and the recommender that ranks by its probabilities."""
+"""A language model that writes items: recommenders by its probabilities, and the rows that one of codes learns from."""
 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -83,9 +84,9 @@ class CodeStream(RowStream):
         return self._rows.take(members)
 
 
-class CodeRecommender:
-    """Ranks a domain's items by a model's probability of each item's codes after those of the history. Full lists come
-    with a proof, as those of titles do."""
+class SequenceRecommender(ABC):
+    """Ranks a domain's items by a language model's probability of each item's tokens after a prompt. Full lists come
+    with a proof, as those of titles do. A subclass says what stands in a prompt."""
 
     seconds = 0.0
 
@@ -93,7 +94,6 @@ class CodeRecommender:
         self,
         name: str,
         data: TrainingSequences,
-        codes: ItemCodes,
         model: Any,
         *,
         max_length: int,
@@ -101,8 +101,95 @@ class CodeRecommender:
         max_nodes: int,
         over: Over = "vocabulary",
         temperatures: Callable[[Trie], np.ndarray] | None = None,
+        bf16: bool | None = False,
     ) -> None:
-        """`over` and `temperatures`, which are made of the trie of the codes: see `SequenceRanker`."""
+        """`over` and `temperatures`, which are made of the trie of the sequences: see `SequenceRanker`; `bf16`: see
+        `ModelReader`."""
+        self.name, self.domain = name, data.domain
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self._max_length, self._beam_width, self._max_nodes = max_length, beam_width, max_nodes
+        self._reader = ModelReader(model, bf16=bf16, pad_id=PADDING)
+        self._over, self._temperatures = over, temperatures
+
+    def _rank_by(self, catalogue: Catalogue, sequences: Ragged) -> None:
+        """Rank the domain's items of a catalogue by these tokens, each closed by the token that ends it."""
+        self.catalogue = catalogue
+        first = int(catalogue.rows_of(self.domain)[0])
+        self._trie = Trie.build(sequences)
+        of_nodes = self._temperatures(self._trie) if self._temperatures else None
+        self._ranker = SequenceRanker(
+            catalogue,
+            self.domain,
+            lambda rows: sequences.take(rows - first),
+            self._trie,
+            over=self._over,
+            temperatures=of_nodes,
+        )
+
+    def with_beams(self, beam_width: int) -> Self:
+        """The same recommender, whose beams keep so many prefixes at each depth."""
+        out = copy.copy(self)
+        out._beam_width = beam_width
+        return out
+
+    def rank(self, queries: Sequence[RankingQuery], k: int, mode: str = "auto") -> list[Ranking]:
+        """See `Recommender.rank`. `mode` is `exact`, `auto` (exact within `max_nodes` prefixes) or `beam`, of
+        `beam_width` prefixes at each depth. Raises ConfigError for another domain than the one trained on."""
+        return self._after_prompts(queries, lambda tree, asked: self._ranked(tree, asked, k, mode))
+
+    def _after_prompts(
+        self, queries: Sequence[RankingQuery], answer: Callable[[Tree, Sequence[RankingQuery]], Sequence[Ranking]]
+    ) -> list[Ranking]:
+        """What `answer` makes of queries whose prompts were read, all with candidates or all without; in their
+        order."""
+        for query in queries:
+            check_domain(self.name, (self.domain,), query.domain)
+        prompts = self._prompts(queries)
+        out: dict[int, Ranking] = {}
+        with torch.inference_mode():
+            for batch in batches(prompts, queries, QUERY_BATCH):
+                tree = self._reader.read([prompts[number] for number in batch])
+                out |= dict(zip(batch, answer(tree, [queries[number] for number in batch]), strict=True))
+        return [out[number] for number in range(len(queries))]
+
+    def _ranked(self, tree: Tree, queries: Sequence[RankingQuery], k: int, mode: str) -> list[Ranking]:
+        """The rankings of queries whose prompts were read."""
+        if queries[0].candidates is not None:
+            return self._ranker.rank_candidates(tree, queries)
+        limits: dict[str, Any] = {"mode": mode, "beam_width": self._beam_width, "max_nodes": self._max_nodes}
+        return self._ranker.rank_catalogue(tree, queries, k, **limits)
+
+    def target_ranks(
+        self, histories: Ragged, targets: np.ndarray, *, users: Sequence[str], exclude_seen: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """How many items score above each target, and how many as high, itself included: int64[Q] each.
+
+        Counted in the ten best that a beam finds. A target that is not among them is a miss: ten are better, and it is
+        tied with nothing (0).
+        """
+        ids = self.catalogue.item_id[self.catalogue.rows_of(self.domain)]
+        queries = [self._query(ids[histories[number]], user, exclude_seen) for number, user in enumerate(users)]
+        return count_rankings(self.rank(queries, TOP, "beam"), ids[targets].tolist())
+
+    @abstractmethod
+    def _prompts(self, queries: Sequence[RankingQuery]) -> Ragged:
+        """What the model reads before the tokens of the next item."""
+
+    def _histories(self, queries: Sequence[RankingQuery]) -> Ragged:
+        """The latest `max_length` events of each query in the domain."""
+        return recent(histories_of(self.catalogue, self.domain, queries), self._max_length)
+
+    def _query(self, item_ids: np.ndarray, user: str, exclude_seen: bool) -> RankingQuery:
+        history = tuple(Item(self.domain, item) for item in item_ids)
+        exclude = frozenset(item_ids if exclude_seen else ())
+        return RankingQuery("", self.domain, history, exclude=exclude, user=user)
+
+
+class CodeRecommender(SequenceRecommender):
+    """Ranks a domain's items by a model's probability of each item's codes after those of the history."""
+
+    def __init__(self, name: str, data: TrainingSequences, codes: ItemCodes, model: Any, **ranking: Any) -> None:
+        """`ranking`: see `SequenceRecommender`."""
         stored = getattr(model, "code_version", None)
         if stored is not None and (learnt := bytes(stored.tolist()).hex()) != codes.version:
             raise InputChanged(
@@ -110,22 +197,13 @@ class CodeRecommender:
                 "which tokens mean other items: take the codes that it has learnt (with_items adds items to them), or "
                 "train it again"
             )
-        self.name, self.domain = name, data.domain
-        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        self._max_length, self._beam_width, self._max_nodes = max_length, beam_width, max_nodes
-        self._reader = ModelReader(model, pad_id=PADDING)
-        self._over, self._temperatures = over, temperatures
+        super().__init__(name, data, model, **ranking)
         self._take_items(data.catalogue, codes)
 
     def _take_items(self, catalogue: Catalogue, codes: ItemCodes) -> None:
         """Rank the domain's items of a catalogue, which have these codes."""
-        self.catalogue, self._codes = catalogue, codes
-        self._first = int(catalogue.rows_of(self.domain)[0])
-        trie = Trie.build(codes.sequences)
-        of_nodes = self._temperatures(trie) if self._temperatures else None
-        self._ranker = SequenceRanker(
-            catalogue, self.domain, self._sequences, trie, over=self._over, temperatures=of_nodes
-        )
+        self._codes = codes
+        self._rank_by(catalogue, codes.sequences)
 
     def with_items(self, catalogue: Catalogue) -> CodeRecommender:
         """The same model over a catalogue that has further items in the domain: these get codes and can be ranked at
@@ -148,53 +226,5 @@ class CodeRecommender:
         out._take_items(catalogue, codes.take(np.argsort(np.concatenate([learnt, new]))))
         return out
 
-    def with_beams(self, beam_width: int) -> CodeRecommender:
-        """The same recommender, whose beams keep so many prefixes at each depth."""
-        out = copy.copy(self)
-        out._beam_width = beam_width
-        return out
-
-    def rank(self, queries: Sequence[RankingQuery], k: int, mode: str = "auto") -> list[Ranking]:
-        """See `Recommender.rank`. `mode` is `exact`, `auto` (exact within `max_nodes` prefixes) or `beam`, of
-        `beam_width` prefixes at each depth. Raises ConfigError for another domain than the one trained on."""
-        for query in queries:
-            check_domain(self.name, (self.domain,), query.domain)
-        histories = histories_of(self.catalogue, self.domain, queries)
-        prompts = self._prompts(histories)
-        out: dict[int, Ranking] = {}
-        with torch.inference_mode():
-            for batch in batches(prompts, queries, QUERY_BATCH):
-                tree = self._reader.read([prompts[number] for number in batch])
-                rankings = self._ranked(tree, [queries[number] for number in batch], k, mode)
-                out |= dict(zip(batch, rankings, strict=True))
-        return [out[number] for number in range(len(queries))]
-
-    def _ranked(self, tree: Tree, queries: Sequence[RankingQuery], k: int, mode: str) -> list[Ranking]:
-        """The rankings of queries whose prompts were read, all with candidates or all without."""
-        if queries[0].candidates is not None:
-            return self._ranker.rank_candidates(tree, queries)
-        limits: dict[str, Any] = {"mode": mode, "beam_width": self._beam_width, "max_nodes": self._max_nodes}
-        return self._ranker.rank_catalogue(tree, queries, k, **limits)
-
-    def target_ranks(
-        self, histories: Ragged, targets: np.ndarray, *, users: Sequence[str], exclude_seen: bool
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """How many items score above each target, and how many as high, itself included: int64[Q] each.
-
-        Counted in the ten best that a beam finds. A target that is not among them is a miss: ten are better, and it is
-        tied with nothing (0).
-        """
-        ids = self.catalogue.item_id[self.catalogue.rows_of(self.domain)]
-        queries = [self._query(ids[histories[number]], exclude_seen) for number in range(len(histories))]
-        return count_rankings(self.rank(queries, TOP, "beam"), ids[targets].tolist())
-
-    def _prompts(self, histories: Ragged) -> Ragged:
-        """What the model reads before the codes of the next item."""
-        return self._codes.prompts(recent(histories, self._max_length))
-
-    def _query(self, item_ids: np.ndarray, exclude_seen: bool) -> RankingQuery:
-        history = tuple(Item(self.domain, item) for item in item_ids)
-        return RankingQuery("", self.domain, history, exclude=frozenset(item_ids if exclude_seen else ()))
-
-    def _sequences(self, rows: np.ndarray) -> Ragged:
-        return self._codes.sequences.take(rows - self._first)
+    def _prompts(self, queries: Sequence[RankingQuery]) -> Ragged:
+        return self._codes.prompts(self._histories(queries))

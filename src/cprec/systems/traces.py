@@ -21,6 +21,7 @@ import torch
 from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.errors import ConfigError
+from cprec.recommender import RankingQuery
 from cprec.systems.codes import BEGIN, ItemCodes
 from cprec.systems.generator import QUERY_BATCH, CodeRecommender
 from cprec.systems.signals import TrainingSequences
@@ -109,8 +110,8 @@ class TracingRecommender(CodeRecommender):
         raise ConfigError(f"{self.name} cannot rank items that came after training: train it again")
 
     @torch.inference_mode()
-    def _prompts(self, histories: Ragged) -> Ragged:
-        prompts = super()._prompts(histories)
+    def _prompts(self, queries: Sequence[RankingQuery]) -> Ragged:
+        prompts = super()._prompts(queries)
         for _ in range(self._traced.trace_length):
             parts = [self._likeliest(prompts.take(rows)) for rows in _in_parts(len(prompts), QUERY_BATCH)]
             token_U = np.concatenate([np.empty(0, dtype=np.int64), *parts])
