@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from cprec.data.catalogue import Catalogue
+from cprec.data.ragged import Ragged
 from cprec.data.word_index import QUERY
 from cprec.errors import ConfigError, ModelError
 from cprec.item_head import TITLE_TOKENS, ItemHead, load_heads, title_states
 from cprec.rank.blend_file import BLEND
 from cprec.rank.config import Mode, Normaliser, RankConfig, Score
-from cprec.rank.generation import generate
 from cprec.rank.opening import Engine, open_blend, open_model, settings_of
 from cprec.rank.prompts import Prompts
 from cprec.rank.recommending import Recommending
@@ -33,6 +33,7 @@ from cprec.search.priors import Priors, PriorSource
 from cprec.search.ranking import SequenceRanker, batches
 from cprec.search.reading import ModelReader, Reader, Tree
 from cprec.search.trie import Trie
+from cprec.search.writing import generate
 from cprec.text.config import PLAIN, TitleCut
 from cprec.text.encoding import PromptEncoder
 from cprec.text.prompts import Template
@@ -270,7 +271,8 @@ class LLMRecommender(Recommending):
         """Rankings for queries of one domain, all with candidates or all without; `read` reads their prompts."""
         domain = queries[0].domain
         if mode == "generate":
-            return generate(read(), self.trie(domain).end, queries, self.prompts.encoder, self._tokenizer)
+            longest = self.prompts.encoder.max_item_tokens
+            return generate(read(), self.trie(domain).end, queries, self._candidate_titles, longest, self._tokenizer)
         priors = self._priors(domain, queries, mode)
         if priors is not None and not priors.weight:
             return self._by_values(queries, priors, k)
@@ -288,6 +290,10 @@ class LLMRecommender(Recommending):
             stop=stop,
             priors=priors,
         )
+
+    def _candidate_titles(self, query: RankingQuery) -> Ragged:
+        """The titles of a query's candidates as the model knows them, cut to `max_title_tokens`."""
+        return self.prompts.encoder.titles(self.catalogue.find(query.domain, query.candidates or ()))
 
     def _priors(self, domain: str, queries: Sequence[RankingQuery], mode: str) -> Priors | None:
         """What joins or replaces the log-probabilities of titles; None where nothing does. Raises as `_of_histories`

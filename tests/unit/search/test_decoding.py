@@ -10,7 +10,6 @@ import torch
 
 from cprec.data.ragged import Ragged
 from cprec.errors import ConfigError, DataError
-from cprec.rank.generation import match, write
 from cprec.search.attention import PromptTree
 from cprec.search.cache import PrefixCache
 from cprec.search.decoding import Found
@@ -18,6 +17,7 @@ from cprec.search.decoding import search as search_trie
 from cprec.search.priors import Priors
 from cprec.search.scoring import score_candidates
 from cprec.search.trie import Trie
+from cprec.search.writing import match, write
 
 EOS = 1
 PROMPTS = [[40, 41, 42], [50], [60, 61, 62, 63, 64, 65, 66, 67]]

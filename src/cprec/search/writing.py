@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from cprec.data.ragged import Ragged
 from cprec.recommender import Ranking, RankingQuery
 from cprec.search.ranking import may_return
 from cprec.search.reading import Tree
-from cprec.text.encoding import PromptEncoder
 
 
 def generate(
-    tree: Tree, end: int, queries: Sequence[RankingQuery], encoder: PromptEncoder, tokenizer: Any
+    tree: Tree,
+    end: int,
+    queries: Sequence[RankingQuery],
+    titles_of: Callable[[RankingQuery], Ragged],
+    max_tokens: int,
+    tokenizer: Any,
 ) -> list[Ranking]:
-    """The candidate that the model writes after the prompt of each query, if it writes one; `end` ends a title."""
+    """The candidate that the model writes after the prompt of each query, if it writes one; `end` ends a title.
+
+    `titles_of` gives the tokens of a query's candidates, `max_tokens` at most, by which what is written is known.
+    """
     out = []
-    for query, tokens in zip(queries, write(tree, end, encoder.max_item_tokens), strict=True):
-        candidates = query.candidates or ()
-        # A title is compared as the model knows it, cut to `max_title_tokens`.
-        titles = encoder.titles(encoder.catalogue.find(query.domain, candidates))
+    for query, tokens in zip(queries, write(tree, end, max_tokens), strict=True):
+        candidates, titles = query.candidates or (), titles_of(query)
         known = [tokenizer.decode(titles[number]) for number in range(len(titles))]
         said = match(tokenizer.decode(tokens), known)
         item = None if said is None else candidates[said]
