@@ -58,7 +58,9 @@ def baseline_entrants(config: EvaluateConfig, split: Split, domain: str) -> list
         folder = baselines_folder(config.output_dir, domain) / slug(name)
         recommender = _settings_of(config, name, tuned).make(learnt, domain, seed=seed, folder=folder)
         cost = {shown: getattr(recommender, told) for told, shown in COSTS.items() if hasattr(recommender, told)}
-        return Opened(recommender=recommender, cost=cost, scores_once=isinstance(recommender, ScoringRecommender))
+        modes = {GENERATED: recommender.generate} if lineup.LINEUP[name].writes else {}  # type: ignore[attr-defined]
+        once = isinstance(recommender, ScoringRecommender)
+        return Opened(recommender=recommender, modes=modes, cost=cost, scores_once=once)
 
     return [
         Entrant(
@@ -69,6 +71,7 @@ def baseline_entrants(config: EvaluateConfig, split: Split, domain: str) -> list
             | ({"settings": _identity_of(_settings_of(config, name, tuned))} if name in config.settings else {})
             | ({"refit": True} if config.refit else {}),
             stochastic=trained,
+            writes=lineup.LINEUP[name].writes,
         )
         for name in names
         for trained in [lineup.is_trained(name)]

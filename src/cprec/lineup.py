@@ -41,6 +41,8 @@ class Listed:
     """`module:NAME` within cprec: settings, or a class whose defaults are meant."""
     about: str
     """A few words about it."""
+    writes: bool = False
+    """It also writes titles freely, by a method `generate` like `Recommender.rank`."""
 
     @property
     def module(self) -> str:

@@ -77,6 +77,8 @@ class Entrant:
     """Hashes of the token shards that a model was trained on; a baseline learns from the split itself."""
     beam: bool = False
     """Its lists of the full catalogue come from a beam: a sample is compared with those of its mode `exact`."""
+    writes: bool = False
+    """It has a mode `generate`, which writes freely, as all models have."""
     num_places: Callable[[], int] | None = None
     """For one that takes much longer to rank than to open: how many processes this machine has room for. Its queries
     are then asked in parts, and `open` must be fit for pickle. None: this process alone asks it."""
@@ -142,7 +144,7 @@ def saved_rankings(
     # Who scores a batch once for all protocols is asked for them together. One that reads prompts anew for each takes
     # long: what it has finished stays after an interruption.
     for _, members in groupby(
-        missing, lambda protocol: "" if opened.scores_once and not protocol.models_only else protocol.name
+        missing, lambda protocol: "" if opened.scores_once and not protocol.written else protocol.name
     ):
         group = list(members)
         save(group, _ask(entrant, opened, group, answers, domain))

@@ -50,7 +50,7 @@ class EvaluateConfig:
     num_candidates: int = 20
     """Size of the frozen candidate sets: the target and others, drawn uniformly, and by popularity."""
     generate: bool = False
-    """Also let models write the next title freely and look for it among the candidates."""
+    """Also let language models write the next title freely and look for it among the candidates."""
     uncertified: bool = False
     """Rank although a leakage certificate is missing or does not cover a model; every table then says so."""
     num_processes: int | Literal["auto"] = 1

@@ -97,7 +97,8 @@ def _judge_all(config: EvaluateConfig, judge: Judge, entrants: Sequence[Entrant]
     }
     judged = []
     for entrant in entrants:
-        protocols = [p for p in judge.protocols if entrant.kind == "model" or not p.models_only]
+        writes = entrant.kind == "model" or entrant.writes
+        protocols = [protocol for protocol in judge.protocols if writes or not protocol.written]
         try:
             rankings = saved_rankings(entrant, protocols, asked, config.output_dir, domain, config.num_processes)
         except Unsuitable as error:

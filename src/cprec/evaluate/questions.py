@@ -53,8 +53,8 @@ class Protocol:
     """Items that are ranked for a query, at most."""
     pools: tuple[str, ...]
     """Pools that metrics are made for. A ranking of the full catalogue serves two: with seen items, and without."""
-    models_only: bool = False
-    """Only models can answer."""
+    written: bool = False
+    """Answers are written freely, which not all can do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class Questions:
             found.append(new)
         if generate:
             (uniform,) = (protocol for protocol in found if protocol.name == SAMPLED[UNIFORM])
-            found.append(replace(uniform, name=GENERATED, pools=(GENERATED,), models_only=True))
+            found.append(replace(uniform, name=GENERATED, pools=(GENERATED,), written=True))
         return found
 
     def table(self) -> pa.Table:

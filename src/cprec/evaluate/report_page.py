@@ -120,8 +120,8 @@ def ranking_lines(result: DomainResult) -> list[str]:
             lines.append(line)
         if free := arm.generated:
             lines.append(
-                f"{arm.name}, writing freely: ValidRatio {free.valid_ratio:.3f}, HR@1-all {free.hit_rate_all:.4f}, "
-                f"HR@1-valid {free.hit_rate_valid:.4f}"
+                f"{arm.name}, writing freely for {result.num_queries:,} queries: ValidRatio {free.valid_ratio:.3f}, "
+                f"HR@1-all {free.hit_rate_all:.4f}, HR@1-valid {free.hit_rate_valid:.4f}"
             )
     return lines
 
