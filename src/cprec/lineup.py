@@ -141,6 +141,9 @@ LINEUP: Mapping[str, Listed] = {
     "MDGR": Listed("systems.recipes.mdgr:MDGR", "fills in the codes of the next item, in any order"),
     "REG4Rec": Listed("systems.recipes.reg4rec:REG4Rec", "the surest code first; prunes items whose codes disagree"),
     "STREAM-Rec": Listed("systems.recipes.stream_rec:STREAMRec", "TIGER that first writes a trace to the next item"),
+    "LLaRA": Listed(
+        "systems.recipes.llara:LLaRA", "a language model that reads titles and a SASRec's vectors", writes=True
+    ),
 }
 """Name -> where its settings are, in the order of tables."""
 

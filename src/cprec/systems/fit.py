@@ -100,9 +100,11 @@ def fit(
     seed: int,
     folder: Path,
     data: TrainingSequences | None = None,
+    stages_of: Callable[[TrainingSequences, int], Sequence[Stage]] | None = None,
 ) -> TrainedRecommender:
-    """See `settings.SystemSettings.make`; `folder` is where the folder of this run stands beside those of others, and
-    `data` takes the place of the split's training events."""
+    """See `settings.SystemSettings.make`; `folder` is where the folder of this run stands beside those of others,
+    `data` takes the place of the split's training events, and `stages_of` that of the settings' `stages`, where these
+    need what was learnt before by the same settings, data and seed."""
     name, device = type(settings).__name__, distributed.pick_device()
     if settings.patience and not split.validates:
         raise Unsuitable(
@@ -116,7 +118,7 @@ def fit(
     }
     folder = folder / hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
     torch.manual_seed(seed)
-    stages = settings.stages(data, seed)
+    stages = (stages_of or settings.stages)(data, seed)
     finished = []
     for number, stage in enumerate(stages, 1):
         stage.trainable.module.to(device)

@@ -122,6 +122,9 @@ def render(
     return "".join(parts)
 
 
+OFFERED = "\nCandidates:"
+"""What stands before the titles of candidates, in prompts of systems that list them after the history."""
+
 CHOSE, ALSO_CHOSE, THE_ITEM = "Those who chose", " also chose", "The item"
 """What stands before titles in sentences."""
 

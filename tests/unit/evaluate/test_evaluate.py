@@ -32,7 +32,7 @@ from cprec.evaluate.coverage import check_certificate
 from cprec.evaluate.evaluate import evaluate, protocol_of
 from cprec.evaluate.questions import SAMPLED, Protocol, Questions, read_questions
 from cprec.evaluate.rankings import rankings_path
-from cprec.evaluate.report_page import markdown_table
+from cprec.evaluate.report_page import markdown_table, ranking_lines
 from cprec.evaluate.results import (
     CANDIDATES_UNIFORM,
     FULL,
@@ -327,6 +327,21 @@ def test_what_is_proven_and_what_a_beam_found_is_told(config: EvaluateConfig, sp
     assert arm.generated.hit_rate_valid == 1
     assert evaluate(free, split, "books", [entrant]).arms["model"] == arm
     assert exact.asked == min(100, number)  # what is saved needs no model
+
+
+def test_a_baseline_that_writes_freely_is_asked_to(config: EvaluateConfig, split: Split, data: Path) -> None:
+    questions = questions_of(config, split)
+    opened = Opened(recommender=Knowing(questions), modes={"generate": Silent(questions).rank})
+    free = replace(config, generate=True)
+    entrants = [Entrant(name=name, kind="baseline", open=lambda: opened, writes=name == "a") for name in ("a", "b")]
+    result = evaluate(free, split, "books", entrants)
+    number, found = len(questions.queries), result.arms["a"].generated
+    assert found is not None and result.arms["b"].generated is None
+    (line,) = (line for line in ranking_lines(result) if "freely" in line)
+    share = number // 2 / number
+    assert line == (
+        f"a, writing freely for {number} queries: ValidRatio {share:.3f}, HR@1-all {share:.4f}, HR@1-valid 1.0000"
+    )
 
 
 def test_metrics_from_rankings_count_ties_in_expectation(config: EvaluateConfig, split: Split) -> None:
