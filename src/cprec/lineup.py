@@ -144,6 +144,8 @@ LINEUP: Mapping[str, Listed] = {
     "LLaRA": Listed(
         "systems.recipes.llara:LLaRA", "a language model that reads titles and a SASRec's vectors", writes=True
     ),
+    "ULMRec": Listed("systems.recipes.ulmrec:ULMRec", "a language model re-ranks SASRec's lists by letters"),
+    "ULMRec (letters)": Listed("systems.recipes.ulmrec:LETTERS", "without codes of users: LlamaRec's ranker"),
 }
 """Name -> where its settings are, in the order of tables."""
 

@@ -124,6 +124,9 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "MDGR": {**FILLED_IN, "warm_up": 1},
     "REG4Rec": FILLED_IN,
     "STREAM-Rec": OF_CODES,
+    **dict.fromkeys(
+        ("ULMRec", "ULMRec (letters)"), {"item_epochs": 0.2, "item_steps": 0, "num_epochs": 0.05, "title_tokens": 3}
+    ),
     "LLaRA": {"item_epochs": 0.2, "item_steps": 0, "title_tokens": 3, "num_epochs": 0.05, "beam_width": 2},
 }
 """Systems, trained for a few steps, with settings that make these cheap."""
@@ -140,7 +143,9 @@ them but those that are ALIKE are asked quickly whether they have learnt from he
 WRITERS = frozenset(
     name
     for name in SYSTEMS
-    if name.startswith(("TIGER", "APAO", "MSCGRec", "PRISM", "COBRA", "MDGR", "REG4Rec", "STREAM-Rec", "P5", "LLaRA"))
+    if name.startswith(
+        ("TIGER", "APAO", "MSCGRec", "PRISM", "COBRA", "MDGR", "REG4Rec", "STREAM-Rec", "P5", "LLaRA", "ULMRec")
+    )
 )
 """Systems that write codes or titles, and have no vectors of users."""
 
@@ -148,7 +153,7 @@ ALIKE = frozenset(
     {"P5 (random)", "P5 (collaborative)", "P5 (semantic)"}
     | {"HLLM", "Lite-LLM4Rec", "Recformer"}
     | {"APAO", "APAO (pointwise)", "COBRA (codes alone)", "COBRA (vectors alone)", "REG4Rec", "STREAM-Rec"}
-    | {"LLaRA"}
+    | {"LLaRA", "ULMRec (letters)"}
 )
 """Systems that learn from events as another row does, which is asked quickly whether it learnt from held-out ones."""
 

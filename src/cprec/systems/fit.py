@@ -64,7 +64,7 @@ class _Enough(Exception):
 
 
 @dataclass(frozen=True)
-class _Validation:
+class Validation:
     """Held-out queries that choose the weights."""
 
     histories: Ragged
@@ -72,7 +72,7 @@ class _Validation:
     users: Sequence[str]
 
     @classmethod
-    def of(cls, split: Split, domain: str, seed: int, most: int) -> _Validation:
+    def of(cls, split: Split, domain: str, seed: int, most: int) -> Validation:
         """A seeded sample of at most `most` validation queries of a domain. Raises Unsuitable where there are none."""
         queries = split.queries(domain, VALIDATION, max_history=max(1, len(split.interactions)))
         if not len(queries):
@@ -111,7 +111,7 @@ def fit(
             f"patience={settings.patience} ends training by validation events, which are to be learnt here"
         )
     data = TrainingSequences.of(split, domain) if data is None else data
-    validation = _Validation.of(split, domain, seed, settings.VALIDATION_QUERIES) if split.validates else None
+    validation = Validation.of(split, domain, seed, settings.VALIDATION_QUERIES) if split.validates else None
     made_from = {
         **{"system": name, "settings": settings.identity(), "domain": domain, "seed": seed, "data": data.digest()},
         **{"validation": validation.digest() if validation else None, "code": code_sha256(type(settings).__module__)},
@@ -153,7 +153,7 @@ def fit_best(
             "be learnt here"
         )
     made = {name: fit(settings, split, domain, seed, folder, data) for name, data in choices.items()}
-    validation = _Validation.of(split, domain, seed, settings.VALIDATION_QUERIES)
+    validation = Validation.of(split, domain, seed, settings.VALIDATION_QUERIES)
     values = {name: validation.ndcg(each) for name, each in made.items()}
     best = max(values, key=lambda name: values[name])
     shown = ", ".join(f"{value:.4f} from {name}" for name, value in values.items())
@@ -167,7 +167,7 @@ def seconds_to_fit(
 ) -> float:
     """About how long `fit` takes: of each stage one step, the second of two, and one validation are timed."""
     data = TrainingSequences.of(split, domain)
-    validation = _Validation.of(split, domain, seed, settings.VALIDATION_QUERIES)
+    validation = Validation.of(split, domain, seed, settings.VALIDATION_QUERIES)
     device, seconds = distributed.pick_device(), 0.0
     for stage in settings.stages(data, seed):
         stage.trainable.module.to(device)
@@ -185,7 +185,7 @@ def seconds_to_fit(
 
 
 def _fit_stage(
-    settings: System, stage: Stage, validation: _Validation | None, seed: int, folder: Path, title: str
+    settings: System, stage: Stage, validation: Validation | None, seed: int, folder: Path, title: str
 ) -> dict[str, Any]:
     """Train a stage unless its folder says that it is done; then its module has the best weights by validation, or the
     last ones without it or a recommender."""

@@ -28,7 +28,7 @@ from cprec.scoring import positions_of
 from cprec.search.writing import generate
 from cprec.systems.batches import Passes, Prefixes, RowStream
 from cprec.systems.generator import SequenceRecommender
-from cprec.systems.items import FrozenTable
+from cprec.systems.items import FrozenTable, ItemTable
 from cprec.systems.language import Language, LanguageSettings
 from cprec.systems.signals import TrainingSequences, padded
 from cprec.text.prompts import OFFERED, Template
@@ -78,7 +78,7 @@ class PromptSettings(LanguageSettings):
 class Slots(nn.Embedding):
     """What a language model reads of tokens: their rows, and in slots the vectors of items, through a projector."""
 
-    def __init__(self, rows: nn.Embedding, items: FrozenTable) -> None:
+    def __init__(self, rows: nn.Embedding, items: ItemTable) -> None:
         """The rows stay those of the model, which may have them at its output as well. Raises ConfigError where the
         model does more to tokens than to look up their rows."""
         if type(rows) is not nn.Embedding:

@@ -200,7 +200,7 @@ def test_the_best_threshold_by_validation_is_kept(
 ) -> None:
     """SASRec is trained on all events and on those of each threshold; what it makes is a SASRec like others."""
     seen: list[TrainingSequences] = []
-    fit, ndcg, values = fitting.fit, fitting._Validation.ndcg, iter([0.1, 0.3, 0.3])
+    fit, ndcg, values = fitting.fit, fitting.Validation.ndcg, iter([0.1, 0.3, 0.3])
 
     def noted(*arguments: Any) -> Any:
         made = fit(*arguments)
@@ -210,7 +210,7 @@ def test_the_best_threshold_by_validation_is_kept(
 
     monkeypatch.setattr(fitting, "fit", noted)
     monkeypatch.setattr(
-        fitting._Validation, "ndcg", lambda self, made: next(values) if len(seen) == 3 else ndcg(self, made)
+        fitting.Validation, "ndcg", lambda self, made: next(values) if len(seen) == 3 else ndcg(self, made)
     )
     made = DenoisedSASRec(**TINY, thresholds=(9.0, 0.0), most_noise=0.25).make(split, "ring", folder=tmp_path)
     monkeypatch.undo()

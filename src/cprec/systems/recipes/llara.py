@@ -48,13 +48,33 @@ from cprec.systems.stage import Stage, TrainedRecommender
 
 
 @dataclass(frozen=True, kw_only=True)
-class LLaRA(PromptSettings):
-    """Settings of LLaRA: the length of histories, candidates, passes and adapters are the code's, the others ours.
-    `hidden_size` and `dropout` are those of the SASRec."""
+class BesideSASRec(PromptSettings):
+    """Settings of a language model that answers prompts beside a SASRec, which is trained first and then stays as it
+    is; `hidden_size` and `dropout` are those of the SASRec."""
 
     max_length: int = 10
     hidden_size: int = 64
     dropout: float = 0.6
+    item_epochs: float = 60
+    """Passes of the SASRec over the training rows."""
+    item_steps: int = 600
+    """Optimizer steps of the SASRec at least."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_positive("item_epochs")
+        self.require_not_negative("item_steps")
+
+    def sasrec(self) -> SASRec:
+        """The settings of the SASRec, which are otherwise those of its own row."""
+        size = self.hidden_size
+        return SASRec(hidden_size=size, dropout=self.dropout, num_epochs=self.item_epochs, min_steps=self.item_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLaRA(BesideSASRec):
+    """Settings of LLaRA: the length of histories, candidates, passes and adapters are the code's, the others ours."""
+
     curriculum: Curriculum = "rising"
     """When prompts have slots: ever more often (`rising`), in all steps (`hybrid`) or never (`text`), which needs no
     SASRec."""
@@ -62,10 +82,6 @@ class LLaRA(PromptSettings):
     """Candidates in a prompt that lists them, the target among them, the others drawn anew in each step."""
     listing: float = 0.5
     """Share of the steps whose prompts list candidates; 0: no prompt does, candidates to rank included."""
-    item_epochs: float = 60
-    """Passes of the SASRec over the training rows."""
-    item_steps: int = 600
-    """Optimizer steps of the SASRec at least."""
     beam_width: int = 10
     """Prefixes of titles that a beam keeps at each depth; weights are chosen by beams."""
     max_nodes: int = 500
@@ -73,8 +89,7 @@ class LLaRA(PromptSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_positive("item_epochs", "beam_width", "max_nodes")
-        self.require_not_negative("item_steps")
+        self.require_positive("beam_width", "max_nodes")
         if self.curriculum not in get_args(Curriculum):
             raise ConfigError(f"curriculum={self.curriculum!r} must be one of {', '.join(get_args(Curriculum))}")
         if self.num_candidates < 2:
@@ -96,11 +111,6 @@ class LLaRA(PromptSettings):
             made = fit(self, split, domain, seed, Path(place), stages_of=stages)
         made.seconds += seconds
         return made
-
-    def sasrec(self) -> SASRec:
-        """The settings of the SASRec whose vectors stand in slots."""
-        size = self.hidden_size
-        return SASRec(hidden_size=size, dropout=self.dropout, num_epochs=self.item_epochs, min_steps=self.item_steps)
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
         """See `SystemSettings.stages`: over vectors that say nothing, as before a SASRec is trained."""
