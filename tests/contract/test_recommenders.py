@@ -153,7 +153,7 @@ ALIKE = frozenset(
     {"P5 (random)", "P5 (collaborative)", "P5 (semantic)"}
     | {"HLLM", "Lite-LLM4Rec", "Recformer"}
     | {"APAO", "APAO (pointwise)", "COBRA (codes alone)", "COBRA (vectors alone)", "REG4Rec", "STREAM-Rec"}
-    | {"LLaRA", "ULMRec (letters)"}
+    | {"LLaRA", "ULMRec", "ULMRec (letters)"}
 )
 """Systems that learn from events as another row does, which is asked quickly whether it learnt from held-out ones."""
 
