@@ -8,9 +8,8 @@ model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,17 +18,16 @@ from torch import nn
 
 from cprec import distributed
 from cprec.batch import IGNORE, Batch
-from cprec.choices import Choice, Real
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.errors import ConfigError
-from cprec.models import add_lora, context_of, freeze_lowest, inner_model
+from cprec.models import context_of, inner_model
 from cprec.recommender import Ranking, RankingQuery
 from cprec.scoring import positions_of
 from cprec.search.writing import generate
 from cprec.systems.batches import Passes, Prefixes, RowStream
 from cprec.systems.generator import SequenceRecommender
 from cprec.systems.items import FrozenTable, ItemTable
-from cprec.systems.language import Language, LanguageSettings
+from cprec.systems.language import Language
 from cprec.systems.signals import TrainingSequences, padded
 from cprec.text.prompts import OFFERED, Template
 from cprec.text.stream import NEXT_TOKEN
@@ -40,39 +38,7 @@ from cprec.train.trainable import decay_matrices
 Curriculum = Literal["rising", "hybrid", "text"]
 """When prompts have slots: ever more often, always, or never."""
 
-LORA_ALPHA = 32
-"""Over their rank, what adapters are multiplied by."""
-
 _HEAD, _LINE, _OFFERED, _NEXT, _FIRST_TITLE = range(5)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptSettings(LanguageSettings):
-    """Settings of systems in which a language model answers prompts of titles."""
-
-    learning_rate: float = 8e-4
-    beta2: float = 0.999
-    batch_size: int = 32
-    num_epochs: float = 5
-    lora_rank: int = 8
-    """Rank of the adapters of a base (LoRA, on all linear layers), which alone are trained; 0: all its weights are."""
-
-    VALIDATION_QUERIES: ClassVar[int] = 100
-    SEARCH: ClassVar[Mapping[str, Choice]] = {"learning_rate": Real(low=1e-4, high=3e-3, log=True)}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_not_negative("lora_rank")
-
-    def adapted(self, language: Language, seed: int) -> Language:
-        """The same with what is to be trained of it: adapters of a base, else all weights; in the lowest
-        `frozen_layers` nothing."""
-        model = language.model
-        if self.base and self.lora_rank:
-            model = add_lora(model, rank=self.lora_rank, alpha=LORA_ALPHA, seed=seed)
-        if self.frozen_layers:
-            freeze_lowest(model, self.frozen_layers)
-        return replace(language, model=model)
 
 
 class Slots(nn.Embedding):

@@ -7,25 +7,32 @@ Suffixes: Q queries, R rows, N items of the domain, K letters, L codes of a user
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 from cprec.batch import IGNORE, Batch
 from cprec.data.ragged import Ragged
-from cprec.errors import ConfigError
-from cprec.models import context_of
+from cprec.data.splits import Split
+from cprec.errors import ConfigError, Unsuitable
+from cprec.models import context_of, inner_model
+from cprec.progress import say
 from cprec.ranks import count_rankings
-from cprec.recommender import RankingQuery
+from cprec.recommender import RankingQuery, Recommender
 from cprec.schema import Item
 from cprec.scoring import ScoringRecommender, check_domain
 from cprec.search.reading import ModelReader
 from cprec.systems.batches import Passes, Prefixes, RowStream
+from cprec.systems.fit import Validation
 from cprec.systems.generator import QUERY_BATCH
+from cprec.systems.hybrid import Slots
+from cprec.systems.items import IdTable
 from cprec.systems.language import Language
 from cprec.systems.quantise import Residual
 from cprec.systems.signals import TrainingSequences, padded, recent
@@ -33,8 +40,12 @@ from cprec.text.prompts import OFFERED, Template
 from cprec.text.stream import NEXT_TOKEN
 from cprec.text.tokenizer import encode_pieces
 
+INITIAL = 0.02
+"""Standard deviation of vectors of codes before training, about that of tokens."""
 FLOOR = -1e9
 """The score of what the retriever has nothing to say for."""
+CEILING_QUERIES = 4000
+"""Validation queries, a seeded sample at most, by which it is told what a retriever finds."""
 _USER, _BREAK, _HEAD, _LINE, _OFFERED, _OPEN, _CLOSE, _NEXT, _FIRST_LETTER = range(9)
 
 
@@ -81,6 +92,12 @@ class LetterPrompts:
         return Ragged.of(rows)
 
 
+class Finder(Protocol):
+    """Settings of a recommender: a frozen dataclass."""
+
+    def make(self, split: Split, domain: str, *, seed: int = 0, folder: Path | None = None) -> Recommender: ...
+
+
 class Retriever:
     """The first items of a recommender's lists, and codes of its users."""
 
@@ -102,7 +119,7 @@ class Retriever:
         if num_levels and not hasattr(recommender, "user_vectors"):
             raise ConfigError(f"{recommender.name} has no vectors of users to make codes of: set user_codes=0")
         self.recommender, self.domain, self.num_items, self._num_codes = recommender, data.domain, num_items, num_codes
-        self.ids = np.array(data.item_ids, dtype=object)
+        self.ids, self.num_tokens = np.array(data.item_ids, dtype=object), num_levels * num_codes
         self._quantiser: Residual | None = None
         if num_levels:
             vectors = self._vectors(self.queries(data.sequences, data.users))
@@ -297,6 +314,26 @@ class LetterRecommender(ScoringRecommender):
         return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32)).permutation(size)
 
 
+def re_ranking(
+    name: str,
+    data: TrainingSequences,
+    language: Language,
+    retriever: Retriever,
+    form: LetterForm,
+    passes: Passes,
+) -> tuple[LetterStream, Callable[[], LetterRecommender]]:
+    """The rows that a language model learns from to re-rank a retriever's lists, and a recommender of its current
+    weights. Where users have codes, it gets vectors of them."""
+    prompts = LetterPrompts(language, data.domain, retriever.num_items, retriever.num_tokens)
+    if retriever.num_tokens:
+        inner = inner_model(language.model)
+        codes = IdTable(retriever.num_tokens, language.width, 0)
+        nn.init.normal_(codes.table.weight, std=INITIAL)
+        inner.set_input_embeddings(Slots(inner.get_input_embeddings(), codes))
+    stream = LetterStream(data, prompts, retriever, form.max_length, passes, by_rank=form.by_rank)
+    return stream, lambda: LetterRecommender(name, data, language, prompts, retriever, form)
+
+
 def ceiling(retriever: Retriever, histories: Ragged, targets: np.ndarray, users: Sequence[str]) -> float:
     """The share of targets among the items that a retriever finds first: no new order of its lists finds more."""
     num_found = 0
@@ -306,3 +343,15 @@ def ceiling(retriever: Retriever, histories: Ragged, targets: np.ndarray, users:
         _, found = retriever.lists(retriever.queries(mine, [users[row] for row in rows.tolist()]), mine)
         num_found += int((found.values == targets[rows][found.row_of]).sum())
     return num_found / max(1, len(targets))
+
+
+def tell_ceiling(retriever: Retriever, asked: Validation) -> None:
+    """Say how many targets of validation queries are found at all. Raises Unsuitable where none is."""
+    share = ceiling(retriever, asked.histories, asked.targets, asked.users)
+    told = (
+        f"{retriever.domain}: {retriever.recommender.name} finds {share:.4f} of {len(asked.targets):,} targets of "
+        f"validation queries among {retriever.num_items} items"
+    )
+    if not share:
+        raise Unsuitable(f"{told}: there is nothing to re-rank")
+    say(f"{told}, and no new order of its lists finds more")

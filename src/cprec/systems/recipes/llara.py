@@ -4,7 +4,7 @@ Liao et al. 2024, "LLaRA: Large Language-Recommendation Assistant"; where paper 
 A SASRec is trained first and then stays as it is. A prompt names the history and candidates; behind each title stands a
 slot, which holds the SASRec's vector of the item through two layers, the projector. Only the answer's title is learnt.
 At step s of S all prompts have slots with the chance s / S; else they have none, and the projector stays as it is.
-Adapters (LoRA, rank 8, on all linear layers) are trained where a base is given, else all weights. Deviations:
+Deviations:
 
 - The wording is that of all prompts here (there one of three, at random, which name films, games or artists).
 - In half of the steps prompts list no candidates (theirs always do, 20), so that the whole catalogue can be ranked: by
@@ -13,18 +13,16 @@ Adapters (LoRA, rank 8, on all linear layers) are trained where a base is given,
 - The SASRec is ours: softmax over all items, 64 dimensions (there binary cross-entropy; GRU4Rec and Caser are tried).
 - Free writing is greedy and matched to candidates by `search.writing.match`: an answer that is a candidate's title
   counts, though other titles occur in it (there none may).
-- The learning rate falls linearly (there by a cosine, from 2e-4 to 8e-4 by data set), and weights are chosen by lists
-  over the catalogue (there by HR@1 of what is written).
+- The learning rate falls linearly (there by a cosine), and weights are chosen by lists over the catalogue (there by
+  HR@1 of what is written).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import get_args
 
 import numpy as np
@@ -32,43 +30,12 @@ import numpy as np
 from cprec.data.splits import Split
 from cprec.errors import ConfigError
 from cprec.systems.fit import fit
-from cprec.systems.hybrid import (
-    AnswerLoss,
-    AnswerStream,
-    Curriculum,
-    PromptSettings,
-    TitlePrompts,
-    TitleRecommender,
-    with_slots,
-)
+from cprec.systems.hybrid import AnswerLoss, AnswerStream, Curriculum, TitlePrompts, TitleRecommender, with_slots
 from cprec.systems.language import Language
-from cprec.systems.recipes.sasrec import CausalRecommender, SASRec
+from cprec.systems.recipes.beside_sasrec import BesideSASRec, place
+from cprec.systems.recipes.sasrec import CausalRecommender
 from cprec.systems.signals import TrainingSequences
 from cprec.systems.stage import Stage, TrainedRecommender
-
-
-@dataclass(frozen=True, kw_only=True)
-class BesideSASRec(PromptSettings):
-    """Settings of a language model that answers prompts beside a SASRec, which is trained first and then stays as it
-    is; `hidden_size` and `dropout` are those of the SASRec."""
-
-    max_length: int = 10
-    hidden_size: int = 64
-    dropout: float = 0.6
-    item_epochs: float = 60
-    """Passes of the SASRec over the training rows."""
-    item_steps: int = 600
-    """Optimizer steps of the SASRec at least."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_positive("item_epochs")
-        self.require_not_negative("item_steps")
-
-    def sasrec(self) -> SASRec:
-        """The settings of the SASRec, which are otherwise those of its own row."""
-        size = self.hidden_size
-        return SASRec(hidden_size=size, dropout=self.dropout, num_epochs=self.item_epochs, min_steps=self.item_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +69,13 @@ class LLaRA(BesideSASRec):
         model cannot read the longest prompt."""
         language, vectors_VF, seconds = self.language(TrainingSequences.of(split, domain), seed), None, 0.0
         TitlePrompts(language, domain).require_room_for(self.max_length, self.num_candidates if self.listing else 0)
-        with TemporaryDirectory() if folder is None else nullcontext(folder) as place:
+        with place(folder) as shared:
             if self.curriculum != "text":
-                sasrec = self.sasrec().make(split, domain, seed=seed, folder=Path(place))
+                sasrec = self.sasrec().make(split, domain, seed=seed, folder=shared)
                 assert isinstance(sasrec, CausalRecommender)
                 vectors_VF, seconds = sasrec.model.vectors().items_VD.detach().cpu().numpy(), sasrec.seconds
             stages = partial(self.stages_over, language, vectors_VF)
-            made = fit(self, split, domain, seed, Path(place), stages_of=stages)
+            made = fit(self, split, domain, seed, shared, stages_of=stages)
         made.seconds += seconds
         return made
 

@@ -8,10 +8,10 @@ user is a few codes before the history. Where paper and code differ, this follow
 - Codes are residual k-means of the retriever's vector of the history (there of the user's number and reviews), tokens
   of their own whose vectors are learnt.
 - Tasks that align codes with texts about users are not here: a log has no such texts.
-- Candidates in training are what the retriever finds, in an order that is drawn (there, as far as we know, random
-  items). The retriever has learnt the same events, so that it finds more of them than of events to come. `by_rank=True`
-  keeps its order, in lists too, so that letters say how it ranks.
-- Users whose target was not found are misses (theirs are left out of the lists that are counted; the ceiling is told).
+- Candidates in training are what the retriever finds and the next item, in an order that is drawn (there, as far as we
+  know, random items). The retriever has learnt the same events, so that it finds more of them than of those to come.
+  `by_rank=True` keeps its order, in lists too, so that letters say how it ranks.
+- Users whose target was not found are misses (there they are left out of what is counted); how many these are is told.
 - `weight` mixes the retriever's own log-probability in. At 0 the order is the retriever's among all items that are not
   in the history, whatever was learnt; at 1, theirs, a language model that has learnt nothing gives an arbitrary order.
 - Items of the history are not listed, and stand behind those that are, by the retriever's scores.
@@ -20,33 +20,21 @@ user is a few codes before the history. Where paper and code differ, this follow
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
-from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 from cprec.data.splits import Split
-from cprec.errors import ConfigError, Unsuitable
-from cprec.models import inner_model
-from cprec.progress import say
-from cprec.recommender import Recommender
+from cprec.errors import ConfigError
 from cprec.systems.fit import Validation, fit
-from cprec.systems.hybrid import AnswerLoss, Slots
-from cprec.systems.items import IdTable
+from cprec.systems.hybrid import AnswerLoss
 from cprec.systems.language import Language
-from cprec.systems.letters import LetterForm, LetterPrompts, LetterRecommender, LetterStream, Retriever, ceiling
-from cprec.systems.recipes.llara import BesideSASRec
+from cprec.systems.letters import CEILING_QUERIES, Finder, LetterForm, Retriever, re_ranking, tell_ceiling
+from cprec.systems.recipes.beside_sasrec import BesideSASRec, place
 from cprec.systems.signals import TrainingSequences
 from cprec.systems.stage import Stage, TrainedRecommender
-
-
-class Finder(Protocol):
-    """Settings of a recommender: a frozen dataclass."""
-
-    def make(self, split: Split, domain: str, *, seed: int = 0, folder: Path | None = None) -> Recommender: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,27 +67,23 @@ class ULMRec(BesideSASRec):
 
     def identity(self) -> dict[str, Any]:
         """See `SystemSettings.identity`."""
-        finder = self.retriever
-        named = None if finder is None else [type(finder).__name__, asdict(finder)]  # type: ignore[call-overload]
-        return super().identity() | {"retriever": named}
+        finder: Any = self.retriever
+        own = asdict(finder) if finder is not None and not hasattr(finder, "identity") else finder and finder.identity()
+        return super().identity() | {"retriever": [type(finder).__name__, own]}
 
     def make(self, split: Split, domain: str, *, seed: int = 0, folder: Path | None = None) -> TrainedRecommender:
         """See `SystemSettings.make`. Says how many targets of validation queries are found at all.
 
-        Raises Unsuitable where none is, and ConfigError for a retriever that gives no scores."""
+        Raises Unsuitable where none is, and ConfigError for a retriever that gives no scores.
+        """
         data = TrainingSequences.of(split, domain)
         language = self.language(data, seed)
-        with TemporaryDirectory() if folder is None else nullcontext(folder) as place:
-            found = (self.retriever or self.sasrec()).make(split, domain, seed=seed, folder=Path(place))
+        with place(folder) as shared:
+            found = (self.retriever or self.sasrec()).make(split, domain, seed=seed, folder=shared)
             retriever = self.finding(found, data, seed)
             if split.validates:
-                asked = Validation.of(split, domain, seed, 4000)
-                share = ceiling(retriever, asked.histories, asked.targets, asked.users)
-                told = f"{found.name} finds {share:.4f} of {len(asked.targets):,} targets of validation queries among "
-                say(f"{domain}: {told}{self.num_candidates} items, and no new order of its lists finds more")
-                if not share:
-                    raise Unsuitable(f"{told}{self.num_candidates} items: there is nothing to re-rank")
-            made = fit(self, split, domain, seed, Path(place), stages_of=partial(self.stages_over, language, retriever))
+                tell_ceiling(retriever, Validation.of(split, domain, seed, CEILING_QUERIES))
+            made = fit(self, split, domain, seed, shared, stages_of=partial(self.stages_over, language, retriever))
         made.seconds += getattr(found, "seconds", 0.0)
         return made
 
@@ -117,24 +101,11 @@ class ULMRec(BesideSASRec):
         self, language: Language, retriever: Retriever, data: TrainingSequences, seed: int
     ) -> Sequence[Stage]:
         """The stage of a language model that re-ranks the lists of this retriever."""
-        num_codes = self.user_codes * self.num_codes
-        prompts = LetterPrompts(language, data.domain, self.num_candidates, num_codes)
         language = self.adapted(language, seed)
-        if num_codes:
-            inner = inner_model(language.model)
-            inner.set_input_embeddings(Slots(inner.get_input_embeddings(), IdTable(num_codes, language.width, 0)))
-        stream = LetterStream(data, prompts, retriever, self.max_length, self.passes(seed), by_rank=self.by_rank)
         form = LetterForm(max_length=self.max_length, by_rank=self.by_rank, weight=self.weight)
-        return [
-            Stage(
-                trainable=AnswerLoss(language.model),
-                stream=stream,
-                schedule=self.schedule(stream.num_steps),
-                recommender=lambda: LetterRecommender(
-                    self.LABEL or type(self).__name__, data, language, prompts, retriever, form
-                ),
-            )
-        ]
+        stream, recommender = re_ranking(type(self).__name__, data, language, retriever, form, self.passes(seed))
+        schedule = self.schedule(stream.num_steps)
+        return [Stage(trainable=AnswerLoss(language.model), stream=stream, schedule=schedule, recommender=recommender)]
 
 
 LETTERS = ULMRec(user_codes=0)
