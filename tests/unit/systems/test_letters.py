@@ -117,7 +117,7 @@ def stages_of(settings: ULMRec, data: TrainingSequences) -> Stage:
 
 def test_candidates_are_what_is_found_and_the_target_in_drawn_places(data: TrainingSequences) -> None:
     stream: Any = stages_of(ULMRec(**SMALL), data).stream
-    places, inside = [], 0
+    places, inside, in_order = [], 0, 0
     for step in range(stream.num_steps):
         members, candidates = stream.members(step), stream.candidates(step)
         for row, prefix in enumerate(members):
@@ -130,8 +130,10 @@ def test_candidates_are_what_is_found_and_the_target_in_drawn_places(data: Train
             expected = set(found) if target in found else {*found[:3], target}
             assert set(candidates[row]) == expected
             places.append(candidates[row].tolist().index(target))
+            in_order += candidates[row].tolist() == sorted(candidates[row], key=lambda item: -SCORES[0, item])
     assert 0 < inside < len(places)
     assert len(set(places)) == 4
+    assert in_order < len(places) / 2, "letters do not tell the retriever's order"
     ordered: Any = stages_of(ULMRec(**SMALL, by_rank=True), data).stream
     for step in range(ordered.num_steps):
         for row, target in enumerate(ordered.prefixes.targets[ordered.members(step)]):
