@@ -40,7 +40,7 @@ class BesideSASRec(LanguageSettings):
     item_steps: int = 600
     """Optimizer steps of the SASRec at least."""
 
-    VALIDATION_QUERIES: ClassVar[int] = 100
+    VALIDATION_QUERIES: ClassVar[int] = 40
     SEARCH: ClassVar[Mapping[str, Choice]] = {"learning_rate": Real(low=1e-4, high=3e-3, log=True)}
 
     def __post_init__(self) -> None:
