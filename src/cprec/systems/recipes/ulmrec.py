@@ -94,8 +94,9 @@ class ULMRec(BesideSASRec):
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
         """See `SystemSettings.stages`: over a SASRec before training."""
-        model = self.sasrec().stages(data, seed)[0]
-        return self.stages_over(self.language(data, seed), self.finding(model.recommender(), data, seed), data, seed)
+        untrained = self.sasrec().stages(data, seed)[0].recommender
+        assert untrained is not None
+        return self.stages_over(self.language(data, seed), self.finding(untrained(), data, seed), data, seed)
 
     def stages_over(
         self, language: Language, retriever: Retriever, data: TrainingSequences, seed: int
