@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.generators import TOP, Benchmark, asked_of, generated, losses, main, valid_share, without_items, written
 from cprec.data.catalogue import Catalogue
+from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import TRAIN, Item
@@ -139,8 +140,9 @@ def test_what_is_written_is_valid_where_it_is_an_item_with_its_end() -> None:
     codes = ItemCodes.of(np.array([[2], [3]]), num_codes=4)  # tokens 5 and 6, each with END
     catalogue = Catalogue.from_tables({"shop": pa.table({"item_id": ["a", "b"], "title": ["a", "b"]})})
     reader = SimpleNamespace(read=lambda prompts: Scripted())
+    prompts = codes.prompts(Ragged.of([[0], [1]]))
     made: Any = SimpleNamespace(
-        _codes=codes, _reader=reader, _prompts=codes.prompts, catalogue=catalogue, domain="shop"
+        _codes=codes, _reader=reader, _prompts=lambda queries: prompts, catalogue=catalogue, domain="shop"
     )
     queries = [RankingQuery(item, "shop", (Item("shop", item),)) for item in "ab"]
     assert valid_share(made, queries, None) == 0.5  # 5 and END is an item, 6 and 6 is none

@@ -24,7 +24,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[FinetuneConfig]:
         return Path(config.output_dir)
 
     monkeypatch.setattr("cprec.finetune.finetune", note)
-    monkeypatch.setattr("cprec.blend.blend", lambda config: None)
+    monkeypatch.setattr("cprec.blend.blend", lambda config, networks: None)
     return asked
 
 
@@ -58,7 +58,7 @@ def test_a_run_ranks_the_domains_asked_for(
 ) -> None:
     ranked: list[dict[str, dict[str, str]]] = []
     for stage in ("text.prepare.prepare", "pretrain.pretrain"):
-        monkeypatch.setattr(f"cprec.{stage}", lambda config: None)
+        monkeypatch.setattr(f"cprec.{stage}", lambda config, networks=None: None)
     monkeypatch.setattr(run, "_report", lambda config, models, runs, **given: ranked.append(models))
     recipe = demo(output_dir="out")
     first, second = recipe.prepare.target_domains
