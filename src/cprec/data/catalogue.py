@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from cprec.errors import DataError, UnknownItemError
 from cprec.schema import BRAND, CATEGORIES, DESCRIPTION, ITEM_ID, PRICE, TITLE, Item
 
 MAX_UNKNOWN_SHOWN = 5
+_INDEXING = threading.Lock()
+"""Held while an index of words is built: it takes seconds for a large catalogue, and requests come at once."""
 
 TextKind = Literal["any", "item_id", "title"]
 
@@ -233,15 +236,19 @@ class Catalogue:
             self.texts_of(domain, fields)
 
     def words_of(self, domain: str) -> WordIndex:
-        """The items of a domain, by place, by the words of their titles, brands and categories."""
-        if domain not in self._word_indexes:
-            rows = self.rows_of(domain)
-            shared = {text: spelling(text) for name in (BRAND, CATEGORIES) for text in getattr(self, name)[rows]}
-            texts = [
-                f"{self.spellings[row]} {shared[self.brand[row]]} {shared[self.categories[row]]}"
-                for row in rows.tolist()
-            ]
-            self._word_indexes[domain] = WordIndex(texts)
+        """The items of a domain, by place, by the words of their titles, brands and categories. One thread builds the
+        index, and others that ask for it meanwhile wait."""
+        if domain in self._word_indexes:
+            return self._word_indexes[domain]
+        with _INDEXING:
+            if domain not in self._word_indexes:
+                rows = self.rows_of(domain)
+                shared = {text: spelling(text) for name in (BRAND, CATEGORIES) for text in getattr(self, name)[rows]}
+                texts = [
+                    f"{self.spellings[row]} {shared[self.brand[row]]} {shared[self.categories[row]]}"
+                    for row in rows.tolist()
+                ]
+                self._word_indexes[domain] = WordIndex(texts)
         return self._word_indexes[domain]
 
     def items_with_words(self, domain: str, query: str, may_return: Callable[[str], bool]) -> frozenset[str]:

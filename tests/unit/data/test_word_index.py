@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,25 @@ def test_items_that_have_a_word_and_may_be_returned(shop: Catalogue) -> None:
         shop.items_with_words("shop", "kettles", lambda _: True)
     with pytest.raises(DataError, match="use other words"):
         shop.items_with_words("shop", "xylophone", lambda _: True)
+
+
+def test_requests_that_come_at_once_build_one_index(shop: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[WordIndex] = []
+    another, both = threading.Thread(target=lambda: shop.words_of("shop")), threading.Event()
+
+    def build(texts: Any) -> WordIndex:
+        if built or another.is_alive():
+            both.set()
+        else:
+            another.start()
+            both.wait(0.1)  # for as long as the other may need to begin, too
+        built.append(WordIndex(texts))
+        return built[-1]
+
+    monkeypatch.setattr("cprec.data.catalogue.WordIndex", build)
+    index = shop.words_of("shop")
+    another.join()
+    assert built == [index] and not both.is_set()
 
 
 @pytest.mark.parametrize("texts", [[], ["", "!"]])
