@@ -5,7 +5,7 @@ Nothing is made before its turn comes: where saved rankings answer the questions
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -90,10 +90,20 @@ def _tuned(config: EvaluateConfig, domain: str, names: Sequence[str]) -> dict[st
     data = file_sha256(Path(config.data) / "dataset.json")
     if any(entry["asked"]["data"] != data for entry in found.values()):
         raise ConfigError(f"tuned={config.tuned!r} was found on other data than {config.data}: tune on that folder")
-    wanted = [name for name in names if not name.endswith("(published)")]
-    if missing := [name for name in wanted if name not in found]:
+    if missing := [name for name in names if not _is_published(name) and name not in found]:
         say(f"{domain}: {config.tuned} has no settings of {', '.join(missing)}, which keep their defaults")
-    return {name: found[name]["settings"] for name in wanted if "settings" in found.get(name, {})}
+    return _found_settings(found, names)
+
+
+def _found_settings(found: Mapping[str, Any], names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The settings that tuning has found of baselines that may have other ones than their own, by name."""
+    return {
+        name: found[name]["settings"] for name in names if not _is_published(name) and "settings" in found.get(name, {})
+    }
+
+
+def _is_published(name: str) -> bool:
+    return name.endswith("(published)")
 
 
 def _settings_of(config: EvaluateConfig, name: str, tuned: Mapping[str, Mapping[str, Any]]) -> lineup.Settings:
@@ -109,7 +119,7 @@ def _identity_of(settings: Any) -> dict[str, Any]:
 
 def check_baselines(config: EvaluateConfig) -> None:
     """Raises ConfigError for names of no baseline, settings that one does not have or that are of none of those asked
-    for, and where the file of tuned settings is missing."""
+    for, also beside those that tuning found for any domain, and where the file of these is missing."""
     names = lineup.names_of(config.baselines)
     if others := [name for name in config.settings if name not in names]:
         raise ConfigError(f"settings.{others[0]}: {others[0]!r} is none of baselines={','.join(config.baselines)}")
@@ -117,6 +127,10 @@ def check_baselines(config: EvaluateConfig) -> None:
         _settings_of(config, name, {})
     if config.tuned and not Path(config.tuned).is_file():
         raise ConfigError(f"tuned={config.tuned!r} does not exist: make it with `cprec tune`")
+    for found in read_results(config.tuned).values() if config.tuned else ():
+        tuned = _found_settings(found, config.settings)
+        for name in tuned:
+            _settings_of(config, name, tuned)
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from cprec.card import CARD, read_front_matter
 from cprec.data.config import SyntheticConfig, TableSource
 from cprec.data.dataset import read_split
 from cprec.data.splits import Split
-from cprec.entrants import SCORES, baseline_entrants, model_entrants
+from cprec.entrants import SCORES, baseline_entrants, check_baselines, model_entrants
 from cprec.errors import ConfigError, CPRecError, DataError, InputChanged, LeakageError, Unsuitable
 from cprec.evaluate.asking import Entrant, Opened
 from cprec.evaluate.config import EvaluateConfig
@@ -871,6 +871,17 @@ def test_a_baseline_with_other_settings_is_ranked_anew_and_named(config: Evaluat
     assert changed.identity["settings"]["decay"] == 1.0
     assert first["titles"].metrics == second["titles"].metrics and first["EASE"].metrics != second["EASE"].metrics
     assert protocol_of(other, split, "")["baselines"] == "EASE with decay=1.0"
+
+
+def test_settings_that_do_not_go_with_tuned_ones_are_refused_before_any_domain_is_ranked(tmp_path: Path) -> None:
+    wide = {"asked": {}, "settings": {"hidden_size": 64, "num_heads": 4}}
+    (tmp_path / "tuned.json").write_text(json.dumps({"books": {}, "toys": {"SASRec": wide}}))
+    tuned = {"tuned": str(tmp_path / "tuned.json"), "baselines": ("SASRec",)}
+    asked = EvaluateConfig(data="", output_dir="", settings={"SASRec": {"hidden_size": 66}})
+    check_baselines(replace(asked, baselines=("SASRec",)))
+    with pytest.raises(ConfigError, match="hidden_size=66"):
+        check_baselines(replace(asked, **tuned))
+    check_baselines(replace(asked, **tuned, settings={"SASRec": {"num_heads": 8}}))
 
 
 @pytest.mark.parametrize(
