@@ -177,12 +177,14 @@ def judge(validation: Answered, test: Answered, bounds: Bounds) -> tuple[Group, 
     router_Q = np.where(weak_Q, test.second_Q, test.first_Q)
     groups = {WEAK: weak_Q, OTHERS: ~weak_Q, ALL: np.ones(len(weak_Q), dtype=bool)}
     # The router is the second arm for the weak, and the first one for the others: there is nothing to test.
-    compared = {(WEAK, 0): test.first_Q, (OTHERS, 1): test.second_Q}
-    compared |= {(ALL, 0): test.first_Q, (ALL, 1): test.second_Q}
+    compared: dict[tuple[str, int], np.ndarray] = {}
+    if weak_Q.any():
+        compared |= {(WEAK, 0): test.first_Q, (ALL, 0): test.first_Q}
+    if not weak_Q.all():
+        compared |= {(OTHERS, 1): test.second_Q, (ALL, 1): test.second_Q}
     tests = {
         key: compare_pair(router_Q[groups[key[0]]], arm_Q[groups[key[0]]], groups=test.user_Q[groups[key[0]]])
         for key, arm_Q in compared.items()
-        if groups[key[0]].any()
     }
     tests = dict(zip(tests, adjusted(list(tests.values())), strict=True))
     return tuple(

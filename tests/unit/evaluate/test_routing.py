@@ -67,7 +67,16 @@ def test_a_second_arm_that_never_helps_gets_nobody() -> None:
     assert bounds == Bounds(-1, math.inf) and str(bounds) == "nobody is weak"
     weak, _, everybody = judge(worse, answered("t", TEST), bounds)
     assert weak.num_queries == 0 and weak.means == () and weak.less == (None, None)
-    assert everybody.less[0] is not None and everybody.less[0].mean == 0
+    assert everybody.less[0] is None  # the router is that arm
+    assert everybody.less[1] is not None and everybody.less[1].mean == pytest.approx(-1.5 / 6)
+
+
+def test_where_everybody_is_weak_the_router_is_the_second_arm() -> None:
+    weak, others, everybody = judge(answered("v", VALIDATION), answered("t", TEST), Bounds(9, math.inf))
+    assert others.less == (None, None) and weak.less[1] is None and everybody.less[1] is None
+    # One test that is in two groups: Holm takes it twice.
+    assert weak.less[0] is not None and everybody.less[0] is not None
+    assert weak.less[0].mean == everybody.less[0].mean == pytest.approx(1.5 / 6)
 
 
 def test_one_validation_query_a_user_does_not_decide_about_itself() -> None:
