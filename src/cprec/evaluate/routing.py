@@ -23,6 +23,7 @@ import numpy as np
 
 from cprec.errors import ConfigError, DataError
 from cprec.evaluate.compare import (
+    METRICS,
     main_protocol,
     named_runs,
     protocol_differences,
@@ -34,7 +35,9 @@ from cprec.evaluate.comparison import PROTOCOLS, settings_line
 from cprec.evaluate.grid import Column, Grid, Row, console_for, printable
 from cprec.evaluate.pages import Section, print_sections, render
 from cprec.evaluate.questions import USER_EVENTS
+from cprec.evaluate.rankings import rankings_path, read_rankings
 from cprec.evaluate.report_page import UNCERTIFIED
+from cprec.evaluate.results import FULL, together
 from cprec.evaluate.saved import read_saved
 from cprec.evaluate.statistics import MIN_QUERIES, Comparison, adjusted, bootstrap_interval, compare_pair
 from cprec.files import write_whole
@@ -164,6 +167,8 @@ class Routed:
     num_seeds: int
     """The most that an arm has; their mean is what is judged."""
     groups: tuple[Group, ...]
+    changed: tuple[str, ...] = ()
+    """Arms whose saved rankings say that another model, other settings or other code made them for the test."""
 
     @property
     def beats_both(self) -> bool:
@@ -289,7 +294,21 @@ def _routed(
         quality_counts=not np.isnan(quality_Q).all(),
         num_seeds=max(of_validation, of_test),
         groups=judge(validation, test, bounds),
+        changed=tuple(name for name in arms if _has_changed(name, *runs.values())),
     )
+
+
+def _has_changed(name: str, folder: Path, other: Path) -> bool:
+    """Whether what made the rankings of an arm, of any seed, differs between two runs, as far as they are saved."""
+    before, now = _identities(name, folder), _identities(name, other)
+    return any(before[arm] != now[arm] for arm in before.keys() & now.keys())
+
+
+def _identities(name: str, folder: Path) -> dict[str, Any]:
+    """What made the saved rankings of an arm in a run's domain, by the name with the seed."""
+    arms = together(read_saved(folder / METRICS, "run `cprec evaluate` anew")["arm"].unique().to_pylist())[name]
+    saved = {arm: read_rankings(rankings_path(folder.parent, folder.name, arm, FULL)) for arm in arms}
+    return {arm: rankings.answers["identity"] for arm, rankings in saved.items() if rankings is not None}
 
 
 def _answered(folder: Path, arms: tuple[str, str], metric: str, protocol: str) -> tuple[Answered, int]:
@@ -343,6 +362,11 @@ def _section(routed: Routed) -> Section:
         lines.append(
             "No user has two validation queries, so quality could not be judged apart from the query that it is "
             "measured on: events alone decide."
+        )
+    if routed.changed:
+        lines.append(
+            f"{' and '.join(routed.changed)}: another model, other settings or other code answered the test than the "
+            "validation queries, so the users were chosen for another arm. Evaluate both parts anew."
         )
     if routed.num_seeds > 1:
         lines.append("Arms with several seeds have their mean: intervals are over users alone.")

@@ -17,6 +17,7 @@ import pytest
 
 from cprec import cli
 from cprec.errors import ConfigError, DataError
+from cprec.evaluate.rankings import SavedRankings, rankings_path, write_rankings
 from cprec.evaluate.routing import Answered, Bounds, Routed, choose, judge, quality_of_users, quality_on_others, route
 
 
@@ -161,6 +162,23 @@ def test_a_router_that_beats_both(folders: list[Path], tmp_path: Path) -> None:
     assert "Weak: at most 3 training events, and at most 0.0000 on validation queries (400 of 1,200 users" in printed
     assert "The router beats both arms." in printed
     assert "<h2" in (tmp_path / "route.html").read_text()
+
+
+def test_another_model_for_the_test_is_named(folders: list[Path]) -> None:
+    def save(folder: Path, arm: str, model: str) -> None:
+        ranked = SavedRankings(
+            table=pa.table({"query_id": ["t"]}), answers={"identity": {"model": model}, "k": 10}, seconds=1.0
+        )
+        write_rankings(rankings_path(folder, "Books", arm, "full"), ranked)
+
+    for folder in folders:
+        for arm in ("EASE", "LLM"):
+            save(folder, arm, "first")
+    assert routed(folders)[0].changed == ()
+    save(folders[1], "LLM", "second")
+    found, printed = routed(folders)
+    assert found.changed == ("LLM",)
+    assert "LLM: another model, other settings or other code answered the test than the validation queries" in printed
 
 
 def test_six_users_are_no_evidence(tmp_path: Path) -> None:
