@@ -135,7 +135,12 @@ def card_of(folder: Path, record: Mapping[str, Any], data: Path) -> str:
     where = f"`{domain}`" if domain else "the domains in `items/`"
     stage = f"fine-tuning on `{domain}`" if domain else "pre-training on behaviour sequences of all domains"
     if layers := done.get("layers_of_teacher"):
-        stage = f"distilling on `{domain}`: {len(layers)} layers of the base learn what the whole base says"
+        is_taught = any(config[name] for name in ("token_weight", "direction_weight", "distance_weight"))
+        stage = (
+            f"distilling on `{domain}`: {len(layers)} layers of the base learn what the whole base says"
+            if is_taught
+            else f"fine-tuning {len(layers)} layers of the base on `{domain}`"
+        )
     begin = "".join(f"{token}, " for token in done.get("begin", []))
     is_trained = done["tokens"] > 0
     body = TEMPLATE.format(

@@ -49,8 +49,8 @@ CHOSEN = frozenset(
 )
 """Settings that stand in the recipe's file even where they are the defaults."""
 QUERIES = 10_000
-"""Customers that weights are chosen by, and others that the recommenders are tried on, at most: with more, a mean says
-hardly more."""
+"""Customers whose validation events choose the weights, and customers whose test events try the recommenders, at most:
+with more, a mean says hardly more."""
 LORA_RANK = 16
 """Of adapters, where there is no memory to train all weights of an open model."""
 

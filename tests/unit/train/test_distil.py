@@ -219,6 +219,7 @@ def test_a_student_that_learns_from_nobody_is_the_shallow_model_fine_tuned(
     tuned = finetune(FinetuneConfig(**shared, **paths, logging_steps=1))
     assert losses(student) == losses(tuned) and len(losses(student)) > 3
     assert weights(student) == weights(tuned)
+    assert "fine-tuning 2 layers of the base on `books`" in (student / "README.md").read_text()
 
 
 def test_a_student_is_a_model_folder_that_names_its_teacher(
@@ -237,7 +238,7 @@ def test_a_student_is_a_model_folder_that_names_its_teacher(
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert len(model.model.layers) == model.config.num_hidden_layers == 2
     assert len(LLMRecommender.from_pretrained(folder).recommend(["01", "02"], k=3)) == 3
-    assert "layers" in (folder / "README.md").read_text()
+    assert "2 layers of the base learn what the whole base says" in (folder / "README.md").read_text()
     capfd.readouterr()
     assert distil(config(head_weight=0.5, start="spaced", general_text="none")) == folder
     assert "complete with these settings, reused" in capfd.readouterr().err
