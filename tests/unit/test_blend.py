@@ -325,7 +325,7 @@ def test_fixed_weights_that_mean_nothing_are_refused(wrong: dict[str, Any], mess
         BlendConfig(parts=("EASE", "titles"), **wrong)
 
 
-@pytest.mark.parametrize("name", ["EASE", "popularity", "language model", "item head"])
+@pytest.mark.parametrize("name", ["EASE", "popularity", "language model", "item head", "query"])
 def test_columns_have_names_of_their_own(name: str) -> None:
     with pytest.raises(ConfigError, match=f"columns: '{name}' is the name of another part"):
         check_parts(["titles"], ["margin", name])

@@ -229,11 +229,12 @@ class Catalogue:
         return out
 
     def index(self, fields: Sequence[str] = (TITLE,)) -> None:
-        """Build the indexes of `look_up`, and of `of_equal_text` for these fields, before the first call needs them.
-        That of `words_of`, which takes several times as long, is left to the first query in words."""
+        """Build the indexes of `look_up`, of `words_of`, and of `of_equal_text` for these fields, before the first call
+        needs them."""
         _ = self._row_of_id, self._rows_of_spelling
         for domain in self.domains:
             self.texts_of(domain, fields)
+            self.words_of(domain)
 
     def words_of(self, domain: str) -> WordIndex:
         """The items of a domain, by place, by the words of their titles, brands and categories. One thread builds the

@@ -31,6 +31,7 @@ from cprec.baselines.popularity import PopularityRecommender, RecentPopularityRe
 from cprec.baselines.text import TitleSimilarityRecommender
 from cprec.baselines.transition_graph import TransitionGraphRecommender
 from cprec.data.catalogue import Catalogue
+from cprec.data.word_index import QUERY
 from cprec.errors import ConfigError, DataError, ModelError
 from cprec.files import whole_folder, write_whole
 from cprec.provenance import file_sha256
@@ -75,7 +76,7 @@ def check_parts(names: Sequence[str], columns: Iterable[str] = ()) -> None:
         raise ConfigError(f"parts: a blend cannot hold {unknown[0]!r}; it can hold {', '.join(KINDS)}")
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"parts={', '.join(names)}: give one or more, all different, of {', '.join(KINDS)}")
-    if taken := [name for name in columns if name in (*KINDS, THE_MODEL, "model", "item head")]:
+    if taken := [name for name in columns if name in (*KINDS, THE_MODEL, QUERY, "model", "item head")]:
         raise ConfigError(f"columns: {taken[0]!r} is the name of another part of blends: rename the column")
 
 
