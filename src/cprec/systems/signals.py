@@ -67,9 +67,10 @@ class TrainingSequences:
 
     def digest(self) -> str:
         """SHA-256 of everything there is to learn from."""
+        brands = map(str, self.catalogue.brand[self.catalogue.rows_of(self.domain)])
         content = (
             *(self.sequences.values.tobytes(), self.sequences.offsets.tobytes(), "\n".join(self.users).encode()),
-            *("\n".join(texts).encode() for texts in (self.item_ids, self.titles, self.categories)),
+            *("\n".join(texts).encode() for texts in (self.item_ids, self.titles, brands, self.categories)),
             b"" if self.times is None else self.times.tobytes(),
         )
         return hashlib.sha256(b"\0".join(content)).hexdigest()

@@ -72,6 +72,18 @@ def test_attributes_are_keys_and_values() -> None:
     assert words_of(data, 2).tokens[0].tolist() == [title, red, brand, acme], "each attribute is cut by itself"
 
 
+def test_what_is_read_tells_runs_apart() -> None:
+    """A run with other attributes is another run, which must not be taken for one that is finished."""
+    table = {"item_id": ["a"], "title": ["hat"], "brand": ["Acme"], "categories": ["red"]}
+    digests = {
+        TrainingSequences(
+            Catalogue.from_tables({"shop": pa.table(items)}), "shop", Ragged.of([[0, 0]]), ("u",)
+        ).digest()
+        for items in (table, *(table | {name: ["other"]} for name in table))
+    }
+    assert len(digests) == 5
+
+
 def test_items_without_attributes_are_refused() -> None:
     table = pa.table({"item_id": ["a", "b"], "title": ["", ""]})
     data = TrainingSequences(Catalogue.from_tables({"shop": table}), "shop", Ragged.of([[0, 1]]), ("u",))
