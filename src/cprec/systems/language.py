@@ -307,7 +307,7 @@ class TextTable(ItemTable):
         common = torch.arange(num_items)[:: -(-num_items // COMMON)]
         self.register_buffer("common", common, persistent=False)
         with torch.no_grad():
-            states_VF = reader(torch.arange(num_items)).cpu()
+            states_VF = reader(torch.arange(num_items, device=distributed.pick_device())).cpu()
         directions = Directions.of(states_VF.numpy())
         scale = LENGTH / np.linalg.norm(directions.project(states_VF.numpy()), axis=1).mean()
         axes_FK = torch.from_numpy(directions.axes_FK * np.float32(scale))

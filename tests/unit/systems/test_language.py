@@ -176,6 +176,20 @@ def test_a_table_reads_each_title_once(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(table.states(), states_XK, atol=1e-3, rtol=1e-3)
 
 
+def test_a_table_asks_for_titles_on_the_device_that_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = []
+
+    class Noted(nn.Module):
+        def forward(self, items_K: torch.Tensor) -> torch.Tensor:
+            devices.append(items_K.device.type)
+            return torch.eye(4)
+
+    monkeypatch.setattr("cprec.distributed.pick_device", lambda: torch.device("meta"))
+    reader: Any = Noted()
+    TextTable(reader, 4, lambda width: nn.Linear(width, 2), rows=None)
+    assert devices == ["meta"]
+
+
 def test_an_encoder_reads_vectors_as_the_model_reads_those_of_tokens() -> None:
     own = language(_gpt2)
     encoder = LanguageEncoder(own, 3, 32, 16, 0.0).eval()
