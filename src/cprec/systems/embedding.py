@@ -153,10 +153,19 @@ class HistoryStream(RowStream):
     """Histories as their titles, one after the other: each title is learnt given those before it, the first is only
     read. Sequences are cut into windows, so that a pass learns each event but a user's first once."""
 
-    def __init__(self, sequences: Ragged, titles: Ragged, mark: Sequence[int], max_titles: int, passes: Passes) -> None:
-        """`mark` are the tokens that end a title; items without tokens are passed over. A window has `max_titles`
-        titles to learn at most. Raises Unsuitable where there is none to learn."""
+    def __init__(
+        self,
+        sequences: Ragged,
+        titles: Ragged,
+        mark: Sequence[int],
+        max_titles: int,
+        passes: Passes,
+        begin: Sequence[int] = (),
+    ) -> None:
+        """`mark` are the tokens that end a title, `begin` those before a row; items without tokens are passed over. A
+        window has `max_titles` titles to learn at most. Raises Unsuitable where there is none to learn."""
         every = (titles[number] for number in range(len(titles)))
+        self._begin = np.array(begin, dtype=np.int64)
         self._pieces = Ragged.of([[*title, *mark] if len(title) else [] for title in every])
         cut = windows(sequences, max_titles)
         lengths = self._pieces.lengths[cut.values]
@@ -165,7 +174,7 @@ class HistoryStream(RowStream):
             raise Unsuitable("no history has a title after its first event, so there is no next title to learn")
         self._windows, lengths = cut.take(np.flatnonzero(num_learnt)), np.add.reduceat(lengths, cut.offsets[:-1])
         lengths = lengths[num_learnt > 0]
-        self.longest = int(lengths.max())
+        self.longest = len(self._begin) + int(lengths.max())
         """Tokens of the longest row."""
         super().__init__(lengths, [NEXT_TOKEN], passes)
 
@@ -176,10 +185,11 @@ class HistoryStream(RowStream):
         offsets = pieces.offsets[items.offsets]
         ids, _ = padded(Ragged(pieces.values, offsets), 0)
         is_learnt, _ = padded(Ragged(np.repeat(items.place_of > 0, pieces.lengths), offsets), False)
-        targets = np.where(is_learnt, ids, IGNORE)[:, 1:]
-        ids = ids[:, :-1]
+        begin = np.tile(self._begin, (len(ids), 1))
+        targets = np.hstack([np.full_like(begin, IGNORE), np.where(is_learnt, ids, IGNORE)])[:, 1:]
+        ids = np.hstack([begin, ids])[:, :-1]
         place = np.tile(np.arange(ids.shape[1]), (len(ids), 1))
-        num = int(is_learnt.sum()), len(pieces.values)
+        num = int((targets != IGNORE).sum()), begin.size + len(pieces.values)
         return self._batch(members, *num, input_ids=ids, position_ids=place, targets=targets)
 
 
@@ -218,7 +228,8 @@ def continuing(
     """What makes a language model continue histories: titles that end with a comma, `max_titles` to learn in a row.
     Raises ConfigError for rows that are longer than the model's context."""
     (mark,) = encode_pieces(language.tokenizer, [","])
-    stream, context = HistoryStream(sequences, language.titles, mark, max_titles, passes), context_of(language.model)
+    stream = HistoryStream(sequences, language.titles, mark, max_titles, passes, language.begin)
+    context = context_of(language.model)
     if context is not None and stream.longest > context:
         raise ConfigError(
             f"rows of {max_titles + 1} titles have up to {stream.longest:,} tokens, and the language model reads "

@@ -160,10 +160,20 @@ def test_each_title_but_the_first_is_learnt_given_those_before_it() -> None:
     assert sorted(cut.rows["targets"].tolist()) == [[IGNORE, IGNORE, 7, 2, *ignored], [IGNORE, 5, 6, 2, 8, 9, 10, 2]]
 
 
+def test_a_row_begins_as_the_language_model_expects() -> None:
+    titles, passes = Ragged.of([[5, 6], [7], []]), Passes(batch_size=4, seed=0)
+    stream = HistoryStream(Ragged.of([[0, 1], [2, 1]]), titles, [2], 5, passes, begin=[3])
+    batch = stream.batch(0)
+    assert sorted(batch.rows["input_ids"].tolist()) == [[3, 5, 6, 2, 7], [3, 7, 2, 0, 0]]
+    assert sorted(batch.rows["targets"].tolist()) == [3 * [IGNORE] + [7, 2], [7, 2] + 3 * [IGNORE]]
+    assert batch.counts == {NEXT_TOKEN: 4} and (batch.num_tokens, stream.longest) == (9, 6)
+
+
 def test_histories_without_a_next_title_are_left_out() -> None:
     titles, passes = Ragged.of([[5, 6], [7], [], [8, 9, 10]]), Passes(batch_size=4, seed=0)
     batch = HistoryStream(Ragged.of([[0, 2], [2, 1]]), titles, [2], 5, passes).batch(0)
     assert batch.rows["input_ids"].tolist() == [[7]] and batch.rows["targets"].tolist() == [[2]]
+    assert batch.counts == {NEXT_TOKEN: 1}, "nothing stands before the first token, which is not learnt then"
     with pytest.raises(Unsuitable, match="no history has a title after its first event"):
         HistoryStream(Ragged.of([[0, 2]]), titles, [2], 5, passes)
 
