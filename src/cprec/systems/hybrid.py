@@ -41,17 +41,21 @@ Curriculum = Literal["rising", "hybrid", "text"]
 _HEAD, _LINE, _OFFERED, _NEXT, _FIRST_TITLE = range(5)
 
 
+def check_rows(rows: nn.Module) -> None:
+    """Raise ConfigError where a language model does more to tokens than to look up their rows."""
+    if type(rows) is not nn.Embedding:
+        raise ConfigError(
+            f"the language model looks tokens up by {type(rows).__name__}, which does more than that, and vectors in "
+            "slots would not be treated alike: take another base (Llama, Qwen, Mistral and SmolLM will do)"
+        )
+
+
 class Slots(nn.Embedding):
     """What a language model reads of tokens: their rows, and in slots the vectors of items, through a projector."""
 
     def __init__(self, rows: nn.Embedding, items: ItemTable) -> None:
-        """The rows stay those of the model, which may have them at its output as well. Raises ConfigError where the
-        model does more to tokens than to look up their rows."""
-        if type(rows) is not nn.Embedding:
-            raise ConfigError(
-                f"the language model looks tokens up by {type(rows).__name__}, which does more than that, and vectors "
-                "in slots would not be treated alike: take another base (Llama, Qwen, Mistral and SmolLM will do)"
-            )
+        """The rows stay those of the model, which may have them at its output as well; see `check_rows`."""
+        check_rows(rows)
         super().__init__(rows.num_embeddings, rows.embedding_dim, _weight=rows.weight)
         self.weight, self.items = rows.weight, items
 

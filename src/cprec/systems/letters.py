@@ -65,7 +65,14 @@ class LetterPrompts:
         self._begin, self._first_code = language.begin, _FIRST_LETTER + len(letters)
         self._first_title = self._first_code + num_codes
         self._pieces = Ragged.concatenate([Ragged.of([*tokens, *codes[:, None].tolist()]), language.titles])
-        self._context = int(context_of(language.model) or 1 << 30)
+        self._titles, self._context = language.titles, int(context_of(language.model) or 1 << 30)
+
+    def require_room_for(self, max_length: int, num_levels: int) -> None:
+        """Raise ConfigError where there is no room for the longest titles in all places of a prompt, of a user with so
+        many codes."""
+        longest = np.argsort(-self._titles.lengths, kind="stable")
+        history, offered = (Ragged.of([np.resize(longest, size)]) for size in (max_length, len(self.letters)))
+        self.of(history, offered, np.zeros((1, num_levels), dtype=np.int64) if num_levels else None)
 
     def of(self, histories: Ragged, offered: Ragged, codes_RL: np.ndarray | None = None) -> Ragged:
         """The tokens of prompts with these histories and candidates, by number, and the codes of their users, if any.

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from cprec.batch import IGNORE
 from cprec.data.catalogue import Catalogue
@@ -255,6 +256,32 @@ def test_a_retriever_that_finds_nothing_is_refused_before_training(split: Split)
     with pytest.raises(Unsuitable, match="fixed finds 0.0000 of .* there is nothing to re-rank"):
         settings.make(split, "ring")
     assert settings.identity() != replace(settings, retriever=Finds()).identity()
+
+
+@dataclass(frozen=True)
+class Trains(Finds):
+    """Settings of a retriever that must not be trained."""
+
+    def make(self, *_: Any, **__: Any) -> Fixed:
+        raise AssertionError("the retriever was trained first")
+
+
+def test_a_language_model_that_cannot_do_it_is_refused_before_a_retriever_is_trained(
+    split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ULMRec(**SMALL, retriever=Trains())
+    with pytest.raises(ConfigError, match="frozen_layers=2 leaves no layer"):
+        replace(settings, frozen_layers=2).make(split, "ring")
+    monkeypatch.setattr("cprec.systems.language.CONTEXT", 40)
+    with pytest.raises(ConfigError, match=r"a prompt has \d+ tokens, and the language model reads 40"):
+        settings.make(split, "ring")
+    language = ULMRec(**SMALL).language(TrainingSequences.of(split, "ring"), 0)
+    language.tokenizer.save_pretrained(tmp_path)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = Gemma3TextConfig(vocab_size=len(language.tokenizer), num_hidden_layers=1, head_dim=8, **sizes)
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="looks tokens up by Gemma3TextScaledWordEmbedding"):
+        replace(settings, base=str(tmp_path)).make(split, "ring")
 
 
 def test_bad_settings_and_retrievers_are_refused(data: TrainingSequences) -> None:

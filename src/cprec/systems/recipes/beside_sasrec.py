@@ -1,7 +1,8 @@
 """What LLaRA and ULMRec share: a language model that answers prompts of titles, beside a SASRec that was trained first.
 
-A base has adapters (LoRA, Hu et al. 2021), of the rank and scale that both have, on all linear layers (ULMRec: on those
-of queries and values), and nothing else of it is trained; without a base all weights of the small decoder are.
+A base has adapters (LoRA, Hu et al. 2021), of the rank and scale that the code of both has, on all linear layers (that
+of ULMRec has them on queries and values), and nothing else of it is trained; without a base all weights of the small
+decoder are.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from tempfile import TemporaryDirectory
 from typing import ClassVar
 
 from cprec.choices import Choice, Real
+from cprec.inspection import check_attention, output_scale
 from cprec.models import add_lora, freeze_lowest
 from cprec.systems.language import Language, LanguageSettings
 from cprec.systems.recipes.sasrec import SASRec
+from cprec.systems.signals import TrainingSequences
 
 LORA_ALPHA = 32
-"""Over their rank, what adapters are multiplied by."""
+"""Adapters are multiplied by this over their rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +56,15 @@ class BesideSASRec(LanguageSettings):
         size = self.hidden_size
         return SASRec(hidden_size=size, dropout=self.dropout, num_epochs=self.item_epochs, min_steps=self.item_steps)
 
-    def adapted(self, language: Language, seed: int) -> Language:
-        """The same with what is to be trained of it: in the lowest `frozen_layers` nothing."""
+    def language(self, data: TrainingSequences, seed: int) -> Language:
+        """See `LanguageSettings.language`; with adapters, and without gradients in the lowest `frozen_layers`.
+
+        Raises ConfigError also for a base that cannot be ranked by or trained like that: all else is trained later.
+        """
+        language = super().language(data, seed)
         model = language.model
+        output_scale(model)
+        check_attention(model)
         if self.base and self.lora_rank:
             model = add_lora(model, rank=self.lora_rank, alpha=LORA_ALPHA, seed=seed)
         if self.frozen_layers:

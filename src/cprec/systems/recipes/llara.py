@@ -30,7 +30,15 @@ import numpy as np
 from cprec.data.splits import Split
 from cprec.errors import ConfigError
 from cprec.systems.fit import fit
-from cprec.systems.hybrid import AnswerLoss, AnswerStream, Curriculum, TitlePrompts, TitleRecommender, with_slots
+from cprec.systems.hybrid import (
+    AnswerLoss,
+    AnswerStream,
+    Curriculum,
+    TitlePrompts,
+    TitleRecommender,
+    check_rows,
+    with_slots,
+)
 from cprec.systems.language import Language
 from cprec.systems.recipes.beside_sasrec import BesideSASRec, place
 from cprec.systems.recipes.sasrec import CausalRecommender
@@ -69,6 +77,8 @@ class LLaRA(BesideSASRec):
         model cannot read the longest prompt."""
         language, vectors_VF, seconds = self.language(TrainingSequences.of(split, domain), seed), None, 0.0
         TitlePrompts(language, domain).require_room_for(self.max_length, self.num_candidates if self.listing else 0)
+        if self.curriculum != "text":
+            check_rows(language.model.get_input_embeddings())
         with place(folder) as shared:
             if self.curriculum != "text":
                 sasrec = self.sasrec().make(split, domain, seed=seed, folder=shared)
@@ -88,7 +98,7 @@ class LLaRA(BesideSASRec):
         self, language: Language, vectors_VF: np.ndarray | None, data: TrainingSequences, seed: int
     ) -> Sequence[Stage]:
         """The stage of a language model, with slots of these vectors; None: there are no slots."""
-        prompts, language = TitlePrompts(language, data.domain), self.adapted(language, seed)
+        prompts = TitlePrompts(language, data.domain)
         if vectors_VF is not None:
             with_slots(language.model, vectors_VF)
         stream = AnswerStream(

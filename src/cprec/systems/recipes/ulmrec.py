@@ -29,9 +29,17 @@ from typing import Any
 from cprec.data.splits import Split
 from cprec.errors import ConfigError
 from cprec.systems.fit import Validation, fit
-from cprec.systems.hybrid import AnswerLoss
+from cprec.systems.hybrid import AnswerLoss, check_rows
 from cprec.systems.language import Language
-from cprec.systems.letters import CEILING_QUERIES, Finder, LetterForm, Retriever, re_ranking, tell_ceiling
+from cprec.systems.letters import (
+    CEILING_QUERIES,
+    Finder,
+    LetterForm,
+    LetterPrompts,
+    Retriever,
+    re_ranking,
+    tell_ceiling,
+)
 from cprec.systems.recipes.beside_sasrec import BesideSASRec, place
 from cprec.systems.signals import TrainingSequences
 from cprec.systems.stage import Stage, TrainedRecommender
@@ -74,10 +82,15 @@ class ULMRec(BesideSASRec):
     def make(self, split: Split, domain: str, *, seed: int = 0, folder: Path | None = None) -> TrainedRecommender:
         """See `SystemSettings.make`. Says how many targets of validation queries are found at all.
 
-        Raises Unsuitable where none is, and ConfigError for a retriever that gives no scores.
+        Raises Unsuitable where none is, and ConfigError for a retriever that gives no scores; before one is trained,
+        also for a language model that cannot read the longest prompt.
         """
         data = TrainingSequences.of(split, domain)
         language = self.language(data, seed)
+        prompts = LetterPrompts(language, domain, self.num_candidates, self.user_codes * self.num_codes)
+        prompts.require_room_for(self.max_length, self.user_codes)
+        if self.user_codes:
+            check_rows(language.model.get_input_embeddings())
         with place(folder) as shared:
             found = (self.retriever or self.sasrec()).make(split, domain, seed=seed, folder=shared)
             retriever = self.finding(found, data, seed)
@@ -102,7 +115,6 @@ class ULMRec(BesideSASRec):
         self, language: Language, retriever: Retriever, data: TrainingSequences, seed: int
     ) -> Sequence[Stage]:
         """The stage of a language model that re-ranks the lists of this retriever."""
-        language = self.adapted(language, seed)
         form = LetterForm(max_length=self.max_length, by_rank=self.by_rank, weight=self.weight)
         stream, recommender = re_ranking(type(self).__name__, data, language, retriever, form, self.passes(seed))
         schedule = self.schedule(stream.num_steps)
