@@ -44,6 +44,8 @@ INITIAL = 0.02
 """Standard deviation of vectors of codes before training, about that of tokens."""
 FLOOR = -1e9
 """The score of what the retriever has nothing to say for."""
+LEAST_SHARE = 1e-9
+"""The least score of an item beside the best, where the retriever's are shares: their logarithms are finite."""
 CEILING_QUERIES = 4000
 """Validation queries, a seeded sample at most, by which it is told what a retriever finds."""
 _USER, _BREAK, _HEAD, _LINE, _OFFERED, _OPEN, _CLOSE, _NEXT, _FIRST_LETTER = range(9)
@@ -150,6 +152,16 @@ class Retriever:
         found_QN[histories.row_of, histories.values] = FLOOR
         order = np.argsort(-found_QN, axis=1, kind="stable")[:, : self.num_items]
         return scores_QN, Ragged.of([row[found_N[row] > FLOOR] for row, found_N in zip(order, found_QN, strict=True)])
+
+    def log_probs(self, scores_K: np.ndarray) -> np.ndarray:
+        """The retriever's log-probabilities of some items of a query, among these, by their scores: float64[K]."""
+        best = scores_K.max()
+        if self.recommender.scale == "logit":
+            logits_K = scores_K - best
+        else:
+            logits_K = np.log(np.maximum(scores_K / best, LEAST_SHARE)) if best > 0 else np.zeros(len(scores_K))
+        found: np.ndarray = logits_K - np.log(np.exp(logits_K).sum())
+        return found
 
     def codes(self, queries: Sequence[RankingQuery]) -> np.ndarray | None:
         """The codes of users after their histories, each level numbered behind the one before: int64[Q, L]; None where
@@ -271,9 +283,8 @@ class LetterRecommender(ScoringRecommender):
             mine = found[row]
             if not len(mine):
                 continue
-            own = own_N[mine] - own_N[mine].max()
-            own = own - np.log(np.exp(own).sum())
-            best = self._form.weight * of_letters[row] + (1 - self._form.weight) * own
+            own_K = self.retriever.log_probs(own_N[mine])
+            best = self._form.weight * of_letters[row] + (1 - self._form.weight) * own_K
             others = np.setdiff1d(np.flatnonzero(own_N > FLOOR), mine)
             own_N[others] += best.min() - 1 - own_N[others].max(initial=FLOOR)
             own_N[mine] = best

@@ -229,6 +229,17 @@ def test_without_its_weight_the_order_is_the_retrievers(data: TrainingSequences)
     assert history_last == ("i3", "i6", "i4", "i2", "i1", "i5", "i0"), "what the history has is not listed"
 
 
+def test_the_retrievers_part_is_its_probability(data: TrainingSequences) -> None:
+    """Of shares 0.8, 0.7, 0.5 and 0.3, which add up to 2.3, and of logits their softmax."""
+    retriever = Retriever(Fixed(data.catalogue), data, 4)
+    shares = np.array([0.8, 0.7, 0.5, 0.3])
+    np.testing.assert_allclose(np.exp(retriever.log_probs(shares)), shares / 2.3)
+    assert np.isfinite(retriever.log_probs(np.array([0.5, 0.0, -0.3]))).all()
+    np.testing.assert_allclose(retriever.log_probs(np.array([0.0, -0.1])), np.log([0.5, 0.5]))
+    retriever.recommender.scale = "logit"
+    np.testing.assert_allclose(np.exp(retriever.log_probs(np.log(shares) + 5)), shares / 2.3)
+
+
 def test_the_ceiling_counts_and_what_is_not_found_is_a_miss(data: TrainingSequences) -> None:
     """Without what the history has, items 1, 3, 6, 4, 2, 5, 0 come in this order, of which two are found."""
     made, *_ = recommender_of(data, num_items=2)
@@ -251,11 +262,17 @@ class Finds:
         return made
 
 
-def test_a_retriever_that_finds_nothing_is_refused_before_training(split: Split) -> None:
+def test_a_retriever_that_finds_nothing_is_refused_before_training(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = ULMRec(**SMALL, retriever=Finds(floor=5.0), user_codes=0)
+    before = settings.identity()
     with pytest.raises(Unsuitable, match="fixed finds 0.0000 of .* there is nothing to re-rank"):
         settings.make(split, "ring")
     assert settings.identity() != replace(settings, retriever=Finds()).identity()
+    with monkeypatch.context() as patch:
+        patch.setattr("cprec.systems.recipes.ulmrec.code_sha256", lambda module: f"another {module}")
+        assert settings.identity() != before, "other code finds other items"
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from typing import Any
 
 from cprec.data.splits import Split
 from cprec.errors import ConfigError
+from cprec.provenance import code_sha256
 from cprec.systems.fit import Validation, fit
 from cprec.systems.hybrid import AnswerLoss, check_rows
 from cprec.systems.language import Language
@@ -74,10 +75,12 @@ class ULMRec(BesideSASRec):
             raise ConfigError(f"weight={self.weight} must lie in 0..1: it is a share")
 
     def identity(self) -> dict[str, Any]:
-        """See `SystemSettings.identity`."""
+        """See `SystemSettings.identity`: of another retriever than the SASRec its settings and code count."""
         finder: Any = self.retriever
-        own = asdict(finder) if finder is not None and not hasattr(finder, "identity") else finder and finder.identity()
-        return super().identity() | {"retriever": [type(finder).__name__, own]}
+        if finder is None:
+            return super().identity()
+        own = finder.identity() if hasattr(finder, "identity") else asdict(finder)
+        return super().identity() | {"retriever": [type(finder).__name__, own, code_sha256(type(finder).__module__)]}
 
     def make(self, split: Split, domain: str, *, seed: int = 0, folder: Path | None = None) -> TrainedRecommender:
         """See `SystemSettings.make`. Says how many targets of validation queries are found at all.
