@@ -148,6 +148,15 @@ def embeddings_of(model: Any) -> list[nn.Module]:
     return [module for module in trunk.modules() if isinstance(module, nn.Embedding)]
 
 
+def number_of_blocks(blocks: float, total: int) -> int:
+    """How many blocks a setting means: a fraction of all if below 1, else a number.
+
+    >>> number_of_blocks(0.4, 30), number_of_blocks(1, 30), number_of_blocks(12, 30)
+    (12, 1, 12)
+    """
+    return round(blocks * total) if blocks < 1 else round(blocks)
+
+
 def freeze_lowest(model: Any, layers: float) -> None:
     """Keep the weights of the embeddings and of the lowest layers: a fraction of all if below 1, else a number. An
     output layer that shares the embeddings' weights keeps them, too.
@@ -155,7 +164,7 @@ def freeze_lowest(model: Any, layers: float) -> None:
     Raises ConfigError where no layer would be left to train, or the model has no list of layers.
     """
     blocks = blocks_of(model)
-    number = round(layers * len(blocks)) if layers < 1 else round(layers)
+    number = number_of_blocks(layers, len(blocks))
     if number >= len(blocks):
         raise ConfigError(
             f"frozen_layers={layers:g} leaves no layer of {type(inner_model(model)).__name__} to train: it has "

@@ -19,7 +19,7 @@ from cprec import distributed
 from cprec.data.ragged import Ragged
 from cprec.errors import ConfigError, Unsuitable
 from cprec.gguf import model_source
-from cprec.models import blocks_of, context_of, load_model, tiny_model, trunk_and_head
+from cprec.models import blocks_of, context_of, load_model, number_of_blocks, tiny_model, trunk_and_head
 from cprec.progress import track
 from cprec.provenance import TOKENIZER, WEIGHTS, FileHashes, model_hashes
 from cprec.systems.encoders import Encoder, at_last
@@ -134,15 +134,6 @@ def check_blocks(name: str, blocks: float) -> None:
     """Raise ConfigError unless a setting is a share of blocks or a number of them."""
     if blocks < 0 or (blocks > 1 and blocks % 1):
         raise ConfigError(f"{name}={blocks:g} must be a fraction below 1 or a whole number")
-
-
-def number_of_blocks(blocks: float, total: int) -> int:
-    """How many blocks a setting means: a fraction of all if below 1, else a number.
-
-    >>> number_of_blocks(0.4, 30), number_of_blocks(1, 30), number_of_blocks(12, 30)
-    (12, 1, 12)
-    """
-    return round(blocks * total) if blocks < 1 else round(blocks)
 
 
 def tokens_of(tokenizer: Any, texts: Sequence[str], most: int) -> Ragged:

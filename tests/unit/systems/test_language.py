@@ -18,14 +18,13 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LM
 from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
 from cprec.errors import ConfigError, Unsuitable
-from cprec.models import tiny_model, trunk_and_head
+from cprec.models import number_of_blocks, tiny_model, trunk_and_head
 from cprec.systems.language import (
     Language,
     LanguageEncoder,
     LanguageSettings,
     TextTable,
     TitleReader,
-    number_of_blocks,
     tokens_of,
 )
 from cprec.systems.signals import TrainingSequences

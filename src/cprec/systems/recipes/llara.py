@@ -3,7 +3,7 @@
 Liao et al. 2024, "LLaRA: Large Language-Recommendation Assistant"; where paper and code differ, this follows the code.
 A SASRec is trained first and then stays as it is. A prompt names the history and candidates; behind each title stands a
 slot, which holds the SASRec's vector of the item through two layers, the projector. Only the answer's title is learnt.
-At step s of S all prompts have slots with the chance s / S; else they have none, and the projector stays as it is.
+The prompts of step s of S have slots with the chance s / S; else none has, and the projector stays as it is.
 Deviations:
 
 - The wording is that of all prompts here (there one of three, at random, which name films, games or artists).
@@ -56,7 +56,8 @@ class LLaRA(BesideSASRec):
     num_candidates: int = 20
     """Candidates in a prompt that lists them, the target among them, the others drawn anew in each step."""
     listing: float = 0.5
-    """Share of the steps whose prompts list candidates; 0: no prompt does, candidates to rank included."""
+    """Share of the steps whose prompts list candidates. 0: no prompt does, also where candidates are ranked. 1: all do,
+    and the catalogue, by which weights are chosen, is ranked after a kind of prompt that was never learnt."""
     beam_width: int = 10
     """Prefixes of titles that a beam keeps at each depth; weights are chosen by beams."""
     max_nodes: int = 500
