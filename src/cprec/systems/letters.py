@@ -147,11 +147,10 @@ class Retriever:
         not in the history, best first, of equals the first in the catalogue."""
         scores_QN = np.asarray(self.recommender.scores(self.domain, queries), dtype=np.float64)
         scores_QN = np.where(scores_QN > self.recommender.floor, scores_QN, FLOOR)
-        scores_QN = np.maximum(scores_QN, FLOOR)
+        np.maximum(scores_QN, FLOOR, out=scores_QN)
         found_QN = scores_QN.copy()
         found_QN[histories.row_of, histories.values] = FLOOR
-        order = np.argsort(-found_QN, axis=1, kind="stable")[:, : self.num_items]
-        return scores_QN, Ragged.of([row[found_N[row] > FLOOR] for row, found_N in zip(order, found_QN, strict=True)])
+        return scores_QN, Ragged.of([_first(found_N, self.num_items) for found_N in found_QN])
 
     def log_probs(self, scores_K: np.ndarray) -> np.ndarray:
         """The retriever's log-probabilities of some items of a query, among these, by their scores: float64[K]."""
@@ -174,6 +173,13 @@ class Retriever:
     def _vectors(self, queries: Sequence[RankingQuery]) -> np.ndarray:
         found = np.asarray(self.recommender.user_vectors(self.domain, queries), dtype=np.float64)  # type: ignore[attr-defined]
         return found.reshape(len(found), -1)
+
+
+def _first(score_N: np.ndarray, most: int) -> np.ndarray:
+    """The items that score best, above `FLOOR`, the best first, of equals the first: at most so many."""
+    least = np.partition(score_N, -most)[-most] if most < len(score_N) else FLOOR
+    items = np.flatnonzero((score_N >= least) & (score_N > FLOOR))  # a sort of all items would take many times as long
+    return items[np.argsort(-score_N[items], kind="stable")[:most]]
 
 
 class LetterStream(RowStream):

@@ -229,6 +229,19 @@ def test_without_its_weight_the_order_is_the_retrievers(data: TrainingSequences)
     assert history_last == ("i3", "i6", "i4", "i2", "i1", "i5", "i0"), "what the history has is not listed"
 
 
+def test_lists_hold_the_best_and_of_equals_the_first(data: TrainingSequences, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stable sort of all items, with ties and items that nothing speaks for, and with lists too long."""
+    scores = np.random.default_rng(1).integers(-2, 4, size=(50, len(TITLES))).astype(float)
+    monkeypatch.setattr(Fixed, "scores", lambda self, domain, queries: scores)
+    histories = Ragged.of([[row % 8, row // 8] for row in range(50)])
+    for num_items in (1, 3, 8, 9):
+        retriever = Retriever(Fixed(data.catalogue), data, num_items)
+        _, found = retriever.lists(retriever.queries(histories, ["p/u0"] * 50), histories)
+        for row in range(50):
+            best = [item for item in np.argsort(-scores[row], kind="stable").tolist() if scores[row, item] > -0.5]
+            assert found[row].tolist() == [item for item in best if item not in histories[row]][:num_items]
+
+
 def test_the_retrievers_part_is_its_probability(data: TrainingSequences) -> None:
     """Of shares 0.8, 0.7, 0.5 and 0.3, which add up to 2.3, and of logits their softmax."""
     retriever = Retriever(Fixed(data.catalogue), data, 4)
