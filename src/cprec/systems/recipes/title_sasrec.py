@@ -9,7 +9,7 @@ head of a language model gives its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -64,11 +64,6 @@ class TitleSASRec(TextSettings, CausalSettings):
         """See `TextSettings.frozen`. Vectors of a file are taken as they are."""
         vectors_VF = super().frozen(data)
         return vectors_VF if self.vectors else LENGTH * vectors_VF
-
-    def frozen_new(self, data: TrainingSequences, item_ids: Sequence[str], titles: Sequence[str]) -> np.ndarray:
-        """See `TextSettings.frozen_new`."""
-        vectors_NF = super().frozen_new(data, item_ids, titles)
-        return vectors_NF if self.vectors else LENGTH * vectors_NF
 
     def shaped_like(self, other: CausalSettings) -> TitleSASRec:
         """These settings with the network of others, whose weights then fit."""
