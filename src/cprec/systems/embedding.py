@@ -198,8 +198,10 @@ class TitleStream(RowStream):
     targets are numbers that titles of equal tokens share, and the rows of a step stay together."""
 
     def __init__(self, titles: Ragged, term: str, passes: Passes, *, mask: int = 0, mask_share: float = 0.0) -> None:
-        """`mask` is the token that stands for masked ones."""
+        """`mask` is the token that stands for masked ones. Raises Unsuitable where there is none to mask."""
         self._titles = titles.take(np.flatnonzero(titles.lengths))
+        if mask_share and titles.lengths.max(initial=0) < 2:
+            raise Unsuitable("no title has two tokens, so there is none to fill in: leave out the masked steps")
         self._numbers, self._mask, self._mask_share = self._titles.numbers(), mask, mask_share
         super().__init__(self._titles.lengths, [term], passes)
 

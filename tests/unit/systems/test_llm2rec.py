@@ -178,6 +178,13 @@ def test_histories_without_a_next_title_are_left_out() -> None:
         HistoryStream(Ragged.of([[0, 2]]), titles, [2], 5, passes)
 
 
+def test_titles_of_one_token_have_nothing_to_fill_in() -> None:
+    passes = Passes(batch_size=2, num_epochs=1, seed=0)
+    with pytest.raises(Unsuitable, match="no title has two tokens"):
+        TitleStream(Ragged.of([[5], [6], []]), "masked", passes, mask=3, mask_share=0.2)
+    assert TitleStream(Ragged.of([[5], [6, 7]]), "masked", passes, mask=3, mask_share=0.2).num_steps == 1
+
+
 def test_tokens_are_masked_and_the_first_never_is() -> None:
     titles = Ragged.of([[5, 6, 7], [], [8, 9]] * 20)
     stream = TitleStream(titles, MASKED_TOKEN, Passes(batch_size=40, num_steps=30, seed=0), mask=2, mask_share=0.25)
