@@ -13,6 +13,7 @@ import pytest
 from cprec.cli import main
 from cprec.models import tiny_model
 from cprec.provenance import read_resolved
+from cprec.recipes.open_llm import WORDS, open_llm
 from cprec.schema import VALIDATION
 from cprec.text.tokenizer import load_tokenizer, train_tokenizer
 from cprec.train.folder import LOG, read_done, read_log, refitted_on
@@ -22,6 +23,8 @@ pytestmark = pytest.mark.slow
 
 KINDS = ("lamp", "kettle", "spade", "scarf")
 COLOURS = ("red", "white", "green", "blue", "black", "grey")
+QUICK_PARTS = "blend.parts=EASE,titles"
+"""The recipe's own have three networks, which take minutes for each model."""
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +61,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("hours", [0.0, 1.0])
+def test_what_the_model_adds_is_asked_of_a_blend_with_networks_over_words(tmp_path: Path, hours: float) -> None:
+    recipe = open_llm(data=tmp_path, hours=hours)
+    assert recipe.blend is not None and WORDS in recipe.blend.parts and WORDS in recipe.evaluate.baselines
+
+
 def test_an_open_model_is_cut_trained_within_hours_blended_and_judged(
     data: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -66,7 +75,7 @@ def test_an_open_model_is_cut_trained_within_hours_blended_and_judged(
     settings = [f"data={data}", f"model={base}", "domains=beauty,toys", "hours=0.001", "text=general.txt"]
     settings += ["evaluate.max_queries=20", "blend.max_queries=20", "finetune.item_head=false"]
     settings += ["evaluate.rank.max_nodes=20", "blend.max_nodes=20"]  # such a model would read all titles
-    settings += ["evaluate.baselines=titles"]
+    settings += ["evaluate.baselines=titles", QUICK_PARTS]
     assert main(["run", "open_llm", *settings]) == 0
     run = tmp_path / "runs/open_llm"
     assert len(load_tokenizer(str(run / "model"))) < 700
@@ -97,7 +106,7 @@ def test_heads_and_parts_learn_the_validation_events_before_the_test(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     settings = [f"data={data}", f"model={base}", "domains=toys", "finetune.head_networks=1", "evaluate.seeds=0,1"]
-    settings += ["evaluate.baselines=titles"]
+    settings += ["evaluate.baselines=titles", QUICK_PARTS]
     assert main(["run", "open_llm", *settings, "evaluate.refit=true"]) == 0
     run = tmp_path / "runs/open_llm"
     assert refitted_on(run / "finetune/toys/base-model-seed-1-refit") == (VALIDATION,)
