@@ -7,7 +7,7 @@ At the end the recommender that was tried learns the events that it was tried on
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,9 +40,9 @@ RECIPE, ANSWER, RECOMMENDER = "recipe.yaml", "answer.txt", "recommender"
 """In the output folder: what was chosen, the sentence at the end, and the model to serve, refitted to all events."""
 BASELINES = ("popularity", "titles", "transition graph", "transition graph (titles)", "ItemKNN", "EASE")
 """The simple recommenders to compare with."""
-WORDS = {1: "SASRec (titles)", NETWORKS: "SASRec (titles x3)"}
-"""The part of the blend that reads titles as mere words, with as many networks as the item head: what the head adds to
-it comes from the language model."""
+WORDS: Mapping[int, tuple[str, ...]] = {0: (), 1: ("SASRec (titles)",), NETWORKS: ("SASRec (titles x3)",)}
+"""The part of the blend that reads titles as mere words, by its number of networks, which is that of the item head if
+there is time: what the head adds to it comes from the language model."""
 CHOSEN = frozenset(
     ("max_title_tokens", "tiny", "hidden_size", "num_hidden_layers", "num_attention_heads", "learning_rate")
     + ("num_train_epochs", "max_queries", "parts")
@@ -119,14 +119,14 @@ def _chosen(config: FitConfig, left: Callable[[], float]) -> Recipe:
         seed=config.seed,
     )
     prepare(prepared)
-    finetune = _training(config, left)
+    finetune, networks_over_words = _training(config, left)
     recipe = Recipe(
         name="fit",
         description=f"a recommender for {config.domain} in {config.minutes:g} minutes",
         prepare=prepared,
         finetune=finetune,
         blend=BlendConfig(
-            parts=(*BlendConfig.parts, WORDS[finetune.head_networks]),
+            parts=(*BlendConfig.parts, *WORDS[networks_over_words]),
             log_p=False,
             max_queries=QUERIES,
             seed=config.seed,
@@ -146,8 +146,9 @@ def _chosen(config: FitConfig, left: Callable[[], float]) -> Recipe:
     return recipe
 
 
-def _training(config: FitConfig, left: Callable[[], float]) -> FinetuneConfig:
-    """Training of the model that fits the log and the time, by timing the sizes there are; an open model has one."""
+def _training(config: FitConfig, left: Callable[[], float]) -> tuple[FinetuneConfig, int]:
+    """Training of the model that fits the log and the time, by timing the sizes there are; an open model has one. And
+    the number of networks over words that there is time for."""
     is_tiny = config.base == TINY
     plan = FinetuneConfig(
         data=f"{config.output_dir}/data",
@@ -165,9 +166,10 @@ def _training(config: FitConfig, left: Callable[[], float]) -> FinetuneConfig:
         seed=config.seed,
     )
     tokens, titles, network_seconds = _amounts(plan)
-    network_seconds *= 4  # for the head and over words, each trained to be tried, and again to be served
-    plan = replace(plan, head_networks=networks_for(network_seconds, left()))
-    head_seconds = plan.head_networks * network_seconds
+    network_seconds *= 2  # it is trained to be tried, and again to be served
+    over_words = networks_for(2 * network_seconds, left())
+    plan = replace(plan, head_networks=over_words or 1)
+    head_seconds = (plan.head_networks + over_words) * network_seconds
     sizes = sizes_for(tokens) if is_tiny else [plan.tiny]
     told = [timed(replace(plan, tiny=size)) for size in sizes]
     if not is_tiny and told[0].memory_bytes > told[0].free_memory:
@@ -181,10 +183,10 @@ def _training(config: FitConfig, left: Callable[[], float]) -> FinetuneConfig:
         f"{left() / 60:.1f} minutes are left on {num_cores()} cores. Chosen: {size if is_tiny else config.base}, "
         f"{passes}: about {choice.seconds / 60:.1f} minutes at {choice.tokens_per_second:,.0f} tokens a second, the "
         f"reading of titles included; then an item head of {plan.head_networks} network"
-        f"{'s' * (plan.head_networks > 1)} and as many over words, about {head_seconds / 60:.1f} minutes"
+        f"{'s' * (plan.head_networks > 1)} and {over_words or 'none'} over words, about {head_seconds / 60:.1f} minutes"
     )
     lora_rank = plan.lora_rank if choice.passes else 0
-    return replace(plan, tiny=choice.size, num_train_epochs=choice.passes, lora_rank=lora_rank)
+    return replace(plan, tiny=choice.size, num_train_epochs=choice.passes, lora_rank=lora_rank), over_words
 
 
 def _amounts(plan: FinetuneConfig) -> tuple[int, int, float]:

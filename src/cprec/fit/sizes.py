@@ -27,7 +27,7 @@ REACHED = 0.8
 """Share of the rate of a timed pass that training reaches, for there is the optimizer, too, and what else runs."""
 NETWORKS, OF_NETWORKS = 3, 0.4
 """Networks of the item head, and as many over words, where they take at most this share of the time that is left;
-otherwise one of each."""
+otherwise one of each, and where these take more, the head's alone."""
 TRAINING = 0.7
 """Share of the time left, less that of these networks, that training the model and reading titles may take; the rest is
 for the blend, simple recommenders, statistics and delays."""
@@ -52,8 +52,10 @@ def sizes_for(tokens: int) -> list[TinyModel]:
 
 
 def networks_for(seconds_of_one: float, seconds_left: float) -> int:
-    """Networks of the item head, and over words, where one of each takes `seconds_of_one`."""
-    return NETWORKS if NETWORKS * seconds_of_one <= OF_NETWORKS * seconds_left else 1
+    """Networks of the item head, and over words, where one of each takes `seconds_of_one`; 0 where there is no time for
+    those over words."""
+    fitting = (number for number in (NETWORKS, 1) if number * seconds_of_one <= OF_NETWORKS * seconds_left)
+    return next(fitting, 0)
 
 
 def choose(

@@ -32,7 +32,7 @@ def test_the_largest_model_with_time_for_its_passes(
     assert choice.seconds == passes * tokens / choice.tokens_per_second <= seconds
 
 
-@pytest.mark.parametrize(("seconds", "networks"), [(80.0, 3), (81.0, 1)])
+@pytest.mark.parametrize(("seconds", "networks"), [(80.0, 3), (81.0, 1), (240.0, 1), (241.0, 0)])
 def test_three_networks_where_they_take_two_fifths_of_the_time(seconds: float, networks: int) -> None:
     assert networks_for(seconds, 600.0) == networks
 
