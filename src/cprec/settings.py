@@ -420,8 +420,7 @@ def describe_type(annotation: Any) -> str:
         return f"list of {describe_type(arguments[0])}"
     if origin in (dict, Mapping):
         key, value = arguments
-        if get_origin(value) is Mapping:
-            return f"a value for each {describe_type(key)}.{describe_type(get_args(value)[0])}"
-        return f"{describe_type(key)}:{describe_type(value)},..."
+        nested = get_origin(value) is Mapping
+        return "values by name and field" if nested else f"{describe_type(key)}:{describe_type(value)},..."
     names: dict[Any, str] = {str: "text", Path: "path", bool: "true | false", int: "int", float: "float"}
     return names.get(annotation) or str(getattr(annotation, "__name__", annotation))
