@@ -61,7 +61,7 @@ format: $(READY)
 
 # Run by hand: sequential.py, which installs its peers in environments of their own and takes most of an hour, and
 # parts.py, which needs data.
-BENCH := $(filter-out $(addprefix benchmarks/,sequential.py generators.py parts.py),$(wildcard benchmarks/*.py))
+BENCH := $(filter-out $(addprefix benchmarks/,sequential.py generators.py parts.py new_items.py),$(wildcard benchmarks/*.py))
 bench: $(READY)
 	@for script in $(BENCH) "benchmarks/ranking.py codes" "benchmarks/generators.py --epochs 3"; do \
 	  echo "== $$script"; $(BIN)/python $$script || exit 1; \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from itertools import chain, pairwise
@@ -93,6 +94,18 @@ class StoredRecommender(ScoringRecommender):
     @abstractmethod
     def _restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take the state from what `arrays` gave; the catalogue is there already."""
+
+    def with_catalogue(self, catalogue: Catalogue) -> Self | None:
+        """The same over another catalogue of the same domains, to which items came: it tells by their titles what they
+        are, learns nothing, and what it says of the others stays as it is. None where it can say nothing of items that
+        came after."""
+        return None
+
+    def _over(self, catalogue: Catalogue) -> Self:
+        """A copy over another catalogue, to be changed."""
+        made = copy.copy(self)
+        made.catalogue, made._latest = catalogue, ScoringRecommender._latest
+        return made
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], catalogue: Catalogue) -> Self:

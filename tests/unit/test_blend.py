@@ -255,15 +255,35 @@ def test_without_the_model_the_parts_rank_by_their_sum() -> None:
     np.testing.assert_allclose(np.exp(ranking.scores), [1 / 4, 1 / 4, 1 / 8])
 
 
-def test_an_item_that_came_after_has_the_least_prior_and_parts_do_not_see_it() -> None:
-    part = Part("titles", lineup.settings_of("titles").make(split_of(ITEMS), "books"), weight=2.0, floor=0.1)
-    before = blend_of(part)
+def test_an_item_that_came_after_has_the_least_prior_of_parts_that_do_not_know_it() -> None:
+    class Strict(Table):
+        def scores(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
+            assert [item.item_id for query in queries for item in query.history] == ["i03"]
+            return super().scores(domain, queries)
+
+    before = blend_of(Part("walk", Strict("walk", row(4, 2)), weight=2.0, floor=0.1))
     after = before.with_catalogue(catalogue_of(N, more=["a new one"]))
     known = before.priors("books", [asked(0, "i03")]).values_UN
     np.testing.assert_allclose(after.priors("books", [asked(0, "i03", "a new one")]).values_UN[:, 1:], known)
     assert after.priors("books", [asked(0, "i03")]).values_UN[0, 0] == pytest.approx(2 * math.log(0.1))
     with pytest.raises(ConfigError, match="'games'"):
         before.priors("games", [asked(0)])
+
+
+def test_a_part_that_reads_titles_knows_an_item_that_came_after() -> None:
+    """It is called as i03 is, and stands first."""
+    walk = Part("walk", Table("walk", row(4, 2)), weight=1.0, floor=0.1)
+    titles = Part("titles", lineup.settings_of("titles").make(split_of(ITEMS), "books"), weight=2.0, floor=0.1)
+    ids = ["a new one", *(f"i{number:02}" for number in range(N))]
+    names = ["title i03", *(f"title {name}" for name in ids[1:])]
+    after = blend_of(walk, titles).with_catalogue(
+        Catalogue.from_tables({"books": pa.table({"item_id": ids, "title": names})})
+    )
+    for history in (["i03"], ["a new one"]):
+        parts = after.priors_of_parts("books", [asked(0, *history)])
+        np.testing.assert_allclose(parts["titles"][0, [0, 4]], 0, atol=1e-9)
+        np.testing.assert_allclose(parts["titles"][0, [1, 2, 3, *range(5, N + 1)]], 2 * math.log(0.1))
+        np.testing.assert_allclose(parts["walk"][0, :4], np.log([0.1, 1, 0.5, 0.1]))
 
 
 @pytest.mark.parametrize("floor", [0.01, 0.9])

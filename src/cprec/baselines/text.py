@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,13 +15,31 @@ from cprec.choices import Choice, Real
 from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
-from cprec.data.titles import title_vectors
+from cprec.data.titles import TitleWords
 from cprec.errors import ConfigError
 
 
-def domain_titles(catalogue: Catalogue, domain: str) -> sparse.csr_array:
-    """`title_vectors` of a domain's catalogue, which needs no events: csr[N, words]."""
-    return title_vectors([str(title) for title in catalogue.title[catalogue.rows_of(domain)]])
+@dataclass(frozen=True)
+class DomainTitles:
+    """The titles of a domain as vectors of words; no event is needed for them."""
+
+    catalogue: Catalogue
+    """The one that the words are of."""
+    domain: str
+    words: TitleWords
+    vectors: sparse.csr_array
+    """Of the items that there are: csr[N, words]."""
+
+    @classmethod
+    def of(cls, catalogue: Catalogue, domain: str) -> DomainTitles:
+        """Of a domain's catalogue; see `data.titles.title_vectors`."""
+        words = TitleWords(catalogue.titles_of(domain))
+        return cls(catalogue, domain, words, words.of_titles)
+
+    def with_catalogue(self, catalogue: Catalogue) -> DomainTitles:
+        """With the items that came. Their words count as far as the catalogue before had them, and weigh the same."""
+        places = catalogue.places_in(self.catalogue, self.domain)
+        return replace(self, vectors=self.words.of_more(catalogue.titles_of(self.domain), places))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +80,24 @@ class TitleSimilarityRecommender(DomainRecommender):
 
     def __init__(self, split: Split, domain: str, settings: TitleSimilarity) -> None:
         super().__init__(split, domain)
-        self._decay, self._titles = settings.decay, domain_titles(split.catalogue, domain)
+        self._decay, self._titles = settings.decay, DomainTitles.of(split.catalogue, domain)
 
     def history_scores(self, history: Ragged) -> np.ndarray:
-        return title_scores(profiles(history, self._titles.shape[0], self._decay), self._titles)
+        titles = self._titles.vectors
+        return title_scores(profiles(history, titles.shape[0], self._decay), titles)
 
     def state(self) -> dict[str, np.ndarray]:
         return {"decay": np.array(self._decay)}
 
     def _restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         super()._restore(arrays)
-        self._decay, self._titles = float(arrays["decay"]), domain_titles(self.catalogue, self.domain)
+        self._decay, self._titles = float(arrays["decay"]), DomainTitles.of(self.catalogue, self.domain)
+
+    def with_catalogue(self, catalogue: Catalogue) -> TitleSimilarityRecommender:
+        """See `StoredRecommender.with_catalogue`."""
+        made = self._over(catalogue)
+        made._titles = self._titles.with_catalogue(catalogue)
+        return made
 
 
 def title_scores(profiles_QN: sparse.csr_array, titles: sparse.csr_array) -> np.ndarray:

@@ -12,8 +12,9 @@ import numpy as np
 from scipy import sparse
 
 from cprec.baselines.domain import ages, sparse_arrays, sparse_from
-from cprec.baselines.text import domain_titles, title_scores
+from cprec.baselines.text import DomainTitles, title_scores
 from cprec.choices import Choice, Real, Whole
+from cprec.data.catalogue import Catalogue
 from cprec.data.links import links
 from cprec.data.splits import Split
 from cprec.errors import ConfigError
@@ -107,9 +108,20 @@ class TransitionGraphRecommender(StoredRecommender):
         self._graph = {domain: transitions(split, domain, settings.window, settings.backward) for domain in names}
         self._titles = self._read_titles()
 
-    def _read_titles(self) -> dict[str, sparse.csr_array]:
+    def _read_titles(self) -> dict[str, DomainTitles]:
         """The titles of its domains, where they count."""
-        return {domain: domain_titles(self.catalogue, domain) for domain in self._graph if self._settings.text_weight}
+        return {domain: DomainTitles.of(self.catalogue, domain) for domain in self._graph if self._settings.text_weight}
+
+    def with_catalogue(self, catalogue: Catalogue) -> TransitionGraphRecommender | None:
+        """See `StoredRecommender.with_catalogue`: items that came are reached by their titles, if titles count."""
+        if not self._settings.text_weight:
+            return None
+        made = self._over(catalogue)
+        made._graph = {
+            domain: _moved(graph, catalogue.places_in(self.catalogue, domain)) for domain, graph in self._graph.items()
+        }
+        made._titles = {domain: titles.with_catalogue(catalogue) for domain, titles in self._titles.items()}
+        return made
 
     def arrays(self) -> dict[str, np.ndarray]:
         """See `StoredRecommender.arrays`. Titles are read from the catalogue again."""
@@ -147,8 +159,14 @@ class TransitionGraphRecommender(StoredRecommender):
             reached = reached + settings.second_hop * (reached @ graph)
         scores: np.ndarray = reached.toarray()
         if settings.text_weight:
-            scores += settings.text_weight * title_scores(start, self._titles[domain])
+            scores += settings.text_weight * title_scores(start, self._titles[domain].vectors)
         return scores
+
+
+def _moved(graph: sparse.csr_array, place_N: np.ndarray) -> sparse.csr_array:
+    """Links between items that stand elsewhere now, `place_N` where they were, and -1 for those without links."""
+    links = sparse.block_diag([graph, sparse.csr_array((1, 1))], format="csr")  # row and column -1 are empty
+    return sparse.csr_array(links[place_N][:, place_N])
 
 
 def transitions(split: Split, domain: str, window: int, backward: float) -> sparse.csr_array:

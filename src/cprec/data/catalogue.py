@@ -185,6 +185,16 @@ class Catalogue:
         distinct = ids.unique()
         return pc.index_in(ids, distinct.take(pc.array_sort_indices(distinct))).to_numpy().astype(np.int64)
 
+    def titles_of(self, domain: str) -> list[str]:
+        """The titles of a domain's items, in the order of its rows."""
+        return [str(title) for title in self.title[self.rows_of(domain)]]
+
+    def places_in(self, other: Catalogue, domain: str) -> np.ndarray:
+        """Where each item of a domain stands among those that another catalogue has of it; -1 where it has none of the
+        id: int64[N]."""
+        places = pc.index_in(self.arrow_ids(domain), other.arrow_ids(domain))
+        return np.asarray(pc.fill_null(places, -1)).astype(np.int64)
+
     def arrow_ids(self, domain: str) -> pa.Array:
         """The item ids of a domain in the order of its rows."""
         return self._arrow_ids[self.domain_index(domain)]

@@ -42,6 +42,14 @@ class TitleWords:
         found = ([word for word in words_in(title) if word in known] for title in titles)
         return self._weighted(self._counts([*found]))
 
+    def of_more(self, titles: Sequence[str], place_N: np.ndarray) -> sparse.csr_array:
+        """Vectors of titles of which some are those that the words are of, by their place, -1 for another: csr[N,
+        words]."""
+        new_N = place_N < 0
+        others = self.vectors([title for title, is_new in zip(titles, new_N, strict=True) if is_new])
+        row_N = np.where(new_N, self.of_titles.shape[0] + np.cumsum(new_N) - 1, place_N)
+        return sparse.csr_array(sparse.vstack([self.of_titles, others], format="csr")[row_N])
+
     def _counts(self, words: Sequence[Sequence[str]]) -> sparse.csr_array:
         """How often each word stands in each title."""
         column = np.array([self._number[word] for title in words for word in title], dtype=np.int64)

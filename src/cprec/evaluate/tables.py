@@ -214,7 +214,7 @@ class Lists:
             item_id=split.catalogue.arrow_ids(domain),
             count_N=np.bincount(pairs[1], minlength=len(mine)),
             num_users=max(1, len(np.unique(pairs[0]))),
-            titles=title_vectors([str(title) for title in split.catalogue.title[mine]]),
+            titles=title_vectors(split.catalogue.titles_of(domain)),
         )
 
     def measures(self, rankings: pa.Table, k: int, pool: str) -> dict[str, float]:

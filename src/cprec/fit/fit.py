@@ -193,6 +193,6 @@ def _amounts(plan: FinetuneConfig) -> tuple[int, int, float]:
     """Tokens of a pass and of the titles that an item head reads, and the seconds that each of its networks trains."""
     manifest = read_shard_manifest(Path(plan.data, "examples", plan.domain, "train"))
     split, tokenizer = read_split(plan.data), load_tokenizer(f"{plan.data}/tokenizer")
-    titles = [str(title) for title in split.catalogue.title[split.catalogue.rows_of(plan.domain)]]
+    titles = split.catalogue.titles_of(plan.domain)
     of_titles = sum(min(len(ids), TITLE_TOKENS) for ids in tokenizer(titles, add_special_tokens=False)["input_ids"])
     return int(manifest["num_tokens"]), of_titles, seconds_to_train(split, plan.domain, plan.seed) / REACHED

@@ -21,7 +21,6 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-import pyarrow.compute as pc
 
 from cprec.baselines.ease import EASERecommender
 from cprec.baselines.ials import IALSRecommender
@@ -115,8 +114,8 @@ class Blend:
     catalogue: Catalogue
     """The items that are asked for."""
     learnt: Catalogue
-    """Those that the parts know. An item that came after has the least prior of each part, as one of which they say
-    nothing; and where it stands in a history, the parts do not see it."""
+    """Those that the parts have learnt. Parts that read titles know items that came after by theirs. For the others
+    such an item has the least prior, as one of which they say nothing, and they do not see it in a history."""
     parts: tuple[Part, ...]
     """Those with a weight above 0."""
     weight: float
@@ -160,15 +159,25 @@ class Blend:
         known = [self._known(query) for query in queries]
         out = {}
         for part in self.parts:
-            log_QN = part.weight * np.log(np.maximum(shares(part.recommender, domain, known), part.floor))
-            out[part.name] = np.where(self._place_N < 0, part.least, log_QN[:, self._place_N])
+            grown = self._grown.get(part.name)
+            share_QN = shares(grown or part.recommender, domain, queries if grown else known)
+            log_QN = part.weight * np.log(np.maximum(share_QN, part.floor))
+            out[part.name] = log_QN if grown else np.where(self._place_N < 0, part.least, log_QN[:, self._place_N])
         return out
 
     @cached_property
+    def _grown(self) -> dict[str, ScoringRecommender]:
+        """Parts that know the items of the catalogue that came after, by name."""
+        if self.catalogue is self.learnt:
+            return {}
+        stored = {part.name: part.recommender for part in self.parts if isinstance(part.recommender, StoredRecommender)}
+        made = {name: recommender.with_catalogue(self.catalogue) for name, recommender in stored.items()}
+        return {name: recommender for name, recommender in made.items() if recommender is not None}
+
+    @cached_property
     def _place_N(self) -> np.ndarray:
-        """Where each item of the catalogue stands among those that the parts know; -1 for one that came after."""
-        ids = (catalogue.arrow_ids(self.domain) for catalogue in (self.catalogue, self.learnt))
-        return np.asarray(pc.fill_null(pc.index_in(*ids), -1))
+        """Where each item of the catalogue stands among those that were learnt; -1 for one that came after."""
+        return self.catalogue.places_in(self.learnt, self.domain)
 
     def _known(self, query: RankingQuery) -> RankingQuery:
         """The query, without events that the parts cannot know."""
@@ -180,7 +189,9 @@ class Blend:
     def with_catalogue(self, catalogue: Catalogue) -> Blend:
         """See `PriorSource.with_catalogue`. Raises ConfigError where the domain is not there."""
         check_domain("the catalogue", catalogue.domains, self.domain)
-        return replace(self, catalogue=catalogue)
+        made = replace(self, catalogue=catalogue)
+        _ = made._grown  # now, and not when the first query waits for it
+        return made
 
 
 def shares(recommender: ScoringRecommender, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:

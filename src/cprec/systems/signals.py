@@ -42,7 +42,7 @@ class TrainingSequences:
 
     @property
     def titles(self) -> list[str]:
-        return [str(title) for title in self.catalogue.title[self.catalogue.rows_of(self.domain)]]
+        return self.catalogue.titles_of(self.domain)
 
     @property
     def categories(self) -> list[str]:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from cprec.baselines.popularity import PopularityRecommender
@@ -116,6 +117,29 @@ def test_titles_reach_items_that_nobody_had() -> None:
     split = make_split([(0, 0), (0, 1)], [0] * 4, titles)
     assert scores_of(TitleSimilarity(decay=0.5), split, [0, 1]) == pytest.approx([0.5, 1, 0, 0.5 / 5])
     assert scores_of(TransitionGraph(text_weight=0.3), split, [0]) == pytest.approx([0.3, 1, 0, 0.3 / 5])
+
+
+def test_items_that_came_after_are_reached_by_their_titles() -> None:
+    """As above, and a blue shoe came, first in the order of ids. 'shoe' weighs ln 4 and 'blue' nothing, which no title
+    had, so it is as near to the red shoe as ln 4 / sqrt(ln2^2 + ln4^2) = 2 / sqrt 5. It is read in histories, too."""
+    split = make_split([(0, 0), (0, 1)], [0] * 4, ["red shoe", "hat", "scarf", "Red glove"])
+    rows = {
+        "item_id": ["a new one", "i0", "i1", "i2", "i3"],
+        "title": ["blue shoe", "red shoe", "hat", "scarf", "Red glove"],
+    }
+    catalogue = Catalogue.from_tables({"a": pa.table(rows)})
+    near, query = 2 / math.sqrt(5), RankingQuery("q", "a", (Item("a", "i0"),))
+    titles, walk = (settings.make(split, "a") for settings in (TitleSimilarity(), TransitionGraph(text_weight=0.3)))
+    for before, expected in ((titles, [near, 1, 0, 0, 1 / 5]), (walk, [0.3 * near, 0.3, 1, 0, 0.3 / 5])):
+        known = before.scores("a", [query])  # which it keeps for the same query, but not for another catalogue
+        after = before.with_catalogue(catalogue)
+        assert after is not None and after.scores_once("a", [query])[0] == pytest.approx(expected)
+        again = after.with_catalogue(catalogue)
+        assert again is not None and again.scores("a", [query])[0] == pytest.approx(expected)
+        assert np.array_equal(before.scores("a", [query]), known)
+    after, of_new = titles.with_catalogue(catalogue), RankingQuery("q", "a", (Item("a", "a new one"),))
+    assert after.scores("a", [of_new])[0] == pytest.approx([1, near, 0, 0, 0])
+    assert TransitionGraph().make(split, "a").with_catalogue(catalogue) is None
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import numpy as np
 from safetensors.torch import load_file
 from torch import nn
 
+from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
 from cprec.errors import ConfigError
 from cprec.provenance import file_sha256
@@ -27,6 +28,7 @@ from cprec.systems.items import FrozenTable, write_vectors
 from cprec.systems.recipes.sasrec import INITIAL, CausalRecommender, CausalSettings
 from cprec.systems.settings import TextSettings
 from cprec.systems.signals import TrainingSequences
+from cprec.systems.vectors import TitleSpace
 
 LENGTH = 5.0
 """The length of TF-IDF vectors, about that of a language model's coordinates in an item head: with vectors of length
@@ -99,6 +101,27 @@ class TitleSASRecRecommender(CausalRecommender):
     """Ranks by a trained SASRec over vectors of titles."""
 
     SETTINGS = TitleSASRec
+    _space: TitleSpace | None = None
+    """The directions of its titles' words; made when the first item comes."""
+
+    def with_catalogue(self, catalogue: Catalogue) -> TitleSASRecRecommender | None:
+        """See `StoredRecommender.with_catalogue`: a new item has the vector of its title, and no row of its own. None
+        where the vectors are those of a file."""
+        if self.settings.vectors:  # type: ignore[attr-defined]
+            return None
+        arrays, size = self.arrays(), self.settings.text_size  # type: ignore[attr-defined]
+        self._space = self._space or TitleSpace(self.catalogue.titles_of(self.domain), size)
+        place_N = catalogue.places_in(self.catalogue, self.domain)
+        new_N = place_N < 0
+        titles = [title for title, is_new in zip(catalogue.titles_of(self.domain), new_N, strict=True) if is_new]
+        vectors_NF = arrays["vectors"][place_N]
+        vectors_NF[new_N] = LENGTH * self._space.of(titles)
+        for name in [name for name in arrays if name.endswith(ROWS)]:
+            row_ND, special_SD = np.split(arrays[name], [len(arrays["vectors"])])
+            arrays[name] = np.concatenate([np.where(new_N[:, None], 0, row_ND[place_N]), special_SD])
+        made = self.from_arrays({**arrays, "vectors": vectors_NF}, catalogue)
+        made._space = self._space
+        return made
 
     def write_vectors(self, path: str | Path) -> None:
         """Write the vectors of the items' titles, as `TextSettings.vectors` reads them."""
