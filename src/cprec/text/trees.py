@@ -45,6 +45,8 @@ def grow(
     most_tokens: int,
     most_events: int,
     drawn: Drawn | None = None,
+    *,
+    learns_history: bool = True,
 ) -> Shards:
     """The trees of users' events, in memory; a tree has at most `most_events` events, as prompts do, and at most
     `most_tokens` tokens, or a single event with branches.
@@ -53,9 +55,9 @@ def grow(
     one row for each value of `history`, empty for none. Where a user's events are too many they are divided, and all
     trees but the first begin with events of the one before, up to half of `most_events`.
 
-    The loss covers the history, without what is repeated, and the titles of the branches. Of a title that was drawn it
-    asks each token with the chance that it goes on from those before it: the chance of all items that might have been
-    drawn and go on so, among all whose titles begin as this one.
+    The loss covers the titles of the branches and, if it `learns_history`, the history without what is repeated. Of a
+    title that was drawn it asks each token with the chance that it goes on from those before it: the chance of all
+    items that might have been drawn and go on so, among all whose titles begin as this one.
     """
     title_tokens = encoder.titles(next_items.values, end=True).lengths
     ending = _ending(encoder, kind, domain)
@@ -73,7 +75,7 @@ def grow(
     branches = Ragged(next_items.values[number.values], number.offsets)
     if drawn is not None:
         drawn = replace(drawn, row=drawn.row[number.values])
-    return _grown(encoder, kind, domain, of_trees, branches, repeated_E, drawn)
+    return _grown(encoder, kind, domain, of_trees, branches, repeated_E, drawn, learns_history)
 
 
 def _ending(encoder: PromptEncoder, kind: str, domain: int) -> np.ndarray:
@@ -118,6 +120,7 @@ def _grown(
     next_items: Ragged,
     repeated_E: np.ndarray,
     drawn: Drawn | None,
+    learns_history: bool,
 ) -> Shards:
     """See `grow`; `history` and `next_items` are those of each tree."""
     # The runs of each tree's history: its head, then its events.
@@ -158,7 +161,8 @@ def _grown(
     offsets = parts.offsets[offsets_of(num_runs + num_pieces)]
     # From the tokens of all pieces to those of a tree, which has its history before them.
     until = np.concatenate([end_of_run, end])[order] + np.repeat(trunk.lengths - tree_start[:-1], num_runs + num_pieces)
-    learnt = np.concatenate([np.insert(~repeated_E, history.offsets[:-1], True), which > 1])[order]
+    of_runs = np.insert(~repeated_E, history.offsets[:-1], True) & learns_history
+    learnt = np.concatenate([of_runs, which > 1])[order]
     is_target = learnt.repeat(parts.lengths)
     is_target[offsets[:-1]] = False  # nothing stands before the first token
     choices = None

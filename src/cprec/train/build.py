@@ -29,6 +29,7 @@ from cprec.train.config import TrainingConfig
 from cprec.train.distillation import DistilledLoss, without_adapters
 from cprec.train.loss import PackedLoss, prepare_loss
 from cprec.train.plan import Plan
+from cprec.train.preference import PreferenceLoss
 from cprec.train.run import Run
 
 
@@ -52,6 +53,8 @@ def build(run: Run, plan: Plan, tokenizer: Any) -> PackedLoss:
         loss = CatalogueLoss(loss.module, run.titles_trie, run.weight_of_catalogue, bf16=bf16)
     if run.distillation is not None and run.distillation.weights:
         loss = DistilledLoss(loss, run.distillation, _teacher(run, plan, load) if run.has_teacher else None)
+    if run.preference is not None:
+        loss = PreferenceLoss(loss, run.preference)
     number_format = "bf16" if bf16 else "fp32"
     say(f"{num_parameters(model) / 1e6:.2f} M parameters on {distributed.describe(device)}, {number_format}")
     return loss

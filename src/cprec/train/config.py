@@ -256,6 +256,14 @@ class FinetuneConfig(TrainingConfig):
     drawn by what all of them say of each are targets, too (docs/pretraining.md). Needs documents=trees."""
     taught_targets: int = 2
     """Items that teachers choose after each event."""
+    preference: int = 0
+    """Titles that are set against what came next after each event: the loss then says how much more than before
+    training the model prefers it to them (S-DPO, docs/pretraining.md). For a model that was fine-tuned; needs
+    documents=trees. 0: none."""
+    preference_beta: float = 1.0
+    """What the gains of titles in logarithmic probability are multiplied by in that loss."""
+    rejected: Literal["uniform", "popularity"] = "uniform"
+    """How these titles are drawn from those of items with training events: all alike, or by their number of events."""
     softmax: Literal["vocabulary", "catalogue", "both"] = "vocabulary"
     """What the probabilities of a title's next token sum to one over in the loss: the vocabulary; the tokens with which
     titles of the catalogue go on there, which teaches nothing where there is one; or a sum of both losses. Rankings use
@@ -299,6 +307,8 @@ class FinetuneConfig(TrainingConfig):
             raise ConfigError(f"taught_targets={self.taught_targets} must be at least 1")
         if self.head_networks < 1:
             raise ConfigError(f"head_networks={self.head_networks} must be at least 1")
+        if self.preference:
+            self._check_preference()
         if not 0 < self.catalogue_weight < 1:
             raise ConfigError(f"catalogue_weight={self.catalogue_weight} must lie between 0 and 1")
         if self.softmax != "vocabulary" and self.documents != "examples":
@@ -308,6 +318,21 @@ class FinetuneConfig(TrainingConfig):
                 f"softmax={self.softmax} needs the output layer whole in every process: set fsdp=false, or "
                 "softmax=vocabulary"
             )
+
+    def _check_preference(self) -> None:
+        asked = f"preference={self.preference}"
+        if self.preference < 0:
+            raise ConfigError(f"{asked} must be 0 or more")
+        if not self.preference_beta > 0:
+            raise ConfigError(f"preference_beta={self.preference_beta} must be above 0")
+        if self.documents != "trees" or self.teachers:
+            raise ConfigError(f"{asked} hangs titles of its own in trees: set documents=trees, without teachers")
+        if self.model_name_or_path == TINY or not self.num_train_epochs:
+            raise ConfigError(
+                f"{asked} trains a model that was fine-tuned: give its folder, and num_train_epochs above 0"
+            )
+        if self.fsdp:
+            raise ConfigError(f"{asked} needs the output layer whole in every process: set fsdp=false")
 
     @property
     def weight_of_catalogue(self) -> float:
@@ -357,6 +382,10 @@ class DistilConfig(FinetuneConfig):
         for name in ("token_weight", "direction_weight", "distance_weight", "head_weight"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more")
+        if self.preference:
+            raise ConfigError(
+                f"preference={self.preference} is of fine-tuning: set it there, before or after distilling"
+            )
         if not self.temperature > 0:
             raise ConfigError(f"temperature={self.temperature} must be above 0")
         if self.num_groups > self.layers:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from cprec.train.catalogue_loss import TitleNodes
 from cprec.train.config import FinetuneConfig
 from cprec.train.estimate import Estimate
 from cprec.train.plan import Plan, plan_of
+from cprec.train.preference import Preference, PreferenceStream
 from cprec.train.run import Run
 from cprec.train.training import encoder_of, run_training, time_training
 from cprec.train.trees import Taught, trees_made_from, trees_of
@@ -68,8 +70,10 @@ def run_of(config: FinetuneConfig, taught: Taught | None = None, more_terms: Seq
     folder = examples_of(Path(config.data), config.domain)
     documents, validation = _documents(config), open_shards(folder / "validation")
 
-    def stream(corpus: Corpus, num_tokens: float, rows: int, **more: Any) -> TokenStream:
-        return TokenStream(
+    def stream(
+        corpus: Corpus, num_tokens: float, rows: int, made: Callable[..., TokenStream] = TokenStream, **more: Any
+    ) -> TokenStream:
+        return made(
             corpus,
             one_phase(num_tokens),
             rows_per_step=rows,
@@ -81,12 +85,16 @@ def run_of(config: FinetuneConfig, taught: Taught | None = None, more_terms: Seq
     trie = _titles_of(config, documents.manifest["about"]) if config.weight_of_catalogue else None
 
     made_from = trees_made_from(config) if config.documents == "trees" else {}
+    number, beta = config.preference, config.preference_beta
+    preference = Preference(num_rejected=number, beta=beta) if number else None
 
     def plan() -> Plan:
         trees = config.documents == "trees"
         group = _sample(config, distributed.by_first(lambda: trees_of(config, taught)) if trees else documents)
         num_tokens = round(config.num_train_epochs * group.num_tokens)
-        more = {"nodes_of": TitleNodes(trie) if trie else None, "more_terms": more_terms}
+        more: dict[str, Any] = {"nodes_of": TitleNodes(trie) if trie else None, "more_terms": more_terms}
+        if preference is not None:
+            more["made"] = partial(PreferenceStream, num_rejected=preference.num_rejected)
         return plan_of(config, stream(Corpus([group]), num_tokens, config.train_batch_size, **more))
 
     held_out = min(config.eval_tokens, validation.manifest["num_tokens"])
@@ -103,6 +111,7 @@ def run_of(config: FinetuneConfig, taught: Taught | None = None, more_terms: Seq
         probe_domains=(config.domain,) if config.probe_queries else (),
         titles_trie=trie,
         weight_of_catalogue=config.weight_of_catalogue,
+        preference=preference,
     )
 
 

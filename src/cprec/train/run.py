@@ -14,6 +14,7 @@ from cprec.text.stream import TokenStream
 from cprec.train.config import TrainingConfig
 from cprec.train.distillation import Distillation
 from cprec.train.plan import Plan
+from cprec.train.preference import Preference
 from cprec.train.probe import queries_of
 from cprec.train.reuse import file_inputs, shards_of
 
@@ -48,6 +49,8 @@ class Run:
     """The part of that loss."""
     distillation: Distillation | None = None
     """Where the model that the configuration names is a teacher: how another is made of it, and learns."""
+    preference: Preference | None = None
+    """Where the plan reads a `PreferenceStream`: what the model is to prefer."""
 
     @property
     def output_dir(self) -> Path:

@@ -48,6 +48,7 @@ from cprec.train.forgetting import GENERAL_TEXT, general_text_batches
 from cprec.train.loop import Cadence, Optimisation, perplexity, train
 from cprec.train.loss import PackedLoss
 from cprec.train.plan import ANNEALING, FEW_STEPS, Plan, check_fork, describe_plan
+from cprec.train.preference import PreferenceLoss, PreferenceStream
 from cprec.train.probe import BestWeights, Probe, queries_of
 from cprec.train.reuse import is_finished
 from cprec.train.run import Run, general_text_of
@@ -103,6 +104,9 @@ def run_training(run: Run) -> Path:
         hashes.save()
 
     distributed.by_first(record)
+    if isinstance(loss, PreferenceLoss):
+        assert isinstance(plan.stream, PreferenceStream)
+        loss.remember(plan.stream, config.rows_per_pass)
     best = _best_weights(run, loss, tokenizer)
     state = _fit(run, plan, loss, validation, best, told)
     kept = best.restore()
@@ -185,6 +189,7 @@ def _estimate(run: Run, plan: Plan, model: Any, validation: Mapping[str, TokenSt
     config, stream, device = run.config, plan.stream, distributed.pick_device()
     rows_each = -(-stream.batch(0).num_rows // distributed.num_ranks())
     heldout = sum(each.num_tokens for each in validation.values())
+    before = int(stream.corpus.lengths.sum()) if run.preference else 0  # read once for the reference
     return estimate(
         model,
         stream,
@@ -195,7 +200,7 @@ def _estimate(run: Run, plan: Plan, model: Any, validation: Mapping[str, TokenSt
         fsdp=config.fsdp,
         output_dir=run.output_dir,
         num_checkpoints=config.save_total_limit + 1 + run.keeps_stable,  # one is being written
-        heldout_tokens=heldout * (stream.num_steps // config.eval_steps + 2),  # at the start and the end, too
+        heldout_tokens=before + heldout * (stream.num_steps // config.eval_steps + 2),  # at the start and the end, too
         teacher=_unloaded_teacher(run) if run.has_teacher else None,
     )
 

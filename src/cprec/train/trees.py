@@ -14,6 +14,7 @@ from cprec.data.splits import Split
 from cprec.errors import ConfigError
 from cprec.provenance import code_sha256, file_sha256, read_resolved
 from cprec.text.documents import histories, stretches
+from cprec.text.encoding import PromptEncoder
 from cprec.text.shards import Shards, read_shard_manifest
 from cprec.text.tokenizer import load_tokenizer
 from cprec.text.trees import Drawn, grow
@@ -72,14 +73,50 @@ def trees_of(config: FinetuneConfig, taught: Taught | None) -> Shards:
         drawn = Drawn(row[order], found.among, found.chance)
         items = np.concatenate([branches.values, chosen.values])[order]
         branches = Ragged(items, offsets_of(branches.lengths + chosen.lengths))
-    trees = grow(encoder, kind, domain, history, branches, config.max_length, most, drawn)
+    if config.preference:
+        beside = rejected(config, split, encoder, branches.values)
+        branches = Ragged(np.column_stack([branches.values, beside]).ravel(), branches.offsets * (1 + beside.shape[1]))
+    trees = grow(
+        *(encoder, kind, domain, history, branches, config.max_length, most, drawn),
+        learns_history=not config.preference,
+    )
     longest = int(trees.column("length").max(initial=0))
     if longest > config.max_length:
         raise ConfigError(
             f"max_length={config.max_length} has no room for an event with its branches, which has up to {longest:,} "
-            "tokens: raise it, or lower taught_targets"
+            "tokens: raise it, or lower taught_targets or preference"
         )
     return trees
+
+
+def rejected(config: FinetuneConfig, split: Split, encoder: PromptEncoder, chosen_B: np.ndarray) -> np.ndarray:
+    """Items of the domain that are set against each chosen one: catalogue rows, int64[B, K].
+
+    They are drawn among those with training events, since others would be rejected always and chosen never, uniformly
+    or by how many events they have; by the seed and the place of the event alone. No two of the K and the chosen one
+    have the same title. Items of the history may be drawn.
+
+    Raises ConfigError where too few titles were chosen in training.
+    """
+    rows = split.catalogue.rows_of(config.domain)
+    counts_V = np.bincount(split.train.item, minlength=len(split.catalogue))[rows]
+    text_V, number = encoder.titles(rows).numbers(), config.preference
+    if (there := len(np.unique(text_V[counts_V > 0]))) <= number:
+        raise ConfigError(
+            f"preference={number} sets {number} titles against each, and training events of {config.domain} have "
+            f"{there:,} different titles: set it to {there - 1} at most"
+        )
+    weights_V = counts_V if config.rejected == "popularity" else counts_V > 0
+    until_V, generator = np.cumsum(weights_V), np.random.default_rng(config.seed)
+    items_BX = np.column_stack([chosen_B - rows[0], np.full((len(chosen_B), number), -1)])
+    while len(open_B := np.flatnonzero((items_BX < 0).any(1))):
+        some = items_BX[open_B]
+        some[some < 0] = np.searchsorted(until_V, generator.integers(until_V[-1], size=(some < 0).sum()), side="right")
+        # What has the title of one before it is drawn anew.
+        text_BX = text_V[some]
+        same_BXX = np.tril(text_BX[:, :, None] == text_BX[:, None], k=-1)
+        items_BX[open_B] = np.where(same_BXX.any(2), -1, some)
+    return rows[0] + items_BX[:, 1:]
 
 
 def trees_made_from(config: FinetuneConfig) -> dict[str, str]:
