@@ -94,6 +94,7 @@ LINEUP: Mapping[str, Listed] = {
     "SASRec (titles x3)": Listed("systems.recipes.title_sasrec:AVERAGED", "three of these, as an item head"),
     "HLLM": Listed("systems.recipes.hllm:HLLM", "a language model reads titles, trained with the rest"),
     "Lite-LLM4Rec": Listed("systems.recipes.hllm:LITE", "and histories; softmax over rows of all items"),
+    "CoVE": Listed("systems.recipes.cove:CoVE", "a language model to which each item is one more token"),
     "LLM2Rec": Listed("systems.recipes.llm2rec:LLM2Rec", "over vectors of a language model that learnt the log"),
     "SASRec (denoised)": Listed(
         "systems.recipes.denoised:DenoisedSASRec", "on histories without events that do not fit"

@@ -101,6 +101,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "SLMRec": {"teacher_blocks": 4},
     "HLLM": {"num_negatives": 8, "title_tokens": 4, "frozen_layers": 1},
     "Lite-LLM4Rec": {"title_tokens": 4, "frozen_layers": 1, "num_blocks": 1},
+    "CoVE": {"title_tokens": 4, "layers": 1, "batch_size": 512},
     "Human priors": {"num_groups": 3},
     "Human priors (horizon)": {},
     "ReaRec": {"first_epochs": 0.2},
@@ -151,7 +152,7 @@ WRITERS = frozenset(
 
 ALIKE = frozenset(
     {"P5 (random)", "P5 (collaborative)", "P5 (semantic)"}
-    | {"HLLM", "Lite-LLM4Rec", "Recformer"}
+    | {"HLLM", "Lite-LLM4Rec", "CoVE", "Recformer"}
     | {"APAO", "APAO (pointwise)", "COBRA (codes alone)", "COBRA (vectors alone)", "REG4Rec", "STREAM-Rec"}
     | {"LLaRA", "ULMRec", "ULMRec (letters)"}
 )

@@ -142,6 +142,15 @@ def tokens_of(tokenizer: Any, texts: Sequence[str], most: int) -> Ragged:
     return Ragged.of([tokens[:most] for tokens in pieces])
 
 
+def mean_rows(titles: Ragged, rows_TF: torch.Tensor) -> torch.Tensor:
+    """The mean of the rows of each title's tokens, VF; of an item without a title that of all other means."""
+    values, starts = torch.from_numpy(titles.values), torch.from_numpy(titles.offsets[:-1])
+    means_VF = nn.functional.embedding_bag(values, rows_TF, starts, mode="mean")
+    has_title_V = torch.from_numpy(titles.lengths > 0)
+    means_VF[~has_title_V] = means_VF[has_title_V].mean(0)
+    return means_VF
+
+
 class _Below(nn.Module):
     """Stands in a decoder's list for a block that is not run, and gives the states that are known there."""
 
@@ -331,9 +340,9 @@ class TextTable(ItemTable):
 
 class LanguageEncoder(Encoder):
     """Reads histories with the lower blocks of a language model, to which items' vectors are what vectors of tokens
-    are, each through a linear map, and maps its states back."""
+    are, each through a linear map, and maps its states back. Without a size there are no maps: items are tokens."""
 
-    def __init__(self, language: Language, num_blocks: int, max_length: int, size: int, dropout: float) -> None:
+    def __init__(self, language: Language, num_blocks: int, max_length: int, size: int | None, dropout: float) -> None:
         """Raises ConfigError where the language model has fewer blocks, or a shorter context than histories are."""
         super().__init__()
         if num_blocks > (total := len(blocks_of(language.model))):
@@ -341,7 +350,9 @@ class LanguageEncoder(Encoder):
         if (context := context_of(language.model)) is not None and context < max_length:
             raise ConfigError(f"max_length={max_length}, and the language model reads {context}: give so many at most")
         self.blocks = Blocks(language.model, range(num_blocks), reads_tokens=False)
-        self.into, self.back = nn.Linear(size, language.width), nn.Linear(language.width, size)
+        width = language.width
+        self.into = nn.Identity() if size is None else nn.Linear(size, width)
+        self.back = nn.Identity() if size is None else nn.Linear(width, size)
         self.dropout = nn.Dropout(dropout)
 
     def embed(self, inputs_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
