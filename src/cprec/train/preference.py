@@ -127,13 +127,13 @@ class PreferenceLoss(PackedLoss):
 
     @torch.no_grad()
     def remember(self, stream: PreferenceStream, rows_per_step: int) -> None:
-        """Note what the model, before it learns, thinks of all titles: the reference, for which no second model is
-        kept. Each process reads its share.
+        """Read the log-probabilities of all titles by the model as it is, before it learns: the reference, for which no
+        second model is kept. Each process reads its share.
         """
         device, once = next(self.module.parameters()).device, stream.once(rows_per_step)
         before = torch.zeros(stream.num_titles, device=device)
         self.module.eval()
-        with track(once.num_tokens, "what the model thinks before", unit="tokens") as progress:
+        with track(once.num_tokens, "reading the reference", unit="tokens") as progress:
             for batch in once:
                 for rows in batch.micro_batches(0, distributed.rank(), distributed.num_ranks()):
                     given = distributed.to_device(rows, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from cprec.data.queries import sampled_rows
 from cprec.errors import ConfigError
 from cprec.finetune import finetune
 from cprec.models import load_model, tiny_model
+from cprec.provenance import to_dict
 from cprec.text.config import PrepareConfig
 from cprec.text.prepare import prepare
 from cprec.text.shards import Shards
@@ -273,6 +275,26 @@ def test_an_interrupted_run_goes_on_as_if_never_stopped(
     stopped = finetune(config("stopped"))
     assert log_of(stopped) == log_of(whole)
     assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+FINETUNE = """
+import json, sys
+import torch
+from cprec.config import from_mapping
+from cprec.train.finetune import FinetuneConfig, finetune
+
+torch.set_num_threads(1)
+finetune(from_mapping(FinetuneConfig, json.loads(sys.argv[1])))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(config: Callable[..., FinetuneConfig], processes: Any) -> None:
+    """Each reads its share of the reference; in the last step there is one row for both."""
+    alone, two = config("alone", train_batch_size=3), config("two", train_batch_size=3)
+    finetune(alone)
+    processes.run(2, FINETUNE, json.dumps(to_dict(two)))
+    assert log_of(Path(two.output_dir)) == pytest.approx(log_of(Path(alone.output_dir)), rel=1e-4)
 
 
 @pytest.mark.parametrize(
