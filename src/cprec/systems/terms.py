@@ -27,6 +27,9 @@ from cprec.train.loss import linear_cross_entropy, linear_divergence
 CHUNK = 256
 """Targets whose scores of negatives exist at once."""
 
+SPREAD = 1024
+"""States that `dispersive` compares at most."""
+
 Term = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(states [N, ..., D], targets [N], vectors of all items [V, D]) -> summed loss."""
 
@@ -389,6 +392,25 @@ def likeness(temperature: float = 1.0) -> Term:
         divergence_NWW = negative_entropy_NW[:, :, None] - cross_NWW
         num_states = hidden_NWD.shape[1]
         return -divergence_NWW.sum() / (num_states * (num_states - 1))
+
+    return term
+
+
+def dispersive(temperature: float) -> Term:
+    """Keeps states, [N, D], apart from each other, whatever their targets (Wang and He 2025):
+
+        log of the mean over all pairs, those of a state with itself among them, of exp(-d / temperature)
+
+    where d is the mean square of the difference of two states; times the number of targets. Of many states `SPREAD` at
+    most are compared, which stand at equal distances in the step.
+    """
+
+    def term(hidden_ND: torch.Tensor, target_N: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+        some_ND = hidden_ND[:: max(1, -(-len(hidden_ND) // SPREAD))]
+        square_N = some_ND.square().sum(1)
+        apart_NN = (square_N[:, None] + square_N - 2 * some_ND @ some_ND.T).clamp(min=0) / hidden_ND.shape[1]
+        spread = torch.logsumexp(-apart_NN.flatten() / temperature, 0) - 2 * np.log(max(1, len(some_ND)))
+        return len(hidden_ND) * spread
 
     return term
 

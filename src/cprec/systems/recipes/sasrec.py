@@ -33,7 +33,7 @@ from cprec.systems.sampled import SampledItemsLoss
 from cprec.systems.settings import NextItemSettings, SystemSettings
 from cprec.systems.signals import TrainingSequences, windows
 from cprec.systems.stage import NEXT_ITEM, Stage, TrainedRecommender
-from cprec.systems.terms import product_dtype
+from cprec.systems.terms import Term, product_dtype
 
 INITIAL = 0.02
 """Standard deviation of vectors before training."""
@@ -122,7 +122,7 @@ class CausalSettings(NextItemSettings, SelfAttentionSettings):
         for number, own_seed in enumerate(range(first, first + self.num_networks), 1):
             if self.num_networks > 1:
                 say(f"{domain}: network {number} of {self.num_networks}")
-            made = super(CausalSettings, one).make(split, domain, seed=own_seed, folder=folder)
+            made = one.make_one(split, domain, seed=own_seed, folder=folder)
             assert isinstance(made, CausalRecommender) and isinstance(made.model, SequenceModel)
             networks.append(made.model)
             seconds += made.seconds
@@ -130,17 +130,24 @@ class CausalSettings(NextItemSettings, SelfAttentionSettings):
         averaged.seconds = seconds
         return averaged
 
+    def make_one(self, split: Split, domain: str, *, seed: int, folder: Path | None) -> TrainedRecommender:
+        """See `SystemSettings.make`: a single network."""
+        return super().make(split, domain, seed=seed, folder=folder)
+
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
         return [self.of_network(self.network(self.frozen(data)), data, seed)]
 
-    def of_network(self, model: SequenceModel, data: TrainingSequences, seed: int) -> Stage:
-        """The stage that trains a network."""
+    def of_network(
+        self, model: SequenceModel, data: TrainingSequences, seed: int, terms: Mapping[str, tuple[float, Term]] = {}
+    ) -> Stage:
+        """The stage that trains a network; `terms` by name, with their weights, come beside the main one."""
         rows = windows(data.sequences, self.max_length)
         steps_of_pass = -(-len(rows) // self.batch_size)
         num_epochs = max(self.num_epochs, self.min_steps / steps_of_pass)
         passes = replace(self.passes(seed), num_epochs=num_epochs)
-        stream = WindowStream(data, [NEXT_ITEM], self.max_length, passes, thinned_rows=self.thinned_rows)
-        stage = self.stage(data, model, self.next_item(), stream)
+        names, share = [NEXT_ITEM, *terms], self.thinned_rows
+        stream = WindowStream(data, names, self.max_length, passes, whole=bool(terms), thinned_rows=share)
+        stage = self.stage(data, model, {**self.next_item(), **terms}, stream)
         is_sampled = self.objective == "softmax" and self.sampled_items * self.LARGE < data.num_items
         if not (self.sampled_items and is_sampled):
             return stage
