@@ -92,6 +92,7 @@ LINEUP: Mapping[str, Listed] = {
     "SASRec (published)": Listed("systems.recipes.sasrec:PUBLISHED", "Kang and McAuley 2018, one negative"),
     "SASRec (titles)": Listed("systems.recipes.title_sasrec:TitleSASRec", "over vectors of titles"),
     "SASRec (titles x3)": Listed("systems.recipes.title_sasrec:AVERAGED", "three of these, as an item head"),
+    "ContRec": Listed("systems.recipes.contrec:ContRec", "and a head that denoises the next item's vector"),
     "HLLM": Listed("systems.recipes.hllm:HLLM", "a language model reads titles, trained with the rest"),
     "Lite-LLM4Rec": Listed("systems.recipes.hllm:LITE", "and histories; softmax over rows of all items"),
     "CoVE": Listed("systems.recipes.cove:CoVE", "a language model to which each item is one more token"),
@@ -142,6 +143,7 @@ LINEUP: Mapping[str, Listed] = {
     "MDGR": Listed("systems.recipes.mdgr:MDGR", "fills in the codes of the next item, in any order"),
     "REG4Rec": Listed("systems.recipes.reg4rec:REG4Rec", "the surest code first; prunes items whose codes disagree"),
     "STREAM-Rec": Listed("systems.recipes.stream_rec:STREAMRec", "TIGER that first writes a trace to the next item"),
+    "Mender": Listed("systems.recipes.mender:Mender", "TIGER that reads a preference in words first"),
     "LLaRA": Listed(
         "systems.recipes.llara:LLaRA", "a language model that reads titles and a SASRec's vectors", writes=True
     ),

@@ -119,12 +119,14 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "P5 (collaborative)": {**WRITTEN, "num_clusters": 3, "leaf_size": 10},
     "P5 (semantic)": WRITTEN,
     "P5 (hybrid)": {**WRITTEN, "num_clusters": 3, "leaf_size": 10},
+    "ContRec": {"min_steps": 0, "text_size": 8, "num_steps": 2},
     "RecGPT": {"text_size": 8, "num_blocks": 1, "steps": (2, 2)},
     **dict.fromkeys(("COBRA", "COBRA (codes alone)"), {"num_levels": 2, "num_codes": 4, **CASCADE}),
     "COBRA (vectors alone)": CASCADE,
     "MDGR": {**FILLED_IN, "warm_up": 1},
     "REG4Rec": FILLED_IN,
     "STREAM-Rec": OF_CODES,
+    "Mender": OF_CODES,
     **dict.fromkeys(
         ("ULMRec", "ULMRec (letters)"), {"item_epochs": 0.2, "item_steps": 0, "num_epochs": 0.05, "title_tokens": 3}
     ),
@@ -145,7 +147,20 @@ WRITERS = frozenset(
     name
     for name in SYSTEMS
     if name.startswith(
-        ("TIGER", "APAO", "MSCGRec", "PRISM", "COBRA", "MDGR", "REG4Rec", "STREAM-Rec", "P5", "LLaRA", "ULMRec")
+        (
+            "TIGER",
+            "APAO",
+            "MSCGRec",
+            "PRISM",
+            "COBRA",
+            "MDGR",
+            "REG4Rec",
+            "STREAM-Rec",
+            "P5",
+            "LLaRA",
+            "ULMRec",
+            "Mender",
+        )
     )
 )
 """Systems that write codes or titles, and have no vectors of users."""
@@ -155,6 +170,7 @@ ALIKE = frozenset(
     | {"HLLM", "Lite-LLM4Rec", "CoVE", "Recformer"}
     | {"APAO", "APAO (pointwise)", "COBRA (codes alone)", "COBRA (vectors alone)", "REG4Rec", "STREAM-Rec"}
     | {"LLaRA", "ULMRec", "ULMRec (letters)"}
+    | {"ContRec", "Mender"}
 )
 """Systems that learn from events as another row does, which is asked quickly whether it learnt from held-out ones."""
 
