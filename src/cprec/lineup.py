@@ -144,6 +144,7 @@ LINEUP: Mapping[str, Listed] = {
     "REG4Rec": Listed("systems.recipes.reg4rec:REG4Rec", "the surest code first; prunes items whose codes disagree"),
     "STREAM-Rec": Listed("systems.recipes.stream_rec:STREAMRec", "TIGER that first writes a trace to the next item"),
     "Mender": Listed("systems.recipes.mender:Mender", "TIGER that reads a preference in words first"),
+    "Text2Tracks": Listed("systems.recipes.text2tracks:Text2Tracks", "writes the item that words ask for"),
     "LLaRA": Listed(
         "systems.recipes.llara:LLaRA", "a language model that reads titles and a SASRec's vectors", writes=True
     ),

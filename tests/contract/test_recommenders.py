@@ -126,7 +126,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "MDGR": {**FILLED_IN, "warm_up": 1},
     "REG4Rec": FILLED_IN,
     "STREAM-Rec": OF_CODES,
-    "Mender": OF_CODES,
+    **dict.fromkeys(("Mender", "Text2Tracks"), OF_CODES),
     **dict.fromkeys(
         ("ULMRec", "ULMRec (letters)"), {"item_epochs": 0.2, "item_steps": 0, "num_epochs": 0.05, "title_tokens": 3}
     ),
@@ -147,21 +147,9 @@ WRITERS = frozenset(
     name
     for name in SYSTEMS
     if name.startswith(
-        (
-            "TIGER",
-            "APAO",
-            "MSCGRec",
-            "PRISM",
-            "COBRA",
-            "MDGR",
-            "REG4Rec",
-            "STREAM-Rec",
-            "P5",
-            "LLaRA",
-            "ULMRec",
-            "Mender",
-        )
+        ("TIGER", "APAO", "MSCGRec", "PRISM", "COBRA", "MDGR", "REG4Rec", "STREAM-Rec", "P5", "LLaRA", "ULMRec")
     )
+    or name in ("Mender", "Text2Tracks")
 )
 """Systems that write codes or titles, and have no vectors of users."""
 
@@ -170,7 +158,7 @@ ALIKE = frozenset(
     | {"HLLM", "Lite-LLM4Rec", "CoVE", "Recformer"}
     | {"APAO", "APAO (pointwise)", "COBRA (codes alone)", "COBRA (vectors alone)", "REG4Rec", "STREAM-Rec"}
     | {"LLaRA", "ULMRec", "ULMRec (letters)"}
-    | {"ContRec", "Mender"}
+    | {"ContRec", "Mender", "Text2Tracks"}
 )
 """Systems that learn from events as another row does, which is asked quickly whether it learnt from held-out ones."""
 

@@ -188,16 +188,16 @@ def _fit_stage(
     settings: System, stage: Stage, validation: Validation | None, seed: int, folder: Path, title: str
 ) -> dict[str, Any]:
     """Train a stage unless its folder says that it is done; then its module has the best weights by validation, or the
-    last ones without it or a recommender."""
+    last ones without it or a recommender, or where the stage keeps these."""
     record, weights, module = folder / RECORD, folder / WEIGHTS, stage.trainable.module
-    is_validated = validation is not None and stage.recommender is not None
+    is_validated = validation is not None and stage.recommender is not None and not stage.keeps_last
     stage.begin()
     if not record.is_file():
         folder.mkdir(parents=True, exist_ok=True)
 
         def validate() -> dict[str, Any]:
             stage.refresh()
-            value = validation.ndcg(stage.recommender()) if validation and stage.recommender else None
+            value = validation.ndcg(stage.recommender()) if is_validated and validation and stage.recommender else None
             module.train()
             if value is None:
                 return {}

@@ -69,13 +69,14 @@ class Slots(nn.Embedding):
         return rows.index_put(is_slot.nonzero(as_tuple=True), vectors.to(rows.dtype))
 
 
-def with_slots(model: Any, vectors_VF: np.ndarray) -> None:
-    """Give a language model slots, of these vectors through two layers (Liao et al. 2024)."""
+def with_slots(model: Any, vectors_VF: np.ndarray, *, own_rows: bool = False) -> None:
+    """Give a language model slots, of these vectors through two layers (Liao et al. 2024); with `own_rows` each has a
+    trained row, which starts at zero, as well."""
     inner = inner_model(model)
     rows = inner.get_input_embeddings()
     size = rows.embedding_dim
     projector = nn.Sequential(nn.Linear(vectors_VF.shape[1], size), nn.GELU(), nn.Linear(size, size))
-    inner.set_input_embeddings(Slots(rows, FrozenTable(vectors_VF, projector, num_special=0)))
+    inner.set_input_embeddings(Slots(rows, FrozenTable(vectors_VF, projector, 0, size if own_rows else None)))
 
 
 class TitlePrompts:

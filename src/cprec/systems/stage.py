@@ -55,6 +55,9 @@ class Stage:
     recommender: Callable[[], TrainedRecommender] | None
     """Makes a recommender of the current weights. A stage without one keeps its last weights; the last stage of a
     system has one."""
+    keeps_last: bool = False
+    """Validation events cannot judge what is learnt, so that the last weights are kept although there is a
+    recommender."""
     refresh: Callable[[], None] = lambda: None
     """Called before each validation, the first of which comes before the first step."""
     begin: Callable[[], None] = lambda: None

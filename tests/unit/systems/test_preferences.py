@@ -239,19 +239,24 @@ def test_settings_that_cannot_be_meant_are_refused(changed: dict[str, Any], matc
         Mender(**changed)
 
 
-@pytest.fixture(scope="module")
-def mender(split: Split, data: TrainingSequences, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Learnt from users who say what the next thing will be."""
+def learnt(split: Split, data: TrainingSequences, folder: Path, num_epochs: float) -> Any:
+    """From users who say what the next thing will be."""
     next_up = split.queries("things", VALIDATION, max_history=9).target
     lines = [
         said(user, place, f"a {THINGS[item % 4]}")
         for row, user in enumerate(data.users)
         for place, item in enumerate([*data.sequences[row].tolist(), next_up[row]])
     ]
-    settings = {**SMALL, "num_epochs": 10, "dropout": 0.0, "learning_rate": 1e-2, "taught": "last", "max_length": 1}
+    settings = {
+        **SMALL,
+        "num_epochs": num_epochs,
+        "dropout": 0.0,
+        "learning_rate": 1e-2,
+        "taught": "last",
+        "max_length": 1,
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fitting, "VALIDATIONS", 1)
-        folder = tmp_path_factory.mktemp("said")
         # Codes are the thing and then the colour.
         vectors = np.hstack([2 * np.tile(np.eye(4), (3, 1)), np.repeat(np.eye(3), 4, axis=0)])
         write_vectors(folder / "vectors.npz", data.item_ids, vectors)
@@ -259,17 +264,22 @@ def mender(split: Split, data: TrainingSequences, tmp_path_factory: pytest.TempP
         return Mender(**settings, **files).make(split, "things", seed=1)
 
 
+@pytest.fixture(scope="module")
+def mender(split: Split, data: TrainingSequences, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return learnt(split, data, tmp_path_factory.mktemp("said"), 0.1)
+
+
 def asked(*items: int, text: str = "") -> RankingQuery:
     return RankingQuery("q", "things", tuple(Item("things", f"i{item:02}") for item in items), user="p/u00", text=text)
 
 
-def test_lists_follow_the_preference(mender: Any, split: Split) -> None:
+@pytest.mark.slow
+def test_lists_follow_the_preference(split: Split, data: TrainingSequences, tmp_path: Path) -> None:
+    mender = learnt(split, data, tmp_path, 10)
     queries = [asked(*np.random.default_rng(seed).integers(0, 12, 3)) for seed in range(12)]
     before, after = np.mean([steering(mender, split.catalogue, queries, thing, 3) for thing in THINGS], axis=1).T
     assert before.mean() == pytest.approx(0.25), "each of a list is one of the four things"
     assert (after > 0.9).all(), "of twelve items three are such things"
-    with pytest.raises(ConfigError, match="text='gold': no item of 'things' has any of its words"):
-        steering(mender, split.catalogue, queries, "gold", 4)
 
 
 def test_a_share_of_the_first_items_has_a_word_of_the_text(split: Split) -> None:
@@ -281,6 +291,8 @@ def test_a_share_of_the_first_items_has_a_word_of_the_text(split: Split) -> None
             return [Ranking(query.query_id, lists[query.text], (4.0, 3.0, 2.0, 1.0)) for query in queries]
 
     assert steering(Colourful(), split.catalogue, [asked()], "red", 2).tolist() == [[0.5, 1.0]]
+    with pytest.raises(ConfigError, match="text='gold': no item of 'things' has any of its words"):
+        steering(Colourful(), split.catalogue, [asked()], "gold", 4)
 
 
 def test_without_a_text_the_last_preference_is_read(mender: Any) -> None:

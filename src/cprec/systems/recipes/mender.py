@@ -10,10 +10,10 @@ may read the `nearest`: this teaches to follow a preference, and what it is abou
 
 Deviations. A chat model of 70 B makes theirs, five for each event; here they come from a file (`preferences`), or as a
 stand-in each event makes one of the telling words of its item's title, brand and categories. Words are read one by one
-as the mean vectors of the items that have them, through a small network (there T5 reads the titles of the history and
-the preference, with LoRA); so a file of better `vectors` makes better words. One causal decoder reads and writes, as in
-our TIGER. In each step a row is cut at a place that is drawn, and only what comes after the preference is learnt, so
-that a pass has about half as many targets as TIGER's. With `num_words=0` it is TIGER.
+as the mean vectors of the items that have them, through a small network, plus a row of each word's own (there T5 reads
+the titles of the history and the preference, with LoRA); so a file of better `vectors` makes better words. One causal
+decoder reads and writes, as in our TIGER. In each step a row is cut at a place that is drawn, and only what comes after
+the preference is learnt, so that a pass has about half as many targets as TIGER's. With `num_words=0` it is TIGER.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class WordedSettings(CodeSettings):
         sizes = {"hidden_size": self.hidden_size, "num_layers": self.num_layers, "num_heads": self.num_heads}
         model = decoder(codes, max_length=room, dropout=self.dropout, **sizes)
         if isinstance(codes, WordedCodes):
-            with_slots(model, codes.words.vectors_WF)
+            with_slots(model, codes.words.vectors_WF, own_rows=True)
         return model
 
     def trainable(self, data: TrainingSequences, codes: ItemCodes, model: Any) -> Trainable:
