@@ -92,6 +92,7 @@ LINEUP: Mapping[str, Listed] = {
     "SASRec (published)": Listed("systems.recipes.sasrec:PUBLISHED", "Kang and McAuley 2018, one negative"),
     "SASRec (titles)": Listed("systems.recipes.title_sasrec:TitleSASRec", "over vectors of titles"),
     "SASRec (titles x3)": Listed("systems.recipes.title_sasrec:AVERAGED", "three of these, as an item head"),
+    "SynerGen": Listed("systems.recipes.synergen:SynerGen", "and real time in attention, a head that ranks"),
     "ContRec": Listed("systems.recipes.contrec:ContRec", "and a head that denoises the next item's vector"),
     "HLLM": Listed("systems.recipes.hllm:HLLM", "a language model reads titles, trained with the rest"),
     "Lite-LLM4Rec": Listed("systems.recipes.hllm:LITE", "and histories; softmax over rows of all items"),

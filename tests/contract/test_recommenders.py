@@ -119,6 +119,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "P5 (collaborative)": {**WRITTEN, "num_clusters": 3, "leaf_size": 10},
     "P5 (semantic)": WRITTEN,
     "P5 (hybrid)": {**WRITTEN, "num_clusters": 3, "leaf_size": 10},
+    "SynerGen": {"ranking_negatives": 3},
     "ContRec": {"min_steps": 0, "text_size": 8, "num_steps": 2},
     "RecGPT": {"text_size": 8, "num_blocks": 1, "steps": (2, 2)},
     **dict.fromkeys(("COBRA", "COBRA (codes alone)"), {"num_levels": 2, "num_codes": 4, **CASCADE}),
@@ -158,7 +159,7 @@ ALIKE = frozenset(
     | {"HLLM", "Lite-LLM4Rec", "CoVE", "Recformer"}
     | {"APAO", "APAO (pointwise)", "COBRA (codes alone)", "COBRA (vectors alone)", "REG4Rec", "STREAM-Rec"}
     | {"LLaRA", "ULMRec", "ULMRec (letters)"}
-    | {"ContRec", "Mender", "Text2Tracks"}
+    | {"ContRec", "Mender", "SynerGen", "Text2Tracks"}
 )
 """Systems that learn from events as another row does, which is asked quickly whether it learnt from held-out ones."""
 

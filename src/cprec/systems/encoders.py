@@ -85,6 +85,10 @@ class SelfAttention(Encoder):
 
     A causal one reads up to each position, and needs no mask, since padding comes after the items. The other reads the
     whole row without its padding. Each position asks for as many positions up to it as `span` says; see `Block`.
+
+    With `time_angles` the last column of the inputs is how long after the position before each one was. Queries and
+    keys are turned by angles in proportion to the time since the row began (`turned`), so that attention knows how much
+    time lies between two positions. They still have vectors of positions.
     """
 
     def __init__(
@@ -99,9 +103,10 @@ class SelfAttention(Encoder):
         attention_dropout: float = 0.0,
         block: BlockKind = "pre_norm",
         span: int = 1,
+        time_angles: bool = False,
     ) -> None:
         super().__init__()
-        self.causal = causal
+        self.causal, self.time_angles = causal, time_angles
         self.position = nn.Embedding(max_length + 1, size)
         drops = {"dropout": dropout, "attention_dropout": attention_dropout}
         blocks = [Block(size, num_heads, causal, block, span=span, **drops) for _ in range(num_blocks)]
@@ -112,12 +117,17 @@ class SelfAttention(Encoder):
     def embed(self, inputs_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
         """See `Encoder.embed`. Positions are counted from a row's last item back, so that the latest items of long and
         short histories have the same ones. All that stand farther back than `max_length` have the last one."""
+        inputs_RTD, gaps_RT1 = self._parts(inputs_RTD)
         place_T = torch.arange(inputs_RTD.shape[1], device=inputs_RTD.device)
         position_RT = (lengths_R[:, None] - 1 - place_T).clamp(0, self.position.num_embeddings - 1)
         # Kang and McAuley (2018) scale the items' vectors, so that scores begin small and inputs do not.
         scale = inputs_RTD.shape[2] ** 0.5
         embedded: torch.Tensor = self.dropout(inputs_RTD * scale + self.position(position_RT))
-        return embedded
+        return torch.cat([embedded, gaps_RT1.cumsum(1)], dim=2) if gaps_RT1 is not None else embedded
+
+    def _parts(self, whole_RTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Vectors, and the last column where it is of times: RTD, [R, T, 1]."""
+        return (whole_RTD[:, :, :-1], whole_RTD[:, :, -1:]) if self.time_angles else (whole_RTD, None)
 
     def read(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
         (normed,) = self.read_after(embedded_RTD, lengths_R, [len(self.blocks)])
@@ -128,10 +138,10 @@ class SelfAttention(Encoder):
     ) -> list[torch.Tensor]:
         """The state at each position after so many blocks, for each of some counts in rising order: RTD each. After the
         last block it is what `read` gives, with the norm."""
-        mask_R11T, hidden_RTD = self._mask(embedded_RTD, lengths_R), embedded_RTD
+        mask_R11T, (hidden_RTD, time_RT1) = self._mask(embedded_RTD, lengths_R), self._parts(embedded_RTD)
         found = []
         for count, block in enumerate(self.blocks, 1):
-            hidden_RTD = block(hidden_RTD, mask_R11T)
+            hidden_RTD = block(hidden_RTD, mask_R11T, time_RT1)
             if count in counts:
                 found.append(hidden_RTD if count < len(self.blocks) else self.norm(hidden_RTD))
         return found
@@ -145,15 +155,15 @@ class SelfAttention(Encoder):
         return self._read_last(embedded_RTD, lengths_R)
 
     def _read_last(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
-        mask_R11T, hidden_RTD = self._mask(embedded_RTD, lengths_R), embedded_RTD
+        mask_R11T, (hidden_RTD, time_RT1) = self._mask(embedded_RTD, lengths_R), self._parts(embedded_RTD)
         *earlier, last = self.blocks
         for block in earlier:
-            hidden_RTD = block(hidden_RTD, mask_R11T)
+            hidden_RTD = block(hidden_RTD, mask_R11T, time_RT1)
         place_R = (lengths_R - 1).clamp(min=0)
         if mask_R11T is None:  # the last position reads itself and those before it
             mask_R11T = (torch.arange(hidden_RTD.shape[1], device=place_R.device) <= place_R[:, None])[:, None, None]
         assert isinstance(last, Block)
-        normed: torch.Tensor = self.norm(last.at(hidden_RTD, place_R, mask_R11T))
+        normed: torch.Tensor = self.norm(last.at(hidden_RTD, place_R, mask_R11T, time_RT1))
         return normed
 
     def _mask(self, embedded_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor | None:
@@ -198,7 +208,10 @@ class Block(nn.Module):
         self.first, self.second = nn.Linear(size, size), nn.Linear(size, size)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, hidden_RTD: torch.Tensor, mask_R11T: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, hidden_RTD: torch.Tensor, mask_R11T: torch.Tensor | None, time_RT1: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The block's output at each position; with times queries and keys are `turned` by them."""
         rows, length, size = hidden_RTD.shape
         own_RTD, asking_RTD, read_RTD = self._inputs(hidden_RTD)
         if asking_RTD is read_RTD:
@@ -207,6 +220,8 @@ class Block(nn.Module):
             projected = torch.cat([self._query(asking_RTD), self._key_value(read_RTD)], dim=2)
         parts = projected.view(rows, length, 3, self.num_heads, -1)
         query_RHTD, key_RHTD, value_RHTD = parts.permute(2, 0, 3, 1, 4)
+        if time_RT1 is not None:
+            query_RHTD, key_RHTD = (turned(each, time_RT1[:, None]) for each in (query_RHTD, key_RHTD))
         read = F.scaled_dot_product_attention(
             query_RHTD,
             key_RHTD,
@@ -217,15 +232,25 @@ class Block(nn.Module):
         )
         return self._rest(own_RTD, read.transpose(1, 2).reshape(rows, length, size))
 
-    def at(self, hidden_RTD: torch.Tensor, place_R: torch.Tensor, mask_R11T: torch.Tensor) -> torch.Tensor:
+    def at(
+        self,
+        hidden_RTD: torch.Tensor,
+        place_R: torch.Tensor,
+        mask_R11T: torch.Tensor,
+        time_RT1: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The block's output at one position of each row, which reads what the mask shows it: RD."""
         rows, length, size = hidden_RTD.shape
         own_RTD, asking_RTD, read_RTD = self._inputs(hidden_RTD)
         every_R = torch.arange(rows, device=place_R.device)
         # Keys and values are needed at all positions, the query at one.
-        query_RHD1 = self._query(asking_RTD[every_R, place_R]).view(rows, self.num_heads, -1, 1)
+        query_RHD = self._query(asking_RTD[every_R, place_R]).view(rows, self.num_heads, -1)
         parts = self._key_value(read_RTD).view(rows, length, 2, self.num_heads, -1)
         key_RHTD, value_RHTD = parts.permute(2, 0, 3, 1, 4)
+        if time_RT1 is not None:
+            query_RHD = turned(query_RHD, time_RT1[every_R, place_R][:, None])
+            key_RHTD = turned(key_RHTD, time_RT1[:, None])
+        query_RHD1 = query_RHD[..., None]
         # Attention by hand: for a single query it is quicker than the fused function.
         score_RH1T = (key_RHTD @ query_RHD1).transpose(2, 3) * query_RHD1.shape[2] ** -0.5
         share_RH1T = score_RH1T.masked_fill(~mask_R11T, -torch.inf).softmax(-1)
@@ -258,6 +283,22 @@ class Block(nn.Module):
             between = F.gelu(self.first(self.norm_linear(hidden)))
         out: torch.Tensor = hidden + self.dropout(self.second(between))
         return out
+
+
+def turned(vectors: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    """Vectors, [..., D] of an even D, turned by angles in proportion to times, [..., 1]: pair i of their numbers, those
+    at i and D / 2 + i, by time * 10000 ** (-2 i / D) (Su et al. 2021, with times for positions).
+
+    Products of two turned vectors depend on the difference of their times alone.
+
+    >>> turned(torch.tensor([[1.0, 0.0]]), torch.tensor([[torch.pi / 2]])).round(decimals=3).abs().tolist()
+    [[0.0, 1.0]]
+    """
+    half = vectors.shape[-1] // 2
+    angle = time * 10_000 ** (-torch.arange(half, device=vectors.device) / half)
+    first, second = vectors.chunk(2, dim=-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
 def trailing_means(hidden_RTD: torch.Tensor, span: int) -> torch.Tensor:

@@ -83,17 +83,24 @@ def user_names(log: Interactions, rows: np.ndarray) -> list[str]:
 
 class Gaps:
     """How long after the event before it each event of a history was: the logarithm of 1 + days, less its mean over the
-    training events, in their standard deviations. 0 stands for what is not known, like the gap of a first event."""
+    training events, in their standard deviations. 0 stands for what is not known, like the gap of a first event.
 
-    def __init__(self, data: TrainingSequences) -> None:
+    With `linear` it is the time itself, over the median of all that are above zero, so that a typical gap is 1. That
+    stands for what is not known, too, and is each gap where times are only an order; that of a first event is 0.
+    """
+
+    def __init__(self, data: TrainingSequences, *, linear: bool = False) -> None:
         assert data.times is not None, "gaps are those of a split's events"
         items, sequences = data.sequences.values, data.sequences
-        is_known = sequences.place_of > 0
+        is_known, self._unknown = sequences.place_of > 0, np.float32(linear)
         logs = np.log1p(np.diff(data.times, prepend=data.times[0]) / DAY, where=is_known, out=np.zeros(len(items)))
         deviation = logs[is_known].std()
         # Where there are no real times, or all gaps are equal, they say nothing.
         is_known &= deviation > EQUAL
         gaps = np.where(is_known, (logs - logs[is_known].mean()) / deviation, 0) if is_known.any() else 0 * logs
+        if linear:
+            gaps = np.diff(data.times, prepend=data.times[0]) * (sequences.place_of > 0)
+            gaps = gaps / np.median(gaps[gaps > 0]) if (gaps > 0).any() else gaps
         self.training = Ragged(gaps.astype(np.float32), sequences.offsets)
         """Of the training sequences: float32."""
         keys = sequences.row_of * data.num_items + items
@@ -108,7 +115,7 @@ class Gaps:
         keys = rows * self._num_items + histories.values
         places = np.searchsorted(self._keys, keys, side="right") - 1
         is_known = (rows >= 0) & (self._keys[places] == keys)
-        return Ragged(np.where(is_known, self._gaps[places], np.float32(0)), histories.offsets)
+        return Ragged(np.where(is_known, self._gaps[places], self._unknown), histories.offsets)
 
 
 class Baskets:

@@ -68,14 +68,15 @@ class SelfAttentionSettings(SystemSettings):
         if self.block not in get_args(BlockKind):
             raise ConfigError(f"block={self.block!r}: expected {' or '.join(get_args(BlockKind))}")
 
-    def parts(self, num_items: int, *, causal: bool = True) -> tuple[IdTable, SelfAttention]:
+    def parts(self, num_items: int, *, causal: bool = True, time_angles: bool = False) -> tuple[IdTable, SelfAttention]:
         """Item vectors and an encoder before training."""
-        items, encoder = IdTable(num_items, self.hidden_size), self.encoder(causal=causal)
+        items = IdTable(num_items, self.hidden_size)
+        encoder = self.encoder(causal=causal, time_angles=time_angles)
         for table in (items.table, encoder.position):
             nn.init.normal_(table.weight, std=INITIAL)
         return items, encoder
 
-    def encoder(self, *, causal: bool = True, span: int = 1) -> SelfAttention:
+    def encoder(self, *, causal: bool = True, span: int = 1, time_angles: bool = False) -> SelfAttention:
         """An encoder before training."""
         sizes = {"max_length": self.max_length, "num_blocks": self.num_blocks, "num_heads": self.num_heads}
         return SelfAttention(
@@ -86,6 +87,7 @@ class SelfAttentionSettings(SystemSettings):
             causal=causal,
             block=self.block,
             span=span,
+            time_angles=time_angles,
         )
 
 
