@@ -59,7 +59,8 @@ class CodeSettings(TextSettings):
     (`product`) or in steps (`scalar`)."""
     collisions: Collisions = "count"
     """Where items share all their codes: `count` gives each one more; `reassign` exchanges last codes for the nearest
-    free ones; `share` gives each an equal share of the probability."""
+    free ones; `sinkhorn` spreads those of all items that share the others; `share` gives each an equal share of the
+    probability."""
     beam_width: int = 20
     """Prefixes that a beam keeps at each depth; weights are chosen by beams."""
     max_nodes: int = 2000
