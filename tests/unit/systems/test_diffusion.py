@@ -152,6 +152,7 @@ def test_scores_mix_the_softmax_with_distances_from_the_denoised_token(
     assert squares.argmin(1).tolist() != [0] * 6
 
 
+@pytest.mark.slow
 def test_distances_alone_find_the_next_item(
     split: Split, data: TrainingSequences, tmp_path: Path, circle: str, few_validations: None
 ) -> None:
