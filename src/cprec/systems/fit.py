@@ -6,7 +6,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,10 +21,10 @@ from cprec import distributed
 from cprec.data.queries import sampled_rows
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
-from cprec.errors import Unsuitable
+from cprec.errors import DataError, Unsuitable
 from cprec.files import whole_file, write_whole
 from cprec.progress import say
-from cprec.provenance import code_sha256
+from cprec.provenance import code_sha256, file_sha256
 from cprec.ranks import ndcg
 from cprec.schema import VALIDATION
 from cprec.systems.signals import TrainingSequences, user_names
@@ -34,6 +36,17 @@ from cprec.train.loop import Cadence, Optimisation, train
 RECORD, WEIGHTS = "system.json", "best.safetensors"
 VALIDATIONS = 15
 """Validations in a stage, beside the one before its first step."""
+_MAY_TRAIN = ContextVar("may train", default=True)
+
+
+@contextmanager
+def without_training() -> Iterator[None]:
+    """A block in which `fit` opens what is trained, and writes nothing: a stage that is not finished is a DataError."""
+    token = _MAY_TRAIN.set(False)
+    try:
+        yield
+    finally:
+        _MAY_TRAIN.reset(token)
 
 
 class System(Protocol):
@@ -127,7 +140,8 @@ def fit(
         finished.append(_fit_stage(settings, stage, validation, seed, folder / f"stage-{number}", title))
     seconds = round(sum(done["seconds"] for done in finished), 3)
     record = {"made_from": made_from, "stages": finished, "seconds": seconds}
-    write_whole(folder / RECORD, json.dumps(record, indent=1) + "\n")
+    if _MAY_TRAIN.get():
+        write_whole(folder / RECORD, json.dumps(record, indent=1) + "\n")
     assert stages[-1].recommender is not None
     recommender = stages[-1].recommender()
     recommender.seconds = seconds
@@ -188,10 +202,16 @@ def _fit_stage(
     settings: System, stage: Stage, validation: Validation | None, seed: int, folder: Path, title: str
 ) -> dict[str, Any]:
     """Train a stage unless its folder says that it is done; then its module has the best weights by validation, or the
-    last ones without it or a recommender, or where the stage keeps these."""
+    last ones without it or a recommender, or where the stage keeps these. Raises DataError where these are not the file
+    that training wrote."""
     record, weights, module = folder / RECORD, folder / WEIGHTS, stage.trainable.module
     is_validated = validation is not None and stage.recommender is not None and not stage.keeps_last
     stage.begin()
+    if not (record.is_file() or _MAY_TRAIN.get()):
+        raise DataError(
+            f"{title}: {folder} is not there, or not finished, and nothing is trained here: train it again. Other "
+            "settings, data or code make another folder"
+        )
     if not record.is_file():
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -237,10 +257,13 @@ def _fit_stage(
         last = [line for line in read_log(folder / LOG) if "loss" in line][-1]
         seconds = round(last["tokens"] / last["tokens_per_second"], 3)
         best = max(_validations(folder), default=None)
-        write_whole(record, json.dumps({"best": best, "seconds": seconds}) + "\n")
+        done = {"best": best, "seconds": seconds, "sha256": file_sha256(weights)}
+        write_whole(record, json.dumps(done) + "\n")
         remove_checkpoints(folder)
-    load_model(module, str(weights))
     found: dict[str, Any] = json.loads(record.read_text())
+    if not weights.is_file() or file_sha256(weights) != found["sha256"]:
+        raise DataError(f"{weights} is gone, or is not what training wrote: remove {folder}, and it is trained again")
+    load_model(module, str(weights))
     return found
 
 
