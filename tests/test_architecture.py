@@ -73,6 +73,7 @@ TOP = frozenset(
         "shortcuts",
         "probes",
         "serving",
+        "trained",
     }
     | {"shrink", "distil", "budget", "pretrain", "heads", "teaching"}
     | {"config", "recipe", "recipes", "settings", "field_help", "verbs", "cli", "__main__", "__init__"}
@@ -127,6 +128,7 @@ TRAINED_WITH = frozenset(
         "report",
         "shortcuts",
         "probes",
+        "trained",
         "shrink",
         "inspection",
         "progress",

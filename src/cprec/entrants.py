@@ -57,6 +57,8 @@ def baseline_entrants(config: EvaluateConfig, split: Split, domain: str) -> list
     def made(name: str, seed: int) -> Opened:
         folder = baselines_folder(config.output_dir, domain) / slug(name)
         recommender = _settings_of(config, name, tuned).make(learnt, domain, seed=seed, folder=folder)
+        if lineup.is_trained(name) and seed == config.seeds[0]:
+            _note_trained(config, name, domain, tuned.get(name, {}), folder)
         cost = {shown: getattr(recommender, told) for told, shown in COSTS.items() if hasattr(recommender, told)}
         modes = {GENERATED: recommender.generate} if lineup.LINEUP[name].writes else {}  # type: ignore[attr-defined]
         once = isinstance(recommender, ScoringRecommender)
@@ -77,6 +79,26 @@ def baseline_entrants(config: EvaluateConfig, split: Split, domain: str) -> list
         for trained in [lineup.is_trained(name)]
         for seed in (config.seeds if trained else [config.seed])
     ]
+
+
+def _note_trained(config: EvaluateConfig, name: str, domain: str, tuned: Mapping[str, Any], folder: Path) -> None:
+    """Have the folder of a trained row say what opens it again, as its first seed made it."""
+    from cprec.trained import Trained, hashes_of_events  # loads torch, as the row has
+
+    hashes = FileHashes(config.output_dir)
+    about = Trained(
+        name=name,
+        domain=domain,
+        seed=config.seeds[0],
+        refit=config.refit,
+        tuned=to_dict(tuned),
+        settings=to_dict(config.settings.get(name, {})),
+        data=str(Path(config.data).resolve()),
+        events=hashes_of_events(config.data, hashes),
+        code=lineup.identity_of(name),
+    )
+    hashes.save()
+    about.write(folder)
 
 
 def _tuned(config: EvaluateConfig, domain: str, names: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -15,11 +15,13 @@ from cprec.errors import ConfigError
 from cprec.progress import say
 from cprec.provenance import CONFIG_FILE, read_resolved
 from cprec.rank.llm import LLMRecommender
+from cprec.rank.system import SystemRecommender
 from cprec.recipe import CPREC, FINETUNED, Recipe
 from cprec.serve.config import RecommendConfig, ServeConfig
 from cprec.serve.engine import Baseline
 from cprec.serve.parts import Job, write_part
 from cprec.serve.recommend import recommend_file, recommend_one
+from cprec.trained import Trained, data_of, is_trained_row, open_trained
 from cprec.workers import run_parts
 
 VLLM_MEMORY = 0.9
@@ -29,7 +31,7 @@ VLLM_MEMORY = 0.9
 def open_and_recommend(config: RecommendConfig) -> None:
     """Stage: recommend with a model folder, for one history or query, or for a file of histories."""
     if not config.input:
-        recommend_one(config, LLMRecommender.from_pretrained(config.model))
+        recommend_one(config, open_folder(config.model))
     else:
         recommend_file(config, partial(_make_parts, config))
 
@@ -60,9 +62,18 @@ def answer_part(folder: Path, part: int) -> None:
     write_part(folder, part, open_recommender)
 
 
-def open_recommender(model: str) -> tuple[LLMRecommender, PopularityRecommender | None]:
-    """The recommender of a model folder, and the popular items, which stand in where a history says nothing."""
-    recommender = LLMRecommender.from_pretrained(model)
+Opened = LLMRecommender | SystemRecommender
+"""What a folder holds: a language model, or a trained row of an evaluation."""
+
+
+def open_folder(model: str) -> Opened:
+    """The recommender of a model folder, or of the folder of a trained row."""
+    return open_trained(model) if is_trained_row(model) else LLMRecommender.from_pretrained(model)
+
+
+def open_recommender(model: str) -> tuple[Opened, PopularityRecommender | None]:
+    """The recommender of a folder, and the popular items, which stand in where a history says nothing."""
+    recommender = open_folder(model)
     return recommender, popular_items(model, recommender.catalogue)
 
 
@@ -86,14 +97,29 @@ def serve_demo(recipe: Recipe) -> None:
     open_and_serve(config)
 
 
-def open_engines(config: ServeConfig) -> list[LLMRecommender]:
-    """A recommender for each model folder, named after the folder or, where two are named alike, by its whole path."""
-    names = [folder.rstrip("/").rpartition("/")[2] for folder in config.models]
+def open_engines(config: ServeConfig) -> list[Opened]:
+    """A recommender for each model folder, named after the folder or, if it is a trained row, as in tables; where two
+    are named alike, by the whole path.
+
+    Raises ConfigError for a trained row that another engine is asked for, and for folders of different catalogues.
+    """
+    rows = [is_trained_row(folder) for folder in config.models]
+    names = [
+        Trained.read(folder).name if is_row else folder.rstrip("/").rpartition("/")[2]
+        for folder, is_row in zip(config.models, rows, strict=True)
+    ]
     if len(set(names)) < len(names):
         names = list(config.models)
     memory = {"gpu_memory_utilization": VLLM_MEMORY / len(config.models)} if config.engine == "vllm" else {}
-    engines = [
-        LLMRecommender.from_pretrained(
+    if memory and any(rows):
+        raise ConfigError(
+            f"engine=vllm, and {config.models[rows.index(True)]} is a trained row, which runs in this process: serve "
+            "it by itself, without engine"
+        )
+    engines: list[Opened] = [
+        open_trained(folder, name=name, data=config.data)
+        if is_row
+        else LLMRecommender.from_pretrained(
             folder,
             name=name,
             engine=config.engine,
@@ -103,7 +129,7 @@ def open_engines(config: ServeConfig) -> list[LLMRecommender]:
             batch_size=config.max_batch,
             cache_bytes=int(config.cache_mb * (1 << 20)),
         )
-        for folder, name in zip(config.models, names, strict=True)
+        for folder, name, is_row in zip(config.models, names, rows, strict=True)
     ]
     digest = engines[0].catalogue.digest()
     for folder, engine in zip(config.models, engines, strict=True):
@@ -115,9 +141,15 @@ def open_engines(config: ServeConfig) -> list[LLMRecommender]:
 def popular_items(model: str, catalogue: Catalogue) -> PopularityRecommender | None:
     """The popular items, from the model folder or else from the data folder that it names; None if neither has them."""
     found = PopularityRecommender.read(model, catalogue)
-    if found is None and Path(model, CONFIG_FILE).is_file():  # an older model folder
-        data = read_resolved(model)["config"].get("data")
+    if found is None and (is_trained_row(model) or Path(model, CONFIG_FILE).is_file()):  # or an older model folder
+        data = _data(model)
         found = PopularityRecommender.read(data, catalogue) if data else None
+    return found
+
+
+def _data(model: str) -> str | None:
+    """The data folder that a folder was made from, as far as it says."""
+    found: str | None = data_of(model) if is_trained_row(model) else read_resolved(model)["config"].get("data")
     return found
 
 
@@ -129,7 +161,7 @@ def stand_ins(config: ServeConfig, catalogue: Catalogue) -> list[Baseline]:
     """
     data = config.data
     if data is None:
-        data = read_resolved(config.models[0])["config"].get("data")
+        data = _data(config.models[0])
         if data is None or not Path(data).is_dir():
             return _popular_alone(config, catalogue, f"{data} is not here")
     split = read_split(data)

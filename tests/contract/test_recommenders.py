@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,17 +17,21 @@ import pytest
 from cprec.data.build import build_dataset
 from cprec.data.catalogue import Catalogue
 from cprec.data.config import Rules, SplitSpec, SyntheticConfig
-from cprec.data.dataset import read_dataset
+from cprec.data.dataset import finish_part, read_dataset, read_split
 from cprec.data.queries import ranking_queries
 from cprec.data.sources.memory import MemorySource
 from cprec.data.sources.synthetic import OracleRecommender, SyntheticWorld
 from cprec.data.splits import Split, make_split
+from cprec.entrants import baseline_entrants, baselines_folder
 from cprec.errors import ConfigError
+from cprec.evaluate.config import EvaluateConfig
+from cprec.evaluate.rankings import slug
 from cprec.lineup import Settings, settings_of
 from cprec.probes import probe
 from cprec.recommender import Ranking, RankingQuery, Recommender
 from cprec.schema import MIXED, SPECIFIC, TEST
 from cprec.systems.signals import TrainingSequences
+from cprec.trained import open_trained
 from cprec.tune import mean_ndcg
 
 K = 10
@@ -43,6 +49,8 @@ class Setting:
     queries: list[RankingQuery]
     """Every test event of kitchen, by the domain's history; items of the history are excluded."""
     targets: list[str]
+    data: Path
+    """The data folder."""
 
     @property
     def catalogue(self) -> Catalogue:
@@ -61,7 +69,10 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     folder = tmp_path_factory.mktemp("contract") / "data"
     build_dataset(sources, folder, Rules(k_core=0))
     split = make_split(*read_dataset(folder), SplitSpec())
-    return Setting(world, split, *_queries(split, "kitchen", SPECIFIC))
+    finish_part(folder, 0, lambda *log: make_split(*log, SplitSpec()))
+    manifest = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(manifest | {"split": {"method": "leave-one-out"}}))
+    return Setting(world, split, *_queries(split, "kitchen", SPECIFIC), folder)
 
 
 Make = Callable[[Setting], Recommender]
@@ -391,6 +402,25 @@ def test_a_recommender_of_one_domain_refuses_another(name: str, made: Made, sett
         ConfigError, match=f"{re.escape(name)} was made for domain 'garden' and is asked about 'kitchen'"
     ):
         recommender.rank(setting.queries[:1], K)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "TIGER")) for name in SYSTEMS])
+def test_a_trained_row_opens_as_it_was_evaluated(
+    name: str, setting: Setting, asked: Sequence[RankingQuery], tmp_path: Path
+) -> None:
+    """To the digit, with nothing trained: by the folder that an evaluation leaves."""
+    settings = {name: {**SMALL, **SYSTEMS[name]}}
+    config = EvaluateConfig(data=str(setting.data), output_dir=str(tmp_path), baselines=(name,), settings=settings)
+    (entrant,) = baseline_entrants(config, read_split(setting.data), "kitchen")
+    trained = entrant.open().recommender
+    served = open_trained(baselines_folder(str(tmp_path), "kitchen") / slug(name))
+    assert served.name == name and served.domains == ("kitchen",)
+    assert served.way == ("letters" if name.startswith("ULMRec") else None if name in WRITERS else "vectors")
+    queries = [replace(query, user=None) for query in asked if query.domain == "kitchen"]
+    expected = trained.rank(queries, K)
+    assert [replace(one, proof=None) for one in served.rank(queries, K)] == [
+        replace(one, proof=None) for one in expected
+    ]
 
 
 @pytest.mark.parametrize("name", each_of(name for name in SYSTEMS if name not in WRITERS))

@@ -82,6 +82,8 @@ class LLMRecommender(Recommending):
     """Item ids by domain that histories may name and full rankings never return; see `with_items`."""
     blend: PriorSource | None
     """What is known of items beside the model: joins every score (`generate` has none). None leaves it to the model."""
+    reads_queries = True
+    way = None
 
     def __init__(
         self,
@@ -420,6 +422,21 @@ class LLMRecommender(Recommending):
         if any(query.text for query in queries):
             priors, weights[QUERY] = priors | {QUERY: self._of_text(domain, queries)}, sum(self.weights.values())
         return effects_of(weights, priors, places, [ranking.scores[0] for ranking in rankings], len(rows))
+
+    @property
+    def item_fields(self) -> tuple[str, ...]:
+        """What stands for an item in every text: its title, and perhaps other fields."""
+        return self.prompts.encoder.template.item_fields
+
+    def reading(self, query: RankingQuery) -> tuple[int, str]:
+        """See `Recommending.reading`: fewer than the model was trained on where its context holds no more."""
+        read = len(self.prompts.shown(query))
+        is_less = read < len(self.prompts.readable(query))
+        warning = (
+            f"the history has {len(query.history)} events, and the model's context of {self.prompts.context:,} tokens "
+            f"holds the latest {read}"
+        )
+        return read, warning if is_less else ""
 
     def shown(self, query: RankingQuery) -> tuple[Item, ...]:
         """The events of a query's history that count: those that the prompt shows and, with a blend, all of its domain,

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from cprec.data.catalogue import Catalogue
 from cprec.data.word_index import check_query
 from cprec.errors import ConfigError, DataError
-from cprec.rank.prompts import Prompts
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import Item, id_text
 
@@ -29,22 +28,28 @@ class Recommendation:
 
 
 class Recommending(ABC):
-    """What a recommender that reads prompts does for people; a subclass ranks."""
+    """What a recommender does for people; a subclass ranks."""
 
+    name: str
     domain: str | None
     catalogue: Catalogue
     withdrawn: Mapping[str, frozenset[str]]
     """Item ids by domain that histories may name and full rankings never return."""
-    prompts: Prompts
+    reads_queries: bool
+    """Whether it takes queries in words."""
 
     @abstractmethod
     def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
         """See `Recommender.rank`."""
 
     @property
+    @abstractmethod
     def item_fields(self) -> tuple[str, ...]:
         """What stands for an item in every text: its title, and perhaps other fields."""
-        return self.prompts.encoder.template.item_fields
+
+    @abstractmethod
+    def reading(self, query: RankingQuery) -> tuple[int, str]:
+        """How many events of a query's history are read, and why not more where that is worth a warning."""
 
     def recommend(
         self,
@@ -67,7 +72,8 @@ class Recommending(ABC):
         items that have one of its words are returned, so that the list may be shorter.
 
         Raises UnknownItemError for texts that are neither id nor title or may mean several titles, ValueError if `k`
-        exceeds the items there are, DataError for a query that no item has a word of.
+        exceeds the items there are, DataError for a query that no item has a word of, ConfigError for one where the
+        recommender takes none.
         """
         queries = None if query is None else [query]
         return self.recommend_many([history], k, domain=domain, exclude_seen=exclude_seen, queries=queries)[0]
@@ -86,6 +92,8 @@ class Recommending(ABC):
         if domain is None or domain not in self.catalogue.domains:
             raise ConfigError(f"domain={domain!r}: name one of {', '.join(self.catalogue.domains)}")
         texts = [None] * len(histories) if queries is None else queries
+        if not self.reads_queries and any(text is not None for text in texts):
+            raise ConfigError(f"{self.name} reads histories, not queries in words: leave the query out")
         if len(texts) != len(histories):
             raise ConfigError(f"{len(texts)} queries for {len(histories)} histories: give one for each, or None")
         asked = [
@@ -122,19 +130,15 @@ class Recommending(ABC):
                 f"k={k}: domain {domain!r} has {available} items outside this history; choose 1 to {available}"
             )
         query = RankingQuery(query_id="", domain=domain, history=items, exclude=exclude)
-        read = len(self.prompts.shown(query))
+        read, warning = self.reading(query)
         if text is not None:
             left_out = exclude | gone
             found = self.catalogue.items_with_words(domain, check_query(text), lambda item: item not in left_out)
             query = replace(query, text=text, allow=None if read else found)
         if items and not read:
             warnings.warn(f"no event of the history is of domain {domain!r}: the ranking ignores it", stacklevel=4)
-        elif read < len(self.prompts.readable(query)):
-            warnings.warn(
-                f"the history has {len(items)} events, and the model's context of {self.prompts.context:,} tokens "
-                f"holds the latest {read}",
-                stacklevel=4,
-            )
+        elif warning:
+            warnings.warn(warning, stacklevel=4)
         return query
 
     def _find(self, event: str | int, domain: str) -> Item:

@@ -27,7 +27,8 @@ class ServeConfig:
     """Settings of the service."""
 
     models: tuple[str, ...]
-    """Model folders that `cprec finetune` or `cprec pretrain` wrote; the first answers where a request names none."""
+    """Model folders that `cprec finetune` or `cprec pretrain` wrote, or folders of trained baselines that `cprec
+    evaluate` wrote (OUT/baselines/DOMAIN/NAME); the first answers where a request names none."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What runs the models: transformers in this process, or vLLM, an extra for machines with a GPU. Lists are the same
     up to rounding."""
@@ -115,7 +116,8 @@ class RecommendConfig:
     """Settings of recommendation."""
 
     model: str
-    """Model folder that `cprec pretrain` or `cprec finetune` wrote."""
+    """Model folder that `cprec pretrain` or `cprec finetune` wrote, or the folder of a trained baseline that `cprec
+    evaluate` wrote."""
     history: tuple[str, ...] = ()
     """One history, oldest event first: item ids or titles."""
     query: str | None = None

@@ -21,7 +21,7 @@ class CacheCounts(Protocol):
 
 
 class Engine(Protocol):
-    """A model over a catalogue, which reads the texts of queries. It never changes: other items make another engine,
+    """A model over a catalogue, which may read the texts of queries. It never changes: other items make another engine,
     which shares the model.
 
     The service calls `rank` from one thread at a time, and the other methods from any.
@@ -37,6 +37,12 @@ class Engine(Protocol):
     """Item ids by domain that are in the catalogue but are never recommended."""
     max_history: int
     """The most events of a history that the model reads."""
+    reads_queries: bool
+    """Whether it takes queries in words."""
+
+    @property
+    def way(self) -> str | None:
+        """How it ranks, for answers; None where rankings say by their proofs whether they are exact."""
 
     @property
     def domains(self) -> tuple[str, ...]:

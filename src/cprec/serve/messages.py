@@ -215,8 +215,8 @@ class RecommendResponse(BaseModel):
 
     items: list[ScoredItem]
     mode: str = Field(
-        description="exact, beam, or the name of a baseline; popularity where the model reads no event. With a query: "
-        "query, query and history, or words where the model had no time"
+        description="exact, beam, how else the model ranks (vectors, letters), or the name of a baseline; popularity "
+        "where the model reads no event. With a query: query, query and history, or words where the model had no time"
     )
     degraded: bool = Field(description="the deadline, or a failure, left no better list")
     proven: bool = Field(description="the model ranks no other item higher")

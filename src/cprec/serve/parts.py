@@ -88,7 +88,8 @@ def model_sha256(model: str) -> str:
     """A hash of everything but history and settings that decides a list: CPRec's version, and the model's files."""
     hashes = FileHashes(model)
     patterns = (*WEIGHTS, *TOKENIZER, *ITEM_HEAD, "cprec.json", "blend.json", "popularity.parquet", "items/*/*.parquet")
-    files = model_hashes(model, patterns, hashes)
+    of_trained_row = ("trained.json", "*/stage-*/best.safetensors")
+    files = model_hashes(model, (*patterns, *of_trained_row), hashes)
     hashes.save()
     return hashlib.sha256(json.dumps([__version__, files], sort_keys=True).encode()).hexdigest()
 

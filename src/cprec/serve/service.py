@@ -214,6 +214,8 @@ class Service:
             can = ", ".join(engine.domains)
             raise m.Refused(422, f"domain={domain!r}: {engine.name} was blended for {can}, and recommends from there")
         check_ids(engine.catalogue, domain, ids)
+        if request.query is not None and not engine.reads_queries:
+            raise m.Refused(422, f"query: {engine.name} reads histories, not queries in words: leave it out")
         if request.query is not None:
             await asyncio.to_thread(_require_words, engine, domain, request.query)
         if len(request.history) < LONG_HISTORY:
@@ -271,7 +273,7 @@ class Service:
         if not (proven or whole or (ranking.item_ids and not can_stand_in)):
             return None
         degraded = not whole if question.mode == "beam" else late and not proven
-        mode = "exact" if proven and question.mode != "beam" else "beam"
+        mode = question.engine.way or ("exact" if proven and question.mode != "beam" else "beam")
         mode = question.mode_of_text if question.query.text else mode
         return self._response(question, ranking, mode, degraded=degraded, proven=proven)
 

@@ -107,7 +107,7 @@ class SequenceRecommender(ABC):
         `ModelReader`."""
         self.name, self.domain = name, data.domain
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        self._max_length, self._beam_width, self._max_nodes = max_length, beam_width, max_nodes
+        self.max_length, self._beam_width, self._max_nodes = max_length, beam_width, max_nodes
         self._reader = ModelReader(model, bf16=bf16, pad_id=PADDING)
         self._over, self._temperatures = over, temperatures
 
@@ -177,7 +177,7 @@ class SequenceRecommender(ABC):
 
     def _histories(self, queries: Sequence[RankingQuery]) -> Ragged:
         """The latest `max_length` events of each query in the domain."""
-        return recent(histories_of(self.catalogue, self.domain, queries), self._max_length)
+        return recent(histories_of(self.catalogue, self.domain, queries), self.max_length)
 
     def _query(self, item_ids: np.ndarray, user: str, exclude_seen: bool) -> RankingQuery:
         history = tuple(Item(self.domain, item) for item in item_ids)

@@ -46,6 +46,8 @@ FLOOR = -1e9
 """The score of what the retriever has nothing to say for."""
 LEAST_SHARE = 1e-9
 """The least score of an item beside the best, where the retriever's are shares: their logarithms are finite."""
+ALL = 1 << 30
+"""Events of a history that a retriever reads which does not say how many."""
 CEILING_QUERIES = 4000
 """Validation queries, a seeded sample at most, by which it is told what a retriever finds."""
 _USER, _BREAK, _HEAD, _LINE, _OFFERED, _OPEN, _CLOSE, _NEXT, _FIRST_LETTER = range(9)
@@ -259,6 +261,7 @@ class LetterRecommender(ScoringRecommender):
     """
 
     floor = FLOOR
+    scale = "logit"
     seconds = 0.0
 
     def __init__(
@@ -271,6 +274,7 @@ class LetterRecommender(ScoringRecommender):
         form: LetterForm,
     ) -> None:
         self.name, self.catalogue, self.domain = name, data.catalogue, data.domain
+        self.max_length = max(form.max_length, getattr(retriever.recommender, "max_length", ALL))
         self.num_parameters = sum(parameter.numel() for parameter in language.model.parameters())
         self._reader, self._prompts, self.retriever, self._form = (
             ModelReader(language.model, bf16=None),

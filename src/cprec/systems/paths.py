@@ -273,7 +273,7 @@ class PathRecommender:
         self.name, self.catalogue, self.domain = name, data.catalogue, data.domain
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self._model, self._order, self._num_items = model.eval(), order, data.num_items
-        self._max_length, self._beam_width, self._max_nodes = max_length, beam_width, max_nodes
+        self.max_length, self._beam_width, self._max_nodes = max_length, beam_width, max_nodes
         with torch.inference_mode():
             self._vectors = model.history.vectors()
 
@@ -325,7 +325,7 @@ class PathRecommender:
     @torch.inference_mode()
     def _states(self, histories: Ragged) -> torch.Tensor:
         """The last states of histories: QD."""
-        items, _ = padded(recent(histories, self._max_length), self._num_items)
+        items, _ = padded(recent(histories, self.max_length), self._num_items)
         rows = {"items": torch.from_numpy(items).to(self._vectors.inputs.device)}
         return self._model.history.encode(self._vectors, rows)
 

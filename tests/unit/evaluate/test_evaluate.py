@@ -46,12 +46,13 @@ from cprec.evaluate.results import (
 )
 from cprec.evaluate.slices import events_of_users
 from cprec.evaluate.tables import metrics_of
-from cprec.provenance import FileHashes
+from cprec.provenance import FileHashes, file_sha256
 from cprec.rank.config import RankConfig
 from cprec.recommender import Proof, Ranking, RankingQuery, Recommender
 from cprec.run import evaluate_models
 from cprec.text.config import PrepareConfig
 from cprec.text.prepare import prepare
+from cprec.trained import Trained
 
 
 @pytest.fixture(scope="module")
@@ -656,7 +657,9 @@ def test_a_trained_baseline_keeps_its_row_when_data_are_prepared_again(
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"note": "prepared again"}))
     again = evaluate_models(mine).domains["books"]
     assert list(again.arms) == list(first.arms) == ["popularity", "SASRec"]
-    assert len(list((Path(config.output_dir) / "baselines" / "books" / "sasrec").iterdir())) == 2
+    folder = Path(config.output_dir) / "baselines" / "books" / "sasrec"
+    assert len([path for path in folder.iterdir() if path.is_dir()]) == 2
+    assert Trained.read(folder).events["dataset.json"] == file_sha256(manifest), "the latest is what is served"
 
 
 def test_what_an_arm_opened_is_let_go_before_the_next_is_opened(config: EvaluateConfig, split: Split) -> None:

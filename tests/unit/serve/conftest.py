@@ -41,6 +41,8 @@ class FakeEngine:
         self.name, self.domain, self.catalogue = name, domain, catalogue
         self.withdrawn: Mapping[str, frozenset[str]] = {}
         self.max_history = 3
+        self.reads_queries = True
+        self.way: str | None = None
         self.weights: Mapping[str, float] = {"model": 1.0, "graph": 2.0}
         self.item_fields: tuple[str, ...] = ("title",)
         self.cache: CacheCounts | None = None

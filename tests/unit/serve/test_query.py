@@ -165,3 +165,13 @@ def test_the_command_line_shows_the_words(capsys: pytest.CaptureFixture[str]) ->
 def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RecommendConfig(model="m", **settings)
+
+
+def test_a_system_says_how_it_ranks_and_reads_no_words(engine: Any, last_first: Any, served: Served) -> None:
+    engine.way, engine.reads_queries = "letters", False
+    with served(Service([engine], [last_first], deadline_ms=60_000)) as client:
+        assert asked(client, history=["b3"])["mode"] == asked(client, history=["b3"], mode="beam")["mode"] == "letters"
+        for path, more in (("recommend", {}), ("score", {"candidates": ["b0"]}), ("explain", {"item_id": "b0"})):
+            answer = client.post(f"/v1/{path}", json={"query": "dune", **more})
+            assert answer.status_code == 422
+            assert answer.json()["error"] == "query: fake reads histories, not queries in words: leave it out"

@@ -25,6 +25,7 @@ from typing import ClassVar, cast
 import numpy as np
 import torch
 
+from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
 from cprec.errors import ConfigError
 from cprec.inspection import check_attention
@@ -120,3 +121,6 @@ class LLM2RecRecommender(TitleSASRecRecommender):
     """Ranks by a trained SASRec over vectors of a language model."""
 
     SETTINGS = LLM2Rec
+
+    def with_catalogue(self, catalogue: Catalogue) -> None:
+        """See `StoredRecommender.with_catalogue`: what reads titles is not kept, so new ones have no vectors."""
