@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -108,6 +109,23 @@ class SumTable(ItemTable):
     def vectors(self, items: torch.Tensor | None = None) -> torch.Tensor:
         own, shared = self.parts(items)
         return own + shared
+
+
+def two_layers(width: int, size: int) -> nn.Sequential:
+    """An adapter before training: two linear layers with a GELU between them."""
+    return nn.Sequential(nn.Linear(width, size), nn.GELU(), nn.Linear(size, size))
+
+
+class TablesTogether(ItemTable):
+    """Sums of the vectors of several tables, each of which says something else of the same items."""
+
+    def __init__(self, tables: Sequence[ItemTable]) -> None:
+        super().__init__()
+        self.num_items, self.num_special = tables[0].num_items, tables[0].num_special
+        self.tables = nn.ModuleList(tables)
+
+    def vectors(self, items: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.stack([cast(ItemTable, table).vectors(items) for table in self.tables]).sum(0)
 
 
 def write_vectors(path: str | Path, item_ids: Sequence[str], vectors_VD: np.ndarray) -> None:

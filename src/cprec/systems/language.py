@@ -91,6 +91,11 @@ class LanguageSettings(SystemSettings):
         self.require_positive("title_tokens")
         check_blocks("frozen_layers", self.frozen_layers)
 
+    @property
+    def needs_language(self) -> bool:
+        """Whether the language model reads anything with these settings."""
+        return True
+
     def language(self, data: TrainingSequences, seed: int) -> Language:
         """The language model before training, and the domain's titles; of no base, by the seed.
 

@@ -22,7 +22,7 @@ from cprec.systems.encoders import Encoder
 from cprec.systems.items import ItemTable
 from cprec.systems.language import language_groups
 from cprec.systems.stage import NEXT_ITEM
-from cprec.systems.terms import product_dtype
+from cprec.systems.terms import Teacher, product_dtype
 from cprec.train.loss import linear_cross_entropy
 
 SCALE, LARGEST_SCALE = 1 / 0.07, 100.0
@@ -88,10 +88,21 @@ class TowerLoss:
     Read are the titles of the items in rows and, where items have one vector, those of what they are set against.
     """
 
-    def __init__(self, model: TowerModel, *, num_drawn: int, too_near: float, language_rate: float) -> None:
-        """`num_drawn` items are drawn in each step, uniformly, by torch's seed; 0: all items count. `language_rate` is
-        the share of the learning rate that weights of the language model have."""
-        self.module: nn.Module = model
+    def __init__(
+        self,
+        model: TowerModel,
+        teachers: Mapping[str, tuple[float, Teacher]] | None = None,
+        *,
+        num_drawn: int,
+        too_near: float,
+        language_rate: float,
+    ) -> None:
+        """`teachers` are more terms by name: (weight, term). `num_drawn` items are drawn in each step, uniformly, by
+        torch's seed; 0: all items count. `language_rate` is the share of the learning rate that weights of the language
+        model have."""
+        self._teachers = teachers or {}
+        learnt = {name: term for name, (_, term) in self._teachers.items() if isinstance(term, nn.Module)}
+        self.module: nn.Module = nn.ModuleDict({"model": model, **learnt}) if learnt else model
         self._model, self._num_drawn, self._too_near = model, num_drawn, too_near
         self._language_rate, self._dtype = language_rate, product_dtype()
 
@@ -109,8 +120,13 @@ class TowerLoss:
         vectors = model.vectors_read(needed[needed < num_items].unique())
         states_ND, target_N = model.states(vectors, rows)
         if self._num_drawn:
-            return {NEXT_ITEM: against_drawn(states_ND, vectors.items_VD, target_N, against, self._too_near)}
-        return {NEXT_ITEM: linear_cross_entropy(states_ND, vectors.items_VD, target_N, self._dtype)}
+            loss = against_drawn(states_ND, vectors.items_VD, target_N, against, self._too_near)
+        else:
+            loss = linear_cross_entropy(states_ND, vectors.items_VD, target_N, self._dtype)
+        more = {
+            name: weight * term(states_ND, rows, vectors.items_VD) for name, (weight, term) in self._teachers.items()
+        }
+        return {NEXT_ITEM: loss, **more}
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """See `Trainable.parameter_groups`."""

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -28,11 +29,12 @@ from cprec.errors import ConfigError
 from cprec.models import add_lora
 from cprec.systems.batches import WindowStream
 from cprec.systems.encoders import BlockKind, Encoder
-from cprec.systems.items import IdTable
+from cprec.systems.items import IdTable, ItemTable, two_layers
 from cprec.systems.language import LanguageEncoder, LanguageSettings, Pool, TextTable, TitleReader, check_blocks
 from cprec.systems.recipes.sasrec import INITIAL, SelfAttentionSettings
 from cprec.systems.signals import TrainingSequences
 from cprec.systems.stage import NEXT_ITEM, Stage
+from cprec.systems.terms import Teacher
 from cprec.systems.towers import TowerLoss, TowerModel
 
 Reader = Literal["own", "base"]
@@ -88,17 +90,16 @@ class HLLM(LanguageSettings, SelfAttentionSettings):
             raise ConfigError(f"lora_rank={self.lora_rank} needs a base: random weights are to be learnt themselves")
 
     def stages(self, data: TrainingSequences, seed: int) -> Sequence[Stage]:
-        language, size = self.language(data, seed), self.hidden_size
-        if self.lora_rank:
+        return [self.of_towers(self.towers(data, seed), data, seed)]
+
+    def towers(self, data: TrainingSequences, seed: int) -> TowerModel:
+        """The model before training."""
+        language: Any = self.language(data, seed) if self.needs_language else None
+        size = self.hidden_size
+        if self.lora_rank and language:
             lora = add_lora(language.model, rank=self.lora_rank, alpha=2 * self.lora_rank, seed=seed)
             language = replace(language, model=lora)
-        titles = TitleReader(language, pool=self.pool, layers=self.layers, frozen_layers=self.frozen_layers)
-        items = TextTable(
-            titles,
-            data.num_items,
-            lambda width: nn.Sequential(nn.Linear(width, size), nn.GELU(), nn.Linear(size, size)),
-            rows=size if self.own_rows else None,
-        )
+        items = self.items(data, language)
         if self.reader == "base":
             encoder: Encoder = LanguageEncoder(language, self.num_blocks, self.max_length, size, self.dropout)
         else:
@@ -107,11 +108,20 @@ class HLLM(LanguageSettings, SelfAttentionSettings):
         output = None if self.tied else IdTable(data.num_items, size, num_special=0)
         if output is not None:
             nn.init.normal_(output.table.weight, std=INITIAL)
-        model = TowerModel(items, encoder, output, cosine=self.cosine)
-        stream = WindowStream(data, [NEXT_ITEM], self.max_length, self.passes(seed))
+        return TowerModel(items, encoder, output, cosine=self.cosine)
+
+    def items(self, data: TrainingSequences, language: Any) -> ItemTable:
+        """The table of items, made of their titles by a `Language`."""
+        titles = TitleReader(language, pool=self.pool, layers=self.layers, frozen_layers=self.frozen_layers)
+        size = self.hidden_size
+        return TextTable(titles, data.num_items, partial(two_layers, size=size), rows=size if self.own_rows else None)
+
+    def of_towers(self, model: TowerModel, data: TrainingSequences, seed: int, **more: tuple[float, Teacher]) -> Stage:
+        """The stage that trains a model, with more terms, which compare the rows of a step: (weight, term) by name."""
+        stream = WindowStream(data, [NEXT_ITEM, *more], self.max_length, self.passes(seed), whole=bool(more))
         rate = self.language_rate
-        loss = TowerLoss(model, num_drawn=self.num_negatives, too_near=self.too_near, language_rate=rate)
-        return [replace(self.stage(data, model, {}, stream), trainable=loss)]
+        loss = TowerLoss(model, more, num_drawn=self.num_negatives, too_near=self.too_near, language_rate=rate)
+        return replace(self.stage(data, model, {}, stream), trainable=loss)
 
 
 LITE = HLLM(tied=False, cosine=False, num_negatives=0, reader="base")

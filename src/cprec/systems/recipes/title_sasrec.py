@@ -24,7 +24,7 @@ from cprec.errors import ConfigError
 from cprec.provenance import file_sha256
 from cprec.systems.dot_product import DotProductModel, SequenceModel
 from cprec.systems.encoders import BlockKind
-from cprec.systems.items import FrozenTable, write_vectors
+from cprec.systems.items import FrozenTable, two_layers, write_vectors
 from cprec.systems.recipes.sasrec import INITIAL, CausalRecommender, CausalSettings
 from cprec.systems.settings import TextSettings
 from cprec.systems.signals import TrainingSequences
@@ -79,7 +79,7 @@ class TitleSASRec(TextSettings, CausalSettings):
     def network(self, frozen_VF: np.ndarray) -> SequenceModel:
         """See `CausalSettings.network`. Raises ConfigError where the weights to start from are of another network."""
         size = self.hidden_size
-        adapter = nn.Sequential(nn.Linear(frozen_VF.shape[1], size), nn.GELU(), nn.Linear(size, size))
+        adapter = two_layers(frozen_VF.shape[1], size)
         encoder = self.encoder()
         nn.init.normal_(encoder.position.weight, std=INITIAL)
         model = SequenceModel(FrozenTable(frozen_VF, adapter, rows=size if self.own_rows else None), encoder)
