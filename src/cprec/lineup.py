@@ -97,6 +97,7 @@ LINEUP: Mapping[str, Listed] = {
     "HLLM": Listed("systems.recipes.hllm:HLLM", "a language model reads titles, trained with the rest"),
     "Lite-LLM4Rec": Listed("systems.recipes.hllm:LITE", "and histories; softmax over rows of all items"),
     "CoVE": Listed("systems.recipes.cove:CoVE", "a language model to which each item is one more token"),
+    "Molar": Listed("systems.recipes.molar:Molar", "HLLM over texts and images, aligned late with a SASRec"),
     "LLM2Rec": Listed("systems.recipes.llm2rec:LLM2Rec", "over vectors of a language model that learnt the log"),
     "SASRec (denoised)": Listed(
         "systems.recipes.denoised:DenoisedSASRec", "on histories without events that do not fit"

@@ -113,6 +113,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "HLLM": {"num_negatives": 8, "title_tokens": 4, "frozen_layers": 1},
     "Lite-LLM4Rec": {"title_tokens": 4, "frozen_layers": 1, "num_blocks": 1},
     "CoVE": {"title_tokens": 4, "layers": 1, "batch_size": 512},
+    "Molar": {"num_negatives": 8, "title_tokens": 4, "frozen_layers": 1, "item_epochs": 0.2, "item_steps": 0},
     "Human priors": {"num_groups": 3},
     "Human priors (horizon)": {},
     "ReaRec": {"first_epochs": 0.2},
@@ -167,7 +168,7 @@ WRITERS = frozenset(
 
 ALIKE = frozenset(
     {"P5 (random)", "P5 (collaborative)", "P5 (semantic)"}
-    | {"HLLM", "Lite-LLM4Rec", "CoVE", "Recformer"}
+    | {"HLLM", "Lite-LLM4Rec", "CoVE", "Molar", "Recformer"}
     | {"APAO", "APAO (pointwise)", "COBRA (codes alone)", "COBRA (vectors alone)", "REG4Rec", "STREAM-Rec"}
     | {"LLaRA", "ULMRec", "ULMRec (letters)"}
     | {"ContRec", "Mender", "SynerGen", "Text2Tracks"}

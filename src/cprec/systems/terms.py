@@ -180,6 +180,28 @@ class Distillation:
         return loss
 
 
+class LateAlignment(nn.Module):
+    """A teacher: draws what a model makes of each window of a step, its state at the last target, [N, D], through a
+    matrix to the state that a trained model has there, and away from those that it has of the other windows.
+
+    The cross-entropy of `in_batch`, averaged over the windows and counted once for each target of the step.
+    """
+
+    def __init__(self, trained: Trained, size: int, given_size: int, temperature: float) -> None:
+        super().__init__()
+        self._trained, self._temperature = trained, temperature
+        self.matrix = nn.Linear(size, given_size, bias=False)
+
+    def forward(
+        self, hidden_ND: torch.Tensor, rows: Mapping[str, torch.Tensor], weight_VD: torch.Tensor
+    ) -> torch.Tensor:
+        given_NG, _ = self._trained(rows)
+        last_R = (rows["targets"] != IGNORE).sum(1).cumsum(0) - 1  # targets stand row after row
+        row_R = torch.arange(len(last_R), device=last_R.device)
+        loss = in_batch(self.matrix(hidden_ND[last_R]), given_NG[last_R], row_R, self._temperature)
+        return loss * len(hidden_ND) / len(last_R)
+
+
 class MiddleHeads(nn.Module):
     """A term of a target's states before the last one, [N, W, D], each through a matrix of its own; their sum."""
 

@@ -36,6 +36,7 @@ from cprec.systems.recipes.lightgcn import NGCF, LightGCN
 from cprec.systems.recipes.mamba4rec import Mamba4Rec
 from cprec.systems.recipes.mancar import ManCAR
 from cprec.systems.recipes.mmm4rec import MMM4Rec
+from cprec.systems.recipes.molar import Molar
 from cprec.systems.recipes.mqsa_ted import MQSATED
 from cprec.systems.recipes.rearec import PROGRESSIVE, ReaRec
 from cprec.systems.recipes.sasrec import WIDE, SASRec
@@ -72,6 +73,7 @@ BUILT_ON_THEM: list[SystemSettings] = [
     MQSATED(**SMALL, num_epochs=5, num_blocks=1, num_heads=2),
     SLMRec(**SMALL, num_epochs=5, num_heads=2, teacher_blocks=4),
     HLLM(**SMALL | {"learning_rate": 3e-3}, attention_dropout=0.0, num_epochs=6, num_negatives=6),
+    Molar(**SMALL | {"learning_rate": 3e-3}, attention_dropout=0.0, num_epochs=6, num_negatives=6, item_steps=0),
     replace(LITE, **SMALL | {"learning_rate": 3e-3}, num_epochs=4),
     HumanPriors(**SMALL, num_epochs=5, num_blocks=1, num_heads=2, prior="popularity", num_groups=3),
     replace(HORIZON, **SMALL, num_epochs=5, num_blocks=1, num_heads=2),
