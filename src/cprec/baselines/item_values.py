@@ -65,17 +65,28 @@ def places(value_N: np.ndarray) -> np.ndarray:
     return result
 
 
+class FreshnessRecommender(ItemValuesRecommender):
+    """Ranks a domain's items by how new they are; see `Freshness`."""
+
+    def with_catalogue(self, catalogue: Catalogue) -> FreshnessRecommender:
+        """See `StoredRecommender.with_catalogue`: items that came are as new as the newest."""
+        made, was_N = self._over(catalogue), catalogue.places_in(self.catalogue, self.domain)
+        made._place_N = np.where(was_N < 0, 1.0, self._place_N[was_N])
+        return made
+
+
 @dataclass(frozen=True, kw_only=True)
 class Freshness:
     """The newest items first: those whose first training event is the latest. There is nothing to set.
 
     Held-out events are not looked at, so an item without a training event stands last, with the oldest. The order is
-    that at the end of the training part for all queries, which with leave-one-out lies after many targets.
+    that at the end of the training part for all queries, which with leave-one-out lies after many targets. In a blend,
+    items that came after training are as new as the newest.
     """
 
     SEARCH: ClassVar[Mapping[str, Choice]] = {}
 
-    def make(self, split: Split, domain: str, *, seed: int = 0, folder: Path | None = None) -> ItemValuesRecommender:
+    def make(self, split: Split, domain: str, *, seed: int = 0, folder: Path | None = None) -> FreshnessRecommender:
         """See `Settings.make`; nothing is random and nothing kept.
 
         Raises Unsuitable where the domain's times are not real, or all its items are equally new.
@@ -95,4 +106,4 @@ class Freshness:
             place_N[is_known_N] = places(first_N[is_known_N])
         if not place_N.any():
             raise Unsuitable(f"freshness: no item of domain {domain!r} is newer in training than another: leave it out")
-        return ItemValuesRecommender("freshness", split.catalogue, domain, place_N)
+        return FreshnessRecommender("freshness", split.catalogue, domain, place_N)

@@ -25,7 +25,7 @@ import numpy as np
 from cprec.baselines.ease import EASERecommender
 from cprec.baselines.ials import IALSRecommender
 from cprec.baselines.item_knn import ItemKNNRecommender
-from cprec.baselines.item_values import ItemValuesRecommender
+from cprec.baselines.item_values import FreshnessRecommender, ItemValuesRecommender
 from cprec.baselines.popularity import PopularityRecommender, RecentPopularityRecommender
 from cprec.baselines.text import TitleSimilarityRecommender
 from cprec.baselines.transition_graph import TransitionGraphRecommender
@@ -47,7 +47,7 @@ FOLDER = "blend"
 KINDS: Mapping[str, type[StoredRecommender]] = {
     "popularity": PopularityRecommender,
     "recent popularity": RecentPopularityRecommender,
-    "freshness": ItemValuesRecommender,
+    "freshness": FreshnessRecommender,
     "titles": TitleSimilarityRecommender,
     "transition graph (last item)": TransitionGraphRecommender,
     "transition graph": TransitionGraphRecommender,

@@ -41,6 +41,22 @@ class TitleSpace:
         """Vectors of any titles, whose words count as far as they stand in those of the space: float32[N, size]."""
         return _of_length_one(self._words.vectors(titles) @ self._right)
 
+    def nearest(self, titles: Sequence[str], num: int) -> sparse.csr_array:
+        """Weights of the `num` titles of the space that are most like each of some titles: csr[M, N].
+
+        They are in proportion to the cosines and sum to one; titles with a cosine of 0 or less have none, so the row of
+        a title without a known word is empty. Of equal cosines the first in the space count.
+        """
+        vectors_MF, rows = self.of(titles), []
+        for start in range(0, len(titles), _COMPARED):
+            cosine_MN = np.maximum(vectors_MF[start : start + _COMPARED] @ self.vectors.T, 0)
+            best_MK = np.argsort(-cosine_MN, axis=1, kind="stable")[:, :num]
+            weight_MK = np.take_along_axis(cosine_MN, best_MK, axis=1)
+            weight_MK /= np.maximum(weight_MK.sum(1, keepdims=True), np.finfo(np.float32).tiny)
+            row = np.arange(len(best_MK)).repeat(best_MK.shape[1])
+            rows.append(sparse.csr_array((weight_MK.ravel(), (row, best_MK.ravel())), cosine_MN.shape))
+        return sparse.csr_array(sparse.vstack(rows, format="csr")) if rows else sparse.csr_array((0, len(self.vectors)))
+
 
 def text_vectors(titles: Sequence[str], size: int, seed: int = 0) -> np.ndarray:
     """Latent semantic vectors of titles, of length one: float32[N, size]; see `TitleSpace`.

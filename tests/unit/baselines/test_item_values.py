@@ -49,6 +49,13 @@ def test_the_first_training_event_says_how_new_an_item_is() -> None:
     assert scores(Freshness().make(split_of(events[:4]), "a")) == [0, 0.5, 1, 0, 0]
 
 
+def test_an_item_that_came_after_is_as_new_as_the_newest() -> None:
+    more = Catalogue.from_tables({"a": pa.table({"item_id": list("tvwxyz"), "title": list("tvwxyz")})})
+    made = Freshness().make(split_of([("v", 10, 0), ("w", 20, 0), ("x", 90, 0)]), "a")
+    assert scores(made.with_catalogue(more)) == [1, 0, 0.5, 1, 0, 0]
+    assert scores(made) == [0, 0.5, 1, 0, 0]
+
+
 def test_items_need_times_and_different_ones() -> None:
     with pytest.raises(Unsuitable, match="freshness: the times of domain 'a' only order the events of one user"):
         Freshness().make(split_of([("v", 1, 0), ("w", 2, 0)], has_times=False), "a")

@@ -8,7 +8,7 @@ import pytest
 from cprec.data.ragged import Ragged
 from cprec.data.titles import title_vectors
 from cprec.errors import Unsuitable
-from cprec.systems.vectors import mean_vectors, most_similar, text_vectors
+from cprec.systems.vectors import TitleSpace, mean_vectors, most_similar, text_vectors
 
 WORDS = ["red", "green", "shoe", "boot", "tea", "lamp", "desk", "oil", "wool", "iron", "salt", "cup"]
 
@@ -60,3 +60,14 @@ def test_a_history_has_the_mean_of_its_items_vectors() -> None:
     histories = Ragged.of([[0, 2], [1], [2, 2, 1]])
     means = mean_vectors(histories.take, np.array([[0, 0], [3, 0], [2, 6]], dtype=np.float32))
     np.testing.assert_allclose(means(np.array([2, 0])), [[7 / 3, 4], [1, 3]], rtol=1e-6)
+
+
+def test_the_titles_nearest_to_others_are_weighed_by_their_cosines() -> None:
+    """Red tea is as like all four; a shoe is like the red shoe, and the less like the red boot the more that is red."""
+    space = TitleSpace(["red shoe", "red boot", "green tea", "black tea"], size=6)
+    weights = space.nearest(["red tea", "shoe", "no word of them", "tea black"], 2).toarray()
+    assert np.sort(weights[0]) == pytest.approx([0, 0, 0.5, 0.5], abs=1e-5)
+    assert weights[1] == pytest.approx([1, 0, 0, 0], abs=1e-6) and not weights[2].any()
+    cosine = (space.vectors @ space.vectors.T)[2, 3]
+    assert weights[3] == pytest.approx([0, 0, cosine / (1 + cosine), 1 / (1 + cosine)], abs=1e-5)
+    assert space.nearest([], 2).shape == (0, 4)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ from cprec.errors import ConfigError
 from cprec.provenance import file_sha256
 from cprec.systems.dot_product import DotProductModel, SequenceModel
 from cprec.systems.encoders import BlockKind
-from cprec.systems.items import FrozenTable, two_layers, write_vectors
+from cprec.systems.items import NUM_SPECIAL, FrozenTable, two_layers, write_vectors
 from cprec.systems.recipes.sasrec import INITIAL, CausalRecommender, CausalSettings
 from cprec.systems.settings import TextSettings
 from cprec.systems.signals import TrainingSequences
@@ -35,6 +36,8 @@ LENGTH = 5.0
 one the network learns less (docs/experiments.md)."""
 ROWS = "items.rows"
 """The weights that belong to items, one row each."""
+ALIKE = 10
+"""Items whose rows a new one takes the mean of: better than none (docs/experiments.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,27 +104,34 @@ class TitleSASRecRecommender(CausalRecommender):
     """Ranks by a trained SASRec over vectors of titles."""
 
     SETTINGS = TitleSASRec
-    _space: TitleSpace | None = None
-    """The directions of its titles' words; made when the first item comes."""
+    _trained: TitleSASRecRecommender | None = None
+    """The one over the catalogue of training, where this is over another."""
 
     def with_catalogue(self, catalogue: Catalogue) -> TitleSASRecRecommender | None:
-        """See `StoredRecommender.with_catalogue`: a new item has the vector of its title, and no row of its own. None
-        where the vectors are those of a file."""
+        """See `StoredRecommender.with_catalogue`: a new item has the vector of its title, and in place of a row of its
+        own the mean of those of `ALIKE` items with the most similar titles, weighed by their cosines. None where the
+        vectors are those of a file."""
+        before = self._trained or self
         if self.settings.vectors:  # type: ignore[attr-defined]
             return None
-        arrays, size = self.arrays(), self.settings.text_size  # type: ignore[attr-defined]
-        self._space = self._space or TitleSpace(self.catalogue.titles_of(self.domain), size)
-        place_N = catalogue.places_in(self.catalogue, self.domain)
+        arrays, place_N = before.arrays(), catalogue.places_in(before.catalogue, self.domain)
         new_N = place_N < 0
         titles = [title for title, is_new in zip(catalogue.titles_of(self.domain), new_N, strict=True) if is_new]
-        vectors_NF = arrays["vectors"][place_N]
-        vectors_NF[new_N] = LENGTH * self._space.of(titles)
+        num_before, alike_MN = len(arrays["vectors"]), before._space.nearest(titles, ALIKE)
         for name in [name for name in arrays if name.endswith(ROWS)]:
-            row_ND, special_SD = np.split(arrays[name], [len(arrays["vectors"])])
-            arrays[name] = np.concatenate([np.where(new_N[:, None], 0, row_ND[place_N]), special_SD])
-        made = self.from_arrays({**arrays, "vectors": vectors_NF}, catalogue)
-        made._space = self._space
+            row_ND, special_SD = np.split(arrays[name], [num_before])
+            arrays[name] = np.concatenate([row_ND[place_N], special_SD])
+            arrays[name][:-NUM_SPECIAL][new_N] = alike_MN @ row_ND
+        arrays["vectors"] = arrays["vectors"][place_N]
+        arrays["vectors"][new_N] = LENGTH * before._space.of(titles)
+        made = self.from_arrays(arrays, catalogue)
+        made._trained = before
         return made
+
+    @cached_property
+    def _space(self) -> TitleSpace:
+        """The directions of its titles' words: made when the first item comes."""
+        return TitleSpace(self.catalogue.titles_of(self.domain), self.settings.text_size)  # type: ignore[attr-defined]
 
     def write_vectors(self, path: str | Path) -> None:
         """Write the vectors of the items' titles, as `TextSettings.vectors` reads them."""
