@@ -1,23 +1,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from cprec.data.build import build_dataset
-from cprec.data.config import Rules, SplitSpec, SyntheticConfig, TableSource
-from cprec.data.dataset import read_dataset
-from cprec.data.sources.memory import MemorySource
+from cprec.data.catalogue import Catalogue
+from cprec.data.config import SplitSpec, SyntheticConfig, TableSource
+from cprec.data.dataset import slot_of
+from cprec.data.interactions import SECOND, Interactions, stable_order
 from cprec.data.sources.synthetic import SyntheticWorld
 from cprec.data.splits import Split, make_split
 from cprec.models import tiny_model
+from cprec.schema import DomainInfo
 from cprec.text.tokenizer import train_tokenizer
 
 EOS = 1
@@ -118,21 +120,37 @@ def write_world() -> Callable[..., tuple[TableSource, ...]]:
     return write
 
 
-NUM_ITEMS = 12
+@pytest.fixture(scope="session")
+def split_of_rows() -> Callable[..., Split]:
+    """The leave-one-out split of rows (user, item, seconds), items by their number, all of platform `p`: what
+    `build_dataset` would leave of them, without the third of a second that it takes. Rows must not repeat."""
+
+    def make(domain: str, item_ids: Sequence[str], rows: Sequence[tuple[str, int, int]]) -> Split:
+        titles = [f"thing {number}" for number in range(len(item_ids))]
+        catalogue = Catalogue.from_tables({domain: pa.table({"item_id": item_ids, "title": titles}).sort_by("item_id")})
+        users = sorted({user for user, *_ in rows}, key=lambda user: (slot_of("p", user), user))
+        place = {user: number for number, user in enumerate(users)}
+        user, item, time = (np.array(column) for column in zip(*((place[u], i, t) for u, i, t in rows), strict=True))
+        order = stable_order(user, time)
+        log = Interactions(
+            platforms=("p",),
+            user_platform=np.zeros(len(users), dtype=np.int16),
+            user_id=np.array(users, dtype=object),
+            user=user[order],
+            item=catalogue.find(domain, item_ids)[item[order]],
+            time=time[order] * SECOND,
+            rating=np.full(len(rows), np.nan),
+        )
+        return make_split(catalogue, log, {domain: DomainInfo(domain, "p", True)}, SplitSpec())
+
+    return make
+
+
+RING_IDS = [f"i{number:02}" for number in range(12)]
+RING = [(f"u{user:02}", (user + n) % 12, n) for user in range(90) for n in range(4 + user % 9)]
 
 
 @pytest.fixture(scope="session")
-def ring(tmp_path_factory: pytest.TempPathFactory) -> Split:
+def ring(split_of_rows: Callable[..., Split]) -> Split:
     """After item n comes item n + 1, round and round, from a start of each user's own."""
-    events = [(f"u{user:02}", (user + n) % NUM_ITEMS, n) for user in range(90) for n in range(4 + user % 9)]
-    items = pa.table({"item_id": [f"i{n:02}" for n in range(NUM_ITEMS)], "title": [f"thing {n}" for n in range(12)]})
-    log = pa.table(
-        {
-            "user_id": [user for user, _, _ in events],
-            "item_id": [f"i{item:02}" for _, item, _ in events],
-            "timestamp": [time for _, _, time in events],
-        }
-    )
-    folder = tmp_path_factory.mktemp("ring") / "data"
-    build_dataset([MemorySource("ring", "p", items, log)], folder, Rules(k_core=0))
-    return make_split(*read_dataset(folder), SplitSpec())
+    return split_of_rows("ring", RING_IDS, RING)

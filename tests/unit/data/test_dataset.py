@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from cprec.data.build import build_dataset
 from cprec.data.config import RecBoleSource, Rules, SplitSpec, TableSource
 from cprec.data.dataset import finish_part, read_dataset, read_manifest, read_split, slot_of, write_manifest
 from cprec.data.sources.memory import MemorySource
-from cprec.data.splits import make_split
+from cprec.data.splits import Split, make_split
 from cprec.errors import ConfigError, DataError
 from cprec.provenance import file_sha256
 
@@ -55,6 +55,21 @@ def events(folder: Path, domain: str = "toys") -> list[tuple[str, str, int]]:
 def rejected(folder: Path) -> list[tuple[str, int, str, str]]:
     rows = pq.read_table(folder / "rejected.parquet").to_pylist()
     return [(Path(row["file"]).name, row["line"], row["reason"], row["row"]) for row in rows]
+
+
+def test_a_log_that_tests_make_in_memory_is_what_is_built(tmp_path: Path, split_of_rows: Callable[..., Split]) -> None:
+    """`split_of_rows` stands in for `build_dataset` where other tests only need a log."""
+    ids = [f"i{number}" for number in (10, 9, 2)]
+    rows = [(f"u{user}", (user + n) % 3, n // 2) for user in range(7) for n in range(3 + user % 4)]
+    folder = build(tmp_path, source_of([(user, ids[item], time) for user, item, time in rows], "tiny", "p"))
+    built, made = make_split(*read_dataset(folder), SplitSpec()), split_of_rows("tiny", ids, rows)
+    assert made.catalogue.item_id.tolist() == built.catalogue.item_id.tolist()
+    assert (made.spec, made.domains, made.part.tolist()) == (built.spec, built.domains, built.part.tolist())
+    assert made.interactions.platforms == built.interactions.platforms
+    for name in ("user_platform", "user_id", "user", "item", "time", "rating"):
+        one, other = getattr(made.interactions, name), getattr(built.interactions, name)
+        np.testing.assert_array_equal(one, other, err_msg=name)
+        assert one.dtype == other.dtype
 
 
 # ---- rules -----------------------------------------------------------------------------------------------------------

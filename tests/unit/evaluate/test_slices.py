@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
-from cprec.data.build import build_dataset
-from cprec.data.config import Rules, SplitSpec
-from cprec.data.dataset import read_dataset
-from cprec.data.sources.memory import MemorySource
-from cprec.data.splits import Split, make_split
+from cprec.data.splits import Split
 from cprec.evaluate.slices import ABOUT, events_of_users, ordered, slices_of, training_events
 from cprec.recommender import RankingQuery
 from cprec.schema import TEST, VALIDATION, Item
@@ -30,18 +26,14 @@ TARGETS = dict(zip(DAYS, "abcabc", strict=True))
 
 
 @pytest.fixture(scope="module")
-def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
+def split(split_of_rows: Callable[..., Split]) -> Split:
     """All begin with item a, and have b next where two events train; c is nearly new."""
-    folder = tmp_path_factory.mktemp("slices") / "data"
-    events = [
-        (user, item, day * 86_400)
+    rows = [
+        (user, "abc".index(item), day * 86_400)
         for user, days in DAYS.items()
         for item, day in zip([*"ab"[: len(days) - 2], "c", TARGETS[user]], days, strict=True)
     ]
-    items = pa.table({"item_id": [*"abc"], "title": [*"abc"]})
-    log = pa.table(dict(zip(("user_id", "item_id", "timestamp"), zip(*events, strict=True), strict=True)))
-    build_dataset([MemorySource("shop", "p", items, log)], folder, Rules(k_core=0, drop_consecutive_repeats=False))
-    return make_split(*read_dataset(folder), SplitSpec())
+    return split_of_rows("shop", [*"abc"], rows)
 
 
 def sliced(split: Split, part: str = TEST, most: int = 10) -> dict[str, dict[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,13 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cprec.data.build import build_dataset
 from cprec.data.catalogue import Catalogue
-from cprec.data.config import Rules, SplitSpec
-from cprec.data.dataset import read_dataset
+from cprec.data.config import SplitSpec
 from cprec.data.interactions import Interactions
 from cprec.data.ragged import Ragged
-from cprec.data.sources.memory import MemorySource
 from cprec.data.splits import Split, make_split
 from cprec.schema import DomainInfo
 from cprec.systems.indexing import numbers_along
@@ -43,22 +39,12 @@ def circle(data: TrainingSequences, tmp_path: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def split_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Split]:
-    """The split of a log whose users had some of so many items, of the domain `tiny`; made once for each log."""
-
-    @functools.cache
-    def made(histories: tuple[tuple[int, ...], ...], num_items: int) -> Split:
-        events = [(f"u{user}", f"i{item}", time) for user, row in enumerate(histories) for time, item in enumerate(row)]
-        log = pa.table(list(zip(*events, strict=True)), ["user_id", "item_id", "timestamp"])
-        titles = [f"thing {n}" for n in range(num_items)]
-        items = pa.table([[f"i{n}" for n in range(num_items)], titles], ["item_id", "title"])
-        rules = Rules(k_core=0, drop_consecutive_repeats=False)
-        folder = tmp_path_factory.mktemp("tiny") / "data"
-        build_dataset([MemorySource("tiny", "p", items, log)], folder, rules)
-        return make_split(*read_dataset(folder), SplitSpec())
+def split_of(split_of_rows: Callable[..., Split]) -> Callable[..., Split]:
+    """The split of a log whose users had some of so many items, of the domain `tiny`."""
 
     def make(histories: Sequence[Sequence[int]], num_items: int) -> Split:
-        return made(tuple(map(tuple, histories)), num_items)
+        rows = [(f"u{user}", item, time) for user, row in enumerate(histories) for time, item in enumerate(row)]
+        return split_of_rows("tiny", [f"i{number}" for number in range(num_items)], rows)
 
     return make
 

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
-from cprec.data.build import build_dataset
-from cprec.data.config import Rules, SplitSpec
-from cprec.data.dataset import read_dataset
 from cprec.data.ragged import Ragged
-from cprec.data.sources.memory import MemorySource
-from cprec.data.splits import Split, make_split
+from cprec.data.splits import Split
 from cprec.errors import ConfigError, Unsuitable
 from cprec.schema import SPLITS, TEST, TRAIN
 from cprec.systems import fit as fitting
@@ -116,18 +111,13 @@ def test_scores_are_products_of_the_last_baskets_mean_with_outputs(data: Trainin
 
 
 @pytest.fixture(scope="module")
-def teas(tmp_path_factory: pytest.TempPathFactory) -> Split:
+def teas(split_of_rows: Callable[..., Split]) -> Split:
     """Each basket has one of three teas and one of three cups."""
-    generator, events = np.random.default_rng(0), []
+    generator, rows = np.random.default_rng(0), []
     for user in range(30):
         for time in range(4):
-            events += [(f"u{user:02}", int(generator.integers(3)) + kind, time) for kind in (TEAS[0], CUPS[0])]
-    items = pa.table({"item_id": [f"i{n}" for n in range(6)], "title": [f"thing {n}" for n in range(6)]})
-    columns = [list(column) for column in zip(*events, strict=True)]
-    log = pa.table([columns[0], [f"i{item}" for item in columns[1]], columns[2]], ["user_id", "item_id", "timestamp"])
-    folder = tmp_path_factory.mktemp("teas") / "data"
-    build_dataset([MemorySource("teas", "p", items, log)], folder, Rules(k_core=0))
-    return make_split(*read_dataset(folder), SplitSpec())
+            rows += [(f"u{user:02}", int(generator.integers(3)) + kind, time) for kind in (TEAS[0], CUPS[0])]
+    return split_of_rows("teas", [f"i{number}" for number in range(6)], rows)
 
 
 def test_cups_go_with_tea_and_another_tea_stands_in_for_it(teas: Split) -> None:

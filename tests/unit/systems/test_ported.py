@@ -10,14 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
-from cprec.data.build import build_dataset
-from cprec.data.config import Rules, SplitSpec
-from cprec.data.dataset import read_dataset
-from cprec.data.sources.memory import MemorySource
-from cprec.data.splits import Split, make_split
+from cprec.data.splits import Split
 from cprec.lineup import settings_of
 from cprec.train.folder import LOG, read_log
 
@@ -55,22 +50,16 @@ QUICK = ("NGCF", "MQSA-TED")
 
 
 @pytest.fixture(scope="module")
-def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
+def split(split_of_rows: Callable[..., Split]) -> Split:
     """Users who go from item to item in steps of one to three."""
     generator = np.random.default_rng(0)
-    events = []
+    rows = []
     for user in range(60):
         item = int(generator.integers(NUM_ITEMS))
         for time in range(3 + user % 9):
-            events.append({"user_id": f"u{user:02}", "item_id": f"i{item:02}", "timestamp": time})
+            rows.append((f"u{user:02}", item, time))
             item = (item + int(generator.integers(1, 4))) % NUM_ITEMS
-    items = pa.table(
-        [[f"i{n:02}" for n in range(NUM_ITEMS)], [f"thing {n}" for n in range(NUM_ITEMS)]], ["item_id", "title"]
-    )
-    folder = tmp_path_factory.mktemp("steps") / "data"
-    source = MemorySource("steps", "p", items, pa.Table.from_pylist(events))
-    build_dataset([source], folder, Rules(k_core=0))
-    return make_split(*read_dataset(folder), SplitSpec())
+    return split_of_rows("steps", [f"i{number:02}" for number in range(NUM_ITEMS)], rows)
 
 
 def trained(name: str, changed: dict[str, Any], split: Split, folder: Path) -> Trained:
