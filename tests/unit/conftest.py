@@ -35,15 +35,14 @@ def sharpened(model: Any, factor: float = 8) -> Any:
     return model.eval()
 
 
-# Llama is Qwen3 without norms of queries and keys.
-@pytest.fixture(scope="session", params=["qwen3", pytest.param("llama", marks=pytest.mark.slow), "gemma3"])
-def model(request: pytest.FixtureRequest) -> Any:
-    if request.param == "qwen3":
+@functools.cache
+def _model(kind: str) -> Any:
+    if kind == "qwen3":
         return sharpened(tiny_model(VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2))
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    if request.param == "gemma3":
+    if kind == "gemma3":
         gemma = Gemma3TextConfig(
             vocab_size=VOCABULARY,
             hidden_size=16,
@@ -66,6 +65,18 @@ def model(request: pytest.FixtureRequest) -> Any:
         max_position_embeddings=512,
     )
     return sharpened(LlamaForCausalLM(config))
+
+
+# Llama is Qwen3 without norms of queries and keys.
+@pytest.fixture(scope="session", params=["qwen3", pytest.param("llama", marks=pytest.mark.slow), "gemma3"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return _model(request.param)
+
+
+@pytest.fixture(scope="session")
+def model_of() -> Callable[[str], Any]:
+    """A model by its kind, for modules that choose theirs."""
+    return _model
 
 
 @pytest.fixture(scope="session", params=["chat", "bare", "joins"])

@@ -33,6 +33,14 @@ GAMES = ("Go", "Chess", "Go deluxe", "Ludo")
 Score = Callable[[list[int], list[int]], float]
 
 
+# The search below is tested with Gemma's sliding window, too: see tests/unit/search.
+@pytest.fixture(
+    scope="session", params=["qwen3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "gemma3"))]
+)
+def model(request: pytest.FixtureRequest, model_of: Callable[[str], Any]) -> Any:
+    return model_of(request.param)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return train_tokenizer([" " + title for title in BOOKS + GAMES], 300)
@@ -517,8 +525,14 @@ class ByNumber:
         return ByNumber(catalogue, self.weight, self.times)
 
 
-@pytest.mark.parametrize("score", ["sum", "mean", "corrected"])
-@pytest.mark.parametrize(("weight", "times"), [(0.5, 1.0), (1.0, -4.0), (0.0, 1.0)])
+@pytest.mark.parametrize(
+    ("score", "weight", "times"),
+    [  # quick: each score with one pair, and each pair with one score
+        pytest.param(score, *pair, marks=[pytest.mark.slow] * (row != column))
+        for row, score in enumerate(("sum", "mean", "corrected"))
+        for column, pair in enumerate([(0.5, 1.0), (1.0, -4.0), (0.0, 1.0)])
+    ],
+)
 def test_a_blend_joins_every_score(
     make: Callable[..., LLMRecommender], score: str, weight: float, times: float, catalogue: Catalogue
 ) -> None:
