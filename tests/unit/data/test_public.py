@@ -194,7 +194,11 @@ CATEGORIES = {
 """Of the first item of a format: lists and genres are text."""
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("amazon-2014", "amazon-2023", "movielens-1m", "lastfm-hetrec", "online-retail")
+"""A format of each kind of file: literals of Python, objects of JSON, and tables with `::`, tabs and commas."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in CASES])
 def test_a_format_is_read(name: str, tmp_path: Path) -> None:
     files, settings, events, titles, rejected = CASES[name]
     for file, content in files.items():

@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cprec.data.catalogue import Catalogue
@@ -408,6 +408,7 @@ def test_what_was_promised_survives_kill_9(tmp_path: Path) -> None:
     assert len(found) <= promised + 1
 
 
+@settings(max_examples=25)
 @given(
     st.lists(
         st.builds(

@@ -154,6 +154,7 @@ def test_substitutes_come_from_the_weights_of_complements(teas: Split, tmp_path:
     torch.testing.assert_close(found, inputs[4:5] @ inputs.T)
 
 
+@pytest.mark.slow  # that they learn from baskets is quick, and so is what a window holds
 def test_dual_embeddings_learn_from_neighbours_where_times_are_an_order(split: Split) -> None:
     recommender = DualEmbeddings(**SMALL, window=2, num_epochs=20).make(split, "ring")
     queries = split.queries("ring", TEST, max_history=50)

@@ -131,7 +131,9 @@ def test_a_finished_one_is_used_again_and_others_train_beside_it(
 original = fitting.train
 
 
-@pytest.mark.parametrize("settings", [SASREC, ICSREC, REAREC], ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize(
+    "settings", [pytest.param(SASREC, marks=pytest.mark.slow), ICSREC, REAREC], ids=lambda each: type(each).__name__
+)
 def test_a_kill_in_training_changes_nothing(
     settings: SystemSettings, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

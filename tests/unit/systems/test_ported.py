@@ -84,7 +84,9 @@ def case(in_fp32: None, split: Split, tmp_path_factory: pytest.TempPathFactory) 
     return functools.cache(lambda name: trained(name, CASES[name], split, tmp_path_factory.mktemp("case")))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.endswith("(published)")) for name in CASES]
+)
 def test_equal_seeds_give_the_losses_of_before(name: str, case: Callable[[str], Trained]) -> None:
     losses, ndcg = case(name)
     # Equal to the last bit on the machine that recorded them; others round differently.

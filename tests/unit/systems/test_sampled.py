@@ -81,7 +81,8 @@ def share_of_a_repeat(num_drawn: int) -> float:
     return float(share_QV[np.arange(200), asked[:, -1]].mean())
 
 
-@pytest.mark.parametrize("num_drawn", [10, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_drawn", [10, 40])
 def test_an_item_that_comes_again_is_as_probable_as_over_all_items(
     num_drawn: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -387,15 +387,22 @@ def unrepeated(shop: Shop, document: Document, domain: str = "books", part: str 
     return bool(held_out) and shop.titles(document.user_id, domain).count(held_out[-1]) == 1
 
 
-@pytest.mark.parametrize(("part", "place"), [(VALIDATION, "history"), (TEST, "history"), (TEST, "target")])
+PLACES = [(VALIDATION, "history"), (TEST, "history"), (TEST, "target")]
+FILES = [
+    ("shards/train", "specific"),
+    ("shards/train", "mixed"),
+    ("shards/heldout", "specific"),
+    ("examples/books/train", "specific"),
+    ("examples/books/documents", "specific"),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("shards/train", "specific"),
-        ("shards/train", "mixed"),
-        ("shards/heldout", "specific"),
-        ("examples/books/train", "specific"),
-        ("examples/books/documents", "specific"),
+    ("name", "kind", "part", "place"),
+    [  # quick: each file with one place, and each place with one file
+        pytest.param(*file, *place, marks=[pytest.mark.slow] * (row % len(PLACES) != column))
+        for row, file in enumerate(FILES)
+        for column, place in enumerate(PLACES)
     ],
 )
 def test_a_held_out_event_is_found(shop: Shop, name: str, kind: str, part: str, place: str) -> None:

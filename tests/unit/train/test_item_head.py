@@ -230,8 +230,20 @@ def ids_and_scores(rankings: Sequence[Ranking]) -> list[dict[str, float]]:
     return [dict(zip(one.item_ids, one.scores, strict=True)) for one in rankings]
 
 
-@pytest.mark.parametrize(("weight", "item_head"), [(0.7, 1.5), (1.0, 0.0), (0.0, 0.8), (0.0, 0.0)])
-@pytest.mark.parametrize("mode", ["exact", "beam"])
+@pytest.mark.parametrize(
+    ("weight", "item_head", "mode"),
+    [
+        (0.7, 1.5, "exact"),
+        (0.7, 1.5, "beam"),
+        (1.0, 0.0, "exact"),
+        (0.0, 0.8, "beam"),
+        (0.0, 0.0, "exact"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in ((1.0, 0.0, "beam"), (0.0, 0.8, "exact"), (0.0, 0.0, "beam"))
+        ),
+    ],
+)
 def test_scores_are_the_sum_of_both_readouts_and_the_priors(
     opened: Callable[..., LLMRecommender], weight: float, item_head: float, mode: str
 ) -> None:

@@ -361,7 +361,9 @@ def no_room(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("what", ["weights", "optimizer", "state", "flush"])
+@pytest.mark.parametrize(
+    "what", ["weights", *(pytest.param(each, marks=pytest.mark.slow) for each in ("optimizer", "state")), "flush"]
+)
 def test_a_full_disk_leaves_the_older_checkpoint(
     run: Run,
     make_model: MakeModel,
