@@ -24,6 +24,7 @@ import duckdb
 import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
+from ibis.expr.operations import DatabaseTable, Namespace
 
 from cprec import errors
 from cprec.data import text_files
@@ -140,7 +141,12 @@ class DuckDBEngine(_Engine):
 
     def materialise(self, expression: Any) -> Any:
         """Compute an expression once; the result is a table that spills to disk where memory is short."""
-        return self.backend.create_table(text_files.new_name(), expression, temp=True)
+        # As `create_table` of Ibis, which spends half of its time on asking DuckDB for names and types known here.
+        name, schema, types = text_files.new_name(), expression.schema(), self.backend.compiler.type_mapper
+        columns = (f"{text_files.identifier(column)} {types.to_string(kind)}" for column, kind in schema.items())
+        self._run(f"CREATE TEMP TABLE {name} ({', '.join(columns)})")
+        self._run(f"INSERT INTO {name} {self.backend.compile(expression)}")
+        return DatabaseTable(name, schema, self.backend, Namespace("temp", "main")).to_expr()
 
     def discard(self, table: Any) -> None:
         """Drop a table that `materialise` made."""

@@ -70,7 +70,7 @@ def read_delimited(connection: Any, path: Path, form: Form) -> tuple[str, str | 
             f"{path} is not {'UTF-8' if form.encoding == UTF8 else form.encoding}: {len(undecoded):,} rows, as line "
             f"{undecoded[0]}, cannot be read. Save it as UTF-8, {fix}; or set encoding=windows-1252, if that is it"
         )
-    renamed = ", ".join(f"{old} AS {_identifier(new)}" for old, new in zip(names, form.columns, strict=True))
+    renamed = ", ".join(f"{old} AS {identifier(new)}" for old, new in zip(names, form.columns, strict=True))
     connection.execute(f"CREATE TEMP VIEW {name}_rows AS SELECT {renamed}, {LINE} FROM {name}")
     return f"{name}_rows", _malformed_table(connection, bad) if bad else None
 
@@ -98,7 +98,7 @@ def read_json_lines(connection: Any, path: Path, columns: Sequence[str], *, enco
     )
     has_twice = connection.execute(f"SELECT count(*) > 0 FROM {name}_twice").fetchall()[0][0]
     is_twice = f"json_keys(object) IN (SELECT keys FROM {name}_twice)" if has_twice else "false"
-    fields = ", ".join(f"{_json_text(column)} AS {_identifier(column)}" for column in columns)
+    fields = ", ".join(f"{_json_text(column)} AS {identifier(column)}" for column in columns)
     connection.execute(
         f"CREATE TEMP VIEW {name}_rows AS SELECT {fields}, {LINE} FROM {name} "
         f"WHERE object IS NOT NULL AND NOT {is_twice}"
@@ -170,7 +170,8 @@ def quoted(value: str | Path) -> str:
     return "'" + str(value).replace("'", "''") + "'"
 
 
-def _identifier(name: str) -> str:
+def identifier(name: str) -> str:
+    """A name of SQL, in quotes."""
     return '"' + name.replace('"', '""') + '"'
 
 
