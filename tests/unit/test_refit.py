@@ -37,7 +37,7 @@ from cprec.text.prepare import prepare
 from cprec.train.config import FinetuneConfig, TinyModel
 from cprec.train.folder import refitted_on
 
-SMALL = {"hidden_size": 16, "num_heads": 2, "num_blocks": 1, "batch_size": 32, "min_steps": 40, "num_epochs": 1}
+SMALL = {"hidden_size": 16, "num_heads": 2, "num_blocks": 1, "batch_size": 32, "min_steps": 10, "num_epochs": 1}
 WORDS = ("apple", "river", "stone", "cloud", "tiger", "piano", "lemon", "grass")
 
 
