@@ -246,7 +246,7 @@ def _llm(setting: Setting) -> Recommender:
 
     tokenizer = train_tokenizer(map(str, setting.catalogue.title), vocabulary_size=600)  # few tokens a title
     model = tiny_model(len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, seed=3)
-    return LLMRecommender(model, tokenizer, setting.catalogue, beam_width=8, batch_size=5, history=MIXED)
+    return LLMRecommender(model, tokenizer, setting.catalogue, beam_width=8, batch_size=5, history=MIXED, max_history=5)
 
 
 MAKERS: dict[str, Make] = {
