@@ -283,6 +283,7 @@ def test_with_one_code_for_each_item_and_no_decoder_it_learns_as_sasrec_does(
     assert mine.scores == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_reg4rec_with_random_masks_learns_as_mdgr_does(
     circle: str, split: Split, data: TrainingSequences, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

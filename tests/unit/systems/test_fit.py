@@ -478,6 +478,7 @@ def test_neighbours_have_the_same_middle_and_items_give_way_to_those_beside(
     np.testing.assert_allclose(middle[:, 1:3], np.repeat(middle[:, :1], 2, 1), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_without_contrasts_sra_cl_learns_as_sasrec_does_on_prefixes(
     circle: str, split: Split, data: TrainingSequences, tmp_path: Path
 ) -> None:

@@ -215,6 +215,7 @@ def made_of(settings: LLM2Rec | TitleSASRec, split: Split) -> Any:
     return settings.make(split, "ring", seed=3)
 
 
+@pytest.mark.slow
 def test_without_steps_it_is_the_network_over_vectors_of_the_base(split: Split, tmp_path: Path) -> None:
     """To the last digit, and so it is over the vectors that it has written, however many steps made them."""
     for steps, settings in ((NO_STEPS, TitleSASRec), (STEPS, LLM2Rec)):

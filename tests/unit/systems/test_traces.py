@@ -58,6 +58,7 @@ SMALL: dict[str, Any] = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "nu
 SMALL |= {"batch_size": 16, "num_epochs": 1, "beam_width": 4, "max_length": 8}
 
 
+@pytest.mark.slow
 def test_without_a_trace_it_learns_as_tiger_does(
     circle: str, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -222,6 +222,7 @@ class TextAlone(ItemTable):
         return torch.cat([found, torch.zeros(1, found.shape[1])])
 
 
+@pytest.mark.slow
 def test_without_neighbours_pinsage_learns_as_its_text_network_alone(
     circle: str, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
