@@ -99,6 +99,24 @@ def test_an_item_that_came_after_is_what_its_title_says(made: CausalRecommender)
     assert back is not None and back.scores("ring", queries[:2]) == pytest.approx(scores_QN, abs=1e-6)
 
 
+def test_an_item_that_came_after_has_the_directions_of_training(made: CausalRecommender) -> None:
+    """Another machine may find directions of equal strength turned; the network reads those that it has learnt."""
+    if not isinstance(made, TitleSASRecRecommender):
+        return
+    arrays, size = made.arrays(), made.arrays()["vectors"].shape[1]
+    turn_FF = np.linalg.qr(np.random.default_rng(0).standard_normal((size, size)))[0].astype(np.float32)
+    for name in [name for name in arrays if name == "vectors" or name.endswith("adapter.0.weight")]:
+        arrays[name] = arrays[name] @ turn_FF
+    ids, titles = made.catalogue.item_id.tolist(), made.catalogue.titles_of("ring")
+    more = Catalogue.from_tables({"ring": pa.table([[*ids, "z"], [*titles, titles[3]]], ["item_id", "title"])})
+    after = made.from_arrays(arrays, made.catalogue).with_catalogue(more)
+    query = RankingQuery("q", "ring", (Item("ring", "i05"), Item("ring", "i06")))
+    assert after is not None
+    scores_N = after.scores("ring", [query])[0]
+    assert scores_N[:-1] == pytest.approx(made.scores("ring", [query])[0], abs=1e-4)
+    assert scores_N[-1] == pytest.approx(scores_N[3], abs=1e-4)
+
+
 def test_of_an_item_that_came_after_a_file_of_vectors_says_nothing(data: TrainingSequences, circle: str) -> None:
     settings = TitleSASRec(**TINY, vectors=circle)
     made = settings.recommender(data, settings.model(settings.frozen(data)))

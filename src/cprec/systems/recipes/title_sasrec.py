@@ -9,7 +9,7 @@ head of a language model gives its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from safetensors.torch import load_file
+from scipy.linalg import orthogonal_procrustes
 from torch import nn
 
 from cprec.data.catalogue import Catalogue
@@ -123,7 +124,7 @@ class TitleSASRecRecommender(CausalRecommender):
             arrays[name] = np.concatenate([row_ND[place_N], special_SD])
             arrays[name][:-NUM_SPECIAL][new_N] = alike_MN @ row_ND
         arrays["vectors"] = arrays["vectors"][place_N]
-        arrays["vectors"][new_N] = LENGTH * before._space.of(titles)
+        arrays["vectors"][new_N] = before._vectors_of(titles)
         made = self.from_arrays(arrays, catalogue)
         made._trained = before
         return made
@@ -132,6 +133,12 @@ class TitleSASRecRecommender(CausalRecommender):
     def _space(self) -> TitleSpace:
         """The directions of its titles' words: made when the first item comes."""
         return TitleSpace(self.catalogue.titles_of(self.domain), self.settings.text_size)  # type: ignore[attr-defined]
+
+    def _vectors_of(self, titles: Sequence[str]) -> np.ndarray:
+        """Vectors of titles in the directions that were learnt: float32[N, F]. Directions of equal strength are found
+        turned, perhaps, by another machine, and are turned back."""
+        turn_FF, _ = orthogonal_procrustes(self._space.vectors, self.arrays()["vectors"])
+        return np.asarray(LENGTH * self._space.of(titles) @ turn_FF, dtype=np.float32)
 
     def write_vectors(self, path: str | Path) -> None:
         """Write the vectors of the items' titles, as `TextSettings.vectors` reads them."""
