@@ -65,13 +65,18 @@ class Trained:
         try:
             found = cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"{path} is damaged ({error}){AGAIN}") from None
+            raise DataError(f"{path} is damaged ({error}){ANEW}") from None
         if found.schema_version != VERSION:
-            raise DataError(f"{path} has schema version {found.schema_version}, this program reads {VERSION}{AGAIN}")
+            raise DataError(f"{path} has schema version {found.schema_version}, this program reads {VERSION}{ANEW}")
         return found
 
 
 AGAIN = ": evaluate it again, which trains it where it has to"
+ANEW = (
+    ": remove the saved rankings of this row, OUT/DOMAIN/NAME.*.parquet, and evaluate again; its weights are kept, and "
+    "the file is written"
+)
+"""Where only this file is wrong: an evaluation that reuses all rankings of a row does not open it."""
 
 
 def is_trained_row(folder: str | Path) -> bool:
