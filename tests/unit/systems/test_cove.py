@@ -135,6 +135,7 @@ def test_what_learns_is_what_was_asked(base: str, data: TrainingSequences) -> No
     [
         ({"reader": "llm"}, "reader='llm': expected base or own"),
         ({"lora_rank": 4}, "lora_rank=4 needs a base"),
+        ({"reader": "own", "base": "some/base"}, "base=some/base is not read with reader=own"),
         ({"layers": 1.5}, "layers=1.5 must be a fraction below 1 or a whole number"),
         ({"language_rate": 0.0}, "language_rate=0.0 must be above 0"),
     ],
@@ -142,6 +143,13 @@ def test_what_learns_is_what_was_asked(base: str, data: TrainingSequences) -> No
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         CoVE(**wrong)
+
+
+def test_adapters_of_frozen_layers_are_frozen(base: str, data: TrainingSequences) -> None:
+    stage = stage_of(CoVE(**SMALL | {"base": base, "lora_rank": 2, "frozen_layers": 2}), data)
+    weights = stage.trainable.module.named_parameters()
+    learnt = {name.partition("layers.")[2][0] for name, weight in weights if weight.requires_grad and "lora_" in name}
+    assert learnt == {"2"}
 
 
 def test_a_base_that_is_too_small_is_refused(base: str, data: TrainingSequences) -> None:

@@ -65,6 +65,8 @@ class CoVE(LanguageSettings, SelfAttentionSettings):
         self.require_not_negative("lora_rank")
         if self.reader not in get_args(Reader):
             raise ConfigError(f"reader={self.reader!r}: expected {' or '.join(get_args(Reader))}")
+        if self.base and self.reader == "own":
+            raise ConfigError(f"base={self.base} is not read with reader=own: give one of them")
         if self.lora_rank and not self.base:
             raise ConfigError(f"lora_rank={self.lora_rank} needs a base: random weights are to be learnt themselves")
 
@@ -94,9 +96,9 @@ class CoVE(LanguageSettings, SelfAttentionSettings):
                 nn.init.normal_(table.table.weight, std=INITIAL)
                 if self.from_titles:
                     table.table.weight[:num_items] = mean_rows(language.titles, of_tokens_TF)
-        if self.frozen_layers:
-            freeze_lowest(model, self.frozen_layers)
         if self.lora_rank:
-            lora = add_lora(model, rank=self.lora_rank, alpha=2 * self.lora_rank, seed=seed)
-            language = replace(language, model=lora)
+            model = add_lora(model, rank=self.lora_rank, alpha=2 * self.lora_rank, seed=seed)
+            language = replace(language, model=model)
+        if self.frozen_layers:  # with their adapters
+            freeze_lowest(model, self.frozen_layers)
         return read, LanguageEncoder(language, num_blocks, self.max_length, None, self.dropout), scored
