@@ -25,9 +25,9 @@ Stated = Mapping[str, Sequence[tuple[int, str]]]
 """By user the preferences, each with the number of events of the user's that it was made after, which never falls."""
 
 
-def read_preferences(path: str | Path, data: TrainingSequences) -> Stated:
+def read_preferences(path: str | Path, data: TrainingSequences, setting: str = "preferences") -> Stated:
     """Preferences from a file of lines `{"user": "platform/id", "after": 3, "text": "..."}`, where `after` is how many
-    of the user's events in the domain there were when it was made.
+    of the user's events in the domain there were when it was made. Errors name the `setting` that the file is of.
 
     Raises ConfigError for a line that is something else, a user without training events and a file without a line, and
     LeakageError for a preference that was made after more events than there are in training: it knows held-out ones.
@@ -35,9 +35,11 @@ def read_preferences(path: str | Path, data: TrainingSequences) -> Stated:
     num_events = dict(zip(data.users, data.sequences.lengths.tolist(), strict=True))
     found: dict[str, list[tuple[int, str]]] = {}
     try:
-        lines = Path(path).read_text().splitlines()
+        content = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"preferences={path} cannot be read: {error}") from None
+        raise ConfigError(f"{setting}={path} cannot be read: {error}") from None
+    # Not `splitlines`: a text may hold other characters that end lines.
+    lines = content.removesuffix("\n").split("\n") if content else []
     for number, line in enumerate(lines, 1):
         try:
             parts = json.loads(line)
@@ -47,15 +49,15 @@ def read_preferences(path: str | Path, data: TrainingSequences) -> Stated:
             if user not in num_events:
                 raise ValueError(f"user {user!r} has no training event in {data.domain!r}")
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"preferences={path}, line {number}: {error}; expected user, after and text") from None
+            raise ConfigError(f"{setting}={path}, line {number}: {error}; expected user, after and text") from None
         if after > num_events[user]:
             raise LeakageError(
-                f"preferences={path}, line {number}: it was made after {after} events of user {user!r}, who has "
+                f"{setting}={path}, line {number}: it was made after {after} events of user {user!r}, who has "
                 f"{num_events[user]} in training: it knows held-out events. Leave it out"
             )
         found.setdefault(user, []).append((after, text))
     if not found:
-        raise ConfigError(f"preferences={path} has no line")
+        raise ConfigError(f"{setting}={path} has no line")
     return {user: sorted(rows, key=lambda row: row[0]) for user, rows in found.items()}
 
 

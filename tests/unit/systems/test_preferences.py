@@ -139,6 +139,15 @@ def test_files_that_say_nothing_are_refused(tmp_path: Path, data: TrainingSequen
         read_preferences(tmp_path / "none.jsonl", data)
 
 
+def test_texts_hold_any_character(tmp_path: Path, data: TrainingSequences) -> None:
+    """Some, like U+2028 and U+0085, end lines for Python, and none for JSON."""
+    texts = ["red\u2028hat", "caf\u00e9\u0085cup"]
+    path = tmp_path / "said.jsonl"
+    lines = [json.dumps(said("p/u01", place, text), ensure_ascii=False) for place, text in enumerate(texts)]
+    path.write_bytes(("\n".join(lines) + "\n").encode())
+    assert read_preferences(path, data) == {"p/u01": [*enumerate(texts)]}
+
+
 def test_one_of_the_preferences_is_chosen() -> None:
     generator, known = np.random.default_rng(0), Ragged.of([[], [1, 2], [3, 4], [], [2, 5]])
 

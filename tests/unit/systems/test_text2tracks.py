@@ -98,6 +98,12 @@ def test_queries_of_users_ask_for_the_event_right_after_them(data: TrainingSeque
     ) in found
 
 
+def test_errors_name_the_setting_of_queries(data: TrainingSequences, tmp_path: Path) -> None:
+    settings = Text2Tracks(**SMALL, queries=str(tmp_path / "none.jsonl"))
+    with pytest.raises(ConfigError, match=r"^queries=.*none\.jsonl cannot be read"):
+        settings.stream(data, settings.codes(data, 0), 0)
+
+
 def made(split: Split, **changed: Any) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fitting, "VALIDATIONS", 1)

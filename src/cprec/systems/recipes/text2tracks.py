@@ -17,7 +17,7 @@ residual k-means (there sparse coding, besides others); one causal decoder; list
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,7 +112,7 @@ class Text2Tracks(WordedSettings):
     def stream(self, data: TrainingSequences, codes: ItemCodes, seed: int) -> Stream:
         """See `CodeSettings.stream`."""
         assert isinstance(codes, WordedCodes)
-        stated: Mapping[str, Sequence[tuple[int, str]]] = read_preferences(self.queries, data) if self.queries else {}
+        stated: Stated = read_preferences(self.queries, data, "queries") if self.queries else {}
         return AskingStream(data, codes, self.passes(seed), stated)
 
     def code_recommender(self, data: TrainingSequences, codes: ItemCodes, model: Any) -> CodeRecommender:
