@@ -62,8 +62,9 @@ def test_no_two_items_share_all_codes_where_there_are_enough() -> None:
 
 def test_more_items_than_codes_are_spread_evenly() -> None:
     distances = np.random.default_rng(0).random((8, 3))
-    found = told_apart(np.zeros((8, 2), dtype=np.int64), distances)
-    assert sorted(np.bincount(found[:, 1]).tolist()) == [2, 3, 3]
+    for rule in (told_apart, spread_out):
+        found = rule(np.zeros((8, 2), dtype=np.int64), distances)
+        assert sorted(np.bincount(found[:, 1]).tolist()) == [2, 3, 3]
 
 
 def test_spreading_codes_loses_no_more_in_sum_than_exchanging_those_that_are_taken() -> None:
@@ -79,6 +80,18 @@ def test_spreading_codes_loses_no_more_in_sum_than_exchanging_those_that_are_tak
         ratios.append([each / best for each in lost])
     moved, spread = np.mean(ratios, axis=0)
     assert spread < 1.3 < 1.9 < moved, "beside the least that is possible"
+
+
+def test_codes_that_are_made_with_a_rule_are_moved_by_it() -> None:
+    """Of vectors for which the two rules choose differently."""
+    vectors = np.random.default_rng(1).normal(size=(12, 2))
+    quantiser = fitted("residual k-means", vectors, 2, 4, seed=0)
+    own = quantiser.encode(vectors)
+    distances = quantiser.last_distances(vectors, own)
+    assert not np.array_equal(spread_out(own, distances), told_apart(own, distances))
+    reassigned, spread = (ItemCodes.coded(quantiser, vectors, 4, rule) for rule in ("reassign", "sinkhorn"))
+    assert np.array_equal(reassigned.code_NL, told_apart(own, distances))
+    assert np.array_equal(spread.code_NL, spread_out(own, distances))
 
 
 def test_spread_codes_are_near_ones_and_free() -> None:
