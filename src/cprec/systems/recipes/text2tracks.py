@@ -7,7 +7,7 @@ choice, of playlists); no history is read.
 Logs hardly ever have queries. Without a file of them (`queries`) a row asks for an item by some of the telling words of
 its own title, brand and categories, drawn anew in each step: for each item once in a pass, and once for each of its
 training events, so that popular items are more probable. The text of a held-out target is never read: a list answers
-the query's own text, as the service has it, and where there is none the words of the latest item of the history, which
+the query's own text, and where there is none the words of the latest item of the history, which
 asks for items like that one. So the row in a table of next items, which have no queries, says little of what this is
 for; what it is worth beyond a search for words is what it makes of words that an item does not have.
 
