@@ -19,7 +19,7 @@ from cprec.systems.encoders import SelfAttention, turned
 from cprec.systems.recipes.sasrec import SASRec
 from cprec.systems.recipes.synergen import SynerGen, TwoTasks
 from cprec.systems.settings import SystemSettings
-from cprec.systems.signals import DAY, Gaps, TrainingSequences
+from cprec.systems.signals import DAY, Gaps, TrainingSequences, padded
 from cprec.systems.terms import objective_loss
 
 SMALL: dict[str, Any] = {"hidden_size": 8, "num_blocks": 2, "num_heads": 2, "batch_size": 16, "num_epochs": 3}
@@ -101,6 +101,24 @@ def test_the_head_learns_both_losses_and_is_mixed_in(data: TrainingSequences) ->
         assert torch.allclose(mixed, 0.75 * plain + 0.25 * model.head(plain), atol=1e-6)
     strangers = recommender.encode(some, ["p/nobody"] * 4)
     assert not strangers.isnan().any() and strangers.shape == plain.shape
+
+
+def test_training_and_rankings_read_typical_gaps_up_to_each_event(data: TrainingSequences) -> None:
+    """Never the time of what is predicted."""
+    settings = SynerGen(**SMALL, max_length=50)
+    (stage,) = settings.stages(data, 0)
+    gaps, batch = Gaps(data, linear=True), stage.stream.batch(0)
+    users = np.flatnonzero(data.sequences.lengths > 1)[batch.examples]
+    for user, found in zip(users, batch.rows["gaps"], strict=True):
+        expected = gaps.training[user][:-1]
+        assert found[: len(expected)].tolist() == expected.tolist()
+    model: Any = stage.trainable.module
+    recommender: Any = settings.recommender(data, model)
+    histories, names = data.sequences.take(np.arange(3)), data.users[:3]
+    rows = {"items": padded(histories, data.num_items)[0], "gaps": padded(gaps.of(histories, names), 0)[0]}
+    with torch.inference_mode():
+        by_hand = model.encode(model.vectors(), {name: torch.from_numpy(array) for name, array in rows.items()})
+        assert torch.allclose(recommender.encode(histories, names), by_hand, atol=1e-6)
 
 
 def losses(settings: SystemSettings, split: Split, folder: Path) -> list[float]:
