@@ -24,8 +24,11 @@ BEGIN, END = "<!-- systems: written by make_results.py -->\n", "<!-- systems: en
 CONTROLS: Mapping[str, str] = {
     **dict.fromkeys(("NGCF", "AlphaRec"), "LightGCN"),
     **dict.fromkeys(("HMamba", "SIGMA", "MMM4Rec"), "Mamba4Rec"),
-    **dict.fromkeys(("Mamba4Rec", "ICSRec", "SRA-CL", "MQSA-TED"), "SASRec (wide)"),
-    "SASRec (titles)": "SASRec",
+    **dict.fromkeys(("Mamba4Rec", "ICSRec", "SRA-CL", "MQSA-TED", "SLMRec", "H2Rec"), "SASRec (wide)"),
+    "Human priors (titles)": "SASRec (wide)",
+    **dict.fromkeys(("SASRec (titles)", "SASRec (denoised)"), "SASRec"),
+    **dict.fromkeys(("APAO", "MSCGRec", "PRISM", "STREAM-Rec"), "TIGER"),
+    "REG4Rec": "MDGR",
     **dict.fromkeys(("ReaRec", "ReaRec (progressive)"), "ReaRec (more blocks)"),
     **{name: f"{name} (more blocks)" for name in ("ManCAR", "IGR-SR")},
 }
