@@ -21,8 +21,8 @@ def continuous_tokens(vectors_VF: np.ndarray, size: int) -> np.ndarray:
     """Vectors less their mean, in their `size` strongest directions, as far as there are so many, scaled so that the
     mean square of their numbers is 1: float32[V, size or fewer]. Vectors that are all equal stay zeros.
 
-    >>> continuous_tokens(np.array([[1.0, 4], [3, 4], [5, 4]]), 1).round(2).tolist()
-    [[-1.22], [0.0], [1.22]]
+    >>> continuous_tokens(np.array([[1.0, 4], [3, 4], [5, 4]]), 1).round(3).astype(str).tolist()
+    [['-1.225'], ['0.0'], ['1.225']]
     """
     centred_VF = vectors_VF.astype(np.float64) - vectors_VF.mean(0)
     _, _, axes_FF = np.linalg.svd(centred_VF, full_matrices=False)

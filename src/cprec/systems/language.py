@@ -314,7 +314,10 @@ class TextTable(ItemTable):
         with torch.no_grad():
             states_VF = reader(torch.arange(num_items, device=distributed.pick_device())).cpu()
         directions = Directions.of(states_VF.numpy())
-        scale = LENGTH / np.linalg.norm(directions.project(states_VF.numpy()), axis=1).mean()
+        length = np.linalg.norm(directions.project(states_VF.numpy()), axis=1).mean()
+        if not length > 0:
+            raise Unsuitable("a language model reads the titles, and all items are alike to it: it tells none apart")
+        scale = LENGTH / length
         axes_FK = torch.from_numpy(directions.axes_FK * np.float32(scale))
         # As parameters without gradients they are in checkpoints.
         self.mean_F, self.axes_FK, self.common_F = (

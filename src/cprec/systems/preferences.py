@@ -67,6 +67,8 @@ class Preferences:
 
     def __init__(self, words: Words, stated: Stated | None) -> None:
         self._from_events = stated is None
+        if stated is not None:
+            words.read_some([text for rows in stated.values() for _, text in rows], "preferences")
         self._stated = {
             user: (np.array([after for after, _ in rows]), words.read([text for _, text in rows]))
             for user, rows in (stated or {}).items()

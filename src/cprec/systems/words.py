@@ -84,6 +84,17 @@ class Words:
             rows.append(known[np.sort(np.argsort(-self.weight_W[known], kind="stable")[: self.most])])
         return Ragged.of(rows)
 
+    def read_some(self, texts: Sequence[str], setting: str) -> Ragged:
+        """As `read`. Raises ConfigError, which names the setting that gave the texts, where none has a word that
+        counts."""
+        found = self.read(texts)
+        if not len(found.values):
+            raise ConfigError(
+                f"{setting}: no text there has a word of an item's title, brand or categories that tells items apart: "
+                "give texts in the words of the items"
+            )
+        return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class WordedCodes(ItemCodes):

@@ -189,6 +189,16 @@ def test_a_table_asks_for_titles_on_the_device_that_reads_them(monkeypatch: pyte
     assert devices == ["meta"]
 
 
+def test_titles_that_are_all_alike_are_refused() -> None:
+    class Alike(nn.Module):
+        def forward(self, items_K: torch.Tensor) -> torch.Tensor:
+            return torch.ones(len(items_K), 4)
+
+    reader: Any = Alike()
+    with pytest.raises(Unsuitable, match="all items are alike to it"):
+        TextTable(reader, 3, lambda width: nn.Linear(width, 2), rows=None)
+
+
 def test_an_encoder_reads_vectors_as_the_model_reads_those_of_tokens() -> None:
     own = language(_gpt2)
     encoder = LanguageEncoder(own, 3, 32, 16, 0.0).eval()

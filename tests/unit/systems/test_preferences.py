@@ -137,6 +137,9 @@ def test_files_that_say_nothing_are_refused(tmp_path: Path, data: TrainingSequen
         read_preferences(written(tmp_path), data)
     with pytest.raises(ConfigError, match=r"none\.jsonl cannot be read"):
         read_preferences(tmp_path / "none.jsonl", data)
+    path = written(tmp_path, said("p/u00", 1, "qwertz"), said("p/u00", 2, ""))
+    with pytest.raises(ConfigError, match="preferences: no text there has a word of an item's title"):
+        Mender(**SMALL, preferences=path).codes(data, 0)
 
 
 def test_texts_hold_any_character(tmp_path: Path, data: TrainingSequences) -> None:

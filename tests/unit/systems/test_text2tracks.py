@@ -98,6 +98,18 @@ def test_queries_of_users_ask_for_the_event_right_after_them(data: TrainingSeque
     ) in found
 
 
+def test_queries_without_a_word_that_counts_ask_for_nothing(data: TrainingSequences, tmp_path: Path) -> None:
+    path, user = tmp_path / "queries.jsonl", data.users[0]
+    lines = [json.dumps({"user": user, "after": after, "text": text}) for after, text in ((1, "qwertz"), (2, "green"))]
+    settings = Text2Tracks(**SMALL, queries=str(path))
+    path.write_text("\n".join(lines))
+    stream = settings.stream(data, codes := settings.codes(data, 0), 0)
+    assert isinstance(stream, AskingStream) and len(rows_of(stream, codes)) == 1 + 12
+    path.write_text(lines[0])
+    with pytest.raises(ConfigError, match="queries: no text there has a word of an item's title"):
+        settings.stream(data, codes, 0)
+
+
 def test_errors_name_the_setting_of_queries(data: TrainingSequences, tmp_path: Path) -> None:
     settings = Text2Tracks(**SMALL, queries=str(tmp_path / "none.jsonl"))
     with pytest.raises(ConfigError, match=r"^queries=.*none\.jsonl cannot be read"):

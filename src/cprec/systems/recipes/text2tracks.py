@@ -50,6 +50,9 @@ class AskingStream(WordedStream):
             for after, text in rows
             if after < data.sequences.lengths[row_of[user]]
         ]
+        if asked:  # a text without a word that counts asks for nothing
+            known = codes.words.read_some([text for _, text in asked], "queries").lengths > 0
+            asked = [each for each, is_known in zip(asked, known, strict=True) if is_known]
         of_events = data.sequences.values if not asked else np.empty(0, dtype=np.int64)
         items = np.concatenate([[item for item, _ in asked], np.arange(data.num_items), of_events]).astype(np.int64)
         queries = codes.words.read([text for _, text in asked])
