@@ -212,7 +212,7 @@ class Service:
         domain = self.stock.domain(engine, request.domain)
         if domain not in engine.domains:
             can = ", ".join(engine.domains)
-            raise m.Refused(422, f"domain={domain!r}: {engine.name} was blended for {can}, and recommends from there")
+            raise m.Refused(422, f"domain={domain!r}: {engine.name} was made for {can}, and recommends from there")
         check_ids(engine.catalogue, domain, ids)
         if request.query is not None and not engine.reads_queries:
             raise m.Refused(422, f"query: {engine.name} reads histories, not queries in words: leave it out")

@@ -101,7 +101,7 @@ def test_a_blend_recommends_from_its_domain_alone(engine: Any, served: Served) -
     with served(Service([Blended(engine.catalogue)], deadline_ms=60_000)) as client:
         assert ids(asked(client, "g0", "b0", k=1)) == ["b1"]
         refused = asked(client, "b0", domain="games")
-        assert refused.status_code == 422 and "fake was blended for books" in refused.json()["error"]
+        assert refused.status_code == 422 and "fake was made for books" in refused.json()["error"]
         (told,) = client.get("/v1/about").json()["served"]
         assert told == {"name": "fake", "domains": ["books"], "parts": ["model", "graph"]}
         assert client.get("/v1/items", params={"query": "chess", "domain": "games"}).json()["items"]
