@@ -91,6 +91,7 @@ def test_an_item_that_came_after_is_what_its_title_says(made: CausalRecommender)
         RankingQuery("q", "ring", tuple(Item("ring", name) for name in history))
         for history in (["i05", "i06"], ["i05", "i03"], ["i05", "a new one"])
     ]
+    assert made.with_catalogue(made.catalogue) is not None and "_space" not in vars(made), "no item came to be told"
     after, scores_QN = made.with_catalogue(more), made.scores("ring", queries[:2])
     assert after is not None and after.scores("ring", queries[:2])[:, 1:] == pytest.approx(scores_QN, abs=1e-6)
     assert after.scores("ring", queries[:2])[:, 0] == pytest.approx(scores_QN[:, 3], abs=1e-5)

@@ -116,15 +116,17 @@ class TitleSASRecRecommender(CausalRecommender):
         if self.settings.vectors:  # type: ignore[attr-defined]
             return None
         arrays, place_N = before.arrays(), catalogue.places_in(before.catalogue, self.domain)
-        new_N = place_N < 0
-        titles = [title for title, is_new in zip(catalogue.titles_of(self.domain), new_N, strict=True) if is_new]
-        num_before, alike_MN = len(arrays["vectors"]), before._space.nearest(titles, ALIKE)
-        for name in [name for name in arrays if name.endswith(ROWS)]:
-            row_ND, special_SD = np.split(arrays[name], [num_before])
-            arrays[name] = np.concatenate([row_ND[place_N], special_SD])
-            arrays[name][:-NUM_SPECIAL][new_N] = alike_MN @ row_ND
+        new_N, num_before = place_N < 0, len(arrays["vectors"])
+        trained = {name: weights[:num_before] for name, weights in arrays.items() if name.endswith(ROWS)}
+        for name, row_ND in trained.items():
+            arrays[name] = np.concatenate([row_ND[place_N], arrays[name][num_before:]])
         arrays["vectors"] = arrays["vectors"][place_N]
-        arrays["vectors"][new_N] = before._vectors_of(titles)
+        if new_N.any():
+            titles = [title for title, is_new in zip(catalogue.titles_of(self.domain), new_N, strict=True) if is_new]
+            arrays["vectors"][new_N] = before._vectors_of(titles)
+            alike_MN = before._space.nearest(titles, ALIKE)
+            for name, row_ND in trained.items():
+                arrays[name][:-NUM_SPECIAL][new_N] = alike_MN @ row_ND
         made = self.from_arrays(arrays, catalogue)
         made._trained = before
         return made
@@ -134,11 +136,15 @@ class TitleSASRecRecommender(CausalRecommender):
         """The directions of its titles' words: made when the first item comes."""
         return TitleSpace(self.catalogue.titles_of(self.domain), self.settings.text_size)  # type: ignore[attr-defined]
 
+    @cached_property
+    def _turn_FF(self) -> np.ndarray:
+        """Turns these directions to those that were learnt: another machine may find those of equal strength turned."""
+        turn_FF, _ = orthogonal_procrustes(self._space.vectors, self.model.items.given().cpu().numpy())
+        return turn_FF
+
     def _vectors_of(self, titles: Sequence[str]) -> np.ndarray:
-        """Vectors of titles in the directions that were learnt: float32[N, F]. Directions of equal strength are found
-        turned, perhaps, by another machine, and are turned back."""
-        turn_FF, _ = orthogonal_procrustes(self._space.vectors, self.arrays()["vectors"])
-        return np.asarray(LENGTH * self._space.of(titles) @ turn_FF, dtype=np.float32)
+        """Vectors of titles in the directions that were learnt: float32[N, F]."""
+        return np.asarray(LENGTH * self._space.of(titles) @ self._turn_FF, dtype=np.float32)
 
     def write_vectors(self, path: str | Path) -> None:
         """Write the vectors of the items' titles, as `TextSettings.vectors` reads them."""
