@@ -82,7 +82,6 @@ class LLMRecommender(Recommending):
     """Item ids by domain that histories may name and full rankings never return; see `with_items`."""
     blend: PriorSource | None
     """What is known of items beside the model: joins every score (`generate` has none). None leaves it to the model."""
-    reads_queries = True
     way = None
 
     def __init__(

@@ -35,8 +35,6 @@ class Recommending(ABC):
     catalogue: Catalogue
     withdrawn: Mapping[str, frozenset[str]]
     """Item ids by domain that histories may name and full rankings never return."""
-    reads_queries: bool
-    """Whether it takes queries in words."""
 
     @abstractmethod
     def rank(self, queries: Sequence[RankingQuery], k: int) -> list[Ranking]:
@@ -48,8 +46,25 @@ class Recommending(ABC):
         """What stands for an item in every text: its title, and perhaps other fields."""
 
     @abstractmethod
+    def shown(self, query: RankingQuery) -> tuple[Item, ...]:
+        """The events of a query's history that count: those that some part of the score reads."""
+
+    @abstractmethod
     def reading(self, query: RankingQuery) -> tuple[int, str]:
         """How many events of a query's history are read, and why not more where that is worth a warning."""
+
+    def asked_in_words(self, query: RankingQuery, text: str) -> RankingQuery:
+        """A query that is asked in words as well. A list after a history of which no event is read is of items that
+        have one of the words. Raises DataError for what can be no text, and where no item that may be returned has one;
+        ConfigError where no words are taken."""
+        gone = query.exclude | self.withdrawn.get(query.domain, frozenset())
+        found = self.catalogue.items_with_words(
+            query.domain,
+            check_query(text),
+            lambda item: item not in gone and (query.allow is None or item in query.allow),
+        )
+        lists_these = query.candidates is None and not (query.history and self.shown(query))
+        return replace(query, text=text, allow=found if lists_these else query.allow)
 
     def recommend(
         self,
@@ -92,8 +107,6 @@ class Recommending(ABC):
         if domain is None or domain not in self.catalogue.domains:
             raise ConfigError(f"domain={domain!r}: name one of {', '.join(self.catalogue.domains)}")
         texts = [None] * len(histories) if queries is None else queries
-        if not self.reads_queries and any(text is not None for text in texts):
-            raise ConfigError(f"{self.name} reads histories, not queries in words: leave the query out")
         if len(texts) != len(histories):
             raise ConfigError(f"{len(texts)} queries for {len(histories)} histories: give one for each, or None")
         asked = [
@@ -130,14 +143,12 @@ class Recommending(ABC):
                 f"k={k}: domain {domain!r} has {available} items outside this history; choose 1 to {available}"
             )
         query = RankingQuery(query_id="", domain=domain, history=items, exclude=exclude)
-        read, warning = self.reading(query)
         if text is not None:
-            left_out = exclude | gone
-            found = self.catalogue.items_with_words(domain, check_query(text), lambda item: item not in left_out)
-            query = replace(query, text=text, allow=None if read else found)
+            query = self.asked_in_words(query, text)
+        read, warning = self.reading(query)
         if items and not read:
-            warnings.warn(f"no event of the history is of domain {domain!r}: the ranking ignores it", stacklevel=4)
-        elif warning:
+            warning = warning or f"no event of the history is of domain {domain!r}: the ranking ignores it"
+        if warning:
             warnings.warn(warning, stacklevel=4)
         return query
 

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from cprec.data.catalogue import Catalogue
+from cprec.data.word_index import check_query
 from cprec.errors import ConfigError
 from cprec.rank.recommending import Recommending
 from cprec.recommender import Proof, Ranking, RankingQuery
 from cprec.schema import TITLE, Item
 from cprec.scoring import ScoringRecommender, StoredRecommender, check_domain
 from cprec.systems.letters import LetterRecommender
+from cprec.systems.words import WordedRecommender
 
 VECTORS, LETTERS = "vectors", "letters"
 """How systems rank that score every item: by products of vectors, or by letters of what a retriever found."""
@@ -25,10 +27,9 @@ ITEM_TEXTS = (TITLE, "brand", "categories")
 
 
 class SystemRecommender(Recommending):
-    """Ranks as the recommender does that a system made, without items that are withdrawn. Queries in words are not
-    read. Where every item is scored, lists are proven; what writes tokens of items proves its own."""
+    """Ranks as the recommender does that a system made, without items that are withdrawn. Where every item is scored,
+    lists are proven; what writes tokens of items proves its own."""
 
-    reads_queries = False
     cache = None
     item_fields = (TITLE,)
 
@@ -79,12 +80,27 @@ class SystemRecommender(Recommending):
             r if q.candidates is not None else replace(r, proof=proof) for q, r in zip(asked, rankings, strict=True)
         ]
 
+    def asked_in_words(self, query: RankingQuery, text: str) -> RankingQuery:
+        """See `Recommending.asked_in_words`; for systems that have learnt to read words, which rank all items by them.
+        Raises ConfigError for the others, DataError for a text without a word that was learnt."""
+        if not isinstance(self.recommender, WordedRecommender):
+            raise ConfigError(f"{self.name} reads histories, not queries in words: leave the query out")
+        self.recommender.read_text(check_query(text))
+        return replace(query, text=text)
+
     def reading(self, query: RankingQuery) -> tuple[int, str]:
         """See `Recommending.reading`."""
-        return len(self.shown(query)), ""
+        is_unread = self._reads_words_alone(query) and query.history
+        return len(self.shown(query)), f"{self.name} reads the query alone, not the history" if is_unread else ""
+
+    def _reads_words_alone(self, query: RankingQuery) -> bool:
+        reader = self.recommender
+        return bool(query.text) and isinstance(reader, WordedRecommender) and not reader.reads_histories
 
     def shown(self, query: RankingQuery) -> tuple[Item, ...]:
-        """The events of a query's history that count: the latest of its domain."""
+        """The events of a query's history that count: the latest of its domain, if any."""
+        if self._reads_words_alone(query):
+            return ()
         return tuple(item for item in query.history if item.domain == self._domain)[-self.max_history :]
 
     def effects(self, queries: Sequence[RankingQuery], rankings: Sequence[Ranking]) -> list[dict[str, float]]:

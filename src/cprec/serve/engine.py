@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 from cprec.data.catalogue import Catalogue
@@ -21,7 +20,7 @@ class CacheCounts(Protocol):
 
 
 class Engine(Protocol):
-    """A model over a catalogue, which may read the texts of queries. It never changes: other items make another engine,
+    """A model over a catalogue, which may take queries in words. It never changes: other items make another engine,
     which shares the model.
 
     The service calls `rank` from one thread at a time, and the other methods from any.
@@ -37,8 +36,6 @@ class Engine(Protocol):
     """Item ids by domain that are in the catalogue but are never recommended."""
     max_history: int
     """The most events of a history that the model reads."""
-    reads_queries: bool
-    """Whether it takes queries in words."""
 
     @property
     def way(self) -> str | None:
@@ -70,12 +67,16 @@ class Engine(Protocol):
     ) -> list[Ranking]:
         """As `Recommender.rank`, in mode exact, auto or beam. Once `stop()` is true, the best found so far."""
 
+    def asked_in_words(self, query: RankingQuery, text: str) -> RankingQuery:
+        """A query that is asked in words as well. Raises ConfigError where none are taken, DataError for a text that
+        says nothing of the items that may be returned."""
+
     def shown(self, query: RankingQuery) -> tuple[Item, ...]:
         """The events of a query's history that count: those that some part of the score reads."""
 
     def effects(self, queries: Sequence[RankingQuery], rankings: Sequence[Ranking]) -> Sequence[Mapping[str, float]]:
-        """What each part adds to the score of a query's one candidate, compared with an average item; they sum up. For
-        queries with a text it is the part QUERY, whose weight is the sum of `weights`."""
+        """What each part adds to the score of a query's one candidate, compared with an average item; they sum up.
+        Where the words of a text are added, they are the part QUERY, whose weight is the sum of `weights`."""
 
     def with_items(self, catalogue: Catalogue, withdrawn: Mapping[str, frozenset[str]]) -> Engine:
         """An engine with other items that shares the model. Raises CPRecError for items that it cannot take."""
@@ -106,11 +107,8 @@ def list_query(
     deny: Iterable[str] = (),
     text: str = "",
 ) -> RankingQuery:
-    """A query for a list. With `exclude_seen`, items that look the same as one of the history are left out too.
-
-    Where there is a text and no event of the history is read, only items that have a word of the text are allowed.
-    Raises DataError where no item that may be returned has one.
-    """
+    """A query for a list. With `exclude_seen`, items that look the same as one of the history are left out too. For a
+    text see `Engine.asked_in_words`, which may raise."""
     seen = [item.item_id for item in history if item.domain == domain and exclude_seen]
     query = RankingQuery(
         query_id="",
@@ -119,13 +117,7 @@ def list_query(
         exclude=engine.catalogue.of_equal_text(domain, seen, engine.item_fields) | frozenset(deny),
         allow=None if allow is None else frozenset(allow),
     )
-    if not text:
-        return query
-    gone = query.exclude | engine.withdrawn.get(domain, frozenset())
-    found = engine.catalogue.items_with_words(
-        domain, text, lambda item: item not in gone and (query.allow is None or item in query.allow)
-    )
-    return replace(query, text=text, allow=found if reads_nothing(engine, query) else query.allow)
+    return engine.asked_in_words(query, text) if text else query
 
 
 def score_query(domain: str, history: tuple[Item, ...], item_ids: Iterable[str], text: str = "") -> RankingQuery:

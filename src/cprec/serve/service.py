@@ -15,7 +15,7 @@ import numpy as np
 
 from cprec import __version__
 from cprec.data.word_index import QUERY, check_query
-from cprec.errors import DataError, ModelError
+from cprec.errors import ConfigError, DataError, ModelError
 from cprec.recommender import Ranking, RankingQuery
 from cprec.schema import Item
 from cprec.serve import messages as m
@@ -70,7 +70,7 @@ class _Question:
     @property
     def mode_of_text(self) -> str:
         """How a list of the engine is made where there is a text."""
-        return QUERY if reads_nothing(self.engine, self.query) else QUERY_AND_HISTORY
+        return QUERY_AND_HISTORY if self.query.history and self.engine.shown(self.query) else QUERY
 
     def items(self, ranking: Ranking) -> list[m.ScoredItem]:
         return scored_items(self.engine.catalogue, self.query.domain, ranking.item_ids[: self.k], ranking.scores)
@@ -214,10 +214,8 @@ class Service:
             can = ", ".join(engine.domains)
             raise m.Refused(422, f"domain={domain!r}: {engine.name} was made for {can}, and recommends from there")
         check_ids(engine.catalogue, domain, ids)
-        if request.query is not None and not engine.reads_queries:
-            raise m.Refused(422, f"query: {engine.name} reads histories, not queries in words: leave it out")
         if request.query is not None:
-            await asyncio.to_thread(_require_words, engine, domain, request.query)
+            await asyncio.to_thread(_check_words, engine, domain, request.query)
         if len(request.history) < LONG_HISTORY:
             return engine, domain, look_up_history(engine.catalogue, domain, request.history)
         return engine, domain, await asyncio.to_thread(look_up_history, engine.catalogue, domain, request.history)
@@ -348,7 +346,7 @@ class Service:
         effects = [sum(parts.values()) - sum(other.values()) for other in others]
         weights, of_all = dict(engine.weights), sum(engine.weights.values())
         words: dict[str, float] = {}
-        if whole.text:
+        if QUERY in parts:
             weights[QUERY] = of_all
             place = engine.catalogue.find(domain, [request.item_id])[0] - engine.catalogue.rows_of(domain)[0]
             words = await asyncio.to_thread(engine.catalogue.words_of(domain).matched, place, whole.text)
@@ -443,12 +441,11 @@ def _warm_up(engine: Engine) -> None:
         engine.rank([list_query(engine, domain, ())], 1, "beam")
 
 
-def _require_words(engine: Engine, domain: str, text: str) -> None:
-    """Raise Refused for a query that can be none, or of which no item in stock has a word."""
-    gone = engine.withdrawn.get(domain, frozenset())
+def _check_words(engine: Engine, domain: str, text: str) -> None:
+    """Raise Refused for a query that can be none, or whose words say nothing of the items in stock."""
     try:
-        engine.catalogue.items_with_words(domain, check_query(text), lambda item: item not in gone)
-    except DataError as error:
+        list_query(engine, domain, (), text=check_query(text))
+    except (ConfigError, DataError) as error:
         raise m.Refused(422, str(error)) from None
 
 

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -182,6 +182,9 @@ class WordedRecommender(CodeRecommender):
     """Ranks by the probability of codes after words and perhaps a history. The words are those of the query's text;
     where it has none, a subclass says which."""
 
+    reads_histories: ClassVar[bool] = True
+    """Whether it reads a history behind the words."""
+
     def __init__(self, name: str, data: TrainingSequences, codes: WordedCodes, model: Any, **ranking: Any) -> None:
         """`ranking`: see `SequenceRecommender`."""
         self._worded, self._of_items = codes, codes.of_items
@@ -198,23 +201,25 @@ class WordedRecommender(CodeRecommender):
     def without_text(self, history: np.ndarray, user: str | None) -> np.ndarray:
         """The words for a query without a text, with this history of item numbers: int64."""
 
-    def reads(self, histories: Ragged) -> Ragged:
-        """What is read of histories."""
-        return histories
+    def read_text(self, text: str) -> np.ndarray:
+        """The words of a query's text: int64. Raises DataError where it has none that was learnt."""
+        found = self._worded.words.read([text])[0]
+        if not len(found):
+            raise DataError(
+                f"query={text!r} has no word that {self.name} has learnt and that tells the items of {self.domain!r} "
+                "apart: give words of titles, brands or categories, or leave it out"
+            )
+        return found
 
     def _prompts(self, queries: Sequence[RankingQuery]) -> Ragged:
-        """Raises DataError for a text that has no known word."""
+        """Raises DataError as `read_text` does."""
         histories = self._histories(queries)
-        rows = []
-        for number, query in enumerate(queries):
-            found = self._worded.words.read([query.text])[0]
-            if query.text and not len(found):
-                raise DataError(
-                    f"{self.name}: text={query.text!r} has no word that tells the items of {self.domain!r} apart: give "
-                    "words of titles, brands or categories, or leave it out"
-                )
-            rows.append(found if query.text else self.without_text(histories[number], query.user))
-        return self._worded.behind(Ragged.of(rows), self._codes.prompts(self.reads(histories)))
+        words = [
+            self.read_text(query.text) if query.text else self.without_text(histories[number], query.user)
+            for number, query in enumerate(queries)
+        ]
+        read = histories if self.reads_histories else Ragged.of([[] for _ in queries])
+        return self._worded.behind(Ragged.of(words), self._codes.prompts(read))
 
 
 def steering(

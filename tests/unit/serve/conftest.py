@@ -15,6 +15,7 @@ import uvicorn
 
 from cprec.data.catalogue import Catalogue
 from cprec.data.word_index import QUERY
+from cprec.rank.recommending import Recommending
 from cprec.recommender import Proof, Ranking, RankingQuery
 from cprec.schema import Item
 from cprec.serve.app import make_app
@@ -41,7 +42,6 @@ class FakeEngine:
         self.name, self.domain, self.catalogue = name, domain, catalogue
         self.withdrawn: Mapping[str, frozenset[str]] = {}
         self.max_history = 3
-        self.reads_queries = True
         self.way: str | None = None
         self.weights: Mapping[str, float] = {"model": 1.0, "graph": 2.0}
         self.item_fields: tuple[str, ...] = ("title",)
@@ -87,6 +87,8 @@ class FakeEngine:
 
     def shown(self, query: RankingQuery) -> tuple[Item, ...]:
         return query.history[-self.max_history :]
+
+    asked_in_words = Recommending.asked_in_words
 
     def effects(self, queries: Sequence[RankingQuery], rankings: Sequence[Ranking]) -> list[dict[str, float]]:
         """An average item has a score of -10. Half of the rest is the model's, and half a graph's; with a text, a third

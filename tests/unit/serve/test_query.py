@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,16 @@ def test_why_names_the_words(shared: httpx.Client) -> None:
     alone = asked(shared, "explain", query="emma", item_id="b3")
     assert (alone["words"], alone["events"]) == ([], []) and alone["parts"][-1]["name"] == "query"
     assert asked(shared, "explain", history=["b5"], item_id="b1")["words"] == []
+
+
+def test_words_that_a_system_reads_are_no_part_of_their_own(engine: Any, last_first: Any, served: Served) -> None:
+    engine.asked_in_words = lambda query, text: replace(query, text=text)
+    engine.effects = lambda queries, rankings: [{"model": 1.0, "graph": 2.0} for _ in queries]
+    with served(Service([engine], [last_first], deadline_ms=60_000)) as client:
+        answer = asked(client, "explain", query="dune", item_id="b1")
+        assert answer["words"] == [] and [part["name"] for part in answer["parts"]] == ["model", "graph"]
+        answer = asked(client, query="dune", k=5)
+        assert answer["mode"] == "query" and len(ids(answer)) == 5, "those without the word as well"
 
 
 @pytest.mark.parametrize(
@@ -168,10 +179,13 @@ def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str
 
 
 def test_a_system_says_how_it_ranks_and_reads_no_words(engine: Any, last_first: Any, served: Served) -> None:
-    engine.way, engine.reads_queries = "letters", False
+    def refuse(query: Any, text: str) -> Any:
+        raise ConfigError("fake reads histories, not queries in words: leave the query out")
+
+    engine.way, engine.asked_in_words = "letters", refuse
     with served(Service([engine], [last_first], deadline_ms=60_000)) as client:
         assert asked(client, history=["b3"])["mode"] == asked(client, history=["b3"], mode="beam")["mode"] == "letters"
         for path, more in (("recommend", {}), ("score", {"candidates": ["b0"]}), ("explain", {"item_id": "b0"})):
             answer = client.post(f"/v1/{path}", json={"query": "dune", **more})
             assert answer.status_code == 422
-            assert answer.json()["error"] == "query: fake reads histories, not queries in words: leave it out"
+            assert answer.json()["error"] == "fake reads histories, not queries in words: leave the query out"

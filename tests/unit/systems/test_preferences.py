@@ -313,7 +313,9 @@ def test_without_a_text_the_last_preference_is_read(mender: Any) -> None:
     by_default, told, moved = mender.rank([asked(0, 5), asked(0, 5, text=f"A {own}"), asked(0, 5, text=other)], 12)
     assert told.scores == by_default.scores and told.item_ids == by_default.item_ids
     assert moved.scores != by_default.scores
-    with pytest.raises(DataError, match="Mender: text='gold a' has no word that tells the items of 'things' apart"):
+    with pytest.raises(
+        DataError, match="query='gold a' has no word that Mender has learnt and that tells the items of 'things' apart"
+    ):
         mender.rank([asked(0, text="gold a")], 3)
     assert len(mender.rank([asked()], 12)[0].item_ids) == 12, "nor does it need a history"
 

@@ -16,7 +16,8 @@ from cprec.data.config import Rules, SplitSpec
 from cprec.data.dataset import read_dataset
 from cprec.data.sources.memory import MemorySource
 from cprec.data.splits import Split, make_split
-from cprec.errors import ConfigError
+from cprec.errors import ConfigError, DataError
+from cprec.rank.system import SystemRecommender
 from cprec.recommender import RankingQuery
 from cprec.schema import Item
 from cprec.systems import fit as fitting
@@ -142,6 +143,23 @@ def test_without_a_text_the_latest_item_is_asked_for(split: Split) -> None:
     assert ranked(recommender, "", 0, 6) == ranked(recommender, TITLES[6], 1, 2), "nor are histories read"
     assert ranked(recommender, "", 0, 6) != ranked(recommender, "", 6, 0)
     assert len(ranked(recommender, "")[0]) == 12
+
+
+def test_people_ask_it_in_words(split: Split) -> None:
+    """All items are ranked by the words, also those that have none of them, and nothing else is read."""
+    engine = SystemRecommender(made(split, num_epochs=0.2), "Text2Tracks")
+    found = engine.recommend(query="cup", k=12)
+    assert [(int(one.item_id[1:]), one.score) for one in found] == [
+        *zip(*ranked(engine.recommender, "cup"), strict=True)
+    ]
+    assert {one.words for one in found} == {("cup",), ()}
+    with pytest.warns(UserWarning, match="Text2Tracks reads the query alone, not the history"):
+        assert engine.recommend(["i00"], query="cup", exclude_seen=False, k=12) == found
+    for nothing in ("qwertz", "a"):
+        with pytest.raises(DataError, match=f"query='{nothing}' has no word that Text2Tracks has learnt"):
+            engine.recommend(query=nothing)
+    with pytest.raises(DataError, match="has no word: give words"):
+        engine.recommend(query="?!")
 
 
 def test_settings_that_cannot_be_meant_are_refused() -> None:

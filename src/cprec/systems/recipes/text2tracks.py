@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from cprec.data.ragged import Ragged, gather
+from cprec.data.ragged import Ragged
 from cprec.errors import ConfigError
 from cprec.provenance import file_sha256
 from cprec.systems.batches import Passes
@@ -75,13 +75,11 @@ class AskingStream(WordedStream):
 class AskedRecommender(WordedRecommender):
     """Ranks by the codes after a query's words alone."""
 
+    reads_histories = False
+
     def without_text(self, history: np.ndarray, user: str | None) -> np.ndarray:
         """See `WordedRecommender.without_text`: the words of the latest item."""
         return self._of_items[int(history[-1])] if len(history) else np.empty(0, dtype=np.int64)
-
-    def reads(self, histories: Ragged) -> Ragged:
-        """See `WordedRecommender.reads`: nothing."""
-        return gather(histories.values, histories.offsets[:-1], 0 * histories.lengths)
 
 
 @dataclass(frozen=True, kw_only=True)
