@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from cprec.systems.dropout import Dropout, dropout
+
 ENCODE_POSITIONS = 4096
 """Positions that are read at once where only a row's last state is asked for: as many as stay in a CPU's cache."""
 
@@ -59,7 +61,7 @@ class Mean(Encoder):
 
     def __init__(self, dropout: float, *, gaps: bool = False) -> None:
         super().__init__()
-        self.dropout, self._gaps = nn.Dropout(dropout), gaps
+        self.dropout, self._gaps = Dropout(dropout), gaps
 
     def embed(self, inputs_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
         """See `Encoder.embed`. Gaps stay as they are."""
@@ -112,7 +114,7 @@ class SelfAttention(Encoder):
         blocks = [Block(size, num_heads, causal, block, span=span, **drops) for _ in range(num_blocks)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(size)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def embed(self, inputs_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
         """See `Encoder.embed`. Positions are counted from a row's last item back, so that the latest items of long and
@@ -206,7 +208,7 @@ class Block(nn.Module):
         self.norm_attention, self.norm_linear = nn.LayerNorm(size), nn.LayerNorm(size)
         self.query_key_value, self.output = nn.Linear(size, 3 * size), nn.Linear(size, size)
         self.first, self.second = nn.Linear(size, size), nn.Linear(size, size)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self, hidden_RTD: torch.Tensor, mask_R11T: torch.Tensor | None, time_RT1: torch.Tensor | None = None
@@ -222,15 +224,25 @@ class Block(nn.Module):
         query_RHTD, key_RHTD, value_RHTD = parts.permute(2, 0, 3, 1, 4)
         if time_RT1 is not None:
             query_RHTD, key_RHTD = (turned(each, time_RT1[:, None]) for each in (query_RHTD, key_RHTD))
-        read = F.scaled_dot_product_attention(
-            query_RHTD,
-            key_RHTD,
-            value_RHTD,
-            attn_mask=mask_R11T,
-            dropout_p=self.attention_dropout if self.training else 0.0,
-            is_causal=self.causal,
-        )
+        read = self._attend(query_RHTD, key_RHTD, value_RHTD, mask_R11T)
         return self._rest(own_RTD, read.transpose(1, 2).reshape(rows, length, size))
+
+    def _attend(
+        self, query_RHTD: torch.Tensor, key_RHTD: torch.Tensor, value_RHTD: torch.Tensor, mask_R11T: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What each position reads: RHTD."""
+        share = self.attention_dropout if self.training else 0.0
+        if not share or query_RHTD.device.type != "cpu":
+            return F.scaled_dot_product_attention(
+                query_RHTD, key_RHTD, value_RHTD, attn_mask=mask_R11T, dropout_p=share, is_causal=self.causal
+            )
+        # By hand, since the fused function drops out slowly on CPUs.
+        score_RHTT = query_RHTD @ key_RHTD.transpose(2, 3) * query_RHTD.shape[3] ** -0.5
+        if mask_R11T is None and self.causal:
+            mask_R11T = torch.ones(score_RHTT.shape[2:], dtype=torch.bool).tril()
+        if mask_R11T is not None:
+            score_RHTT = score_RHTT.masked_fill(~mask_R11T, torch.finfo(score_RHTT.dtype).min)
+        return dropout(score_RHTT.softmax(-1), share, training=True) @ value_RHTD
 
     def at(
         self,
@@ -254,7 +266,7 @@ class Block(nn.Module):
         # Attention by hand: for a single query it is quicker than the fused function.
         score_RH1T = (key_RHTD @ query_RHD1).transpose(2, 3) * query_RHD1.shape[2] ** -0.5
         share_RH1T = score_RH1T.masked_fill(~mask_R11T, -torch.inf).softmax(-1)
-        share_RH1T = F.dropout(share_RH1T, self.attention_dropout, self.training)
+        share_RH1T = dropout(share_RH1T, self.attention_dropout, training=self.training)
         return self._rest(own_RTD[every_R, place_R], (share_RH1T @ value_RHTD).reshape(rows, size))
 
     def _inputs(self, hidden_RTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -363,7 +375,7 @@ class Recurrent(Encoder):
         super().__init__()
         self.layers = nn.GRU(size, size, num_layers, batch_first=True, dropout=dropout if num_layers > 1 else 0.0)
         self.output = nn.Linear(size, size)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def embed(self, inputs_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
         embedded: torch.Tensor = self.dropout(inputs_RTD)

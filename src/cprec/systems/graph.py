@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from cprec.data.links import links
 from cprec.data.ragged import Ragged
+from cprec.systems.dropout import dropout
 
 SLOPE = 0.2
 """Of LeakyReLU below zero, as the codes of NGCF and SRA-CL have it."""
@@ -85,7 +86,7 @@ class Step(nn.Module):
             next_ND = next_ND + self.of_product(own_ND * sum_ND)
         if self._weights:
             next_ND = F.leaky_relu(next_ND, SLOPE)
-        return F.dropout(next_ND, self._dropout, self.training)
+        return dropout(next_ND, self._dropout, training=self.training)
 
 
 class UserItemGraph(nn.Module):
@@ -122,7 +123,7 @@ class UserItemGraph(nn.Module):
         """What neighbours read of vectors: ND."""
         if not (self._dropout and self.training):
             return vectors_ND
-        return vectors_ND * F.dropout(vectors_ND.new_ones(len(vectors_ND), 1), self._dropout)
+        return vectors_ND * dropout(vectors_ND.new_ones(len(vectors_ND), 1), self._dropout, training=True)
 
     def new_user_sums(self, vectors_VD: torch.Tensor, items_RT: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
         """The weighted sums of the items' vectors that users of the graph would have with these histories: RD."""

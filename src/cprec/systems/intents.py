@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from cprec.systems.dropout import Dropout
 from cprec.systems.encoders import SelfAttention, placed
 
 
@@ -47,7 +48,7 @@ class Reading(nn.Module):
 
     def __init__(self, size: int, num_heads: int, dropout: float) -> None:
         super().__init__()
-        self.num_heads, self.norm, self.dropout = num_heads, nn.LayerNorm(size), nn.Dropout(dropout)
+        self.num_heads, self.norm, self.dropout = num_heads, nn.LayerNorm(size), Dropout(dropout)
         self.query, self.key_value = nn.Linear(size, size), nn.Linear(size, 2 * size)
         self.output = at_zero(nn.Linear(size, size))
 
@@ -89,7 +90,7 @@ class IntentSteps(nn.Module):
         self.step = nn.Embedding(num_steps, size)
         self.from_intents, self.from_history = (Reading(size, num_heads, dropout) for _ in range(2))
         self.norm, self.first, self.second = nn.LayerNorm(size), nn.Linear(size, size), at_zero(nn.Linear(size, size))
-        self.dropout, self.mask_D = nn.Dropout(dropout), nn.Parameter(torch.zeros(size))
+        self.dropout, self.mask_D = Dropout(dropout), nn.Parameter(torch.zeros(size))
 
     def last(self, inputs_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
         """The state after all steps: [R, 1, D]. In training the intents of both copies follow: [R, 1 + 2 M, D]."""

@@ -22,6 +22,7 @@ from cprec.gguf import model_source
 from cprec.models import blocks_of, context_of, load_model, number_of_blocks, tiny_model, trunk_and_head
 from cprec.progress import track
 from cprec.provenance import TOKENIZER, WEIGHTS, FileHashes, model_hashes
+from cprec.systems.dropout import Dropout
 from cprec.systems.encoders import Encoder, at_last
 from cprec.systems.items import NUM_SPECIAL, ItemTable
 from cprec.systems.settings import SystemSettings
@@ -361,7 +362,7 @@ class LanguageEncoder(Encoder):
         width = language.width
         self.into = nn.Identity() if size is None else nn.Linear(size, width)
         self.back = nn.Identity() if size is None else nn.Linear(width, size)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def embed(self, inputs_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
         embedded: torch.Tensor = self.into(self.dropout(inputs_RTD))

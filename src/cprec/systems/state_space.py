@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from cprec.systems.dropout import Dropout
 from cprec.systems.encoders import Encoder, at_last
 
 EXPAND = 2
@@ -153,7 +154,7 @@ class AfterMixing(nn.Module):
         super().__init__()
         self.norm_mixed, self.norm = nn.LayerNorm(size), nn.LayerNorm(size)
         self.first, self.second = nn.Linear(size, 4 * size), nn.Linear(4 * size, size)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, mixed_RTD: torch.Tensor, beside_RTD: torch.Tensor | None = None) -> torch.Tensor:
         """RTD; `beside_RTD` is added to what was mixed."""
@@ -173,7 +174,7 @@ class StateSpace(Encoder):
 
     def __init__(self, size: int, mixers: Sequence[nn.Module], dropout: float) -> None:
         super().__init__()
-        self.norm, self.dropout = nn.LayerNorm(size), nn.Dropout(dropout)
+        self.norm, self.dropout = nn.LayerNorm(size), Dropout(dropout)
         self.mixers = nn.ModuleList(mixers)
         self.after = nn.ModuleList([AfterMixing(size, dropout) for _ in mixers])
 

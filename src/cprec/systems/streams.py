@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cprec.systems.dot_product import SequenceModel, Vectors
+from cprec.systems.dropout import Dropout
 from cprec.systems.encoders import Encoder, at_last
 from cprec.systems.items import ItemTable
 from cprec.systems.state_space import AfterMixing, StateSpaceBlock
@@ -55,7 +56,7 @@ class SharedStreams(Encoder):
     def __init__(self, layers: Sequence[StreamLayer], size: int, dropout: float) -> None:
         super().__init__()
         num_streams = 1 if layers[0].cross is None else 2
-        self.layers, self.dropout = nn.ModuleList(layers), nn.Dropout(dropout)
+        self.layers, self.dropout = nn.ModuleList(layers), Dropout(dropout)
         self.norms = nn.ModuleList([nn.LayerNorm(size) for _ in range(num_streams)])
         self._sizes = [size] * num_streams + [1] * (layers[0].block.by_gap is not None)
 
@@ -86,7 +87,7 @@ class StreamLayer(nn.Module):
         if cross is not None:
             self.norm, self.dropout, self.after_cross = (
                 nn.LayerNorm(size),
-                nn.Dropout(dropout),
+                Dropout(dropout),
                 AfterMixing(size, dropout),
             )
 

@@ -21,6 +21,7 @@ from cprec import distributed
 from cprec.batch import IGNORE
 from cprec.errors import ConfigError
 from cprec.systems.clusters import k_means, nearest
+from cprec.systems.dropout import dropout
 from cprec.systems.graph import SLOPE, ItemGraph, soft_rows
 from cprec.train.loss import linear_cross_entropy, linear_divergence
 
@@ -298,7 +299,7 @@ class MixOfNeighbours(nn.Module):
         self, hidden_NWD: torch.Tensor, rows: Mapping[str, torch.Tensor], weight_VD: torch.Tensor
     ) -> torch.Tensor:
         end = 1 + self._num
-        weight_NK = F.dropout(self.weights(rows["items"][:, :end]), self._dropout, self.training)
+        weight_NK = dropout(self.weights(rows["items"][:, :end]), self._dropout, training=self.training)
         mix_ND = torch.einsum("nk,nkd->nd", weight_NK, hidden_NWD[:, 1:end])
         label_N = torch.arange(len(mix_ND), device=mix_ND.device)
         return info_nce(hidden_NWD[:, 0], mix_ND, label_N, self._temperature)
@@ -463,7 +464,7 @@ class Successors(nn.Module):
         item_N = rows["items"][rows["targets"] != IGNORE]
         column_NK, more_NK = self._of(item_N)
         scaled_ND = weight_VD[item_N] * weight_VD.shape[1] ** 0.5
-        input_ND = F.dropout(scaled_ND, self._dropout, self.training) / self._temperature
+        input_ND = dropout(scaled_ND, self._dropout, training=self.training) / self._temperature
         # Chances are those above the least, which all items have: of these the sum of all products is taken.
         loss = linear_cross_entropy(input_ND, weight_VD, column_NK, self._dtype, chance_NK=more_NK)
         least_N = self.get_buffer("least_V")[item_N]

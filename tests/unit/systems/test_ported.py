@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from cprec.data.splits import Split
 from cprec.lineup import settings_of
@@ -72,14 +73,17 @@ def trained(name: str, changed: dict[str, Any], split: Split, folder: Path) -> T
 
 
 @pytest.fixture(scope="module", autouse=True)
-def in_fp32() -> Iterator[None]:
+def as_then() -> Iterator[None]:
+    """In fp32, and with the random numbers of PyTorch's dropout."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cprec.distributed.use_bf16", lambda setting, device: False)
+        for module in ("dropout", "encoders", "graph", "terms"):
+            patch.setattr(f"cprec.systems.{module}.dropout", torch.nn.functional.dropout)
         yield
 
 
 @pytest.fixture(scope="module")
-def case(in_fp32: None, split: Split, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
+def case(as_then: None, split: Split, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
     """What `trained` gives for one of CASES, trained once."""
     return functools.cache(lambda name: trained(name, CASES[name], split, tmp_path_factory.mktemp("case")))
 

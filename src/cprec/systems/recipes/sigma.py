@@ -25,6 +25,7 @@ from cprec.choices import Choice, OneOf, Whole
 from cprec.errors import ConfigError
 from cprec.systems.batches import PrefixStream
 from cprec.systems.dot_product import SequenceModel
+from cprec.systems.dropout import Dropout
 from cprec.systems.recipes.mamba4rec import StateSpaceSettings
 from cprec.systems.settings import NextItemSettings
 from cprec.systems.signals import TrainingSequences
@@ -103,7 +104,7 @@ class Gated(nn.Module):
 
     def __init__(self, block: nn.Module, size: int, dropout: float) -> None:
         super().__init__()
-        self.block, self.dropout = block, nn.Dropout(dropout)
+        self.block, self.dropout = block, Dropout(dropout)
         self.dense, self.of_silu, self.of_sigmoid = (nn.Linear(size, size) for _ in range(3))
 
     def forward(self, hidden_RTD: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
