@@ -44,6 +44,13 @@ def catalogue_of(num_items: int, more: Sequence[str] = ()) -> Catalogue:
     return Catalogue.from_tables({"books": pa.table({"item_id": ids, "title": [f"title {name}" for name in ids]})})
 
 
+def with_new(title: str) -> Catalogue:
+    """One with all items, after "a new one" of this title."""
+    of_old = ITEMS.titles_of("books")
+    ids = ["a new one", *ITEMS.item_id.tolist()]
+    return Catalogue.from_tables({"books": pa.table({"item_id": ids, "title": [title, *of_old]})})
+
+
 ITEMS = catalogue_of(N)
 
 
@@ -255,14 +262,14 @@ def test_without_the_model_the_parts_rank_by_their_sum() -> None:
     np.testing.assert_allclose(np.exp(ranking.scores), [1 / 4, 1 / 4, 1 / 8])
 
 
-def test_an_item_that_came_after_has_the_least_prior_of_parts_that_do_not_know_it() -> None:
+def test_an_item_that_came_after_has_the_least_prior_where_no_title_is_like_its_own() -> None:
     class Strict(Table):
         def scores(self, domain: str, queries: Sequence[RankingQuery]) -> np.ndarray:
             assert [item.item_id for query in queries for item in query.history] == ["i03"]
             return super().scores(domain, queries)
 
     before = blend_of(Part("walk", Strict("walk", row(4, 2)), weight=2.0, floor=0.1))
-    after = before.with_catalogue(catalogue_of(N, more=["a new one"]))
+    after = before.with_catalogue(with_new("nothing like them"))
     known = before.priors("books", [asked(0, "i03")]).values_UN
     np.testing.assert_allclose(after.priors("books", [asked(0, "i03", "a new one")]).values_UN[:, 1:], known)
     assert after.priors("books", [asked(0, "i03")]).values_UN[0, 0] == pytest.approx(2 * math.log(0.1))
@@ -270,15 +277,29 @@ def test_an_item_that_came_after_has_the_least_prior_of_parts_that_do_not_know_i
         before.priors("games", [asked(0)])
 
 
+def test_a_part_that_reads_no_titles_is_guessed_by_the_items_with_similar_ones() -> None:
+    """The new one is called as i01 is, and like i02 by nothing but a word that all titles have."""
+    parts = (
+        Part("walk", Table("walk", row(4, 2, 1)), 2.0, 0.1),
+        Part("sasrec", Table("sasrec", UP_N[None], "logit"), 1.0, 0.01),
+    )
+    after = blend_of(*parts).with_catalogue(with_new("title i01"))
+    priors = after.priors_of_parts("books", [asked(0)])
+    assert priors["walk"][0, 0] == pytest.approx(2 * math.log(0.5))
+    assert priors["sasrec"][0, 0] == pytest.approx(priors["sasrec"][0, 2])
+
+
+def test_a_new_item_between_two_has_the_mean_of_what_is_said_of_them() -> None:
+    """Its title has a word of each; both words stand in one title of the catalogue, so they weigh the same."""
+    after = blend_of(Part("walk", Table("walk", row(4, 2)), 2.0, 0.1)).with_catalogue(with_new("i00 i01"))
+    assert after.priors("books", [asked(0)]).values_UN[0, 0] == pytest.approx(2 * math.log((1 + 0.5) / 2))
+
+
 def test_a_part_that_reads_titles_knows_an_item_that_came_after() -> None:
     """It is called as i03 is, and stands first."""
     walk = Part("walk", Table("walk", row(4, 2)), weight=1.0, floor=0.1)
     titles = Part("titles", lineup.settings_of("titles").make(split_of(ITEMS), "books"), weight=2.0, floor=0.1)
-    ids = ["a new one", *(f"i{number:02}" for number in range(N))]
-    names = ["title i03", *(f"title {name}" for name in ids[1:])]
-    after = blend_of(walk, titles).with_catalogue(
-        Catalogue.from_tables({"books": pa.table({"item_id": ids, "title": names})})
-    )
+    after = blend_of(walk, titles).with_catalogue(with_new("title i03"))
     for history in (["i03"], ["a new one"]):
         parts = after.priors_of_parts("books", [asked(0, *history)])
         np.testing.assert_allclose(parts["titles"][0, [0, 4]], 0, atol=1e-9)

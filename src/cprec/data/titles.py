@@ -13,6 +13,11 @@ _WORD = re.compile(
     r"[\w\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u0963\u0966-\u0e3a\u0e40-\u0eff\u1000-\u109f\u1780-\u17d3\u200c\u200d]+"
 )
 """Letters, digits, and what belongs to letters: vowels, marks (Indic, Thai, Arabic) and joiners. `\\w` lacks those."""
+ALIKE = 10
+"""Items with the titles most like that of a new one, by which what is learnt of items is guessed for it
+(docs/experiments.md)."""
+_COMPARED = 1024
+"""Titles whose cosines with all exist at once."""
 
 
 def words_in(text: str) -> list[str]:
@@ -49,6 +54,23 @@ class TitleWords:
         others = self.vectors([title for title, is_new in zip(titles, new_N, strict=True) if is_new])
         row_N = np.where(new_N, self.of_titles.shape[0] + np.cumsum(new_N) - 1, place_N)
         return sparse.csr_array(sparse.vstack([self.of_titles, others], format="csr")[row_N])
+
+    def nearest(self, titles: Sequence[str], num: int) -> sparse.csr_array:
+        """Weights of the `num` titles of its own that are most like each of some titles: csr[M, N].
+
+        They are in proportion to the cosines of words and sum to one; titles without a common word have none, so the
+        row of a title without a known word is empty. Of equal cosines the first count.
+        """
+        words, rows = self.vectors(titles), []
+        for start in range(0, len(titles), _COMPARED):
+            cosine_MN = (words[start : start + _COMPARED] @ self.of_titles.T).toarray()
+            best_MK = np.argsort(-cosine_MN, axis=1, kind="stable")[:, :num]
+            weight_MK = np.take_along_axis(cosine_MN, best_MK, axis=1)
+            weight_MK /= np.maximum(weight_MK.sum(1, keepdims=True), np.finfo(float).tiny)
+            row = np.arange(len(best_MK)).repeat(best_MK.shape[1])
+            rows.append(sparse.csr_array((weight_MK.ravel(), (row, best_MK.ravel())), cosine_MN.shape))
+        none = sparse.csr_array((0, self.of_titles.shape[0]))
+        return sparse.csr_array(sparse.vstack(rows, format="csr")) if rows else none
 
     def _counts(self, words: Sequence[Sequence[str]]) -> sparse.csr_array:
         """How often each word stands in each title."""

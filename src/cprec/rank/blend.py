@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+from scipy import sparse
 
 from cprec.baselines.ease import EASERecommender
 from cprec.baselines.ials import IALSRecommender
@@ -30,6 +31,7 @@ from cprec.baselines.popularity import PopularityRecommender, RecentPopularityRe
 from cprec.baselines.text import TitleSimilarityRecommender
 from cprec.baselines.transition_graph import TransitionGraphRecommender
 from cprec.data.catalogue import Catalogue
+from cprec.data.titles import ALIKE, TitleWords
 from cprec.data.word_index import QUERY
 from cprec.errors import ConfigError, DataError, ModelError
 from cprec.files import whole_folder, write_whole
@@ -114,8 +116,9 @@ class Blend:
     catalogue: Catalogue
     """The items that are asked for."""
     learnt: Catalogue
-    """Those that the parts have learnt. Parts that read titles know items that came after by theirs. For the others
-    such an item has the least prior, as one of which they say nothing, and they do not see it in a history."""
+    """Those that the parts have learnt. Parts that read titles know items that came after by theirs. Of the others such
+    an item has the mean of what they say of the `ALIKE` items with the most similar titles, and of a column, which is
+    learnt from nothing, the least prior; none of these sees it in a history."""
     parts: tuple[Part, ...]
     """Those with a weight above 0."""
     weight: float
@@ -160,10 +163,24 @@ class Blend:
         out = {}
         for part in self.parts:
             grown = self._grown.get(part.name)
-            share_QN = shares(grown or part.recommender, domain, queries if grown else known)
-            log_QN = part.weight * np.log(np.maximum(share_QN, part.floor))
-            out[part.name] = log_QN if grown else np.where(self._place_N < 0, part.least, log_QN[:, self._place_N])
+            if grown:
+                share_QN = shares(grown, domain, queries)
+            else:
+                share_QN = self._carried_over(part.recommender, shares(part.recommender, domain, known))
+            out[part.name] = part.weight * np.log(np.maximum(share_QN, part.floor))
         return out
+
+    def _carried_over(self, recommender: ScoringRecommender, share_QL: np.ndarray) -> np.ndarray:
+        """Shares of all items of the catalogue, from those of the items that a part has learnt: float64[Q, N]."""
+        if self.catalogue is self.learnt:
+            return share_QL
+        new_N = self._place_N < 0
+        share_QN = share_QL[:, self._place_N]
+        if isinstance(recommender, ItemValuesRecommender):
+            share_QN[:, new_N] = recommender.least_share
+        else:
+            share_QN[:, new_N] = share_QL @ self._alike_ML.T
+        return share_QN
 
     @cached_property
     def _grown(self) -> dict[str, ScoringRecommender]:
@@ -173,6 +190,12 @@ class Blend:
         stored = {part.name: part.recommender for part in self.parts if isinstance(part.recommender, StoredRecommender)}
         made = {name: recommender.with_catalogue(self.catalogue) for name, recommender in stored.items()}
         return {name: recommender for name, recommender in made.items() if recommender is not None}
+
+    @cached_property
+    def _alike_ML(self) -> sparse.csr_array:
+        """Weights of the learnt items by whose titles each item that came after is guessed."""
+        titles = np.array(self.catalogue.titles_of(self.domain), dtype=object)[self._place_N < 0]
+        return TitleWords(self.learnt.titles_of(self.domain)).nearest(list(titles), ALIKE)
 
     @cached_property
     def _place_N(self) -> np.ndarray:
@@ -190,7 +213,7 @@ class Blend:
         """See `PriorSource.with_catalogue`. Raises ConfigError where the domain is not there."""
         check_domain("the catalogue", catalogue.domains, self.domain)
         made = replace(self, catalogue=catalogue)
-        _ = made._grown  # now, and not when the first query waits for it
+        _ = made._grown, made._alike_ML  # now, and not when the first query waits for them
         return made
 
 

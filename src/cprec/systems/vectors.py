@@ -32,30 +32,14 @@ class TitleSpace:
     """
 
     def __init__(self, titles: Sequence[str], size: int, seed: int = 0) -> None:
-        self._words = TitleWords(titles)
-        left, strengths, self._right = _strongest(self._words.of_titles, size, seed)
+        self.words = TitleWords(titles)
+        left, strengths, self._right = _strongest(self.words.of_titles, size, seed)
         self.vectors = _of_length_one(left * strengths)
         """Of the titles, as `text_vectors` has them: float32[N, size]."""
 
     def of(self, titles: Sequence[str]) -> np.ndarray:
         """Vectors of any titles, whose words count as far as they stand in those of the space: float32[N, size]."""
-        return _of_length_one(self._words.vectors(titles) @ self._right)
-
-    def nearest(self, titles: Sequence[str], num: int) -> sparse.csr_array:
-        """Weights of the `num` titles of the space that are most like each of some titles: csr[M, N].
-
-        They are in proportion to the cosines of words and sum to one; titles without a common word have none, so the
-        row of a title without a known word is empty. Of equal cosines the first in the space count.
-        """
-        words, of_space, rows = self._words.vectors(titles), self._words.of_titles.T, []
-        for start in range(0, len(titles), _COMPARED):
-            cosine_MN = (words[start : start + _COMPARED] @ of_space).toarray()
-            best_MK = np.argsort(-cosine_MN, axis=1, kind="stable")[:, :num]
-            weight_MK = np.take_along_axis(cosine_MN, best_MK, axis=1)
-            weight_MK /= np.maximum(weight_MK.sum(1, keepdims=True), np.finfo(float).tiny)
-            row = np.arange(len(best_MK)).repeat(best_MK.shape[1])
-            rows.append(sparse.csr_array((weight_MK.ravel(), (row, best_MK.ravel())), cosine_MN.shape))
-        return sparse.csr_array(sparse.vstack(rows, format="csr")) if rows else sparse.csr_array((0, len(self.vectors)))
+        return _of_length_one(self.words.vectors(titles) @ self._right)
 
 
 def text_vectors(titles: Sequence[str], size: int, seed: int = 0) -> np.ndarray:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from cprec.data.ragged import Ragged
-from cprec.data.titles import title_vectors
+from cprec.data.titles import TitleWords, title_vectors
 from cprec.errors import Unsuitable
-from cprec.systems.vectors import TitleSpace, mean_vectors, most_similar, text_vectors
+from cprec.systems.vectors import mean_vectors, most_similar, text_vectors
 
 WORDS = ["red", "green", "shoe", "boot", "tea", "lamp", "desk", "oil", "wool", "iron", "salt", "cup"]
 
@@ -65,8 +65,8 @@ def test_a_history_has_the_mean_of_its_items_vectors() -> None:
 def test_the_titles_nearest_to_others_are_weighed_by_their_cosines() -> None:
     """Red and tea weigh ln 2 and all else ln 4. Of four alike the first count; black tea has the cosine 1 with itself
     and ln2^2 / (ln2^2 + ln4^2) = 1/5 with green tea."""
-    space = TitleSpace(["red shoe", "red boot", "green tea", "black tea"], size=2)
-    weights = space.nearest(["red tea", "shoe", "no word of them", "tea black"], 2).toarray()
+    words = TitleWords(["red shoe", "red boot", "green tea", "black tea"])
+    weights = words.nearest(["red tea", "shoe", "no word of them", "tea black"], 2).toarray()
     expected = [[0.5, 0.5, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1 / 6, 5 / 6]]
     assert weights == pytest.approx(np.array(expected))
-    assert space.nearest([], 2).shape == (0, 4)
+    assert words.nearest([], 2).shape == (0, 4)

@@ -22,6 +22,7 @@ from torch import nn
 
 from cprec.data.catalogue import Catalogue
 from cprec.data.ragged import Ragged
+from cprec.data.titles import ALIKE
 from cprec.errors import ConfigError
 from cprec.provenance import file_sha256
 from cprec.systems.dot_product import DotProductModel, SequenceModel
@@ -37,8 +38,6 @@ LENGTH = 5.0
 one the network learns less (docs/experiments.md)."""
 ROWS = "items.rows"
 """The weights that belong to items, one row each."""
-ALIKE = 10
-"""Items whose rows a new one takes the mean of: better than none (docs/experiments.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +123,7 @@ class TitleSASRecRecommender(CausalRecommender):
         if new_N.any():
             titles = [title for title, is_new in zip(catalogue.titles_of(self.domain), new_N, strict=True) if is_new]
             arrays["vectors"][new_N] = before._vectors_of(titles)
-            alike_MN = before._space.nearest(titles, ALIKE)
+            alike_MN = before._space.words.nearest(titles, ALIKE)
             for name, row_ND in trained.items():
                 arrays[name][:-NUM_SPECIAL][new_N] = alike_MN @ row_ND
         made = self.from_arrays(arrays, catalogue)
