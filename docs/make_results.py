@@ -27,7 +27,7 @@ CONTROLS: Mapping[str, str] = {
     **dict.fromkeys(("Mamba4Rec", "ICSRec", "SRA-CL", "MQSA-TED", "SLMRec", "H2Rec"), "SASRec (wide)"),
     "Human priors (titles)": "SASRec (wide)",
     **dict.fromkeys(("SASRec (titles)", "SASRec (denoised)"), "SASRec"),
-    **dict.fromkeys(("APAO", "MSCGRec", "PRISM", "STREAM-Rec"), "TIGER"),
+    **dict.fromkeys(("APAO", "MSCGRec", "Mender", "PRISM", "STREAM-Rec"), "TIGER"),
     "REG4Rec": "MDGR",
     **dict.fromkeys(("ReaRec", "ReaRec (progressive)"), "ReaRec (more blocks)"),
     **{name: f"{name} (more blocks)" for name in ("ManCAR", "IGR-SR")},
