@@ -256,7 +256,10 @@ def _fit_stage(
                 save_model(module, str(unfinished))
         last = [line for line in read_log(folder / LOG) if "loss" in line][-1]
         seconds = round(last["tokens"] / last["tokens_per_second"], 3)
-        best = max(_validations(folder), default=None)
+        values = _validations(folder)
+        best = max(values, default=None)
+        if best is not None and values[0] == best:
+            say(f"{title}: note: no step made it better on validation, so it keeps the weights it began with")
         done = {"best": best, "seconds": seconds, "sha256": file_sha256(weights)}
         write_whole(record, json.dumps(done) + "\n")
         remove_checkpoints(folder)

@@ -164,6 +164,16 @@ def test_training_ends_when_it_has_not_become_better(split: Split, tmp_path: Pat
     assert sum("validation" in line for line in log.read_text().splitlines()) < 6
 
 
+def test_training_that_makes_nothing_better_is_told(
+    split: Split, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace(SASREC, learning_rate=1e-12).make(split, "ring", folder=tmp_path / "still")
+    note = "note: no step made it better on validation, so it keeps the weights it began with"
+    assert note in capsys.readouterr().err
+    replace(SASREC, num_epochs=2).make(split, "ring", folder=tmp_path / "learns")
+    assert note not in capsys.readouterr().err
+
+
 def test_the_time_of_training_is_that_of_its_steps_and_validations(split: Split) -> None:
     ticks = iter((0.0, 100.0, 103.0, 110.0))  # the first step warms up, the second takes 3 seconds, validation 7
     num_rows = len(TrainingSequences.of(split, "ring").sequences)
