@@ -38,5 +38,6 @@ def dropout(values: torch.Tensor, share: float, *, training: bool) -> torch.Tens
         return values * 0
     count = values.numel()
     bits = torch.empty(math.ceil(count / 4), dtype=torch.int64).random_(-(2**63), None)
-    is_kept = bits.view(torch.int16)[:count].view(values.shape) < num_kept - _LEVELS // 2
+    # At most, not below: where all are kept the bound above the last level is no int16.
+    is_kept = bits.view(torch.int16)[:count].view(values.shape) <= num_kept - _LEVELS // 2 - 1
     return values * is_kept.to(values.dtype).mul_(_LEVELS / num_kept)

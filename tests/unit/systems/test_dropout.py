@@ -45,6 +45,14 @@ def test_a_seed_repeats_it_and_nothing_happens_outside_training() -> None:
     )
 
 
+def test_a_share_of_less_than_half_a_level_drops_nothing() -> None:
+    """A level is 1 / 65,536; a share of more than half of it is rounded up to it."""
+    torch.manual_seed(4)
+    values = torch.ones(100, 1000)
+    assert torch.equal(dropout(values, 1e-6, training=True), values)
+    assert (dropout(values, 1e-5, training=True) == 0).sum() < 20
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kind", ["pre_norm", "query_norm"])
 def test_attention_that_drops_out_is_otherwise_the_fused_one(
