@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 from scipy import sparse
@@ -16,8 +16,8 @@ _WORD = re.compile(
 ALIKE = 10
 """Items with the titles most like that of a new one, by which what is learnt of items is guessed for it
 (docs/experiments.md)."""
-_COMPARED = 1024
-"""Titles whose cosines with all exist at once."""
+_CELLS = 8_000_000
+"""Cosines that exist at once at most, where all titles have a word in common: 100 MB."""
 
 
 def words_in(text: str) -> list[str]:
@@ -61,16 +61,20 @@ class TitleWords:
         They are in proportion to the cosines of words and sum to one; titles without a common word have none, so the
         row of a title without a known word is empty. Of equal cosines the first count.
         """
-        words, rows = self.vectors(titles), []
-        for start in range(0, len(titles), _COMPARED):
-            cosine_MN = (words[start : start + _COMPARED] @ self.of_titles.T).toarray()
-            best_MK = np.argsort(-cosine_MN, axis=1, kind="stable")[:, :num]
-            weight_MK = np.take_along_axis(cosine_MN, best_MK, axis=1)
-            weight_MK /= np.maximum(weight_MK.sum(1, keepdims=True), np.finfo(float).tiny)
-            row = np.arange(len(best_MK)).repeat(best_MK.shape[1])
-            rows.append(sparse.csr_array((weight_MK.ravel(), (row, best_MK.ravel())), cosine_MN.shape))
-        none = sparse.csr_array((0, self.of_titles.shape[0]))
-        return sparse.csr_array(sparse.vstack(rows, format="csr")) if rows else none
+        words, of_words = self.vectors(titles), sparse.csr_array(self.of_titles.T)
+        step = max(1, _CELLS // self.of_titles.shape[0])
+        columns, weights = [np.empty(0, dtype=np.int64)], [np.empty(0)]
+        for start in range(0, len(titles), step):
+            cosines = sparse.csr_array(words[start : start + step] @ of_words)
+            cosines.eliminate_zeros()  # of words that all titles have
+            cosines.sort_indices()
+            for first, end in pairwise(cosines.indptr.tolist()):
+                best = first + _largest(cosines.data[first:end], num)
+                columns.append(cosines.indices[best])
+                weights.append(cosines.data[best] / cosines.data[best].sum())
+        offsets = np.cumsum([len(each) for each in columns])
+        shape = (len(titles), self.of_titles.shape[0])
+        return sparse.csr_array((np.concatenate(weights), np.concatenate(columns), offsets), shape)
 
     def _counts(self, words: Sequence[Sequence[str]]) -> sparse.csr_array:
         """How often each word stands in each title."""
@@ -82,6 +86,14 @@ class TitleWords:
         weighted = sparse.csr_array(counts @ sparse.diags_array(self._weight))
         length = np.sqrt(weighted.multiply(weighted).sum(axis=1))
         return sparse.csr_array(sparse.diags_array(1 / np.where(length > 0, length, 1)) @ weighted)
+
+
+def _largest(values: np.ndarray, num: int) -> np.ndarray:
+    """The places of the `num` largest values, the largest first; of equal values the first."""
+    near = np.arange(len(values))
+    if len(values) > num:
+        near = np.flatnonzero(values >= np.partition(values, -num)[-num])
+    return near[np.argsort(-values[near], kind="stable")[:num]]
 
 
 def title_vectors(titles: Sequence[str]) -> sparse.csr_array:

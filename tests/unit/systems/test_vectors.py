@@ -70,3 +70,25 @@ def test_the_titles_nearest_to_others_are_weighed_by_their_cosines() -> None:
     expected = [[0.5, 0.5, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1 / 6, 5 / 6]]
     assert weights == pytest.approx(np.array(expected))
     assert words.nearest([], 2).shape == (0, 4)
+
+
+def test_titles_are_compared_with_those_that_have_a_word_of_theirs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of 4,000 titles has a word of its own; 3 new ones would have 12,000 cosines, of which 3 are not zero."""
+    words = TitleWords([f"a word{number}" for number in range(4000)])
+    new = ["a word7", "a", "word3999 word0"]
+    expected = np.zeros((3, 4000))
+    expected[0, 7], expected[2, [0, 3999]] = 1, 0.5
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("nothing may be as large as all cosines")
+
+    monkeypatch.setattr("scipy.sparse.csr_array.toarray", refuse)
+    for cells in (1, 8_000, 1_000_000):
+        monkeypatch.setattr("cprec.data.titles._CELLS", cells)
+        found = words.nearest(new, 10)
+        assert found.nnz == 3
+        for row in range(3):
+            first, end = found.indptr[row : row + 2]
+            assert dict(zip(found.indices[first:end], found.data[first:end], strict=True)) == pytest.approx(
+                {place: weight for place, weight in enumerate(expected[row]) if weight}
+            )
