@@ -130,6 +130,21 @@ def test_a_model_that_is_late_or_fails_leaves_the_words(engine: Any, last_first:
         assert ids(asked(client, query="dune", k=1)) == ["b0"]
 
 
+def test_no_empty_list_stands_in_for_a_system_that_reads_words(engine: Any, last_first: Any, served: Served) -> None:
+    """It may be asked in words that none of the items has that are left."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no")
+
+    engine.asked_in_words = lambda query, text: replace(query, text=text)
+    with served(Service([engine], [last_first], deadline_ms=60_000)) as client:
+        assert len(ids(asked(client, query="emma", deny=["b2"], k=3))) == 3
+        engine.before.append(fail)
+        assert asked(client, query="emma", k=3)["mode"] == "words"
+        answer = client.post("/v1/recommend", json={"query": "emma", "deny": ["b2"], "k": 3})
+        assert answer.status_code == 503 and answer.json()["error"] == "the model failed"
+
+
 def test_popular_items_answer_no_query(engine: Any, last_first: Any, served: Served) -> None:
     last_first.name = "popularity"
     with served(Service([engine], [last_first], deadline_ms=60_000)) as client:
