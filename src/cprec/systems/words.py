@@ -20,6 +20,7 @@ from scipy import sparse
 
 from cprec.batch import IGNORE, Batch
 from cprec.data.catalogue import Catalogue
+from cprec.data.cleaning import spelling
 from cprec.data.ragged import Ragged, offsets_of
 from cprec.data.titles import words_in
 from cprec.errors import ConfigError, DataError, Unsuitable
@@ -202,8 +203,9 @@ class WordedRecommender(CodeRecommender):
         """The words for a query without a text, with this history of item numbers: int64."""
 
     def read_text(self, text: str) -> np.ndarray:
-        """The words of a query's text: int64. Raises DataError where it has none that was learnt."""
-        found = self._worded.words.read([text])[0]
+        """The words of a query's text, as it is written and in its plain spelling: int64. Raises DataError where it has
+        none that was learnt."""
+        found = self._worded.words.read([f"{text} {spelling(text)}"])[0]
         if not len(found):
             raise DataError(
                 f"query={text!r} has no word that {self.name} has learnt and that tells the items of {self.domain!r} "

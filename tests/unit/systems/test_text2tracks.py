@@ -153,6 +153,7 @@ def test_people_ask_it_in_words(split: Split) -> None:
         *zip(*ranked(engine.recommender, "cup"), strict=True)
     ]
     assert {one.words for one in found} == {("cup",), ()}
+    assert engine.recommend(query="\uff23\uff35\uff30", k=12) == found, "forms of Unicode are alike"
     with pytest.warns(UserWarning, match="Text2Tracks reads the query alone, not the history"):
         assert engine.recommend(["i00"], query="cup", exclude_seen=False, k=12) == found
     for nothing in ("qwertz", "a"):
