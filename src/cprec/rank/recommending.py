@@ -22,7 +22,8 @@ class Recommendation:
     title: str
     score: float
     """Log-probability of the item after the history, unless the recommender was given another `score` or a `blend`;
-    higher is better, comparable within one list. The words of a query are added (`WordIndex`)."""
+    higher is better, comparable within one list. The words of a query are added (`WordIndex`), or, by a system that has
+    learnt to read words, read."""
     words: tuple[str, ...] = ()
     """The words of the query that its title, brand or categories have, those that add most first."""
 
@@ -84,11 +85,12 @@ class Recommending(ABC):
         latest events are read, with a warning.
 
         `query` is what is asked for, in words of titles, brands or categories. Without a history that is read, only
-        items that have one of its words are returned, so that the list may be shorter.
+        items that have one of its words are returned, so that the list may be shorter; a trained system that reads
+        words ranks all items by them.
 
         Raises UnknownItemError for texts that are neither id nor title or may mean several titles, ValueError if `k`
-        exceeds the items there are, DataError for a query that no item has a word of, ConfigError for one where the
-        recommender takes none.
+        exceeds the items there are, DataError for a query that no item has a word of, or of which such a system has
+        learnt no word, ConfigError for one where the recommender takes none.
         """
         queries = None if query is None else [query]
         return self.recommend_many([history], k, domain=domain, exclude_seen=exclude_seen, queries=queries)[0]
