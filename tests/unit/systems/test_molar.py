@@ -97,8 +97,8 @@ def test_the_model_of_ids_is_trained_first_and_stays(data: TrainingSequences) ->
     sasrec = of_ids.trainable.module
     assert isinstance(sasrec, SequenceModel) and aligned.stream.batch(0).whole and not of_ids.stream.batch(0).whole
     before = {name: value.clone() for name, value in sasrec.state_dict().items()}
-    losses = [step["alignment"] for step in trained(aligned, 12)]
-    assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
+    first, again = (trained(aligned, 12)[0]["alignment"] for _ in range(2))
+    assert again < 0.9 * first, "of the same rows, with the same ones dropped out"
     assert all(torch.equal(value, before[name]) for name, value in sasrec.state_dict().items())
     kept = dict(aligned.trainable.module.named_parameters())
     assert kept["alignment.matrix.weight"].shape == (64, 16)
