@@ -157,7 +157,8 @@ def protocol_of(config: EvaluateConfig, split: Split, language_models: str) -> d
         "language models": language_models,
         "ties in score": "expected value over all orders",
         "statistics": "95 % bootstrap intervals over users; differences are paired, with sign-flip permutation tests, "
-        "corrected by Holm within a domain; no claim under 1,000 queries",
+        "corrected by Holm within a domain; no claim under 1,000 queries; all hold for these trained models on other "
+        "users, and the luck of training is not in them",
         "queries": f"at most {config.max_queries:,} a domain, sampled" if config.max_queries else "all",
     }
     if config.part == "validation":
