@@ -156,6 +156,8 @@ def test_people_ask_it_in_words(split: Split) -> None:
     assert engine.recommend(query="\uff23\uff35\uff30", k=12) == found, "forms of Unicode are alike"
     with pytest.warns(UserWarning, match="Text2Tracks reads the query alone, not the history"):
         assert engine.recommend(["i00"], query="cup", exclude_seen=False, k=12) == found
+    after = RankingQuery("q", "things", (Item("things", "i00"),))
+    assert engine.shown(after) == after.history and not engine.shown(engine.asked_in_words(after, "cup"))
     for nothing in ("qwertz", "a"):
         with pytest.raises(DataError, match=f"query='{nothing}' has no word that Text2Tracks has learnt"):
             engine.recommend(query=nothing)
