@@ -285,6 +285,7 @@ def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) 
             weights = {re.sub(r"(lora_[AB])\.weight$", r"\1.default.weight", n): w for n, w in weights.items()}
         expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        known |= {name for name, _ in model.named_buffers()}  # such as the version of an item's codes
         if expected - weights.keys() or weights.keys() - known:
             raise ValueError(
                 f"weights missing {sorted(expected - weights.keys())}, unexpected {sorted(weights.keys() - known)}"

@@ -17,6 +17,7 @@ from cprec.batch import IGNORE
 from cprec.data.ragged import Ragged
 from cprec.data.splits import Split
 from cprec.errors import ConfigError, Unsuitable
+from cprec.provenance import file_sha256
 from cprec.schema import SPLITS, TEST, TRAIN
 from cprec.systems import fit as fitting
 from cprec.systems.batches import PrefixStream, RowStream, WindowStream
@@ -39,10 +40,12 @@ from cprec.systems.recipes.mmm4rec import MMM4Rec
 from cprec.systems.recipes.molar import Molar
 from cprec.systems.recipes.mqsa_ted import MQSATED
 from cprec.systems.recipes.rearec import PROGRESSIVE, ReaRec
+from cprec.systems.recipes.recformer import Recformer
 from cprec.systems.recipes.sasrec import WIDE, SASRec
 from cprec.systems.recipes.sigma import SIGMA
 from cprec.systems.recipes.slmrec import SLMRec
 from cprec.systems.recipes.sra_cl import SRACL
+from cprec.systems.recipes.tiger import TIGER
 from cprec.systems.settings import SystemSettings
 from cprec.systems.signals import TrainingSequences
 from cprec.systems.stage import NEXT_ITEM, Stage, WeightedTerms
@@ -156,6 +159,37 @@ def test_a_kill_in_training_changes_nothing(
     histories, _, users = asked(split)
     scores = [each.score_histories(histories, users) for each in (resumed, whole)]
     torch.testing.assert_close(*scores, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        TIGER(**SMALL, num_epochs=1, num_layers=1, num_heads=2, num_levels=2, num_codes=4, text_size=8, max_nodes=50),
+        Recformer(**SMALL, num_epochs=0.4, first_epochs=0.4, last_epochs=0.4, num_blocks=1, max_length=5),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_a_kill_in_training_changes_nothing_where_more_than_weights_is_stored(
+    settings: SystemSettings, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version of codes; the matrix of a catalogue."""
+    settings = replace(settings, dropout=0.2)
+    settings.make(split, "ring", folder=tmp_path / "whole")
+    members = RowStream.members
+
+    def dies(self: RowStream, step: int) -> np.ndarray:
+        if step == self.num_steps - 2:
+            raise KeyboardInterrupt
+        return members(self, step)
+
+    monkeypatch.setattr(RowStream, "members", dies)
+    with pytest.raises(KeyboardInterrupt):
+        settings.make(split, "ring", folder=tmp_path / "killed")
+    monkeypatch.undo()
+    assert [*tmp_path.glob("killed/*/*/checkpoint-*")], "it goes on from one"
+    settings.make(split, "ring", folder=tmp_path / "killed")
+    whole, killed = (sorted(tmp_path.glob(f"{name}/*/*/best.safetensors")) for name in ("whole", "killed"))
+    assert len(whole) == len(killed) and [*map(file_sha256, whole)] == [*map(file_sha256, killed)]
 
 
 def test_training_ends_when_it_has_not_become_better(split: Split, tmp_path: Path) -> None:
