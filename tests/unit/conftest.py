@@ -98,19 +98,19 @@ def open_tokenizer(request: pytest.FixtureRequest) -> Any:
     return made
 
 
-@pytest.fixture(scope="session")
+@functools.cache
+def _teacher_forced(model: Any, prompt: tuple[int, ...], title: tuple[int, ...]) -> float:
+    ids = torch.tensor([[*prompt, *title]])
+    with torch.no_grad():
+        logp = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1).double()
+    return sum(float(logp[place - 1, ids[0, place]]) for place in range(len(prompt), ids.shape[1]))
+
+
+@pytest.fixture
 def teacher_forced(model: Any) -> Callable[..., float]:
     """A title's log-probability by one forward pass over prompt and title, without a cache of keys and values; each is
     computed once."""
-
-    @functools.cache
-    def computed(prompt: tuple[int, ...], title: tuple[int, ...]) -> float:
-        ids = torch.tensor([[*prompt, *title]])
-        with torch.no_grad():
-            logp = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1).double()
-        return sum(float(logp[place - 1, ids[0, place]]) for place in range(len(prompt), ids.shape[1]))
-
-    return lambda prompt, title: computed(tuple(prompt), tuple(title))
+    return lambda prompt, title: _teacher_forced(model, tuple(prompt), tuple(title))
 
 
 @pytest.fixture(scope="session")
