@@ -21,6 +21,11 @@ Over = Literal["vocabulary", "catalogue"]
 class Normaliser(Protocol):
     """Makes log-probabilities of the steps of a trie."""
 
+    @property
+    def only_way_is_certain(self) -> bool:
+        """Whether the step to an only child has probability one."""
+        ...
+
     def log_probs(
         self, tree: Tree, hidden_MD: torch.Tensor, node_M: torch.Tensor, row_N: torch.Tensor, child_N: torch.Tensor
     ) -> torch.Tensor:
@@ -47,6 +52,11 @@ class Tempered:
     temperatures: np.ndarray
     """float32[num_nodes]."""
 
+    @property
+    def only_way_is_certain(self) -> bool:
+        """See `Normaliser.only_way_is_certain`."""
+        return self.normaliser.only_way_is_certain
+
     def log_probs(
         self, tree: Tree, hidden_MD: torch.Tensor, node_M: torch.Tensor, row_N: torch.Tensor, child_N: torch.Tensor
     ) -> torch.Tensor:
@@ -60,6 +70,7 @@ class OverVocabulary:
     """The model's own probabilities. What the catalogue does not have keeps its part."""
 
     trie: Trie
+    only_way_is_certain = False
 
     def log_probs(
         self, tree: Tree, hidden_MD: torch.Tensor, node_M: torch.Tensor, row_N: torch.Tensor, child_N: torch.Tensor
@@ -78,6 +89,7 @@ class OverCatalogue:
     """
 
     trie: Trie
+    only_way_is_certain = True
 
     def log_probs(
         self, tree: Tree, hidden_MD: torch.Tensor, node_M: torch.Tensor, row_N: torch.Tensor, child_N: torch.Tensor

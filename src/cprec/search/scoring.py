@@ -45,7 +45,8 @@ def _score(
     chosen = np.split(np.arange(len(users)), first[1:])
     parts = [trie.part(items[mine]) for mine in chosen]
     nodes = np.concatenate([nodes for _, nodes, _ in parts])
-    scores = _token_log_probs(tree, normaliser, present, [block for block, _, _ in parts], nodes)
+    certain = trie.tail[nodes] > 0 if normaliser.only_way_is_certain else np.zeros(len(nodes), dtype=bool)
+    scores = _token_log_probs(tree, normaliser, present, [block for block, _, _ in parts], nodes, certain)
     start = 0
     for user, mine, (block, _, leaf) in zip(present, chosen, parts, strict=True):
         below = scores[start : start + len(block.token)]
@@ -58,11 +59,17 @@ def _score(
 
 
 def _token_log_probs(
-    tree: Tree, normaliser: Normaliser, users: np.ndarray, blocks: Sequence[Block], nodes: np.ndarray
+    tree: Tree,
+    normaliser: Normaliser,
+    users: np.ndarray,
+    blocks: Sequence[Block],
+    nodes: np.ndarray,
+    certain: np.ndarray,
 ) -> np.ndarray:
     """The log-probability of each node's token after its prefix, 0 for roots: float64, for each user's block in turn.
 
-    `nodes` are the trie's, of all blocks in turn. The nodes of `tree` are dropped.
+    `nodes` are the trie's, of all blocks in turn, and `certain` says behind which of them everything has probability
+    one. The nodes of `tree` are dropped.
     """
     device = tree.prompt_hidden_UD.device
     # All blocks one after the other: a node is its block's root plus its number there.
@@ -73,8 +80,9 @@ def _token_log_probs(
     user = np.repeat(users, np.diff(root))
     is_root = np.zeros(len(token), dtype=bool)
     is_root[root[:-1]] = True
-    # The model reads inner nodes only: nothing follows a leaf, and the root is the prompt.
-    read = (children > 0) & ~is_root
+    # The model reads inner nodes only: nothing is open behind others, and the root is the prompt.
+    opens = (children > 0) & ~certain
+    read = opens & ~is_root
     place = np.cumsum(read) - 1
     place[is_root] = -1
     tree.forget()
@@ -83,13 +91,14 @@ def _token_log_probs(
         new = tree.extend(*(torch.from_numpy(a[read]).to(device) for a in (token, user, place[parent])))
         hidden = torch.cat([hidden, new])
     # Each child is asked for after its parent's state; children follow each other as their parents do.
-    inner = np.flatnonzero(children)
+    inner = np.flatnonzero(opens)
     state = np.where(is_root, np.cumsum(is_root) - 1, len(users) + place)[inner]
     row = np.repeat(np.arange(len(inner)), children[inner])
-    at = (torch.from_numpy(each).to(device) for each in (nodes[inner], row, nodes[~is_root]))
+    follows = ~is_root & opens[parent]
+    at = (torch.from_numpy(each).to(device) for each in (nodes[inner], row, nodes[follows]))
     scores = np.zeros(len(token))
     states = hidden[torch.from_numpy(state).to(device)]
-    scores[~is_root] = normaliser.log_probs(tree, states, *at).cpu().numpy()
+    scores[follows] = normaliser.log_probs(tree, states, *at).cpu().numpy()
     tree.forget()
     return scores
 

@@ -223,8 +223,14 @@ class Trie:
     @cached_property
     def longest(self) -> np.ndarray:
         """int32[num_nodes]: tokens of the longest sequence through a node."""
-        depth = np.repeat(np.arange(len(self._levels)), [stop - start for start, stop in self._levels])
-        return self._carried_up(depth, np.maximum)
+        return self._carried_up(self._depth, np.maximum)
+
+    @cached_property
+    def tail(self) -> np.ndarray:
+        """int32[num_nodes]: how many tokens a sequence has behind a node that no other sequence goes through, the end
+        included; 0 at other nodes, and at leaves."""
+        num_sequences = self._carried_up(np.ones(self.num_nodes, dtype=np.int32), np.add)
+        return np.where(num_sequences == 1, self.longest - self._depth, 0).astype(np.int32)
 
     def log_share(self, items: np.ndarray) -> np.ndarray:
         """What each item has of its sequence's probability, as a logarithm: float64[number of items], -log n.
@@ -253,6 +259,11 @@ class Trie:
     @cached_property
     def _levels(self) -> list[tuple[int, int]]:
         return levels_of(self.first_child)
+
+    @property
+    def _depth(self) -> np.ndarray:
+        """int64[num_nodes]: tokens that lead to a node."""
+        return np.repeat(np.arange(len(self._levels)), [stop - start for start, stop in self._levels])
 
 
 def _check(sequences: Ragged, end: int, name: Callable[[int], str]) -> None:

@@ -14,6 +14,7 @@ from cprec.search.attention import PromptTree
 from cprec.search.cache import PrefixCache
 from cprec.search.decoding import Found
 from cprec.search.decoding import search as search_trie
+from cprec.search.normaliser import OverCatalogue
 from cprec.search.priors import Priors
 from cprec.search.scoring import score_candidates
 from cprec.search.trie import Trie
@@ -185,6 +186,63 @@ def test_a_budget_gives_the_best_so_far_and_the_gap(model: Any) -> None:
     for limit in ({"seconds": 0.0}, {"stop": lambda: True}):
         stopped = search(model, PROMPTS, k=3, width=4, **limit)
         assert [found.items.tolist() for found in stopped] == [found.items.tolist() for found in beam]
+
+
+def passes_of(tree: PromptTree) -> list[list[int]]:
+    """The tokens of each pass that the tree is asked for from now on."""
+    extend, passes = tree.extend, []
+
+    def noted(tokens: torch.Tensor, users: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
+        passes.append(tokens.tolist())
+        return extend(tokens, users, parents)
+
+    tree.extend = noted  # type: ignore[method-assign]
+    return passes
+
+
+def test_what_one_sequence_alone_goes_on_from_is_read_to_its_end_at_once(model: Any, of_item: OfItem) -> None:
+    tree = PromptTree(model, [np.array(PROMPTS[0])])
+    passes = passes_of(tree)
+    (found,) = search_trie(tree, TRIE, k=9, width=9)
+    # After 30 and 31 nothing branches; behind "9 8 7 6" there is an end, or "5 4 3".
+    assert passes == [[5, 9, 30, 31, 5], [6, 8], [7, 2, 7], [6], [5, 4, 3]]
+    assert found.expanded == sum(map(len, passes)) == len({tuple(t[:n]) for t in TITLES for n in range(1, len(t) + 1)})
+    assert found.scores.tolist() == pytest.approx([of_item(PROMPTS[0], item) for item in found.items], abs=1e-4)
+
+
+def test_what_is_certain_is_not_read(model: Any) -> None:
+    tree = PromptTree(model, [np.array(PROMPTS[0])])
+    passes = passes_of(tree)
+    (found,) = search_trie(tree, TRIE, k=9, width=9, normaliser=OverCatalogue(TRIE))
+    assert passes == [[5, 9], [6, 8], [7], [6]]
+    (scores,) = score_candidates(tree, TRIE, [found.items], OverCatalogue(TRIE))
+    assert passes[4:] == [[5, 9, 6, 8, 7, 6]]
+    assert found.scores.tolist() == pytest.approx((scores + TRIE.log_share(found.items)).tolist(), abs=1e-5)
+
+
+def test_an_only_item_is_certain(model: Any) -> None:
+    trie = Trie.build(Ragged.of([[9, 8, EOS]]))
+    tree = PromptTree(model, [np.array(PROMPTS[0])])
+    (found,) = search_trie(tree, trie, k=1, width=1, normaliser=OverCatalogue(trie))
+    assert found.items.tolist() == [0] and found.scores.tolist() == [0] and found.expanded == 0
+    (scores,) = score_candidates(tree, trie, [np.array([0])], OverCatalogue(trie))
+    assert scores.tolist() == [0]
+
+
+def test_passes_of_a_proof_grow(model: Any) -> None:
+    """Sixty titles of their own first tokens, K = 8: a beam of eight, then eight, twelve, 18 and what is left."""
+    trie = Trie.build(Ragged.of([[token, EOS] for token in range(2, 62)]))
+    tree = PromptTree(model, [np.array(PROMPTS[0])])
+    passes = passes_of(tree)
+    search_trie(tree, trie, k=60, width=8)
+    assert list(map(len, passes)) == [8, 8, 12, 18, 14]
+
+
+def test_a_budget_counts_what_is_read_to_its_end(model: Any) -> None:
+    trie = Trie.build(Ragged.of([[9, 8, 7, 6, EOS]]))
+    for budget, read in ((3, 0), (4, 4)):
+        (found,) = search_trie(PromptTree(model, [np.array(PROMPTS[0])]), trie, k=1, width=1, max_nodes=budget)
+        assert found.expanded == read and found.exact == (read > 0)
 
 
 def test_the_place_of_one_item_is_found_with_less_reading(model: Any, of_item: OfItem) -> None:

@@ -25,6 +25,7 @@ def test_a_trie_by_hand(trie: Trie) -> None:
     assert trie.first_item.tolist() == [0, 0, 1, 0, 1, 2, 0, 2]
     assert trie.num_items.tolist() == [4, 1, 3, 1, 1, 2, 1, 2]
     assert trie.longest.tolist() == [3, 3, 3, 3, 2, 3, 3, 3]
+    assert trie.tail.tolist() == [0, 2, 0, 1, 0, 1, 0, 0]
     assert trie.num_sharing.tolist() == [1, 1, 1, 1, 1, 2, 1, 2]
     assert np.exp(-trie.log_share(np.arange(4))).tolist() == pytest.approx([1, 2, 1, 2])
     nodes, counts = trie.paths(np.array([0, 1, 3]))
