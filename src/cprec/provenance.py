@@ -63,32 +63,33 @@ def code_sha256(module: str) -> str:
 
     It changes whenever code changes that the module runs; imports in functions count as well.
     """
-    sources: dict[Path, bytes] = {}
+    hashes: dict[Path, bytes] = {}
     waiting = [module]
     while waiting:
         path = _PACKAGE.joinpath(*waiting.pop().split(".")[1:])
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        if path.is_file() and path not in sources:
-            sources[path] = path.read_bytes()
-            waiting += _imported(sources[path])
+        if path.is_file() and path not in hashes:
+            hashes[path], imported = _read_source(path)
+            waiting += imported
     digest = hashlib.sha256()
-    for path in sorted(sources):
-        digest.update(hashlib.sha256(sources[path]).digest())
+    for path in sorted(hashes):
+        digest.update(hashes[path])
     return digest.hexdigest()
 
 
 _PACKAGE = Path(__file__).resolve().parent
 
 
-def _imported(source: bytes) -> list[str]:
-    """The modules of CPRec that a source imports; names that are no modules among them."""
-    names = []
+@functools.cache
+def _read_source(path: Path) -> tuple[bytes, list[str]]:
+    """SHA-256 of a source, and the modules of CPRec that it imports; names that are no modules among them."""
+    source, names = path.read_bytes(), []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return [name for name in names if name.startswith("cprec.")]
+    return hashlib.sha256(source).digest(), [name for name in names if name.startswith("cprec.")]
 
 
 class FileHashes:
