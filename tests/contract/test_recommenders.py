@@ -176,6 +176,7 @@ ALIKE = frozenset(
     | {"APAO", "APAO (pointwise)", "COBRA (codes alone)", "COBRA (vectors alone)", "REG4Rec", "STREAM-Rec"}
     | {"LLaRA", "ULMRec", "ULMRec (letters)"}
     | {"ContRec", "Mender", "SynerGen", "Text2Tracks"}
+    | {"ReaRec (progressive)", "ManCAR", "IGR-SR", "SLMRec", "Human priors (horizon)", "Semantic IDs (codes)"}
     | {"NGCF", "HMamba", "SIGMA", "PRISM"}  # as LightGCN, Mamba4Rec twice, and MSCGRec
 )
 """Systems that learn from events as another row does, which is asked quickly whether it learnt from held-out ones."""

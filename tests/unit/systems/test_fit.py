@@ -165,7 +165,10 @@ def test_a_kill_in_training_changes_nothing(
     "settings",
     [
         TIGER(**SMALL, num_epochs=1, num_layers=1, num_heads=2, num_levels=2, num_codes=4, text_size=8, max_nodes=50),
-        Recformer(**SMALL, num_epochs=0.4, first_epochs=0.4, last_epochs=0.4, num_blocks=1, max_length=5),
+        pytest.param(
+            Recformer(**SMALL, num_epochs=0.4, first_epochs=0.4, last_epochs=0.4, num_blocks=1, max_length=5),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda each: type(each).__name__,
 )
